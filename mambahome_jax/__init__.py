@@ -1,0 +1,1 @@
+"""Mamba-HoME in JAX: 3D medical image segmentation."""

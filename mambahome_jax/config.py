@@ -1,0 +1,284 @@
+"""Every default of the project, in one place. The command line is made from these dataclasses (see cli.py).
+
+Nothing here imports jax, so that `--help` and dataset checks start at once.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from mambahome_jax.errors import ConfigError
+
+Modality = Literal["ct", "mr", "us"]
+Precision = Literal["fp32", "tf32", "bf16"]
+Strategy = Literal["ddp", "fsdp"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the network, in the names of the published constructor (MambaHoME.py); defaults as published.
+
+    One entry a stage in `depths`, `feat_size`, `experts_list` (first level), `experts_list_second` and `group_list`
+    (tokens a group, first level).
+    """
+
+    in_chans: int = 1
+    out_chans: int = 13
+    depths: tuple[int, ...] = (2, 2, 2, 2)
+    feat_size: tuple[int, ...] = (48, 96, 192, 384)
+    hidden_size: int = 768
+    expert_mult: int = 2
+    num_slots_per_expert_first: int = 4
+    experts_list: tuple[int, ...] = (4, 8, 12, 16)
+    experts_list_second: tuple[int, ...] = (8, 16, 24, 32)
+    group_list: tuple[int, ...] = (2048, 1024, 512, 256)
+    use_checkpoint: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("depths", "feat_size", "experts_list", "experts_list_second", "group_list"):
+            value = tuple(int(v) for v in getattr(self, name))
+            object.__setattr__(self, name, value)
+            if len(value) != 4 or min(value) < 1:
+                raise ConfigError(f"{name} is {value}; expected four positive integers, one a stage of the encoder")
+        for name in ("in_chans", "out_chans", "hidden_size", "expert_mult", "num_slots_per_expert_first"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive number")
+
+    def replace(self, **changes) -> "ModelConfig":
+        return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A size that `--model` picks, with the learning rate and the Adam epsilon that suit it."""
+
+    model: ModelConfig
+    lr: float
+    eps: float
+    patch_size: tuple[int, int, int]
+
+
+MODEL_SIZES = {
+    "MambaHoME": ModelSize(ModelConfig(), lr=1e-4, eps=1e-4, patch_size=(96, 96, 96)),
+    "MambaHoME_small": ModelSize(
+        ModelConfig(
+            depths=(1, 1, 2, 1),
+            feat_size=(24, 48, 96, 192),
+            hidden_size=384,
+            experts_list=(4, 4, 8, 8),
+            experts_list_second=(8, 8, 16, 16),
+        ),
+        lr=3e-4,
+        eps=1e-8,
+        patch_size=(96, 96, 96),
+    ),
+    "MambaHoME_tiny": ModelSize(
+        ModelConfig(
+            depths=(1, 1, 1, 1),
+            feat_size=(16, 24, 32, 48),
+            hidden_size=64,
+            num_slots_per_expert_first=2,
+            experts_list=(2, 4, 4, 4),
+            experts_list_second=(4, 8, 8, 8),
+        ),
+        lr=2e-3,
+        eps=1e-8,
+        patch_size=(48, 48, 48),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """Read a folder of scans, reorient and resample them, and write NIfTI files and the patch store."""
+
+    input_path: Path
+    """Folder with the dataset: images/ and labels/, or a Medical Segmentation Decathlon task."""
+    output_path: Path
+    """Folder to write; what is there and up to date is kept."""
+    spacing: tuple[float, float, float] = (0.8, 0.8, 3.0)
+    """Voxel size in mm to resample to, one value an axis of the reoriented volume; 0 or below keeps an axis."""
+    orientation: str = "RAS"
+    """Direction of the array axes after reading, as three of the letters R L A P S I."""
+    modality: Modality | None = None
+    """What the scans are, where the dataset does not say; decides how intensities are normalised."""
+    num_workers: int | None = None
+    """Processes that work side by side (default: one a core)."""
+    overwrite: bool = False
+    """Do every case again."""
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Probabilities and ranges of the published data_loader.py, applied to each patch of a batch on its own."""
+
+    zoom_probability: float = 0.3
+    zoom_range: tuple[float, float] = (1.3, 1.5)
+    rotate90_probability: float = 0.1
+    shift_probability: float = 0.2
+    shift_range: float = 0.1
+    smooth_probability: float = 0.2
+    smooth_sigma_range: tuple[float, float] = (0.5, 1.15)
+    noise_probability: float = 0.2
+    noise_std: float = 0.01
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train on a preprocessed folder, or straight on <case>/*ct*.nii.gz with <case>/*labels*.nii.gz."""
+
+    data_train: Path
+    """Output folder of preprocess.py, or a folder in the published layout."""
+    data_val: Path | None = None
+    """Another such folder for validation; without it the cases marked "val", else every fifth case, are held out."""
+    output_dir: Path | None = None
+    """Where the run is written (default: runs/<checkpoint_name>)."""
+    checkpoint_name: str = ""
+    """Name of the run (default: that of --model)."""
+    model: Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny"] = "MambaHoME"
+    """Size of the network."""
+    feature_size: int | None = None
+    """Channels of the first stage; the other stages keep their proportions to it (default: the size's own)."""
+    classes: int | None = None
+    """Number of classes, background included (default: as many as the dataset has)."""
+    patch_size: tuple[int, int, int] | None = None
+    """Patch in voxels, each axis a multiple of 16 (default: 96 96 96, and 48 48 48 for MambaHoME_tiny)."""
+    batch_size: int = 2
+    """Patches in a step on each device."""
+    epochs: int = 800
+    """Passes over the training cases."""
+    steps: int | None = None
+    """Number of steps in all, instead of --epochs."""
+    lr: float | None = None
+    """Learning rate (default: 1e-4 for MambaHoME, as published; more for the smaller sizes)."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay of AdamW; coupled for Adam and SGD, as published."""
+    eps: float | None = None
+    """Epsilon of AdamW (default: 1e-4 for MambaHoME, as published; 1e-8 for the smaller sizes)."""
+    optimizer: Literal["AdamW", "Adam", "SGD"] = "AdamW"
+    """Optimizer."""
+    scheduler: Literal["CALR"] = "CALR"
+    """Cosine annealing of the learning rate to 0, one step a validation."""
+    schedule_step: Literal["epoch", "published"] = "epoch"
+    """When the schedule steps: after the last update of an epoch, or one update later, as the published loop does."""
+    skip_val: int = 1
+    """Epochs between validations."""
+    val_every: int | None = None
+    """Steps between validations, instead of --skip_val."""
+    use_checkpoint: bool = False
+    """Recompute each block in the backward pass: less memory, more time."""
+    use_pretrained: Annotated[str, arg(metavar="PATH|False")] = ""
+    """Weights to start from: a checkpoint folder, .pth, .npz or .safetensors; all shapes must agree."""
+    load_checkpoint: bool = False
+    """Continue the run in --output_dir, as --resume does."""
+    resume: bool = False
+    """Continue the run in --output_dir from its last checkpoint."""
+    modality: Modality | None = None
+    """ct: window -175 to 250 HU; mr: z-score of each volume; us: scaled to [0, 1] (default: as the dataset says)."""
+    precision: Precision | None = None
+    """Matrix products and convolutions (default: bf16 on a GPU, fp32 on a CPU)."""
+    num_workers: int | None = None
+    """Processes that read patches (default: 0 on a CPU, which means threads; 4 on a GPU)."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints beside those after each validation."""
+    augment: bool = True
+    """Zoom, rotation by 90 degrees, intensity shift, smoothing and noise, with the published probabilities."""
+    class_balanced: bool = False
+    """Centre positive patches on a class drawn evenly, instead of on a voxel drawn evenly from the foreground."""
+    overlap: float = 0.5
+    """Overlap of the windows in validation."""
+    max_val_cases: int | None = None
+    """Validate on at most so many cases."""
+    seed: int = 0
+    """Seed of initial values, patches and augmentation."""
+    parallel: bool = True
+    """Use several devices; False uses one."""
+    num_devices: int | None = None
+    """Devices to use (default: all)."""
+    strategy: Strategy = "ddp"
+    """ddp: parameters on every device; fsdp: parameters and optimizer state split over the devices."""
+    pin_memory: bool = True
+    """Accepted for command lines of the published code; has no meaning in JAX."""
+
+
+@dataclass(frozen=True)
+class InferConfig:
+    """Segment scans with a trained model; each result lies on its scan's own grid."""
+
+    data_path: Path
+    """A NIfTI file, or a folder of them."""
+    model_path: Path
+    """A checkpoint folder (RUN/checkpoints/best), or published weights (.pth, .npz, .safetensors)."""
+    output_dir: Path = Path("inference")
+    """Folder for the label maps, previews and run.json."""
+    roi_size: tuple[int, int, int] | None = None
+    """Window in voxels, each axis a multiple of 16 (default: the training patch; 192 192 48 for published weights)."""
+    sw_batch_size: int = 4
+    """Windows in one call of the network."""
+    overlap: float = 0.5
+    """Overlap of the windows."""
+    spacing: tuple[float, float, float] | None = None
+    """Voxel size in mm at which the network works (default: as it was trained)."""
+    orientation: str | None = None
+    """Orientation in which the network works (default: as it was trained)."""
+    modality: Modality | None = None
+    """How intensities are normalised (default: as in training)."""
+    precision: Precision | None = None
+    """Matrix products and convolutions (default: bf16 on a GPU, fp32 on a CPU)."""
+    num_workers: int = 1
+    """Threads that read scans ahead and write results."""
+    previews: bool = True
+    """Write previews/<case>.png beside the results."""
+    overwrite: bool = True
+    """Segment a case again when its result is there."""
+    gpu: bool = False
+    """Insist on a GPU; without this flag the best device present is used."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Compare label maps with references: Dice, HD95, ASSD, NSD a case and structure."""
+
+    predictions: Path
+    """Folder with the label maps to judge (.nii.gz)."""
+    references: Path
+    """Folder with the reference label maps of the same names."""
+    output_dir: Path
+    """Folder for metrics.csv and summary.json."""
+    labels: Path | None = None
+    """dataset.json or run.json with the names of the structures (default: looked for beside both folders)."""
+    tolerance_mm: float = 1.0
+    """Distance in mm up to which surfaces count as equal in NSD."""
+    num_workers: int | None = None
+    """Processes that work side by side (default: one a core)."""
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Turn weights from one form into another, by suffix: .pth, .npz, .safetensors, or none for a checkpoint folder."""
+
+    source: Annotated[Path, arg(metavar="SOURCE")]
+    """Weights to read."""
+    destination: Annotated[Path, arg(metavar="DESTINATION")]
+    """File or folder to write."""
+    overwrite: bool = False
+    """Replace what is at DESTINATION."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Make synthetic abdominal CT scans, then preprocess, train, infer and evaluate as a user would."""
+
+    output_dir: Path = Path("demo")
+    """Folder for everything that the demo writes."""
+    train_cases: int = 16
+    """Scans to train on."""
+    test_cases: int = 4
+    """Unseen scans to segment and score."""
+    steps: int = 200
+    """Training steps."""
+    seed: int = 0
+    """Seed of the phantoms and of training."""

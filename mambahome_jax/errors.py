@@ -1,0 +1,46 @@
+"""Errors that a user can act on. The command line prints their message without a traceback."""
+
+from pathlib import Path
+
+
+class MambaHomeError(Exception):
+    """Base of every error that is the user's to mend; anything else is a fault of ours and keeps its traceback."""
+
+
+class ConfigError(MambaHomeError):
+    """A flag, a configuration value or an array shape that cannot work."""
+
+
+class CheckpointError(MambaHomeError):
+    """Weights or a checkpoint folder that cannot be read or do not fit the model."""
+
+
+class OutputError(MambaHomeError):
+    """A result that cannot be written (full disk, read-only folder)."""
+
+
+class DatasetError(MambaHomeError):
+    """A scan, a label map or a folder that is not what it should be.
+
+    Says which file, what was found, what was expected and what to do, in that order.
+    """
+
+    def __init__(
+        self,
+        found: str,
+        *,
+        case: str | None = None,
+        file: str | Path | None = None,
+        expected: str | None = None,
+        action: str | None = None,
+    ):
+        self.found, self.case, self.file, self.expected, self.action = found, case, file, expected, action
+        super().__init__(self.message())
+
+    def message(self) -> str:
+        """One line: `case: file: found; expected ...; what to do`."""
+        head = ": ".join(str(part) for part in (self.case, self.file) if part is not None)
+        text = f"{head}: {self.found}" if head else self.found
+        if self.expected:
+            text += f"; expected {self.expected}"
+        return f"{text}. {self.action}" if self.action else text

@@ -1,0 +1,46 @@
+"""What every test shares: settings of JAX, and where the goldens and the real scans lie."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+FULL, REDUCED = SHARED / "parity", Path(__file__).parent / "goldens"
+
+
+def golden_path(name: str) -> Path:
+    """File of the golden set: the full one beside the checkout where it is there, else the part kept here."""
+    for folder in (FULL, REDUCED):
+        if (folder / name).exists():
+            return folder / name
+    pytest.skip(f"{name} is cut from real scans and not kept here; it is in ../shared/parity")
+
+
+def load_golden(name: str) -> dict[str, np.ndarray]:
+    """All arrays of a golden .npz."""
+    with np.load(golden_path(name), allow_pickle=False) as archive:
+        return {key: archive[key] for key in archive.files}
+
+
+@pytest.fixture(scope="session")
+def hippocampus() -> Path:
+    """Folder of the real MRI cases."""
+    folder = SHARED / "data" / "hippocampus"
+    if not folder.exists():
+        pytest.skip("the real MRI cases are not there: ../shared/data/hippocampus")
+    return folder
+
+
+@pytest.fixture
+def x64():
+    """Runs a test in double precision."""
+    import jax
+
+    with jax.enable_x64(True):
+        yield
