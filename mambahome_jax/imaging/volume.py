@@ -1,0 +1,286 @@
+"""Scans and label maps as they are on disk: NIfTI in, NIfTI out.
+
+nibabel knows the header; reading the voxels ourselves checks gzip's checksum, which a reader that stops after the last
+voxel never sees, and makes every fault a `DatasetError` that names the file.
+"""
+
+import gzip
+import math
+import os
+import threading
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+
+from mambahome_jax.errors import DatasetError, OutputError
+
+_HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+_GZIP_MAGIC = b"\x1f\x8b"
+# Level 1 compresses a noisy CT about three times faster than level 6 and to within a few percent of its size.
+_GZIP_LEVEL = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A scan or label map with its place in the world.
+
+    array: (D0, D1, D2) or (D0, D1, D2, C), axes in the file's voxel order; its memory order is not promised.
+    affine: (4, 4) float64, voxel index (an integer is a voxel's centre) to mm in RAS+.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "affine", np.array(self.affine, dtype=np.float64))
+        if self.array.ndim not in (3, 4) or self.affine.shape != (4, 4):
+            raise ValueError(f"array {self.array.shape}, affine {self.affine.shape}; expected 3 or 4 axes and (4, 4)")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels along the three spatial axes."""
+        return self.array.shape[:3]
+
+    @property
+    def spacing(self) -> np.ndarray:
+        """(3,) float64: distance in mm between neighbouring voxels along each axis."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+
+def read_volume(path: str | Path, *, channels: int | None = None) -> Volume:
+    """Read an image (.nii, .nii.gz).
+
+    Returns a Volume of float32, (D0, D1, D2), or (D0, D1, D2, C) where the file has four axes and the last is longer
+    than 1. The affine is the sform where its code is positive, else the qform, else made from the spacing; values
+    are stored value * scl_slope + scl_inter in float64, rounded to float32 (both as MONAI's LoadImage).
+
+    channels: how many are expected; None takes any number.
+    Raises DatasetError: missing, truncated or damaged file, not NIfTI, empty, wrong number of axes, singular affine,
+    NaN or infinite voxels.
+    """
+    path = Path(path)
+    header, content = _read(path)
+    raw, affine = _voxels(path, header, content, channels), _affine(path, header)
+    return Volume(_scale(path, header, raw), affine)
+
+
+def read_labels(path: str | Path) -> Volume:
+    """Read a label map (.nii, .nii.gz) of any stored type whose values are whole numbers.
+
+    Returns a Volume (D0, D1, D2) of uint8, or of uint16 where a label is above 255.
+    Raises DatasetError as `read_volume`, and for labels that are fractional, negative or above 65535.
+    """
+    path = Path(path)
+    header, content = _read(path)
+    raw, affine = _voxels(path, header, content, 1), _affine(path, header)
+    slope, inter = _slope_inter(path, header)
+    if raw.dtype.kind == "f" or (slope, inter) != (1.0, 0.0):
+        values = raw.astype(np.float64) * slope + inter
+        _require_finite(path, values)
+        labels = np.rint(values)
+        off = np.abs(values - labels)
+        if off.max() > 1e-3:
+            found = f"label value {values.flat[off.argmax()]:g}"
+            raise DatasetError(found, file=path, expected="whole numbers", action="Is this an image, not a label map?")
+    else:
+        labels = raw
+    low, high = labels.min(), labels.max()
+    if low < 0 or high > 65535:
+        found = f"label values from {low:g} to {high:g}"
+        raise DatasetError(found, file=path, expected="0 to 65535", action="Is this an image, not a label map?")
+    return Volume(labels.astype(np.uint8 if high <= 255 else np.uint16), affine)
+
+
+def read_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape (trailing axes of length 1 beyond the third dropped) and affine (4, 4) float64, from the header alone.
+
+    Raises DatasetError as `read_volume`, as far as the header shows it.
+    """
+    path = Path(path)
+    header, _ = _read(path, header_only=True)
+    return _shape(path, header, None), _affine(path, header)
+
+
+def write_volume(path: str | Path, volume: Volume, dtype: np.dtype | type | str | None = None) -> None:
+    """Write a Volume to .nii or .nii.gz, whole or not at all: beside its place first, then renamed.
+
+    dtype: stored type (default: the array's own; bool as uint8, int64 as int32, any float as float32). The affine goes
+    into the sform, and into the qform too unless it is sheared, both with code 1. Same volume, same bytes.
+    Raises OutputError: a folder that cannot be written, a full disk, a wrong suffix, values that `dtype` cannot hold.
+    """
+    path = Path(path)
+    if not path.name.endswith((".nii", ".nii.gz")):
+        raise OutputError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; expected .nii or .nii.gz")
+    array = _as_stored(path, volume.array, dtype)
+    content = bytes(_header_for(array, volume.affine).binaryblock) + bytes(4)
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            if path.name.endswith(".gz"):
+                with gzip.GzipFile(filename="", mode="wb", compresslevel=_GZIP_LEVEL, fileobj=file, mtime=0) as stream:
+                    _write_voxels(stream, content, array)
+            else:
+                _write_voxels(file, content, array)
+        partial.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path.parent}: cannot write {path.name}: {reason}. Nothing was written") from error
+    finally:
+        _remove(partial)
+
+
+def _read(path: Path, *, header_only: bool = False) -> tuple[nib.Nifti1Header, bytes]:
+    """Header and the file's decompressed bytes (without `header_only`)."""
+    try:
+        with path.open("rb") as file:
+            compressed = file.read(2) == _GZIP_MAGIC
+            file.seek(0)
+            if header_only:
+                content = gzip.GzipFile(fileobj=file).read(544) if compressed else file.read(544)
+            else:
+                content = gzip.decompress(file.read()) if compressed else file.read()
+    except FileNotFoundError as error:
+        raise DatasetError("no such file", file=path) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        action = "Copy or download it again."
+        raise DatasetError(
+            f"truncated or damaged ({error})", file=path, expected="a whole gzip", action=action
+        ) from error
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
+    size = next((s for s in _HEADERS for order in ("little", "big") if int.from_bytes(content[:4], order) == s), None)
+    if size is None or len(content) < size:
+        raise DatasetError("not a NIfTI file", file=path, expected=".nii or .nii.gz")
+    try:
+        header = _HEADERS[size](content[:size])
+    except (HeaderDataError, ValueError) as error:
+        raise DatasetError(f"damaged NIfTI header ({error})", file=path) from error
+    if not header["magic"].item().startswith(b"n+"):
+        raise DatasetError("an Analyze file or half of a NIfTI pair", file=path, expected="one .nii or .nii.gz file")
+    return header, content
+
+
+def _shape(path: Path, header: nib.Nifti1Header, channels: int | None) -> tuple[int, ...]:
+    shape = tuple(int(n) for n in header.get_data_shape())
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) not in (3, 4):
+        expected = "three spatial axes, and at most one of channels after them"
+        raise DatasetError(f"{len(shape)} axes {shape}", file=path, expected=expected)
+    if min(shape) < 1:
+        raise DatasetError(f"empty volume {shape}", file=path, expected="at least one voxel")
+    found = shape[3] if len(shape) == 4 else 1
+    if channels is not None and found != channels:
+        expected = "a 3D volume" if channels == 1 else f"{channels} channels as the fourth axis"
+        raise DatasetError(f"{len(shape)}D volume {shape}", file=path, expected=expected)
+    return shape
+
+
+def _affine(path: Path, header: nib.Nifti1Header) -> np.ndarray:
+    try:
+        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+    except (HeaderDataError, ValueError) as error:
+        raise DatasetError(f"no usable affine ({error})", file=path) from error
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 1e-6 * lengths.prod():
+        expected = "three independent axes of positive length"
+        action = "Mend the sform, qform or pixdim of its header."
+        raise DatasetError(f"singular affine {affine[:3].tolist()}", file=path, expected=expected, action=action)
+    return affine
+
+
+def _slope_inter(path: Path, header: nib.Nifti1Header) -> tuple[float, float]:
+    try:
+        slope, inter = header.get_slope_inter()
+    except HeaderDataError as error:
+        raise DatasetError(f"damaged NIfTI header ({error})", file=path) from error
+    return (1.0, 0.0) if slope is None else (float(slope), float(inter))
+
+
+def _voxels(path: Path, header: nib.Nifti1Header, content: bytes, channels: int | None) -> np.ndarray:
+    """The stored values, without a copy."""
+    shape = _shape(path, header, channels)
+    try:
+        dtype = header.get_data_dtype()
+    except HeaderDataError as error:
+        raise DatasetError(f"damaged NIfTI header ({error})", file=path) from error
+    if dtype.kind not in "iuf":
+        raise DatasetError(f"voxels of type {dtype}", file=path, expected="one integer or real number a voxel")
+    offset, size = header.get_data_offset(), math.prod(shape) * dtype.itemsize
+    if len(content) < offset + size:
+        found = f"truncated: {max(len(content) - offset, 0)} bytes of voxels"
+        raise DatasetError(found, file=path, expected=f"{size}", action="Copy or download it again.")
+    return np.frombuffer(content, dtype, count=math.prod(shape), offset=offset).reshape(shape, order="F")
+
+
+def _scale(path: Path, header: nib.Nifti1Header, raw: np.ndarray) -> np.ndarray:
+    slope, inter = _slope_inter(path, header)
+    values = np.empty(raw.shape, np.float32, order="F")
+    # Slices keep the float64 intermediate small: a whole one would be four times the size of an int16 scan.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for k in range(raw.shape[2]):
+            part = raw[:, :, k]
+            values[:, :, k] = part if (slope, inter) == (1.0, 0.0) else part.astype(np.float64) * slope + inter
+    if raw.dtype.kind == "f" or (slope, inter) != (1.0, 0.0):
+        _require_finite(path, values)
+    return values
+
+
+def _require_finite(path: Path, values: np.ndarray) -> None:
+    # A float64 sum of float32 values is finite exactly if they all are; it needs no mask of the volume's size.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(values.sum(dtype=np.float64)):
+            return
+    count = int(np.count_nonzero(~np.isfinite(values)))
+    if count:
+        action = "Replace them, for example by the intensity of air, before preprocessing."
+        raise DatasetError(f"{count} voxels are NaN or infinite", file=path, expected="finite numbers", action=action)
+
+
+def _as_stored(path: Path, array: np.ndarray, dtype: np.dtype | type | str | None) -> np.ndarray:
+    if dtype is None:
+        dtype = {"b": np.uint8, "f": np.float32}.get(array.dtype.kind, array.dtype)
+        dtype = {np.int64: np.int32, np.uint64: np.uint32}.get(np.dtype(dtype).type, dtype)
+    target = np.dtype(dtype).newbyteorder("=")
+    with np.errstate(invalid="ignore", over="ignore"):
+        stored = array.astype(target, copy=False)
+    if target.kind in "iu" and not np.can_cast(array.dtype, target) and not np.array_equal(stored, array):
+        found = f"values from {array.min():g} to {array.max():g} of type {array.dtype}"
+        raise OutputError(f"{path}: cannot write {found} as {target}")
+    return stored
+
+
+def _header_for(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Header:
+    header = nib.Nifti1Header()
+    header.set_data_dtype(array.dtype)
+    header.set_data_shape(array.shape)
+    header.set_xyzt_units("mm")
+    header.set_zooms((*np.linalg.norm(affine[:3, :3], axis=0), 1.0)[: array.ndim])
+    header.set_sform(affine, code=1)
+    header.set_qform(affine, code=1, strip_shears=True)
+    # A qform cannot hold shear; one that disagrees with the sform would move the scan in programs that prefer it.
+    if not np.allclose(header.get_qform(), affine, rtol=0, atol=1e-3):
+        header.set_qform(None, code=0)
+    header["vox_offset"] = 352
+    header["magic"] = b"n+1"
+    return header
+
+
+def _write_voxels(stream, head: bytes, array: np.ndarray) -> None:
+    stream.write(head)
+    for channel in np.moveaxis(array, 3, 0) if array.ndim == 4 else [array]:
+        for k in range(channel.shape[2]):
+            stream.write(channel[:, :, k].tobytes(order="F"))
+
+
+def _remove(partial: Path) -> None:
+    # The folder may have vanished or turned read-only meanwhile; that error is already on its way.
+    try:
+        partial.unlink(missing_ok=True)
+    except OSError:
+        return
