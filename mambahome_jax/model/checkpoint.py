@@ -1,0 +1,130 @@
+"""Checkpoint folders: `config.json` in plain sight, parameters in Orbax' format, swapped in whole or not at all.
+
+A folder `best` is written as `best.partial` and renamed; the one it replaces is `best.previous` for that moment, and
+is read in its place should a crash leave only that. This module knows the parameters; training/checkpoints.py adds the
+state of the optimizer and of the data to the same folder.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mambahome_jax.errors import CheckpointError, OutputError
+
+CONFIG_FILE, MODEL_ITEM = "config.json", "model"
+PARTIAL, PREVIOUS = ".partial", ".previous"
+# What Orbax and TensorStore raise for files that are missing, cut short or of another kind.
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError)
+WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+
+
+def sibling(folder: Path, suffix: str) -> Path:
+    """The folder's neighbour of the same name with a suffix."""
+    return folder.with_name(folder.name + suffix)
+
+
+def find_checkpoint(folder: Path | str) -> Path:
+    """The folder to read for `folder`: itself, or the one that a crash in the middle of a swap left aside.
+
+    Raises CheckpointError when there is neither.
+    """
+    folder = Path(folder).absolute()
+    for candidate in (folder, sibling(folder, PREVIOUS)):
+        if (candidate / CONFIG_FILE).is_file() and (candidate / MODEL_ITEM).is_dir():
+            return candidate
+    found = "the folder has no config.json and model/" if folder.is_dir() else "no such folder"
+    raise CheckpointError(f"{folder}: {found}; expected a checkpoint such as RUN/checkpoints/best. Check the path")
+
+
+def read_checkpoint_config(folder: Path | str) -> dict[str, Any]:
+    """`config.json` of a checkpoint: {"model": fields of ModelConfig, "data": {...}, "step", ...}.
+
+    Raises CheckpointError when there is no checkpoint or its configuration is not JSON.
+    """
+    path = find_checkpoint(folder) / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}; expected JSON. The checkpoint is damaged, use another") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise CheckpointError(f'{path}: no entry "model"; expected the configuration of the network')
+    return config
+
+
+def integer_keys(tree: Any) -> Any:
+    """Nested dict with the keys of lists as integers again, as nnx has them; Orbax keeps every key as text."""
+    if not isinstance(tree, dict):
+        return tree
+    return {int(k) if isinstance(k, str) and k.isdigit() else k: integer_keys(v) for k, v in tree.items()}
+
+
+def read_checkpoint_params(folder: Path | str) -> dict[str, Any]:
+    """Parameters of a checkpoint on the host, whatever devices they were written from.
+
+    Returns:
+        nested dict of numpy arrays, as `nnx.to_pure_dict(nnx.state(model))` nests them (indices of lists are int).
+
+    Raises CheckpointError when they cannot be read.
+    """
+    path = find_checkpoint(folder) / MODEL_ITEM
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree)
+        return integer_keys(handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=on_host)))
+    except READ_ERRORS as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). The checkpoint is damaged, use another") from error
+
+
+def write_checkpoint(folder: Path | str, params: Any, config: dict[str, Any], *, overwrite: bool = False) -> Path:
+    """Write parameters and configuration alone, as for inference or to start a training from.
+
+    Args:
+        folder: appears whole or not at all.
+        params: nested dict of arrays, numpy or jax, any dtype.
+        config: JSON values; "model" holds the fields of ModelConfig.
+        overwrite: replace a checkpoint that is there.
+
+    Raises OutputError when the folder exists already or cannot be written; what was there before stays.
+    """
+    folder = Path(folder).absolute()
+    if folder.exists() and not overwrite:
+        raise OutputError(f"{folder} exists already; expected a new folder. Choose another name or pass --overwrite")
+    partial = prepare_partial(folder)
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(partial, args=ocp.args.Composite(**{MODEL_ITEM: ocp.args.PyTreeSave(params)}))
+        finish_checkpoint(folder, config)
+    except WRITE_ERRORS as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OutputError(f"{folder}: cannot be written ({error}). Is the disk full or read-only?") from error
+    return folder
+
+
+def prepare_partial(folder: Path) -> Path:
+    """Clear the place beside `folder` where its successor is written, and return it. Raises OutputError."""
+    partial = sibling(folder, PARTIAL)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if partial.exists():
+            shutil.rmtree(partial)
+    except OSError as error:
+        raise OutputError(f"{partial}: {error}. Is the disk full or read-only?") from error
+    return partial
+
+
+def finish_checkpoint(folder: Path, config: dict[str, Any]) -> None:
+    """Put the configuration into the written `folder`.partial and let it take the place of `folder`."""
+    partial, previous = sibling(folder, PARTIAL), sibling(folder, PREVIOUS)
+    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    if folder.exists():
+        # A leftover of an earlier crash is needed only as long as `folder` is missing.
+        if previous.exists():
+            shutil.rmtree(previous)
+        folder.replace(previous)
+    partial.replace(folder)
+    shutil.rmtree(previous, ignore_errors=True)
