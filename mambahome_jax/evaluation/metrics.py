@@ -1,0 +1,244 @@
+"""Agreement of two label maps: Dice, Hausdorff distance, average surface distance and normalised surface Dice.
+
+Definitions are those of MONAI's voxel metrics (DiceMetric, HausdorffDistanceMetric, SurfaceDistanceMetric,
+SurfaceDiceMetric with use_subvoxels=False). The surface of a mask is the mask minus its erosion with the
+6-neighbourhood, where everything outside the image counts as background; a distance goes in mm from a surface voxel of
+one mask to the nearest surface voxel of the other. Each structure is judged on its own, as a binary mask.
+
+`classes` is the number of foreground classes (labels 1..classes) or a sequence of label values; every result is a
+float64 array with one entry a class.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from mambahome_jax.errors import ConfigError
+
+Classes = int | Sequence[int]
+Spacing = float | Sequence[float] | np.ndarray
+LARGEST_LABEL = 65535
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One structure in two label maps.
+
+    `prediction_to_reference` (n,) and `reference_to_prediction` (m,) are float64 surface distances in mm, one entry a
+    surface voxel, in no particular order; None where either mask is empty.
+    """
+
+    predicted: int
+    reference: int
+    overlap: int
+    prediction_to_reference: np.ndarray | None = None
+    reference_to_prediction: np.ndarray | None = None
+
+    def dice(self, ignore_empty: bool = True) -> float:
+        if self.reference == 0:
+            return np.nan if ignore_empty else float(self.predicted == 0)
+        return 2 * self.overlap / (self.predicted + self.reference)
+
+    def hausdorff(self, percentile: float = 100, directed: bool = False) -> float:
+        if self.prediction_to_reference is None or self.reference_to_prediction is None:
+            # As in MONAI: the maximum over an empty surface is inf, but a percentile interpolates inf - inf.
+            return np.inf if percentile == 100 and self.predicted + self.reference else np.nan
+        there = float(np.percentile(self.prediction_to_reference, percentile))
+        return there if directed else max(there, float(np.percentile(self.reference_to_prediction, percentile)))
+
+    def mean_distance(self, directed: bool = False) -> float:
+        if self.prediction_to_reference is None or self.reference_to_prediction is None:
+            return np.inf if self.predicted + self.reference else np.nan
+        there, back = self.prediction_to_reference, self.reference_to_prediction
+        return float(there.mean()) if directed else float((there.sum() + back.sum()) / (there.size + back.size))
+
+    def surface_dice(self, tolerance_mm: float) -> float:
+        if self.prediction_to_reference is None or self.reference_to_prediction is None:
+            return 0.0 if self.predicted + self.reference else np.nan
+        there, back = self.prediction_to_reference, self.reference_to_prediction
+        within = np.count_nonzero(there <= tolerance_mm) + np.count_nonzero(back <= tolerance_mm)
+        return within / (there.size + back.size)
+
+
+def dice(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    classes: Classes,
+    spacing: Spacing | None = None,
+    *,
+    ignore_empty: bool = True,
+) -> np.ndarray:
+    """Dice overlap 2TP / (P + R) of each class; `spacing` has no influence.
+
+    prediction, reference: integer (D, H, W). Where the reference is empty: nan, or with `ignore_empty=False` 1 if the
+    prediction is empty too, else 0. Raises ConfigError where shapes, labels or spacing do not fit.
+    """
+    pairs = compare(prediction, reference, classes, spacing, distances=False)
+    return np.array([pair.dice(ignore_empty) for pair in pairs])
+
+
+def hausdorff(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    classes: Classes,
+    spacing: Spacing,
+    *,
+    percentile: float = 100,
+    directed: bool = False,
+) -> np.ndarray:
+    """Hausdorff distance of each class in mm: larger of both directions, or `directed` from prediction to reference.
+
+    prediction, reference: integer (D, H, W); spacing: (3,) mm. `percentile` (linear interpolation) of each direction's
+    distances; 100 is the maximum. Both masks empty: nan. One empty: inf for the maximum, nan for a percentile.
+    Raises ConfigError where shapes, labels or spacing do not fit.
+    """
+    return np.array([pair.hausdorff(percentile, directed) for pair in compare(prediction, reference, classes, spacing)])
+
+
+def hd95(prediction: np.ndarray, reference: np.ndarray, classes: Classes, spacing: Spacing) -> np.ndarray:
+    """95th percentile of the Hausdorff distance in mm; see `hausdorff`."""
+    return hausdorff(prediction, reference, classes, spacing, percentile=95)
+
+
+def assd(
+    prediction: np.ndarray, reference: np.ndarray, classes: Classes, spacing: Spacing, *, directed: bool = False
+) -> np.ndarray:
+    """Average symmetric surface distance of each class in mm: mean of both directions' distances, concatenated.
+
+    prediction, reference: integer (D, H, W); spacing: (3,) mm. `directed`: from prediction to reference only. One mask
+    empty: inf; both: nan. Raises ConfigError where shapes, labels or spacing do not fit.
+    """
+    return np.array([pair.mean_distance(directed) for pair in compare(prediction, reference, classes, spacing)])
+
+
+def nsd(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    classes: Classes,
+    spacing: Spacing,
+    tolerance_mm: float | Sequence[float] = 1.0,
+) -> np.ndarray:
+    """Normalised surface Dice of each class: share of all surface voxels within `tolerance_mm` (one, or one a class).
+
+    prediction, reference: integer (D, H, W); spacing: (3,) mm; tolerance inclusive. One mask empty: 0; both: nan.
+    Raises ConfigError where shapes, labels, spacing or tolerances do not fit.
+    """
+    pairs = compare(prediction, reference, classes, spacing)
+    tolerances = np.asarray(tolerance_mm, np.float64)
+    if tolerances.ndim > 1 or (tolerances.ndim == 1 and len(tolerances) != len(pairs)):
+        raise ConfigError(
+            f"tolerance_mm has shape {tolerances.shape}; expected one number, or one for each of {len(pairs)}"
+        )
+    if not (tolerances >= 0).all():
+        raise ConfigError(f"tolerance_mm is {tolerance_mm}; expected 0 or more")
+    tolerances = np.broadcast_to(tolerances, len(pairs))
+    return np.array([pair.surface_dice(float(limit)) for pair, limit in zip(pairs, tolerances, strict=True)])
+
+
+def compare(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    classes: Classes,
+    spacing: Spacing | None = None,
+    *,
+    distances: bool = True,
+) -> list[Comparison]:
+    """Each class' `Comparison`, from which all metrics follow; `distances=False` leaves the surfaces out.
+
+    prediction, reference: integer (D, H, W), also float with whole numbers; spacing: (3,) mm, one number for all axes,
+    None for 1. Raises ConfigError where shapes, labels or spacing do not fit.
+    """
+    prediction, reference = as_labels(prediction, "prediction"), as_labels(reference, "reference")
+    if prediction.shape != reference.shape:
+        raise ConfigError(f"prediction has shape {prediction.shape}, reference {reference.shape}; expected the same")
+    labels = _label_values(classes)
+    steps = np.asarray(1.0 if spacing is None else spacing, np.float64)
+    if steps.shape not in ((), (prediction.ndim,)):
+        raise ConfigError(f"spacing is {spacing}; expected one number, or one for each of {prediction.ndim} axes")
+    steps = np.broadcast_to(steps, prediction.ndim)
+    if not (np.isfinite(steps).all() and (steps > 0).all()):
+        raise ConfigError(f"spacing is {spacing}; expected positive numbers in mm")
+    predicted_boxes, reference_boxes = _boxes(prediction, labels), _boxes(reference, labels)
+    result = []
+    for label, *boxes in zip(labels, predicted_boxes, reference_boxes, strict=True):
+        found = [box for box in boxes if box is not None]
+        if not found:
+            result.append(Comparison(0, 0, 0))
+            continue
+        box = tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*found, strict=True))
+        masks = [np.ascontiguousarray(array[box]) == label for array in (prediction, reference)]
+        result.append(_compare_masks(*masks, steps, distances))
+    return result
+
+
+def as_labels(array: np.ndarray, name: str = "label map") -> np.ndarray:
+    """A label map as integers. Raises ConfigError where it is not one: fractions, NaN, no axes."""
+    array = np.asarray(array)
+    if array.ndim == 0:
+        raise ConfigError(f"{name} is a single number; expected an array (D, H, W)")
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8)
+    if np.issubdtype(array.dtype, np.integer):
+        return array
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ConfigError(f"{name} has dtype {array.dtype}; expected integers")
+    whole = np.rint(array)
+    if not np.array_equal(whole, array) or (np.abs(whole) > LARGEST_LABEL).any():
+        raise ConfigError(f"{name} holds fractions, NaN or values above {LARGEST_LABEL}; expected whole label values")
+    return whole.astype(np.int32)
+
+
+def _label_values(classes: Classes) -> list[int]:
+    labels = list(range(1, classes + 1)) if isinstance(classes, int | np.integer) else [int(c) for c in classes]
+    if not labels or min(labels) < 1 or max(labels) > LARGEST_LABEL:
+        raise ConfigError(
+            f"classes is {classes!r}; expected a number of foreground classes, or label values from 1 to {LARGEST_LABEL}"
+        )
+    return labels
+
+
+def _boxes(array: np.ndarray, labels: list[int]) -> list[tuple[slice, ...] | None]:
+    if array.dtype.itemsize > 4 or array.dtype == np.uint32:
+        array = np.where((array > 0) & (array <= LARGEST_LABEL), array, 0).astype(np.int32)
+    # nibabel gives arrays in Fortran order, over which a scan in C order is several times slower.
+    if array.flags.f_contiguous:
+        found = [box and box[::-1] for box in ndimage.find_objects(array.T, max_label=max(labels))]
+    else:
+        found = ndimage.find_objects(array, max_label=max(labels))
+    return [found[label - 1] for label in labels]
+
+
+def _compare_masks(predicted: np.ndarray, reference: np.ndarray, spacing: np.ndarray, distances: bool) -> Comparison:
+    counts = np.count_nonzero(predicted), np.count_nonzero(reference), np.count_nonzero(predicted & reference)
+    if not distances or 0 in counts[:2]:
+        return Comparison(*counts)
+    surface, target = _surface(predicted), _surface(reference)
+    return Comparison(*counts, _distances(surface, target, spacing), _distances(target, surface, spacing))
+
+
+def _surface(mask: np.ndarray) -> np.ndarray:
+    inner = mask.copy()
+    for axis in range(mask.ndim):
+        before, after = (np.moveaxis(a, axis, 0) for a in (inner, mask))
+        before[1:] &= after[:-1]
+        before[:-1] &= after[1:]
+        before[0] = False
+        before[-1] = False
+    return mask & ~inner
+
+
+def _distances(start: np.ndarray, target: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    away = start & ~target
+    here = np.count_nonzero(start) - np.count_nonzero(away)
+    points, goals = np.argwhere(away), np.argwhere(target)
+    # A tree costs about 1.3 us a point, a distance transform 0.15 us and 44 bytes for each voxel of the box.
+    if 10 * (len(points) + len(goals)) > start.size and start.size < 20_000_000:
+        far = ndimage.distance_transform_edt(~target, sampling=spacing)[away]
+    else:
+        nearest = cKDTree(goals * spacing).query(points * spacing)[1] if len(points) else np.zeros(0, int)
+        # From whole voxel offsets, so that a distance equal to a tolerance is not moved past it by rounding.
+        far = np.sqrt((((points - goals[nearest]) * spacing) ** 2).sum(axis=1))
+    return np.concatenate([np.zeros(here), far])
