@@ -1,0 +1,223 @@
+"""Orientation, resampling and cropping of volumes, and the way back. Everything follows the affine, never pixdim.
+
+Grids and sampling agree with MONAI's Spacing (defaults, padding "border") and with its inverse. Where the two grids'
+axes are parallel, which is nearly always so, sampling is done one axis after the other.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from nibabel import orientations
+from scipy import ndimage
+
+from mambahome_jax.errors import ConfigError
+from mambahome_jax.imaging.volume import Volume
+
+Order = Literal["linear", "nearest"]
+
+_SAME = 1e-3  # spacings and affines closer than this count as equal (MONAI's AFFINE_TOL)
+_CORNER = 1e-8  # a corner of the old grid counts as the new grid's first voxel up to here
+_PARALLEL = 1e-4  # voxels by which sampling axis by axis may miss a position
+
+
+def orientation_of(affine: np.ndarray) -> str:
+    """Direction in which each voxel axis runs, as three letters of R L A P S I: "RAS", "LPS", "PSR" ..."""
+    return "".join(orientations.ornt2axcodes(orientations.io_orientation(affine)))
+
+
+def reorient(volume: Volume, orientation: str) -> Volume:
+    """Permute and flip the spatial axes so that they run along `orientation` ("LPS", "RAS" ...), without interpolation.
+
+    The world stays RAS+. The array is a view. Raises ConfigError for letters that name no orientation.
+    """
+    codes = orientation.upper()
+    if len(codes) != 3 or not all(set(pair) & set(codes) for pair in ("RL", "AP", "SI")):
+        raise ConfigError(f"orientation {orientation!r}; expected one letter each of R|L, A|P and S|I, such as RAS")
+    change = orientations.ornt_transform(
+        orientations.io_orientation(volume.affine), orientations.axcodes2ornt(tuple(codes))
+    )
+    affine = volume.affine @ orientations.inv_ornt_aff(change, volume.shape)
+    return Volume(orientations.apply_orientation(volume.array, change), affine)
+
+
+def resampled_grid(
+    affine: np.ndarray, shape: Sequence[int], spacing: Sequence[float]
+) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Affine and shape that MONAI's Spacing gives a grid at a new spacing; the old ones where nearly nothing changes.
+
+    spacing: mm an axis; 0 or below keeps the axis as it is. Shear between the axes is removed.
+    """
+    target = np.asarray(spacing, dtype=np.float64)
+    if target.shape != (3,) or not np.isfinite(target).all():
+        raise ConfigError(f"spacing {tuple(spacing)}; expected three numbers in mm")
+    axes, size = affine[:3, :3], np.asarray(shape[:3], dtype=np.float64)
+    present = np.linalg.norm(axes, axis=0)
+    target = np.where((target <= 0) | (np.abs(target - present) <= _SAME), present, target)
+    upper = np.linalg.cholesky(axes.T @ axes).T
+    new_axes = axes @ np.linalg.inv(upper) @ np.diag(target)
+
+    to_new = np.linalg.inv(new_axes) @ axes
+    corners = np.stack(np.meshgrid(*[(0.0, n - 1) for n in size], indexing="ij"), axis=-1).reshape(8, 3)
+    new_corners = corners @ to_new.T
+    low, high = new_corners.min(axis=0), new_corners.max(axis=0)
+    new_size = np.round(high - low + 1)
+    first = np.flatnonzero((np.abs(low - new_corners) <= _CORNER).all(axis=1))
+    if first.size:
+        origin = axes @ corners[first[0]] + affine[:3, 3]
+    else:
+        # Half the size, not the middle between first and last voxel: MONAI's rule, half a voxel of each grid off.
+        origin = axes @ (size / 2) + affine[:3, 3] - new_axes @ (new_size / 2)
+    result = np.eye(4)
+    result[:3, :3], result[:3, 3] = new_axes, origin
+    new_shape = (int(new_size[0]), int(new_size[1]), int(new_size[2]))
+    if _same_grid(affine, shape, result, new_shape):
+        return affine, (shape[0], shape[1], shape[2])
+    return result, new_shape
+
+
+def resample(volume: Volume, spacing: Sequence[float], order: Order = "linear") -> Volume:
+    """Resample to a spacing in mm, one value an axis (0 or below keeps it), as MONAI's Spacingd.
+
+    order: "linear" gives float32; "nearest" keeps the dtype, for label maps. Outside the old grid the edge goes on.
+    A volume that has the spacing already comes back as it is. Raises ConfigError for anything but three finite numbers.
+    """
+    affine, shape = resampled_grid(volume.affine, volume.shape, spacing)
+    if affine is volume.affine:
+        return volume
+    return resample_to(volume, affine, shape, order)
+
+
+def resample_to(volume: Volume, affine: np.ndarray, shape: Sequence[int], order: Order = "linear") -> Volume:
+    """Sample a volume at the voxels of another grid (`affine` (4, 4), `shape` (D0, D1, D2)), of any orientation.
+
+    A trailing channel axis is kept. Undoes `reorient` and `resample`: give it the affine and shape of the file.
+    order: "linear" gives float32; "nearest" keeps the dtype. Outside the old grid the edge goes on.
+    """
+    if order not in ("linear", "nearest"):
+        raise ConfigError(f"order {order!r}; expected 'linear' or 'nearest'")
+    array = np.asarray(volume.array)
+    shape = (int(shape[0]), int(shape[1]), int(shape[2]))
+    to_old = np.linalg.inv(volume.affine) @ affine
+    source = _parallel_axes(to_old[:3, :3], shape)
+    if source is None:
+        return Volume(_sample_anywhere(array, to_old, shape, order), affine)
+    array, to_old = array.transpose(*source, *range(3, array.ndim)), to_old[[*source, 3]]
+    swapped = volume.affine[:, [*source, 3]]
+    if _same_grid(swapped, array.shape, affine, shape):
+        return Volume(array if order == "nearest" else array.astype(np.float32, copy=False), affine)
+    # Positions along an axis with the other two indices in the middle: what is left of them is smallest there.
+    middle = (np.array(shape) - 1) / 2
+    positions = []
+    for axis, (size, old_size) in enumerate(zip(shape, array.shape, strict=False)):
+        start = to_old[axis, 3] + to_old[axis, :3] @ middle - to_old[axis, axis] * middle[axis]
+        # Rounding to 1e-9 voxel makes ties and unmoved axes exact, whatever the noise of the matrix product.
+        positions.append(np.clip(np.round(start + to_old[axis, axis] * np.arange(size), 9), 0, old_size - 1))
+    return Volume(_sample_by_axis(array, positions, order), affine)
+
+
+def crop(volume: Volume, start: Sequence[int], end: Sequence[int]) -> Volume:
+    """The box from voxel `start` to `end` (exclusive); zeros where it lies outside the volume."""
+    first, last, size = np.array(start), np.array(end), np.array(volume.shape)
+    box = np.maximum(last - first, 0)
+    low, high = np.clip(first, 0, size), np.clip(last, 0, size)
+    affine = volume.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ first
+    inside = volume.array[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
+    if inside.shape[:3] == tuple(box):
+        return Volume(inside, affine)
+    array = np.zeros((*box, *volume.array.shape[3:]), volume.array.dtype)
+    if inside.size:
+        array[tuple(slice(a, b) for a, b in zip(low - first, high - first, strict=True))] = inside
+    return Volume(array, affine)
+
+
+def uncrop(volume: Volume, start: Sequence[int], shape: Sequence[int]) -> Volume:
+    """Undo `crop(_, start, end)` of a volume of `shape`: zeros where nothing was kept."""
+    first = np.array(start)
+    return crop(volume, (-first).tolist(), (np.array(shape[:3]) - first).tolist())
+
+
+def _same_grid(affine: np.ndarray, shape: Sequence[int], other: np.ndarray, other_shape: Sequence[int]) -> bool:
+    if tuple(shape[:3]) != tuple(other_shape[:3]):
+        return False
+    close = np.allclose(affine, other, atol=_SAME)
+    return bool(close or np.allclose(np.linalg.inv(affine) @ other, np.eye(4), atol=_SAME))
+
+
+def _parallel_axes(matrix: np.ndarray, shape: tuple[int, int, int]) -> list[int] | None:
+    """For each new axis the old axis that it runs along; None where the grids are turned or sheared to each other."""
+    source = [int(axis) for axis in np.abs(matrix).argmax(axis=0)]
+    if sorted(source) != [0, 1, 2]:
+        return None
+    rest = np.abs(matrix[source])
+    np.fill_diagonal(rest, 0)
+    error = rest @ ((np.array(shape) - 1) / 2)
+    return source if error.max() < _PARALLEL else None
+
+
+def _sample_anywhere(array: np.ndarray, to_old: np.ndarray, shape: tuple[int, int, int], order: Order) -> np.ndarray:
+    dtype = np.dtype(np.float32) if order == "linear" else array.dtype
+    result = np.empty((*shape, *array.shape[3:]), dtype)
+    for channel in np.ndindex(array.shape[3:]):
+        ndimage.affine_transform(
+            array[(..., *channel)],
+            to_old[:3, :3],
+            to_old[:3, 3],
+            shape,
+            output=result[(..., *channel)],
+            order=1 if order == "linear" else 0,
+            mode="nearest",
+        )
+    return result
+
+
+def _sample_by_axis(array: np.ndarray, positions: list[np.ndarray], order: Order) -> np.ndarray:
+    """One axis after the other, the one that shrinks most first: no array on the way exceeds both input and output."""
+    memory = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
+    result = array.transpose(memory)
+    for axis in sorted(range(3), key=lambda axis: len(positions[axis]) / array.shape[axis]):
+        result = _sample_axis(result, memory.index(axis), positions[axis], order)
+    if order == "linear":
+        result = result.astype(np.float32, copy=False)
+    return result.transpose(np.argsort(memory))
+
+
+def _sample_axis(array: np.ndarray, axis: int, position: np.ndarray, order: Order) -> np.ndarray:
+    """Sample along one axis of an array whose memory order is C, at float64 positions within it.
+
+    Works in slabs along the outermost axis, which keeps what is in flight in the cache.
+    """
+    size = array.shape[axis]
+    low = (np.rint(position) if order == "nearest" else np.floor(position)).astype(np.intp)
+    weight = (position - low).astype(np.float32)
+    if order == "nearest" or not weight.any():
+        if np.array_equal(low, np.arange(size)):
+            return array
+        result = np.empty((*array.shape[:axis], len(low), *array.shape[axis + 1 :]), array.dtype)
+        if axis == 0:
+            for i, index in enumerate(low):
+                result[i] = array[index]
+        else:
+            for slab, out in zip(array, result, strict=True):
+                np.take(slab, low, axis=axis - 1, out=out, mode="clip")
+        return result
+    high = np.minimum(low + 1, size - 1)
+    result = np.empty((*array.shape[:axis], len(low), *array.shape[axis + 1 :]), np.float32)
+    if axis == 0:
+        step = np.empty(array.shape[1:], np.float32)
+        for i, out in enumerate(result):
+            np.subtract(array[high[i]], array[low[i]], out=step, dtype=np.float32)
+            np.multiply(step, weight[i], out=step)
+            np.add(step, array[low[i]], out=out)
+        return result
+    weight = weight.reshape(-1, *[1] * (array.ndim - 1 - axis))
+    step = np.empty(result.shape[1:], np.float32)
+    for slab, out in zip(array, result, strict=True):
+        slab = slab.astype(np.float32, order="C", copy=False)
+        np.take(slab, low, axis=axis - 1, out=out, mode="clip")
+        np.take(slab, high, axis=axis - 1, out=step, mode="clip")
+        step -= out
+        step *= weight
+        out += step
+    return result
