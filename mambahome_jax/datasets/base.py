@@ -1,0 +1,137 @@
+"""What a dataset is once its layout no longer matters: cases with their files, names of the labels and channels."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mambahome_jax.config import Modality
+from mambahome_jax.errors import DatasetError
+
+Split = Literal["train", "val", "test"]
+
+_MODALITY_WORDS: dict[Modality, frozenset[str]] = {
+    "ct": frozenset({"ct", "cbct"}),
+    "mr": frozenset({"mr", "mri", "t1", "t1w", "t1gd", "t1ce", "t1c", "t2", "t2w", "flair", "adc", "dwi", "pd"}),
+    "us": frozenset({"us", "ultrasound"}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan, with its label map where there is one.
+
+    id: unique in its dataset, usable as a file name. patient: cases of one patient are never on both sides of a split
+    (default: the case itself). split, modality: None where the dataset does not say.
+    """
+
+    id: str
+    image: Path
+    label: Path | None = None
+    split: Split | None = None
+    modality: Modality | None = None
+    patient: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.patient:
+            object.__setattr__(self, "patient", self.id)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The cases that a folder holds.
+
+    channels: one name each; more than one means 4D images whose last axis is the channel. labels: value -> name without
+    the background 0; empty where the dataset does not name them. skipped: (case id, reason) of what cannot be used.
+    notes: what the user should know but need not mend.
+    """
+
+    name: str
+    channels: tuple[str, ...]
+    labels: Mapping[int, str]
+    cases: tuple[Case, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def nifti_files(folder: Path) -> dict[str, Path]:
+    """Visible NIfTI files of a folder by name without suffix, sorted; empty where the folder is missing.
+
+    Names that begin with . or _ are left out: macOS puts ._<name> beside the files of an archive.
+    """
+    if not folder.is_dir():
+        return {}
+    found = {
+        nifti_stem(path): path
+        for path in sorted(folder.iterdir())
+        if path.name.endswith((".nii", ".nii.gz")) and path.name[0] not in "._" and path.is_file()
+    }
+    return dict(sorted(found.items()))
+
+
+def nifti_stem(path: Path) -> str:
+    """File name without .nii or .nii.gz."""
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Content of a JSON file that holds an object.
+
+    Raises DatasetError: missing, not readable, not JSON, not an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DatasetError("no such file", file=path) from error
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
+    except ValueError as error:
+        raise DatasetError(f"not valid JSON ({error})", file=path) from error
+    if not isinstance(content, dict):
+        raise DatasetError(f"a JSON {type(content).__name__}", file=path, expected="an object with keys")
+    return content
+
+
+def label_names(table: object, file: Path) -> dict[int, str]:
+    """Label table of a dataset.json, {"1": name} or {name: 1}, as {value: name} in order of value, without background.
+
+    Raises DatasetError: another form, a value that is no whole number from 0 to 255, one value with two names.
+    """
+    expected = '"labels": {"1": "liver", ...} with values from 0 to 255'
+    if not isinstance(table, dict):
+        raise DatasetError('no table "labels"', file=file, expected=expected)
+    names: dict[int, str] = {}
+    for key, content in table.items():
+        value, name = (key, content) if _is_integer(key) else (content, key)
+        if not _is_integer(value) or not isinstance(name, str) or not 0 <= int(value) <= 255:
+            raise DatasetError(f"label entry {key!r}: {content!r}", file=file, expected=expected)
+        if names.setdefault(int(value), name) != name:
+            raise DatasetError(f"label {value} is named {names[int(value)]!r} and {name!r}", file=file)
+    names.pop(0, None)
+    return dict(sorted(names.items()))
+
+
+def optional_label_names(folder: Path) -> dict[int, str]:
+    """Label table of folder/dataset.json, or an empty one where that file or its table is absent."""
+    file = folder / "dataset.json"
+    content = read_json(file) if file.exists() else {}
+    return label_names(content["labels"], file) if "labels" in content else {}
+
+
+def modality_of(names: Iterable[str]) -> Modality | None:
+    """Modality that channel names such as "CT", "MRI" or "T1w" stand for; None where they do not tell or disagree."""
+    found = {
+        modality
+        for name in names
+        for modality, words in _MODALITY_WORDS.items()
+        if words & set(re.split(r"[^a-z0-9]+", name.lower()))
+    }
+    return found.pop() if len(found) == 1 else None
+
+
+def _is_integer(value: object) -> bool:
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, int) or (isinstance(value, str) and re.fullmatch(r"-?\d+", value) is not None)

@@ -1,0 +1,58 @@
+"""images/<case>.nii.gz with labels/<case>.nii.gz: what the published converter reads."""
+
+import re
+from pathlib import Path
+
+from mambahome_jax.datasets.base import Case, Dataset, nifti_files, optional_label_names
+from mambahome_jax.errors import DatasetError
+
+LOOKS_FOR = "images/<case>.nii.gz with labels/<case>.nii.gz"
+
+# The published converter pairs by sorted order, so its users' names may differ in such an ending.
+_IMAGE_ENDING = re.compile(r"[-_. ](0000|image|img|scan|ct|mr|mri|us|volume|vol)$", re.IGNORECASE)
+_LABEL_ENDING = re.compile(r"[-_. ](labels?|seg|segmentation|mask|gt|dseg)$", re.IGNORECASE)
+
+
+def detect(folder: Path) -> bool:
+    """Whether the folder has images/ or labels/."""
+    return (folder / "images").is_dir() or (folder / "labels").is_dir()
+
+
+def load(folder: Path) -> Dataset:
+    """Pairs the files of images/ and labels/ by name; an ending such as _0000 or _label may differ.
+
+    An image without a label is kept as unlabelled, and noted; a label without its image is skipped. Names of the
+    labels come from an optional dataset.json beside the two folders.
+    Raises DatasetError: one of the folders is missing or holds no NIfTI file.
+    """
+    images, labels = _files(folder / "images"), _files(folder / "labels")
+    endings = {key: [stem for stem in labels if _LABEL_ENDING.sub("", stem) == key] for key in map(_label_key, labels)}
+    cases, used = [], set()
+    for stem, image in images.items():
+        candidates = [stem] if stem in labels else endings.get(_IMAGE_ENDING.sub("", stem), [])
+        label = candidates[0] if len(candidates) == 1 else None
+        used.add(label)
+        cases.append(Case(stem, image, labels[label] if label is not None else None))
+    skipped = tuple(
+        (stem, f"labels/{path.name} has no image; expected images/{path.name}")
+        for stem, path in labels.items()
+        if stem not in used
+    )
+    unlabelled = [case.id for case in cases if case.label is None]
+    notes: tuple[str, ...] = ()
+    if unlabelled:
+        listed = ", ".join(unlabelled[:5]) + (", ..." if len(unlabelled) > 5 else "")
+        notes = (f"{len(unlabelled)} images have no label and are kept as unlabelled: {listed}",)
+    return Dataset(folder.resolve().name, ("image",), optional_label_names(folder), tuple(cases), skipped, notes)
+
+
+def _label_key(stem: str) -> str:
+    return _LABEL_ENDING.sub("", stem)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    files = nifti_files(folder)
+    if not files:
+        found = "the folder holds no .nii.gz or .nii file" if folder.is_dir() else "the folder is missing"
+        raise DatasetError(found, file=folder, expected=LOOKS_FOR)
+    return files

@@ -1,0 +1,175 @@
+"""A folder that preprocess.py wrote: images/, labels/, store/ and dataset.json."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambahome_jax.config import Modality
+from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, read_json
+from mambahome_jax.errors import DatasetError, OutputError
+
+LOOKS_FOR = "dataset.json with store/ (a folder that preprocess.py wrote)"
+VERSION = 1
+
+_KEYS = ("id", "image", "label", "split", "modality", "shape", "spacing", "source")
+
+
+@dataclass(frozen=True)
+class PreparedCase:
+    """One entry of "cases" in dataset.json.
+
+    image, label: paths, relative to the folder where the file lies in it. shape: (D, H, W) voxels and spacing: (3,) mm
+    after resampling. source: the image file that the user gave. patient: written only where it is not the id.
+    """
+
+    id: str
+    image: str
+    label: str | None
+    split: Split | None
+    modality: Modality
+    shape: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    source: str
+    patient: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.patient:
+            object.__setattr__(self, "patient", self.id)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A preprocessed dataset.
+
+    spacing: (3,) mm that was asked for, None where every scan kept its own; 0 or below keeps an axis. orientation: of
+    the array axes, such as "RAS". labels: value -> name, without the background.
+    """
+
+    root: Path
+    name: str
+    spacing: tuple[float, float, float] | None
+    orientation: str
+    channels: tuple[str, ...]
+    labels: Mapping[int, str]
+    cases: tuple[PreparedCase, ...]
+    skipped: tuple[tuple[str, str], ...] = field(default=())
+
+    @property
+    def store(self) -> Path:
+        """Folder of the patch store."""
+        return self.root / "store"
+
+    def image_path(self, case: PreparedCase) -> Path:
+        """File of the case's image."""
+        return self.root / case.image
+
+    def label_path(self, case: PreparedCase) -> Path | None:
+        """File of the case's label map, None where it has none."""
+        return None if case.label is None else self.root / case.label
+
+
+def detect(folder: Path) -> bool:
+    """Whether preprocess.py wrote this folder."""
+    return (folder / "dataset.json").is_file() and (folder / "store").is_dir()
+
+
+def load(folder: Path) -> Dataset:
+    """The folder as a Dataset, to preprocess it once more."""
+    prepared = read_prepared(folder)
+    cases = tuple(
+        Case(case.id, prepared.image_path(case), prepared.label_path(case), case.split, case.modality, case.patient)
+        for case in prepared.cases
+    )
+    return Dataset(prepared.name, prepared.channels, dict(prepared.labels), cases, prepared.skipped)
+
+
+def read_prepared(folder: Path) -> Prepared:
+    """Read folder/dataset.json.
+
+    Raises DatasetError: missing, damaged, of another version, or with keys missing.
+    """
+    folder = Path(folder)
+    file = folder / "dataset.json"
+    content = read_json(file)
+    if content.get("version") != VERSION:
+        found, action = f"version {content.get('version')!r}", "Run preprocess.py again."
+        raise DatasetError(found, file=file, expected=f"version {VERSION} of {LOOKS_FOR}", action=action)
+    try:
+        spacing = content["spacing"]
+        return Prepared(
+            root=folder,
+            name=str(content["name"]),
+            spacing=None if spacing is None else _three(spacing, float),
+            orientation=str(content.get("orientation", "RAS")),
+            channels=tuple(content["channels"]),
+            labels=label_names(content["labels"], file),
+            cases=tuple(_case(entry) for entry in content["cases"]),
+            skipped=tuple((entry["id"], entry["reason"]) for entry in content["skipped"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        found = f"damaged ({type(error).__name__}: {error})"
+        raise DatasetError(found, file=file, expected=LOOKS_FOR, action="Run preprocess.py again.") from error
+
+
+def write_prepared(prepared: Prepared) -> None:
+    """Write root/dataset.json, whole or not at all. Raises OutputError."""
+    content = {
+        "version": VERSION,
+        "name": prepared.name,
+        "spacing": prepared.spacing,
+        "orientation": prepared.orientation,
+        "channels": prepared.channels,
+        "labels": {str(value): name for value, name in sorted(prepared.labels.items())},
+        "cases": [_entry(case) for case in prepared.cases],
+        "skipped": [{"id": case, "reason": reason} for case, reason in prepared.skipped],
+    }
+    write_json(prepared.root / "dataset.json", content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON beside its place, then rename it there. Raises OutputError: the folder cannot be written."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def split_cases(prepared: Prepared, seed: int = 0) -> tuple[list[str], list[str]]:
+    """Ids to train on and ids to validate on.
+
+    Held out are the cases marked "val"; without any, every fifth patient in an order drawn from the seed. Cases with
+    split "test" or without a label are in neither list; a single patient is trained on and not held out.
+    """
+    usable = [case for case in prepared.cases if case.label is not None and case.split != "test"]
+    held_out = {case.id for case in usable if case.split == "val"}
+    if not held_out:
+        patients = sorted({case.patient for case in usable if case.split != "val"})
+        order = np.random.default_rng(seed).permutation(len(patients))
+        chosen = {patients[i] for i in order[::5]} if len(patients) > 1 else set()
+        held_out = {case.id for case in usable if case.patient in chosen}
+    return [case.id for case in usable if case.id not in held_out], [case.id for case in usable if case.id in held_out]
+
+
+def _entry(case: PreparedCase) -> dict[str, Any]:
+    entry = asdict(case)
+    if case.patient == case.id:
+        del entry["patient"]
+    return entry
+
+
+def _case(entry: dict[str, Any]) -> PreparedCase:
+    values = {key: entry[key] for key in _KEYS}
+    values |= {"shape": _three(entry["shape"], int), "spacing": _three(entry["spacing"], float)}
+    return PreparedCase(**values, patient=entry.get("patient", ""))
+
+
+def _three(values: Any, kind: type) -> Any:
+    a, b, c = (kind(value) for value in values)
+    return (a, b, c)

@@ -1,0 +1,66 @@
+"""<case>/*ct*.nii.gz with <case>/*labels*.nii.gz: what the published training script reads."""
+
+import re
+from pathlib import Path
+
+from mambahome_jax.datasets.base import Case, Dataset, nifti_files, optional_label_names
+from mambahome_jax.errors import DatasetError
+
+LOOKS_FOR = "<case>/*ct*.nii.gz with <case>/*labels*.nii.gz (the published training layout)"
+
+_ROLE = re.compile(r"[-_. ]*(ct|combined_labels|labels)[-_. ]*", re.IGNORECASE)
+
+
+def detect(folder: Path) -> bool:
+    """Whether any direct subfolder holds a *ct*.nii.gz or *labels*.nii.gz."""
+    return any(images or labels for images, labels in map(_files, _subfolders(folder)))
+
+
+def load(folder: Path) -> Dataset:
+    """One case a subfolder, named after it; where a subfolder holds several pairs, <subfolder>_<rest of the name>.
+
+    The published script pairs by sorted order over the whole dataset, which shifts all pairs after one missing file;
+    here a pair lies in one subfolder. An image without labels, or labels without an image, is skipped. The files say
+    "ct", so the modality is CT unless the user says otherwise.
+    Raises DatasetError: no complete pair at all.
+    """
+    cases, skipped = [], []
+    for subfolder in _subfolders(folder):
+        images, labels = _files(subfolder)
+        if len(images) == 1 and len(labels) == 1:
+            cases.append(Case(subfolder.name, next(iter(images.values())), next(iter(labels.values())), None, "ct"))
+            continue
+        image_keys, label_keys = _by_key(images), _by_key(labels)
+        for key in sorted(image_keys | label_keys):
+            case = f"{subfolder.name}_{key}" if key else subfolder.name
+            found = (image_keys.get(key, []), label_keys.get(key, []))
+            if [len(paths) for paths in found] == [1, 1]:
+                cases.append(Case(case, found[0][0], found[1][0], None, "ct"))
+            else:
+                names = ", ".join(path.name for paths in found for path in paths)
+                reason = f"{subfolder.name}/ holds {names}; expected one *ct*.nii.gz and one *labels*.nii.gz"
+                skipped.append((case, reason))
+    if not cases:
+        reason = f" ({skipped[0][1]})" if skipped else ""
+        raise DatasetError(f"no scan with its labels{reason}", file=folder, expected=LOOKS_FOR)
+    return Dataset(folder.resolve().name, ("CT",), optional_label_names(folder), tuple(cases), tuple(skipped))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] not in "._"]
+
+
+def _files(subfolder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Images and label maps of one subfolder, by stem."""
+    files = nifti_files(subfolder)
+    labels = {stem: path for stem, path in files.items() if "labels" in stem.lower()}
+    images = {stem: path for stem, path in files.items() if "ct" in stem.lower() and stem not in labels}
+    return images, labels
+
+
+def _by_key(files: dict[str, Path]) -> dict[str, list[Path]]:
+    """Files by what is left of their name without its role."""
+    keys: dict[str, list[Path]] = {}
+    for stem, path in files.items():
+        keys.setdefault(_ROLE.sub("", stem), []).append(path)
+    return keys
