@@ -1,0 +1,143 @@
+"""Intensities: the published windows and scores, and the box of the foreground. Arrays are channels-last.
+
+`normalise` is what the network sees. Training applies it to crops and inference to whole volumes, so it takes the
+volume's statistics as an argument and never computes them from what it is given.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mambahome_jax.config import Modality
+from mambahome_jax.errors import ConfigError
+
+CT_WINDOW = (-175.0, 250.0)  # HU, as published
+_SLAB = 1 << 22  # voxels that a reduction widens to float64 at a time
+
+
+@dataclass(frozen=True)
+class IntensityStatistics:
+    """Of one volume, one entry a channel.
+
+    mean, std: over the voxels that are not 0 (over all where none is 0 or all are); population std, 0 replaced by 1.
+    minimum, maximum: over all voxels.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    minimum: tuple[float, ...]
+    maximum: tuple[float, ...]
+
+
+def statistics(array: np.ndarray) -> IntensityStatistics:
+    """Statistics of a volume (D, H, W, C), in float64."""
+    if array.ndim != 4:
+        raise ValueError(f"array {array.shape}; expected (D, H, W, C)")
+    channels = [array[..., c] for c in range(array.shape[3])]
+    moments = [_moments(channel, nonzero=True) for channel in channels]
+    return IntensityStatistics(
+        mean=tuple(mean for mean, _ in moments),
+        std=tuple(std for _, std in moments),
+        minimum=tuple(float(channel.min()) for channel in channels),
+        maximum=tuple(float(channel.max()) for channel in channels),
+    )
+
+
+def normalise(array: np.ndarray, modality: Modality, stats: IntensityStatistics) -> np.ndarray:
+    """What the network sees of an array (..., C): float32, same shape.
+
+    ct: window -175 to 250 HU to [0, 1], clipped. mr: z-score by the volume's statistics, zeros stay zero.
+    us: the volume's minimum and maximum to [0, 1]. Raises ConfigError for another modality.
+    """
+    if modality == "ct":
+        return scale_range(array, *CT_WINDOW, 0.0, 1.0, clip=True)
+    values = array.astype(np.float32)
+    if modality == "mr":
+        scaled = (values - np.asarray(stats.mean, np.float32)) / np.asarray(stats.std, np.float32)
+        scaled[values == 0] = 0
+        return scaled
+    if modality == "us":
+        low = np.asarray(stats.minimum, np.float32)
+        extent = np.asarray(stats.maximum, np.float32) - low
+        return (values - low) / np.where(extent > 0, extent, np.float32(1))
+    raise ConfigError(f"modality {modality!r}; expected ct, mr or us")
+
+
+def scale_range(
+    array: np.ndarray, a_min: float, a_max: float, b_min: float, b_max: float, clip: bool = False
+) -> np.ndarray:
+    """Map [a_min, a_max] to [b_min, b_max], beyond it too unless `clip`. float32, as MONAI's ScaleIntensityRange.
+
+    Raises ConfigError where a_min equals a_max.
+    """
+    if a_min == a_max:
+        raise ConfigError(f"intensity range {a_min} to {a_max}; expected two different values")
+    scaled = array.astype(np.float32)
+    scaled -= np.float32(a_min)
+    scaled *= np.float32((b_max - b_min) / (a_max - a_min))
+    scaled += np.float32(b_min)
+    return np.clip(scaled, b_min, b_max, out=scaled) if clip else scaled
+
+
+def normalise_z(array: np.ndarray, nonzero: bool = True, channelwise: bool = True) -> np.ndarray:
+    """(x - mean) / std of an array (D, H, W, C), float32, as MONAI's NormalizeIntensity.
+
+    nonzero: only voxels that are not 0 count and change. channelwise: each channel by itself. A std of 0 counts as 1.
+    """
+    result = array.astype(np.float32)
+    for part in [result[..., c] for c in range(result.shape[-1])] if channelwise else [result]:
+        changed = part != 0 if nonzero else np.ones(part.shape, bool)
+        if changed.any():
+            mean, std = _moments(part, nonzero)
+            part[changed] = (part[changed] - np.float32(mean)) / np.float32(std)
+    return result
+
+
+def foreground_box(
+    array: np.ndarray,
+    margin: int | Sequence[int] = 0,
+    k_divisible: int | Sequence[int] = 1,
+    allow_smaller: bool = False,
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Start and end (exclusive) of the voxels above 0 in any channel of (D, H, W, C), as MONAI's CropForeground.
+
+    The box is widened by `margin` voxels, cut to the volume if `allow_smaller`, then widened on both sides until its
+    size is a multiple of `k_divisible`. It may therefore lie partly outside: `geometry.crop` puts zeros there.
+    Without foreground both are (0, 0, 0).
+    """
+    if array.ndim != 4:
+        raise ValueError(f"array {array.shape}; expected (D, H, W, C)")
+    mask: np.ndarray = (array > 0).any(axis=3)
+    if not mask.any():
+        return (0, 0, 0), (0, 0, 0)
+    margins, multiples = np.broadcast_to(margin, 3), np.broadcast_to(k_divisible, 3)
+    box = []
+    for axis, size in enumerate(mask.shape):
+        used = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        start, end = int(used[0] - margins[axis]), int(used[-1] + 1 + margins[axis])
+        if allow_smaller:
+            start, end = max(start, 0), min(end, size)
+        length = -(-(end - start) // int(multiples[axis])) * int(multiples[axis])
+        start -= (length - (end - start)) // 2
+        box.append((start, start + length))
+    (a, b, c), (d, e, f) = zip(*box, strict=True)
+    return (a, b, c), (d, e, f)
+
+
+def _moments(array: np.ndarray, nonzero: bool) -> tuple[float, float]:
+    """Mean and population standard deviation in float64, in two passes over small parts; 0 deviation gives 1."""
+    flat = array.ravel(order="K")
+    parts = [flat[i : i + _SLAB] for i in range(0, flat.size, _SLAB)]
+    count = int(np.count_nonzero(flat)) if nonzero else flat.size
+    only_used = 0 < count < flat.size
+    count = count if only_used else flat.size
+    mean = sum(float(part.sum(dtype=np.float64)) for part in parts) / count
+    square = 0.0
+    for part in parts:
+        used = part[part != 0] if only_used else part
+        difference = used.astype(np.float64) - mean
+        square += float(difference @ difference)
+    std = float(np.sqrt(square / count))
+    # What float32 cannot resolve is a constant volume with rounding noise, not contrast.
+    return mean, std if std > 1e-7 * abs(mean) else 1.0
