@@ -108,7 +108,7 @@ def foreground_box(
     """
     if array.ndim != 4:
         raise ValueError(f"array {array.shape}; expected (D, H, W, C)")
-    mask: np.ndarray = (array > 0).any(axis=3)
+    mask = np.asarray((array > 0).any(axis=3))
     if not mask.any():
         return (0, 0, 0), (0, 0, 0)
     margins, multiples = np.broadcast_to(margin, 3), np.broadcast_to(k_divisible, 3)
