@@ -169,8 +169,8 @@ def compare(
             result.append(Comparison(0, 0, 0))
             continue
         box = tuple(slice(min(s.start for s in axis), max(s.stop for s in axis)) for axis in zip(*found, strict=True))
-        masks = [np.ascontiguousarray(array[box]) == label for array in (prediction, reference)]
-        result.append(_compare_masks(*masks, steps, distances))
+        mask, target = (np.ascontiguousarray(array[box]) == label for array in (prediction, reference))
+        result.append(_compare_masks(mask, target, steps, distances))
     return result
 
 
@@ -194,9 +194,8 @@ def as_labels(array: np.ndarray, name: str = "label map") -> np.ndarray:
 def _label_values(classes: Classes) -> list[int]:
     labels = list(range(1, classes + 1)) if isinstance(classes, int | np.integer) else [int(c) for c in classes]
     if not labels or min(labels) < 1 or max(labels) > LARGEST_LABEL:
-        raise ConfigError(
-            f"classes is {classes!r}; expected a number of foreground classes, or label values from 1 to {LARGEST_LABEL}"
-        )
+        expected = f"a number of foreground classes, or label values from 1 to {LARGEST_LABEL}"
+        raise ConfigError(f"classes is {classes!r}; expected {expected}")
     return labels
 
 
@@ -212,11 +211,11 @@ def _boxes(array: np.ndarray, labels: list[int]) -> list[tuple[slice, ...] | Non
 
 
 def _compare_masks(predicted: np.ndarray, reference: np.ndarray, spacing: np.ndarray, distances: bool) -> Comparison:
-    counts = np.count_nonzero(predicted), np.count_nonzero(reference), np.count_nonzero(predicted & reference)
-    if not distances or 0 in counts[:2]:
-        return Comparison(*counts)
+    sizes, overlap = (int(predicted.sum()), int(reference.sum())), int((predicted & reference).sum())
+    if not distances or 0 in sizes:
+        return Comparison(*sizes, overlap)
     surface, target = _surface(predicted), _surface(reference)
-    return Comparison(*counts, _distances(surface, target, spacing), _distances(target, surface, spacing))
+    return Comparison(*sizes, overlap, _distances(surface, target, spacing), _distances(target, surface, spacing))
 
 
 def _surface(mask: np.ndarray) -> np.ndarray:
