@@ -1,4 +1,4 @@
-"""DiceCE, as MONAI's DiceCELoss(to_onehot_y=True, softmax=True) computes it; see parity/pipeline/README.md, section 8."""
+"""DiceCE, as MONAI's DiceCELoss(to_onehot_y=True, softmax=True) computes it."""
 
 import jax
 import jax.numpy as jnp
