@@ -1,0 +1,320 @@
+"""preprocess: a folder of scans becomes resampled NIfTI files and the patch store that training reads."""
+
+import os
+import shutil
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mambahome_jax.config import Modality, PreprocessConfig
+from mambahome_jax.data.pool import available_memory, run_jobs
+from mambahome_jax.data.prepare import CaseJob, prepare_case, up_to_date
+from mambahome_jax.data.store import StoreEntry, write_index
+from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, load_dataset, write_prepared
+from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
+from mambahome_jax.imaging.geometry import reorient, resampled_grid
+from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
+
+_SAMPLED = 3
+_HU_BELOW = -500.0
+# Stored values, decompressed file, float32 copy and resampled copy of a voxel, measured at its peak and rounded up.
+_BYTES_A_VOXEL = 16
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a dataset: ids done now, kept from before, and (id, reason) of what failed or was skipped."""
+
+    prepared: Prepared
+    entries: tuple[StoreEntry, ...]
+    done: tuple[str, ...]
+    kept: tuple[str, ...]
+    failed: tuple[tuple[str, str], ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done, 1 some cases failed, 2 no case is usable."""
+        return 2 if not self.entries else int(bool(self.failed))
+
+
+def run(config: PreprocessConfig) -> int:
+    """Preprocess config.input_path into config.output_path; returns the exit code.
+
+    Raises DatasetError: the folder as a whole cannot be read. ConfigError, OutputError: see `prepare`.
+    """
+    console = Console()
+    if config.output_path.resolve() == config.input_path.resolve():
+        raise ConfigError(f"{config.output_path}: input_path and output_path are the same folder; name another output")
+    dataset = load_dataset(config.input_path)
+    summary = prepare(
+        dataset,
+        config.output_path,
+        spacing=config.spacing,
+        orientation=config.orientation,
+        modality=config.modality,
+        num_workers=config.num_workers,
+        overwrite=config.overwrite,
+        console=console,
+    )
+    _print_summary(summary, console)
+    return summary.exit_code
+
+
+def prepare(
+    dataset: Dataset,
+    output_path: Path,
+    *,
+    spacing: tuple[float, float, float] | None,
+    orientation: str = "RAS",
+    modality: Modality | None = None,
+    num_workers: int | None = None,
+    overwrite: bool = False,
+    nifti: bool = True,
+    console: Console | None = None,
+) -> Summary:
+    """Bring every case of a dataset to one orientation and spacing and write OUT/images, labels, store, dataset.json.
+
+    spacing: mm an axis of the reoriented volume, 0 or below keeps an axis, None keeps all. modality: instead of what
+    the dataset says. nifti: False writes the store only, and dataset.json names the files of the dataset itself. What
+    is there from the same files with the same settings is kept, unless `overwrite`. A case that fails is reported and
+    the others go on.
+    Raises OutputError: the output folder cannot be written. ConfigError: an orientation or spacing that cannot work.
+    """
+    console = console or Console()
+    output = Path(output_path)
+    reorient(Volume(np.zeros((1, 1, 1)), np.eye(4)), orientation)
+    if spacing is not None:
+        resampled_grid(np.eye(4), (1, 1, 1), spacing)
+    _open_output(output, nifti)
+    for note in dataset.notes:
+        _say(console, f"Note: {note}")
+    jobs = _jobs(dataset, output, spacing, orientation.upper(), modality, nifti, console)
+    failed = list(dataset.skipped)
+    for case, reason in failed:
+        _say(console, f"Skipped {case}: {reason}")
+
+    entries: dict[str, StoreEntry] = {}
+    todo = []
+    for job in jobs:
+        try:
+            entry = None if overwrite else up_to_date(job)
+        except DatasetError:
+            # The file is missing; the worker says so in its own words.
+            entry = None
+        if entry is None:
+            todo.append(job)
+        else:
+            entries[job.case.id] = entry
+    kept = tuple(entries)
+    if kept:
+        _say(console, f"{len(kept)} of {len(jobs)} cases are up to date and kept (--overwrite does them again)")
+    failed += _work(todo, entries, num_workers, console)
+
+    ordered = [(job, entries[job.case.id]) for job in jobs if job.case.id in entries]
+    write_index(output / "store", [entry for _, entry in ordered])
+    prepared = Prepared(
+        root=output,
+        name=dataset.name,
+        spacing=spacing,
+        orientation=orientation.upper(),
+        channels=dataset.channels,
+        labels=dict(dataset.labels) or _labels_found([entry for _, entry in ordered]),
+        cases=tuple(_prepared_case(job, entry) for job, entry in ordered),
+        skipped=tuple(failed),
+    )
+    write_prepared(prepared)
+    done = tuple(job.case.id for job, _ in ordered if job.case.id not in kept)
+    return Summary(prepared, tuple(entry for _, entry in ordered), done, kept, tuple(failed))
+
+
+def choose_modality(dataset: Dataset, asked: Modality | None) -> tuple[Modality, str]:
+    """Modality of the cases that do not name their own, and why: asked for, or by the values of a few scans."""
+    if asked is not None:
+        return asked, "as asked for by --modality"
+    lowest: list[float] = []
+    order = np.linspace(0, len(dataset.cases) - 1, min(len(dataset.cases), 4 * _SAMPLED)).round().astype(int)
+    for index in order[np.argsort(np.arange(len(order)) % 4, kind="stable")]:
+        case = dataset.cases[index]
+        if case.modality is None and len(lowest) < _SAMPLED:
+            try:
+                lowest.append(float(read_volume(case.image).array.min()))
+            except DatasetError:
+                # Reported when the case's turn comes.
+                continue
+    values = ", ".join(f"{value:g}" for value in lowest) or "unknown"
+    if lowest and np.median(lowest) < _HU_BELOW:
+        return "ct", f"guessed from the lowest values of {len(lowest)} scans ({values}): Hounsfield units of air"
+    return "mr", f"guessed from the lowest values of {len(lowest)} scans ({values}): no Hounsfield units of air"
+
+
+def _jobs(
+    dataset: Dataset,
+    output: Path,
+    spacing: tuple[float, float, float] | None,
+    orientation: str,
+    asked: Modality | None,
+    nifti: bool,
+    console: Console,
+) -> list[CaseJob]:
+    silent: Modality | None = None
+    if asked is not None or any(case.modality is None for case in dataset.cases):
+        silent, reason = choose_modality(dataset, asked)
+        override = "" if asked else "; --modality ct|mr|us overrides"
+        _say(console, f"Modality: {silent}, {reason}{override}")
+    else:
+        named = sorted({str(case.modality) for case in dataset.cases})
+        _say(console, f"Modality: {', '.join(named)}, as the dataset says; --modality ct|mr|us overrides")
+    return [
+        CaseJob(
+            case=case,
+            output=output,
+            channels=len(dataset.channels),
+            labels=dict(dataset.labels),
+            spacing=spacing,
+            orientation=orientation,
+            modality=asked or case.modality or silent or "ct",
+            nifti=nifti,
+        )
+        for case in dataset.cases
+    ]
+
+
+def _work(
+    todo: list[CaseJob], entries: dict[str, StoreEntry], num_workers: int | None, console: Console
+) -> list[tuple[str, str]]:
+    """Do the cases, adding to `entries`; returns (id, reason) of those that failed.
+
+    Raises OutputError when the first result cannot be written; later, the rest is given up and reported.
+    """
+    failed: list[tuple[str, str]] = []
+    workers = _workers(todo, num_workers, console)
+    columns = (TextColumn("Preprocessing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not todo) as progress:
+        bar = progress.add_task("", total=len(todo))
+        finished = set()
+        for job, result in run_jobs(prepare_case, todo, workers, threads=workers == 1 or len(todo) == 1):
+            progress.advance(bar)
+            finished.add(job.case.id)
+            if isinstance(result, StoreEntry):
+                entries[job.case.id] = result
+                continue
+            reason = _reason(result, console)
+            failed.append((job.case.id, reason))
+            _say(console, f"Failed {job.case.id}: {reason}")
+            if isinstance(result, OutputError):
+                if not entries:
+                    raise result
+                given_up = [job.case.id for job in todo if job.case.id not in finished]
+                failed += [(case, "not begun, as the output folder cannot be written") for case in given_up]
+                break
+    return failed
+
+
+def _workers(todo: list[CaseJob], asked: int | None, console: Console) -> int:
+    """Processes to use: as many as asked for or cores are there, as far as memory holds that many of the largest."""
+    if asked is not None and asked < 0:
+        raise ConfigError(f"num_workers is {asked}; expected 0 or more")
+    workers = max(min(asked if asked is not None else len(os.sched_getaffinity(0)), len(todo)), 1)
+    available = available_memory()
+    if workers == 1 or available is None:
+        return workers
+    fitting = max(int(0.9 * available / max(map(_peak_bytes, todo), default=1)), 1)
+    if fitting < workers:
+        _say(console, f"{fitting} processes instead of {workers}: memory for more of the largest scan is not free")
+    return min(workers, fitting)
+
+
+def _peak_bytes(job: CaseJob) -> int:
+    """Memory that a case takes at its peak, judged by its header; little where the header is damaged."""
+    try:
+        shape, affine = read_geometry(job.case.image)
+    except DatasetError:
+        return 1
+    oriented = reorient(Volume(np.broadcast_to(np.uint8(0), shape), affine), job.orientation)
+    new = oriented.shape if job.spacing is None else resampled_grid(oriented.affine, oriented.shape, job.spacing)[1]
+    return _BYTES_A_VOXEL * job.channels * int(np.prod(oriented.shape, dtype=float) + np.prod(new, dtype=float))
+
+
+def _reason(error: BaseException, console: Console) -> str:
+    if isinstance(error, MambaHomeError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}). Try fewer --num_workers, or a coarser --spacing"
+    if not isinstance(error, OSError):
+        # A fault of ours: the other cases go on, but its traceback is needed to mend it.
+        _say(console, "".join(traceback.format_exception(error)))
+    return f"{type(error).__name__}: {error}"
+
+
+def _open_output(output: Path, nifti: bool) -> None:
+    """Make the output folders, see that they can be written, and clear what an interrupted run left behind."""
+    try:
+        for folder in [output / "store", *([output / "images", output / "labels"] if nifti else [])]:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / f".{os.getpid()}.probe"
+            probe.write_bytes(b"")
+            probe.unlink()
+        for leftover in (output / "store").glob(".*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    except OSError as error:
+        found = f"{error.filename or output}: cannot be written: {error.strerror or error}"
+        raise OutputError(f"{found}. Choose another --output_path") from error
+
+
+def _labels_found(entries: list[StoreEntry]) -> dict[int, str]:
+    values = sorted({value for entry in entries for value in entry.foreground_counts})
+    return {value: f"label_{value}" for value in values}
+
+
+def _prepared_case(job: CaseJob, entry: StoreEntry) -> PreparedCase:
+    case = job.case
+    image, label = str(case.image.resolve()), str(case.label.resolve()) if case.label is not None else None
+    if job.nifti:
+        image = job.image_path.relative_to(job.output).as_posix()
+        label = job.label_path.relative_to(job.output).as_posix() if label is not None else None
+    return PreparedCase(
+        case.id, image, label, case.split, job.modality, entry.shape, entry.spacing, str(case.image), case.patient
+    )
+
+
+def _print_summary(summary: Summary, console: Console) -> None:
+    prepared, entries = summary.prepared, summary.entries
+    table = Table(title=f"{escape(prepared.name)} in {escape(str(prepared.root))}", show_header=False)
+    table.add_row("cases", f"{len(summary.done)} done, {len(summary.kept)} kept, {len(summary.failed)} failed")
+    if entries:
+        shapes, spacings = (np.array([getattr(entry, name) for entry in entries]) for name in ("shape", "spacing"))
+        table.add_row("labelled", f"{sum(entry.class_counts is not None for entry in entries)}")
+        table.add_row("orientation", prepared.orientation)
+        table.add_row("spacing, mm", _range(spacings, "{:.4g}"))
+        table.add_row("shape", _range(shapes, "{}"))
+        counts = [entry.class_counts for entry in entries if entry.class_counts is not None]
+        voxels = sum(sum(count.values()) for count in counts)
+        for value, name in prepared.labels.items():
+            share = 100 * sum(count.get(value, 0) for count in counts) / max(voxels, 1)
+            present = sum(value in count for count in counts)
+            table.add_row(f"label {value}", f"{escape(name)}: {share:.3g} % of voxels, in {present} cases")
+    console.print(table)
+    for case, reason in summary.failed:
+        _say(console, f"Not usable: {case}: {reason}")
+    if entries:
+        _say(console, f"Next: python train.py --data_train {prepared.root}")
+
+
+def _range(values: np.ndarray, form: str) -> str:
+    low, high = values.min(axis=0), values.max(axis=0)
+    parts = [
+        form.format(a) if form.format(a) == form.format(b) else f"{form.format(a)}-{form.format(b)}"
+        for a, b in zip(low, high, strict=True)
+    ]
+    return " x ".join(parts)
+
+
+def _say(console: Console, text: str) -> None:
+    """One line as it is: paths and JSON may hold what rich would take for markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

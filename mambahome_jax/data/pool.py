@@ -1,0 +1,107 @@
+"""Many independent jobs over several processes, where neither an error nor a killed process stops the others."""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from mambahome_jax.errors import MambaHomeError
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+class WorkerDied(MambaHomeError):
+    """The process that worked on a job ended without an answer."""
+
+
+def run_jobs(
+    function: Callable[[J], R], jobs: Iterable[J], workers: int, *, threads: bool = False
+) -> Iterator[tuple[J, R | BaseException]]:
+    """Yield (job, result or exception) as jobs finish, in no fixed order.
+
+    function: importable by name, as the processes are spawned. threads: run in one thread of this process instead,
+    where starting a process is not worth its second. When a process is killed, nobody knows by which of the running
+    jobs, so each of them is tried again alone; one that kills its process again yields WorkerDied.
+    """
+    waiting = deque(jobs)
+    while waiting:
+        suspects: list[J] = []
+        yield from _run_until_broken(function, waiting, workers, suspects, threads)
+        for suspect in suspects:
+            again: list[J] = []
+            yield from _run_until_broken(function, deque([suspect]), 1, again, threads)
+            for job in again:
+                yield job, WorkerDied("its process was killed, most likely for want of memory. Try fewer --num_workers")
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take, by the machine and by its control group; None where nobody says."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            # Page cache counts as used but is given back, hence only anonymous memory.
+            lines = (group / "memory.stat").read_text().splitlines()
+            used = next(int(line.split()[1]) for line in lines if line.startswith("anon "))
+            found.append(int(limit) - used)
+    except (OSError, ValueError, StopIteration):
+        pass
+    return max(min(found), 0) if found else None
+
+
+def _run_until_broken(
+    function: Callable[[J], R], waiting: deque[J], workers: int, suspects: list[J], threads: bool
+) -> Iterator[tuple[J, R | BaseException]]:
+    """Take jobs from `waiting` until none is left or a process dies; the jobs that ran then go to `suspects`."""
+    with _one_thread_each():
+        executor: Executor = (
+            ThreadPoolExecutor(1)
+            if threads
+            else ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        )
+        running: dict[Future, J] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers and not suspects:
+                    running[executor.submit(function, waiting[0])] = waiting[0]
+                    waiting.popleft()
+                if not running:
+                    return
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    job, error = running.pop(future), future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        suspects.append(job)
+                    else:
+                        yield job, future.result() if error is None else error
+        except BrokenProcessPool:
+            # Raised by submit() when the pool broke between two jobs: that job has not begun and stays in `waiting`.
+            suspects.extend(running.values())
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Environment for spawned processes: they share the cores, so each one's linear algebra gets one thread."""
+    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,319 @@
+"""The patch store: each case as compressed zarr3 arrays from which a patch is read without the rest of the volume."""
+
+import dataclasses
+import json
+import os
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from mambahome_jax.config import Modality
+from mambahome_jax.datasets.base import read_json
+from mambahome_jax.datasets.prepared import write_json
+from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.imaging.intensity import IntensityStatistics
+
+VERSION = 1
+MAX_POSITIONS = 20_000
+
+_CHUNK = 64
+_CACHE_BYTES = 256 * 2**20
+_CACHED_HANDLES = 512
+_CACHED_POSITIONS = 512
+_ACTION = "Run preprocess.py again."
+
+
+@dataclass(frozen=True)
+class StoreEntry:
+    """What case.json holds.
+
+    shape (D, H, W) voxels; channels; spacing (3,) mm; affine (4, 4), voxel to RAS mm; class_counts: label value ->
+    voxels, background included, None without a label; body_box: first and end (exclusive) voxel of the region in which
+    patches without a foreground centre are drawn; fingerprint: what the entry was made from.
+    """
+
+    id: str
+    shape: tuple[int, int, int]
+    channels: int
+    spacing: tuple[float, float, float]
+    affine: tuple[tuple[float, ...], ...]
+    modality: Modality
+    statistics: IntensityStatistics
+    body_box: tuple[tuple[int, int, int], tuple[int, int, int]]
+    class_counts: Mapping[int, int] | None
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def foreground_counts(self) -> dict[int, int]:
+        """Voxels of each class but the background."""
+        return {value: count for value, count in (self.class_counts or {}).items() if value != 0}
+
+
+def write_case(
+    root: Path,
+    entry: StoreEntry,
+    image: np.ndarray,
+    label: np.ndarray | None,
+) -> StoreEntry:
+    """Write root/<id>/, whole or not at all; a case that is there is replaced.
+
+    image (D, H, W, C) float32; label (D, H, W) uint8 or None. Class counts are taken from `label`; returns the entry
+    with them. Raises OutputError: the folder cannot be written.
+    """
+    root = Path(root)
+    partial = root / f".{entry.id}.{os.getpid()}.partial"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_array(partial / "image", image.astype(np.float32, copy=False))
+        if label is not None:
+            _write_array(partial / "label", label.astype(np.uint8, copy=False))
+            counts = np.bincount(label.ravel(), minlength=1)
+            entry = dataclasses.replace(entry, class_counts={int(v): int(counts[v]) for v in np.flatnonzero(counts)})
+            positions = foreground_positions(label)
+            arrays: dict[str, Any] = {str(value): index for value, index in positions.items()}
+            np.savez(partial / "foreground.npz", **arrays)
+        else:
+            entry = dataclasses.replace(entry, class_counts=None)
+        write_json(partial / "case.json", _to_json(entry))
+        _replace_folder(partial, root / entry.id)
+    except OSError as error:
+        raise OutputError(f"{root / entry.id}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return entry
+
+
+def read_case(root: Path, case: str) -> StoreEntry | None:
+    """Entry of one case, None where it is not there or cannot be read."""
+    try:
+        return _from_json(read_json(Path(root) / case / "case.json"))
+    except (DatasetError, KeyError, TypeError, ValueError):
+        return None
+
+
+def write_index(root: Path, entries: list[StoreEntry]) -> None:
+    """Write root/index.json with the entries of all cases. Raises OutputError."""
+    write_json(Path(root) / "index.json", {"version": VERSION, "cases": [_to_json(entry) for entry in entries]})
+
+
+def foreground_positions(label: np.ndarray, limit: int = MAX_POSITIONS) -> dict[int, np.ndarray]:
+    """Up to `limit` voxel positions of each class but the background, int32 (n, 3), in C order.
+
+    label (D, H, W) uint8. Of a larger class an even sample without replacement, always the same for the same label.
+    """
+    flat = label.ravel()
+    where = np.flatnonzero(flat)
+    # One stable sort by value instead of a pass over the volume for each class.
+    where = where[np.argsort(flat[where], kind="stable")]
+    values, starts = np.unique(flat[where], return_index=True)
+    rng = np.random.default_rng(0)
+    positions = {}
+    for value, members in zip(values, np.split(where, starts[1:]), strict=False):
+        if len(members) > limit:
+            members = np.sort(rng.choice(members, limit, replace=False))
+        positions[int(value)] = np.stack(np.unravel_index(members, label.shape), axis=1).astype(np.int32)
+    return positions
+
+
+class Store:
+    """Read access to a patch store, from any thread; can be pickled for other processes.
+
+    root: the folder that holds index.json, or the preprocessed folder above it. Memory stays bounded whatever the
+    number of cases: decoded chunks, open arrays and positions each have a limit.
+    """
+
+    def __init__(self, root: str | Path):
+        root = Path(root)
+        self.root = root / "store" if (root / "store").is_dir() else root
+        file = self.root / "index.json"
+        content = read_json(file)
+        if content.get("version") != VERSION:
+            raise DatasetError(
+                f"version {content.get('version')!r}", file=file, expected=f"version {VERSION}", action=_ACTION
+            )
+        try:
+            entries = [_from_json(entry) for entry in content["cases"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DatasetError(f"damaged ({type(error).__name__}: {error})", file=file, action=_ACTION) from error
+        self._entries = {entry.id: entry for entry in entries}
+        self._open_caches()
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """Ids of all cases."""
+        return tuple(self._entries)
+
+    def entry(self, case: str) -> StoreEntry:
+        """What is known of a case. Raises DatasetError: no such case."""
+        try:
+            return self._entries[case]
+        except KeyError:
+            found = f"no case {case!r} among {len(self._entries)}"
+            raise DatasetError(found, file=self.root / "index.json", action=_ACTION) from None
+
+    def read_image(
+        self, case: str, start: tuple[int, ...] = (0, 0, 0), stop: tuple[int, ...] | None = None
+    ) -> np.ndarray:
+        """Part [start, stop) of the image, (d, h, w, C) float32, as stored (not normalised).
+
+        What lies outside the volume is cut off, so the result may be smaller than stop - start: the caller pads.
+        Raises DatasetError: no such case, or damaged files.
+        """
+        return self._read(case, "image", start, stop)
+
+    def read_label(
+        self, case: str, start: tuple[int, ...] = (0, 0, 0), stop: tuple[int, ...] | None = None
+    ) -> np.ndarray:
+        """Part [start, stop) of the label map, (d, h, w) uint8, cut off like `read_image`.
+
+        Raises DatasetError: no such case, no label, or damaged files.
+        """
+        if self.entry(case).class_counts is None:
+            raise DatasetError("has no label", case=case, file=self.root / case)
+        return self._read(case, "label", start, stop)
+
+    def foreground(self, case: str) -> dict[int, np.ndarray]:
+        """Voxel positions of each class but the background, int32 (n, 3): see `foreground_positions`."""
+        return {value: self.class_positions(case, value) for value in self.entry(case).foreground_counts}
+
+    def class_positions(self, case: str, value: int) -> np.ndarray:
+        """Voxel positions of one class, int32 (n, 3). Raises DatasetError: damaged or missing file."""
+        return self._cached(
+            self._positions, (case, value), _CACHED_POSITIONS, lambda: self._load_positions(case, value)
+        )
+
+    def _read(self, case: str, name: str, start: tuple[int, ...], stop: tuple[int, ...] | None) -> np.ndarray:
+        shape = self.entry(case).shape
+        stop = shape if stop is None else stop
+        region = tuple(
+            slice(min(max(a, 0), n), max(min(b, n), min(max(a, 0), n)))
+            for a, b, n in zip(start, stop, shape, strict=True)
+        )
+        array = self._cached(self._handles, (case, name), _CACHED_HANDLES, lambda: self._open(case, name))
+        try:
+            return array[region].read().result()
+        except (ValueError, OSError) as error:
+            raise self._damaged(case, name, error) from error
+
+    def _open(self, case: str, name: str) -> ts.TensorStore:
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": str(self.root / case / name)},
+            "recheck_cached_data": False,
+            "recheck_cached_metadata": False,
+        }
+        try:
+            return ts.open(spec, open=True, read=True, context=self._context).result()
+        except (ValueError, OSError) as error:
+            raise self._damaged(case, name, error) from error
+
+    def _load_positions(self, case: str, value: int) -> np.ndarray:
+        try:
+            with np.load(self.root / case / "foreground.npz", allow_pickle=False) as archive:
+                return archive[str(value)]
+        except (KeyError, OSError, ValueError) as error:
+            raise self._damaged(case, "foreground.npz", error) from error
+
+    def _damaged(self, case: str, name: str, error: Exception) -> DatasetError:
+        found = f"cannot be read ({str(error).splitlines()[0]})"
+        return DatasetError(found, case=case, file=self.root / case / name, action=_ACTION)
+
+    def _cached(self, cache: OrderedDict, key: Hashable, limit: int, make: Callable[[], Any]) -> Any:
+        with self._lock:
+            if key in cache:
+                cache.move_to_end(key)
+                return cache[key]
+        value = make()
+        with self._lock:
+            cache[key] = value
+            while len(cache) > limit:
+                cache.popitem(last=False)
+        return value
+
+    def _open_caches(self) -> None:
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+        self._handles: OrderedDict = OrderedDict()
+        self._positions: OrderedDict = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"root": self.root, "_entries": self._entries}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open_caches()
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    """One zarr3 array in a single shard file: thousands of chunk files a case would exhaust a file system's inodes."""
+    chunk = [min(_CHUNK, n) for n in array.shape[:3]] + list(array.shape[3:])
+    shard = [-(-n // c) * c for n, c in zip(array.shape, chunk, strict=True)]
+    compressor = {
+        "name": "blosc",
+        "configuration": {
+            "cname": "zstd",
+            "clevel": 3,
+            "shuffle": "bitshuffle",
+            "typesize": array.itemsize,
+            "blocksize": 0,
+        },
+    }
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, compressor]
+    if array.itemsize == 1:
+        codecs[0] = {"name": "bytes"}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(path)},
+        "metadata": {
+            "shape": list(array.shape),
+            "data_type": array.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+            "codecs": [{"name": "sharding_indexed", "configuration": {"chunk_shape": chunk, "codecs": codecs}}],
+            "fill_value": 0,
+        },
+    }
+    try:
+        ts.open(spec, create=True).result().write(array).result()
+    except ValueError as error:
+        # TensorStore reports a full disk or a read-only folder as ValueError too.
+        raise OSError(str(error).splitlines()[0]) from error
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`; folders cannot be swapped in one step, so the old one is moved aside."""
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _to_json(entry: StoreEntry) -> dict[str, Any]:
+    content = dataclasses.asdict(entry)
+    if entry.class_counts is not None:
+        content["class_counts"] = {str(value): count for value, count in entry.class_counts.items()}
+    # Compared with what is read back, so tuples have to be the lists that JSON makes of them.
+    return json.loads(json.dumps(content))
+
+
+def _from_json(content: dict[str, Any]) -> StoreEntry:
+    names = {item.name for item in dataclasses.fields(StoreEntry)}
+    values = {key: value for key, value in content.items() if key in names}
+    counts = content["class_counts"]
+    values |= {
+        "shape": tuple(content["shape"]),
+        "spacing": tuple(content["spacing"]),
+        "affine": tuple(tuple(row) for row in content["affine"]),
+        "statistics": IntensityStatistics(**{key: tuple(value) for key, value in content["statistics"].items()}),
+        "body_box": tuple(tuple(corner) for corner in content["body_box"]),
+        "class_counts": None if counts is None else {int(value): count for value, count in counts.items()},
+    }
+    return StoreEntry(**values)
