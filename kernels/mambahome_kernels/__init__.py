@@ -1,0 +1,5 @@
+"""Kernels of Mamba-HoME that are useful beyond it."""
+
+from mambahome_kernels.selective_scan.api import Unsupported, choose_backend, selective_scan
+
+__all__ = ["Unsupported", "choose_backend", "selective_scan"]

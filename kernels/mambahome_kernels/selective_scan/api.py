@@ -1,0 +1,111 @@
+"""The one public function of the selective scan: checks its arguments, picks a backend, ties forward to backward."""
+
+import functools
+
+import jax
+
+from mambahome_kernels.selective_scan import reference, xla
+from mambahome_kernels.selective_scan.base import Backend, ScanInputs
+
+BACKENDS: dict[str, Backend] = {"reference": reference.BACKEND, "xla": xla.BACKEND}
+
+
+class Unsupported(ValueError):
+    """A backend that was asked for by name cannot run these arguments here."""
+
+
+def choose_backend(inputs: ScanInputs, name: str | None = None) -> str:
+    """Name of the backend to use: the given one, which must work, or the best that does.
+
+    Raises Unsupported with the reason where a named backend cannot run, and ValueError for an unknown name.
+    """
+    if name is None:
+        return "xla"
+    if name not in BACKENDS:
+        raise ValueError(f"backend {name!r} is unknown; expected one of {', '.join(BACKENDS)}, or None for the best")
+    if reason := BACKENDS[name].why_not(inputs):
+        raise Unsupported(f"backend {name!r} cannot run here: {reason}")
+    return name
+
+
+def _check(inputs: ScanInputs) -> None:
+    x, A = inputs.x, inputs.A
+    if x.ndim != 3:
+        raise ValueError(f"x has shape {x.shape}; expected (batch, length, d_inner)")
+    if A.ndim != 2:
+        raise ValueError(f"A has shape {A.shape}; expected (d_inner, d_state)")
+    batch, length, d_inner = x.shape
+    d_state = A.shape[1]
+    expected = ScanInputs(
+        x=(batch, length, d_inner),
+        dt=(batch, length, d_inner),
+        A=(d_inner, d_state),
+        B=(batch, length, d_state),
+        C=(batch, length, d_state),
+        D=(d_inner,),
+        z=(batch, length, d_inner),
+        dt_bias=(d_inner,),
+        initial_state=(batch, d_inner, d_state),
+    )
+    for name, value, shape in zip(ScanInputs._fields, inputs, expected, strict=True):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} has shape {value.shape}; expected {shape} for x of shape {x.shape} and A {A.shape}")
+    if length == 0:
+        raise ValueError("x has length 0; expected at least one step")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _scan(inputs: ScanInputs, softplus: bool, backend: str):
+    y, last_state, _ = BACKENDS[backend].forward(inputs, softplus)
+    return y, last_state
+
+
+def _scan_forward(inputs: ScanInputs, softplus: bool, backend: str):
+    y, last_state, residual = BACKENDS[backend].forward(inputs, softplus)
+    return (y, last_state), (inputs, residual)
+
+
+def _scan_backward(softplus: bool, backend: str, saved, cotangents):
+    inputs, residual = saved
+    dy, dlast_state = cotangents
+    return (BACKENDS[backend].backward(inputs, softplus, residual, dy, dlast_state),)
+
+
+_scan.defvjp(_scan_forward, _scan_backward, optimize_remat=True)
+
+
+def selective_scan(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    softplus: bool = False,
+    initial_state: jax.Array | None = None,
+    backend: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Selective state space scan (Gu and Dao 2023), differentiable in every array, of any length and d_state.
+
+        delta = softplus(dt + dt_bias)      (without softplus: dt + dt_bias)
+        h_t   = exp(delta_t A) h_(t-1) + delta_t B_t x_t
+        y_t   = (sum over states of C_t h_t + D x_t) silu(z_t)
+
+    Args:
+        x, dt, z: (batch, length, d_inner), float32, bfloat16 or float64. Without z there is no gate.
+        A: (d_inner, d_state). B, C: (batch, length, d_state). D, dt_bias: (d_inner,).
+        initial_state: (batch, d_inner, d_state), zeros where absent.
+        backend: "reference" (one step after another), "xla" (chunks side by side), or None for the best one here.
+
+    Returns:
+        y as x in shape and dtype, and the last state (batch, d_inner, d_state). States are float32, or float64 where
+        any argument is.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown backend. Unsupported: a named backend that cannot run here.
+    """
+    inputs = ScanInputs(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    _check(inputs)
+    return _scan(inputs, softplus, choose_backend(inputs, backend))

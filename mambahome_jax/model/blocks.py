@@ -1,0 +1,77 @@
+"""Convolutional blocks: gated spatial convolution (Xing et al. 2024), residual block and up block (as in MONAI's UNETR)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mambahome_jax.config import Precision
+from mambahome_jax.model.layers import Conv3d, Upsample
+from mambahome_jax.model.norms import instance_norm
+
+LEAKY_SLOPE = 0.01
+
+
+class GatedSpatialConv(nnx.Module):
+    """relu(IN(conv1(a + b))) + x with a from two 3x3x3 convolutions and b from a 1x1x1 one.
+
+    The biases before the norms have no effect; they are kept for the exchange of weights.
+    """
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, param_dtype, precision: Precision):
+        def conv(size: int) -> Conv3d:
+            return Conv3d(
+                channels,
+                channels,
+                size,
+                padding=size // 2,
+                bias=True,
+                rngs=rngs,
+                param_dtype=param_dtype,
+                precision=precision,
+            )
+
+        self.proj, self.proj2, self.proj3, self.proj4 = conv(3), conv(3), conv(1), conv(1)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        a = jax.nn.relu(instance_norm(self.proj(x)))
+        a = jax.nn.relu(instance_norm(self.proj2(a)))
+        b = jax.nn.relu(instance_norm(self.proj3(x)))
+        return jax.nn.relu(instance_norm(self.proj4(a + b))) + x
+
+
+class ResidualBlock(nnx.Module):
+    """Two 3x3x3 convolutions with instance norm and leaky ReLU, and a shortcut (1x1x1 where the channels change)."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, param_dtype, precision: Precision):
+        def conv(inputs: int, size: int) -> Conv3d:
+            return Conv3d(
+                inputs,
+                outputs,
+                size,
+                padding=size // 2,
+                bias=False,
+                rngs=rngs,
+                param_dtype=param_dtype,
+                precision=precision,
+            )
+
+        self.conv1, self.conv2 = conv(inputs, 3), conv(outputs, 3)
+        self.conv3 = conv(inputs, 1) if inputs != outputs else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jax.nn.leaky_relu(instance_norm(self.conv1(x)), LEAKY_SLOPE)
+        y = instance_norm(self.conv2(y))
+        shortcut = x if self.conv3 is None else instance_norm(self.conv3(x))
+        return jax.nn.leaky_relu(y + shortcut, LEAKY_SLOPE)
+
+
+class UpBlock(nnx.Module):
+    """Doubles the grid of x, joins the skip connection behind it, and applies a residual block."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, param_dtype, precision: Precision):
+        common = {"rngs": rngs, "param_dtype": param_dtype, "precision": precision}
+        self.up = Upsample(inputs, outputs, **common)
+        self.block = ResidualBlock(2 * outputs, outputs, **common)
+
+    def __call__(self, x: jax.Array, skip: jax.Array) -> jax.Array:
+        return self.block(jnp.concatenate([self.up(x), skip], axis=-1))

@@ -1,0 +1,34 @@
+"""The decoder: skip connections through residual blocks, and the way back to the full grid."""
+
+import jax
+from flax import nnx
+
+from mambahome_jax.config import ModelConfig, Precision
+from mambahome_jax.model.blocks import ResidualBlock, UpBlock
+from mambahome_jax.model.encoder import remat_if
+from mambahome_jax.model.layers import Conv3d
+
+
+class Decoder(nnx.Module):
+    """Input and four encoder stages -> logits (batch, depth, height, width, classes) on the input's grid."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype, precision: Precision):
+        common = {"rngs": rngs, "param_dtype": param_dtype, "precision": precision}
+        self.use_checkpoint = config.use_checkpoint
+        features = config.feat_size
+        channels = (config.in_chans, *features, config.hidden_size)
+        skips = (features[0], *features[1:], config.hidden_size)
+        inputs = (channels[0], *features)
+        self.skips = nnx.List([ResidualBlock(i, o, **common) for i, o in zip(inputs, skips, strict=True)])
+        levels = (config.hidden_size, *features[::-1])
+        self.ups = nnx.List([UpBlock(i, o, **common) for i, o in zip(levels[:-1], levels[1:], strict=True)])
+        self.last = ResidualBlock(features[0], features[0], **common)
+        self.out = Conv3d(features[0], config.out_chans, 1, bias=True, **common)
+
+    def __call__(self, x: jax.Array, stages: list[jax.Array]) -> jax.Array:
+        remat = self.use_checkpoint
+        skips = [remat_if(remat, block, v) for block, v in zip(self.skips, (x, *stages), strict=True)]
+        y = skips.pop()
+        for up in self.ups:
+            y = remat_if(remat, up, y, skips.pop())
+        return self.out(remat_if(remat, self.last, y))

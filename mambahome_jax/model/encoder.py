@@ -1,0 +1,82 @@
+"""The encoder: four stages of downsampling, gated spatial convolution, and Mamba with HoME over the voxels as tokens."""
+
+import jax
+from flax import nnx
+
+from mambahome_jax.config import ModelConfig, Precision
+from mambahome_jax.model.blocks import GatedSpatialConv
+from mambahome_jax.model.home import HoME
+from mambahome_jax.model.layers import Conv3d
+from mambahome_jax.model.mamba import Mamba
+from mambahome_jax.model.norms import DynamicTanh, instance_norm
+
+
+def remat_if(wanted: bool, module: nnx.Module, *arrays: jax.Array) -> jax.Array:
+    """module(*arrays), recomputed in the backward pass where wanted."""
+    if not wanted:
+        return module(*arrays)  # type: ignore[operator]
+    return nnx.remat(lambda module, *arrays: module(*arrays))(module, *arrays)
+
+
+class MambaHoMEBlock(nnx.Module):
+    """t + Mamba(DyT(t)), then t + HoME(DyT(t)), on tokens (batch, length, channels)."""
+
+    def __init__(self, config: ModelConfig, stage: int, *, rngs: nnx.Rngs, param_dtype, precision: Precision):
+        channels = config.feat_size[stage]
+        common = {"rngs": rngs, "param_dtype": param_dtype, "precision": precision}
+        self.mamba_norm = DynamicTanh(channels, param_dtype=param_dtype)
+        self.mamba = Mamba(channels, **common)
+        self.home_norm = DynamicTanh(channels, param_dtype=param_dtype)
+        self.home = HoME(
+            channels,
+            group=config.group_list[stage],
+            experts=config.experts_list[stage],
+            slots=config.num_slots_per_expert_first,
+            experts_second=config.experts_list_second[stage],
+            mult=config.expert_mult,
+            **common,
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        tokens = tokens + self.mamba(self.mamba_norm(tokens))
+        return tokens + self.home(self.home_norm(tokens))
+
+
+class Stage(nnx.Module):
+    """Halves the grid of a volume (batch, depth, height, width, channels before) and mixes it."""
+
+    def __init__(self, config: ModelConfig, stage: int, *, rngs: nnx.Rngs, param_dtype, precision: Precision):
+        common = {"rngs": rngs, "param_dtype": param_dtype, "precision": precision}
+        channels = config.feat_size[stage]
+        self.first, self.use_checkpoint = stage == 0, config.use_checkpoint
+        if self.first:
+            self.downsample = Conv3d(config.in_chans, channels, 7, stride=2, padding=3, bias=True, **common)
+        else:
+            self.downsample = Conv3d(config.feat_size[stage - 1], channels, 2, stride=2, bias=True, **common)
+        self.gsc = GatedSpatialConv(channels, **common)
+        self.blocks = nnx.List([MambaHoMEBlock(config, stage, **common) for _ in range(config.depths[stage])])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x is normalised already, but for the network's input."""
+        x = remat_if(self.use_checkpoint, self.gsc, self.downsample(x))
+        batch, depth, height, width, channels = x.shape
+        tokens = x.reshape(batch, depth * height * width, channels)
+        for block in self.blocks:
+            tokens = remat_if(self.use_checkpoint, block, tokens)
+        return tokens.reshape(x.shape)
+
+
+class Encoder(nnx.Module):
+    """(batch, depth, height, width, in) -> four volumes at 1/2, 1/4, 1/8 and 1/16 of the grid, instance-normalised."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype, precision: Precision):
+        common = {"rngs": rngs, "param_dtype": param_dtype, "precision": precision}
+        self.stages = nnx.List([Stage(config, stage, **common) for stage in range(4)])
+
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        # Each stage but the first begins with the instance norm of the volume before: the decoder takes the same one.
+        outputs = []
+        for stage in self.stages:
+            x = instance_norm(stage(x))
+            outputs.append(x)
+        return outputs

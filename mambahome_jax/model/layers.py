@@ -1,0 +1,129 @@
+"""Linear and convolutional layers, channels-last, with torch's initial values as the published code has them."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from mambahome_jax.config import Precision
+
+# TF32 is what XLA's default means for float32 on a GPU; bfloat16 operands have one meaning only.
+_PRECISIONS = {"fp32": lax.Precision.HIGHEST, "tf32": lax.Precision.DEFAULT, "bf16": lax.Precision.DEFAULT}
+
+
+def lax_precision(precision: Precision) -> lax.Precision:
+    """The `precision` argument of matrix products and convolutions."""
+    return _PRECISIONS[precision]
+
+
+def activation_dtype(precision: Precision, param_dtype) -> jnp.dtype:
+    """Type of the activations: bfloat16 for bf16, else that of the parameters (float32 or float64)."""
+    return jnp.dtype(jnp.bfloat16 if precision == "bf16" else param_dtype)
+
+
+def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.Param:
+    """Uniform in +-1/sqrt(fan_in): torch's default for weights and biases of convolutions and linear layers."""
+    bound = 1 / math.sqrt(fan_in)
+    return nnx.Param(jax.random.uniform(rngs.params(), shape, dtype, -bound, bound))
+
+
+class Linear(nnx.Module):
+    """x @ kernel (+ bias): (..., inputs) -> (..., outputs)."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs, param_dtype, precision: Precision):
+        self.precision = precision
+        self.kernel = uniform(rngs, (inputs, outputs), inputs, param_dtype)
+        self.bias = uniform(rngs, (outputs,), inputs, param_dtype) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=lax_precision(self.precision))
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def conv3d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision: Precision) -> jax.Array:
+    """3-D correlation of (batch, depth, height, width, inputs) with (kd, kh, kw, inputs, outputs).
+
+    Where the kernel is 1 wide, or as wide as the stride, it is one matrix product. XLA's 3-D convolution is slow on a CPU:
+    there the sum of 2-D convolutions over depth-shifted slices is several times faster.
+    """
+    kd, kh, kw, inputs, outputs = kernel.shape
+    exact = lax_precision(precision)
+    if kd == kh == kw == stride and padding == 0:
+        batch, depth, height, width, _ = x.shape
+        x = x.reshape(batch, depth // kd, kd, height // kh, kh, width // kw, kw, inputs)
+        x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, depth // kd, height // kh, width // kw, -1)
+        return jnp.matmul(x, kernel.reshape(-1, outputs), precision=exact)
+    if jax.default_backend() == "cpu":
+        return _conv3d_by_slices(x, kernel, stride, padding, exact)
+    numbers = ("NDHWC", "DHWIO", "NDHWC")
+    return lax.conv_general_dilated(
+        x, kernel, (stride,) * 3, [(padding, padding)] * 3, dimension_numbers=numbers, precision=exact
+    )
+
+
+def _conv3d_by_slices(x: jax.Array, kernel: jax.Array, stride: int, padding: int, exact: lax.Precision) -> jax.Array:
+    batch, depth, height, width, inputs = x.shape
+    kd, outputs = kernel.shape[0], kernel.shape[-1]
+    out_depth = (depth + 2 * padding - kd) // stride + 1
+    x = jnp.pad(x, ((0, 0), (padding, padding), (0, 0), (0, 0), (0, 0)))
+    total = None
+    for i in range(kd):
+        taken = lax.slice_in_dim(x, i, i + stride * (out_depth - 1) + 1, stride, axis=1)
+        part = lax.conv_general_dilated(
+            taken.reshape(batch * out_depth, height, width, inputs),
+            kernel[i],
+            (stride, stride),
+            [(padding, padding)] * 2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=exact,
+        )
+        total = part if total is None else total + part
+    assert total is not None
+    return total.reshape(batch, out_depth, *total.shape[1:3], outputs)
+
+
+class Conv3d(nnx.Module):
+    """(batch, depth, height, width, inputs) -> (batch, depth', height', width', outputs); kernel (k, k, k, inputs, outputs)."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool,
+        rngs: nnx.Rngs,
+        param_dtype,
+        precision: Precision,
+    ):
+        self.stride, self.padding, self.precision = stride, padding, precision
+        fan_in = inputs * size**3
+        self.kernel = uniform(rngs, (size, size, size, inputs, outputs), fan_in, param_dtype)
+        self.bias = uniform(rngs, (outputs,), fan_in, param_dtype) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = conv3d(x, self.kernel[...].astype(x.dtype), self.stride, self.padding, self.precision)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+class Upsample(nnx.Module):
+    """Transposed convolution, kernel and stride 2, no bias: each voxel becomes 2 x 2 x 2 by one matrix product.
+
+    out[2z+a, 2y+b, 2x+c, o] = sum over i of in[z, y, x, i] kernel[a, b, c, i, o].
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, param_dtype, precision: Precision):
+        self.precision = precision
+        # torch counts the outputs as fan-in of a transposed convolution
+        self.kernel = uniform(rngs, (2, 2, 2, inputs, outputs), outputs * 8, param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, depth, height, width, inputs = x.shape
+        kernel = self.kernel[...].astype(x.dtype).transpose(3, 0, 1, 2, 4)
+        y = jnp.matmul(x, kernel.reshape(inputs, -1), precision=lax_precision(self.precision))
+        y = y.reshape(batch, depth, height, width, 2, 2, 2, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+        return y.reshape(batch, 2 * depth, 2 * height, 2 * width, -1)

@@ -1,0 +1,78 @@
+"""The whole network (Płotka et al., NeurIPS 2025, arXiv 2507.06363; published MambaHoME.py)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mambahome_jax.config import ModelConfig, Precision
+from mambahome_jax.errors import ConfigError
+from mambahome_jax.model.decoder import Decoder
+from mambahome_jax.model.encoder import Encoder
+from mambahome_jax.model.layers import activation_dtype
+
+MULTIPLE = 16
+
+
+def default_precision() -> Precision:
+    """bf16 on a GPU, fp32 elsewhere."""
+    return "bf16" if jax.default_backend() == "gpu" else "fp32"
+
+
+class MambaHoME(nnx.Module):
+    """U-shaped network of Mamba layers and hierarchical soft mixtures of experts.
+
+    model(x): (batch, depth, height, width, in_chans) -> logits (batch, depth, height, width, out_chans), float32 (float64
+    with float64 parameters). depth, height and width are multiples of 16, and not all of them 16.
+
+    Args:
+        config: shape of the network; the default is the published one.
+        rngs: `nnx.Rngs(seed)`; its stream `params` gives the initial values.
+        param_dtype: float32 or float64 (with JAX x64).
+        precision: of matrix products and convolutions and the activations between them.
+        metadata: what the weights were trained for (spacing, orientation, modality, labels ...), carried along as it is.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig | None = None,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype=jnp.float32,
+        precision: Precision = "fp32",
+        metadata: Any = None,
+    ):
+        config = config or ModelConfig()
+        common = {"rngs": rngs, "param_dtype": param_dtype, "precision": precision}
+        self.config, self.precision, self.metadata = config, precision, nnx.static(metadata)
+        self.dtype = activation_dtype(precision, param_dtype)
+        self.encoder = Encoder(config, **common)
+        self.decoder = Decoder(config, **common)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        check_input(x.shape, self.config)
+        x = x.astype(self.dtype)
+        logits = self.decoder(x, self.encoder(x))
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def check_input(shape: tuple[int, ...], config: ModelConfig) -> None:
+    """Raises ConfigError, naming the axis and the remedy, where the network cannot take an array of this shape."""
+    if len(shape) != 5:
+        raise ConfigError(f"the input has shape {shape}; expected (batch, depth, height, width, channels)")
+    if shape[-1] != config.in_chans:
+        raise ConfigError(f"the input has {shape[-1]} channels (shape {shape}); this network takes {config.in_chans}")
+    for name, size in zip(("depth", "height", "width"), shape[1:4], strict=True):
+        if size < MULTIPLE or size % MULTIPLE:
+            below, above = size // MULTIPLE * MULTIPLE, -(-size // MULTIPLE) * MULTIPLE
+            near = f"{below} or {above}" if below else f"{above}"
+            raise ConfigError(
+                f"{name} is {size}, which 16 does not divide (shape {shape}). Pad or crop {name} to {near}, "
+                "or use sliding_window, which takes volumes of any size"
+            )
+    if shape[1] == shape[2] == shape[3] == MULTIPLE:
+        raise ConfigError(
+            "depth, height and width are all 16, which leaves one voxel at the deepest stage, where instance norm would "
+            "give zeros. Make at least one of them 32"
+        )
