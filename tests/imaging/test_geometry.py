@@ -1,0 +1,214 @@
+"""Orientation, resampling, cropping: equal to MONAI, and true to the world."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import ndimage
+
+from mambahome_jax.errors import ConfigError
+from mambahome_jax.imaging import geometry
+from mambahome_jax.imaging.geometry import crop, orientation_of, reorient, resample, resample_to, resampled_grid, uncrop
+from mambahome_jax.imaging.volume import Volume, read_labels, read_volume
+from tests.conftest import golden_path, load_golden
+from tests.imaging.test_volume import CASES
+
+ORIENTATIONS = ["RAS", "LPS", "PSR", "AIL", "SRP", "LAI"]
+
+
+@pytest.mark.parametrize("target", ["lps", "ras"])
+@pytest.mark.parametrize("case", CASES)
+def test_reorients_and_resamples_as_monai(case, target):
+    expected = load_golden(f"pipeline/geometry/{case}.npz")
+    image = reorient(read_volume(golden_path(f"pipeline/geometry/{case}_image.nii.gz")), target)
+    labels = reorient(read_labels(golden_path(f"pipeline/geometry/{case}_label.nii.gz")), target)
+    assert orientation_of(image.affine) == target.upper()
+    np.testing.assert_array_equal(image.array, expected[f"{target}/image"])
+    np.testing.assert_array_equal(labels.array, expected[f"{target}/label"])
+    np.testing.assert_allclose(image.affine, expected[f"{target}/affine"], rtol=0, atol=1e-12)
+
+    key = f"{target}_spacing"
+    pixdim = expected[f"{key}/pixdim"]
+    resampled, moved = resample(image, pixdim), resample(labels, pixdim, order="nearest")
+    assert resampled.array.dtype == np.float32 and moved.array.dtype == np.uint8
+    np.testing.assert_allclose(resampled.affine, expected[f"{key}/affine"], rtol=0, atol=1e-12)
+    bound = 2e-6 * np.ptp(expected["image"])
+    np.testing.assert_allclose(resampled.array, expected[f"{key}/image"], rtol=0, atol=bound)
+    compared = ~expected.get(f"{key}/label_tie", np.zeros(moved.shape, bool))
+    np.testing.assert_array_equal(moved.array[compared], expected[f"{key}/label"][compared])
+
+
+@pytest.mark.parametrize(("case", "target"), [("real_oblique", "lps"), ("psr_int16_scl", "ras")])
+def test_brings_logits_back_to_the_file_as_monai(case, target):
+    expected = load_golden(f"pipeline/geometry/{case}.npz")
+    file = read_volume(golden_path(f"pipeline/geometry/{case}_image.nii.gz"))
+    grid = resample(reorient(file, target), expected[f"{target}_spacing/pixdim"])
+    logits = Volume(np.moveaxis(expected[f"{target}_invert/logits"], 0, -1), grid.affine)
+    for order, bound in (("nearest", 0), ("linear", 1e-4)):
+        back = resample_to(logits, file.affine, file.shape, order)
+        np.testing.assert_array_equal(back.affine, file.affine)
+        reference = np.moveaxis(expected[f"{target}_invert/{order}"], 0, -1)
+        np.testing.assert_allclose(back.array, reference, rtol=0, atol=bound)
+        np.testing.assert_array_equal(back.array.argmax(-1), expected[f"{target}_invert/{order}_argmax"])
+
+
+@st.composite
+def affines(draw, shear: float = 0.0) -> np.ndarray:
+    angles = [draw(st.floats(-0.6, 0.6)) for _ in range(3)]
+    spacing = [draw(st.floats(0.5, 4.0)) for _ in range(3)]
+    matrix = nib.eulerangles.euler2mat(*angles) @ np.diag(spacing)
+    matrix[:, 1] += draw(st.floats(-shear, shear)) * matrix[:, 0]
+    shift = [draw(st.floats(-200, 200)) for _ in range(3)]
+    affine = nib.affines.from_matvec(matrix, shift)
+    orientation = draw(st.sampled_from(ORIENTATIONS))
+    return reorient(Volume(np.zeros((9, 8, 7)), affine), orientation).affine
+
+
+def world(affine: np.ndarray, shape) -> np.ndarray:
+    """(D0, D1, D2, 3) mm."""
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    return index @ affine[:3, :3].T + affine[:3, 3]
+
+
+def inside(affine: np.ndarray, shape, grid: Volume) -> np.ndarray:
+    """Which voxels of a grid lie within the centres of the outermost voxels of another."""
+    position = (world(grid.affine, grid.shape) - affine[:3, 3]) @ np.linalg.inv(affine[:3, :3]).T
+    return ((position > -1e-6) & (position < np.array(shape) - 1 + 1e-6)).all(axis=-1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(affine=affines(), orientation=st.sampled_from(ORIENTATIONS))
+def test_reorientation_moves_nothing_in_the_world_and_can_be_undone(affine, orientation):
+    shape = (5, 6, 7)
+    volume = Volume(world(affine, shape)[..., :2], affine)
+    turned = reorient(volume, orientation)
+    assert orientation_of(turned.affine) == orientation
+    np.testing.assert_allclose(turned.array, world(turned.affine, turned.shape)[..., :2], atol=1e-9)
+    back = reorient(turned, orientation_of(affine))
+    np.testing.assert_array_equal(back.array, volume.array)
+    np.testing.assert_allclose(back.affine, affine, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(affine=affines(shear=0.3), spacing=st.tuples(*[st.floats(0.6, 3.5)] * 3))
+def test_a_ramp_in_world_coordinates_stays_a_ramp(affine, spacing):
+    shape = (9, 8, 7)
+    volume = Volume(world(affine, shape).astype(np.float32), affine)
+    result = resample(volume, spacing)
+    known = inside(affine, shape, result)
+    np.testing.assert_allclose(result.array[known], world(result.affine, result.shape)[known], atol=2e-3)
+    if np.abs(np.array(spacing) - volume.spacing).min() > 1e-3:
+        np.testing.assert_allclose(result.spacing, spacing, atol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(source=affines(shear=0.2), target=affines(shear=0.2))
+def test_a_ramp_survives_onto_any_other_grid(source, target):
+    shape = (9, 8, 7)
+    target[:3, 3] = source[:3, 3] + source[:3, :3] @ [4, 4, 3] - target[:3, :3] @ [2, 2, 2]
+    result = resample_to(Volume(world(source, shape).astype(np.float32), source), target, (5, 4, 6))
+    known = inside(source, shape, result)
+    assume(known.any())
+    np.testing.assert_allclose(result.array[known], world(target, (5, 4, 6))[known], atol=2e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    affine=affines(),
+    spacing=st.tuples(*[st.floats(0.6, 3.5)] * 3),
+    dtype=st.sampled_from([np.int16, np.uint8, np.float32, np.float64]),
+    channels=st.sampled_from([(), (2,)]),
+    fortran=st.booleans(),
+)
+def test_axis_by_axis_equals_all_at_once(affine, spacing, dtype, channels, fortran):
+    array = np.random.default_rng(0).integers(0, 200, (9, 8, 7, *channels)).astype(dtype)
+    volume = Volume(np.asfortranarray(array) if fortran else array, affine)
+    grid, shape = resampled_grid(affine, volume.shape, spacing)
+    if grid is affine:
+        assert resample(volume, spacing) is volume
+        return
+    to_old = np.linalg.inv(affine) @ grid
+    by_axis = resample_to(volume, grid, shape).array
+    at_once = geometry._sample_anywhere(array, to_old, shape, "linear")
+    assert by_axis.dtype == at_once.dtype == np.float32
+    np.testing.assert_allclose(by_axis, at_once, atol=2e-3)
+    nearest = resample_to(volume, grid, shape, "nearest").array
+    assert nearest.dtype == dtype
+    position = np.clip(
+        np.einsum("ij,...j->...i", to_old[:3, :3], world(np.eye(4), shape)) + to_old[:3, 3], 0, [8, 7, 6]
+    )
+    sure = (np.abs(position % 1 - 0.5) > 1e-4).all(axis=-1)
+    expected = array[tuple(np.moveaxis(np.rint(position).astype(int), -1, 0))]
+    np.testing.assert_array_equal(nearest[sure], expected[sure])
+
+
+def test_sheared_grids_do_not_go_axis_by_axis(monkeypatch):
+    monkeypatch.setattr(geometry, "_sample_by_axis", lambda *_: pytest.fail("axis by axis"))
+    affine = np.eye(4)
+    affine[0, 1] = 0.2
+    resample(Volume(np.zeros((9, 8, 7), np.float32), affine), (1.5, 1.5, 1.5))
+
+
+def test_oblique_scan_with_a_float32_sform_goes_axis_by_axis(monkeypatch):
+    monkeypatch.setattr(ndimage, "affine_transform", lambda *_, **__: pytest.fail("all at once"))
+    affine = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.2, 0.1, -0.3) @ np.diag([0.7, 0.8, 2.5]))
+    affine = affine.astype(np.float32).astype(np.float64)
+    for order in ("linear", "nearest"):
+        resample(Volume(np.zeros((60, 60, 60), np.float32), affine), (1.0, 1.0, 1.0), order)
+
+
+def test_nothing_to_do_gives_the_volume_itself():
+    volume = Volume(np.zeros((9, 8, 7), np.float32), np.diag([1.0004, 0.9996, 2.0, 1.0]))
+    assert resample(volume, (1, 1, 2)) is volume
+    assert resample(volume, (0, -1, 0)) is volume
+
+
+def test_labels_come_back_unchanged_after_finer_sampling():
+    labels = np.random.default_rng(0).integers(0, 5, (9, 8, 7), dtype=np.uint8)
+    file = reorient(Volume(labels, np.diag([2.0, 3.0, 5.0, 1.0])), "PSR")
+    fine = resample(reorient(file, "RAS"), (0.9, 0.9, 0.9), "nearest")
+    back = resample_to(fine, file.affine, file.shape, "nearest")
+    np.testing.assert_array_equal(back.array, file.array)
+
+
+@pytest.mark.parametrize("orientation", ["RAX", "RRS", "RA", ""])
+def test_orientation_that_is_none_is_refused(orientation):
+    with pytest.raises(ConfigError, match="orientation"):
+        reorient(Volume(np.zeros((2, 2, 2)), np.eye(4)), orientation)
+
+
+@pytest.mark.parametrize("spacing", [(1, 1), (1, 1, np.nan), (1, np.inf, 1)])
+def test_spacing_that_is_none_is_refused(spacing):
+    with pytest.raises(ConfigError, match="spacing"):
+        resample(Volume(np.zeros((2, 2, 2)), np.eye(4)), spacing)
+
+
+def test_order_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="order"):
+        resample_to(Volume(np.zeros((2, 2, 2)), np.eye(4)), np.eye(4), (2, 2, 2), "cubic")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    affine=affines(),
+    start=st.tuples(*[st.integers(-4, 8)] * 3),
+    size=st.tuples(*[st.integers(0, 12)] * 3),
+    channels=st.sampled_from([(), (2,)]),
+)
+def test_crop_pads_with_zeros_keeps_the_world_and_is_undone(affine, start, size, channels):
+    shape = (6, 5, 4)
+    array = np.arange(1, 1 + np.prod((*shape, *channels))).reshape(*shape, *channels)
+    volume = Volume(array, affine)
+    end = tuple(s + n for s, n in zip(start, size, strict=True))
+    padded = np.pad(array, [(4, 16)] * 3 + [(0, 0)] * len(channels))
+    expected = padded[tuple(slice(s + 4, e + 4) for s, e in zip(start, end, strict=True))]
+    box = crop(volume, start, end)
+    np.testing.assert_array_equal(box.array, expected)
+    np.testing.assert_allclose(box.affine[:3, 3], affine[:3, :3] @ start + affine[:3, 3], atol=1e-9)
+
+    back = uncrop(box, start, shape)
+    kept = np.zeros(shape, bool)
+    kept[tuple(slice(max(s, 0), max(e, 0)) for s, e in zip(start, end, strict=True))] = True
+    np.testing.assert_array_equal(back.array, array * kept.reshape(*shape, *[1] * len(channels)))
+    np.testing.assert_allclose(back.affine, affine, atol=1e-9)
