@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import grain
 import numpy as np
+from absl import flags
 from numpy.typing import ArrayLike
 
 from mambahome_jax.config import Modality
@@ -12,8 +13,7 @@ from mambahome_jax.data.store import Store, StoreEntry
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.intensity import normalise
 
-_THREADS = 4
-_PREFETCHED_BATCHES = 2
+_THREADS = 4  # each prepares one batch ahead
 
 
 def make_loader(
@@ -62,8 +62,11 @@ def make_loader(
         .batch(batch_size, drop_remainder=True)
     )
     if num_workers == 0:
-        return dataset.to_iter_dataset(grain.ReadOptions(_THREADS, _PREFETCHED_BATCHES))
-    options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=_PREFETCHED_BATCHES)
+        return dataset.to_iter_dataset(grain.ReadOptions(_THREADS, _THREADS))
+    if not flags.FLAGS.is_parsed():
+        # Grain's worker processes read absl flags, which only a program started through absl.app has parsed.
+        flags.FLAGS.mark_as_parsed()
+    options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
     return dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(options)
 
 
@@ -83,7 +86,7 @@ class RandomPatch(grain.transforms.RandomMap):
         case = self.cases[index]
         centre = draw_centre(self.store, case, rng, self.positive_fraction, self.class_balanced)
         image, label = read_patch(self.store, case, centre, self.size, self.modality)
-        return {"image": image, "label": label.astype(np.int32), "case": np.asarray(index, np.int32)}
+        return {"image": image, "label": label, "case": np.asarray(index, np.int32)}
 
 
 def draw_centre(
@@ -110,18 +113,18 @@ def patch_start(centre: ArrayLike, size: ArrayLike, shape: ArrayLike) -> np.ndar
 def read_patch(
     store: Store, case: str, centre: ArrayLike, size: Sequence[int], modality: Modality | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Image (*size, channels) float32, normalised, and label (*size) uint8; zeros outside the volume."""
+    """Image (*size, channels) float32, normalised, and label (*size) int32; zeros outside the volume."""
     entry: StoreEntry = store.entry(case)
     start = patch_start(centre, size, entry.shape)
     stop = start + np.asarray(size)
     image = store.read_image(case, tuple(start), tuple(stop))
     label = store.read_label(case, tuple(start), tuple(stop))
     image = normalise(image, modality or entry.modality, entry.statistics)
-    before = np.maximum(-start, 0)
-    widths = [(b, n - b - inside) for b, n, inside in zip(before, size, label.shape, strict=True)]
-    if not np.any(widths):
-        return image, label
-    return np.pad(image, [*widths, (0, 0)]), np.pad(label, widths)
+    inside = tuple(slice(max(-first, 0), max(-first, 0) + n) for first, n in zip(start, label.shape, strict=True))
+    patch_image = np.zeros((*size, image.shape[3]), np.float32)
+    patch_label = np.zeros(size, np.int32)
+    patch_image[inside], patch_label[inside] = image, label
+    return patch_image, patch_label
 
 
 def _patch_size(patch_size: Sequence[int]) -> tuple[int, int, int]:

@@ -127,8 +127,8 @@ def read_case(case: Case, channels: int, labels: Mapping[int, str]) -> tuple[Vol
         return image, None
     label = read_labels(case.label)
     require_same_grid(image, label, case.label)
-    values = np.unique(label.array)
-    unknown = [int(v) for v in values if v != 0 and (int(v) not in labels if labels else v > 255)]
+    values = store.count_values(label.array)
+    unknown = [value for value in values if value != 0 and (value not in labels if labels else value > 255)]
     if unknown:
         known = ", ".join(f"{value} {name}" for value, name in sorted(labels.items())) if labels else "0 to 255"
         action = "Correct the label map, or the table of labels in dataset.json."

@@ -24,6 +24,7 @@ VERSION = 1
 MAX_POSITIONS = 20_000
 
 _CHUNK = 64
+_SLAB = 1 << 20
 _CACHE_BYTES = 256 * 2**20
 _CACHED_HANDLES = 512
 _CACHED_POSITIONS = 512
@@ -75,14 +76,13 @@ def write_case(
         _write_array(partial / "image", image.astype(np.float32, copy=False))
         if label is not None:
             _write_array(partial / "label", label.astype(np.uint8, copy=False))
-            counts = np.bincount(label.ravel(), minlength=1)
-            entry = dataclasses.replace(entry, class_counts={int(v): int(counts[v]) for v in np.flatnonzero(counts)})
+            entry = dataclasses.replace(entry, class_counts=count_values(label))
             positions = foreground_positions(label)
             arrays: dict[str, Any] = {str(value): index for value, index in positions.items()}
             np.savez(partial / "foreground.npz", **arrays)
         else:
             entry = dataclasses.replace(entry, class_counts=None)
-        write_json(partial / "case.json", _to_json(entry))
+        write_json(partial / "case.json", _to_json(entry), indent=None)
         _replace_folder(partial, root / entry.id)
     except OSError as error:
         raise OutputError(f"{root / entry.id}: cannot be written: {error.strerror or error}") from error
@@ -101,7 +101,20 @@ def read_case(root: Path, case: str) -> StoreEntry | None:
 
 def write_index(root: Path, entries: list[StoreEntry]) -> None:
     """Write root/index.json with the entries of all cases. Raises OutputError."""
-    write_json(Path(root) / "index.json", {"version": VERSION, "cases": [_to_json(entry) for entry in entries]})
+    write_json(
+        Path(root) / "index.json", {"version": VERSION, "cases": [_to_json(entry) for entry in entries]}, indent=None
+    )
+
+
+def count_values(label: np.ndarray) -> dict[int, int]:
+    """Voxels of each value that occurs in a label map of uint8 or uint16, by value."""
+    flat = label.ravel(order="K")
+    counts = np.zeros(65536, np.int64)
+    # bincount widens what it is given to int64: eight times a label map, were it not for the slabs.
+    for start in range(0, flat.size, _SLAB):
+        found = np.bincount(flat[start : start + _SLAB])
+        counts[: len(found)] += found
+    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
 def foreground_positions(label: np.ndarray, limit: int = MAX_POSITIONS) -> dict[int, np.ndarray]:
@@ -266,7 +279,8 @@ def _write_array(path: Path, array: np.ndarray) -> None:
             "blocksize": 0,
         },
     }
-    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, compressor]
+    # The checksum: a damaged chunk may decompress without complaint, and training would never know.
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, compressor, {"name": "crc32c"}]
     if array.itemsize == 1:
         codecs[0] = {"name": "bytes"}
     spec = {

@@ -113,11 +113,20 @@ def label_names(table: object, file: Path) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
-def optional_label_names(folder: Path) -> dict[int, str]:
-    """Label table of folder/dataset.json, or an empty one where that file or its table is absent."""
+def optional_description(folder: Path) -> tuple[dict[int, str], tuple[str, ...]]:
+    """ "labels" and "channels" (a list of names) of folder/dataset.json; empty where the file or the key is absent.
+
+    Raises DatasetError: a damaged file or table.
+    """
     file = folder / "dataset.json"
     content = read_json(file) if file.exists() else {}
-    return label_names(content["labels"], file) if "labels" in content else {}
+    labels = label_names(content["labels"], file) if "labels" in content else {}
+    channels = content.get("channels", [])
+    if not isinstance(channels, list) or not all(isinstance(name, str) for name in channels):
+        raise DatasetError(
+            f'"channels" is {channels!r}', file=file, expected='a list of names such as ["T1w", "FLAIR"]'
+        )
+    return labels, tuple(channels)
 
 
 def modality_of(names: Iterable[str]) -> Modality | None:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mambahome_jax.datasets.base import Case, Dataset, nifti_files, optional_label_names
+from mambahome_jax.datasets.base import Case, Dataset, modality_of, nifti_files, optional_description
 from mambahome_jax.errors import DatasetError
 
 LOOKS_FOR = "images/<case>.nii.gz with labels/<case>.nii.gz"
@@ -21,18 +21,22 @@ def detect(folder: Path) -> bool:
 def load(folder: Path) -> Dataset:
     """Pairs the files of images/ and labels/ by name; an ending such as _0000 or _label may differ.
 
-    An image without a label is kept as unlabelled, and noted; a label without its image is skipped. Names of the
-    labels come from an optional dataset.json beside the two folders.
+    An image without a label is kept as unlabelled, and noted; a label without its image is skipped. Names of
+    labels and channels come from an optional dataset.json beside the two folders.
     Raises DatasetError: one of the folders is missing or holds no NIfTI file.
     """
     images, labels = _files(folder / "images"), _files(folder / "labels")
-    endings = {key: [stem for stem in labels if _LABEL_ENDING.sub("", stem) == key] for key in map(_label_key, labels)}
+    names, channels = optional_description(folder)
+    modality = modality_of(channels)
+    by_key: dict[str, list[str]] = {}
+    for stem in labels:
+        by_key.setdefault(_LABEL_ENDING.sub("", stem), []).append(stem)
     cases, used = [], set()
     for stem, image in images.items():
-        candidates = [stem] if stem in labels else endings.get(_IMAGE_ENDING.sub("", stem), [])
+        candidates = [stem] if stem in labels else by_key.get(_IMAGE_ENDING.sub("", stem), [])
         label = candidates[0] if len(candidates) == 1 else None
         used.add(label)
-        cases.append(Case(stem, image, labels[label] if label is not None else None))
+        cases.append(Case(stem, image, labels[label] if label is not None else None, None, modality))
     skipped = tuple(
         (stem, f"labels/{path.name} has no image; expected images/{path.name}")
         for stem, path in labels.items()
@@ -43,11 +47,7 @@ def load(folder: Path) -> Dataset:
     if unlabelled:
         listed = ", ".join(unlabelled[:5]) + (", ..." if len(unlabelled) > 5 else "")
         notes = (f"{len(unlabelled)} images have no label and are kept as unlabelled: {listed}",)
-    return Dataset(folder.resolve().name, ("image",), optional_label_names(folder), tuple(cases), skipped, notes)
-
-
-def _label_key(stem: str) -> str:
-    return _LABEL_ENDING.sub("", stem)
+    return Dataset(folder.resolve().name, channels or ("image",), names, tuple(cases), skipped, notes)
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -131,11 +131,11 @@ def write_prepared(prepared: Prepared) -> None:
     write_json(prepared.root / "dataset.json", content)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """Write JSON beside its place, then rename it there. Raises OutputError: the folder cannot be written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mambahome_jax.datasets.base import Case, Dataset, nifti_files, optional_label_names
+from mambahome_jax.datasets.base import Case, Dataset, nifti_files, optional_description
 from mambahome_jax.errors import DatasetError
 
 LOOKS_FOR = "<case>/*ct*.nii.gz with <case>/*labels*.nii.gz (the published training layout)"
@@ -43,7 +43,7 @@ def load(folder: Path) -> Dataset:
     if not cases:
         reason = f" ({skipped[0][1]})" if skipped else ""
         raise DatasetError(f"no scan with its labels{reason}", file=folder, expected=LOOKS_FOR)
-    return Dataset(folder.resolve().name, ("CT",), optional_label_names(folder), tuple(cases), tuple(skipped))
+    return Dataset(folder.resolve().name, ("CT",), optional_description(folder)[0], tuple(cases), tuple(skipped))
 
 
 def _subfolders(folder: Path) -> list[Path]:

@@ -1,0 +1,398 @@
+"""preprocess from files to files: numbers, what is kept on a second run, and every kind of bad case."""
+
+import gzip
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from mambahome_jax.commands import preprocess
+from mambahome_jax.commands.preprocess import prepare, run
+from mambahome_jax.config import PreprocessConfig
+from mambahome_jax.data import prepare as prepare_module
+from mambahome_jax.data.pool import WorkerDied
+from mambahome_jax.data.store import Store
+from mambahome_jax.datasets import load_dataset, read_prepared
+from mambahome_jax.errors import ConfigError, DatasetError, OutputError
+from mambahome_jax.imaging.volume import read_volume
+
+# Axes run L, P, S; 2 x 1 x 3 mm.
+AFFINE = np.array([[-2.0, 0, 0, 30], [0, -1, 0, 20], [0, 0, 3, -40], [0, 0, 0, 1]])
+
+
+def write(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+def scan(shape=(12, 16, 8), seed=0) -> tuple[np.ndarray, np.ndarray]:
+    """Image int16 in the manner of CT, label with 1 and 2."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros(shape, np.uint8)
+    label[2:6, 3:9, 2:5], label[7:10, 8:14, 4:7] = 1, 2
+    image = label.astype(int) * 500 - 1000 + rng.integers(0, 50, shape) + 900 * (label > 0)
+    return image.astype(np.int16), label
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Folder images/ and labels/ with the cases a, b, c."""
+    for seed, name in enumerate("abc"):
+        image, label = scan(seed=seed)
+        write(tmp_path / f"in/images/{name}.nii.gz", image)
+        write(tmp_path / f"in/labels/{name}.nii.gz", label)
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def config(source, tmp_path):
+    return PreprocessConfig(source, tmp_path / "out", spacing=(1, 1, 3), num_workers=1)
+
+
+def description(config: PreprocessConfig) -> dict:
+    return json.loads((config.output_path / "dataset.json").read_text())
+
+
+def reasons(config: PreprocessConfig) -> dict[str, str]:
+    return {entry["id"]: entry["reason"] for entry in description(config)["skipped"]}
+
+
+def test_writes_resampled_files_and_store(config, capsys):
+    assert run(config) == 0
+    content = description(config)
+    assert content["version"] == 1 and content["name"] == "in" and content["spacing"] == [1, 1, 3]
+    assert content["labels"] == {"1": "label_1", "2": "label_2"} and content["skipped"] == []
+    assert [case["id"] for case in content["cases"]] == ["a", "b", "c"]
+    assert content["cases"][0] == {
+        "id": "a",
+        "image": "images/a.nii.gz",
+        "label": "labels/a.nii.gz",
+        "split": None,
+        "modality": "ct",
+        "shape": [23, 16, 8],
+        "spacing": [1.0, 1.0, 3.0],
+        "source": str(config.input_path / "images/a.nii.gz"),
+    }
+    image, label = (nib.load(config.output_path / content["cases"][0][key]) for key in ("image", "label"))
+    assert (image.get_data_dtype(), label.get_data_dtype()) == (np.float32, np.uint8)
+    assert nib.aff2axcodes(image.affine) == ("R", "A", "S")
+    np.testing.assert_allclose(label.affine, image.affine)
+
+    store = Store(config.output_path)
+    np.testing.assert_array_equal(store.read_image("a")[..., 0], image.get_fdata())
+    np.testing.assert_array_equal(store.read_label("a"), np.asarray(label.dataobj))
+    entry = store.entry("a")
+    assert (entry.shape, entry.spacing, entry.modality) == ((23, 16, 8), (1.0, 1.0, 3.0), "ct")
+    np.testing.assert_allclose(entry.affine, image.affine)
+    values, counts = np.unique(label.dataobj, return_counts=True)
+    assert entry.class_counts == dict(zip(values.tolist(), counts.tolist(), strict=True))
+    assert entry.statistics.minimum == (image.get_fdata().min(),)
+    inside = np.argwhere(image.get_fdata() > -175)
+    assert entry.body_box == (tuple(inside.min(axis=0)), tuple(inside.max(axis=0) + 1))
+
+    shown = capsys.readouterr().out
+    assert "Modality: ct, guessed from the lowest values of 3 scans" in shown and "--modality" in shown
+    assert "3 done, 0 kept, 0 failed" in shown and "label_1: " in shown
+    assert f"python train.py --data_train {config.output_path}" in shown
+
+
+def test_resampled_voxels_lie_where_their_affine_says(config):
+    index = np.stack(np.meshgrid(*map(np.arange, (12, 16, 8)), indexing="ij"), axis=-1)
+    world = index @ AFFINE[:3, :3].T + AFFINE[:3, 3]
+    ramp = world @ [1.0, 10.0, 100.0]
+    write(config.input_path / "images/a.nii.gz", ramp.astype(np.float32))
+    assert run(replace(config, spacing=(0.7, 0, 2), orientation="PIR")) == 0
+    found = read_volume(config.output_path / "images/a.nii.gz")
+    np.testing.assert_allclose(found.spacing, (0.7, 3.0, 2.0), atol=1e-6)
+    index = np.stack(np.meshgrid(*map(np.arange, found.shape), indexing="ij"), axis=-1)
+    expected = (index @ found.affine[:3, :3].T + found.affine[:3, 3]) @ [1.0, 10.0, 100.0]
+    # The last new voxel may lie beyond the old grid, where the edge value goes on.
+    np.testing.assert_allclose(found.array[:-1, :, :-1], expected[:-1, :, :-1], rtol=1e-5, atol=1e-2)
+
+
+def test_second_run_keeps_what_is_up_to_date(config, capsys):
+    run(config)
+    before = {path: path.stat().st_mtime_ns for path in config.output_path.rglob("*.nii.gz")}
+    capsys.readouterr()
+    assert run(config) == 0
+    shown = capsys.readouterr().out
+    assert "3 of 3 cases are up to date and kept" in shown and "0 done, 3 kept, 0 failed" in shown
+    assert {path: path.stat().st_mtime_ns for path in config.output_path.rglob("*.nii.gz")} == before
+    assert len(description(config)["cases"]) == 3
+    assert run(replace(config, overwrite=True)) == 0
+    assert "3 done, 0 kept" in capsys.readouterr().out
+
+
+def test_changed_source_settings_and_lost_results_are_done_again(config, capsys):
+    run(config)
+    image, _ = scan(seed=9)
+    write(config.input_path / "images/b.nii.gz", image)
+    os.utime(config.input_path / "images/b.nii.gz", ns=(1, 1))
+    capsys.readouterr()
+    run(config)
+    assert "1 done, 2 kept" in capsys.readouterr().out
+    (config.output_path / "labels/c.nii.gz").unlink()
+    run(config)
+    assert "1 done, 2 kept" in capsys.readouterr().out
+    (config.input_path / "dataset.json").write_text(json.dumps({"labels": {"1": "liver", "2": "spleen"}}))
+    run(config)
+    assert "3 done, 0 kept" in capsys.readouterr().out
+    assert description(config)["labels"] == {"1": "liver", "2": "spleen"}
+    run(replace(config, spacing=(2, 1, 3)))
+    assert "3 done, 0 kept" in capsys.readouterr().out
+    assert description(config)["cases"][0]["shape"] == [12, 16, 8]
+
+
+def test_removed_and_newly_bad_cases_leave_the_index(config):
+    run(config)
+    (config.input_path / "images/a.nii.gz").unlink()
+    (config.input_path / "labels/a.nii.gz").unlink()
+    path = config.input_path / "images/b.nii.gz"
+    path.write_bytes(path.read_bytes()[:200])
+    assert run(config) == 1
+    assert [case["id"] for case in description(config)["cases"]] == ["c"]
+    assert Store(config.output_path).cases == ("c",)
+    assert list(reasons(config)) == ["b"]
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "images/b.nii.gz"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def too_few_voxels(folder: Path) -> None:
+    path = folder / "images/b.nii.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-40]))
+
+
+def nan(folder: Path) -> None:
+    image = scan()[0].astype(np.float32)
+    image[1, 2, 3] = np.nan
+    write(folder / "images/b.nii.gz", image)
+
+
+def four_dimensions(folder: Path) -> None:
+    write(folder / "images/b.nii.gz", np.stack([scan()[0]] * 2, axis=-1))
+
+
+def other_shape(folder: Path) -> None:
+    write(folder / "labels/b.nii.gz", scan((12, 16, 9))[1])
+
+
+def shifted(folder: Path) -> None:
+    affine = AFFINE.copy()
+    affine[2, 3] += 1.5
+    write(folder / "labels/b.nii.gz", scan()[1], affine)
+
+
+def unknown_values(folder: Path) -> None:
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"1": "liver", "2": "spleen"}}))
+    label = scan()[1]
+    label[0, 0, :2] = 9, 200
+    write(folder / "labels/b.nii.gz", label)
+
+
+def values_above_255(folder: Path) -> None:
+    write(folder / "labels/b.nii.gz", scan()[1].astype(np.int16) * 300)
+
+
+def fractional_label(folder: Path) -> None:
+    write(folder / "labels/b.nii.gz", scan()[1].astype(np.float32) * 0.5)
+
+
+def label_without_image(folder: Path) -> None:
+    (folder / "images/b.nii.gz").unlink()
+
+
+@pytest.mark.parametrize(
+    ("break_case", "words"),
+    [
+        (truncated, ("images/b.nii.gz", "truncated")),
+        (too_few_voxels, ("images/b.nii.gz", "truncated")),
+        (nan, ("images/b.nii.gz", "1 voxels are NaN")),
+        (four_dimensions, ("images/b.nii.gz", "(12, 16, 8, 2)", "3D")),
+        (other_shape, ("labels/b.nii.gz", "grid of 12 x 16 x 9 voxels; expected 12 x 16 x 8 as in the image")),
+        (shifted, ("labels/b.nii.gz", "up to 1.5 mm (0.5 voxels) off the image's")),
+        (unknown_values, ("labels/b.nii.gz", "unknown label values 9, 200; expected 1 liver, 2 spleen")),
+        (values_above_255, ("labels/b.nii.gz", "unknown label values 300, 600; expected 0 to 255")),
+        (fractional_label, ("labels/b.nii.gz", "label value 0.5; expected whole numbers")),
+        (label_without_image, ("labels/b.nii.gz has no image; expected images/b.nii.gz",)),
+    ],
+)
+def test_a_bad_case_is_reported_and_the_rest_goes_on(config, capsys, break_case, words):
+    break_case(config.input_path)
+    assert run(config) == 1
+    assert [case["id"] for case in description(config)["cases"]] == ["a", "c"]
+    assert Store(config.output_path).cases == ("a", "c")
+    shown = capsys.readouterr().out
+    for word in words:
+        assert word in reasons(config)["b"] and word in shown
+    assert "2 done, 0 kept, 1 failed" in shown
+    left = [path.name for path in config.output_path.rglob("*") if path.name.startswith((".", "b"))]
+    assert left == []
+
+
+def test_grids_that_agree_up_to_rounding_are_one_grid(config):
+    affine = AFFINE.copy()
+    affine[:3, 3] += 0.05
+    write(config.input_path / "labels/b.nii.gz", scan()[1], affine)
+    assert run(config) == 0
+    paths = [config.output_path / f"{kind}/b.nii.gz" for kind in ("images", "labels")]
+    np.testing.assert_array_equal(nib.load(paths[0]).affine, nib.load(paths[1]).affine)
+
+
+def test_nothing_usable_is_exit_code_2(config):
+    for path in config.input_path.glob("images/*"):
+        path.write_bytes(b"no scan")
+    assert run(config) == 2
+    assert description(config)["cases"] == [] and len(reasons(config)) == 3
+
+
+def test_images_without_labels_are_kept_unlabelled(config, capsys):
+    (config.input_path / "labels/b.nii.gz").unlink()
+    assert run(config) == 0
+    assert "1 images have no label" in capsys.readouterr().out
+    assert [case["label"] is None for case in description(config)["cases"]] == [False, True, False]
+    assert Store(config.output_path).entry("b").class_counts is None
+    assert not (config.output_path / "labels/b.nii.gz").exists()
+
+
+def test_output_that_cannot_be_written(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot be written.*Choose another --output_path"):
+        run(replace(config, output_path=tmp_path / "file"))
+    with pytest.raises(OutputError, match="cannot be written"):
+        run(replace(config, output_path=tmp_path / "file/below"))
+
+
+@pytest.mark.parametrize(("good", "code"), [(1, 1), (0, None)])
+def test_full_disk_keeps_what_is_done_and_stops(config, monkeypatch, capsys, good, code):
+    written = []
+
+    def write_volume(path, *args, **kwargs):
+        written.append(path)
+        if len(written) > 2 * good:
+            raise OutputError(f"{path.parent}: cannot write {path.name}: No space left on device")
+        return prepare_module_write(path, *args, **kwargs)
+
+    prepare_module_write = prepare_module.write_volume
+    monkeypatch.setattr(prepare_module, "write_volume", write_volume)
+    if code is None:
+        with pytest.raises(OutputError, match="No space left on device"):
+            run(config)
+        return
+    assert run(config) == code
+    assert [case["id"] for case in description(config)["cases"]] == ["a"]
+    assert "No space left on device" in reasons(config)["b"]
+    assert "cannot be written" in reasons(config)["c"]
+    monkeypatch.undo()
+    assert run(config) == 0
+    assert "2 done, 1 kept" in capsys.readouterr().out
+
+
+def test_case_whose_process_died_or_ran_out_of_memory(config, monkeypatch):
+    def run_jobs(function, jobs, workers, threads):
+        results = {"a": WorkerDied("its process was killed"), "b": MemoryError("3 GiB")}
+        for job in jobs:
+            yield job, results.get(job.case.id) or function(job)
+
+    monkeypatch.setattr(preprocess, "run_jobs", run_jobs)
+    assert run(config) == 1
+    assert "its process was killed" in reasons(config)["a"]
+    assert "out of memory (3 GiB). Try fewer --num_workers" in reasons(config)["b"]
+
+
+def test_a_fault_of_ours_shows_its_traceback_and_the_rest_goes_on(config, monkeypatch, capsys):
+    def fail_for_b(job):
+        if job.case.id == "b":
+            raise ZeroDivisionError("ours")
+        return prepare_module.prepare_case(job)
+
+    monkeypatch.setattr(preprocess, "prepare_case", fail_for_b)
+    assert run(config) == 1
+    assert reasons(config) == {"b": "ZeroDivisionError: ours"}
+    assert "Traceback" in capsys.readouterr().out
+
+
+def test_fewer_processes_where_memory_is_short(config, monkeypatch, capsys):
+    monkeypatch.setattr(preprocess, "available_memory", lambda: 2**10)
+    assert run(replace(config, num_workers=3)) == 0
+    assert "1 processes instead of 3" in capsys.readouterr().out
+
+
+def test_wrong_configuration(config):
+    with pytest.raises(ConfigError, match="same folder"):
+        run(replace(config, output_path=config.input_path))
+    with pytest.raises(ConfigError, match="orientation"):
+        run(replace(config, orientation="RRS"))
+    with pytest.raises(ConfigError, match="num_workers"):
+        run(replace(config, num_workers=-1))
+    with pytest.raises(DatasetError, match="no such folder"):
+        run(replace(config, input_path=config.input_path / "nowhere"))
+    assert not config.output_path.exists() or not list(config.output_path.glob("images/*"))
+
+
+def test_modality_by_request_or_by_values(config, capsys):
+    assert run(replace(config, modality="us")) == 0
+    assert Store(config.output_path).entry("a").modality == "us"
+    assert "us, as asked for by --modality" in capsys.readouterr().out
+    for name in "abc":
+        write(config.input_path / f"images/{name}.nii.gz", scan()[0] + np.int16(1000))
+    assert run(config) == 0
+    assert Store(config.output_path).entry("a").modality == "mr"
+    assert "no Hounsfield units of air" in capsys.readouterr().out
+
+
+def test_decathlon_with_channels_and_test_cases(tmp_path, capsys):
+    source = tmp_path / "Task01"
+    for folder, name in (("imagesTr", "a"), ("imagesTs", "t")):
+        image = np.stack([scan(seed=1)[0] + np.int16(1000), scan(seed=2)[0]], axis=-1)
+        write(source / folder / f"{name}.nii.gz", image)
+    write(source / "labelsTr/a.nii.gz", scan(seed=1)[1])
+    (source / "imagesTr/._a.nii.gz").write_bytes(b"macOS")
+    content = {"name": "Brain", "modality": {"0": "T2", "1": "ADC"}, "labels": {"0": "background", "1": "x", "2": "y"}}
+    content["training"] = [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}]
+    (source / "dataset.json").write_text(json.dumps(content))
+    config = PreprocessConfig(source, tmp_path / "out", spacing=(-1, 2, 3), num_workers=1)
+    assert run(config) == 0
+    found = description(config)
+    assert (found["name"], found["channels"], found["labels"]) == ("Brain", ["T2", "ADC"], {"1": "x", "2": "y"})
+    assert [(c["id"], c["split"], c["label"] is None) for c in found["cases"]] == [
+        ("a", "train", False),
+        ("t", "test", True),
+    ]
+    store = Store(config.output_path)
+    assert store.read_image("a").shape == (12, 8, 8, 2) == store.read_image("t").shape
+    assert len(store.entry("a").statistics.mean) == 2
+    assert nib.load(config.output_path / "images/a.nii.gz").shape == (12, 8, 8, 2)
+    assert "Modality: mr, as the dataset says" in capsys.readouterr().out
+
+
+def test_store_alone_from_the_published_layout(tmp_path):
+    image, label = scan()
+    write(tmp_path / "in/p1/ct.nii.gz", image)
+    write(tmp_path / "in/p1/labels.nii.gz", label)
+    summary = prepare(load_dataset(tmp_path / "in"), tmp_path / "out", spacing=None, nifti=False, num_workers=1)
+    assert (summary.exit_code, summary.done) == (0, ("p1",))
+    assert not (tmp_path / "out/images").exists()
+    found = read_prepared(tmp_path / "out")
+    assert (found.spacing, found.orientation) == (None, "RAS")
+    assert found.image_path(found.cases[0]) == (tmp_path / "in/p1/ct.nii.gz").resolve()
+    # From LPS to RAS: two axes turn round, no value changes.
+    np.testing.assert_array_equal(Store(tmp_path / "out").read_image("p1")[..., 0], image[::-1, ::-1])
+    np.testing.assert_array_equal(Store(tmp_path / "out").read_label("p1"), label[::-1, ::-1])
+    again = prepare(load_dataset(tmp_path / "in"), tmp_path / "out", spacing=None, nifti=False, num_workers=1)
+    assert (again.done, again.kept) == ((), ("p1",))
+
+
+def test_several_processes_give_the_same_files(config, tmp_path):
+    (config.input_path / "images/b.nii.gz").write_bytes(b"no scan")
+    alone, together = (replace(config, output_path=tmp_path / name, num_workers=n) for name, n in (("x", 1), ("y", 2)))
+    assert (run(alone), run(together)) == (1, 1)
+    for name in ("images/a.nii.gz", "labels/c.nii.gz", "dataset.json", "store/index.json"):
+        assert (alone.output_path / name).read_bytes() == (together.output_path / name).read_bytes()
