@@ -1,6 +1,6 @@
 """From a scan to its label map, on the scan's own grid: prepare, run the network, bring the result back."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -10,22 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mambahome_jax.config import Modality
+from mambahome_jax.config import DataProperties, Modality
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
 from mambahome_jax.imaging.geometry import orientation_of, reorient, resample
 from mambahome_jax.imaging.intensity import normalise, statistics
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.restore import labels_on_grid
 from mambahome_jax.inference.sliding_window import sliding_window
+from mambahome_jax.model.network import MULTIPLE
 
 Progress = Callable[[int, int], None]
-# The network halves each axis four times.
-MULTIPLE = 16
+PUBLISHED_ROI = (192, 192, 48)
 
 
 @dataclass(frozen=True)
 class SegmentSettings:
-    """How a scan is brought to the network and back; the defaults are those of the published weights.
+    """How a scan is brought to the network and back.
 
     spacing: (3,) mm at which the network works, None or 0 keeps the scan's own. orientation: of its axes. modality:
     how intensities are normalised. roi_size: window in voxels, an entry <= 0 takes the whole axis.
@@ -34,10 +34,10 @@ class SegmentSettings:
     beyond the border, nearest logits on the way back.
     """
 
-    spacing: Sequence[float] | None = (0.8, 0.8, 3.0)
-    orientation: str = "RAS"
-    modality: Modality = "ct"
-    roi_size: Sequence[int] = (192, 192, 48)
+    spacing: Sequence[float] | None
+    orientation: str
+    modality: Modality
+    roi_size: Sequence[int]
     overlap: float | Sequence[float] = 0.5
     sw_batch_size: int = 4
     chain: Literal["trained", "published"] = "trained"
@@ -106,21 +106,25 @@ def segment(
 
 def settings_for(model: Any, **changes: Any) -> SegmentSettings:
     """Settings with which the model was trained, those of `changes` that are not None put in their place."""
-    trained: dict[str, Any] = {}
-    metadata = getattr(model, "metadata", None)
-    if metadata is not None:
-        known = metadata if isinstance(metadata, Mapping) else vars(metadata)
-        # Here None has a meaning for the spacing: the scans were left at their own.
-        trained = {"spacing": known.get("spacing")}
-        trained |= {key: known[key] for key in ("orientation", "modality") if known.get(key)}
-        if known.get("patch_size"):
-            trained["roi_size"] = tuple(known["patch_size"])
+    data = getattr(model, "metadata", None) or DataProperties()
+    trained: dict[str, Any] = {
+        "spacing": data.spacing,
+        "orientation": data.orientation,
+        "modality": data.modality,
+        "roi_size": data.patch_size or PUBLISHED_ROI,
+    }
     return SegmentSettings(**(trained | {key: value for key, value in changes.items() if value is not None}))
 
 
 def channels_of(model: Any) -> int | None:
     """Input channels of a model, None where it does not say."""
     return getattr(getattr(model, "config", None), "in_chans", None)
+
+
+def label_names_of(model: Any) -> dict[int, str]:
+    """Label value -> name of the structures that a model was trained on; empty where it does not say."""
+    data = getattr(model, "metadata", None)
+    return dict(data.labels) if data is not None else {}
 
 
 def prepare(volume: Volume, settings: SegmentSettings, channels: int | None = None) -> NetworkInput:
@@ -182,22 +186,12 @@ def predictor(model: Any) -> Callable[[jax.Array], Any]:
     if not isinstance(model, nnx.Module):
         return model
     graph, state = nnx.split(model)
-    return partial(_apply, _Graph(graph), state)
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """A graph definition as a static argument of jit; models may carry a dict, which has no hash of its own."""
-
-    definition: nnx.GraphDef
-
-    def __hash__(self) -> int:
-        return hash(len(self.definition.attributes))
+    return partial(_apply, graph, state)
 
 
 @partial(jax.jit, static_argnums=0)
 def _apply(graph, state, windows):
-    return nnx.merge(graph.definition, state)(windows)
+    return nnx.merge(graph, state)(windows)
 
 
 def _normalised(volume: Volume, modality: Modality) -> Volume:

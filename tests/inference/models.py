@@ -1,10 +1,10 @@
 """Small networks with known answers."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from mambahome_jax.config import ModelConfig
 
 
 class Levels(nnx.Module):
@@ -12,7 +12,7 @@ class Levels(nnx.Module):
 
     def __init__(self, levels, in_chans=1, metadata=None):
         self.levels = nnx.Param(jnp.asarray(levels, jnp.float32))
-        self.config = SimpleNamespace(in_chans=in_chans)
+        self.config = ModelConfig(in_chans=in_chans)
         if metadata is not None:
             self.metadata = metadata
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
 from mambahome_jax.evaluation.metrics import dice
 from mambahome_jax.imaging.geometry import crop, orientation_of, reorient, resample, uncrop
@@ -14,7 +15,7 @@ from mambahome_jax.imaging.intensity import foreground_box, scale_range
 from mambahome_jax.imaging.volume import Volume, read_volume
 from mambahome_jax.inference import restore
 from mambahome_jax.inference.restore import labels_on_grid, logits_in_slabs
-from mambahome_jax.inference.segment import SegmentSettings, prepare, segment, settings_for
+from mambahome_jax.inference.segment import SegmentSettings, label_names_of, prepare, segment, settings_for
 from mambahome_jax.inference.sliding_window import sliding_window
 from tests.conftest import golden_path, load_golden
 from tests.inference.models import Convolution, Levels
@@ -61,7 +62,7 @@ def test_intensity_levels_come_back_on_odd_grids(orientation, shape, turn, finer
     working = None
     if finer is not None:
         working = tuple(reorient(volume, "RAS").spacing * finer)
-    metadata = {"spacing": working, "orientation": "RAS", "modality": "ct", "labels": {}, "patch_size": (16, 16, 16)}
+    metadata = DataProperties(spacing=working, patch_size=(16, 16, 16))
     result = segment(Levels(LEVELS, metadata=metadata), volume)
     assert result.array.dtype == np.uint8
     np.testing.assert_array_equal(result.affine, affine)
@@ -114,15 +115,10 @@ def test_network_is_traced_once_for_all_volumes():
 
 def test_settings_come_from_the_model_then_from_the_caller():
     assert settings_for(Levels(LEVELS)) == SegmentSettings((0.8, 0.8, 3.0), "RAS", "ct", (192, 192, 48))
-    metadata = {
-        "spacing": None,
-        "orientation": "LPS",
-        "modality": "mr",
-        "labels": {"1": "a"},
-        "patch_size": [48, 48, 32],
-    }
+    metadata = DataProperties(None, "LPS", "mr", ((1, "a"),), patch_size=(48, 48, 32))
     model = Levels(LEVELS, metadata=metadata)
     assert settings_for(model, overlap=None) == SegmentSettings(None, "LPS", "mr", (48, 48, 32))
+    assert label_names_of(model) == {1: "a"}
     assert settings_for(model, modality="us", spacing=(1, 2, 3)) == SegmentSettings(
         (1, 2, 3), "LPS", "us", (48, 48, 32)
     )

@@ -1,0 +1,163 @@
+"""A picture of a scan with its label map, to see at a glance whether a segmentation makes sense."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mambahome_jax.config import Modality
+from mambahome_jax.errors import OutputError
+from mambahome_jax.imaging.geometry import reorient
+from mambahome_jax.imaging.volume import Volume
+
+PANEL_PIXELS = 480
+# Abdominal soft tissue in HU; other scans have no fixed scale and are shown between two percentiles.
+CT_DISPLAY = (-160.0, 240.0)
+PERCENTILES = (0.5, 99.5)
+ALPHA = 0.3
+BACKGROUND, TEXT, FAINT = (16, 16, 18), (235, 235, 235), (150, 150, 155)
+# Okabe and Ito's colours, told apart by colour-blind people too, then lighter and darker tones.
+COLOURS = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (204, 121, 167),
+    (213, 94, 0),
+    (0, 114, 178),
+    (170, 255, 195),
+    (255, 170, 165),
+    (178, 132, 255),
+    (128, 128, 0),
+    (160, 110, 70),
+    (0, 220, 220),
+    (255, 105, 180),
+    (170, 200, 90),
+    (120, 140, 255),
+)
+
+
+def colour_of(label: int) -> tuple[int, int, int]:
+    """RGB, 0 to 255, of a label value of 1 or more; they repeat after the last."""
+    return COLOURS[(label - 1) % len(COLOURS)]
+
+
+def render(image: Volume, labels: Volume, names: Mapping[int, str], modality: Modality, title: str = "") -> Image.Image:
+    """Axial, coronal and sagittal slice with contours and a legend, as an RGB picture.
+
+    image: (D0, D1, D2[, C]), of which the first channel is shown; labels: (D0, D1, D2) integers on the same grid;
+    names: label value -> structure. Each slice is the one with the most foreground (the middle one where there is
+    none), in radiological display (the patient's right on the left) and with millimetres of equal length.
+    """
+    scan = reorient(image, "LPS")
+    label_map = reorient(Volume(np.asarray(labels.array), image.affine), "LPS").array
+    array = scan.array[..., 0] if scan.array.ndim == 4 else scan.array
+    low, high = _display_range(array, modality)
+    scale = PANEL_PIXELS / max(n * s for n, s in zip(array.shape, scan.spacing, strict=True))
+    panels = []
+    for name, axis, flip in (("axial, R - L", 2, False), ("coronal, R - L", 1, True), ("sagittal, A - P", 0, True)):
+        index = _fullest_slice(label_map, axis)
+        across, down = [a for a in range(3) if a != axis]
+        size = tuple(max(round(array.shape[a] * scan.spacing[a] * scale), 1) for a in (across, down))
+        grey = (np.clip((_slice(array, axis, index, flip) - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+        picture = np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR))
+        overlay = _enlarge(_slice(label_map, axis, index, flip), (size[1], size[0]))
+        panels.append((f"{name}, slice {index + 1} of {array.shape[axis]}", _coloured(picture, overlay)))
+    return _compose(panels, _legend(label_map, names, float(abs(np.linalg.det(image.affine[:3, :3])))), title)
+
+
+def write_preview(
+    path: Path, image: Volume, labels: Volume, names: Mapping[int, str], modality: Modality, title: str = ""
+) -> None:
+    """Write `render`'s picture as a PNG, whole or not at all. Raises OutputError where it cannot be written."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        render(image, labels, names, modality, title).save(partial, format="PNG")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def _display_range(array: np.ndarray, modality: Modality) -> tuple[float, float]:
+    if modality == "ct":
+        return CT_DISPLAY
+    step = max(round((array.size / 1_000_000) ** (1 / 3)), 1)
+    low, high = np.percentile(array[::step, ::step, ::step], PERCENTILES)
+    return float(low), float(high if high > low else low + 1)
+
+
+def _fullest_slice(labels: np.ndarray, axis: int) -> int:
+    counts = np.count_nonzero(labels, axis=tuple(a for a in range(3) if a != axis))
+    return int(counts.argmax()) if counts.any() else labels.shape[axis] // 2
+
+
+def _slice(array: np.ndarray, axis: int, index: int, flip: bool) -> np.ndarray:
+    """(rows, columns) of one slice of an LPS volume; `flip` puts superior at the top."""
+    plane = np.take(array, index, axis=axis).T
+    return plane[::-1] if flip else plane
+
+
+def _enlarge(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    rows, columns = (((np.arange(m) + 0.5) * n / m).astype(int) for n, m in zip(labels.shape, shape, strict=True))
+    return labels[np.ix_(rows, columns)]
+
+
+def _coloured(grey: np.ndarray, labels: np.ndarray) -> Image.Image:
+    rgb = np.repeat(grey[..., None], 3, axis=-1).astype(np.float32)
+    colours = np.zeros((*labels.shape, 3), np.float32)
+    for label in np.unique(labels[labels > 0]):
+        colours[labels == label] = colour_of(int(label))
+    edge = np.zeros(labels.shape, bool)
+    for axis in (0, 1):
+        here, there = (np.moveaxis(a, axis, 0) for a in (edge, labels))
+        changes = there[1:] != there[:-1]
+        here[1:] |= changes
+        here[:-1] |= changes
+    strength = np.where(edge, 1.0, ALPHA) * (labels > 0)
+    return Image.fromarray((rgb + (colours - rgb) * strength[..., None]).astype(np.uint8))
+
+
+def label_counts(labels: np.ndarray) -> dict[int, int]:
+    """Voxels of each label value above 0 that occurs in (D0, D1, D2), in order of value."""
+    total = np.zeros(int(labels.max(initial=0)) + 1, np.int64)
+    # Plane by plane, as bincount widens what it is given to eight bytes a voxel.
+    for plane in labels:
+        total += np.bincount(plane.ravel(order="K"), minlength=len(total))
+    return {int(label): int(total[label]) for label in np.flatnonzero(total) if label}
+
+
+def _legend(labels: np.ndarray, names: Mapping[int, str], voxel_mm3: float) -> list[tuple[int, str]]:
+    return [
+        (label, f"{names.get(label, f'label_{label}')}  {count * voxel_mm3 / 1000:.3g} ml")
+        for label, count in label_counts(labels).items()
+    ]
+
+
+def _compose(panels: list[tuple[str, Image.Image]], legend: list[tuple[int, str]], title: str) -> Image.Image:
+    font, small = ImageFont.load_default(size=18), ImageFont.load_default(size=14)
+    gap, header, line = 12, 32 if title else 8, 26
+    width = gap + sum(panel.width + gap for _, panel in panels)
+    height = max(panel.height for _, panel in panels)
+    entries = legend or [(0, "no structure found")]
+    column = max(int(font.getlength(text)) for _, text in entries) + 50
+    width = max(width, column + 2 * gap, int(font.getlength(title)) + 2 * gap)
+    columns = max((width - 2 * gap) // column, 1)
+    rows = -(-len(entries) // columns)
+    canvas = Image.new("RGB", (width, header + 24 + height + gap + rows * line + gap), BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((gap, 6), title, TEXT, font)
+    x = gap
+    for caption, panel in panels:
+        draw.text((x, header), caption, FAINT, small)
+        canvas.paste(panel, (x, header + 24))
+        x += panel.width + gap
+    for number, (label, text) in enumerate(entries):
+        x, y = gap + (number % columns) * column, header + 24 + height + gap + (number // columns) * line
+        if label:
+            draw.rectangle((x, y + 3, x + 18, y + 19), fill=colour_of(label))
+        draw.text((x + 26 if label else x, y), text, TEXT, font)
+    return canvas
