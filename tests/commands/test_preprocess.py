@@ -1,65 +1,24 @@
-"""preprocess from files to files: numbers, what is kept on a second run, and every kind of bad case."""
+"""preprocess from files to files: numbers, what is kept on a second run."""
 
-import gzip
 import json
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from mambahome_jax.commands import preprocess
 from mambahome_jax.commands.preprocess import prepare, run
 from mambahome_jax.config import PreprocessConfig
-from mambahome_jax.data import prepare as prepare_module
-from mambahome_jax.data.pool import WorkerDied
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import load_dataset, read_prepared
-from mambahome_jax.errors import ConfigError, DatasetError, OutputError
 from mambahome_jax.imaging.volume import read_volume
-
-# Axes run L, P, S; 2 x 1 x 3 mm.
-AFFINE = np.array([[-2.0, 0, 0, 30], [0, -1, 0, 20], [0, 0, 3, -40], [0, 0, 0, 1]])
-
-
-def write(path: Path, array: np.ndarray, affine: np.ndarray = AFFINE) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(array, affine), path)
-    return path
-
-
-def scan(shape=(12, 16, 8), seed=0) -> tuple[np.ndarray, np.ndarray]:
-    """Image int16 in the manner of CT, label with 1 and 2."""
-    rng = np.random.default_rng(seed)
-    label = np.zeros(shape, np.uint8)
-    label[2:6, 3:9, 2:5], label[7:10, 8:14, 4:7] = 1, 2
-    image = label.astype(int) * 500 - 1000 + rng.integers(0, 50, shape) + 900 * (label > 0)
-    return image.astype(np.int16), label
+from tests.commands.scans import AFFINE, description, preprocess_config, reasons, scan, write
 
 
 @pytest.fixture
-def source(tmp_path):
-    """Folder images/ and labels/ with the cases a, b, c."""
-    for seed, name in enumerate("abc"):
-        image, label = scan(seed=seed)
-        write(tmp_path / f"in/images/{name}.nii.gz", image)
-        write(tmp_path / f"in/labels/{name}.nii.gz", label)
-    return tmp_path / "in"
-
-
-@pytest.fixture
-def config(source, tmp_path):
-    return PreprocessConfig(source, tmp_path / "out", spacing=(1, 1, 3), num_workers=1)
-
-
-def description(config: PreprocessConfig) -> dict:
-    return json.loads((config.output_path / "dataset.json").read_text())
-
-
-def reasons(config: PreprocessConfig) -> dict[str, str]:
-    return {entry["id"]: entry["reason"] for entry in description(config)["skipped"]}
+def config(tmp_path):
+    return preprocess_config(tmp_path)
 
 
 def test_writes_resampled_files_and_store(config, capsys):
@@ -160,99 +119,6 @@ def test_removed_and_newly_bad_cases_leave_the_index(config):
     assert list(reasons(config)) == ["b"]
 
 
-def truncated(folder: Path) -> None:
-    path = folder / "images/b.nii.gz"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def too_few_voxels(folder: Path) -> None:
-    path = folder / "images/b.nii.gz"
-    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:-40]))
-
-
-def nan(folder: Path) -> None:
-    image = scan()[0].astype(np.float32)
-    image[1, 2, 3] = np.nan
-    write(folder / "images/b.nii.gz", image)
-
-
-def four_dimensions(folder: Path) -> None:
-    write(folder / "images/b.nii.gz", np.stack([scan()[0]] * 2, axis=-1))
-
-
-def other_shape(folder: Path) -> None:
-    write(folder / "labels/b.nii.gz", scan((12, 16, 9))[1])
-
-
-def shifted(folder: Path) -> None:
-    affine = AFFINE.copy()
-    affine[2, 3] += 1.5
-    write(folder / "labels/b.nii.gz", scan()[1], affine)
-
-
-def unknown_values(folder: Path) -> None:
-    (folder / "dataset.json").write_text(json.dumps({"labels": {"1": "liver", "2": "spleen"}}))
-    label = scan()[1]
-    label[0, 0, :2] = 9, 200
-    write(folder / "labels/b.nii.gz", label)
-
-
-def values_above_255(folder: Path) -> None:
-    write(folder / "labels/b.nii.gz", scan()[1].astype(np.int16) * 300)
-
-
-def fractional_label(folder: Path) -> None:
-    write(folder / "labels/b.nii.gz", scan()[1].astype(np.float32) * 0.5)
-
-
-def label_without_image(folder: Path) -> None:
-    (folder / "images/b.nii.gz").unlink()
-
-
-@pytest.mark.parametrize(
-    ("break_case", "words"),
-    [
-        (truncated, ("images/b.nii.gz", "truncated")),
-        (too_few_voxels, ("images/b.nii.gz", "truncated")),
-        (nan, ("images/b.nii.gz", "1 voxels are NaN")),
-        (four_dimensions, ("images/b.nii.gz", "(12, 16, 8, 2)", "3D")),
-        (other_shape, ("labels/b.nii.gz", "grid of 12 x 16 x 9 voxels; expected 12 x 16 x 8 as in the image")),
-        (shifted, ("labels/b.nii.gz", "up to 1.5 mm (0.5 voxels) off the image's")),
-        (unknown_values, ("labels/b.nii.gz", "unknown label values 9, 200; expected 1 liver, 2 spleen")),
-        (values_above_255, ("labels/b.nii.gz", "unknown label values 300, 600; expected 0 to 255")),
-        (fractional_label, ("labels/b.nii.gz", "label value 0.5; expected whole numbers")),
-        (label_without_image, ("labels/b.nii.gz has no image; expected images/b.nii.gz",)),
-    ],
-)
-def test_a_bad_case_is_reported_and_the_rest_goes_on(config, capsys, break_case, words):
-    break_case(config.input_path)
-    assert run(config) == 1
-    assert [case["id"] for case in description(config)["cases"]] == ["a", "c"]
-    assert Store(config.output_path).cases == ("a", "c")
-    shown = capsys.readouterr().out
-    for word in words:
-        assert word in reasons(config)["b"] and word in shown
-    assert "2 done, 0 kept, 1 failed" in shown
-    left = [path.name for path in config.output_path.rglob("*") if path.name.startswith((".", "b"))]
-    assert left == []
-
-
-def test_grids_that_agree_up_to_rounding_are_one_grid(config):
-    affine = AFFINE.copy()
-    affine[:3, 3] += 0.05
-    write(config.input_path / "labels/b.nii.gz", scan()[1], affine)
-    assert run(config) == 0
-    paths = [config.output_path / f"{kind}/b.nii.gz" for kind in ("images", "labels")]
-    np.testing.assert_array_equal(nib.load(paths[0]).affine, nib.load(paths[1]).affine)
-
-
-def test_nothing_usable_is_exit_code_2(config):
-    for path in config.input_path.glob("images/*"):
-        path.write_bytes(b"no scan")
-    assert run(config) == 2
-    assert description(config)["cases"] == [] and len(reasons(config)) == 3
-
-
 def test_images_without_labels_are_kept_unlabelled(config, capsys):
     (config.input_path / "labels/b.nii.gz").unlink()
     assert run(config) == 0
@@ -260,81 +126,6 @@ def test_images_without_labels_are_kept_unlabelled(config, capsys):
     assert [case["label"] is None for case in description(config)["cases"]] == [False, True, False]
     assert Store(config.output_path).entry("b").class_counts is None
     assert not (config.output_path / "labels/b.nii.gz").exists()
-
-
-def test_output_that_cannot_be_written(config, tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"cannot be written.*Choose another --output_path"):
-        run(replace(config, output_path=tmp_path / "file"))
-    with pytest.raises(OutputError, match="cannot be written"):
-        run(replace(config, output_path=tmp_path / "file/below"))
-
-
-@pytest.mark.parametrize(("good", "code"), [(1, 1), (0, None)])
-def test_full_disk_keeps_what_is_done_and_stops(config, monkeypatch, capsys, good, code):
-    written = []
-
-    def write_volume(path, *args, **kwargs):
-        written.append(path)
-        if len(written) > 2 * good:
-            raise OutputError(f"{path.parent}: cannot write {path.name}: No space left on device")
-        return prepare_module_write(path, *args, **kwargs)
-
-    prepare_module_write = prepare_module.write_volume
-    monkeypatch.setattr(prepare_module, "write_volume", write_volume)
-    if code is None:
-        with pytest.raises(OutputError, match="No space left on device"):
-            run(config)
-        return
-    assert run(config) == code
-    assert [case["id"] for case in description(config)["cases"]] == ["a"]
-    assert "No space left on device" in reasons(config)["b"]
-    assert "cannot be written" in reasons(config)["c"]
-    monkeypatch.undo()
-    assert run(config) == 0
-    assert "2 done, 1 kept" in capsys.readouterr().out
-
-
-def test_case_whose_process_died_or_ran_out_of_memory(config, monkeypatch):
-    def run_jobs(function, jobs, workers, threads):
-        results = {"a": WorkerDied("its process was killed"), "b": MemoryError("3 GiB")}
-        for job in jobs:
-            yield job, results.get(job.case.id) or function(job)
-
-    monkeypatch.setattr(preprocess, "run_jobs", run_jobs)
-    assert run(config) == 1
-    assert "its process was killed" in reasons(config)["a"]
-    assert "out of memory (3 GiB). Try fewer --num_workers" in reasons(config)["b"]
-
-
-def test_a_fault_of_ours_shows_its_traceback_and_the_rest_goes_on(config, monkeypatch, capsys):
-    def fail_for_b(job):
-        if job.case.id == "b":
-            raise ZeroDivisionError("ours")
-        return prepare_module.prepare_case(job)
-
-    monkeypatch.setattr(preprocess, "prepare_case", fail_for_b)
-    assert run(config) == 1
-    assert reasons(config) == {"b": "ZeroDivisionError: ours"}
-    assert "Traceback" in capsys.readouterr().out
-
-
-def test_fewer_processes_where_memory_is_short(config, monkeypatch, capsys):
-    monkeypatch.setattr(preprocess, "available_memory", lambda: 2**10)
-    assert run(replace(config, num_workers=3)) == 0
-    assert "1 processes instead of 3" in capsys.readouterr().out
-
-
-def test_wrong_configuration(config):
-    with pytest.raises(ConfigError, match="same folder"):
-        run(replace(config, output_path=config.input_path))
-    with pytest.raises(ConfigError, match="orientation"):
-        run(replace(config, orientation="RRS"))
-    with pytest.raises(ConfigError, match="num_workers"):
-        run(replace(config, num_workers=-1))
-    with pytest.raises(DatasetError, match="no such folder"):
-        run(replace(config, input_path=config.input_path / "nowhere"))
-    assert not config.output_path.exists() or not list(config.output_path.glob("images/*"))
 
 
 def test_modality_by_request_or_by_values(config, capsys):

@@ -3,8 +3,6 @@
 import os
 import signal
 
-import pytest
-
 from mambahome_jax.data.pool import WorkerDied, available_memory, run_jobs
 
 
