@@ -157,19 +157,26 @@ def _parallel_axes(matrix: np.ndarray, shape: tuple[int, int, int]) -> list[int]
 
 
 def _sample_anywhere(array: np.ndarray, to_old: np.ndarray, shape: tuple[int, int, int], order: Order) -> np.ndarray:
+    """All axes at once. Old and new axes are walked in the array's memory order, which is several times faster."""
+    memory = sorted(range(3), key=lambda axis: -abs(array.strides[axis]))
+    matrix, offset = to_old[memory, :3], to_old[memory, 3]
+    walk = [int(axis) for axis in np.abs(matrix / np.linalg.norm(matrix, axis=0)).argmax(axis=1)]
+    if sorted(walk) != [0, 1, 2]:
+        walk = [0, 1, 2]
     dtype = np.dtype(np.float32) if order == "linear" else array.dtype
-    result = np.empty((*shape, *array.shape[3:]), dtype)
+    result = np.empty((*array.shape[3:], *(shape[axis] for axis in walk)), dtype)
     for channel in np.ndindex(array.shape[3:]):
         ndimage.affine_transform(
-            array[(..., *channel)],
-            to_old[:3, :3],
-            to_old[:3, 3],
-            shape,
-            output=result[(..., *channel)],
+            array[(..., *channel)].transpose(memory),
+            matrix[:, walk],
+            offset,
+            output=result[channel],
+            output_shape=result.shape[-3:],
             order=1 if order == "linear" else 0,
             mode="nearest",
         )
-    return result
+    back = [result.ndim - 3 + walk.index(axis) for axis in range(3)]
+    return result.transpose(*back, *range(result.ndim - 3))
 
 
 def _sample_by_axis(array: np.ndarray, positions: list[np.ndarray], order: Order) -> np.ndarray:
