@@ -1,0 +1,162 @@
+"""evaluate: label maps against references, into metrics.csv, summary.json and a table."""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mambahome_jax.config import EvaluateConfig
+from mambahome_jax.data.pool import run_jobs
+from mambahome_jax.datasets.base import label_names, nifti_files, nifti_stem, read_json
+from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
+from mambahome_jax.evaluation.evaluate import (
+    DEFINITIONS,
+    METRICS,
+    Pair,
+    Score,
+    evaluate_case,
+    summarise,
+    write_metrics,
+    write_summary,
+)
+
+# Starting a process takes about as long as a handful of small cases; files below this many bytes are small.
+SMALL_BYTES = 20_000_000
+SHOWN = 10
+
+
+def run(config: EvaluateConfig) -> int:
+    """Score config.predictions against config.references; returns the exit code.
+
+    0 all cases scored, 1 some have no counterpart or cannot be scored, 2 none could be scored.
+    Raises DatasetError (no pairs, no names where they were asked for), ConfigError and OutputError.
+    """
+    console = Console()
+    if not config.tolerance_mm >= 0:
+        raise ConfigError(f"--tolerance_mm {config.tolerance_mm}; expected 0 or more")
+    if config.num_workers is not None and config.num_workers < 0:
+        raise ConfigError(f"--num_workers {config.num_workers}; expected 0 or more")
+    names, source = find_names(config.predictions, config.references, config.labels)
+    pairs, alone = find_pairs(config.predictions, config.references, names, config.tolerance_mm)
+    _say(console, f"Names of the structures: {source or 'none found (--labels FILE gives them)'}")
+    scores, failed = _score(pairs, config.num_workers, console)
+    failures = alone + failed
+    summary = summarise(scores)
+    summary |= {
+        "cases": len(pairs) - len(failed),
+        "failures": [{"case": case, "reason": reason} for case, reason in failures],
+        "tolerance_mm": config.tolerance_mm,
+        "labels": {str(value): name for value, name in names.items()},
+        "predictions": str(config.predictions),
+        "references": str(config.references),
+        "definitions": DEFINITIONS,
+    }
+    write_metrics(config.output_dir / "metrics.csv", scores)
+    write_summary(config.output_dir / "summary.json", summary)
+    console.print(results_table(summary))
+    for case, reason in failures[:SHOWN]:
+        _say(console, f"Not scored: {case}: {reason}")
+    if len(failures) > SHOWN:
+        _say(console, f"and {len(failures) - SHOWN} more, all in {config.output_dir / 'summary.json'}")
+    _say(console, f"Written: {config.output_dir / 'metrics.csv'} and {config.output_dir / 'summary.json'}")
+    if summary["cases"] == 0:
+        return 2
+    return 1 if failures else 0
+
+
+def find_pairs(
+    predictions: Path, references: Path, names: Mapping[int, str], tolerance_mm: float = 1.0
+) -> tuple[list[Pair], list[tuple[str, str]]]:
+    """Pairs of the same file name in two folders (or of two files), and (case, reason) of what has no counterpart.
+
+    Raises DatasetError: a folder is missing or without label maps, or no name is in both.
+    """
+    if predictions.is_file() and references.is_file():
+        return [Pair(nifti_stem(predictions), predictions, references, names, tolerance_mm)], []
+    found = {}
+    for folder in (predictions, references):
+        if not folder.is_dir():
+            raise DatasetError("no such folder", file=folder)
+        found[folder] = nifti_files(folder)
+        if not found[folder]:
+            raise DatasetError("no .nii or .nii.gz file", file=folder, expected="label maps")
+    ours, theirs = found[predictions], found[references]
+    pairs = [Pair(case, ours[case], theirs[case], names, tolerance_mm) for case in ours if case in theirs]
+    alone = [(case, f"no prediction in {predictions}") for case in theirs if case not in ours]
+    alone += [(case, f"no reference in {references}") for case in ours if case not in theirs]
+    if not pairs:
+        example = f"{next(iter(ours.values())).name} in the one, {next(iter(theirs.values())).name} in the other"
+        raise DatasetError("no file name is in both folders", file=predictions, expected="equal names", action=example)
+    return pairs, sorted(alone)
+
+
+def find_names(predictions: Path, references: Path, given: Path | None = None) -> tuple[dict[int, str], Path | None]:
+    """Names of the structures, {value: name}, and the file that they come from.
+
+    given: dataset.json or run.json; without it they are looked for in and beside both folders; empty where there is
+    none. Raises DatasetError: `given` cannot be read or has no table of labels.
+    """
+    if given is not None:
+        return label_names(read_json(given).get("labels"), given), given
+    for folder in (references, references.parent, predictions, predictions.parent):
+        for file in (folder / "dataset.json", folder / "run.json"):
+            if file.is_file():
+                table = read_json(file).get("labels")
+                names = label_names(table, file) if table else {}
+                if names:
+                    return names, file
+    return {}, None
+
+
+def results_table(summary: dict[str, Any]) -> Table:
+    """One row a structure and one for the mean of all."""
+    plural = "case" if summary["cases"] == 1 else "cases"
+    caption = f"HD95, ASSD in mm; NSD at {summary['tolerance_mm']:g} mm; missed: cases without the structure found"
+    table = Table(title=f"{summary['cases']} {plural}, mean of each structure", caption=caption)
+    table.add_column("structure", overflow="fold", min_width=12)
+    for heading in ("Dice", "HD95", "ASSD", "NSD", "ml", "ref. ml", "missed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for name, entry in summary["structures"].items():
+        volumes = (_number(entry[key], 1) for key in ("volume_ml", "reference_volume_ml"))
+        table.add_row(escape(name), *_metrics(entry), *volumes, str(entry["cases"]["missed"]))
+    table.add_section()
+    table.add_row("mean", *_metrics(summary["mean"]), "", "", "", style="bold")
+    return table
+
+
+def _score(pairs: list[Pair], num_workers: int | None, console: Console) -> tuple[list[Score], list[tuple[str, str]]]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(cores if num_workers is None else num_workers, len(pairs))
+    small = sum(pair.reference.stat().st_size for pair in pairs) < SMALL_BYTES
+    scores: list[Score] = []
+    failed: list[tuple[str, str]] = []
+    columns = (TextColumn("Evaluating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=len(pairs))
+        for pair, result in run_jobs(evaluate_case, pairs, max(workers, 1), threads=workers <= 1 or small):
+            progress.advance(bar)
+            if not isinstance(result, BaseException):
+                scores += result
+            elif isinstance(result, MambaHomeError | OSError | MemoryError):
+                failed.append((pair.case, str(result) or type(result).__name__))
+            else:
+                raise result
+    return sorted(scores, key=lambda row: (row.case, row.label)), sorted(failed)
+
+
+def _metrics(entry: dict[str, Any]) -> list[str]:
+    return [_number(entry[metric], 2 if metric in ("hd95", "assd") else 3) for metric in METRICS]
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

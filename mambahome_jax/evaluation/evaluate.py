@@ -1,0 +1,166 @@
+"""Label maps against references, case by case, and what comes of all cases together."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.evaluation.metrics import compare
+from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels
+
+METRICS = ("dice", "hd95", "assd", "nsd")
+COLUMNS = ("case", "structure", *METRICS, "volume_ml", "reference_volume_ml")
+DEFINITIONS = {
+    "mean": "mean over structures of each structure's mean over cases; nan and inf are left out",
+    "dice": "2TP / (P + R); nan where the reference is empty",
+    "hd95": "mm; larger of both directions' 95th percentiles of surface distance; nan where one mask is empty",
+    "assd": "mm; mean of both directions' surface distances together; inf where one mask is empty, nan where both are",
+    "nsd": "share of surface voxels within the tolerance; 0 where one mask is empty, nan where both are",
+}
+# Share of a voxel by which the corners of two grids may differ and still count as the same place.
+SAME_PLACE = 0.05
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A label map to judge and its reference, both files; names: label value -> structure, judged in any case."""
+
+    case: str
+    prediction: Path
+    reference: Path
+    names: Mapping[int, str]
+    tolerance_mm: float = 1.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """One row of metrics.csv. hd95, assd in mm."""
+
+    case: str
+    label: int
+    structure: str
+    dice: float
+    hd95: float
+    assd: float
+    nsd: float
+    volume_ml: float
+    reference_volume_ml: float
+
+
+def evaluate_case(pair: Pair) -> list[Score]:
+    """Every structure that is named, or found in either label map.
+
+    Raises DatasetError: a file cannot be read, is no label map, or the two are not on the same grid.
+    """
+    _require_same_grid(pair)
+    prediction, reference = read_labels(pair.prediction), read_labels(pair.reference)
+    labels = sorted({*pair.names, *_values(prediction), *_values(reference)} - {0})
+    if not labels:
+        return []
+    voxel_ml = abs(float(np.linalg.det(reference.affine[:3, :3]))) / 1000
+    comparisons = compare(prediction.array, reference.array, labels, reference.spacing)
+    return [
+        Score(
+            case=pair.case,
+            label=label,
+            structure=pair.names.get(label, f"label_{label}"),
+            dice=found.dice(),
+            hd95=found.hausdorff(95),
+            assd=found.mean_distance(),
+            nsd=found.surface_dice(pair.tolerance_mm),
+            volume_ml=found.predicted * voxel_ml,
+            reference_volume_ml=found.reference * voxel_ml,
+        )
+        for label, found in zip(labels, comparisons, strict=True)
+    ]
+
+
+def summarise(scores: Iterable[Score]) -> dict[str, Any]:
+    """{"mean": {metric: value}, "structures": {name: {metric: value, "cases": counts}}}.
+
+    A structure's value is its mean over cases, the mean that over structures; nan and inf are left out, and where
+    nothing is left the value is nan. counts: cases with the structure in "both" label maps, "missed" (reference only),
+    "invented" (prediction only) and "absent" (neither).
+    """
+    rows = list(scores)
+    structures: dict[str, Any] = {}
+    for _, name in sorted({(row.label, row.structure) for row in rows}):
+        own = [row for row in rows if row.structure == name]
+        entry: dict[str, Any] = {metric: _finite_mean([getattr(row, metric) for row in own]) for metric in METRICS}
+        entry["volume_ml"] = _finite_mean([row.volume_ml for row in own])
+        entry["reference_volume_ml"] = _finite_mean([row.reference_volume_ml for row in own])
+        present = [(row.volume_ml > 0, row.reference_volume_ml > 0) for row in own]
+        entry["cases"] = {
+            "both": present.count((True, True)),
+            "missed": present.count((False, True)),
+            "invented": present.count((True, False)),
+            "absent": len({row.case for row in rows}) - len(present) + present.count((False, False)),
+        }
+        structures[name] = entry
+    mean = {metric: _finite_mean([entry[metric] for entry in structures.values()]) for metric in METRICS}
+    return {"mean": mean, "structures": structures}
+
+
+def write_metrics(path: Path, scores: Iterable[Score]) -> None:
+    """Write metrics.csv (COLUMNS; undefined values as nan and inf), whole or not at all. Raises OutputError."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in scores:
+        values = (getattr(row, name) for name in COLUMNS[2:])
+        writer.writerow([row.case, row.structure, *(f"{value:.6g}" for value in values)])
+    _write(path, text.getvalue())
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write summary.json, whole or not at all; JSON has no nan or inf, they become null. Raises OutputError."""
+    _write(path, json.dumps(_without_nan(summary), indent=1, allow_nan=False) + "\n")
+
+
+def _require_same_grid(pair: Pair) -> None:
+    (shape, affine), (other_shape, other_affine) = read_geometry(pair.prediction), read_geometry(pair.reference)
+    action = f"Bring it to the grid of {pair.reference} first."
+    if shape != other_shape:
+        raise DatasetError(f"shape {shape}", file=pair.prediction, expected=f"{other_shape}", action=action)
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape[:3]], [1], indexing="ij")).reshape(4, -1)
+    apart = np.linalg.norm((affine - other_affine) @ corners, axis=0).max()
+    if apart > SAME_PLACE * Volume(np.zeros((1, 1, 1)), other_affine).spacing.min():
+        found = f"its corners lie up to {apart:.4g} mm from those of the reference"
+        raise DatasetError(found, file=pair.prediction, expected="equal affines", action=action)
+
+
+def _values(volume: Volume) -> list[int]:
+    present = np.zeros(int(volume.array.max()) + 1, bool)
+    present[volume.array] = True
+    return [int(value) for value in np.flatnonzero(present)]
+
+
+def _finite_mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

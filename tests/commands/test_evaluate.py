@@ -1,0 +1,138 @@
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from mambahome_jax.commands.evaluate import find_names, run
+from mambahome_jax.config import EvaluateConfig
+from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.imaging.volume import Volume, write_volume
+
+
+def write(path, label=1, shift=0, shape=(16, 14, 12)):
+    array = np.zeros(shape, np.uint8)
+    array[3 + shift : 9 + shift, 3:9, 3:9] = label
+    write_volume(path, Volume(array, np.diag([1.0, 1.0, 2.0, 1.0])))
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two cases on both sides, the second prediction two voxels off, and names beside the references."""
+    for case, shift in (("a", 0), ("b", 2)):
+        write(tmp_path / "OUT" / "labels" / f"{case}.nii.gz")
+        write(tmp_path / "PRED" / f"{case}.nii.gz", shift=shift)
+    (tmp_path / "OUT" / "dataset.json").write_text(json.dumps({"labels": {"1": "liver", "2": "spleen"}}))
+    return tmp_path
+
+
+def config(folder, **changes):
+    paths = {"predictions": folder / "PRED", "references": folder / "OUT" / "labels", "output_dir": folder / "EVAL"}
+    return EvaluateConfig(**(paths | changes))
+
+
+def summary_of(folder):
+    return json.loads((folder / "EVAL" / "summary.json").read_text())
+
+
+def test_all_cases(folders, capsys):
+    assert run(config(folders)) == 0
+    summary = summary_of(folders)
+    assert summary["cases"] == 2
+    assert summary["failures"] == []
+    assert summary["structures"]["liver"]["dice"] == pytest.approx((1 + 2 / 3) / 2)
+    assert summary["structures"]["spleen"]["dice"] is None
+    assert summary["mean"]["dice"] == summary["structures"]["liver"]["dice"]
+    assert summary["structures"]["liver"]["hd95"] == pytest.approx(1.0)
+    with (folders / "EVAL" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["structure"]) for row in rows] == [
+        ("a", "liver"),
+        ("a", "spleen"),
+        ("b", "liver"),
+        ("b", "spleen"),
+    ]
+    printed = capsys.readouterr().out
+    assert "liver" in printed
+    assert "0.833" in printed
+
+
+def test_processes_give_the_same(folders, monkeypatch):
+    assert run(config(folders)) == 0
+    one = summary_of(folders)
+    monkeypatch.setattr("mambahome_jax.commands.evaluate.SMALL_BYTES", 0)
+    assert run(config(folders, num_workers=2)) == 0
+    assert summary_of(folders) == one
+
+
+def test_tolerance_reaches_nsd(folders):
+    assert run(config(folders, tolerance_mm=2.0)) == 0
+    assert summary_of(folders)["structures"]["liver"]["nsd"] == 1
+
+
+def test_faulty_cases_are_reported_and_the_rest_is_scored(folders, capsys):
+    write(folders / "PRED" / "only_prediction.nii.gz")
+    write(folders / "OUT" / "labels" / "only_reference.nii.gz")
+    write(folders / "OUT" / "labels" / "other_grid.nii.gz")
+    write(folders / "PRED" / "other_grid.nii.gz", shape=(16, 14, 13))
+    write(folders / "OUT" / "labels" / "truncated.nii.gz")
+    whole = (folders / "PRED" / "a.nii.gz").read_bytes()
+    (folders / "PRED" / "truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
+    assert run(config(folders)) == 1
+    summary = summary_of(folders)
+    assert summary["cases"] == 2
+    reasons = {failure["case"]: failure["reason"] for failure in summary["failures"]}
+    assert set(reasons) == {"only_prediction", "only_reference", "other_grid", "truncated"}
+    assert "no reference" in reasons["only_prediction"]
+    assert "no prediction" in reasons["only_reference"]
+    assert "shape (16, 14, 13)" in reasons["other_grid"]
+    assert "truncated" in reasons["truncated"]
+    printed = capsys.readouterr().out
+    assert all(f"Not scored: {case}" in printed for case in reasons)
+
+
+def test_nothing_could_be_scored(folders):
+    for file in (folders / "PRED").iterdir():
+        file.write_bytes(b"no scan")
+    assert run(config(folders)) == 2
+
+
+def test_two_files(folders):
+    result = run(
+        config(folders, predictions=folders / "PRED" / "b.nii.gz", references=folders / "OUT" / "labels" / "a.nii.gz")
+    )
+    assert result == 0
+    assert summary_of(folders)["cases"] == 1
+
+
+def test_where_names_come_from(folders):
+    predictions, references = folders / "PRED", folders / "OUT" / "labels"
+    (predictions / "run.json").write_text(json.dumps({"labels": {"1": "from_run"}}))
+    assert find_names(predictions, references) == ({1: "liver", 2: "spleen"}, folders / "OUT" / "dataset.json")
+    assert find_names(predictions, references, predictions / "run.json")[0] == {1: "from_run"}
+    (folders / "OUT" / "dataset.json").unlink()
+    assert find_names(predictions, references)[0] == {1: "from_run"}
+    (predictions / "run.json").unlink()
+    assert find_names(predictions, references) == ({}, None)
+    assert run(config(folders)) == 0
+    assert list(summary_of(folders)["structures"]) == ["label_1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"predictions": "nowhere"}, DatasetError, "no such folder"),
+        ({"references": "empty"}, DatasetError, r"no \.nii or \.nii\.gz file"),
+        ({"predictions": "others"}, DatasetError, "no file name is in both"),
+        ({"labels": "nowhere.json"}, DatasetError, "no such file"),
+        ({"tolerance_mm": -1.0}, ConfigError, "tolerance_mm"),
+        ({"tolerance_mm": float("nan")}, ConfigError, "tolerance_mm"),
+        ({"num_workers": -1}, ConfigError, "num_workers"),
+    ],
+)
+def test_says_what_is_wrong(folders, changes, error, message):
+    (folders / "empty").mkdir()
+    write(folders / "others" / "x.nii.gz")
+    paths = {key: folders / value if isinstance(value, str) else value for key, value in changes.items()}
+    with pytest.raises(error, match=message):
+        run(config(folders, **paths))
