@@ -1,0 +1,107 @@
+"""Augmentation of a batch on the device, as the published data_loader.py lists it.
+
+Every operation that is linear along one axis (zoom, smoothing) is a small matrix a sample and axis, the identity where
+the sample is left alone, so that one compiled function without branches serves all.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mambahome_jax.config import AugmentationConfig
+
+SPATIAL = 3
+# So that the identity, where a sample is left alone, changes no bit of it.
+FULL = jax.lax.Precision.HIGHEST
+
+
+def augment(
+    key: jax.Array, image: jax.Array, label: jax.Array, config: AugmentationConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Zoom, quarter turns in the plane of the first two axes, intensity shift, smoothing and noise, each by its own
+    probability and each sample on its own.
+
+    Args:
+        key: from jax.random.key; sample n draws from fold_in(key, n), whatever the size of the batch.
+        image: (batch, D, H, W, C), floating, scaled to about unit range.
+        label: (batch, D, H, W), integer.
+
+    Returns:
+        image and label of the same shapes and dtypes. Zoom keeps the size and the centre (image linear, label nearest).
+        Where D and H differ only the half turn is possible. Nothing is mirrored: left and right are different organs.
+    """
+    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(image.shape[0]))
+    return jax.vmap(lambda k, x, y: _augment_sample(k, x, y, config))(keys, image, label)
+
+
+def _augment_sample(
+    key: jax.Array, image: jax.Array, label: jax.Array, config: AugmentationConfig
+) -> tuple[jax.Array, jax.Array]:
+    zoom_key, turn_key, shift_key, smooth_key, noise_key = jax.random.split(key, 5)
+    zoom = _draw(zoom_key, config.zoom_probability, config.zoom_range, neutral=1.0)
+    turns = _draw_turns(turn_key, config.rotate90_probability, square=label.shape[0] == label.shape[1])
+    shift = _draw(shift_key, config.shift_probability, (-config.shift_range, config.shift_range), neutral=0.0)
+    sigma = _draw(smooth_key, config.smooth_probability, config.smooth_sigma_range, neutral=0.0, shape=(SPATIAL,))
+    std_key, normal_key = jax.random.split(noise_key)
+    noise_std = _draw(std_key, config.noise_probability, (0.0, config.noise_std), neutral=0.0)
+
+    # Smoothing comes after turn and shift in the published order. With one distribution of sigma for all axes, and
+    # kernels of sum 1, it commutes with both, and so shares its matrices with the zoom.
+    dtype = image.dtype
+    for axis, size in enumerate(label.shape):
+        matrix = jnp.matmul(smoothing_matrix(sigma[axis], size), zoom_matrix(zoom, size), precision=FULL)
+        image = _along_axis(matrix.astype(dtype), image, axis)
+        nearest = jnp.floor(zoom_coordinates(zoom, size) + 0.5).astype(jnp.int32)
+        label = jnp.take(label, nearest, axis=axis, mode="clip")
+    image, label = _turn(image, turns), _turn(label, turns)
+    noise = jax.random.normal(normal_key, image.shape, dtype)
+    return image + shift.astype(dtype) + noise_std.astype(dtype) * noise, label
+
+
+def _draw(
+    key: jax.Array, probability: float, bounds: tuple[float, float], neutral: float, shape: tuple[int, ...] = ()
+) -> jax.Array:
+    """Uniform within bounds with the given probability, else the value that changes nothing; float32."""
+    happens_key, value_key = jax.random.split(key)
+    value = jax.random.uniform(value_key, shape, jnp.float32, *bounds)
+    return jnp.where(jax.random.bernoulli(happens_key, probability), value, neutral)
+
+
+def _draw_turns(key: jax.Array, probability: float, square: bool) -> jax.Array:
+    happens_key, value_key = jax.random.split(key)
+    turns = jax.random.randint(value_key, (), 1, 4) if square else 2
+    return jnp.where(jax.random.bernoulli(happens_key, probability), turns, 0)
+
+
+def zoom_coordinates(zoom: jax.Array, size: int) -> jax.Array:
+    """Where each voxel of the zoomed axis lies on the axis before, in voxels and within it; (size,) float32."""
+    centre = (size - 1) / 2
+    return jnp.clip((jnp.arange(size, dtype=jnp.float32) - centre) / zoom + centre, 0, size - 1)
+
+
+def zoom_matrix(zoom: jax.Array, size: int) -> jax.Array:
+    """Linear interpolation at `zoom_coordinates` as a matrix (size, size), float32."""
+    distance = zoom_coordinates(zoom, size)[:, None] - jnp.arange(size, dtype=jnp.float32)
+    return jnp.maximum(1 - jnp.abs(distance), 0)
+
+
+def smoothing_matrix(sigma: jax.Array, size: int) -> jax.Array:
+    """Gaussian of `sigma` voxels integrated over each voxel, rows of sum 1; (size, size) float32, identity for 0."""
+    index = jnp.arange(size, dtype=jnp.float32)
+    scale = jnp.sqrt(2.0) * jnp.maximum(sigma, 1e-3)
+    distance = index[:, None] - index
+    weight = jax.scipy.special.erf((distance + 0.5) / scale) - jax.scipy.special.erf((distance - 0.5) / scale)
+    return weight / weight.sum(axis=1, keepdims=True)
+
+
+def _along_axis(matrix: jax.Array, image: jax.Array, axis: int) -> jax.Array:
+    """Multiply one spatial axis of (D, H, W, C) by a matrix."""
+    subscripts = ("ij,jhwc->ihwc", "ij,djwc->diwc", "ij,dhjc->dhic")[axis]
+    return jnp.einsum(subscripts, matrix, image, precision=FULL)
+
+
+def _turn(array: jax.Array, turns: jax.Array) -> jax.Array:
+    half = jnp.flip(array, (0, 1))
+    if array.shape[0] != array.shape[1]:
+        return jnp.where(turns == 2, half, array)
+    quarter = jnp.rot90(array)
+    return jnp.select([turns == 1, turns == 2, turns == 3], [quarter, half, jnp.flip(quarter, (0, 1))], array)
