@@ -1,5 +1,6 @@
 """Label maps against references, case by case, and what comes of all cases together."""
 
+import contextlib
 import csv
 import io
 import json
@@ -163,4 +164,6 @@ def _write(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error

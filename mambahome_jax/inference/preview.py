@@ -1,5 +1,6 @@
 """A picture of a scan with its label map, to see at a glance whether a segmentation makes sense."""
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,7 +79,8 @@ def write_preview(
         render(image, labels, names, modality, title).save(partial, format="PNG")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 

@@ -1,0 +1,347 @@
+"""infer: scans in, label maps on the same grids out, with previews and a report of the run."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mambahome_jax.config import InferConfig
+from mambahome_jax.datasets.base import nifti_stem
+from mambahome_jax.datasets.prepared import write_json
+from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
+from mambahome_jax.imaging.volume import Volume, read_volume, write_volume
+from mambahome_jax.inference.preview import label_counts, write_preview
+from mambahome_jax.inference.segment import (
+    NetworkInput,
+    SegmentSettings,
+    channels_of,
+    label,
+    label_names_of,
+    prepare,
+    settings_for,
+)
+from mambahome_jax.inference.sliding_window import window_starts
+from mambahome_jax.model.network import MULTIPLE
+from mambahome_jax.model.weights import load_model
+
+SUFFIXES = (".nii", ".nii.gz")
+# Folders that hold the scans when the folder itself holds none: of the Decathlon, of preprocess.py.
+SCAN_FOLDERS = ("imagesTs", "images")
+# What a damaged scan, a full disk or a device that is too small can raise; anything else is a fault of ours.
+CASE_ERRORS = (MambaHomeError, OSError, MemoryError, jax.errors.JaxRuntimeError)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A file to segment and the name of its result."""
+
+    case: str
+    path: Path
+
+
+@dataclass
+class Outcome:
+    """What came of the scans: entries of run.json."""
+
+    cases: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    failures: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done, 1 some cases failed, 2 nothing was done."""
+        return 0 if not self.failures else 1 if self.cases else 2
+
+
+def run(config: InferConfig) -> int:
+    """Segment config.data_path into config.output_dir; returns the exit code.
+
+    Raises what makes the whole run pointless: DatasetError (no scans), ConfigError, CheckpointError, OutputError.
+    """
+    console = Console()
+    started = time.perf_counter()
+    if config.gpu and jax.default_backend() != "gpu":
+        action = "Install the extra [cuda] and check nvidia-smi, or leave --gpu out."
+        raise ConfigError(f"--gpu was given, but JAX sees only {jax.devices()[0].platform} devices. {action}")
+    folder, scans, outcome = find_scans(config.data_path)
+    if folder != config.data_path:
+        _say(console, f"Using the {len(scans)} scans in {folder}")
+    taken = {folder.parent} if folder.is_file() else {folder, config.data_path}
+    if config.output_dir.resolve() in {path.resolve() for path in taken}:
+        raise ConfigError(f"{config.output_dir}: --output_dir holds the scans themselves. Name another folder")
+    _open_output(config)
+    model = load_model(config.model_path, precision=config.precision)
+    settings = settings_for(
+        model,
+        spacing=config.spacing,
+        orientation=config.orientation,
+        modality=config.modality,
+        roi_size=config.roi_size,
+        overlap=config.overlap,
+        sw_batch_size=config.sw_batch_size,
+    )
+    _check(settings)
+    names = label_names_of(model)
+    collisions = len(outcome.failures)
+    for failure in outcome.failures:
+        _say(console, f"Failed {failure['id']}: {failure['reason']}")
+    _work(config, model, settings, names, scans, outcome, console)
+    report = {
+        "command": "infer",
+        "configuration": _plain(dataclasses.asdict(config)),
+        "settings": _plain(dataclasses.asdict(settings)),
+        "labels": {str(value): name for value, name in names.items()},
+        "versions": versions(),
+        "device": _device(),
+        "seconds": round(time.perf_counter() - started, 3),
+        "cases": outcome.cases,
+        "failures": outcome.failures,
+    }
+    try:
+        write_json(config.output_dir / "run.json", report)
+    except OutputError as error:
+        outcome.failures.append({"id": "run.json", "reason": str(error)})
+        _say(console, str(error))
+    total = len(scans) + collisions
+    _say(console, f"{len(outcome.cases)} of {total} scans segmented, in {config.output_dir}")
+    if outcome.failures:
+        _say(console, f"{len(outcome.failures)} failed; the reasons are above and in {config.output_dir / 'run.json'}")
+    return outcome.exit_code
+
+
+def find_scans(data_path: Path) -> tuple[Path, list[Scan], Outcome]:
+    """The file or folder with the scans, the scans by name, and an Outcome with those whose results would collide.
+
+    Raises DatasetError: nothing there, or no visible .nii or .nii.gz.
+    """
+    if data_path.is_file():
+        if not data_path.name.endswith(SUFFIXES):
+            raise DatasetError("not a NIfTI file by its name", file=data_path, expected=".nii or .nii.gz")
+        return data_path, [Scan(nifti_stem(data_path), data_path)], Outcome()
+    if not data_path.is_dir():
+        raise DatasetError("no such file or folder", file=data_path, action="Check --data_path.")
+    for folder in (data_path, *(data_path / name for name in SCAN_FOLDERS)):
+        files: dict[str, list[Path]] = {}
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if path.name.endswith(SUFFIXES) and path.name[0] not in "._" and path.is_file():
+                files.setdefault(nifti_stem(path), []).append(path)
+        if files:
+            scans = [Scan(case, paths[0]) for case, paths in files.items() if len(paths) == 1]
+            outcome = Outcome()
+            for case, paths in files.items():
+                if len(paths) > 1:
+                    both = " and ".join(path.name for path in paths)
+                    reason = f"{both} would both be written to {case}.nii.gz. Rename one of them"
+                    outcome.failures.append({"id": case, "reason": reason})
+            return folder, scans, outcome
+    expected = f"scans there, or in its {' or '.join(SCAN_FOLDERS)}"
+    raise DatasetError("no .nii or .nii.gz file", file=data_path, expected=expected, action="Check --data_path.")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    packages = ("mambahome-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def _work(
+    config: InferConfig,
+    model: Any,
+    settings: SegmentSettings,
+    names: Mapping[int, str],
+    scans: list[Scan],
+    outcome: Outcome,
+    console: Console,
+) -> None:
+    """Segment the scans one after the other, while threads read the next ones and write the last one's result."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    todo = [scan for scan in scans if config.overwrite or not _result(config, scan).exists()]
+    for scan in scans:
+        if scan not in todo:
+            outcome.cases.append(
+                {"id": scan.case, "input": str(scan.path), "output": _result(config, scan).name, "kept": True}
+            )
+    if len(todo) < len(scans):
+        _say(console, f"{len(scans) - len(todo)} results are there already and kept")
+
+    with Progress(*columns, console=console, disable=not todo) as progress, ThreadPoolExecutor(1) as writer:
+        cases = progress.add_task("scans", total=len(todo))
+        windows = progress.add_task("windows", total=None)
+        written: deque[tuple[Scan, Future]] = deque()
+        full = False
+
+        def fail(scan: Scan, error: BaseException) -> None:
+            reason = _reason(error)
+            outcome.failures.append({"id": scan.case, "reason": reason})
+            _say(console, f"Failed {scan.case}: {reason}")
+            progress.advance(cases)
+
+        def finish(scan: Scan, writing: Future) -> bool:
+            """Whether the result could be written."""
+            try:
+                outcome.cases.append(writing.result())
+            except CASE_ERRORS as error:
+                fail(scan, error)
+                return not isinstance(error, OutputError)
+            progress.advance(cases)
+            return True
+
+        for scan, reading in _read_ahead(config, settings, channels_of(model), todo):
+            begun = time.perf_counter()
+            if full:
+                fail(scan, OutputError("not begun, as the output folder cannot be written"))
+                continue
+            try:
+                volume, prepared = reading.result()
+                result = label(
+                    model,
+                    prepared,
+                    settings,
+                    lambda done, total: progress.update(windows, completed=done, total=total),
+                )
+            except CASE_ERRORS as error:
+                fail(scan, error)
+                continue
+            written.append((scan, writer.submit(_write, config, scan, volume, result, names, settings, begun)))
+            # One result may wait for the disk; more would pile up in memory.
+            if len(written) > 1:
+                full = not finish(*written.popleft())
+        while written:
+            finish(*written.popleft())
+
+
+def _read_ahead(
+    config: InferConfig, settings: SegmentSettings, channels: int | None, scans: list[Scan]
+) -> Iterator[tuple[Scan, Future]]:
+    """Each scan with what its reading gives, at most `num_workers` beyond the one in use."""
+    threads = max(config.num_workers, 1)
+    with ThreadPoolExecutor(threads) as readers:
+        waiting: deque[tuple[Scan, Future]] = deque()
+        try:
+            for scan in scans:
+                waiting.append((scan, readers.submit(_read, scan, settings, channels)))
+                if len(waiting) > threads:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            for _, reading in waiting:
+                reading.cancel()
+
+
+def _read(scan: Scan, settings: SegmentSettings, channels: int | None) -> tuple[Volume, NetworkInput]:
+    volume = read_volume(scan.path)
+    try:
+        return volume, prepare(volume, settings, channels)
+    except DatasetError as error:
+        raise DatasetError(error.found, file=scan.path, expected=error.expected, action=error.action) from error
+
+
+def _write(
+    config: InferConfig,
+    scan: Scan,
+    volume: Volume,
+    result: Volume,
+    names: Mapping[int, str],
+    settings: SegmentSettings,
+    begun: float,
+) -> dict[str, Any]:
+    """Write a label map and its preview; returns the entry of run.json."""
+    path = _result(config, scan)
+    write_volume(path, result)
+    preview = config.output_dir / "previews" / f"{scan.case}.png"
+    if config.previews:
+        write_preview(preview, volume, result, names, settings.modality, scan.case)
+    counts = label_counts(result.array)
+    voxel_ml = float(abs(np.linalg.det(result.affine[:3, :3]))) / 1000
+    return {
+        "id": scan.case,
+        "input": str(scan.path),
+        "output": path.name,
+        "preview": str(preview.relative_to(config.output_dir)) if config.previews else None,
+        "shape": list(result.shape),
+        "seconds": round(time.perf_counter() - begun, 3),
+        "volume_ml": {
+            names.get(value, f"label_{value}"): round(counts.get(value, 0) * voxel_ml, 4)
+            for value in sorted({*names, *counts})
+        },
+    }
+
+
+def _result(config: InferConfig, scan: Scan) -> Path:
+    return config.output_dir / f"{scan.case}.nii.gz"
+
+
+def _check(settings: SegmentSettings) -> None:
+    """Settings that no scan could be segmented with. Raises ConfigError before the first is read."""
+    wrong = [size for size in settings.roi_size if size > 0 and size % MULTIPLE]
+    if wrong:
+        near = [size if size <= 0 else max(round(size / MULTIPLE), 1) * MULTIPLE for size in settings.roi_size]
+        roi = " ".join(str(size) for size in settings.roi_size)
+        raise ConfigError(f"--roi_size {roi}; expected multiples of {MULTIPLE}, such as {' '.join(map(str, near))}")
+    if all(size == MULTIPLE for size in settings.roi_size):
+        raise ConfigError(
+            f"--roi_size is {MULTIPLE} along every axis; expected {2 * MULTIPLE} or more along at least one"
+        )
+    window_starts((1, 1, 1), (1, 1, 1), settings.overlap)
+    if settings.sw_batch_size < 1:
+        raise ConfigError(f"--sw_batch_size {settings.sw_batch_size}; expected 1 or more")
+    corner = Volume(np.zeros((1, 1, 1, 1), np.float32), np.eye(4))
+    prepare(corner, settings)
+
+
+def _open_output(config: InferConfig) -> None:
+    """Make the output folder and see that it can be written."""
+    probe = config.output_dir / f".{os.getpid()}.probe"
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"mambahome")
+        probe.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        reason = f"{config.output_dir}: cannot be written: {error.strerror or error}"
+        raise OutputError(f"{reason}. Free some space or name another --output_dir") from error
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory. Close other programs, or segment at a coarser --spacing"
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return "out of device memory. Try a smaller --sw_batch_size or --roi_size"
+    return str(error) if isinstance(error, MambaHomeError) else f"{type(error).__name__}: {error}"
+
+
+def _device() -> str:
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,206 @@
+import json
+
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image
+
+from mambahome_jax.commands import infer
+from mambahome_jax.config import DataProperties, InferConfig
+from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError, OutputError
+from mambahome_jax.imaging.volume import read_volume, write_volume
+from tests.commands.scans import write
+from tests.conftest import golden_path
+from tests.inference.models import Levels
+
+PROPERTIES = DataProperties(spacing=None, labels=((1, "liver"), (2, "spleen")), patch_size=(16, 16, 32))
+
+
+@pytest.fixture
+def levels(monkeypatch):
+    """Puts a model whose classes are intensity levels in the place of what --model_path names."""
+    monkeypatch.setattr(infer, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
+
+
+def labels_of(seed):
+    labels = np.zeros((20, 18, 12), np.uint8)
+    labels[3 : 8 + seed, 4:9, 2:8] = 1
+    labels[11:16, 8:15, 5:9] = 2
+    return labels
+
+
+def scans(folder, *cases):
+    for seed, case in enumerate(cases):
+        write(folder / f"{case}.nii.gz", np.array([-175, 37.5, 250], np.float32)[labels_of(seed)])
+    return folder
+
+
+def config(folder, **changes):
+    paths = {"data_path": folder / "in", "model_path": folder / "model", "output_dir": folder / "out"}
+    return InferConfig(**(paths | changes))
+
+
+def report(folder):
+    return json.loads((folder / "out" / "run.json").read_text())
+
+
+def test_folder(tmp_path, levels, capsys):
+    scans(tmp_path / "in", "a", "b_0000")
+    (tmp_path / "in" / "._a.nii.gz").write_bytes(b"macOS")
+    (tmp_path / "in" / "notes.txt").write_text("")
+    assert infer.run(config(tmp_path)) == 0
+    for seed, case in enumerate(("a", "b_0000")):
+        result, scan = nib.load(tmp_path / f"out/{case}.nii.gz"), nib.load(tmp_path / f"in/{case}.nii.gz")
+        np.testing.assert_array_equal(np.asarray(result.dataobj), labels_of(seed))
+        assert result.get_data_dtype() == np.uint8
+        np.testing.assert_array_equal(result.affine, scan.affine)
+        with Image.open(tmp_path / f"out/previews/{case}.png") as picture:
+            assert picture.mode == "RGB"
+    found = report(tmp_path)
+    assert found["labels"] == {"1": "liver", "2": "spleen"}
+    assert found["configuration"]["overlap"] == 0.5
+    assert found["settings"]["roi_size"] == [16, 16, 32]
+    assert found["versions"]["jax"] == jax.__version__
+    assert "cpu" in found["device"]
+    assert found["failures"] == []
+    assert [case["id"] for case in found["cases"]] == ["a", "b_0000"]
+    liver = found["cases"][0]["volume_ml"]["liver"]
+    assert liver == pytest.approx(np.sum(labels_of(0) == 1) * 6 / 1000)
+    assert found["cases"][0]["seconds"] > 0
+    assert not list((tmp_path / "out").glob(".*"))
+    assert "2 of 2 scans" in capsys.readouterr().out
+
+
+def test_single_file_without_preview(tmp_path, levels):
+    scans(tmp_path / "in", "a", "b")
+    file = tmp_path / "in" / "b.nii"
+    write_volume(file, read_volume(tmp_path / "in" / "b.nii.gz"))
+    assert infer.run(config(tmp_path, data_path=file, previews=False)) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.nii.gz", "run.json"]
+
+
+@pytest.mark.parametrize("name", ["imagesTs", "images"])
+def test_folder_of_a_dataset(tmp_path, levels, capsys, name):
+    scans(tmp_path / "in" / name, "a")
+    assert infer.run(config(tmp_path)) == 0
+    assert name in capsys.readouterr().out
+    assert (tmp_path / "out" / "a.nii.gz").exists()
+
+
+def test_broken_scans_are_reported_and_the_rest_is_done(tmp_path, levels, capsys):
+    folder = scans(tmp_path / "in", "a", "b", "c", "d", "same")
+    write(folder / "nan.nii.gz", np.full((8, 8, 8), np.nan, np.float32))
+    write(folder / "time.nii.gz", np.zeros((8, 8, 8, 5), np.float32))
+    whole = (folder / "a.nii.gz").read_bytes()
+    (folder / "truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.nii.gz").write_bytes(b"not a scan")
+    write_volume(folder / "same.nii", read_volume(folder / "a.nii.gz"))
+    assert infer.run(config(tmp_path, num_workers=2)) == 1
+    found = report(tmp_path)
+    assert [case["id"] for case in found["cases"]] == ["a", "b", "c", "d"]
+    reasons = {failure["id"]: failure["reason"] for failure in found["failures"]}
+    assert set(reasons) == {"nan", "time", "truncated", "text", "same"}
+    assert "NaN" in reasons["nan"]
+    assert "nan.nii.gz" in reasons["nan"]
+    assert "5 channels or time points" in reasons["time"]
+    assert "truncated" in reasons["truncated"]
+    assert "not a NIfTI file" in reasons["text"]
+    assert "same.nii and same.nii.gz" in reasons["same"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == [f"{c}.nii.gz" for c in "abcd"]
+    printed = capsys.readouterr().out
+    assert all(f"Failed {case}" in printed for case in reasons)
+    assert "Traceback" not in printed
+
+
+def test_nothing_could_be_done(tmp_path, levels):
+    write(tmp_path / "in" / "nan.nii.gz", np.full((8, 8, 8), np.nan, np.float32))
+    assert infer.run(config(tmp_path)) == 2
+
+
+def test_results_that_are_there_are_kept_on_request(tmp_path, levels):
+    scans(tmp_path / "in", "a", "b")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.nii.gz").write_bytes(b"mine")
+    assert infer.run(config(tmp_path, overwrite=False)) == 0
+    assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"mine"
+    assert [case.get("kept", False) for case in report(tmp_path)["cases"]] == [True, False]
+
+
+def test_a_full_disk_stops_the_run_with_a_report(tmp_path, levels, monkeypatch):
+    scans(tmp_path / "in", "a", "b", "c", "d")
+    written = []
+
+    def write_one(path, volume):
+        if written:
+            raise OutputError(f"{path}: cannot be written: No space left on device")
+        written.append(path)
+        write_volume(path, volume)
+
+    monkeypatch.setattr(infer, "write_volume", write_one)
+    assert infer.run(config(tmp_path)) == 1
+    reasons = {failure["id"]: failure["reason"] for failure in report(tmp_path)["failures"]}
+    assert set(reasons) == {"b", "c", "d"}
+    assert "No space left" in reasons["b"]
+    assert "not begun" in reasons["d"]
+
+
+def test_device_that_is_too_small_is_one_case_failing(tmp_path, levels, monkeypatch):
+    scans(tmp_path / "in", "a", "b")
+    original, calls = infer.label, []
+
+    def label(*arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes")
+        return original(*arguments)
+
+    monkeypatch.setattr(infer, "label", label)
+    assert infer.run(config(tmp_path)) == 1
+    assert "smaller --sw_batch_size" in report(tmp_path)["failures"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data_path": "nowhere"}, DatasetError, "no such file or folder"),
+        ({"data_path": "empty"}, DatasetError, r"no \.nii or \.nii\.gz file"),
+        ({"data_path": "notes.txt"}, DatasetError, "not a NIfTI file by its name"),
+        ({"output_dir": "in"}, ConfigError, "holds the scans themselves"),
+        ({"data_path": "in/a.nii.gz", "output_dir": "in"}, ConfigError, "holds the scans themselves"),
+        ({"data_path": "dataset", "output_dir": "dataset"}, ConfigError, "holds the scans themselves"),
+        ({"output_dir": "notes.txt"}, OutputError, "cannot be written"),
+        ({"roi_size": (100, 96, 48)}, ConfigError, "such as 96 96 48"),
+        ({"roi_size": (16, 16, 16)}, ConfigError, "at least one"),
+        ({"overlap": 1.0}, ConfigError, "overlap is 1.0"),
+        ({"sw_batch_size": 0}, ConfigError, "sw_batch_size 0"),
+        ({"orientation": "RAX"}, ConfigError, "orientation 'RAX'"),
+        ({"gpu": True}, ConfigError, "--gpu was given"),
+    ],
+)
+def test_says_what_is_wrong(tmp_path, levels, changes, error, message):
+    scans(tmp_path / "in", "a")
+    scans(tmp_path / "dataset" / "images", "a")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("")
+    paths = {key: tmp_path / value for key, value in changes.items() if key in ("data_path", "output_dir")}
+    with pytest.raises(error, match=message):
+        infer.run(config(tmp_path, **(changes | paths)))
+
+
+def test_weights_that_are_not_there(tmp_path):
+    scans(tmp_path / "in", "a")
+    with pytest.raises(CheckpointError):
+        infer.run(config(tmp_path))
+
+
+@pytest.mark.slow
+def test_published_weights(tmp_path):
+    scans(tmp_path / "in", "a")
+    weights = golden_path("mambahome_tiny.pth")
+    options = {"roi_size": (32, 16, 16), "sw_batch_size": 1, "overlap": 0.0, "spacing": (0.0, 0.0, 0.0)}
+    assert infer.run(config(tmp_path, model_path=weights, **options)) == 0
+    result = read_volume(tmp_path / "out" / "a.nii.gz")
+    assert result.shape == (20, 18, 12)
+    assert result.array.max() <= 2
+    assert report(tmp_path)["labels"] == {}
