@@ -4,9 +4,10 @@ Nothing here imports jax, so that `--help` and dataset checks start at once.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
@@ -49,6 +50,35 @@ class ModelConfig:
 
     def replace(self, **changes) -> "ModelConfig":
         return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class DataProperties:
+    """What a model was trained on, carried along with its weights, so that inference prepares scans the same way."""
+
+    spacing: tuple[float, float, float] | None = (0.8, 0.8, 3.0)
+    """Voxel size in mm; None: the scans were left at their own."""
+    orientation: str = "RAS"
+    modality: Modality = "ct"
+    labels: tuple[tuple[int, str], ...] = ()
+    """(value, name) of each structure, without the background."""
+    channels: tuple[str, ...] = ()
+    patch_size: tuple[int, int, int] | None = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "DataProperties":
+        """From the entry "data" of a checkpoint's config.json; entries that are not there keep their defaults."""
+        known = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
+        if "labels" in known:
+            known["labels"] = tuple((int(value), str(name)) for value, name in dict(known["labels"]).items())
+        for name in ("spacing", "channels", "patch_size"):
+            if known.get(name) is not None:
+                known[name] = tuple(known[name])
+        return cls(**known)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in config.json, labels as {"1": name}."""
+        return dataclasses.asdict(self) | {"labels": {str(value): name for value, name in self.labels}}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Convolutional blocks: gated spatial convolution (Xing et al. 2024), residual block and up block (as in MONAI's UNETR)."""
+"""Convolutional blocks: gated spatial convolution (Xing et al. 2024), residual and up block (as in MONAI's UNETR)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,7 @@
 """The decoder: skip connections through residual blocks, and the way back to the full grid."""
 
+import itertools
+
 import jax
 from flax import nnx
 
@@ -21,7 +23,7 @@ class Decoder(nnx.Module):
         inputs = (channels[0], *features)
         self.skips = nnx.List([ResidualBlock(i, o, **common) for i, o in zip(inputs, skips, strict=True)])
         levels = (config.hidden_size, *features[::-1])
-        self.ups = nnx.List([UpBlock(i, o, **common) for i, o in zip(levels[:-1], levels[1:], strict=True)])
+        self.ups = nnx.List([UpBlock(i, o, **common) for i, o in itertools.pairwise(levels)])
         self.last = ResidualBlock(features[0], features[0], **common)
         self.out = Conv3d(features[0], config.out_chans, 1, bias=True, **common)
 

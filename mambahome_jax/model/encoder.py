@@ -1,4 +1,4 @@
-"""The encoder: four stages of downsampling, gated spatial convolution, and Mamba with HoME over the voxels as tokens."""
+"""The encoder: four stages of downsampling, gated spatial convolution, and Mamba with HoME over voxels as tokens."""
 
 import jax
 from flax import nnx
@@ -14,7 +14,7 @@ from mambahome_jax.model.norms import DynamicTanh, instance_norm
 def remat_if(wanted: bool, module: nnx.Module, *arrays: jax.Array) -> jax.Array:
     """module(*arrays), recomputed in the backward pass where wanted."""
     if not wanted:
-        return module(*arrays)  # type: ignore[operator]
+        return module(*arrays)
     return nnx.remat(lambda module, *arrays: module(*arrays))(module, *arrays)
 
 

@@ -1,8 +1,9 @@
 """HoME: hierarchical soft mixture of experts (Płotka et al. 2025), two levels of soft routing over tokens.
 
 Level 1 routes the tokens of each group of K neighbours to a few slots, level 2 mixes the slots of all groups. Level 2
-starts with a norm of each slot, so a positive factor on a slot has no effect: the published group gates are a no-op, and
-of the expert gates only the sign counts. Their parameters are kept for the exchange of weights; their gradients are zero.
+starts with a norm of each slot, so a positive factor on a slot has no effect: the published group gates are a no-op,
+and of the expert gates only the sign counts. Their parameters are kept for the exchange of weights; their gradients
+are zero.
 """
 
 import math

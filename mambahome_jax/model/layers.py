@@ -1,9 +1,11 @@
 """Linear and convolutional layers, channels-last, with torch's initial values as the published code has them."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -23,10 +25,28 @@ def activation_dtype(precision: Precision, param_dtype) -> jnp.dtype:
     return jnp.dtype(jnp.bfloat16 if precision == "bf16" else param_dtype)
 
 
+def drawn(
+    rngs: nnx.Rngs, shape: tuple[int, ...], dtype, draw: Callable[[np.random.Generator], np.ndarray]
+) -> jax.Array:
+    """An initial value of this shape that `draw` makes from a generator seeded by the next key of `rngs.params`.
+
+    On the host, since jax.random compiles anew for every shape, which for the whole network takes minutes; the values
+    are the same on every platform, and also where the constructor is traced.
+    """
+
+    def on_host(key_data: np.ndarray) -> np.ndarray:
+        return np.asarray(draw(np.random.default_rng(np.asarray(key_data).ravel())), dtype)
+
+    key_data = jax.random.key_data(rngs.params())
+    if isinstance(key_data, jax.core.Tracer):
+        return jax.pure_callback(on_host, jax.ShapeDtypeStruct(shape, dtype), key_data)
+    return jnp.asarray(on_host(np.asarray(key_data)))
+
+
 def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.Param:
     """Uniform in +-1/sqrt(fan_in): torch's default for weights and biases of convolutions and linear layers."""
     bound = 1 / math.sqrt(fan_in)
-    return nnx.Param(jax.random.uniform(rngs.params(), shape, dtype, -bound, bound))
+    return nnx.Param(drawn(rngs, shape, dtype, lambda rng: rng.uniform(-bound, bound, shape)))
 
 
 class Linear(nnx.Module):
@@ -45,8 +65,8 @@ class Linear(nnx.Module):
 def conv3d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision: Precision) -> jax.Array:
     """3-D correlation of (batch, depth, height, width, inputs) with (kd, kh, kw, inputs, outputs).
 
-    Where the kernel is 1 wide, or as wide as the stride, it is one matrix product. XLA's 3-D convolution is slow on a CPU:
-    there the sum of 2-D convolutions over depth-shifted slices is several times faster.
+    Where the kernel is 1 wide, or as wide as the stride, it is one matrix product. XLA's 3-D convolution is slow on a
+    CPU: there the sum of 2-D convolutions over depth-shifted slices is several times faster.
     """
     kd, kh, kw, inputs, outputs = kernel.shape
     exact = lax_precision(precision)
@@ -85,7 +105,7 @@ def _conv3d_by_slices(x: jax.Array, kernel: jax.Array, stride: int, padding: int
 
 
 class Conv3d(nnx.Module):
-    """(batch, depth, height, width, inputs) -> (batch, depth', height', width', outputs); kernel (k, k, k, inputs, outputs)."""
+    """(batch, depth, height, width, inputs) -> (..., outputs), strided; kernel (k, k, k, inputs, outputs)."""
 
     def __init__(
         self,

@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from mambahome_kernels import selective_scan
 
 from mambahome_jax.config import Precision
-from mambahome_jax.model.layers import Linear, uniform
+from mambahome_jax.model.layers import Linear, drawn, uniform
 
 D_STATE = 16
 D_CONV = 4
@@ -49,12 +50,15 @@ class Mamba(nnx.Module):
         self.conv = CausalConv(d_inner, rngs=rngs, param_dtype=param_dtype)
         self.x_proj = linear(d_inner, rank + 2 * D_STATE)
         self.dt_proj = linear(rank, d_inner)
-        low, high = jnp.log(jnp.asarray(DT_RANGE, param_dtype))
-        dt = jnp.exp(jax.random.uniform(rngs.params(), (d_inner,), param_dtype, low, high))
-        dt = jnp.maximum(dt, DT_FLOOR)
-        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))
-        states = jnp.log(jnp.arange(1, D_STATE + 1, dtype=param_dtype))
-        self.A_log = nnx.Param(jnp.tile(states, (d_inner, 1)))
+        low, high = np.log(DT_RANGE)
+
+        def inverse_softplus_of_dt(rng: np.random.Generator) -> np.ndarray:
+            dt = np.maximum(np.exp(rng.uniform(low, high, d_inner)), DT_FLOOR)
+            return dt + np.log(-np.expm1(-dt))
+
+        self.dt_bias = nnx.Param(drawn(rngs, (d_inner,), param_dtype, inverse_softplus_of_dt))
+        states = np.tile(np.log(np.arange(1, D_STATE + 1)), (d_inner, 1))
+        self.A_log = nnx.Param(jnp.asarray(states, param_dtype))
         self.D = nnx.Param(jnp.ones(d_inner, param_dtype))
         self.out_proj = linear(d_inner, d_model)
 

@@ -1,12 +1,10 @@
 """The whole network (Płotka et al., NeurIPS 2025, arXiv 2507.06363; published MambaHoME.py)."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mambahome_jax.config import ModelConfig, Precision
+from mambahome_jax.config import DataProperties, ModelConfig, Precision
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.model.decoder import Decoder
 from mambahome_jax.model.encoder import Encoder
@@ -23,15 +21,15 @@ def default_precision() -> Precision:
 class MambaHoME(nnx.Module):
     """U-shaped network of Mamba layers and hierarchical soft mixtures of experts.
 
-    model(x): (batch, depth, height, width, in_chans) -> logits (batch, depth, height, width, out_chans), float32 (float64
-    with float64 parameters). depth, height and width are multiples of 16, and not all of them 16.
+    model(x): (batch, depth, height, width, in_chans) -> logits (batch, depth, height, width, out_chans), float32
+    (float64 with float64 parameters). depth, height and width are multiples of 16, and not all of them 16.
 
     Args:
         config: shape of the network; the default is the published one.
         rngs: `nnx.Rngs(seed)`; its stream `params` gives the initial values.
         param_dtype: float32 or float64 (with JAX x64).
         precision: of matrix products and convolutions and the activations between them.
-        metadata: what the weights were trained for (spacing, orientation, modality, labels ...), carried along as it is.
+        metadata: what the weights were trained on (spacing, orientation, modality, labels ...), carried along.
     """
 
     def __init__(
@@ -41,11 +39,11 @@ class MambaHoME(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype=jnp.float32,
         precision: Precision = "fp32",
-        metadata: Any = None,
+        metadata: DataProperties | None = None,
     ):
         config = config or ModelConfig()
         common = {"rngs": rngs, "param_dtype": param_dtype, "precision": precision}
-        self.config, self.precision, self.metadata = config, precision, nnx.static(metadata)
+        self.config, self.precision, self.metadata = config, precision, metadata
         self.dtype = activation_dtype(precision, param_dtype)
         self.encoder = Encoder(config, **common)
         self.decoder = Decoder(config, **common)
@@ -73,6 +71,6 @@ def check_input(shape: tuple[int, ...], config: ModelConfig) -> None:
             )
     if shape[1] == shape[2] == shape[3] == MULTIPLE:
         raise ConfigError(
-            "depth, height and width are all 16, which leaves one voxel at the deepest stage, where instance norm would "
-            "give zeros. Make at least one of them 32"
+            "depth, height and width are all 16, which leaves one voxel at the deepest stage, where instance norm "
+            "would give zeros. Make at least one of them 32"
         )

@@ -16,7 +16,7 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 
 def instance_norm(x: jax.Array) -> jax.Array:
-    """(batch, depth, height, width, channels) with zero mean and unit biased variance over space, a sample and channel."""
+    """(batch, depth, height, width, channels) with mean 0 and biased variance 1 over space, a sample and channel."""
     wide = at_least_float32(x)
     mean = wide.mean((1, 2, 3), keepdims=True)
     centred = wide - mean

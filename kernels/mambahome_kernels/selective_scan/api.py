@@ -36,20 +36,20 @@ def _check(inputs: ScanInputs) -> None:
         raise ValueError(f"A has shape {A.shape}; expected (d_inner, d_state)")
     batch, length, d_inner = x.shape
     d_state = A.shape[1]
-    expected = ScanInputs(
-        x=(batch, length, d_inner),
-        dt=(batch, length, d_inner),
-        A=(d_inner, d_state),
-        B=(batch, length, d_state),
-        C=(batch, length, d_state),
-        D=(d_inner,),
-        z=(batch, length, d_inner),
-        dt_bias=(d_inner,),
-        initial_state=(batch, d_inner, d_state),
-    )
-    for name, value, shape in zip(ScanInputs._fields, inputs, expected, strict=True):
+    expected: dict[str, tuple[int, ...]] = {
+        "dt": x.shape,
+        "z": x.shape,
+        "A": (d_inner, d_state),
+        "B": (batch, length, d_state),
+        "C": (batch, length, d_state),
+        "D": (d_inner,),
+        "dt_bias": (d_inner,),
+        "initial_state": (batch, d_inner, d_state),
+    }
+    for name, shape in expected.items():
+        value = getattr(inputs, name)
         if value is not None and value.shape != shape:
-            raise ValueError(f"{name} has shape {value.shape}; expected {shape} for x of shape {x.shape} and A {A.shape}")
+            raise ValueError(f"{name} is {value.shape}; expected {shape} where x is {x.shape} and A is {A.shape}")
     if length == 0:
         raise ValueError("x has length 0; expected at least one step")
 

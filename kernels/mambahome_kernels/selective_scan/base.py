@@ -19,10 +19,10 @@ class ScanInputs(NamedTuple):
     A: jax.Array
     B: jax.Array
     C: jax.Array
-    D: jax.Array | None
-    z: jax.Array | None
-    dt_bias: jax.Array | None
-    initial_state: jax.Array | None
+    D: jax.Array | None = None
+    z: jax.Array | None = None
+    dt_bias: jax.Array | None = None
+    initial_state: jax.Array | None = None
 
 
 class Backend(NamedTuple):
@@ -69,4 +69,5 @@ def gate(z: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def cast_gradients(gradients: ScanInputs, inputs: ScanInputs) -> ScanInputs:
     """Each gradient in the dtype of its input; None where the input is None."""
-    return ScanInputs(*(None if i is None else g.astype(i.dtype) for g, i in zip(gradients, inputs, strict=True)))
+    pairs = zip(ScanInputs._fields, gradients, inputs, strict=True)
+    return ScanInputs(**{name: g.astype(i.dtype) for name, g, i in pairs if i is not None and g is not None})

@@ -86,7 +86,8 @@ def _backward(inputs: ScanInputs, softplus: bool, residual: None, dy: jax.Array,
     start = (dlast_state.astype(dtype), jnp.zeros_like(A), zeros, zeros)
     steps = (by_time, before, jnp.swapaxes(dy, 0, 1).astype(dtype))
     (dh0, dA, dD, dbias), by_step = lax.scan(step, start, steps, reverse=True)
-    dx, ddt, dB, dC, dz = (None if g is None else jnp.swapaxes(g, 0, 1) for g in by_step)
+    dx, ddt, dB, dC = (jnp.swapaxes(g, 0, 1) for g in by_step[:4])
+    dz = None if inputs.z is None else jnp.swapaxes(by_step[4], 0, 1)
     return cast_gradients(ScanInputs(dx, ddt, dA, dB, dC, dD, dz, dbias, dh0), inputs)
 
 

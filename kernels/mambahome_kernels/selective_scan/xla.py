@@ -1,12 +1,14 @@
 """The selective scan in plain XLA, for any device: chunks of time side by side, a loop over the steps within a chunk.
 
-Time is cut into K chunks of T steps. (1) every chunk runs from a zero state, which gives its end state; its total decay
-is exp(A * sum of delta). (2) `associative_scan` over the K chunks turns these into the true chunk starts. (3) every chunk
-runs again from its true start and writes y. With one chunk (a batch wide enough to fill the cache), only (3) is left.
+Time is cut into K chunks of T steps. (1) every chunk runs from a zero state, which gives its end state; its total
+decay is exp(A * sum of delta). (2) `associative_scan` over the K chunks turns these into the true chunk starts.
+(3) every chunk runs again from its true start and writes y. With one chunk (a batch wide enough to fill the cache),
+only (3) is left.
 
 The forward pass keeps the state at the start of every segment of S steps; the backward pass takes the segments of all
-chunks in reverse, recomputes the S states of each from there, and runs the adjoint state backward, whose chunk ends come
-from the same three-phase scheme over reversed time. So nothing of size length x d_inner x d_state reaches memory.
+chunks in reverse, recomputes the S states of each from there, and runs the adjoint state backward, whose chunk ends
+come from the same three-phase scheme over reversed time. So nothing of size length x d_inner x d_state reaches
+memory.
 
 States are (batch, chunk, d_state, d_inner): the sum over states then adds whole vectors.
 """
@@ -28,7 +30,7 @@ from mambahome_kernels.selective_scan.base import (
     state_dtype,
 )
 
-# Floats of state that all chunks of a step touch together: on a CPU what fits its second cache, elsewhere what fills it.
+# Floats of state that all chunks of a step touch together: on a CPU what stays in its cache, elsewhere what fills it.
 _CPU_STATE = 1 << 16
 _GPU_STATE = 1 << 22
 
@@ -62,7 +64,7 @@ def _plan(batch: int, length: int, d_inner: int, d_state: int) -> _Plan:
 
 
 class _Chunked(NamedTuple):
-    """Per-step arrays cut into chunks, (batch, chunk, step, features), and the constants, in the layout of the states."""
+    """Per-step arrays cut into chunks, (batch, chunk, step, features), and A in the layout of the states."""
 
     x: jax.Array
     dt: jax.Array
@@ -193,7 +195,9 @@ def _prepare(inputs: ScanInputs, softplus: bool) -> tuple[_Plan, ScanInputs, _Ch
     return plan, inputs, _chunked(inputs, plan, softplus)
 
 
-def _backward(inputs: ScanInputs, softplus: bool, saved: jax.Array, dy: jax.Array, dlast_state: jax.Array) -> ScanInputs:
+def _backward(
+    inputs: ScanInputs, softplus: bool, saved: jax.Array, dy: jax.Array, dlast_state: jax.Array
+) -> ScanInputs:
     given = inputs
     plan, inputs, data = _prepare(inputs, softplus)
     dtype = state_dtype(inputs)

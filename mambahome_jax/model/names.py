@@ -1,0 +1,155 @@
+"""Published parameter names and shapes <-> ours: each published tensor to one of our arrays, or a slice of one."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mambahome_jax.config import ModelConfig
+from mambahome_jax.errors import CheckpointError
+
+Path = tuple[str | int, ...]
+
+_HOME = "mamba_encoder.moe_layers.{}.{}.mlp."
+_MAMBA = "mamba_encoder.mamba_blocks.{}.{}."
+_MOE = {
+    r"norm\.gamma": "norm.gamma",
+    r"slot_proj\.kernel": "to_slot_embeds.0.weight",
+    r"slot_norm\.gamma": "to_slot_embeds.2.gamma",
+}
+# Our dotted path -> published name. Groups are indices; {e} stands for the expert that a stacked array holds.
+_TABLE: dict[str, str | Callable[..., str]] = {
+    r"encoder\.stages\.0\.downsample\.(kernel|bias)": "mamba_encoder.downsample_layers.0.0.{}",
+    r"encoder\.stages\.(\d)\.downsample\.(kernel|bias)": "mamba_encoder.downsample_layers.{}.1.{}",
+    r"encoder\.stages\.(\d)\.gsc\.(proj\d?)\.(kernel|bias)": "mamba_encoder.gscs.{}.{}.{}",
+    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.mamba_norm\.(\w+)": _MAMBA + "norm.{}",
+    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.home_norm\.(\w+)": "mamba_encoder.norm_moe.{}.{}.{}",
+    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.mamba\.(A_log|D)": _MAMBA + "mamba.{}",
+    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.mamba\.dt_bias": _MAMBA + "mamba.dt_proj.bias",
+    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.mamba\.conv\.(kernel|bias)": _MAMBA + "mamba.conv1d.{}",
+    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.mamba\.(\w+_proj)\.kernel": _MAMBA + "mamba.{}.weight",
+    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.expert_gates": _HOME + "expert_gates",
+    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.group_gate\.(kernel|bias)": _HOME + "group_gate_mlp.{}",
+    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.experts\.(kernel|bias)_in": _HOME + "experts_first.{{e}}.0.{}",
+    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.experts\.(kernel|bias)_out": _HOME + "experts_first.{{e}}.3.{}",
+    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.second\.experts\.(kernel|bias)_in": _HOME
+    + "dynamic_slots_soft_moe.experts.{{e}}.0.{}",
+    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.second\.experts\.(kernel|bias)_out": _HOME
+    + "dynamic_slots_soft_moe.experts.{{e}}.3.{}",
+    r"decoder\.skips\.(\d)\.(conv\d)\.kernel": lambda k, conv: f"encoder{int(k) + 1}.layer.{conv}.conv.weight",
+    r"decoder\.ups\.(\d)\.up\.kernel": lambda k: f"decoder{5 - int(k)}.transp_conv.conv.weight",
+    r"decoder\.ups\.(\d)\.block\.(conv\d)\.kernel": lambda k, conv: (
+        f"decoder{5 - int(k)}.conv_block.{conv}.conv.weight"
+    ),
+    r"decoder\.last\.(conv\d)\.kernel": "decoder1.layer.{}.conv.weight",
+    r"decoder\.out\.(kernel|bias)": "out.conv.conv.{}",
+}
+for _ours, _theirs in _MOE.items():
+    _TABLE[rf"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.{_ours}"] = _HOME + _theirs
+    _TABLE[rf"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.second\.{_ours}"] = (
+        _HOME + "dynamic_slots_soft_moe." + _theirs
+    )
+_PATTERNS = tuple((re.compile(pattern), name) for pattern, name in _TABLE.items())
+
+
+class Layout(NamedTuple):
+    """How a published tensor lies in ours: axes[i] is our axis that is published axis i; None is a new axis of 1."""
+
+    axes: tuple[int | None, ...]
+
+    def to_official(self, array: np.ndarray) -> np.ndarray:
+        moved = array.transpose([axis for axis in self.axes if axis is not None])
+        return moved[tuple(np.newaxis if axis is None else slice(None) for axis in self.axes)]
+
+    def to_ours(self, array: np.ndarray) -> np.ndarray:
+        kept = array[tuple(0 if axis is None else slice(None) for axis in self.axes)]
+        return kept.transpose(np.argsort([axis for axis in self.axes if axis is not None]))
+
+
+class Target(NamedTuple):
+    """A published tensor: its name, and where it lies in our array (expert: index of the first axis, or None)."""
+
+    name: str
+    expert: int | None
+    layout: Layout
+
+
+def dotted(path: Path) -> str:
+    """("decoder", "ups", 0) -> "decoder.ups.0"."""
+    return ".".join(str(part) for part in path)
+
+
+def _layout(ours: str, ndim: int) -> Layout:
+    if ours.endswith(".up.kernel"):
+        return Layout((3, 4, 0, 1, 2))
+    if ours.endswith("mamba.conv.kernel"):
+        return Layout((1, None, 0))
+    if ours.rsplit(".", 1)[-1].startswith("kernel"):
+        return Layout((4, 3, 0, 1, 2)) if ndim == 5 else Layout((1, 0))
+    return Layout(tuple(range(ndim)))
+
+
+def targets(path: Path, shape: tuple[int, ...]) -> list[Target]:
+    """The published tensors that our array at `path` holds: one, or one an expert where experts are stacked."""
+    ours = dotted(path)
+    for pattern, name in _PATTERNS:
+        if match := pattern.fullmatch(ours):
+            groups = ["weight" if group == "kernel" else group for group in match.groups()]
+            theirs = name(*groups) if callable(name) else name.format(*groups)
+            if "{e}" not in theirs:
+                return [Target(theirs, None, _layout(ours, len(shape)))]
+            layout = _layout(ours, len(shape) - 1)
+            return [Target(theirs.format(e=e), e, layout) for e in range(shape[0])]
+    raise CheckpointError(f"{ours}: no published parameter corresponds to it; expected parameters of MambaHoME")
+
+
+def official_shape(target: Target, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the published tensor for our array's shape."""
+    ours = shape if target.expert is None else shape[1:]
+    return tuple(1 if axis is None else ours[axis] for axis in target.layout.axes)
+
+
+def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], extra: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Configuration of the network whose published tensors have these shapes.
+
+    The group sizes of level 1 leave no trace in the weights: they come from `extra` (fields of ModelConfig), else they
+    are the published ones. Raises CheckpointError where a tensor that is needed is missing.
+    """
+    home = "mamba_encoder.moe_layers.{}.0.mlp."
+    try:
+        feat = tuple(shapes[f"mamba_encoder.downsample_layers.{i}.{int(i > 0)}.weight"][0] for i in range(4))
+        depths = tuple(
+            1 + max(int(m[1]) for n in shapes if (m := re.match(rf"mamba_encoder\.mamba_blocks\.{i}\.(\d+)\.", n)))
+            for i in range(4)
+        )
+        experts = tuple(shapes[home.format(i) + "expert_gates"][0] for i in range(4))
+        first = tuple(shapes[home.format(i) + "to_slot_embeds.0.weight"][0] for i in range(4))
+        second = tuple(
+            shapes[home.format(i) + "dynamic_slots_soft_moe.to_slot_embeds.0.weight"][0] // feat[i] for i in range(4)
+        )
+        hidden = tuple(shapes[home.format(i) + "experts_first.0.3.weight"][1] for i in range(4))
+        config = ModelConfig(
+            in_chans=shapes["mamba_encoder.downsample_layers.0.0.weight"][1],
+            out_chans=shapes["out.conv.conv.weight"][0],
+            depths=depths,
+            feat_size=feat,
+            hidden_size=shapes["encoder5.layer.conv1.conv.weight"][0],
+            expert_mult=_expert_mult(feat, hidden),
+            num_slots_per_expert_first=first[0] // (experts[0] * feat[0]),
+            experts_list=experts,
+            experts_list_second=second,
+        )
+    except KeyError as error:
+        raise CheckpointError(f"no tensor named {error.args[0]}; expected the weights of MambaHoME") from error
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"the tensors do not make a MambaHoME ({error}); expected its published names") from error
+    known = {name: extra[name] for name in ("group_list", "use_checkpoint") if extra and name in extra}
+    return config.replace(**known)
+
+
+def _expert_mult(feat: tuple[int, ...], hidden: tuple[int, ...]) -> int:
+    for mult in range(1, 65):
+        if all(int(f * mult * 2 / 3) == h for f, h in zip(feat, hidden, strict=True)):
+            return mult
+    raise ValueError(f"experts of {hidden} hidden units for {feat} channels")

@@ -1,0 +1,165 @@
+"""Files of torch.save, without torch and without running anything that the file says.
+
+A .pth file is a zip archive: `<root>/data.pkl` describes the objects, `<root>/data/<key>` holds the bytes of each
+storage. The description is a pickle, which could call any function. Here only the functions that put tensors together
+are known, and they are ours; every other class or function in the file becomes an inert stand-in.
+"""
+
+import io
+import math
+import pickle
+import pickletools
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from mambahome_jax.errors import CheckpointError
+
+_STORAGES = {
+    "DoubleStorage": np.float64,
+    "FloatStorage": np.float32,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,
+    "IntStorage": np.int32,
+    "ShortStorage": np.int16,
+    "CharStorage": np.int8,
+    "ByteStorage": np.uint8,
+    "BoolStorage": np.bool_,
+}
+_STORAGE_OF = {np.dtype(dtype): name for name, dtype in _STORAGES.items()}
+_READ_ERRORS = (
+    OSError,
+    EOFError,
+    KeyError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+)
+
+
+class Unknown:
+    """Stands for anything in the file that is neither data nor a tensor; takes every argument and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+    def __call__(self, *args, **kwargs):
+        return Unknown()
+
+
+class _Storage(NamedTuple):
+    dtype: np.dtype
+    key: str
+    size: int
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")), encoding="utf-8")
+        self._archive, self._root = archive, root
+        self._loaded: dict[str, np.ndarray] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return OrderedDict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self._tensor
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda data, *_: data
+        if (module, name) == ("torch", "Size"):
+            return tuple
+        if module == "torch" and name in _STORAGES:
+            return np.dtype(_STORAGES[name])
+        return Unknown
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, _, size = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype):
+            raise pickle.UnpicklingError(f"a storage of unknown kind {kind!r}")
+        return _Storage(dtype, str(key), int(size))
+
+    def _tensor(self, storage: _Storage, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
+        data = self._loaded.get(storage.key)
+        if data is None:
+            data = np.frombuffer(self._archive.read(f"{self._root}data/{storage.key}"), storage.dtype)
+            self._loaded[storage.key] = data
+        if min((offset, *shape, *strides), default=0) < 0:
+            raise pickle.UnpicklingError("a tensor with negative sizes or strides")
+        last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        if math.prod(shape) and last >= data.size:
+            raise pickle.UnpicklingError(f"a tensor of shape {tuple(shape)} beyond the end of its storage")
+        if not math.prod(shape):
+            return np.zeros(shape, data.dtype)
+        in_bytes = tuple(stride * data.itemsize for stride in strides)
+        return np.lib.stride_tricks.as_strided(data[offset:], tuple(shape), in_bytes, writeable=False)
+
+
+def read_pth(path: Path) -> Any:
+    """What torch.save wrote: dicts, lists, numbers and text as they are, tensors as numpy arrays (bfloat16 too).
+
+    Raises CheckpointError where the file cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("data.pkl")]
+            if not roots:
+                raise CheckpointError(f"{path}: no data.pkl inside; expected a file written by torch.save")
+            root = min(roots, key=len)
+            if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+                raise CheckpointError(f"{path}: big-endian; expected a file written on a little-endian machine")
+            return _Unpickler(archive, root).load()
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(
+            f"{path}: damaged, or in torch's format from before version 1.6; expected a zip archive of torch.save. "
+            "Copy it again, or save it anew with a current torch"
+        ) from error
+    except _READ_ERRORS as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error}); expected a file of torch.save. Copy it again"
+        ) from error
+
+
+def write_pth(path: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
+    """Write {"model": tensors, "config": config} as torch.save would, for torch.load(path, weights_only=True).
+
+    tensors: arrays of any shape and a dtype that torch has. config: plain values. OSError passes through.
+    """
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", _describe(arrays, config))
+        archive.writestr("archive/byteorder", "little")
+        for key, array in enumerate(arrays.values()):
+            archive.writestr(f"archive/data/{key}", array.tobytes())
+        archive.writestr("archive/version", "3\n")
+
+
+def _value(value: Any) -> bytes:
+    """Opcodes that push a plain value, without header and end; `optimize` drops the memo, so pieces can be joined."""
+    return pickletools.optimize(pickle.dumps(value, protocol=2))[2:-1]
+
+
+def _describe(arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> bytes:
+    ordered = b"ccollections\nOrderedDict\n)R"  # GLOBAL, EMPTY_TUPLE, REDUCE
+    out = [b"\x80\x02}(", _value("model"), ordered, b"("]
+    for key, (name, array) in enumerate(arrays.items()):
+        strides = tuple(stride // array.itemsize for stride in array.strides)
+        out += [_value(name), b"ctorch._utils\n_rebuild_tensor_v2\n", b"((", _value("storage")]
+        out += [f"ctorch\n{_STORAGE_OF[array.dtype]}\n".encode(), _value(str(key)), _value("cpu"), _value(array.size)]
+        out += [b"tQ", _value(0), _value(array.shape), _value(strides), _value(False), ordered, b"tR"]
+    out += [b"u", _value("config"), _value(dict(config)), b"u."]
+    return b"".join(out)

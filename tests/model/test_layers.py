@@ -1,0 +1,181 @@
+"""Every layer against its float64 golden, outputs and gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mambahome_jax.model.blocks import GatedSpatialConv, ResidualBlock, UpBlock
+from mambahome_jax.model.home import GlobalSoftMoE, HoME
+from mambahome_jax.model.layers import conv3d
+from mambahome_jax.model.mamba import Mamba
+from mambahome_jax.model.norms import DynamicTanh
+from tests.conftest import load_golden
+
+# published name within a layer -> ours; a pair is a stack of experts
+MAMBA = {
+    "A_log": "A_log",
+    "D": "D",
+    "in_proj.weight": "in_proj.kernel",
+    "conv1d.weight": "conv.kernel",
+    "conv1d.bias": "conv.bias",
+    "x_proj.weight": "x_proj.kernel",
+    "dt_proj.weight": "dt_proj.kernel",
+    "dt_proj.bias": "dt_bias",
+    "out_proj.weight": "out_proj.kernel",
+}
+MOE = {
+    "norm.gamma": "norm.gamma",
+    "to_slot_embeds.0.weight": "slot_proj.kernel",
+    "to_slot_embeds.2.gamma": "slot_norm.gamma",
+}
+ROOT = "encoder.stages.1.blocks.0."
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_golden("layers_tiny.npz")
+
+
+class Block(nnx.Module):
+    """DynamicTanh, then Mamba."""
+
+    def __init__(self, norm, mamba):
+        self.mamba_norm, self.mamba = norm, mamba
+
+    def __call__(self, x):
+        return self.mamba(self.mamba_norm(x))
+
+
+def _common(dtype):
+    return {"rngs": nnx.Rngs(0), "param_dtype": dtype, "precision": "fp32"}
+
+
+def _home(channels, group, experts, slots, second, mult):
+    def make(dtype):
+        return HoME(
+            channels, group=group, experts=experts, slots=slots, experts_second=second, mult=mult, **_common(dtype)
+        )
+
+    return make
+
+
+def _second(experts):
+    return lambda dtype: GlobalSoftMoE(10, experts, 2, **_common(dtype))
+
+
+def _block(dtype):
+    return Block(DynamicTanh(16, param_dtype=dtype), Mamba(16, **_common(dtype)))
+
+
+# case -> (module, where it would stand in the network, published prefix there, inputs)
+BLOCK, MLP = "mamba_encoder.mamba_blocks.1.0.", "mamba_encoder.moe_layers.1.0.mlp."
+CASES = {
+    "mamba": (lambda t: Mamba(20, **_common(t)), ROOT + "mamba", BLOCK + "mamba.", ("x",)),
+    "mambablock": (_block, ROOT[:-1], BLOCK, ("x",)),
+    "dyt_in": (lambda t: DynamicTanh(11, param_dtype=t), ROOT + "mamba_norm", BLOCK + "norm.", ("x",)),
+    "dyt_above": (lambda t: DynamicTanh(11, param_dtype=t), ROOT + "mamba_norm", BLOCK + "norm.", ("x",)),
+    "dyt_below": (lambda t: DynamicTanh(11, param_dtype=t), ROOT + "mamba_norm", BLOCK + "norm.", ("x",)),
+    "gsc": (lambda t: GatedSpatialConv(6, **_common(t)), "encoder.stages.1.gsc", "mamba_encoder.gscs.1.", ("x",)),
+    "home_nopad": (_home(12, 16, 3, 2, 4, 2), ROOT + "home", MLP, ("x",)),
+    "home_pad": (_home(12, 16, 3, 2, 4, 2), ROOT + "home", MLP, ("x",)),
+    "home_gateclamp": (_home(10, 16, 2, 3, 6, 3), ROOT + "home", MLP, ("x",)),
+    "dsm_pad": (_second(6), ROOT + "home.second", MLP + "dynamic_slots_soft_moe.", ("x",)),
+    "dsm_nopad": (_second(4), ROOT + "home.second", MLP + "dynamic_slots_soft_moe.", ("x",)),
+    "basic_res": (lambda t: ResidualBlock(5, 7, **_common(t)), "decoder.skips.1", "encoder2.", ("x",)),
+    "basic_same": (lambda t: ResidualBlock(6, 6, **_common(t)), "decoder.skips.1", "encoder2.", ("x",)),
+    "up": (lambda t: UpBlock(8, 5, **_common(t)), "decoder.ups.1", "decoder4.", ("inp", "skip")),
+}
+
+
+def _official(module_state, root: str, prefix: str):
+    """Published names below `prefix` of a part of the network that stands at `root`."""
+    from mambahome_jax.model.weights import export_official
+
+    nested = nnx.to_pure_dict(module_state) if isinstance(module_state, nnx.State) else module_state
+    for part in reversed(root.split(".")):
+        nested = {part: nested}
+    return {name.removeprefix(prefix): array for name, array in export_official(nested).items()}
+
+
+def _load(module, root, prefix, params, dtype):
+    """Fill a module from published names, through the exporter run on its own index arrays."""
+    state = nnx.state(module)
+    leaves, treedef = jax.tree.flatten(state)
+    indices, start = [], 0
+    for leaf in leaves:
+        indices.append(np.arange(start, start + leaf.size).reshape(leaf.shape))
+        start += leaf.size
+    flat = np.full(start, np.nan)
+    for name, index in _official(jax.tree.unflatten(treedef, indices), root, prefix).items():
+        flat[index.reshape(-1)] = params[name].reshape(-1)
+    assert not np.isnan(flat).any()
+    nnx.update(module, jax.tree.unflatten(treedef, [jnp.asarray(flat[i], dtype) for i in indices]))
+
+
+def _last(array):
+    return np.moveaxis(array, 1, -1) if array.ndim == 5 else array
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.float64, 1e-10)], ids=["float32", "float64"])
+def test_layer(data, case, dtype, bound, x64):
+    make, root, prefix, names = CASES[case]
+    module = make(dtype)
+    params = {k.removeprefix(f"{case}/param/"): v for k, v in data.items() if k.startswith(f"{case}/param/")}
+    params = {_alias(case, name): value for name, value in params.items()}
+    _load(module, root, prefix, params, dtype)
+    graphdef, state = nnx.split(module)
+    inputs = [jnp.asarray(_last(data[f"{case}/{name}"]), dtype) for name in names]
+    R = jnp.asarray(_last(data[f"{case}/R"]), dtype)
+
+    @jax.jit
+    def run(state, inputs):
+        def loss(state, inputs):
+            out = nnx.merge(graphdef, state)(*inputs)
+            return jnp.sum(out * R), out
+
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(state, inputs)
+
+    (dparams, dinputs), out = run(state, inputs)
+    _close(out, _last(data[f"{case}/out"]), bound, "out")
+    for name, gradient in zip(names, dinputs, strict=True):
+        _close(gradient, _last(data[f"{case}/grad/{name}"]), bound, name)
+    largest = max(np.abs(data[f"{case}/grad/{name}"]).max() for name in names)
+    got = _official(dparams, root, prefix)
+    for key, value in data.items():
+        if key.startswith(f"{case}/grad/param/"):
+            name = _alias(case, key.removeprefix(f"{case}/grad/param/"))
+            if np.abs(value).max() < 1e-12 * largest:
+                assert np.abs(got[name]).max() <= bound * largest, name
+            else:
+                _close(got[name], value, bound, name)
+
+
+def _alias(case: str, name: str) -> str:
+    """Names of a case as they stand in the network, where the golden's differ."""
+    if case == "mambablock" and name.split(".")[0] in ("alpha", "weight", "bias"):
+        return f"norm.{name}"
+    return name
+
+
+def _close(got, expected, bound, what):
+    scale = max(np.abs(expected).max(), 1e-30)
+    assert np.abs(np.asarray(got, np.float64) - expected).max() <= bound * scale, what
+
+
+@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 1), (7, 2, 3), (2, 2, 0), (1, 1, 0)])
+def test_conv3d_is_the_definition(size, stride, padding, x64):
+    """Both ways to write it against scipy's correlation."""
+    from scipy.ndimage import correlate
+
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(1, 8, 6, 10, 2)), rng.normal(size=(size, size, size, 2, 3))
+    got = conv3d(jnp.asarray(x), jnp.asarray(kernel), stride, padding, "fp32")
+    padded = np.pad(x[0], [(padding, padding)] * 3 + [(0, 0)])
+    centre = size // 2
+    for o in range(3):
+        full = sum(correlate(padded[..., i], kernel[..., i, o], mode="constant", origin=0) for i in range(2))
+        valid = full[tuple(slice(centre, n - size + centre + 1, stride) for n in padded.shape[:3])]
+        np.testing.assert_allclose(got[0, ..., o], valid, atol=1e-10)
