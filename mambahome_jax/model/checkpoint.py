@@ -110,8 +110,9 @@ def prepare_partial(folder: Path) -> Path:
     partial = sibling(folder, PARTIAL)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if partial.exists():
-            shutil.rmtree(partial)
+        # Orbax writes under this name with more behind it, and a killed process leaves that.
+        for leftover in folder.parent.glob(f"{partial.name}*"):
+            shutil.rmtree(leftover)
     except OSError as error:
         raise OutputError(f"{partial}: {error}. Is the disk full or read-only?") from error
     return partial

@@ -1,0 +1,183 @@
+"""Checkpoints of a training: everything that the next step depends on, written in the background, whole or not at all.
+
+The folders are those of model/checkpoint.py with two more items: "optimizer" (step and state of the optimizer) and
+"data" (state of the loader's iterator). Randomness needs none: its keys are made from the seed and the step.
+"""
+
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from mambahome_jax.config import Strategy
+from mambahome_jax.errors import CheckpointError, ConfigError, OutputError
+from mambahome_jax.model.checkpoint import (
+    MODEL_ITEM,
+    PARTIAL,
+    READ_ERRORS,
+    WRITE_ERRORS,
+    find_checkpoint,
+    finish_checkpoint,
+    prepare_partial,
+    read_checkpoint_config,
+    sibling,
+)
+from mambahome_jax.training.sharding import tree_sharding
+from mambahome_jax.training.step import TrainState
+
+OPTIMIZER_ITEM, DATA_ITEM = "optimizer", "data"
+
+
+class CheckpointWriter:
+    """Writes checkpoints one after the other while training goes on. Has to be closed; a context manager does it."""
+
+    def __init__(self) -> None:
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._swapper = ThreadPoolExecutor(1)
+        self._swap: Future | None = None
+        self._folder = Path()
+
+    def save(
+        self, folder: Path, state: TrainState, config: dict[str, Any], data: Mapping[str, Any] | None = None
+    ) -> None:
+        """Start to write a checkpoint in the place of `folder`, once the one before is done.
+
+        When this returns, `state` is copied and may be donated. Without `data` (state of the iterator) the parameters
+        alone are written. Raises OutputError, also for the checkpoint before, if it failed since.
+        """
+        self.wait()
+        folder = folder.absolute()
+        items = {MODEL_ITEM: ocp.args.PyTreeSave(state.params)}
+        if data is not None:
+            optimizer = {"step": state.step, "state": state.opt_state}
+            items |= {OPTIMIZER_ITEM: ocp.args.PyTreeSave(optimizer), DATA_ITEM: ocp.args.JsonSave(dict(data))}
+        partial = prepare_partial(folder)
+        self._folder = folder
+        try:
+            self._checkpointer.save(partial, args=ocp.args.Composite(**items))
+        except WRITE_ERRORS as error:
+            raise self._failure(error) from error
+        self._swap = self._swapper.submit(self._finish, folder, config)
+
+    def wait(self) -> None:
+        """Until the last checkpoint stands in its place. Raises OutputError, once, where it could not be written."""
+        swap, self._swap = self._swap, None
+        try:
+            if swap is not None:
+                swap.result()
+        except WRITE_ERRORS as error:
+            raise self._failure(error) from error
+
+    def close(self) -> None:
+        """Wait, and end the threads."""
+        try:
+            self.wait()
+        finally:
+            self._swapper.shutdown()
+            self._checkpointer.close()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _finish(self, folder: Path, config: dict[str, Any]) -> None:
+        # Orbax' own callback runs before its folder has its final name.
+        self._checkpointer.wait_until_finished()
+        finish_checkpoint(folder, config)
+
+    def _failure(self, error: Exception) -> OutputError:
+        shutil.rmtree(sibling(self._folder, PARTIAL), ignore_errors=True)
+        kept = "The checkpoint before it is kept" if self._folder.exists() else "There is no checkpoint before it"
+        return OutputError(f"{self._folder}: cannot be written ({error}). Is the disk full or read-only? {kept}")
+
+
+def restore_state(
+    folder: Path, abstract: TrainState, mesh: Mesh, strategy: Strategy = "ddp"
+) -> tuple[TrainState, dict[str, Any]]:
+    """State and data-iterator state of a checkpoint, placed on the devices of `mesh`, whatever it was written from.
+
+    Args:
+        abstract: shapes and dtypes, as `jax.eval_shape` gives them for the state of this run.
+
+    Raises CheckpointError: no checkpoint, one without optimizer, a damaged one, or one whose parameters have other
+    names or shapes (all of them listed).
+    """
+    path = find_checkpoint(folder)
+    if not (path / OPTIMIZER_ITEM).is_dir():
+        raise CheckpointError(f"{path} holds parameters alone. Resume from RUN/checkpoints/last, or use_pretrained")
+    shardings = tree_sharding(abstract, mesh, strategy)
+    placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    items = {MODEL_ITEM: placed.params, OPTIMIZER_ITEM: {"step": placed.step, "state": placed.opt_state}}
+    _check_shapes(path, items)
+    arguments = {
+        name: ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+        for name, item in items.items()
+    }
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            found = checkpointer.restore(path, ocp.args.Composite(**arguments, data=ocp.args.JsonRestore()))
+    except READ_ERRORS as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). The checkpoint is damaged, use another") from error
+    optimizer = found[OPTIMIZER_ITEM]
+    return TrainState(optimizer["step"], found[MODEL_ITEM], optimizer["state"]), found[DATA_ITEM]
+
+
+def _check_shapes(path: Path, items: Mapping[str, Any]) -> None:
+    faults = []
+    for name, item in items.items():
+        try:
+            metadata = ocp.PyTreeCheckpointHandler().metadata(path / name)
+        except READ_ERRORS as error:
+            raise CheckpointError(f"{path / name}: cannot be read ({error}). Use another checkpoint") from error
+        found, expected = _shapes(metadata.tree), _shapes(item)
+        faults += [f"{key} is missing" for key in expected if key not in found]
+        faults += [f"{key} is unknown" for key in found if key not in expected]
+        faults += [
+            f"{key} is {found[key]}, expected {expected[key]}"
+            for key in expected
+            if key in found and found[key] != expected[key]
+        ]
+    if faults:
+        raise CheckpointError(f"{path} is of another configuration: " + "; ".join(faults))
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """{path: shape}; Orbax gives back the entries of lists, tuples and named tuples under text keys."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): tuple(leaf.shape)
+        for path, leaf in leaves
+        if hasattr(leaf, "shape")
+    }
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration of a checkpoint to resume, after making sure that it was written by a run like this one.
+
+    Args:
+        settings: {"model": {...}, "training": {...}}, JSON values; these entries have to agree, others may differ.
+
+    Raises CheckpointError for another network, ConfigError for other settings that change the result; both list every
+    field that differs.
+    """
+    config = read_checkpoint_config(folder)
+    for entry, error, advice in (
+        ("model", CheckpointError, "Resume with the same network, or name another --output_dir"),
+        ("training", ConfigError, "Resume with the same settings, or start anew with --use_pretrained"),
+    ):
+        before, now = config.get(entry, {}), settings[entry]
+        differ = [
+            f"{name} was {before.get(name)}, now {now.get(name)}"
+            for name in sorted({*before, *now})
+            if before.get(name) != now.get(name)
+        ]
+        if differ:
+            raise error(f"{folder} is of another configuration: {'; '.join(differ)}. {advice}")
+    return config

@@ -1,0 +1,116 @@
+"""Checkpoints of a training: bit-exact, whole or not at all, on any number of devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mambahome_jax.errors import CheckpointError, ConfigError, OutputError
+from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params
+from mambahome_jax.training import checkpoints
+from mambahome_jax.training.checkpoints import CheckpointWriter, check_settings, restore_state
+from mambahome_jax.training.optimizer import OptimizerConfig, make_optimizer
+from mambahome_jax.training.sharding import make_mesh
+from mambahome_jax.training.step import TrainState, init_state
+
+CONFIG = {"model": {"width": 8, "classes": 2}, "training": {"lr": 1e-3, "seed": 0}, "step": 1}
+OPTIMIZER = make_optimizer(OptimizerConfig())
+
+
+def _params(width=64):
+    rng = np.random.default_rng(0)
+    kernels = [rng.normal(size=(width, 32)).astype(np.float32) for _ in range(2)]
+    return {"layers": dict(enumerate(kernels)), "bias": np.arange(width, dtype=np.float32)}
+
+
+def _state(devices=1, strategy="ddp", width=64):
+    return init_state(_params(width), OPTIMIZER, make_mesh(jax.devices()[:devices]), strategy)
+
+
+@jax.jit
+def _changed(state: TrainState) -> TrainState:
+    return jax.tree.map(lambda x: x + 1, state)
+
+
+def _assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "strategy"), [(1, 1, "ddp"), (8, 1, "fsdp"), (1, 8, "fsdp"), (4, 8, "ddp")]
+)
+def test_restores_bit_exactly_on_any_number_of_devices(tmp_path, written, read, strategy):
+    state = _changed(_state(written, strategy))
+    with CheckpointWriter() as writer:
+        writer.save(tmp_path / "last", state, CONFIG, data={"next_index": 7})
+    found, data = restore_state(
+        tmp_path / "last", jax.eval_shape(lambda: state), make_mesh(jax.devices()[:read]), strategy
+    )
+    _assert_equal(found, state)
+    assert data == {"next_index": 7}
+    assert len(found.params["bias"].devices()) == read
+    assert found.params["layers"][0].sharding.is_fully_replicated == (strategy == "ddp" or read == 1)
+    assert read_checkpoint_config(tmp_path / "last") == CONFIG
+
+
+def test_donating_the_state_while_it_is_written_changes_nothing(tmp_path):
+    state = _state(width=4096)
+    expected = jax.tree.map(np.array, state.params)
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    with CheckpointWriter() as writer:
+        writer.save(tmp_path / "last", state, CONFIG, data={})
+        for _ in range(3):
+            state = overwrite(state)
+    _assert_equal(read_checkpoint_params(tmp_path / "last"), expected)
+
+
+def test_parameters_alone_cannot_be_resumed(tmp_path):
+    # Left by a process that was killed while it wrote.
+    (tmp_path / "best.partial.orbax-checkpoint-tmp" / "model").mkdir(parents=True)
+    with CheckpointWriter() as writer:
+        writer.save(tmp_path / "best", _state(), CONFIG)
+        writer.save(tmp_path / "best", _changed(_state()), CONFIG)
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+    _assert_equal(read_checkpoint_params(tmp_path / "best")["bias"], _params()["bias"] + 1)
+    with pytest.raises(CheckpointError, match="parameters alone"):
+        restore_state(tmp_path / "best", _state(), make_mesh(jax.devices()[:1]))
+
+
+def test_failure_while_writing_keeps_the_checkpoint_before(tmp_path, monkeypatch):
+    state = _state()
+    with CheckpointWriter() as writer:
+        writer.save(tmp_path / "last", state, CONFIG, data={})
+        writer.wait()
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoints, "finish_checkpoint", full)
+        writer.save(tmp_path / "last", _changed(state), CONFIG, data={})
+        with pytest.raises(OutputError, match=r"No space left on device.*is kept"):
+            writer.wait()
+        monkeypatch.undo()
+        assert [p.name for p in tmp_path.iterdir()] == ["last"]
+        _assert_equal(restore_state(tmp_path / "last", state, make_mesh(jax.devices()[:1]))[0], state)
+        writer.save(tmp_path / "last", _changed(state), CONFIG, data={})
+    assert int(restore_state(tmp_path / "last", state, make_mesh(jax.devices()[:1]))[0].step) == 1
+
+
+def test_other_shapes_are_all_listed(tmp_path):
+    with CheckpointWriter() as writer:
+        writer.save(tmp_path / "last", _state(), CONFIG, data={})
+    other = _state(width=16)
+    other.params["extra"] = jnp.zeros(3)
+    with pytest.raises(CheckpointError, match=r"extra is missing.*bias is \(64,\), expected \(16,\).*layers/0"):
+        restore_state(tmp_path / "last", other, make_mesh(jax.devices()[:1]))
+
+
+def test_settings_that_differ_are_all_named(tmp_path):
+    with CheckpointWriter() as writer:
+        writer.save(tmp_path / "last", _state(), CONFIG)
+    assert check_settings(tmp_path / "last", {**CONFIG, "step": 5})["step"] == 1
+    with pytest.raises(ConfigError, match=r"lr was 0.001, now 0.01; seed was 0, now 2"):
+        check_settings(tmp_path / "last", {**CONFIG, "training": {"lr": 1e-2, "seed": 2}})
+    with pytest.raises(CheckpointError, match="classes was 2, now 3"):
+        check_settings(tmp_path / "last", {**CONFIG, "model": {"width": 8, "classes": 3}})
