@@ -232,7 +232,7 @@ def _surface(mask: np.ndarray) -> np.ndarray:
 def _distances(start: np.ndarray, target: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     away = start & ~target
     here = np.count_nonzero(start) - np.count_nonzero(away)
-    points, goals = np.argwhere(away), np.argwhere(target)
+    points, goals = _positions(away), _positions(target)
     # A tree costs about 1.3 us a point, a distance transform 0.15 us and 44 bytes for each voxel of the box.
     if 10 * (len(points) + len(goals)) > start.size and start.size < 20_000_000:
         far = ndimage.distance_transform_edt(~target, sampling=spacing)[away]
@@ -241,3 +241,8 @@ def _distances(start: np.ndarray, target: np.ndarray, spacing: np.ndarray) -> np
         # From whole voxel offsets, so that a distance equal to a tolerance is not moved past it by rounding.
         far = np.sqrt((((points - goals[nearest]) * spacing) ** 2).sum(axis=1))
     return np.concatenate([np.zeros(here), far])
+
+
+def _positions(mask: np.ndarray) -> np.ndarray:
+    """(n, axes) indices of the voxels that are set; argwhere takes several times as long."""
+    return np.stack(np.unravel_index(np.flatnonzero(mask), mask.shape), axis=-1)

@@ -57,9 +57,10 @@ def render(image: Volume, labels: Volume, names: Mapping[int, str], modality: Mo
     array = scan.array[..., 0] if scan.array.ndim == 4 else scan.array
     low, high = _display_range(array, modality)
     scale = PANEL_PIXELS / max(n * s for n, s in zip(array.shape, scan.spacing, strict=True))
+    fullest = _fullest_slices(label_map)
     panels = []
     for name, axis, flip in (("axial, R - L", 2, False), ("coronal, R - L", 1, True), ("sagittal, A - P", 0, True)):
-        index = _fullest_slice(label_map, axis)
+        index = fullest[axis]
         across, down = [a for a in range(3) if a != axis]
         size = tuple(max(round(array.shape[a] * scan.spacing[a] * scale), 1) for a in (across, down))
         grey = (np.clip((_slice(array, axis, index, flip) - low) / (high - low), 0, 1) * 255).astype(np.uint8)
@@ -92,14 +93,27 @@ def _display_range(array: np.ndarray, modality: Modality) -> tuple[float, float]
     return float(low), float(high if high > low else low + 1)
 
 
-def _fullest_slice(labels: np.ndarray, axis: int) -> int:
-    counts = np.count_nonzero(labels, axis=tuple(a for a in range(3) if a != axis))
-    return int(counts.argmax()) if counts.any() else labels.shape[axis] // 2
+def _fullest_slices(labels: np.ndarray) -> list[int]:
+    """For each axis the slice with the most foreground, the middle one where there is none."""
+    counts = [np.zeros(n, np.int64) for n in labels.shape]
+    outer = _outermost(labels)
+    first, second = (axis for axis in range(3) if axis != outer)
+    for index, plane in enumerate(np.moveaxis(labels, outer, 0)):
+        found = plane > 0
+        counts[first] += found.sum(axis=1)
+        counts[second] += found.sum(axis=0)
+        counts[outer][index] = found.sum()
+    return [int(count.argmax()) if count.any() else len(count) // 2 for count in counts]
+
+
+def _outermost(array: np.ndarray) -> int:
+    """The axis along which slices are closest to contiguous in memory; NIfTI's order is the reverse of NumPy's."""
+    return int(np.argmax(np.abs(array.strides)))
 
 
 def _slice(array: np.ndarray, axis: int, index: int, flip: bool) -> np.ndarray:
     """(rows, columns) of one slice of an LPS volume; `flip` puts superior at the top."""
-    plane = np.take(array, index, axis=axis).T
+    plane = np.moveaxis(array, axis, 0)[index].T
     return plane[::-1] if flip else plane
 
 
@@ -127,7 +141,7 @@ def label_counts(labels: np.ndarray) -> dict[int, int]:
     """Voxels of each label value above 0 that occurs in (D0, D1, D2), in order of value."""
     total = np.zeros(int(labels.max(initial=0)) + 1, np.int64)
     # Plane by plane, as bincount widens what it is given to eight bytes a voxel.
-    for plane in labels:
+    for plane in np.moveaxis(labels, _outermost(labels), 0):
         total += np.bincount(plane.ravel(order="K"), minlength=len(total))
     return {int(label): int(total[label]) for label in np.flatnonzero(total) if label}
 
