@@ -15,6 +15,10 @@ class CheckpointError(MambaHomeError):
     """Weights or a checkpoint folder that cannot be read or do not fit the model."""
 
 
+class TrainingError(MambaHomeError):
+    """A training that cannot go on: its numbers are no longer finite."""
+
+
 class OutputError(MambaHomeError):
     """A result that cannot be written (full disk, read-only folder)."""
 

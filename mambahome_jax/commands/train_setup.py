@@ -1,0 +1,213 @@
+"""What a training command comes to: flags, dataset and devices resolved into sizes, steps and settings."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from mambahome_jax.config import MODEL_SIZES, DataProperties, ModelConfig, Precision, TrainConfig
+from mambahome_jax.data.store import Store
+from mambahome_jax.datasets.prepared import Prepared, split_cases
+from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.model.network import MULTIPLE, default_precision
+from mambahome_jax.training.optimizer import OptimizerConfig
+
+# torch's default; the published Adam keeps it, unlike the published AdamW.
+ADAM_EPS = 1e-8
+GPU_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that follows from the flags once dataset and devices are known."""
+
+    prepared: Prepared
+    prepared_val: Prepared | None
+    train_cases: tuple[str, ...]
+    val_cases: tuple[str, ...]
+    structures: Mapping[int, str]
+    model: ModelConfig
+    properties: DataProperties
+    patch_size: tuple[int, int, int]
+    precision: Precision
+    optimizer: OptimizerConfig
+    global_batch: int
+    steps_per_epoch: int
+    total_steps: int
+    val_every: int
+    num_workers: int
+
+
+def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared | None, devices: int) -> Setup:
+    """Resolve every default that depends on the dataset or the devices.
+
+    Raises ConfigError for flags that cannot work, DatasetError where there is nothing to train on.
+    """
+    for name in ("batch_size", "epochs", "skip_val", "steps", "val_every", "checkpoint_every", "max_val_cases"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}; expected 1 or more")
+    if config.num_workers is not None and config.num_workers < 0:
+        raise ConfigError(f"--num_workers {config.num_workers}; expected 0 or more")
+    if not 0 <= config.overlap < 1:
+        raise ConfigError(f"--overlap {config.overlap}; expected at least 0 and below 1")
+    store = Store(prepared.store)
+    train, val = _cases(config, prepared, prepared_val)
+    size = MODEL_SIZES[config.model]
+    patch = choose_patch(config, [store.entry(case).shape for case in train])
+    present = {value for case in train for value in store.entry(case).foreground_counts}
+    names = dict(prepared.labels)
+    classes = max([*names, *present, 1]) + 1
+    if config.classes is not None:
+        needed = max(present, default=0) + 1
+        if config.classes < needed:
+            raise ConfigError(
+                f"--classes {config.classes}, but labels go up to {needed - 1}; expected at least {needed}"
+            )
+        classes = config.classes
+    structures = {
+        value: names.get(value, f"label_{value}") for value in range(1, classes) if value in {*names, *present}
+    }
+    modality = config.modality or Counter(store.entry(case).modality for case in train).most_common(1)[0][0]
+    batch = config.batch_size * devices
+    steps_per_epoch = -(-len(train) // batch)
+    total = config.steps or config.epochs * steps_per_epoch
+    return Setup(
+        prepared=prepared,
+        prepared_val=prepared_val,
+        train_cases=train,
+        val_cases=val,
+        structures=structures or {1: "label_1"},
+        model=model_config(config, in_chans=store.entry(train[0]).channels, out_chans=classes),
+        properties=DataProperties(
+            spacing=prepared.spacing,
+            orientation=prepared.orientation,
+            modality=modality,
+            labels=tuple(structures.items()),
+            channels=tuple(prepared.channels),
+            patch_size=patch,
+        ),
+        patch_size=patch,
+        precision=config.precision or default_precision(),
+        optimizer=_optimizer(config, size.lr, size.eps, steps_per_epoch, total),
+        global_batch=batch,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        val_every=config.val_every or config.skip_val * steps_per_epoch,
+        num_workers=_workers(config),
+    )
+
+
+def training_settings(config: TrainConfig, setup: Setup) -> dict[str, Any]:
+    """The settings that change the result of a run: a resumed one has to agree with them."""
+    optimizer = setup.optimizer
+    return {
+        "train_cases": f"{len(setup.train_cases)} with digest {_digest(setup.train_cases)}",
+        "patch_size": setup.patch_size,
+        "global_batch": setup.global_batch,
+        "total_steps": setup.total_steps,
+        "optimizer": optimizer.name,
+        "lr": optimizer.lr,
+        "weight_decay": optimizer.weight_decay,
+        "eps": optimizer.eps,
+        "schedule_step": optimizer.schedule_step,
+        "steps_per_period": optimizer.steps_per_period,
+        "t_max": optimizer.t_max,
+        "modality": config.modality,
+        "precision": setup.precision,
+        "augment": config.augment,
+        "class_balanced": config.class_balanced,
+        "seed": config.seed,
+        # The state of the loader's iterator has another form for another number.
+        "num_workers": setup.num_workers,
+    }
+
+
+def model_config(config: TrainConfig, in_chans: int, out_chans: int) -> ModelConfig:
+    """The size that --model picks, widened to --feature_size in all its stages."""
+    model = MODEL_SIZES[config.model].model.replace(
+        in_chans=in_chans, out_chans=out_chans, use_checkpoint=config.use_checkpoint
+    )
+    if config.feature_size is None:
+        return model
+    if config.feature_size < 1:
+        raise ConfigError(f"--feature_size {config.feature_size}; expected 1 or more")
+    widths = [
+        round(width * config.feature_size / model.feat_size[0]) for width in (*model.feat_size, model.hidden_size)
+    ]
+    return model.replace(feat_size=tuple(widths[:4]), hidden_size=widths[4])
+
+
+def choose_patch(config: TrainConfig, shapes: list[tuple[int, int, int]]) -> tuple[int, int, int]:
+    """--patch_size checked, or that of --model, cut to what covers the largest volume along each axis."""
+    if config.patch_size is None:
+        default = MODEL_SIZES[config.model].patch_size
+        largest = [max(shape[axis] for shape in shapes) for axis in range(3)]
+        a, b, c = (min(d, -(-n // MULTIPLE) * MULTIPLE) for d, n in zip(default, largest, strict=True))
+        # One voxel at the deepest stage leaves instance norm nothing to normalise.
+        return (a, b, c) if max(a, b, c) > MULTIPLE else (2 * MULTIPLE, b, c)
+    a, b, c = config.patch_size
+    near = [max(round(n / MULTIPLE), 1) * MULTIPLE for n in config.patch_size]
+    if max(near) == MULTIPLE:
+        near[0] = 2 * MULTIPLE
+    if (a, b, c) != tuple(near):
+        given, valid = (" ".join(map(str, sizes)) for sizes in (config.patch_size, near))
+        raise ConfigError(
+            f"--patch_size {given}; expected multiples of {MULTIPLE}, not all of them {MULTIPLE}, such as {valid}"
+        )
+    return a, b, c
+
+
+def _cases(
+    config: TrainConfig, prepared: Prepared, prepared_val: Prepared | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    train, val = split_cases(prepared, config.seed)
+    if prepared_val is not None:
+        # Nothing has to be held out of the training folder but what it marks itself.
+        marked = {case.id for case in prepared.cases if case.split == "val"}
+        train = [case.id for case in prepared.cases if case.id in {*train, *val} - marked]
+        val = [case.id for case in prepared_val.cases if case.label is not None]
+        if not val:
+            raise DatasetError("no case with a label to validate on", file=prepared_val.root)
+    if not train:
+        skipped = f" ({len(prepared.skipped)} were skipped)" if prepared.skipped else ""
+        found = f"no case to train on among {len(prepared.cases)}{skipped}"
+        expected = "at least one with a label that is not marked val or test"
+        raise DatasetError(found, file=prepared.root / "dataset.json", expected=expected)
+    return tuple(train), tuple(val[: config.max_val_cases])
+
+
+def _optimizer(config: TrainConfig, lr: float, eps: float, steps_per_epoch: int, total: int) -> OptimizerConfig:
+    lr = lr if config.lr is None else config.lr
+    if not lr > 0 or config.weight_decay < 0 or (config.eps is not None and not config.eps > 0):
+        raise ConfigError(
+            f"--lr {lr}, --weight_decay {config.weight_decay}, --eps {config.eps}; expected a positive lr and eps, and "
+            "a weight decay of 0 or more"
+        )
+    if config.steps is None and config.val_every is None:
+        # As published: the schedule steps with the validations.
+        period, t_max = config.skip_val * steps_per_epoch, max(config.epochs // config.skip_val, 1)
+    else:
+        period, t_max = steps_per_epoch, -(-total // steps_per_epoch)
+    return OptimizerConfig(
+        name=config.optimizer,
+        lr=lr,
+        weight_decay=config.weight_decay,
+        eps=config.eps or (eps if config.optimizer == "AdamW" else ADAM_EPS),
+        steps_per_period=period,
+        t_max=t_max,
+        schedule_step=config.schedule_step,
+    )
+
+
+def _digest(names: tuple[str, ...]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+
+
+def _workers(config: TrainConfig) -> int:
+    if config.num_workers is not None:
+        return config.num_workers
+    return GPU_WORKERS if jax.default_backend() == "gpu" else 0

@@ -1,0 +1,82 @@
+"""Validation during training: whole volumes by sliding window, scored by Dice."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mambahome_jax.config import Modality
+from mambahome_jax.data.store import Store
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.evaluation.metrics import dice
+from mambahome_jax.imaging.intensity import normalise
+from mambahome_jax.inference.sliding_window import sliding_window
+from mambahome_jax.training.loop import Validation
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """Cases and windows. `labels`: value -> name of the structures scored; modality: instead of each case's own."""
+
+    cases: Sequence[str]
+    labels: Mapping[int, str]
+    patch_size: tuple[int, int, int]
+    overlap: float
+    modality: Modality | None = None
+    sw_batch_size: int = 2
+
+
+def make_validate(
+    graphdef: nnx.GraphDef, store: Store, settings: ValidationSettings, device: jax.Device
+) -> Callable[[Any, Callable[[], bool]], Validation | None]:
+    """A function (params, asked to stop?) -> Validation, None when it was asked to stop on the way.
+
+    Each structure's Dice is its mean over the cases that have it, the overall one the mean over structures. A case that
+    cannot be read counts as a failure and the others go on.
+    """
+
+    @jax.jit
+    def network(params: Any, windows: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params)(windows)
+
+    most_likely = jax.jit(lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.uint8))
+    values = sorted(settings.labels)
+
+    def validate(params: Any, stop: Callable[[], bool]) -> Validation | None:
+        params = jax.device_put(params, device)
+        scores: list[np.ndarray] = []
+        failures: list[tuple[str, str]] = []
+        for case in settings.cases:
+            if stop():
+                return None
+            entry = store.entry(case)
+            try:
+                image = normalise(store.read_image(case), settings.modality or entry.modality, entry.statistics)
+                reference = store.read_label(case)
+            except DatasetError as error:
+                failures.append((case, str(error)))
+                continue
+            logits = sliding_window(
+                lambda windows: network(params, windows),
+                image,
+                settings.patch_size,
+                settings.overlap,
+                sw_batch_size=settings.sw_batch_size,
+            )
+            scores.append(dice(np.asarray(most_likely(logits)), reference, values))
+        table = np.array(scores, np.float64).reshape(len(scores), len(values))
+        structures = {settings.labels[value]: _mean(column) for value, column in zip(values, table.T, strict=True)}
+        return Validation(_mean(list(structures.values())), structures, tuple(failures))
+
+    return validate
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    """Over what is not nan, nan where nothing is left."""
+    present = [float(value) for value in values if not math.isnan(value)]
+    return sum(present) / len(present) if present else math.nan

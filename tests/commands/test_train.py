@@ -1,0 +1,215 @@
+"""The train command from a folder on disk to checkpoints, with a small network in place of the real one."""
+
+import csv
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from mambahome_jax.commands import train as command
+from mambahome_jax.commands.train_setup import choose_patch, make_setup, model_config
+from mambahome_jax.config import MODEL_SIZES, ModelSize, TrainConfig
+from mambahome_jax.data.store import StoreEntry, write_case, write_index
+from mambahome_jax.datasets.prepared import Prepared, PreparedCase, read_prepared, write_prepared
+from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
+from mambahome_jax.imaging.intensity import statistics
+from mambahome_jax.imaging.volume import Volume, write_volume
+from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params
+from mambahome_jax.training import loop
+from tests.training.stand_in import SmallNet
+
+SHAPE = (20, 18, 16)
+
+
+class StandIn(SmallNet):
+    def __init__(self, config, *, rngs, precision, metadata):
+        super().__init__(config.out_chans, width=8)
+        self.metadata = nnx.static(metadata)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(command, "MambaHoME", StandIn)
+    size = MODEL_SIZES["MambaHoME_tiny"]
+    monkeypatch.setitem(
+        MODEL_SIZES, "MambaHoME_tiny", ModelSize(size.model, lr=1e-2, eps=1e-8, patch_size=(32, 16, 16))
+    )
+
+
+def _scan(number):
+    rng = np.random.default_rng(number)
+    label = np.zeros(SHAPE, np.uint8)
+    label[4:12, 5 + number % 3 : 12, 3:10] = 1
+    return (label * 150.0 - 100 + rng.normal(size=SHAPE) * 20).astype(np.float32), label
+
+
+def _dataset(root, cases=5, val=("c4",), labelled=True):
+    entries, listed = [], []
+    for number in range(cases):
+        image, label = _scan(number)
+        name = f"c{number}"
+        entry = StoreEntry(
+            id=name,
+            shape=SHAPE,
+            channels=1,
+            spacing=(1.0, 1.0, 1.0),
+            affine=tuple(map(tuple, np.eye(4))),
+            modality="ct",
+            statistics=statistics(image[..., None]),
+            body_box=((0, 0, 0), SHAPE),
+            class_counts=None,
+        )
+        entries.append(write_case(root / "store", entry, image[..., None], label if labelled else None))
+        split = "val" if name in val else None
+        path = f"labels/{name}.nii.gz" if labelled else None
+        listed.append(PreparedCase(name, f"images/{name}.nii.gz", path, split, "ct", SHAPE, (1.0, 1.0, 1.0), name))
+    write_index(root / "store", entries)
+    write_prepared(Prepared(root, "boxes", (1.0, 1.0, 1.0), "RAS", ("ct",), {1: "box"}, tuple(listed)))
+    return root
+
+
+def _config(data, out, **settings):
+    settings = {"model": "MambaHoME_tiny", "steps": 4, "val_every": 2, "batch_size": 2} | settings
+    return TrainConfig(data, output_dir=out, **settings)
+
+
+def test_a_run_writes_what_the_design_promises(tmp_path, capsys):
+    code = command.run(_config(_dataset(tmp_path / "data"), tmp_path / "run"))
+    text = capsys.readouterr().out
+    assert code == 0
+    assert "boxes: 4 cases to train on, 1 to validate on; ct" in text
+    assert "patches of 32 x 16 x 16, 2 a step, fp32" in text and "Compiling" in text and "Next: python infer.py" in text
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoints", "metrics.csv", "run.json", "tensorboard"}
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"best", "last"}
+    config = read_checkpoint_config(tmp_path / "run" / "checkpoints" / "best")
+    assert config["data"] == {
+        "spacing": [1.0, 1.0, 1.0],
+        "orientation": "RAS",
+        "modality": "ct",
+        "labels": {"1": "box"},
+        "channels": ["ct"],
+        "patch_size": [32, 16, 16],
+    }
+    assert config["model"]["out_chans"] == 2 and config["training"]["lr"] == 1e-2
+    report = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert report["status"] == "finished" and report["step"] == 4 and report["best"] == config["best"] | report["best"]
+    assert report["data"]["train"] == ["c0", "c1", "c2", "c3"] and report["data"]["val"] == ["c4"]
+    assert report["versions"]["jax"] and report["configuration"]["lr"] is None
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["val_dice"]) for row in rows] == [False, True, False, True]
+
+
+def test_stop_and_resume_give_the_bits_of_a_straight_run(tmp_path, monkeypatch):
+    data = _dataset(tmp_path / "data")
+    assert command.run(_config(data, tmp_path / "straight", steps=6, val_every=3)) == 0
+    fetch, count = loop._Run.fetch, [0]
+
+    def stopping(run, batches):
+        count[0] += 1
+        if count[0] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fetch(run, batches)
+
+    monkeypatch.setattr(loop._Run, "fetch", stopping)
+    config = _config(data, tmp_path / "run", steps=6, val_every=4)
+    assert command.run(config) == 143
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped by a signal"
+    assert read_checkpoint_config(tmp_path / "run" / "checkpoints" / "last")["step"] == 3
+    with pytest.raises(ConfigError, match="holds a run already"):
+        command.run(config)
+    with pytest.raises(ConfigError, match=r"lr was 0.01, now 0.5; seed was 0, now 1"):
+        command.run(_config(data, tmp_path / "run", steps=6, lr=0.5, seed=1, resume=True))
+    assert command.run(_config(data, tmp_path / "run", steps=6, val_every=4, resume=True)) == 0
+    straight, resumed = (read_checkpoint_params(tmp_path / n / "checkpoints" / "last") for n in ("straight", "run"))
+    for name in ("first", "last"):
+        np.testing.assert_array_equal(straight[name]["kernel"], resumed[name]["kernel"])
+
+
+def test_resume_without_a_checkpoint_starts_anew(tmp_path, capsys):
+    assert command.run(_config(_dataset(tmp_path / "data"), tmp_path / "run", steps=1, resume=True)) == 0
+    assert "starting from the beginning" in capsys.readouterr().out
+
+
+def test_trains_straight_from_the_published_layout(tmp_path, capsys):
+    for number in range(3):
+        image, label = _scan(number)
+        folder = tmp_path / "raw" / f"patient{number}"
+        folder.mkdir(parents=True)
+        write_volume(folder / f"p{number}_ct.nii.gz", Volume(image, np.diag([1.0, 1, 2, 1])))
+        write_volume(folder / f"p{number}_labels.nii.gz", Volume(label, np.diag([1.0, 1, 2, 1])))
+    assert command.run(_config(tmp_path / "raw", tmp_path / "run", steps=1)) == 0
+    assert "at their own spacing" in capsys.readouterr().out
+    config = read_checkpoint_config(tmp_path / "run" / "checkpoints" / "best")
+    assert config["data"]["spacing"] is None and config["data"]["modality"] == "ct"
+
+
+def test_a_damaged_validation_case_is_reported_and_the_others_count(tmp_path):
+    data = _dataset(tmp_path / "data", val=("c3", "c4"))
+    for file in (data / "store" / "c3" / "image").rglob("*"):
+        if file.is_file() and file.name != "zarr.json":
+            file.write_bytes(file.read_bytes()[:100])
+    assert command.run(_config(data, tmp_path / "run", steps=1)) == 1
+    report = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [failure["id"] for failure in report["failures"]] == ["c3"] and report["best"]["val_dice"] is not None
+
+
+def test_numbers_that_are_not_finite_end_the_run_with_a_report(tmp_path, capsys):
+    code = command.run(_config(_dataset(tmp_path / "data"), tmp_path / "run", lr=1e38, optimizer="SGD"))
+    assert code == 1
+    assert "cases of this batch: c" in capsys.readouterr().out
+    assert "checkpoints before it are kept" in json.loads((tmp_path / "run" / "run.json").read_text())["status"]
+
+
+def test_faults_of_data_and_flags_are_told_before_training(tmp_path):
+    data = _dataset(tmp_path / "data")
+    for settings, message in (
+        ({"patch_size": (50, 48, 30)}, r"50 48 30; expected multiples of 16.* such as 48 48 32"),
+        ({"classes": 1}, "labels go up to 1; expected at least 2"),
+        ({"batch_size": 0}, "--batch_size 0"),
+        ({"num_devices": 99}, "--num_devices 99"),
+        ({"overlap": 1.0}, "--overlap"),
+        ({"lr": -1.0}, "--lr -1"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            command.run(_config(data, tmp_path / "run", **settings))
+    with pytest.raises(DatasetError, match="no such folder"):
+        command.run(_config(tmp_path / "nowhere", tmp_path / "run"))
+    with pytest.raises(DatasetError, match="no case to train on among 2"):
+        command.run(_config(_dataset(tmp_path / "bare", cases=2, labelled=False), tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        command.run(_config(data, tmp_path / "run", use_pretrained=str(tmp_path / "nowhere")))
+
+
+def test_steps_schedule_and_split(tmp_path):
+    prepared = read_prepared(_dataset(tmp_path / "data", cases=7, val=()))
+    setup = make_setup(TrainConfig(prepared.root, epochs=40, skip_val=4, batch_size=2), prepared, None, devices=2)
+    # Seven patients: two held out (the first and sixth of an order drawn), five to train on in steps of four.
+    assert len(setup.train_cases) == 5 and len(setup.val_cases) == 2
+    assert (setup.global_batch, setup.steps_per_epoch, setup.total_steps, setup.val_every) == (4, 2, 80, 8)
+    assert (setup.optimizer.steps_per_period, setup.optimizer.t_max) == (8, 10)
+    assert (setup.optimizer.lr, setup.optimizer.eps, setup.optimizer.weight_decay) == (1e-4, 1e-4, 1e-4)
+    setup = make_setup(
+        TrainConfig(prepared.root, steps=9, val_every=5, optimizer="Adam", max_val_cases=1),
+        prepared,
+        prepared,
+        devices=1,
+    )
+    assert len(setup.train_cases) == 7 and len(setup.val_cases) == 1
+    assert (setup.total_steps, setup.val_every) == (9, 5)
+    assert (setup.optimizer.steps_per_period, setup.optimizer.t_max, setup.optimizer.eps) == (4, 3, 1e-8)
+
+
+def test_default_patch_covers_small_volumes_and_no_more():
+    config = TrainConfig("data", model="MambaHoME")
+    assert choose_patch(config, [(30, 40, 200), (33, 20, 90)]) == (48, 48, 96)
+    assert choose_patch(config, [(9, 9, 9)]) == (32, 16, 16)
+
+
+def test_feature_size_keeps_the_proportions():
+    model = model_config(TrainConfig("data", feature_size=24), 2, 5)
+    assert model.feat_size == (24, 48, 96, 192) and model.hidden_size == 384
+    assert model.in_chans == 2 and model.out_chans == 5

@@ -1,0 +1,183 @@
+"""The loop on a small network: what it writes, how it stops, and that a resumed run is the same run, bit by bit."""
+
+import csv
+import io
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from rich.console import Console
+
+from mambahome_jax.config import AugmentationConfig
+from mambahome_jax.errors import TrainingError
+from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params
+from mambahome_jax.training.checkpoints import restore_state
+from mambahome_jax.training.loop import Parts, Plan, Progressed, Validation, train
+from mambahome_jax.training.losses import dice_ce
+from mambahome_jax.training.optimizer import OptimizerConfig, make_optimizer
+from mambahome_jax.training.progress import Display, MetricsLog
+from mambahome_jax.training.sharding import make_mesh
+from mambahome_jax.training.step import init_state, make_train_step
+from tests.training.stand_in import SmallNet
+
+CASES = ("anna", "bert", "carl")
+MESH = make_mesh(jax.devices()[:1])
+GRAPHDEF, _ = nnx.split(nnx.eval_shape(SmallNet))
+OPTIMIZER = make_optimizer(OptimizerConfig(lr=1e-2, steps_per_period=2, t_max=3))
+STEP = make_train_step(GRAPHDEF, OPTIMIZER, dice_ce, MESH, 0, AugmentationConfig(noise_probability=1.0))
+
+
+class Batches:
+    """As the loader's iterator: position n gives the same batch whenever it is asked for."""
+
+    def __init__(self, at=0, poison=None, signal_at=None, number=signal.SIGTERM):
+        self.at, self.poison, self.signal_at, self.number = at, poison, signal_at, number
+
+    def __next__(self):
+        rng = np.random.default_rng(self.at)
+        image = rng.normal(size=(2, 6, 6, 4, 1)).astype(np.float32)
+        if self.at == self.poison:
+            image[1] = np.nan
+        if self.at == self.signal_at:
+            os.kill(os.getpid(), self.number)
+        self.at += 1
+        return {
+            "image": image,
+            "label": (image[..., 0] > 0).astype(np.int32),
+            "case": np.array([self.at % 3, 2], np.int32),
+        }
+
+    def get_state(self):
+        return {"at": self.at}
+
+
+def _state():
+    params = nnx.to_pure_dict(nnx.state(SmallNet()))
+    return init_state(params, OPTIMIZER, MESH)
+
+
+def _train(folder, steps=6, state=None, batches=None, validate=None, progressed=None, **plan):
+    folder.mkdir(exist_ok=True)
+    progressed = progressed or Progressed()
+    text = io.StringIO()
+    plan = Plan(steps, steps_per_epoch=2, val_every=plan.pop("val_every", steps), **plan)
+    with MetricsLog(folder, progressed.step) as log, Display(Console(file=text), steps) as display:
+        parts = Parts(STEP, MESH, CASES, validate, folder, {"model": {}, "training": {}}, log, display)
+        state = train(state or _state(), batches or Batches(), parts, plan, progressed)
+    return state, progressed, text.getvalue()
+
+
+def _resume(folder, **settings):
+    state, data = restore_state(folder / "last", jax.eval_shape(lambda: _state()), MESH)
+    config = read_checkpoint_config(folder / "last")
+    progressed = Progressed(config["step"], config["best"], config["validated_until"])
+    return _train(folder, state=state, batches=Batches(**data), progressed=progressed, **settings)
+
+
+def _rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def _assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.mark.parametrize(("number", "stopped_after"), [(signal.SIGTERM, 3), (signal.SIGINT, 3)])
+def test_stopped_and_resumed_is_bit_equal_to_straight(tmp_path, number, stopped_after):
+    straight, _, _ = _train(tmp_path / "straight")
+    before = signal.getsignal(number)
+    # The batch at position 3 is fetched while step 3 runs.
+    stopped, progressed, text = _train(tmp_path / "run", batches=Batches(signal_at=3, number=number))
+    assert progressed.signal == number and progressed.step == stopped_after == int(stopped.step)
+    assert "writing a checkpoint" in text and signal.getsignal(number) is before
+    assert read_checkpoint_config(tmp_path / "run" / "last")["step"] == 3
+    resumed, progressed, _ = _resume(tmp_path / "run")
+    assert progressed.signal is None
+    _assert_equal(resumed, straight)
+    a, b = _rows(tmp_path / "straight"), _rows(tmp_path / "run")
+    assert [row["step"] for row in b] == [str(n) for n in range(1, 7)]
+    for name in ("step", "epoch", "loss", "lr", "grad_norm", "update_norm"):
+        assert [row[name] for row in a] == [row[name] for row in b]
+
+
+def test_resume_from_a_checkpoint_that_is_behind_the_metrics(tmp_path):
+    straight, _, _ = _train(tmp_path / "straight")
+    # As after kill -9 in step 5: metrics of step 5 are there, the last checkpoint is of step 4.
+    with pytest.raises(TrainingError):
+        _train(tmp_path / "run", batches=Batches(poison=5), checkpoint_every=2)
+    resumed, _, _ = _resume(tmp_path / "run")
+    _assert_equal(resumed, straight)
+    assert [row["step"] for row in _rows(tmp_path / "run")] == [str(n) for n in range(1, 7)]
+
+
+def test_numbers_that_are_not_finite_stop_with_step_and_cases(tmp_path):
+    with pytest.raises(TrainingError, match=r"step 4: .*loss is nan.*cases of this batch: bert, carl"):
+        _train(tmp_path / "run", batches=Batches(poison=3), checkpoint_every=1)
+    assert read_checkpoint_config(tmp_path / "run" / "last")["step"] == 3
+    for leaf in jax.tree.leaves(read_checkpoint_params(tmp_path / "run" / "last")):
+        assert np.isfinite(leaf).all()
+
+
+def test_best_follows_the_score_and_validation_joins_the_metrics(tmp_path):
+    scores = iter([0.3, 0.7, 0.5])
+    seen = []
+
+    def validate(params, stop):
+        seen.append(jax.device_get(params))
+        score = next(scores)
+        return Validation(score, {"liver": score, "spleen": float("nan")}, (("dora", "damaged"),))
+
+    _, progressed, text = _train(tmp_path / "run", validate=validate, val_every=2)
+    assert progressed.best == {"step": 4, "val_dice": 0.7}
+    assert progressed.failures == {"dora": "damaged"}
+    _assert_equal(read_checkpoint_params(tmp_path / "run" / "best"), seen[1])
+    assert read_checkpoint_config(tmp_path / "run" / "best")["step"] == 4
+    config = read_checkpoint_config(tmp_path / "run" / "last")
+    assert config["step"] == 6 and config["epoch"] == 3 and config["best"] == {"step": 4, "val_dice": 0.7}
+    assert [row["val_dice"] for row in _rows(tmp_path / "run")] == ["", "0.3", "", "0.7", "", "0.5"]
+    assert "validation Dice 0.7000 (liver 0.700, spleen nan)" in text
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert not (tmp_path / "run" / "last" / "optimizer").is_symlink() and not list(tmp_path.rglob("*.partial*"))
+
+
+def test_validation_is_made_up_for_when_a_stop_prevented_it(tmp_path):
+    calls = []
+
+    def stopping(params, stop):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return None if stop() else pytest.fail("the stop was not seen")
+
+    def validate(params, stop):
+        calls.append(1)
+        return Validation(0.5, {})
+
+    _, progressed, _ = _train(tmp_path / "run", validate=stopping, val_every=2)
+    assert progressed.step == 2 and progressed.best is None
+    _, progressed, _ = _resume(tmp_path / "run", validate=validate, val_every=2)
+    assert len(calls) == 3 and progressed.best == {"step": 2, "val_dice": 0.5}
+
+
+def test_validation_happens_at_the_end_and_best_is_written_without_cases(tmp_path):
+    calls = []
+    _train(tmp_path / "a", steps=3, validate=lambda *_: calls.append(1) or Validation(float("nan"), {}), val_every=2)
+    assert len(calls) == 2
+    assert read_checkpoint_config(tmp_path / "a" / "best")["best"] == {"step": 3, "val_dice": None}
+    _train(tmp_path / "b", steps=3)
+    assert read_checkpoint_config(tmp_path / "b" / "best")["step"] == 3
+
+
+def test_a_finished_run_resumes_to_nothing(tmp_path):
+    state, _, _ = _train(tmp_path / "run", steps=2)
+    again, _, _ = _resume(tmp_path / "run", steps=2)
+    _assert_equal(state, again)
+
+
+def test_config_of_a_checkpoint_is_json_with_the_run_in_it(tmp_path):
+    _train(tmp_path / "run", steps=2)
+    content = json.loads((tmp_path / "run" / "last" / "config.json").read_text())
+    assert content["step"] == 2 and content["validated_until"] == 2 and content["model"] == {}

@@ -1,0 +1,150 @@
+"""Twelve steps of the published training and of the textbook schedule, against torch (parity/README.md, section 5)."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mambahome_jax.model.weights import export_official, load_model
+from mambahome_jax.training.losses import dice_ce
+from mambahome_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from mambahome_jax.training.sharding import make_mesh, put_batch
+from mambahome_jax.training.step import init_state, make_train_step
+from tests.conftest import golden_path, load_golden
+
+RUNS = ("A", "B")
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_golden("training_tiny.npz")
+
+
+def _optimizer(golden, run):
+    hyper = json.loads(str(golden["hyper_json"]))[run]
+    return make_optimizer(
+        OptimizerConfig(
+            "AdamW",
+            lr=hyper["lr"],
+            weight_decay=hyper["weight_decay"],
+            eps=hyper["eps"],
+            betas=tuple(hyper["betas"]),
+            steps_per_period=3,
+            t_max=hyper["T_max"],
+            eta_min=hyper["eta_min"],
+            schedule_step="published" if run == "A" else "epoch",
+        )
+    )
+
+
+def _selectable(a, b):
+    """The optimizer of one run or the other, as its state says: compiling the step takes longer than all its steps."""
+
+    def update(grads, state, params):
+        index, inner = state
+        updates, inner = jax.lax.switch(index, [a.update, b.update], grads, inner, params)
+        return updates, (index, inner)
+
+    return Optimizer(lambda params: (jnp.int32(0), a.init(params)), update, a.schedule)
+
+
+def _trajectories(golden, dtype):
+    """{run: (metrics of the twelve steps, published tensors before and after steps 1, 6, 12, gradient of step 1)}."""
+    model = load_model(golden_path("mambahome_tiny.pth"), param_dtype=dtype, precision="fp32")
+    graphdef, params = nnx.split(model)
+    params = nnx.to_pure_dict(params)
+    mesh, optimizers = make_mesh(jax.devices()[:1]), [_optimizer(golden, run) for run in RUNS]
+    optimizer = _selectable(*optimizers)
+    step = make_train_step(graphdef, optimizer, dice_ce, mesh, seed=0)
+    batches = [
+        {
+            "image": np.moveaxis(golden[f"batch{k}/x"], 1, -1).astype(dtype),
+            "label": golden[f"batch{k}/y"][:, 0].astype(np.int32),
+        }
+        for k in range(3)
+    ]
+    found = {}
+    for index, run in enumerate(RUNS):
+        state = init_state(params, optimizer, mesh)
+        state = dataclasses.replace(state, opt_state=(jnp.full_like(state.opt_state[0], index), state.opt_state[1]))
+        metrics, tensors = [], {0: export_official(params)}
+        for number, batch in enumerate(golden["batch_of_step"], 1):
+            state, values = step(state, put_batch(batches[batch], mesh))
+            metrics.append(jax.device_get(values))
+            if number == 1:
+                # After one step the first moment is (1 - beta1) times the gradient.
+                moment = next(s.mu for s in state.opt_state[1] if hasattr(s, "mu"))
+                gradient = {name: array / (1 - 0.9) for name, array in export_official(moment).items()}
+            if number in (1, 6, 12):
+                tensors[number] = export_official(state.params)
+        series = {name: np.array([m[name] for m in metrics]) for name in metrics[0]}
+        series["lr"] = np.array([optimizers[index].schedule(jnp.int32(k)) for k in range(12)])
+        found[run] = (series, tensors, gradient)
+    return found
+
+
+def _rms(x):
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
+
+
+def _check_tensors(golden, run, tensors, gradient, bounds):
+    exact_zero = {
+        str(name) for name, zero in zip(golden["param_names"], golden["exact_zero"], strict=True) if bool(zero)
+    }
+    assert len(exact_zero) == 33
+    decay = json.loads(str(golden["hyper_json"]))[run]["weight_decay"]
+    for name in golden["tensor_names"]:
+        start = tensors[0][name].astype(np.float64)
+        for step in (1, 6, 12):
+            expected = golden[f"{run}/step{step}/{name}"]
+            found = tensors[step][name].astype(np.float64)
+            if name in exact_zero:
+                kept = np.prod(1 - golden[f"{run}/lr"][:step] * decay)
+                np.testing.assert_allclose(found, start * kept, atol=bounds["zero"], rtol=0, err_msg=f"{name} {step}")
+            elif name.endswith("alpha"):
+                np.testing.assert_allclose(found, expected, atol=bounds["alpha"], rtol=0, err_msg=f"{name} {step}")
+            else:
+                allowed = bounds["tensor"](step, _rms(expected - start), max(1.0, np.abs(expected).max()))
+                assert _rms(found - expected) <= allowed, f"{name} after step {step}"
+        if name not in exact_zero:
+            expected = golden[f"{run}/grad1/{name}"]
+            error = np.linalg.norm(gradient[name] - expected) / np.linalg.norm(expected)
+            assert error <= bounds["gradient"](name), f"gradient of {name}: {error}"
+
+
+@pytest.mark.slow
+def test_float64(golden, x64):
+    bounds = {
+        "zero": 1e-11,
+        "alpha": 1e-11,
+        "tensor": lambda step, change, size: 1e-6 * change + 1e-12,
+        "gradient": lambda name: 1e-8,
+    }
+    for run, (metrics, tensors, gradient) in _trajectories(golden, jnp.float64).items():
+        np.testing.assert_allclose(metrics["lr"], golden[f"{run}/lr"], rtol=1e-12)
+        np.testing.assert_allclose(metrics["loss"], golden[f"{run}/loss"], atol=1e-9, rtol=0)
+        np.testing.assert_allclose(metrics["grad_norm"], golden[f"{run}/grad_norm"], rtol=1e-9)
+        _check_tensors(golden, run, tensors, gradient, bounds)
+        l2 = {name: np.linalg.norm(array) for name, array in tensors[12].items()}
+        np.testing.assert_allclose([l2[name] for name in golden["param_names"]], golden[f"{run}/param_l2"], rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_float32(golden):
+    bounds = {
+        "zero": 5e-6,
+        "alpha": 2e-3,
+        "tensor": lambda step, change, size: 0.05 * change + 5e-7 * size if step == 1 else 0.5 * change + 2e-6 * size,
+        "gradient": lambda name: 1e-2 if name.startswith("encoder1.layer.conv3") else 1e-3,
+    }
+    for run, (metrics, tensors, gradient) in _trajectories(golden, jnp.float32).items():
+        np.testing.assert_allclose(metrics["lr"], golden[f"{run}/lr"], rtol=1e-6)
+        loss, norm = golden[f"{run}/loss"], golden[f"{run}/grad_norm"]
+        for steps, atol, rtol in ((slice(0, 1), 2e-6, 1e-4), (slice(1, 3), 5e-5, 5e-3), (slice(3, 12), 2e-3, 3e-2)):
+            np.testing.assert_allclose(metrics["loss"][steps], loss[steps], atol=atol, rtol=0)
+            np.testing.assert_allclose(metrics["grad_norm"][steps], norm[steps], rtol=rtol)
+        _check_tensors(golden, run, tensors, gradient, bounds)
