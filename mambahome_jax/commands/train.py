@@ -24,7 +24,7 @@ from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import prepared as prepared_layout
 from mambahome_jax.datasets.prepared import Prepared, read_prepared, write_json
 from mambahome_jax.datasets.registry import load_dataset
-from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError, OutputError, TrainingError
+from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.model.weights import load_model
 from mambahome_jax.training.checkpoints import check_settings, restore_state
@@ -33,7 +33,7 @@ from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.progress import Display, MetricsLog, duration
 from mambahome_jax.training.sharding import choose_devices, make_mesh
-from mambahome_jax.training.step import TrainState, init_state, make_train_step
+from mambahome_jax.training.step import abstract_state, init_state, make_train_step
 
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -67,6 +67,10 @@ def run(config: TrainConfig) -> int:
     except TrainingError as error:
         console.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         status, code = str(error), 1
+    except MambaHomeError as error:
+        with contextlib.suppress(OutputError):
+            _write_report(folder, report | {"status": str(error), "exit_code": 2})
+        raise
     last = progressed.last_validation
     report |= {
         "status": status,
@@ -100,16 +104,15 @@ def _train(
         "versions": _versions(),
     }
     last = folder / "checkpoints" / "last"
-    graphdef, abstract, make_params = _model(config, setup)
+    graphdef, abstract = _split(nnx.eval_shape(lambda: _new_model(config, setup)))
     data_state = None
     if resume:
         found = check_settings(last, settings)
-        shape = jax.eval_shape(lambda p: init_state_shape(p, optimizer), abstract)
-        state, data_state = restore_state(last, shape, mesh, config.strategy)
+        state, data_state = restore_state(last, abstract_state(abstract, optimizer), mesh, config.strategy)
         progressed.step, progressed.best = int(state.step), found["best"]
         progressed.validated_until = found["validated_until"]
     else:
-        state = init_state(make_params(), optimizer, mesh, config.strategy)
+        state = init_state(_initial_params(config, setup), optimizer, mesh, config.strategy)
     plan = Plan(setup.total_steps, setup.steps_per_epoch, setup.val_every, config.checkpoint_every)
     _say_start(setup, abstract, devices, plan, progressed.step, console)
 
@@ -141,11 +144,6 @@ def _train(
         train(state, batches, parts, plan, progressed)
 
 
-def init_state_shape(params: Any, optimizer: Any) -> TrainState:
-    """The state of a run as `jax.eval_shape` needs it."""
-    return TrainState(jax.numpy.zeros((), jax.numpy.int32), params, optimizer.init(params))
-
-
 @contextlib.contextmanager
 def _batches(config: TrainConfig, setup: Setup, store: Store, data_state: dict[str, Any] | None) -> Iterator[Any]:
     """Iterator of training batches, closed at the end: its threads or processes would outlive it."""
@@ -168,22 +166,26 @@ def _batches(config: TrainConfig, setup: Setup, store: Store, data_state: dict[s
         iterator.close()
 
 
-def _model(config: TrainConfig, setup: Setup) -> tuple[nnx.GraphDef, Any, Any]:
-    """Structure of the network, shapes of its parameters, and a function that makes them."""
+def _new_model(config: TrainConfig, setup: Setup) -> MambaHoME:
+    return MambaHoME(setup.model, rngs=nnx.Rngs(config.seed), precision=setup.precision, metadata=setup.properties)
 
-    def build() -> MambaHoME:
-        return MambaHoME(setup.model, rngs=nnx.Rngs(config.seed), precision=setup.precision, metadata=setup.properties)
 
-    graphdef, abstract = nnx.split(nnx.eval_shape(build))
+def _split(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def _initial_params(config: TrainConfig, setup: Setup) -> Any:
+    """Fresh parameters, or those of --use_pretrained. Raises CheckpointError where these are of another network."""
     if config.use_pretrained in ("", "False"):
-        return graphdef, nnx.to_pure_dict(abstract), lambda: nnx.to_pure_dict(nnx.state(build()))
+        return _split(_new_model(config, setup))[1]
     loaded = load_model(config.use_pretrained, precision=setup.precision)
     wanted, found = (dataclasses.asdict(c.replace(use_checkpoint=False)) for c in (setup.model, loaded.config))
     differ = [f"{name} is {found[name]}, expected {wanted[name]}" for name in wanted if wanted[name] != found[name]]
     if differ:
         advice = "Choose --model, --classes and --feature_size as they were"
         raise CheckpointError(f"{config.use_pretrained} is of another configuration: {'; '.join(differ)}. {advice}")
-    return graphdef, nnx.to_pure_dict(abstract), lambda: nnx.to_pure_dict(nnx.state(loaded))
+    return _split(loaded)[1]
 
 
 def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:

@@ -29,13 +29,18 @@ class TrainState:
     opt_state: Any
 
 
+def abstract_state(params: Any, optimizer: Optimizer) -> TrainState:
+    """Shapes and dtypes of a state, from those of its parameters: what a checkpoint is restored into."""
+    return jax.eval_shape(lambda p: TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p)), params)
+
+
 def init_state(params: Any, optimizer: Optimizer, mesh: Mesh, strategy: Strategy = "ddp") -> TrainState:
     """State before the first step. The parameters are copied, as each step gives its state's memory to the next."""
 
     def start(params: Any) -> TrainState:
         return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params))
 
-    shardings = tree_sharding(jax.eval_shape(start, params), mesh, strategy)
+    shardings = tree_sharding(abstract_state(params, optimizer), mesh, strategy)
     # From the host the arrays go straight to where they belong.
     params = jax.device_put(params, shardings.params)
     return jax.jit(start, out_shardings=shardings)(params)

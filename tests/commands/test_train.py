@@ -19,6 +19,7 @@ from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.imaging.volume import Volume, write_volume
 from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params
 from mambahome_jax.training import loop
+from tests.conftest import golden_path
 from tests.training.stand_in import SmallNet
 
 SHAPE = (20, 18, 16)
@@ -162,6 +163,13 @@ def test_numbers_that_are_not_finite_end_the_run_with_a_report(tmp_path, capsys)
     assert code == 1
     assert "cases of this batch: c" in capsys.readouterr().out
     assert "checkpoints before it are kept" in json.loads((tmp_path / "run" / "run.json").read_text())["status"]
+
+
+def test_pretrained_weights_of_another_network_are_refused_by_field(tmp_path):
+    data, weights = _dataset(tmp_path / "data"), golden_path("mambahome_tiny.pth")
+    with pytest.raises(CheckpointError, match=r"out_chans is 3, expected 2"):
+        command.run(_config(data, tmp_path / "run", use_pretrained=str(weights)))
+    assert "out_chans" in json.loads((tmp_path / "run" / "run.json").read_text())["status"]
 
 
 def test_faults_of_data_and_flags_are_told_before_training(tmp_path):

@@ -21,7 +21,7 @@ from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import OptimizerConfig, make_optimizer
 from mambahome_jax.training.progress import Display, MetricsLog
 from mambahome_jax.training.sharding import make_mesh
-from mambahome_jax.training.step import init_state, make_train_step
+from mambahome_jax.training.step import abstract_state, init_state, make_train_step
 from tests.training.stand_in import SmallNet
 
 CASES = ("anna", "bert", "carl")
@@ -72,7 +72,9 @@ def _train(folder, steps=6, state=None, batches=None, validate=None, progressed=
 
 
 def _resume(folder, **settings):
-    state, data = restore_state(folder / "last", jax.eval_shape(lambda: _state()), MESH)
+    state, data = restore_state(
+        folder / "last", abstract_state(nnx.to_pure_dict(nnx.state(SmallNet())), OPTIMIZER), MESH
+    )
     config = read_checkpoint_config(folder / "last")
     progressed = Progressed(config["step"], config["best"], config["validated_until"])
     return _train(folder, state=state, batches=Batches(**data), progressed=progressed, **settings)
