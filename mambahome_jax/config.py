@@ -175,7 +175,7 @@ class TrainConfig:
     classes: int | None = None
     """Number of classes, background included (default: as many as the dataset has)."""
     patch_size: tuple[int, int, int] | None = None
-    """Patch in voxels, multiples of 16 (default: 96 96 96, 48 48 48 for MambaHoME_tiny, less if all scans are smaller)."""
+    """Patch in voxels, multiples of 16 (default: 96 96 96, 48 48 48 for MambaHoME_tiny; less for small scans)."""
     batch_size: int = 2
     """Patches in a step on each device."""
     epochs: int = 800
@@ -191,7 +191,7 @@ class TrainConfig:
     optimizer: Literal["AdamW", "Adam", "SGD"] = "AdamW"
     """Optimizer."""
     scheduler: Literal["CALR"] = "CALR"
-    """Cosine annealing of the learning rate to 0: one step each --skip_val epochs; each epoch with --steps or --val_every."""
+    """Cosine annealing of the learning rate to 0, a step every --skip_val epochs (every epoch with --steps)."""
     schedule_step: Literal["epoch", "published"] = "epoch"
     """When the schedule steps: after the last update of an epoch, or one update later, as the published loop does."""
     skip_val: int = 1

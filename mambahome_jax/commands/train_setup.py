@@ -187,7 +187,7 @@ def _optimizer(config: TrainConfig, lr: float, eps: float, steps_per_epoch: int,
             f"--lr {lr}, --weight_decay {config.weight_decay}, --eps {config.eps}; expected a positive lr and eps, and "
             "a weight decay of 0 or more"
         )
-    if config.steps is None and config.val_every is None:
+    if config.steps is None:
         # As published: the schedule steps with the validations.
         period, t_max = config.skip_val * steps_per_epoch, max(config.epochs // config.skip_val, 1)
     else:

@@ -1,5 +1,6 @@
 """Training patches through Grain: shuffled, cropped around the foreground, normalised, batched, exactly resumable."""
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,14 @@ def make_loader(
         # Grain's worker processes read absl flags, which only a program started through absl.app has parsed.
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
-    return dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(options)
+    return dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(
+        options, worker_init_fn=_leave_interrupts_to_the_parent
+    )
+
+
+def _leave_interrupts_to_the_parent(index: int, count: int) -> None:
+    """Ctrl-C reaches every process of a terminal, but only the training itself knows how to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ def train(state: TrainState, batches: Iterator, parts: Parts, plan: Plan, progre
             with jax.transfer_guard("disallow"):
                 state, metrics = parts.train_step(state, fetched.arrays)
             done, fetched = fetched, None
-            if step < plan.total_steps:
+            if step < plan.total_steps and not stop.requested():
                 # While the device works on this step; the state of the iterator is kept with each batch for that.
                 fetched = run.fetch(batches)
             run.finish(running)
