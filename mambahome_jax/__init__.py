@@ -1,1 +1,24 @@
-"""Mamba-HoME in JAX: 3D medical image segmentation."""
+"""Mamba-HoME in JAX: 3D medical image segmentation with Mamba layers and hierarchical soft mixtures of experts.
+
+Names load when they are first used, so that importing this package costs nothing.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "config": ["MODEL_SIZES", "DataProperties", "ModelConfig"],
+        "errors": ["CheckpointError", "ConfigError", "DatasetError", "MambaHomeError", "OutputError", "TrainingError"],
+        "imaging.volume": ["Volume", "read_labels", "read_volume", "write_volume"],
+        "imaging.geometry": ["reorient", "resample", "resample_to"],
+        "evaluation.metrics": ["assd", "dice", "hd95", "nsd"],
+        "inference.segment": ["segment"],
+        "inference.sliding_window": ["sliding_window"],
+        "model.network": ["MambaHoME"],
+        "model.weights": ["export_official", "load_model"],
+        "training.losses": ["dice_ce"],
+    },
+)
+
+del lazy_loader

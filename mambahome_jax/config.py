@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from mambahome_jax.errors import ConfigError
 
@@ -108,8 +108,8 @@ MODEL_SIZES = {
     "MambaHoME_tiny": ModelSize(
         ModelConfig(
             depths=(1, 1, 1, 1),
-            feat_size=(16, 24, 32, 48),
-            hidden_size=64,
+            feat_size=(8, 16, 24, 32),
+            hidden_size=48,
             num_slots_per_expert_first=2,
             experts_list=(2, 4, 4, 4),
             experts_list_second=(4, 8, 8, 8),
@@ -290,9 +290,9 @@ class EvaluateConfig:
 class ConvertConfig:
     """Turn weights from one form into another, by suffix: .pth, .npz, .safetensors, or none for a checkpoint folder."""
 
-    source: Annotated[Path, arg(metavar="SOURCE")]
+    source: Positional[Annotated[Path, arg(metavar="SOURCE")]]
     """Weights to read."""
-    destination: Annotated[Path, arg(metavar="DESTINATION")]
+    destination: Positional[Annotated[Path, arg(metavar="DESTINATION")]]
     """File or folder to write."""
     overwrite: bool = False
     """Replace what is at DESTINATION."""

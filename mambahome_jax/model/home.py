@@ -11,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from mambahome_jax.config import Precision
 from mambahome_jax.model.layers import Linear, lax_precision, uniform
@@ -35,9 +36,14 @@ class Experts(nnx.Module):
         exact = lax_precision(self.precision)
         h = jnp.einsum("...esf,efh->...esh", x, self.kernel_in[...].astype(x.dtype), precision=exact)
         value, gate = jnp.split(h + self.bias_in[...].astype(x.dtype)[:, None], 2, axis=-1)
-        h = value * jax.nn.gelu(gate, approximate=False)
+        h = value * _gelu(gate)
         y = jnp.einsum("...esh,ehf->...esf", h, self.kernel_out[...].astype(x.dtype), precision=exact)
         return y + self.bias_out[...].astype(x.dtype)[:, None]
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU through erf; jax.nn goes through erfc, which takes XLA several times as long to compile."""
+    return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
 def _softmax(logits: jax.Array, axis: int | tuple[int, ...], dtype) -> jax.Array:

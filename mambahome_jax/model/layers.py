@@ -12,7 +12,15 @@ from jax import lax
 from mambahome_jax.config import Precision
 
 # TF32 is what XLA's default means for float32 on a GPU; bfloat16 operands have one meaning only.
-_PRECISIONS = {"fp32": lax.Precision.HIGHEST, "tf32": lax.Precision.DEFAULT, "bf16": lax.Precision.DEFAULT}
+_PRECISIONS: dict[Precision, lax.Precision] = {
+    "fp32": lax.Precision.HIGHEST,
+    "tf32": lax.Precision.DEFAULT,
+    "bf16": lax.Precision.DEFAULT,
+}
+
+
+# Voxels up to which XLA's own 3-D convolution costs little even on a CPU; it compiles faster than a sum of slices.
+_SMALL_GRID = 4096
 
 
 def lax_precision(precision: Precision) -> lax.Precision:
@@ -66,7 +74,7 @@ def conv3d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision
     """3-D correlation of (batch, depth, height, width, inputs) with (kd, kh, kw, inputs, outputs).
 
     Where the kernel is 1 wide, or as wide as the stride, it is one matrix product. XLA's 3-D convolution is slow on a
-    CPU: there the sum of 2-D convolutions over depth-shifted slices is several times faster.
+    CPU: there the sum of 2-D convolutions over depth-shifted slices is several times faster on large grids.
     """
     kd, kh, kw, inputs, outputs = kernel.shape
     exact = lax_precision(precision)
@@ -75,7 +83,7 @@ def conv3d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision
         x = x.reshape(batch, depth // kd, kd, height // kh, kh, width // kw, kw, inputs)
         x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, depth // kd, height // kh, width // kw, -1)
         return jnp.matmul(x, kernel.reshape(-1, outputs), precision=exact)
-    if jax.default_backend() == "cpu":
+    if jax.default_backend() == "cpu" and math.prod(x.shape[1:4]) > _SMALL_GRID:
         return _conv3d_by_slices(x, kernel, stride, padding, exact)
     numbers = ("NDHWC", "DHWIO", "NDHWC")
     return lax.conv_general_dilated(

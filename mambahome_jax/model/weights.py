@@ -190,6 +190,8 @@ def read_weights(path: Path | str) -> Weights:
             raise CheckpointError(f"{path}: {error}") from error
         data = DataProperties.from_json(values["data"]) if isinstance(values.get("data"), Mapping) else None
         return Weights(_from_official(path, tensors, config), config, data)
+    if path.suffix in FORMATS and not path.exists():
+        raise CheckpointError(f"{path}: no such file. Check the path")
     if path.is_file():
         raise CheckpointError(f"{path}: unknown suffix; expected {', '.join(FORMATS)} or a checkpoint folder")
     values = read_checkpoint_config(path)

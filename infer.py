@@ -1,0 +1,6 @@
+"""mambahome infer, as a script."""
+
+from mambahome_jax.cli import script
+
+if __name__ == "__main__":
+    script("infer")

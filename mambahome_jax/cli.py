@@ -1,0 +1,112 @@
+"""The command line: flags from the dataclasses of config.py, errors of the user to a message and an exit code.
+
+Exit codes: 0 all done, 1 some cases failed, 2 wrong usage or nothing could be done (train adds 128 + signal).
+Arguments are parsed before anything heavy is imported, so that --help is instant.
+"""
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import tyro
+
+from mambahome_jax import config
+from mambahome_jax.errors import MambaHomeError
+
+COMMANDS = {
+    "preprocess": config.PreprocessConfig,
+    "train": config.TrainConfig,
+    "infer": config.InferConfig,
+    "evaluate": config.EvaluateConfig,
+    "convert": config.ConvertConfig,
+    "demo": config.DemoConfig,
+}
+SUMMARIES = {
+    "preprocess": "Reorient and resample a folder of scans",
+    "train": "Train a network on a preprocessed folder",
+    "infer": "Segment scans",
+    "evaluate": "Score segmentations against references",
+    "convert": "Convert weights between .pth, .npz, .safetensors and a checkpoint folder",
+    "demo": "See the whole way work on synthetic scans, in a few minutes",
+}
+_TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
+
+
+def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
+    """Spell what the published scripts accept as tyro reads it.
+
+    A bare boolean flag is True, True and False may have any case, dashes stand for underscores, and
+    `--use_pretrained False` is none.
+    """
+    booleans = {f"--{field.name}" for field in dataclasses.fields(COMMANDS[command]) if field.type is bool}
+    out: list[str] = []
+    arguments = list(argv)
+    while arguments:
+        word = arguments.pop(0)
+        if not word.startswith("--"):
+            out.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        name = "--" + name[2:].replace("-", "_")
+        following = value if equals else (arguments[0] if arguments else None)
+        spelled = following.lower() if following is not None else ""
+        if name in booleans:
+            if not equals and spelled in _TRUE + _FALSE:
+                arguments.pop(0)
+            out += [name, "False" if spelled in _FALSE else "True"]
+        elif name == "--use_pretrained" and spelled in ("false", "none", ""):
+            if not equals and arguments:
+                arguments.pop(0)
+        else:
+            out += [name, value] if equals else [name]
+    return out
+
+
+def parse(command: str, argv: Sequence[str], prog: str):
+    """The configuration of a command from its arguments; exits with 2 and a message on wrong usage."""
+    return tyro.cli(
+        COMMANDS[command],
+        args=normalise_arguments(command, argv),
+        prog=prog,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+
+
+def run_command(command: str, argv: Sequence[str], prog: str) -> int:
+    """Parse, run, and turn what is the user's to mend into a message on stderr and exit code 2."""
+    settings = parse(command, argv, prog)
+    # Compiled programs are kept between runs: a second start then takes seconds.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambahome" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        return importlib.import_module(f"mambahome_jax.commands.{command}").run(settings)
+    except MambaHomeError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`mambahome COMMAND ...`."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: mambahome COMMAND [flags]      (mambahome COMMAND --help lists the flags)\n")
+        print("\n".join(f"  {name:<12}{text}" for name, text in SUMMARIES.items()))
+        raise SystemExit(0 if arguments else 2)
+    command = arguments.pop(0)
+    if command not in COMMANDS:
+        print(f"mambahome: no command {command!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    raise SystemExit(run_command(command, arguments, f"mambahome {command}"))
+
+
+def script(command: str) -> None:
+    """What preprocess.py, train.py and infer.py call."""
+    raise SystemExit(run_command(command, sys.argv[1:], f"python {command}.py"))

@@ -1,0 +1,68 @@
+"""demo: synthetic scans through the whole program, each step by the command line that a user would type."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from mambahome_jax.config import DemoConfig
+from mambahome_jax.errors import OutputError
+from mambahome_jax.imaging.phantom import write_phantoms
+
+SPACING = ("4", "4", "4")
+PATCH = ("32", "32", "32")
+
+
+def run(config: DemoConfig) -> int:
+    """Write phantoms, then preprocess, train, infer and evaluate; returns the first exit code that is not 0.
+
+    Raises OutputError where the folder cannot be written or holds something else.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    started = time.perf_counter()
+    folder = config.output_dir
+    _clear(folder)
+    raw, unseen = folder / "scans", folder / "unseen"
+    references = unseen / "labels"
+    console.print(f"Writing {config.train_cases + config.test_cases} synthetic abdominal CT scans to {folder}")
+    write_phantoms(raw, config.train_cases, seed=config.seed)
+    write_phantoms(unseen, config.test_cases, seed=config.seed, first=config.train_cases + 1)
+    ready, trained = folder / "preprocessed", folder / "run"
+    predicted, scored = folder / "predictions", folder / "evaluation"
+    training = ["--model", "MambaHoME_tiny", "--steps", str(config.steps), "--patch_size", *PATCH]
+    training += ["--val_every", str(config.steps), "--max_val_cases", "2", "--seed", str(config.seed)]
+    model = trained / "checkpoints" / "last"
+    steps = [
+        ["preprocess", "--input_path", str(raw), "--output_path", str(ready), "--spacing", *SPACING],
+        ["train", "--data_train", str(ready), "--output_dir", str(trained), *training],
+        ["infer", "--data_path", str(unseen / "images"), "--model_path", str(model), "--output_dir", str(predicted)],
+        ["evaluate", "--predictions", str(predicted), "--references", str(references), "--output_dir", str(scored)],
+    ]
+    for arguments in steps:
+        script = f"python {arguments[0]}.py" if arguments[0] != "evaluate" else "mambahome evaluate"
+        console.print(f"\n[bold]$ {script} {' '.join(arguments[1:])}[/bold]")
+        code = subprocess.run([sys.executable, "-m", "mambahome_jax", *arguments], check=False).returncode
+        if code:
+            return code
+    mean = json.loads((scored / "summary.json").read_text())["mean"]["dice"]
+    picture = sorted((predicted / "previews").glob("*.png"))[0].resolve()
+    console.print(f"\nMean Dice {mean:.3f} on {config.test_cases} unseen scans.", end=" ")
+    console.print(f"Everything took {time.perf_counter() - started:.0f} s.\nA picture of the first: {picture}")
+    return 0
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier demo wrote, and only that."""
+    marker = folder / ".mambahome-demo"
+    try:
+        if folder.exists() and not marker.exists() and any(folder.iterdir()):
+            raise OutputError(f"{folder}: holds files that no demo wrote; expected a new folder. Pass --output_dir")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error}). Pass another --output_dir") from error

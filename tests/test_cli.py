@@ -1,0 +1,93 @@
+"""The command line: published spellings, instant help, messages without tracebacks, exit codes."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mambahome_jax import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _parse(command, text):
+    return cli.parse(command, text.split(), "mambahome")
+
+
+def test_the_published_command_lines_are_understood():
+    config = _parse(
+        "train",
+        "--data_train a --data_val b --batch_size 2 --classes 3 --epochs 800 --lr 1e-4 --weight_decay 1e-4 "
+        "--optimizer AdamW --scheduler CALR --patch_size 128 128 128 --feature_size 48 --use_checkpoint False "
+        "--num_workers 12 --pin_memory True --use_pretrained False --load_checkpoint False --checkpoint_name MambaHoME "
+        "--model MambaHoME --parallel True --num_devices 4 --strategy ddp",
+    )
+    assert config.patch_size == (128, 128, 128)
+    assert config.use_checkpoint is False
+    assert config.load_checkpoint is False
+    assert config.use_pretrained == ""
+    assert (config.lr, config.num_devices, config.checkpoint_name) == (1e-4, 4, "MambaHoME")
+    config = _parse("preprocess", "--input_path a --output_path b --spacing 0.8 0.8 -1")
+    assert config.spacing == (0.8, 0.8, -1.0)
+    config = _parse(
+        "infer",
+        "--data_path a --model_path w.pth --output_dir o --roi_size 192 192 48 --sw_batch_size 4 --num_workers 4 "
+        "--overlap 0.5 --gpu",
+    )
+    assert config.gpu
+    assert config.roi_size == (192, 192, 48)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("--use_checkpoint", True),
+        ("--use_checkpoint true --lr 1", True),
+        ("--use-checkpoint=FALSE", False),
+        ("", False),
+    ],
+)
+def test_booleans(text, expected):
+    assert _parse("train", f"--data_train a {text}").use_checkpoint is expected
+
+
+def test_positional_arguments():
+    config = _parse("convert", "a.pth b.npz --overwrite")
+    assert (config.source, config.destination, config.overwrite) == (Path("a.pth"), Path("b.npz"), True)
+
+
+@pytest.mark.parametrize("script", ["preprocess.py", "train.py", "infer.py"])
+def test_help_is_instant(script):
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - started < 2
+    assert "usage" in result.stdout
+
+
+def _run(*arguments):
+    command = [sys.executable, "-m", "mambahome_jax", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("preprocess", "--input_path", "nowhere", "--output_path", "out"), "nowhere"),
+        (("convert", "nothing.pth", "out.npz"), "no such file"),
+        (("infer", "--data_path", "nowhere", "--model_path", "w.pth"), "w.pth|nowhere"),
+        (("train", "--data_train", "nowhere"), "nowhere"),
+        (("evaluate", "--predictions", "p", "--references", "r", "--output_dir", "o"), "p"),
+        (("train",), "data_train"),
+        (("dance",), "no command 'dance'"),
+    ],
+)
+def test_mistakes_give_a_message_and_exit_code_2(arguments, message, tmp_path, monkeypatch):
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    result = _run(*arguments)
+    assert result.returncode == 2
+    assert re.search(message, result.stderr + result.stdout)
+    assert "Traceback" not in result.stderr

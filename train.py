@@ -1,0 +1,6 @@
+"""mambahome train, as a script."""
+
+from mambahome_jax.cli import script
+
+if __name__ == "__main__":
+    script("train")
