@@ -1,10 +1,16 @@
 """What every test shares: settings of JAX, and where the goldens and the real scans lie."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
+# Compiling takes longer than all that the tests compute, so they compile with little optimisation. A flag that a
+# version does not know ends the process, hence the check.
+FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 import numpy as np
 import pytest

@@ -20,7 +20,7 @@ _PRECISIONS: dict[Precision, lax.Precision] = {
 
 
 # Voxels up to which XLA's own 3-D convolution costs little even on a CPU; it compiles faster than a sum of slices.
-_SMALL_GRID = 4096
+_SMALL_GRID = 1024
 
 
 def lax_precision(precision: Precision) -> lax.Precision:
@@ -83,7 +83,8 @@ def conv3d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision
         x = x.reshape(batch, depth // kd, kd, height // kh, kh, width // kw, kw, inputs)
         x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, depth // kd, height // kh, width // kw, -1)
         return jnp.matmul(x, kernel.reshape(-1, outputs), precision=exact)
-    if jax.default_backend() == "cpu" and math.prod(x.shape[1:4]) > _SMALL_GRID:
+    large = math.prod(x.shape[1:4]) > _SMALL_GRID or x.dtype == jnp.float64
+    if jax.default_backend() == "cpu" and large:
         return _conv3d_by_slices(x, kernel, stride, padding, exact)
     numbers = ("NDHWC", "DHWIO", "NDHWC")
     return lax.conv_general_dilated(
@@ -99,17 +100,24 @@ def _conv3d_by_slices(x: jax.Array, kernel: jax.Array, stride: int, padding: int
     total = None
     for i in range(kd):
         taken = lax.slice_in_dim(x, i, i + stride * (out_depth - 1) + 1, stride, axis=1)
-        part = lax.conv_general_dilated(
-            taken.reshape(batch * out_depth, height, width, inputs),
-            kernel[i],
-            (stride, stride),
-            [(padding, padding)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=exact,
-        )
+        part = _conv2d(taken.reshape(batch * out_depth, height, width, inputs), kernel[i], stride, padding, exact)
         total = part if total is None else total + part
     assert total is not None
     return total.reshape(batch, out_depth, *total.shape[1:3], outputs)
+
+
+def _conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, exact: lax.Precision) -> jax.Array:
+    """(batch, height, width, inputs) -> (batch, height', width', outputs); kernel (k, k, inputs, outputs)."""
+    size = kernel.shape[0]
+    if x.dtype == jnp.float64 and size == 3 and stride == 1:
+        # XLA has no fast float64 convolution on a CPU, and takes seconds to compile each of its plain loops.
+        padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+        height, width = (padded.shape[axis] - size + 1 for axis in (1, 2))
+        taps = [padded[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
+        return jnp.matmul(jnp.concatenate(taps, -1), kernel.reshape(-1, kernel.shape[-1]), precision=exact)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    pads = [(padding, padding)] * 2
+    return lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=numbers, precision=exact)
 
 
 class Conv3d(nnx.Module):

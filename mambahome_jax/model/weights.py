@@ -1,6 +1,7 @@
 """Weights on disk <-> the network: published names in .pth, .npz and .safetensors, and our checkpoint folders."""
 
 import dataclasses
+import functools
 import json
 import tempfile
 import zipfile
@@ -79,6 +80,7 @@ def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: MambaHoME(config, rngs=nnx.Rngs(0))))
 
 
+@functools.lru_cache(maxsize=8)
 def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[str | int, ...], tuple[int, ...]]]:
     """{dotted path: (path, shape)} of the network's parameters."""
     return {dotted(path): (path, leaf.shape) for path, leaf in _leaves(_abstract(config)[1]).items()}
