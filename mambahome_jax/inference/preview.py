@@ -148,7 +148,7 @@ def label_counts(labels: np.ndarray) -> dict[int, int]:
 
 def _legend(labels: np.ndarray, names: Mapping[int, str], voxel_mm3: float) -> list[tuple[int, str]]:
     return [
-        (label, f"{names.get(label, f'label_{label}')}  {count * voxel_mm3 / 1000:.3g} ml")
+        (label, f"{names.get(label, f'label_{label}')}  {_volume(count * voxel_mm3 / 1000)} ml")
         for label, count in label_counts(labels).items()
     ]
 
@@ -177,3 +177,7 @@ def _compose(panels: list[tuple[str, Image.Image]], legend: list[tuple[int, str]
             draw.rectangle((x, y + 3, x + 18, y + 19), fill=colour_of(label))
         draw.text((x + 26 if label else x, y), text, TEXT, font)
     return canvas
+
+
+def _volume(ml: float) -> str:
+    return f"{ml:.0f}" if ml >= 100 else f"{ml:.3g}"

@@ -180,7 +180,7 @@ def test_vmap_remat_and_jit():
 
 def test_memory_stays_below_twelve_arrays():
     """Inputs, outputs, gradients and scratch of forward + backward together, in arrays of x's size."""
-    shapes = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) for k, v in _random(0, 2, 1, 192, 16).items()}
+    shapes = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) for k, v in _random(0, 2, 1, 192, 16, np.float32).items()}
     shapes = {
         k: jax.ShapeDtypeStruct((2, 32768, v.shape[2]), v.dtype) if k in BY_TIME else v for k, v in shapes.items()
     }

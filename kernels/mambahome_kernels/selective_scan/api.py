@@ -54,24 +54,25 @@ def _check(inputs: ScanInputs) -> None:
         raise ValueError("x has length 0; expected at least one step")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _scan(inputs: ScanInputs, softplus: bool, backend: str):
-    y, last_state, _ = BACKENDS[backend].forward(inputs, softplus)
-    return y, last_state
+@functools.cache
+def _scan(softplus: bool, backend: str):
+    """The differentiable function of ScanInputs for one backend."""
+    forward, backward, _ = BACKENDS[backend]
 
+    @jax.custom_vjp
+    def scan(inputs: ScanInputs):
+        return forward(inputs, softplus)[:2]
 
-def _scan_forward(inputs: ScanInputs, softplus: bool, backend: str):
-    y, last_state, residual = BACKENDS[backend].forward(inputs, softplus)
-    return (y, last_state), (inputs, residual)
+    def save(inputs: ScanInputs):
+        y, last_state, residual = forward(inputs, softplus)
+        return (y, last_state), (inputs, residual)
 
+    def gradients(saved, cotangents):
+        inputs, residual = saved
+        return (backward(inputs, softplus, residual, *cotangents),)
 
-def _scan_backward(softplus: bool, backend: str, saved, cotangents):
-    inputs, residual = saved
-    dy, dlast_state = cotangents
-    return (BACKENDS[backend].backward(inputs, softplus, residual, dy, dlast_state),)
-
-
-_scan.defvjp(_scan_forward, _scan_backward, optimize_remat=True)
+    scan.defvjp(save, gradients)
+    return scan
 
 
 def selective_scan(
@@ -108,4 +109,4 @@ def selective_scan(
     """
     inputs = ScanInputs(x, dt, A, B, C, D, z, dt_bias, initial_state)
     _check(inputs)
-    return _scan(inputs, softplus, choose_backend(inputs, backend))
+    return _scan(softplus, choose_backend(inputs, backend))(inputs)
