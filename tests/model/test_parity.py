@@ -13,9 +13,9 @@ from mambahome_jax.model.network import MambaHoME
 from tests.conftest import REDUCED, golden_path, load_golden
 
 # Some ReLU's arguments lie below what float32 resolves: input b has one of 7e-7 at 1/4 of the grid, where the error is
-# 1e-6. Where one changes sign by round-off, which depends on the compiler's options, the gradients upstream of it change
-# by some 1e-2, single small ones by more. So in float32 all of them together and their median are checked, and each of
-# them in float64.
+# 1e-6. Where one changes sign by round-off, which depends on the compiler's options, the gradients upstream of it
+# change by some 1e-2, single small ones by more. So in float32 all of them together and their median are checked, and
+# each of them in float64.
 DEEP_FLIP = 3e-2
 
 
