@@ -1,17 +1,41 @@
 """The one public function of the selective scan: checks its arguments, picks a backend, ties forward to backward."""
 
 import functools
+import logging
 
 import jax
 
 from mambahome_kernels.selective_scan import reference, xla
 from mambahome_kernels.selective_scan.base import Backend, ScanInputs
 
-BACKENDS: dict[str, Backend] = {"reference": reference.BACKEND, "xla": xla.BACKEND}
+BACKENDS = ("reference", "xla", "mosaic_gpu")
+_OLDEST_JAX = (0, 11)  # whose Pallas has what the mosaic_gpu backend is written in
+
+_log = logging.getLogger(__name__)
 
 
 class Unsupported(ValueError):
     """A backend that was asked for by name cannot run these arguments here."""
+
+
+def _backend(name: str) -> Backend:
+    if name == "mosaic_gpu":
+        from mambahome_kernels.selective_scan import mosaic_gpu  # an older JAX cannot import it
+
+        return mosaic_gpu.BACKEND
+    return {"reference": reference.BACKEND, "xla": xla.BACKEND}[name]
+
+
+def _why_not(name: str, inputs: ScanInputs) -> str | None:
+    if name == "mosaic_gpu" and jax.__version_info__ < _OLDEST_JAX:
+        return f"it needs JAX {'.'.join(map(str, _OLDEST_JAX))} or newer, and this is {jax.__version__}"
+    return _backend(name).why_not(inputs)
+
+
+@functools.cache
+def _say(chosen: str, reason: str | None) -> None:
+    """Once for each choice, not at every call."""
+    _log.info("selective scan: %s%s", chosen, f" (not mosaic_gpu: {reason})" if reason else ", the fastest here")
 
 
 def choose_backend(inputs: ScanInputs, name: str | None = None) -> str:
@@ -20,10 +44,13 @@ def choose_backend(inputs: ScanInputs, name: str | None = None) -> str:
     Raises Unsupported with the reason where a named backend cannot run, and ValueError for an unknown name.
     """
     if name is None:
-        return "xla"
+        reason = _why_not("mosaic_gpu", inputs)
+        chosen = "xla" if reason else "mosaic_gpu"
+        _say(chosen, reason)
+        return chosen
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is unknown; expected one of {', '.join(BACKENDS)}, or None for the best")
-    if reason := BACKENDS[name].why_not(inputs):
+    if reason := _why_not(name, inputs):
         raise Unsupported(f"backend {name!r} cannot run here: {reason}")
     return name
 
@@ -57,14 +84,14 @@ def _check(inputs: ScanInputs) -> None:
 @functools.cache
 def _scan(softplus: bool, backend: str):
     """The differentiable function of ScanInputs for one backend."""
-    forward, backward, _ = BACKENDS[backend]
+    forward, backward, _ = _backend(backend)
 
     @jax.custom_vjp
     def scan(inputs: ScanInputs):
-        return forward(inputs, softplus)[:2]
+        return forward(inputs, softplus, keep=False)[:2]
 
     def save(inputs: ScanInputs):
-        y, last_state, residual = forward(inputs, softplus)
+        y, last_state, residual = forward(inputs, softplus, keep=True)
         return (y, last_state), (inputs, residual)
 
     def gradients(saved, cotangents):
@@ -98,7 +125,8 @@ def selective_scan(
         x, dt, z: (batch, length, d_inner), float32, bfloat16 or float64. Without z there is no gate.
         A: (d_inner, d_state). B, C: (batch, length, d_state). D, dt_bias: (d_inner,).
         initial_state: (batch, d_inner, d_state), zeros where absent.
-        backend: "reference" (one step after another), "xla" (chunks side by side), or None for the best one here.
+        backend: "reference" (one step after another), "xla" (chunks side by side), "mosaic_gpu" (a Pallas kernel for
+            Hopper GPUs and newer), or None for the best one here.
 
     Returns:
         y as x in shape and dtype, and the last state (batch, d_inner, d_state). States are float32, or float64 where

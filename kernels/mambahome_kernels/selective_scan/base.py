@@ -28,8 +28,9 @@ class ScanInputs(NamedTuple):
 class Backend(NamedTuple):
     """One way to compute the scan.
 
-    forward(inputs, softplus) -> (y, last_state, residual): y as x, last_state (batch, d_inner, d_state) in the state's
-    dtype, residual any pytree of states that backward wants (chunk starts), never of size length x d_inner x d_state.
+    forward(inputs, softplus, keep) -> (y, last_state, residual): y as x, last_state (batch, d_inner, d_state) in the
+    state's dtype. With keep, residual is any pytree of states that backward wants (every so many steps), never of size
+    length x d_inner x d_state; without, it may be None.
     backward(inputs, softplus, residual, dy, dlast_state) -> ScanInputs of gradients in the inputs' dtypes.
     why_not(inputs) -> None where the backend works, else the reason a user reads.
     """

@@ -23,7 +23,7 @@ def _by_time(inputs: ScanInputs):
     return tuple(None if a is None else jnp.swapaxes(a, 0, 1).astype(dtype) for a in arrays)
 
 
-def _forward(inputs: ScanInputs, softplus: bool):
+def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True):
     A = inputs.A.astype(_state_dtype(inputs))
 
     def step(h, at_t):

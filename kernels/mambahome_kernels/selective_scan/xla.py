@@ -140,7 +140,7 @@ def _carry_over(decay: jax.Array, from_zero: jax.Array, start: jax.Array, revers
     return jnp.concatenate([start[:, None], after[:, :-1]], axis=1)
 
 
-def _forward(inputs: ScanInputs, softplus: bool):
+def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True):
     plan, inputs, data = _prepare(inputs, softplus)
     dtype = state_dtype(inputs)
     batch, length, d_inner = inputs.x.shape

@@ -1,0 +1,137 @@
+"""The selective scan for Hopper GPUs and newer, as Pallas Mosaic GPU kernels. The algorithm: kernels/README.md.
+
+Time is cut into chunks that run side by side, one thread a channel with its states in registers: (1) every chunk from
+a zero state, (2) the true starts from these, (3) every chunk again from its true start, writing y. The backward pass is
+the same over reversed time.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from mambahome_kernels.selective_scan.base import Backend, ScanInputs, cast_gradients
+from mambahome_kernels.selective_scan.mosaic_gpu import backward, forward
+from mambahome_kernels.selective_scan.mosaic_gpu.carry import carry_over
+from mambahome_kernels.selective_scan.mosaic_gpu.lanes import F32, LANES, LOG2E, TILE, Sizes
+from mambahome_kernels.selective_scan.mosaic_gpu.launch import Options, interpreted, interpreting
+
+__all__ = ["BACKEND", "Options", "interpreted"]
+
+_MAX_STATES = 16  # more would not fit into the registers of a thread
+_BLOCKS_PER_CORE = 4  # what a multiprocessor runs at once
+
+
+def sizes_of(inputs: ScanInputs, softplus: bool, chunk: int | None = None) -> Sizes:
+    """Chunks such that the blocks fill the device's multiprocessors once (twice in the backward pass)."""
+    batch, length, d_inner = inputs.x.shape
+    d_state = 8 if inputs.A.shape[1] <= 8 else 16
+    if chunk is None:
+        wanted = max(1, _BLOCKS_PER_CORE * _cores() // (batch * pl.cdiv(d_inner, LANES)))
+        chunk = pl.cdiv(length, wanted)
+    tiles = max(1, pl.cdiv(chunk, TILE))
+    return Sizes(batch, length, d_inner, d_state, tiles, pl.cdiv(length, tiles * TILE), softplus, inputs.z is not None)
+
+
+def _cores() -> int:
+    return getattr(jax.devices()[0], "core_count", None) or 132
+
+
+def _pad(a: jax.Array, width: int, value: float = 0.0) -> jax.Array:
+    missing = width - a.shape[-1]
+    return jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, missing)], constant_values=value) if missing else a
+
+
+class _Prepared:
+    """Inputs as the kernels want them: rows of whole 16 bytes, per-channel vectors padded to whole blocks."""
+
+    def __init__(self, inputs: ScanInputs, s: Sizes):
+        def wide(a):
+            words = 16 // a.dtype.itemsize
+            return _pad(a, math.ceil(a.shape[-1] / words) * words)
+
+        def vector(a):
+            return jnp.zeros((1, s.channels), F32) if a is None else _pad(a.astype(F32)[None], s.channels)
+
+        self.x, self.dt = wide(inputs.x), wide(inputs.dt)
+        self.z = None if inputs.z is None else wide(inputs.z)
+        self.B, self.C = _pad(inputs.B, s.d_state), _pad(inputs.C, s.d_state)
+        self.rates = self.states(inputs.A.astype(F32)[None] * LOG2E, s)[0]
+        self.bias, self.skip = vector(inputs.dt_bias), vector(inputs.D)
+
+    @staticmethod
+    def states(a: jax.Array, s: Sizes) -> jax.Array:
+        """(batch, d_inner, states) to (batch, d_state, channels)."""
+        a = _pad(a.astype(F32).swapaxes(1, 2), s.channels)
+        return jnp.pad(a, ((0, 0), (0, s.d_state - a.shape[1]), (0, 0)))
+
+
+def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True, options: Options = Options(), chunk=None):
+    s = sizes_of(inputs, softplus, chunk)
+    p = _Prepared(inputs, s)
+    ends, total = forward.ends(s, p.x, p.dt, p.B, p.rates, p.bias, options)
+    if inputs.initial_state is None:
+        edge = jnp.zeros((s.batch, s.d_state, s.channels), F32)
+    else:
+        edge = p.states(inputs.initial_state, s)
+    starts, last = carry_over(s, total, ends, edge, p.rates, options)
+    y, *kept = forward.outputs(s, p.x, p.dt, p.B, p.C, p.z, p.rates, p.bias, p.skip, starts, options, keep)
+    states = inputs.A.shape[1]
+    last = last[:, :states, : s.d_inner].swapaxes(1, 2)
+    return y[..., : s.d_inner], last, (kept[0], total) if keep else None
+
+
+def _backward(
+    inputs: ScanInputs, softplus: bool, residual, dy, dlast_state, options: Options = Options(), chunk=None
+) -> ScanInputs:
+    s = sizes_of(inputs, softplus, chunk)
+    p = _Prepared(inputs, s)
+    kept, total = residual
+    dy = _pad(dy, p.x.shape[-1]).astype(p.x.dtype)
+    first = backward.starts(s, p.dt, p.z, dy, p.C, p.rates, p.bias, options)
+    ends, dinitial = carry_over(s, total, first, p.states(dlast_state, s), p.rates, options, reverse=True)
+    dx, ddt, dz, sums, thin = backward.gradients(
+        s, p.x, p.dt, p.B, p.C, p.z, dy, p.rates, p.bias, p.skip, kept, ends, options
+    )
+    states, d = inputs.A.shape[1], s.d_inner
+    thin = thin.sum(1)  # (batch, sums, 2, steps, states)
+    dB, dC = (thin[:, :, k].reshape(s.batch, -1, s.d_state)[:, : s.length, :states] for k in range(2))
+    sums = sums.sum((0, 1))
+    return cast_gradients(
+        ScanInputs(
+            x=dx[..., :d],
+            dt=ddt[..., :d],
+            A=sums[:states, :d].T,
+            B=dB,
+            C=dC,
+            D=sums[s.d_state, :d],
+            z=None if dz is None else dz[..., :d],
+            dt_bias=sums[s.d_state + 1, :d],
+            initial_state=dinitial[:, :states, :d].swapaxes(1, 2),
+        ),
+        inputs,
+    )
+
+
+def _why_not(inputs: ScanInputs) -> str | None:
+    for name in ("x", "dt", "z", "B", "C"):
+        value = getattr(inputs, name)
+        if value is not None and value.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} is {value.dtype}; the kernel takes float32 and bfloat16"
+    if inputs.A.dtype != jnp.float32:
+        return f"A is {inputs.A.dtype}; the kernel takes float32"
+    if inputs.A.shape[1] > _MAX_STATES:
+        return f"d_state is {inputs.A.shape[1]}; the kernel holds at most {_MAX_STATES} in registers"
+    if interpreting():
+        return None
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return f"it needs an NVIDIA GPU, and the default device is {device.platform}"
+    capability = float(getattr(device, "compute_capability", "0") or 0)
+    if capability < 9:
+        return f"it needs a GPU of compute capability 9.0 (Hopper) or newer, and this one has {capability}"
+    return None
+
+
+BACKEND = Backend(_forward, _backward, _why_not)
