@@ -14,24 +14,28 @@ from jax.experimental import pallas as pl
 from mambahome_kernels.selective_scan.base import Backend, ScanInputs, cast_gradients
 from mambahome_kernels.selective_scan.mosaic_gpu import backward, forward
 from mambahome_kernels.selective_scan.mosaic_gpu.carry import carry_over
-from mambahome_kernels.selective_scan.mosaic_gpu.lanes import F32, LANES, LOG2E, TILE, Sizes
-from mambahome_kernels.selective_scan.mosaic_gpu.launch import Options, interpreted, interpreting
+from mambahome_kernels.selective_scan.mosaic_gpu.interpret import interpreted, interpreting
+from mambahome_kernels.selective_scan.mosaic_gpu.lanes import F32, LOG2E, TILE, WARP, WARPS, Sizes
+from mambahome_kernels.selective_scan.mosaic_gpu.launch import Options
 
 __all__ = ["BACKEND", "Options", "interpreted"]
 
+DEFAULT = Options()
 _MAX_STATES = 16  # more would not fit into the registers of a thread
-_BLOCKS_PER_CORE = 4  # what a multiprocessor runs at once
+_WARPS_PER_CORE = 16  # in the forward pass all run at once, in the backward pass half of them
 
 
 def sizes_of(inputs: ScanInputs, softplus: bool, chunk: int | None = None) -> Sizes:
     """Chunks such that the blocks fill the device's multiprocessors once (twice in the backward pass)."""
     batch, length, d_inner = inputs.x.shape
     d_state = 8 if inputs.A.shape[1] <= 8 else 16
+    units = pl.cdiv(d_inner, WARP)
     if chunk is None:
-        wanted = max(1, _BLOCKS_PER_CORE * _cores() // (batch * pl.cdiv(d_inner, LANES)))
-        chunk = pl.cdiv(length, wanted)
+        chunk = pl.cdiv(length, max(1, _WARPS_PER_CORE * _cores() // (batch * units)))
     tiles = max(1, pl.cdiv(chunk, TILE))
-    return Sizes(batch, length, d_inner, d_state, tiles, pl.cdiv(length, tiles * TILE), softplus, inputs.z is not None)
+    whole_blocks = WARPS // math.gcd(units, WARPS)
+    chunks = pl.cdiv(pl.cdiv(length, tiles * TILE), whole_blocks) * whole_blocks
+    return Sizes(batch, length, d_inner, d_state, tiles, chunks, softplus, inputs.z is not None)
 
 
 def _cores() -> int:
@@ -44,7 +48,7 @@ def _pad(a: jax.Array, width: int, value: float = 0.0) -> jax.Array:
 
 
 class _Prepared:
-    """Inputs as the kernels want them: rows of whole 16 bytes, per-channel vectors padded to whole blocks."""
+    """Inputs as the kernels want them: rows of whole 16 bytes, per-channel vectors of whole units."""
 
     def __init__(self, inputs: ScanInputs, s: Sizes):
         def wide(a):
@@ -56,7 +60,8 @@ class _Prepared:
 
         self.x, self.dt = wide(inputs.x), wide(inputs.dt)
         self.z = None if inputs.z is None else wide(inputs.z)
-        self.B, self.C = _pad(inputs.B, s.d_state), _pad(inputs.C, s.d_state)
+        # Narrow, but read by every lane: not worth a conversion at each step.
+        self.B, self.C = (_pad(a.astype(F32), s.d_state) for a in (inputs.B, inputs.C))
         self.rates = self.states(inputs.A.astype(F32)[None] * LOG2E, s)[0]
         self.bias, self.skip = vector(inputs.dt_bias), vector(inputs.D)
 
@@ -67,7 +72,7 @@ class _Prepared:
         return jnp.pad(a, ((0, 0), (0, s.d_state - a.shape[1]), (0, 0)))
 
 
-def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True, options: Options = Options(), chunk=None):
+def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True, options: Options = DEFAULT, chunk=None):
     s = sizes_of(inputs, softplus, chunk)
     p = _Prepared(inputs, s)
     ends, total = forward.ends(s, p.x, p.dt, p.B, p.rates, p.bias, options)
@@ -83,7 +88,7 @@ def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True, options: Opt
 
 
 def _backward(
-    inputs: ScanInputs, softplus: bool, residual, dy, dlast_state, options: Options = Options(), chunk=None
+    inputs: ScanInputs, softplus: bool, residual, dy, dlast_state, options: Options = DEFAULT, chunk=None
 ) -> ScanInputs:
     s = sizes_of(inputs, softplus, chunk)
     p = _Prepared(inputs, s)

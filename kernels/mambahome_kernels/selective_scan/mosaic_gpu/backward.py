@@ -16,16 +16,20 @@ from mambahome_kernels.selective_scan.mosaic_gpu.lanes import (
     LANES,
     LOG2E,
     TILE,
+    WARP,
+    WARPS,
     Sizes,
     advance,
+    barrier,
+    copies,
     dot,
+    each_of_block,
     pipeline,
-    place,
-    row_scalars,
     sigmoid,
     slope,
     step_size,
     within,
+    workers,
     zeros,
 )
 from mambahome_kernels.selective_scan.mosaic_gpu.launch import Options, launch, tile_buffer
@@ -43,44 +47,52 @@ def starts(sizes: Sizes, dt, z, dy, C, rates, bias, options: Options):
     def kernel(*refs):
         ins, (C, rates, bias, first), refs = refs[: len(wide)], refs[len(wide) : len(wide) + 4], refs[len(wide) + 4 :]
         buffers, (cs, full) = refs[: len(wide)], refs[len(wide) :]
-        at = place()
-        a = [rates[k, at.channels] for k in range(n)]
-        dt_bias = bias[0, at.channels]
+        team = workers(s.units)
+        a = [[rates[k, at.channels] for k in range(n)] for at in team]
+        dt_bias = [bias[0, at.channels] for at in team]
 
         def load(i, slot):
-            rows, barrier = at.rows(s, s.tiles - 1 - i), full.at[slot]
-            for source, buffer in zip(ins, buffers, strict=True):
-                plgpu.copy_gmem_to_smem(source.at[at.batch, rows, at.channels], buffer.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(C.at[at.batch, rows], cs.at[slot], barrier)
+            def copy(at):
+                rows, barrier = at.rows(s, s.tiles - 1 - i), full.at[slot]
+                for source, buffer in zip(ins, buffers, strict=True):
+                    plgpu.copy_gmem_to_smem(source.at[at.batch, rows, at.columns], buffer.at[at.tile(slot)], barrier)
+                plgpu.copy_gmem_to_smem(C.at[at.batch, rows], cs.at[at.tile(slot)], barrier)
 
-        def compute(i, slot, g):
+            copies(team, copy)
+
+        def compute(i, slot, carry):
             plgpu.barrier_wait(full.at[slot])
 
-            def step(k, g):
-                t = TILE - 1 - k
-                c = row_scalars(cs, slot, t, n)
-                dtv, dout = (buffer[slot, t].astype(F32) for buffer in buffers[:2])
+            def step(k, g, w):
+                at, t = team[w], TILE - 1 - k
+                c = at.scalars(cs, slot, t, n)
+                dtv, dout = (at.row(buffer, slot, t) for buffer in buffers[:2])
                 if s.gated:
-                    zv = buffers[2][slot, t].astype(F32)
+                    zv = at.row(buffers[2], slot, t)
                     dout = dout * (zv * sigmoid(zv))
-                delta = step_size(dtv, dt_bias, s.softplus).delta
-                return tuple(jnp.exp2(delta * r) * (v + dout * k) for r, v, k in zip(a, g, c, strict=True))
+                delta = step_size(dtv, dt_bias[w], s.softplus).delta
+                return tuple(jnp.exp2(delta * r) * (v + dout * k) for r, v, k in zip(a[w], g, c, strict=True))
 
-            return lax.fori_loop(0, TILE, step, g, unroll=options.unroll)
+            return tuple(
+                lax.fori_loop(0, TILE, lambda k, g, w=w: step(k, g, w), g, unroll=options.unroll)
+                for w, g in enumerate(carry)
+            )
 
-        g = pipeline(s.tiles, slots, load, compute, (zeros(),) * n)
-        for k in range(n):
-            first[at.batch, at.chunk, k, at.channels] = g[k]
+        carry = pipeline(s.tiles, slots, load, compute, tuple((zeros(),) * n for _ in team))
+        for at, g in zip(team, carry, strict=True):
+            for k in range(n):
+                first[at.batch, at.chunk, k, at.channels] = g[k]
 
     return launch(
         kernel,
-        s,
         options,
+        groups=s.chunks * s.units // WARPS,
+        batch=s.batch,
         out_type=jax.ShapeDtypeStruct((s.batch, s.chunks, n, s.channels), F32),
         scratch_types=[
             *(tile_buffer(a, slots) for a in wide),
             tile_buffer(C, slots, n),
-            plgpu.Barrier(num_arrivals=len(wide) + 1, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=(len(wide) + 1) * WARPS, num_barriers=slots),
         ],
     )(*wide, C, rates, bias)
 
@@ -89,8 +101,8 @@ def gradients(sizes: Sizes, x, dt, B, C, z, dy, rates, bias, skip, kept, ends, o
     """All gradients, from the adjoint state after each chunk (`ends`) and the states before each tile (`kept`).
 
     Returns dx, ddt and dz (None without gate) like x, dt and z; sums over a chunk's steps (batch, chunks, d_state + 2,
-    channels): dA / log2(e) by state, then dD, then ddt_bias; and dB, dC by channel block: (batch, blocks, length padded
-    to tiles / q, 2, q, d_state) with q = 64 / (2 d_state) steps summed together.
+    channels): dA by state, then dD, then ddt_bias; and dB, dC by unit:
+    (batch, units, length padded to chunks / q, 2, q, d_state) with q = 64 / (2 d_state) steps summed together.
     """
     s, n, slots = sizes, sizes.d_state, options.slots
     per_sum = SUM_ROWS // (2 * n)
@@ -103,122 +115,137 @@ def gradients(sizes: Sizes, x, dt, B, C, z, dy, rates, bias, skip, kept, ends, o
         results, (sums, thin), refs = refs[: len(outs)], refs[len(outs) : len(outs) + 2], refs[len(outs) + 2 :]
         buffers, refs = refs[: len(wide)], refs[len(wide) :]
         out_buffers, (bs, cs, before, products, full) = refs[: len(outs)], refs[len(outs) :]
-        at = place()
-        a = [rates[k, at.channels] for k in range(n)]
-        dt_bias, d_skip = bias[0, at.channels], skip[0, at.channels]
+        team = workers(s.units)
+        a = [[rates[k, at.channels] for k in range(n)] for at in team]
+        dt_bias, d_skip = ([v[0, at.channels] for at in team] for v in (bias, skip))
 
         def load(i, slot):
-            tile = s.tiles - 1 - i
-            rows, barrier = at.rows(s, tile), full.at[slot]
-            for source, buffer in zip(ins, buffers, strict=True):
-                plgpu.copy_gmem_to_smem(source.at[at.batch, rows, at.channels], buffer.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(B.at[at.batch, rows], bs.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(C.at[at.batch, rows], cs.at[slot], barrier)
-            source = kept.at[at.batch, at.chunk * s.tiles + tile, pl.ds(0, n), at.channels]
-            plgpu.copy_gmem_to_smem(source, before.at[slot], barrier)
+            def copy(at):
+                tile = s.tiles - 1 - i
+                rows, barrier = at.rows(s, tile), full.at[slot]
+                for source, buffer in zip(ins, buffers, strict=True):
+                    plgpu.copy_gmem_to_smem(source.at[at.batch, rows, at.columns], buffer.at[at.tile(slot)], barrier)
+                plgpu.copy_gmem_to_smem(B.at[at.batch, rows], bs.at[at.tile(slot)], barrier)
+                plgpu.copy_gmem_to_smem(C.at[at.batch, rows], cs.at[at.tile(slot)], barrier)
+                source = kept.at[at.batch, at.chunk * s.tiles + tile, pl.ds(0, n), at.columns]
+                plgpu.copy_gmem_to_smem(source, before.at[at.tile(slot)], barrier)
+
+            copies(team, copy)
+
+        def forward(w, slot, tile, t, h):
+            at = team[w]
+            b = at.scalars(bs, slot, t, n)
+            xv, dtv = (at.row(buffer, slot, t) for buffer in buffers[:2])
+            step = step_size(dtv, dt_bias[w], s.softplus)
+            inside = within(s, at, tile, t)
+            delta = step.delta * inside
+            return advance(h, a[w], delta, delta * xv, b), tile
+
+        def backward(w, slot, t, row, carry, h_before, h, known):
+            at = team[w]
+            g, dA, dD, dbias = carry
+            xv = at.row(buffers[0], slot, t)
+            step = step_size(at.row(buffers[1], slot, t), dt_bias[w], s.softplus)
+            inside = within(s, at, known, t)
+            delta, by_dt = step.delta * inside, slope(step, inside)
+            dx = delta * xv
+            b, c = at.scalars(bs, slot, t, n), at.scalars(cs, slot, t, n)
+            dout = at.row(buffers[2], slot, t)
+            if s.gated:
+                zv = at.row(buffers[3], slot, t)
+                gate = sigmoid(zv)
+                plain = dot(h, c, d_skip[w] * xv)
+                at.put(out_buffers[2], 0, t, dout * plain * gate * (1.0 + zv * (1.0 - gate)))
+                dout = dout * (zv * gate)
+            g = [v + dout * k for v, k in zip(g, c, strict=True)]
+            for k in range(n):
+                products[row + k, at.lanes] = g[k] * dx
+                products[SUM_ROWS // 2 + row + k, at.lanes] = h[k] * dout
+            du = dot(g, b)
+            carried = [jnp.exp2(delta * r) * v for r, v in zip(a[w], g, strict=True)]
+            pulled = [v * p for v, p in zip(carried, h_before, strict=True)]
+            ddt = (dot(pulled, a[w]) * (1.0 / LOG2E) + du * xv) * by_dt
+            at.put(out_buffers[0], 0, t, du * delta + d_skip[w] * dout)
+            at.put(out_buffers[1], 0, t, ddt)
+            dA = tuple(v + p * delta for v, p in zip(dA, pulled, strict=True))
+            return tuple(carried), dA, dD + dout * xv, dbias + ddt
+
+        def write_sums(tile, t):
+            """Of the products of `per_sum` steps from t on, over each unit's channels."""
+            for at in each_of_block(s.units):
+                where = (at.chunk * s.chunk + tile * TILE + t) // per_sum
+                own = products.at[pl.ds(0, SUM_ROWS), pl.ds(at.warp * WARP, WARP)]
+                sums_of = jnp.sum(plgpu.load(own, layout=plgpu.Layout.WGMMA, optimized=False), axis=1)
+                thin[at.batch, at.unit, pl.ds(where * SUM_ROWS, SUM_ROWS)] = sums_of
 
         def compute(i, slot, carry):
             tile = s.tiles - 1 - i
             plgpu.barrier_wait(full.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-            def forward(t, h):
-                b = row_scalars(bs, slot, t, n)
-                xv, dtv = (buffer[slot, t].astype(F32) for buffer in buffers[:2])
-                step = step_size(dtv, dt_bias, s.softplus)
-                inside = within(s, at, tile, t)
-                delta = step.delta * inside
-                dx = delta * xv
-                return advance(h, a, delta, dx, b), (step, inside, delta, xv, dx)
-
-            def backward(t, row, carry, h_before, h, known):
-                g, dA, dD, dbias = carry
-                step, inside, delta, xv, dx = known
-                b, c = row_scalars(bs, slot, t, n), row_scalars(cs, slot, t, n)
-                dout = buffers[2][slot, t].astype(F32)
-                if s.gated:
-                    zv = buffers[3][slot, t].astype(F32)
-                    gate = sigmoid(zv)
-                    plain = dot(h, c, d_skip * xv)
-                    out_buffers[2][t] = (dout * plain * gate * (1.0 + zv * (1.0 - gate))).astype(out_buffers[2].dtype)
-                    dout = dout * (zv * gate)
-                g = [v + dout * k for v, k in zip(g, c, strict=True)]
-                for k in range(n):
-                    products[row + k, pl.ds(0, LANES)] = g[k] * dx
-                    products[SUM_ROWS // 2 + row + k, pl.ds(0, LANES)] = h[k] * dout
-                du = dot(g, b)
-                carried = [jnp.exp2(delta * r) * v for r, v in zip(a, g, strict=True)]
-                pulled = [v * p for v, p in zip(carried, h_before, strict=True)]
-                ddelta = dot(pulled, a) * (1.0 / LOG2E) + du * xv
-                by_dt = slope(step)
-                ddt = ddelta * inside if by_dt is None else ddelta * by_dt * inside
-                out_buffers[0][t] = (du * delta + d_skip * dout).astype(out_buffers[0].dtype)
-                out_buffers[1][t] = ddt.astype(out_buffers[1].dtype)
-                dA = tuple(v + p * delta for v, p in zip(dA, pulled, strict=True))
-                return tuple(carried), dA, dD + dout * xv, dbias + ddt
-
             def half(k, carry):
                 first = (1 - k) * _HALF
-                h = tuple(before[slot, m] for m in range(n))
-                h = lax.fori_loop(0, first, lambda t, h: forward(t, h)[0], h)
-                states, known = [h], []
-                for j in range(_HALF):
-                    h, step = forward(first + j, h)
-                    states.append(h)
-                    known.append(step)
+                states, known = [], []
+                for w, at in enumerate(team):
+                    h = tuple(at.row(before, slot, m) for m in range(n))
+                    h = lax.fori_loop(0, first, lambda t, h, w=w: forward(w, slot, tile, t, h)[0], h)
+                    path, steps = [h], []
+                    for j in range(_HALF):
+                        h, step = forward(w, slot, tile, first + j, h)
+                        path.append(h)
+                        steps.append(step)
+                    states.append(path)
+                    known.append(steps)
                 for j in reversed(range(_HALF)):
                     row = (j % per_sum) * n
-                    carry = backward(first + j, row, carry, states[j], states[j + 1], known[j])
+                    carry = tuple(
+                        backward(w, slot, first + j, row, c, states[w][j], states[w][j + 1], known[w][j])
+                        for w, c in enumerate(carry)
+                    )
                     if j % per_sum == 0:
-                        plgpu.commit_smem()
-                        where = (at.chunk * s.chunk + tile * TILE + first + j) // per_sum
-                        thin[at.batch, at.block, pl.ds(where * SUM_ROWS, SUM_ROWS)] = _sums_over_channels(products)
-                        plgpu.commit_smem()
+                        barrier()
+                        write_sums(tile, first + j)
+                        barrier()
                 return carry
 
             return lax.fori_loop(0, 2, half, carry)
 
         def store(i, slot):
-            for buffer, result in zip(out_buffers, results, strict=True):
-                plgpu.copy_smem_to_gmem(buffer, result.at[at.batch, at.rows(s, s.tiles - 1 - i), at.channels])
+            def copy(at):
+                rows = at.rows(s, s.tiles - 1 - i)
+                for buffer, result in zip(out_buffers, results, strict=True):
+                    plgpu.copy_smem_to_gmem(buffer.at[at.tile(0)], result.at[at.batch, rows, at.columns])
 
-        g = tuple(ends[at.batch, at.chunk, k, at.channels] for k in range(n))
-        _, dA, dD, dbias = pipeline(s.tiles, slots, load, compute, (g, (zeros(),) * n, zeros(), zeros()), store)
-        for k, value in enumerate((*dA, dD, dbias)):
-            sums[at.batch, at.chunk, k, at.channels] = value
+            copies(team, copy)
+
+        none = ((zeros(),) * n, zeros(), zeros())
+        carry = tuple((tuple(ends[at.batch, at.chunk, k, at.channels] for k in range(n)), *none) for at in team)
+        carry = pipeline(s.tiles, slots, load, compute, carry, store)
+        for at, (_, dA, dD, dbias) in zip(team, carry, strict=True):
+            for k, value in enumerate((*dA, dD, dbias)):
+                sums[at.batch, at.chunk, k, at.channels] = value
         plgpu.wait_smem_to_gmem(0)
 
     padded = s.chunks * s.chunk
     *dwide, sums, thin = launch(
         kernel,
-        s,
         options,
+        groups=s.chunks * s.units // WARPS,
+        batch=s.batch,
         out_type=[
             *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outs),
             jax.ShapeDtypeStruct((s.batch, s.chunks, n + 2, s.channels), F32),
-            jax.ShapeDtypeStruct((s.batch, s.blocks, padded // per_sum * SUM_ROWS), F32),
+            jax.ShapeDtypeStruct((s.batch, s.units, padded // per_sum * SUM_ROWS), F32),
         ],
         scratch_types=[
             *(tile_buffer(a, slots) for a in wide),
-            *(plgpu.SMEM((TILE, LANES), a.dtype) for a in outs),
+            *(tile_buffer(a, 1) for a in outs),
             tile_buffer(B, slots, n),
             tile_buffer(C, slots, n),
-            plgpu.SMEM((slots, n, LANES), F32),
+            plgpu.SMEM((slots * WARPS, n, WARP), F32),
             plgpu.SMEM((SUM_ROWS, _SUM_PITCH), F32),
-            plgpu.Barrier(num_arrivals=len(wide) + 3, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=(len(wide) + 3) * WARPS, num_barriers=slots),
         ],
     )(*wide, B, C, rates, bias, skip, kept, ends)
     dz = dwide[2] if s.gated else None
-    return dwide[0], dwide[1], dz, sums, thin.reshape(s.batch, s.blocks, padded // per_sum, 2, per_sum, n)
-
-
-def _sums_over_channels(products) -> jax.Array:
-    """(64,) sums of rows; a quarter of the columns at a time, so that few registers hold them."""
-    quarter = LANES // 4
-    parts = [
-        plgpu.load(
-            products.at[pl.ds(0, SUM_ROWS), pl.ds(k * quarter, quarter)], layout=plgpu.Layout.WGMMA, optimized=False
-        )
-        for k in range(4)
-    ]
-    return jnp.sum((parts[0] + parts[1]) + (parts[2] + parts[3]), axis=1)
+    return dwide[0], dwide[1], dz, sums, thin.reshape(s.batch, s.units, padded // per_sum, 2, per_sum, n)

@@ -1,63 +1,74 @@
 """Forward kernels: `ends` runs every chunk from a zero state, `outputs` again from its true start and writes y."""
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mambahome_kernels.selective_scan.mosaic_gpu.launch import Options, launch, tile_buffer
 from mambahome_kernels.selective_scan.mosaic_gpu.lanes import (
     F32,
     TILE,
+    WARPS,
     Sizes,
     advance,
+    copies,
     dot,
     pipeline,
-    place,
-    row_scalars,
     sigmoid,
     step_size,
     within,
+    workers,
     zeros,
 )
+from mambahome_kernels.selective_scan.mosaic_gpu.launch import Options, launch, tile_buffer
 
 
 def ends(sizes: Sizes, x, dt, B, rates, bias, options: Options):
-    """State after each chunk from a zero start (batch, chunks, d_state, channels), sum of delta (batch, chunks, channels)."""
+    """From a zero start, state after each chunk (batch, chunks, d_state, channels).
+
+    And the sum of delta (batch, chunks, channels), from which the decay over a chunk follows.
+    """
     s, n, slots = sizes, sizes.d_state, options.slots
 
     def kernel(x, dt, B, rates, bias, end, total, xs, dts, bs, full):
-        at = place()
-        a = [rates[k, at.channels] for k in range(n)]
-        dt_bias = bias[0, at.channels]
+        team = workers(s.units)
+        a = [[rates[k, at.channels] for k in range(n)] for at in team]
+        dt_bias = [bias[0, at.channels] for at in team]
 
         def load(i, slot):
-            rows, barrier = at.rows(s, i), full.at[slot]
-            plgpu.copy_gmem_to_smem(x.at[at.batch, rows, at.channels], xs.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(dt.at[at.batch, rows, at.channels], dts.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(B.at[at.batch, rows], bs.at[slot], barrier)
+            def copy(at):
+                rows, barrier = at.rows(s, i), full.at[slot]
+                plgpu.copy_gmem_to_smem(x.at[at.batch, rows, at.columns], xs.at[at.tile(slot)], barrier)
+                plgpu.copy_gmem_to_smem(dt.at[at.batch, rows, at.columns], dts.at[at.tile(slot)], barrier)
+                plgpu.copy_gmem_to_smem(B.at[at.batch, rows], bs.at[at.tile(slot)], barrier)
+
+            copies(team, copy)
 
         def compute(i, slot, carry):
             plgpu.barrier_wait(full.at[slot])
 
-            def step(t, carry):
-                h, total = carry
-                b = row_scalars(bs, slot, t, n)
-                xv, dtv = xs[slot, t].astype(F32), dts[slot, t].astype(F32)
-                delta = step_size(dtv, dt_bias, s.softplus).delta * within(s, at, i, t)
-                return advance(h, a, delta, delta * xv, b), total + delta
+            def step(t, carry, w):
+                at, (h, total) = team[w], carry
+                b = at.scalars(bs, slot, t, n)
+                xv, dtv = at.row(xs, slot, t), at.row(dts, slot, t)
+                delta = step_size(dtv, dt_bias[w], s.softplus).delta * within(s, at, i, t)
+                return advance(h, a[w], delta, delta * xv, b), total + delta
 
-            return lax.fori_loop(0, TILE, step, carry, unroll=options.unroll)
+            return tuple(
+                lax.fori_loop(0, TILE, lambda t, c, w=w: step(t, c, w), c, unroll=options.unroll)
+                for w, c in enumerate(carry)
+            )
 
-        h, sum_delta = pipeline(s.tiles, slots, load, compute, ((zeros(),) * n, zeros()))
-        for k in range(n):
-            end[at.batch, at.chunk, k, at.channels] = h[k]
-        total[at.batch, at.chunk, at.channels] = sum_delta
+        none = tuple(((zeros(),) * n, zeros()) for _ in team)
+        for at, (h, sum_delta) in zip(team, pipeline(s.tiles, slots, load, compute, none), strict=True):
+            for k in range(n):
+                end[at.batch, at.chunk, k, at.channels] = h[k]
+            total[at.batch, at.chunk, at.channels] = sum_delta
 
     return launch(
         kernel,
-        s,
         options,
+        groups=s.chunks * s.units // WARPS,
+        batch=s.batch,
         out_type=[
             jax.ShapeDtypeStruct((s.batch, s.chunks, n, s.channels), F32),
             jax.ShapeDtypeStruct((s.batch, s.chunks, s.channels), F32),
@@ -66,7 +77,7 @@ def ends(sizes: Sizes, x, dt, B, rates, bias, options: Options):
             tile_buffer(x, slots),
             tile_buffer(dt, slots),
             tile_buffer(B, slots, n),
-            plgpu.Barrier(num_arrivals=3, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=3 * WARPS, num_barriers=slots),
         ],
     )(x, dt, B, rates, bias)
 
@@ -81,58 +92,70 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
         (B, C, rates, bias, skip, starts, y), refs = refs[:7], refs[7:]
         kept, refs = (refs[0], refs[1:]) if keep else (None, refs)
         buffers, (bs, cs, ys, full) = refs[: len(wide)], refs[len(wide) :]
-        at = place()
-        a = [rates[k, at.channels] for k in range(n)]
-        dt_bias, d_skip = bias[0, at.channels], skip[0, at.channels]
+        team = workers(s.units)
+        a = [[rates[k, at.channels] for k in range(n)] for at in team]
+        dt_bias, d_skip = ([v[0, at.channels] for at in team] for v in (bias, skip))
 
         def load(i, slot):
-            rows, barrier = at.rows(s, i), full.at[slot]
-            for source, buffer in zip(ins, buffers, strict=True):
-                plgpu.copy_gmem_to_smem(source.at[at.batch, rows, at.channels], buffer.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(B.at[at.batch, rows], bs.at[slot], barrier)
-            plgpu.copy_gmem_to_smem(C.at[at.batch, rows], cs.at[slot], barrier)
+            def copy(at):
+                rows, barrier = at.rows(s, i), full.at[slot]
+                for source, buffer in zip(ins, buffers, strict=True):
+                    plgpu.copy_gmem_to_smem(source.at[at.batch, rows, at.columns], buffer.at[at.tile(slot)], barrier)
+                plgpu.copy_gmem_to_smem(B.at[at.batch, rows], bs.at[at.tile(slot)], barrier)
+                plgpu.copy_gmem_to_smem(C.at[at.batch, rows], cs.at[at.tile(slot)], barrier)
 
-        def compute(i, slot, h):
+            copies(team, copy)
+
+        def compute(i, slot, carry):
             plgpu.barrier_wait(full.at[slot])
             if kept is not None:
-                for k in range(n):
-                    kept[at.batch, at.chunk * s.tiles + i, k, at.channels] = h[k]
+                for at, h in zip(team, carry, strict=True):
+                    for k in range(n):
+                        kept[at.batch, at.chunk * s.tiles + i, k, at.channels] = h[k]
             plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
 
-            def step(t, h):
-                b, c = row_scalars(bs, slot, t, n), row_scalars(cs, slot, t, n)
-                xv, dtv = (buffer[slot, t].astype(F32) for buffer in buffers[:2])
-                delta = step_size(dtv, dt_bias, s.softplus).delta
-                h = advance(h, a, delta, delta * xv, b)
-                out = dot(h, c, d_skip * xv)
+            def step(t, h, w):
+                at = team[w]
+                b, c = at.scalars(bs, slot, t, n), at.scalars(cs, slot, t, n)
+                xv, dtv = (at.row(buffer, slot, t) for buffer in buffers[:2])
+                delta = step_size(dtv, dt_bias[w], s.softplus).delta
+                h = advance(h, a[w], delta, delta * xv, b)
+                out = dot(h, c, d_skip[w] * xv)
                 if s.gated:
-                    zv = buffers[2][slot, t].astype(F32)
+                    zv = at.row(buffers[2], slot, t)
                     out = out * (zv * sigmoid(zv))
-                ys[slot, t] = out.astype(ys.dtype)
+                at.put(ys, slot, t, out)
                 return h
 
-            return lax.fori_loop(0, TILE, step, h, unroll=options.unroll)
+            return tuple(
+                lax.fori_loop(0, TILE, lambda t, h, w=w: step(t, h, w), h, unroll=options.unroll)
+                for w, h in enumerate(carry)
+            )
 
         def store(i, slot):
-            plgpu.copy_smem_to_gmem(ys.at[slot], y.at[at.batch, at.rows(s, i), at.channels])
+            def copy(at):
+                plgpu.copy_smem_to_gmem(ys.at[at.tile(slot)], y.at[at.batch, at.rows(s, i), at.columns])
 
-        h = tuple(starts[at.batch, at.chunk, k, at.channels] for k in range(n))
-        pipeline(s.tiles, slots, load, compute, h, store)
+            copies(team, copy)
+
+        first = tuple(tuple(starts[at.batch, at.chunk, k, at.channels] for k in range(n)) for at in team)
+        pipeline(s.tiles, slots, load, compute, first, store)
         plgpu.wait_smem_to_gmem(0)
 
     out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
     if keep:
-        out_type.append(jax.ShapeDtypeStruct((s.batch, s.chunks * s.tiles, n, s.channels), jnp.float32))
+        out_type.append(jax.ShapeDtypeStruct((s.batch, s.chunks * s.tiles, n, s.channels), F32))
     return launch(
         kernel,
-        s,
         options,
+        groups=s.chunks * s.units // WARPS,
+        batch=s.batch,
         out_type=out_type,
         scratch_types=[
             *(tile_buffer(a, slots) for a in wide),
             tile_buffer(B, slots, n),
             tile_buffer(C, slots, n),
             tile_buffer(x, slots),
-            plgpu.Barrier(num_arrivals=len(wide) + 2, num_barriers=slots),
+            plgpu.Barrier(num_arrivals=(len(wide) + 2) * WARPS, num_barriers=slots),
         ],
     )(*wide, B, C, rates, bias, skip, starts)

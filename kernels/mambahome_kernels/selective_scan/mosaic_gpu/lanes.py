@@ -7,9 +7,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-LANES = 128  # channels of a block: one for each thread of a warpgroup
+from mambahome_kernels.selective_scan.mosaic_gpu.interpret import interpreting
+
+WARP = 32  # channels of a unit: one for each thread of a warp
+WARPS = 4  # in a block
+LANES = WARP * WARPS
 TILE = 8  # steps that travel to shared memory together; the forward pass keeps the state before every tile
 LOG2E = math.log2(math.e)
 F32 = jnp.float32
@@ -31,14 +36,17 @@ _LOG1P = (
 
 
 class Sizes(NamedTuple):
-    """Static sizes of one call. Rows past `length` and channels past `d_inner` are zeros where read, dropped where written."""
+    """Static sizes of one call. Rows past `length` and channels past `d_inner` are read as zeros and never written.
+
+    A unit is what one warp works on: 32 channels of one chunk. Units are numbered chunk by chunk, four make a block.
+    """
 
     batch: int
     length: int
     d_inner: int
     d_state: int  # 8 or 16
     tiles: int  # in each chunk
-    chunks: int
+    chunks: int  # chunks * units is a multiple of 4
     softplus: bool
     gated: bool  # z is there
 
@@ -47,37 +55,127 @@ class Sizes(NamedTuple):
         return self.tiles * TILE
 
     @property
-    def blocks(self) -> int:
-        """Blocks of channels."""
-        return pl.cdiv(self.d_inner, LANES)
+    def units(self) -> int:
+        """In each chunk."""
+        return pl.cdiv(self.d_inner, WARP)
 
     @property
     def channels(self) -> int:
-        """Channels rounded up to whole blocks."""
-        return self.blocks * LANES
+        """Channels rounded up to whole units."""
+        return self.units * WARP
 
 
-class Place(NamedTuple):
-    """Which chunk, channels and batch entry this block works on."""
+class Worker(NamedTuple):
+    """One of the four warps of a block, and what it works on.
 
-    chunk: jax.Array
-    block: jax.Array
+    On a GPU `warp` and all that follows from it are scalars that differ from warp to warp, although Pallas takes them
+    for the same in all: a vector of 128 lanes then consists of four pieces of 32, each at its own warp's place. The
+    interpreter has no such thing; there each of four workers in turn handles vectors of 32.
+    """
+
+    warp: jax.Array | int
+    major: jax.Array  # the chunk
+    unit: jax.Array
     batch: jax.Array
+
+    def at(self, start):
+        return pl.ds(start, WARP) if interpreting() else pl.ds(start - self.warp * WARP, LANES)
+
+    @property
+    def chunk(self) -> jax.Array:
+        return self.major
 
     @property
     def channels(self):
-        return pl.ds(self.block * LANES, LANES)
+        """The unit's channels as a vector."""
+        return self.at(self.unit * WARP)
+
+    @property
+    def columns(self):
+        """The same for a copy."""
+        return pl.ds(self.unit * WARP, WARP)
+
+    @property
+    def lanes(self):
+        """Its piece of a row of 128."""
+        return self.at(self.warp * WARP)
 
     def rows(self, sizes: Sizes, tile):
         return pl.ds(self.chunk * sizes.chunk + tile * TILE, TILE)
 
+    def tile(self, slot):
+        """First index of a tile buffer (slots * 4, TILE, width)."""
+        return slot * WARPS + self.warp
 
-def place() -> Place:
-    return Place(lax.axis_index("chunk"), lax.axis_index("block"), lax.axis_index("batch"))
+    def _row(self, buffer, slot, t):
+        """Row t of this worker's tile in a buffer (slots * 4, rows, 32): the reference to read or write."""
+        if interpreting():
+            return buffer.at[self.tile(slot), t]
+        flat = buffer.reshape(math.prod(buffer.shape))
+        return flat.at[self.at((self.tile(slot) * buffer.shape[1] + t) * WARP)]
+
+    def row(self, buffer, slot, t) -> jax.Array:
+        return self._row(buffer, slot, t)[...].astype(F32)
+
+    def put(self, buffer, slot, t, value: jax.Array) -> None:
+        self._row(buffer, slot, t)[...] = value.astype(buffer.dtype)
+
+    def scalars(self, buffer, slot, t, n: int) -> list[jax.Array]:
+        """One row of B or C. Read before any arithmetic of the step, so that the compiler reads four at a time."""
+        return [buffer[self.tile(slot), t, k] for k in range(n)]
+
+
+def workers(units: int) -> list[Worker]:
+    """Those of this block; the grid is (group, batch), units the number of units in each chunk."""
+    group, batch = lax.axis_index("group"), lax.axis_index("batch")
+
+    def worker(warp) -> Worker:
+        index = group * WARPS + warp
+        return Worker(warp, lax.div(index, jnp.int32(units)), lax.rem(index, jnp.int32(units)), batch)
+
+    return [worker(w) for w in range(WARPS)] if interpreting() else [worker(_warp_index())]
+
+
+def each_of_block(units: int) -> list[Worker]:
+    """All four, with numbers that are the same in the whole block: for what the warpgroup does together."""
+    group, batch = lax.axis_index("group"), lax.axis_index("batch")
+    indices = [group * WARPS + w for w in range(WARPS)]
+    return [Worker(w, lax.div(i, jnp.int32(units)), lax.rem(i, jnp.int32(units)), batch) for w, i in enumerate(indices)]
+
+
+def _warp_index() -> jax.Array:
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT(())))
+    def index(_):
+        return mgpu.FragmentedArray.splat(mgpu.warp_idx(sync=True), shape=(), is_signed=True)
+
+    return index()
+
+
+def copies(workers: list[Worker], copy) -> None:
+    """copy(worker) by each warp for itself."""
+    if interpreting():
+        for w in workers:
+            copy(w)
+    else:
+        plgpu.warp_map(lambda _: copy(workers[0]))
+
+
+def barrier() -> None:
+    """All warps of the block have come here. Unlike commit_smem it does not wait for the copy engine's view."""
+    if interpreting():
+        return
+
+    @plgpu.inline_mgpu()
+    def wait(_):
+        mgpu.warpgroup_barrier()
+
+    wait()
 
 
 def zeros() -> jax.Array:
     """As a loop carry must start out: in the layout in which it goes on."""
+    if interpreting():
+        return jnp.zeros((WARP,), F32)
     return plgpu.layout_cast(jnp.zeros((LANES,), F32), plgpu.Layout.WG_STRIDED((LANES,), 1))
 
 
@@ -124,21 +222,16 @@ def reciprocal(v: jax.Array) -> jax.Array:
     return r * r
 
 
-def slope(step: Step) -> jax.Array | None:
-    """Derivative of softplus, or None for 1."""
+def slope(step: Step, inside: jax.Array) -> jax.Array:
+    """Derivative of the step size by dt; 0 past the end of the sequence."""
     if step.small is None:
-        return None
+        return inside
     r = reciprocal(1.0 + step.small)
-    return jnp.where(step.raw >= 0.0, r, step.small * r)
+    return jnp.where(step.raw >= 0.0, r, step.small * r) * inside
 
 
 def sigmoid(v: jax.Array) -> jax.Array:
     return reciprocal(1.0 + jnp.exp2(v * -LOG2E))
-
-
-def row_scalars(ref, slot, t, n: int) -> list[jax.Array]:
-    """One row of B or C. Read before any arithmetic of the step, so that the compiler reads four at a time."""
-    return [ref[slot, t, k].astype(F32) for k in range(n)]
 
 
 def advance(h, rates, delta: jax.Array, dx: jax.Array, b):
@@ -146,7 +239,7 @@ def advance(h, rates, delta: jax.Array, dx: jax.Array, b):
     return tuple(jnp.exp2(delta * a) * s + dx * k for a, s, k in zip(rates, h, b, strict=True))
 
 
-def within(sizes: Sizes, at: Place, tile, t) -> jax.Array:
+def within(sizes: Sizes, at: Worker, tile, t) -> jax.Array:
     """1 for a step of the sequence, 0 past its end: such a step must leave the state alone."""
     return jnp.where(at.chunk * sizes.chunk + tile * TILE + t < sizes.length, 1.0, 0.0).astype(F32)
 
