@@ -1,0 +1,90 @@
+"""Time inference of the published network on a batch of windows: forward pass with the logits left on the device.
+
+python benchmarks/infer_window.py --precision bf16 --json infer_window.json
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from profiling import print_kernel_times
+
+from mambahome_jax.config import MODEL_SIZES
+from mambahome_jax.model.network import MambaHoME
+
+# (windows, size, published ms by precision): patched published code on one H200.
+CASES = (
+    (4, (192, 192, 48), {"fp32": 427, "tf32": 210, "bf16": 182}),
+    (1, (128, 128, 128), {"fp32": 228, "tf32": 163, "bf16": 161}),
+)
+
+
+def measure(args: argparse.Namespace, precision: str, windows: int, size: tuple[int, ...]) -> dict[str, Any]:
+    config = replace(MODEL_SIZES[args.model].model, in_chans=1, out_chans=args.classes)
+    graphdef, params = nnx.split(MambaHoME(config, rngs=nnx.Rngs(0), precision=precision))
+    shape = tuple(n // args.shrink for n in size)
+    x = jax.device_put(np.random.default_rng(0).standard_normal((windows, *shape, 1), dtype=np.float32))
+    start = time.perf_counter()
+    compiled = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x)).lower(params, x).compile()
+    compile_s = time.perf_counter() - start
+    analysis = compiled.memory_analysis()
+    planned = (analysis.temp_size_in_bytes + analysis.argument_size_in_bytes) / 2**30 if analysis else float("nan")
+    samples = []
+    for k in range(args.runs + 3):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(params, x))
+        if k >= 3:
+            samples.append((time.perf_counter() - start) * 1e3)
+    samples.sort()
+    if args.profile:
+        print_kernel_times(lambda: compiled(params, x))
+    return {
+        "precision": precision,
+        "windows": windows,
+        "size": size,
+        "ms": statistics.median(samples),
+        "fastest": samples[0],
+        "slowest": samples[-1],
+        "planned_gib": planned,
+        "compile_s": compile_s,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", nargs="+", default=["bf16", "tf32", "fp32"], choices=["bf16", "tf32", "fp32"])
+    parser.add_argument("--model", default="MambaHoME", choices=list(MODEL_SIZES))
+    parser.add_argument("--classes", type=int, default=16)
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--shrink", type=int, default=1, help="divide the windows, for a try on a CPU")
+    parser.add_argument("--profile", action="store_true", help="list the kernels that take the time")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, JAX {jax.__version__}, Python {platform.python_version()}, {args.model}")
+    print("precision  windows                  ms (range)     published  planned GiB  compile s")
+    rows = []
+    for precision in args.precision:
+        for windows, size, published in CASES:
+            row = measure(args, precision, windows, size)
+            rows.append(row | {"published_ms": published[precision]})
+            print(
+                f"{precision:9s} {windows} x {size!s:16s} {row['ms']:9.1f} ({row['fastest']:.1f}-{row['slowest']:.1f})"
+                f" {published[precision]:9d} ms {row['planned_gib']:9.1f} {row['compile_s']:9.1f}",
+                flush=True,
+            )
+    if args.json:
+        about = {"device": device.device_kind, "jax": jax.__version__}
+        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Time one training step of the published network: forward, DiceCE, backward, AdamW, on random patches.
+
+python benchmarks/train_step.py --precision bf16 tf32 fp32 --json train_step.json
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from profiling import print_kernel_times
+
+from mambahome_jax.config import MODEL_SIZES, ModelConfig
+from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.training.losses import dice_ce
+from mambahome_jax.training.optimizer import OptimizerConfig, make_optimizer
+from mambahome_jax.training.sharding import batch_sharding, make_mesh
+from mambahome_jax.training.step import init_state, make_train_step
+
+# Patched published code on one H200, torch 2.11, cuDNN benchmark, mamba_ssm kernels: ms and GiB for 2 x 128^3.
+PUBLISHED = {"fp32": (1300, 25.9), "tf32": (590, 25.9), "bf16": (501, 16.1)}
+PEAK_TFLOPS = {"H200": {"bf16": 989, "tf32": 495, "fp32": 67}, "H100": {"bf16": 989, "tf32": 495, "fp32": 67}}
+
+
+def make_step(config: ModelConfig, precision, devices: int, strategy):
+    """The compiled step's ingredients: (step, state, mesh)."""
+    model = MambaHoME(config, rngs=nnx.Rngs(0), precision=precision)
+    graphdef, params = nnx.split(model)
+    mesh = make_mesh(jax.devices()[:devices])
+    optimizer = make_optimizer(OptimizerConfig())
+    state = init_state(nnx.to_pure_dict(params), optimizer, mesh, strategy)
+    return make_train_step(graphdef, optimizer, dice_ce, mesh, seed=0, strategy=strategy), state, mesh
+
+
+def random_batch(mesh, batch: int, patch: tuple[int, ...], channels: int, classes: int) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal((batch, *patch, channels), dtype=np.float32)
+    label = rng.integers(0, classes, (batch, *patch)).astype(np.int32)
+    return jax.device_put({"image": image, "label": label}, batch_sharding(mesh))
+
+
+def peak_tflops(precision: str) -> float:
+    kind = jax.devices()[0].device_kind
+    return next((peaks[precision] for name, peaks in PEAK_TFLOPS.items() if name in kind), float("nan"))
+
+
+def measure(args: argparse.Namespace, precision: str) -> dict[str, Any]:
+    config = replace(
+        MODEL_SIZES[args.model].model, in_chans=1, out_chans=args.classes, use_checkpoint=args.use_checkpoint
+    )
+    step, state, mesh = make_step(config, precision, args.num_devices, args.strategy)
+    batch = random_batch(mesh, args.batch * args.num_devices, tuple(args.patch), 1, args.classes)
+    start = time.perf_counter()
+    compiled = step.lower(state, batch).compile()
+    compile_s = time.perf_counter() - start
+    cost = compiled.cost_analysis() or {}
+    analysis = compiled.memory_analysis()
+    planned = (analysis.temp_size_in_bytes + analysis.argument_size_in_bytes) / 2**30 if analysis else float("nan")
+    for _ in range(args.warm_up):
+        state, metrics = compiled(state, batch)
+    jax.block_until_ready(metrics)
+    samples = []
+    for _ in range(args.runs):
+        start = time.perf_counter()
+        state, metrics = compiled(state, batch)
+        jax.block_until_ready(metrics)
+        samples.append((time.perf_counter() - start) * 1e3)
+    samples.sort()
+    ms = statistics.median(samples)
+    stats = jax.devices()[0].memory_stats() or {}
+    row = {
+        "precision": precision,
+        "ms": ms,
+        "fastest": samples[0],
+        "slowest": samples[-1],
+        "images_per_s": args.batch * args.num_devices / ms * 1e3,
+        "peak_gib": stats.get("peak_bytes_in_use", float("nan")) / 2**30,
+        "planned_gib": planned,
+        "compile_s": compile_s,
+        "tflops": cost.get("flops", float("nan")) / ms / 1e9,
+        "loss": float(metrics["loss"]),
+    }
+    row["of_peak"] = row["tflops"] / peak_tflops(precision)
+    if args.profile:
+        held = [state]
+
+        def call():
+            held[0], metrics = compiled(held[0], batch)
+            return metrics
+
+        print_kernel_times(call)
+    return row
+
+
+def print_row(row: dict[str, Any]) -> None:
+    published = PUBLISHED[row["precision"]]
+    print(
+        f"{row['precision']:9s} {row['ms']:8.1f} ({row['fastest']:.1f}-{row['slowest']:.1f}) {row['images_per_s']:8.2f}"
+        f" {row['peak_gib']:9.1f} {row['planned_gib']:9.1f} {row['compile_s']:9.1f} {row['tflops']:8.0f}"
+        f" {row['of_peak']:6.0%}   {published[0]:6d} ms {published[1]:5.1f} GiB   loss {row['loss']:.4f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", nargs="+", default=["bf16", "tf32", "fp32"], choices=list(PUBLISHED))
+    parser.add_argument("--model", default="MambaHoME", choices=list(MODEL_SIZES))
+    parser.add_argument("--batch", type=int, default=2, help="patches on each device")
+    parser.add_argument("--patch", nargs=3, type=int, default=[128, 128, 128])
+    parser.add_argument("--classes", type=int, default=16)
+    parser.add_argument("--use_checkpoint", action="store_true")
+    parser.add_argument("--num_devices", type=int, default=1)
+    parser.add_argument("--strategy", default="ddp", choices=["ddp", "fsdp"])
+    parser.add_argument("--runs", type=int, default=15)
+    parser.add_argument("--warm_up", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="list the kernels that take the time")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    device = jax.devices()[0]
+    print(f"{args.num_devices} x {device.device_kind}, JAX {jax.__version__}, Python {platform.python_version()}")
+    print(f"{args.model}, {args.batch} x {args.patch} each, {args.classes} classes, {args.strategy}; ms are medians")
+    print("precision       ms (range)   images/s  peak GiB  planned  compile s  TFLOP/s  of peak   published")
+    rows = [measure(args, precision) for precision in args.precision]
+    for row in rows:
+        print_row(row)
+    if args.json:
+        about = {"device": device.device_kind, "jax": jax.__version__, **{k: str(v) for k, v in vars(args).items()}}
+        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
