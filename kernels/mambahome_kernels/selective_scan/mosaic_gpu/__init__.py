@@ -53,7 +53,9 @@ class _Prepared:
     def __init__(self, inputs: ScanInputs, s: Sizes):
         def wide(a):
             words = 16 // a.dtype.itemsize
-            return _pad(a, math.ceil(a.shape[-1] / words) * words)
+            # A copy as wide as the array is not cut off at the end of a sequence: its last rows would land in the next
+            # batch entry (seen with JAX 0.11.2).
+            return _pad(a, max(WARP + words, math.ceil(a.shape[-1] / words) * words))
 
         def vector(a):
             return jnp.zeros((1, s.channels), F32) if a is None else _pad(a.astype(F32)[None], s.channels)
