@@ -170,6 +170,11 @@ def _strip_prefixes(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return tensors
 
 
+def _data_of(values: Mapping[str, Any]) -> DataProperties | None:
+    """From the entry "data" of a configuration, None where there is none."""
+    return DataProperties.from_json(values["data"]) if isinstance(values.get("data"), Mapping) else None
+
+
 def read_weights(path: Path | str) -> Weights:
     """Read a checkpoint folder, or published weights in .pth, .npz or .safetensors.
 
@@ -190,8 +195,7 @@ def read_weights(path: Path | str) -> Weights:
             config = config_of_shapes({name: array.shape for name, array in tensors.items()}, model)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        data = DataProperties.from_json(values["data"]) if isinstance(values.get("data"), Mapping) else None
-        return Weights(_from_official(path, tensors, config), config, data)
+        return Weights(_from_official(path, tensors, config), config, _data_of(values))
     if path.suffix in FORMATS and not path.exists():
         raise CheckpointError(f"{path}: no such file. Check the path")
     if path.is_file():
@@ -200,8 +204,7 @@ def read_weights(path: Path | str) -> Weights:
     config = config_from_json(values["model"], path)
     params = {dotted(p): np.asarray(leaf) for p, leaf in _leaves(read_checkpoint_params(path)).items()}
     _faults(path, {n: a.shape for n, a in params.items()}, {n: shape for n, (_, shape) in _shapes(config).items()})
-    data = DataProperties.from_json(values["data"]) if isinstance(values.get("data"), Mapping) else None
-    return Weights(params, config, data)
+    return Weights(params, config, _data_of(values))
 
 
 def config_from_json(values: Mapping[str, Any], source: Path | str) -> ModelConfig:
