@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -83,6 +84,8 @@ def run(config: InferConfig) -> int:
         raise ConfigError(f"{config.output_dir}: --output_dir holds the scans themselves. Name another folder")
     _open_output(config)
     model = load_model(config.model_path, precision=config.precision)
+    # Bound to its device as in validation, so that the program which that compiled is found in the cache.
+    nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
     settings = settings_for(
         model,
         spacing=config.spacing,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from mambahome_jax.data.store import Store
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.metrics import dice
 from mambahome_jax.imaging.intensity import normalise
+from mambahome_jax.inference.segment import apply_network
 from mambahome_jax.inference.sliding_window import sliding_window
 from mambahome_jax.training.loop import Validation
 
@@ -40,10 +42,6 @@ def make_validate(
     cannot be read counts as a failure and the others go on.
     """
 
-    @jax.jit
-    def network(params: Any, windows: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, params)(windows)
-
     most_likely = jax.jit(lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.uint8))
     values = sorted(settings.labels)
 
@@ -62,7 +60,7 @@ def make_validate(
                 failures.append((case, str(error)))
                 continue
             logits = sliding_window(
-                lambda windows: network(params, windows),
+                partial(apply_network, graphdef, params),
                 image,
                 settings.patch_size,
                 settings.overlap,

@@ -185,12 +185,12 @@ def predictor(model: Any) -> Callable[[jax.Array], Any]:
     """The model as a function of windows (n, *roi, in); an nnx.Module compiled, once for each shape of windows."""
     if not isinstance(model, nnx.Module):
         return model
-    graph, state = nnx.split(model)
-    return partial(_apply, graph, state)
+    return partial(apply_network, *nnx.split(model))
 
 
 @partial(jax.jit, static_argnums=0)
-def _apply(graph, state, windows):
+def apply_network(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:
+    """Logits of windows. Validation calls it too, so that inference finds it compiled in the cache."""
     return nnx.merge(graph, state)(windows)
 
 
