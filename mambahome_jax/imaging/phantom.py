@@ -19,7 +19,7 @@ from mambahome_jax.errors import OutputError
 from mambahome_jax.imaging.geometry import reorient
 from mambahome_jax.imaging.volume import Volume, write_volume
 
-LABELS = {1: "liver", 2: "spleen", 3: "kidney_left", 4: "kidney_right", 5: "aorta"}
+LABELS = {1: "liver", 2: "spleen", 3: "kidneys", 4: "aorta"}
 
 _ORIENTATIONS = ("RAS", "LPS", "LAS", "LAI", "PSR", "RPS", "ASL", "LPI")
 _FIELD_OF_VIEW = (330.0, 252.0, 200.0)  # mm
@@ -140,8 +140,9 @@ def _paint(x: np.ndarray, y: np.ndarray, z: np.ndarray, rng: np.random.Generator
         return _ellipsoid(cos * u + sin * w, y - c[1], cos * w - sin * u, r)
 
     fat, muscle = rng.uniform(-115, -90), rng.uniform(45, 65)
-    blood = rng.uniform(190, 290)
-    liver_hu = rng.uniform(90, 125)
+    # Portal inflow phase, some 40 s after the contrast medium: aorta, kidneys, spleen, liver from bright to dull.
+    blood = rng.uniform(240, 300)
+    liver_hu = rng.uniform(85, 105)
     belly = rng.uniform(10, 26)  # mm of fat under the skin
 
     skin = _cylinder(x, y, 150.0, 106.0)
@@ -162,7 +163,7 @@ def _paint(x: np.ndarray, y: np.ndarray, z: np.ndarray, rng: np.random.Generator
     column = np.hypot(x, (y + 62) * 1.1)
     height = (z + rng.uniform(-15, 15)) / 34
     disc = np.abs(height - np.rint(height)) * 34 < 4
-    put(column - 22, np.where(disc, 85.0, np.where(column > 18, rng.uniform(330, 450), rng.uniform(170, 240))))
+    put(column - 22, np.where(disc, 85.0, np.where(column > 18, rng.uniform(330, 450), rng.uniform(120, 170))))
     put(np.maximum(np.hypot(x, y + 96) - 14, np.abs(x) - 9), rng.uniform(280, 400))
     put(np.hypot(x, y + 93) - 7.5, 30.0)
 
@@ -184,17 +185,17 @@ def _paint(x: np.ndarray, y: np.ndarray, z: np.ndarray, rng: np.random.Generator
 
     # Pancreas and vena cava: unlabelled neighbours that look much like what is labelled.
     put(_tube(x, y, z, rng.uniform(-4, 4, (5, 3)) + _PANCREAS, 11.0), rng.uniform(80, 105))
-    put(np.hypot(x - 24 - 4 * np.sin(z / 45), y + 26) - rng.uniform(9, 12), rng.uniform(110, 165))
+    put(np.hypot(x - 24 - 4 * np.sin(z / 45), y + 26) - rng.uniform(9, 12), rng.uniform(80, 120))
 
     kidneys = {}
-    for label, side, low in ((3, -1, 0.0), (4, 1, 14.0)):
+    for side, low in ((-1, 0.0), (1, 14.0)):
         kidney = blob((side * 62, -36, -18 - low), (26, 23, 48), side * -10.0)
         hilum = _ellipsoid(x - side * 40, y + 32, z + 18 + low, (15.0, 12.0, 16.0))
-        kidneys[label] = np.maximum(kidney, -hilum)
+        kidneys[side] = np.maximum(kidney, -hilum)
 
     gallbladder = blob((52, 44, -8), (14, 15, 22))
     liver = _smooth_union(blob((68, 6, 34), (66, 70, 64)), blob((8, 46, 46), (62, 32, 32)), 14.0)
-    liver = np.maximum.reduce([liver, cavity + 5, below + 6, 4 - kidneys[4], 2 - gallbladder, 3 - stomach])
+    liver = np.maximum.reduce([liver, cavity + 5, below + 6, 4 - kidneys[1], 2 - gallbladder, 3 - stomach])
     put(gallbladder, rng.uniform(0, 20))
     put(liver, liver_hu, 1)
     for _ in range(5):
@@ -202,14 +203,16 @@ def _paint(x: np.ndarray, y: np.ndarray, z: np.ndarray, rng: np.random.Generator
         vessel = _tube(x, y, z, np.array([middle - direction, middle + direction]), 4.0)
         put(np.maximum(vessel, liver + 4), liver_hu + 45)
 
-    spleen = np.maximum.reduce([blob((-92, -18, 36), (30, 48, 46)), cavity + 5, below + 6, 4 - kidneys[3], 3 - stomach])
-    put(spleen, liver_hu + rng.uniform(-5, 25), 2)
-    cortex = rng.uniform(170, 215)
-    for label, kidney in kidneys.items():
-        put(kidney, np.where(kidney < -9, cortex - 35, cortex), label)
+    spleen = np.maximum.reduce(
+        [blob((-92, -18, 36), (30, 48, 46)), cavity + 5, below + 6, 4 - kidneys[-1], 3 - stomach]
+    )
+    put(spleen, liver_hu + rng.uniform(35, 50), 2)
+    cortex = rng.uniform(185, 215)
+    for kidney in kidneys.values():
+        put(kidney, np.where(kidney < -9, cortex - 15, cortex), 3)
     bend = rng.uniform(-6, 6, 2).tolist()
-    aorta = np.hypot(x + 9 + bend[0] * np.sin(z / 40), y + 28 + bend[1] * np.cos(z / 55)) - rng.uniform(11.5, 14)
-    put(aorta, blood, 5)
+    aorta = np.hypot(x + 9 + bend[0] * np.sin(z / 40), y + 28 + bend[1] * np.cos(z / 55)) - rng.uniform(13, 15.5)
+    put(aorta, blood, 4)
     return hu, labels
 
 
