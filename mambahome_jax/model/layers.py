@@ -1,5 +1,6 @@
 """Linear and convolutional layers, channels-last, with torch's initial values as the published code has them."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -21,6 +22,9 @@ _PRECISIONS: dict[Precision, lax.Precision] = {
 
 # Voxels up to which XLA's own 3-D convolution costs little even on a CPU; it compiles faster than a sum of slices.
 _SMALL_GRID = 1024
+
+# Products up to which a float32 convolution is summed in float64 on a CPU, where that takes about as long.
+_FEW_PRODUCTS = 2**25
 
 
 def lax_precision(precision: Precision) -> lax.Precision:
@@ -74,10 +78,18 @@ def conv3d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision
     """3-D correlation of (batch, depth, height, width, inputs) with (kd, kh, kw, inputs, outputs).
 
     Where the kernel is 1 wide, or as wide as the stride, it is one matrix product. XLA's 3-D convolution is slow on a
-    CPU: there the sum of 2-D convolutions over depth-shifted slices is several times faster on large grids.
+    CPU: there the sum of 2-D convolutions over depth-shifted slices is several times faster on large grids, and small
+    float32 ones are summed in float64, since most of the network's round-off comes from these sums.
     """
+    if x.dtype == jnp.float32 and precision == "fp32" and jax.default_backend() == "cpu":
+        outputs = [(length + 2 * padding - kernel.shape[0]) // stride + 1 for length in x.shape[1:4]]
+        if x.shape[0] * math.prod(outputs) * kernel.size <= _FEW_PRODUCTS:
+            return _conv3d_in_float64(stride, padding, x, kernel)
+    return _conv3d(x, kernel, stride, padding, lax_precision(precision))
+
+
+def _conv3d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, exact: lax.Precision) -> jax.Array:
     kd, kh, kw, inputs, outputs = kernel.shape
-    exact = lax_precision(precision)
     if kd == kh == kw == stride and padding == 0:
         batch, depth, height, width, _ = x.shape
         x = x.reshape(batch, depth // kd, kd, height // kh, kh, width // kw, kw, inputs)
@@ -90,6 +102,44 @@ def conv3d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision
     return lax.conv_general_dilated(
         x, kernel, (stride,) * 3, [(padding, padding)] * 3, dimension_numbers=numbers, precision=exact
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _conv3d_in_float64(stride: int, padding: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """conv3d of float32, summed in float64 and rounded once, also where JAX x64 is off; gradients in float32.
+
+    For each depth of the kernel a matrix product with the rows of neighbours, which are gathered one axis at a time:
+    all at once takes XLA many times as long to compile.
+    """
+    size, outputs = kernel.shape[0], kernel.shape[-1]
+    batch, *grid = x.shape[:4]
+    depth, height, width = ((length + 2 * padding - size) // stride + 1 for length in grid)
+
+    def shifted(x: jax.Array, axis: int, length: int) -> list[jax.Array]:
+        return [lax.slice_in_dim(x, i, i + stride * (length - 1) + 1, stride, axis) for i in range(size)]
+
+    with jax.enable_x64(True):
+        x = jnp.pad(x, ((0, 0), *[(padding, padding)] * 3, (0, 0)))
+        x = jnp.concatenate(shifted(x, 3, width), axis=-1)
+        x = jnp.concatenate(shifted(x, 2, height), axis=-1)
+        wide = kernel.astype(jnp.float64).reshape(size, -1, outputs)
+        total = jnp.zeros((), jnp.float64)
+        for taken, weights in zip(shifted(x, 1, depth), wide, strict=True):
+            rows = taken.reshape(-1, taken.shape[-1]).astype(jnp.float64)
+            total = total + jnp.matmul(rows, weights, precision=lax.Precision.HIGHEST)
+        return total.astype(jnp.float32).reshape(batch, depth, height, width, outputs)
+
+
+def _conv3d_in_float64_forward(stride: int, padding: int, x: jax.Array, kernel: jax.Array):
+    return _conv3d_in_float64(stride, padding, x, kernel), (x, kernel)
+
+
+def _conv3d_in_float64_backward(stride: int, padding: int, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array):
+    _, transposed = jax.vjp(lambda x, kernel: _conv3d(x, kernel, stride, padding, lax.Precision.HIGHEST), *saved)
+    return transposed(cotangent)
+
+
+_conv3d_in_float64.defvjp(_conv3d_in_float64_forward, _conv3d_in_float64_backward)
 
 
 def _conv3d_by_slices(x: jax.Array, kernel: jax.Array, stride: int, padding: int, exact: lax.Precision) -> jax.Array:

@@ -12,11 +12,8 @@ from mambahome_jax.model.encoder import Stage
 from mambahome_jax.model.network import MambaHoME
 from tests.conftest import REDUCED, golden_path, load_golden
 
-# Some ReLU's arguments lie below what float32 resolves: input b has one of 7e-7 at 1/4 of the grid, where the error is
-# 1e-6. Where one changes sign by round-off, which depends on the compiler's options, the gradients upstream of it
-# change by some 1e-2, single small ones by more. So in float32 all of them together and their median are checked, and
-# each of them in float64.
-DEEP_FLIP = 3e-2
+# What float32 reaches on a CPU, as the golden's page says: these two gradients are small sums of large terms.
+HARD_IN_FLOAT32 = ("encoder1.layer.conv3.conv.weight", "mamba_encoder.mamba_blocks.2.1.norm.alpha")
 
 
 def _expected():
@@ -66,7 +63,7 @@ def _forward_and_gradients(x: np.ndarray, dtype):
 @pytest.mark.parametrize("which", ["input_a", "input_b"])
 @pytest.mark.parametrize(
     ("dtype", "values", "gradient", "zero"),
-    [(jnp.float32, 3e-5, DEEP_FLIP, 1e-5), (jnp.float64, 1e-9, 1e-8, 1e-13)],
+    [(jnp.float32, 3e-5, 1e-4, 1e-5), (jnp.float64, 1e-9, 1e-8, 1e-13)],
     ids=["float32", "float64"],
 )
 def test_logits_stages_and_gradients(expected, which, dtype, values, gradient, zero, x64):
@@ -89,12 +86,9 @@ def test_logits_stages_and_gradients(expected, which, dtype, values, gradient, z
         errors[name] = abs(np.linalg.norm(got) - norm) / norm
         if f"{which}/grad/{name}" in expected:
             errors[name] = max(errors[name], np.linalg.norm(got - expected[f"{which}/grad/{name}"]) / norm)
-    if dtype == jnp.float64:
-        assert max(errors.values()) <= gradient, max(errors, key=errors.__getitem__)
-    else:
-        total = np.sqrt(sum((errors[name] * norms[name]) ** 2 for name in errors) / sum(n**2 for n in norms.values()))
-        assert total <= gradient
-        assert np.median(list(errors.values())) <= gradient
+    for name, error in errors.items():
+        hard = dtype == jnp.float32 and name in HARD_IN_FLOAT32
+        assert error <= (1e-2 if hard else gradient), name
 
 
 def test_rematerialisation_changes_no_number(x64):
