@@ -308,7 +308,7 @@ class DemoConfig:
     """Scans to train on."""
     test_cases: int = 4
     """Unseen scans to segment and score."""
-    steps: int = 200
+    steps: int = 160
     """Training steps."""
     seed: int = 0
     """Seed of the phantoms and of training."""
