@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +16,10 @@ import numpy as np
 import pytest
 from mambahome_kernels import Unsupported, choose_backend, selective_scan
 from mambahome_kernels.selective_scan import reference
+from mambahome_kernels.selective_scan.api import _scan
 from mambahome_kernels.selective_scan.base import ScanInputs
 
-from tests.conftest import load_golden
+from tests.conftest import ROOT, load_golden
 
 OLD = jax.__version_info__ < (0, 11)
 needs_pallas = pytest.mark.skipif(OLD, reason=f"the kernel needs JAX 0.11 or newer, this is {jax.__version__}")
@@ -141,23 +141,21 @@ def test_golden_in_the_interpreter():
 
 
 @needs_pallas
-def test_vmap_grad_and_remat(capfd):
+def test_vmap_and_grad():
     inputs = scan_inputs(7, 2, 9, 4, 4)
     arrays = inputs._asdict()
 
-    def loss(x, rest):
-        return jnp.sum(jnp.sin(selective_scan(x, **rest, softplus=True, backend="mosaic_gpu")[0]))
+    def loss(x, rest, backend):
+        return jnp.sum(jnp.sin(selective_scan(x, **rest, softplus=True, backend=backend)[0]))
 
     rest = {k: v for k, v in arrays.items() if k != "x"}
     shared = ("A", "D", "dt_bias")
     axes = {k: None if k in shared else 0 for k in rest}
     with mosaic_gpu.interpreted():
-        plain = jax.grad(jax.checkpoint(loss))(arrays["x"], rest)
         each = {k: v if k in shared else v[:, None] for k, v in rest.items()}
-        mapped = jax.vmap(jax.grad(loss), in_axes=(0, axes))(arrays["x"][:, None], each)
-    np.testing.assert_allclose(np.asarray(mapped)[:, 0], plain, rtol=1e-5, atol=1e-6)
-    wanted = jax.grad(lambda x: jnp.sum(jnp.sin(selective_scan(x, **rest, softplus=True, backend="xla")[0])))(inputs.x)
-    np.testing.assert_allclose(plain, wanted, rtol=1e-4, atol=1e-5)
+        mapped = jax.vmap(jax.grad(loss), in_axes=(0, axes, None))(arrays["x"][:, None], each, "mosaic_gpu")
+    wanted = jax.grad(loss)(inputs.x, rest, "reference")
+    np.testing.assert_allclose(np.asarray(mapped)[:, 0], wanted, rtol=1e-4, atol=1e-5)
 
 
 def both(inputs: ScanInputs, dy):
@@ -210,6 +208,37 @@ def test_lowers_for_cuda(variant):
     assert lowered.as_text().count("@mosaic_gpu_v2") == 6  # 2 + carry forward, 2 + carry backward
 
 
+def kernels_in(function, *arguments) -> int:
+    """Kernel launches in what is lowered for CUDA."""
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2")
+
+
+def summed(inputs: ScanInputs):
+    y, last = _scan(True, "mosaic_gpu")(inputs)
+    return jnp.sum(y) + jnp.sum(last)
+
+
+@needs_pallas
+@pytest.mark.parametrize(
+    ("transform", "launches"),
+    [(lambda f: f, 3), (jax.grad, 6), (lambda f: jax.grad(jax.checkpoint(f)), 6)],
+    ids=["forward", "grad", "remat"],
+)
+def test_launches_under_transformations(transform, launches):
+    """Rematerialised, the forward pass runs again for its residual; the first one's result is the sum alone."""
+    assert kernels_in(transform(summed), shapes("float32", 96, 64, 16)) == launches
+
+
+@needs_pallas
+def test_a_mapped_batch_is_one_larger_batch():
+    mapped = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype), shapes("float32", 96, 64, 16)._asdict()
+    )
+    mapped |= {k: jax.ShapeDtypeStruct(mapped[k].shape[1:], jnp.float32) for k in ("A", "D", "dt_bias")}
+    axes = {k: None if k in ("A", "D", "dt_bias") else 0 for k in mapped}
+    assert kernels_in(jax.vmap(lambda i: jax.grad(summed)(ScanInputs(**i)), in_axes=(axes,)), mapped) == 6
+
+
 HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 
@@ -218,9 +247,9 @@ HAS_PLUGIN = importlib.util.find_spec("jax_cuda13_plugin") is not None
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v[2] in (262144, 512)], ids=str)
 def test_machine_code_spills_no_register(variant, tmp_path):
     """Two blocks of the backward kernel, four of each other one, fit on a multiprocessor."""
-    command = [sys.executable, str(Path(__file__).with_name("compile_for_hopper.py")), *map(str, variant)]
+    command = [sys.executable, "-m", "tests.kernels.compile_for_hopper", *map(str, variant)]
     env = os.environ | {"MOSAIC_GPU_DUMP_TO": str(tmp_path), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     reports = sorted(tmp_path.glob("*.ptxas"))
     assert len(reports) == 6

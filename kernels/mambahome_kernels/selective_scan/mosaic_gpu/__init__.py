@@ -17,6 +17,7 @@ from mambahome_kernels.selective_scan.mosaic_gpu.carry import carry_over
 from mambahome_kernels.selective_scan.mosaic_gpu.interpret import interpreted, interpreting
 from mambahome_kernels.selective_scan.mosaic_gpu.lanes import F32, LOG2E, TILE, WARP, WARPS, Sizes
 from mambahome_kernels.selective_scan.mosaic_gpu.launch import Options
+from mambahome_kernels.selective_scan.mosaic_gpu.partition import over_batch
 
 __all__ = ["BACKEND", "Options", "interpreted"]
 
@@ -30,11 +31,14 @@ def sizes_of(inputs: ScanInputs, softplus: bool, chunk: int | None = None) -> Si
     batch, length, d_inner = inputs.x.shape
     d_state = 8 if inputs.A.shape[1] <= 8 else 16
     units = pl.cdiv(d_inner, WARP)
-    if chunk is None:
+    given = chunk is not None
+    if not given:
         chunk = pl.cdiv(length, max(1, _WARPS_PER_CORE * _cores() // (batch * units)))
     tiles = max(1, pl.cdiv(chunk, TILE))
     whole_blocks = WARPS // math.gcd(units, WARPS)
     chunks = pl.cdiv(pl.cdiv(length, tiles * TILE), whole_blocks) * whole_blocks
+    if not given:
+        tiles = pl.cdiv(length, chunks * TILE)  # fewer, where rounding would have left chunks without a step
     return Sizes(batch, length, d_inner, d_state, tiles, chunks, softplus, inputs.z is not None)
 
 
@@ -74,7 +78,7 @@ class _Prepared:
         return jnp.pad(a, ((0, 0), (0, s.d_state - a.shape[1]), (0, 0)))
 
 
-def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True, options: Options = DEFAULT, chunk=None):
+def _states(inputs: ScanInputs, softplus: bool, keep: bool, options: Options, chunk):
     s = sizes_of(inputs, softplus, chunk)
     p = _Prepared(inputs, s)
     ends, total = forward.ends(s, p.x, p.dt, p.B, p.rates, p.bias, options)
@@ -86,17 +90,15 @@ def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True, options: Opt
     y, *kept = forward.outputs(s, p.x, p.dt, p.B, p.C, p.z, p.rates, p.bias, p.skip, starts, options, keep)
     states = inputs.A.shape[1]
     last = last[:, :states, : s.d_inner].swapaxes(1, 2)
-    return y[..., : s.d_inner], last, (kept[0], total) if keep else None
+    return y[..., : s.d_inner], last, kept[0] if keep else None
 
 
-def _backward(
-    inputs: ScanInputs, softplus: bool, residual, dy, dlast_state, options: Options = DEFAULT, chunk=None
-) -> ScanInputs:
+def _gradients(inputs: ScanInputs, softplus: bool, kept, dy, dlast_state, options: Options, chunk) -> ScanInputs:
+    """Those of A, D and dt_bias for each batch entry by itself, all others as the inputs; sums in float32."""
     s = sizes_of(inputs, softplus, chunk)
     p = _Prepared(inputs, s)
-    kept, total = residual
     dy = _pad(dy, p.x.shape[-1]).astype(p.x.dtype)
-    first = backward.starts(s, p.dt, p.z, dy, p.C, p.rates, p.bias, options)
+    first, total = backward.starts(s, p.dt, p.z, dy, p.C, p.rates, p.bias, options)
     ends, dinitial = carry_over(s, total, first, p.states(dlast_state, s), p.rates, options, reverse=True)
     dx, ddt, dz, sums, thin = backward.gradients(
         s, p.x, p.dt, p.B, p.C, p.z, dy, p.rates, p.bias, p.skip, kept, ends, options
@@ -104,21 +106,49 @@ def _backward(
     states, d = inputs.A.shape[1], s.d_inner
     thin = thin.sum(1)  # (batch, sums, 2, steps, states)
     dB, dC = (thin[:, :, k].reshape(s.batch, -1, s.d_state)[:, : s.length, :states] for k in range(2))
-    sums = sums.sum((0, 1))
-    return cast_gradients(
-        ScanInputs(
-            x=dx[..., :d],
-            dt=ddt[..., :d],
-            A=sums[:states, :d].T,
-            B=dB,
-            C=dC,
-            D=sums[s.d_state, :d],
-            z=None if dz is None else dz[..., :d],
-            dt_bias=sums[s.d_state + 1, :d],
-            initial_state=dinitial[:, :states, :d].swapaxes(1, 2),
-        ),
-        inputs,
+    sums = sums.sum(1)
+    return ScanInputs(
+        x=dx[..., :d],
+        dt=ddt[..., :d],
+        A=sums[:, :states, :d].swapaxes(1, 2),
+        B=dB,
+        C=dC,
+        D=sums[:, s.d_state, :d],
+        z=None if dz is None else dz[..., :d],
+        dt_bias=sums[:, s.d_state + 1, :d],
+        initial_state=dinitial[:, :states, :d].swapaxes(1, 2),
     )
+
+
+def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True, options: Options = DEFAULT, chunk=None):
+    def run(shared, batched):
+        return _states(_join(shared, batched), softplus, keep, options, chunk)
+
+    return over_batch(run)(*_split(inputs))
+
+
+def _backward(
+    inputs: ScanInputs, softplus: bool, residual, dy, dlast_state, options: Options = DEFAULT, chunk=None
+) -> ScanInputs:
+    def run(shared, batched):
+        own, *rest = batched
+        return _gradients(_join(shared, own), softplus, *rest, options, chunk)
+
+    shared, batched = _split(inputs)
+    gradients = over_batch(run)(shared, (batched, residual, dy, dlast_state))
+    return cast_gradients(gradients._replace(**{k: getattr(gradients, k).sum(0) for k in _SHARED}), inputs)
+
+
+_SHARED = ("A", "D", "dt_bias")  # by the whole batch
+
+
+def _split(inputs: ScanInputs) -> tuple[dict, dict]:
+    given = inputs._asdict()
+    return {k: given.pop(k) for k in _SHARED}, given
+
+
+def _join(shared: dict, batched: dict) -> ScanInputs:
+    return ScanInputs(**shared, **batched)
 
 
 def _why_not(inputs: ScanInputs) -> str | None:

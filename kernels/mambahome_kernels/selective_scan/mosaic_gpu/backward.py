@@ -40,12 +40,20 @@ _SUM_PITCH = LANES + 8  # floats from row to row: four rows that are read at onc
 
 
 def starts(sizes: Sizes, dt, z, dy, C, rates, bias, options: Options):
-    """Adjoint of the state before each chunk from a zero end: (batch, chunks, d_state, channels)."""
+    """Adjoint of the state before each chunk from a zero end: (batch, chunks, d_state, channels).
+
+    And the sum of delta (batch, chunks, channels): cheaper here than kept from the forward pass, whose chunks may
+    differ.
+    """
     s, n, slots = sizes, sizes.d_state, options.slots
     wide = [dt, dy] + ([z] if s.gated else [])
 
     def kernel(*refs):
-        ins, (C, rates, bias, first), refs = refs[: len(wide)], refs[len(wide) : len(wide) + 4], refs[len(wide) + 4 :]
+        ins, (C, rates, bias, first, total), refs = (
+            refs[: len(wide)],
+            refs[len(wide) : len(wide) + 5],
+            refs[len(wide) + 5 :],
+        )
         buffers, (cs, full) = refs[: len(wide)], refs[len(wide) :]
         team = workers(s.units)
         a = [[rates[k, at.channels] for k in range(n)] for at in team]
@@ -63,32 +71,37 @@ def starts(sizes: Sizes, dt, z, dy, C, rates, bias, options: Options):
         def compute(i, slot, carry):
             plgpu.barrier_wait(full.at[slot])
 
-            def step(k, g, w):
-                at, t = team[w], TILE - 1 - k
+            def step(k, carry, w):
+                at, t, (g, total) = team[w], TILE - 1 - k, carry
                 c = at.scalars(cs, slot, t, n)
                 dtv, dout = (at.row(buffer, slot, t) for buffer in buffers[:2])
                 if s.gated:
                     zv = at.row(buffers[2], slot, t)
                     dout = dout * (zv * sigmoid(zv))
-                delta = step_size(dtv, dt_bias[w], s.softplus).delta
-                return tuple(jnp.exp2(delta * r) * (v + dout * k) for r, v, k in zip(a[w], g, c, strict=True))
+                delta = step_size(dtv, dt_bias[w], s.softplus).delta * within(s, at, s.tiles - 1 - i, t)
+                g = tuple(jnp.exp2(delta * r) * (v + dout * k) for r, v, k in zip(a[w], g, c, strict=True))
+                return g, total + delta
 
             return tuple(
-                lax.fori_loop(0, TILE, lambda k, g, w=w: step(k, g, w), g, unroll=options.unroll)
-                for w, g in enumerate(carry)
+                lax.fori_loop(0, TILE, lambda k, c, w=w: step(k, c, w), c, unroll=options.unroll)
+                for w, c in enumerate(carry)
             )
 
-        carry = pipeline(s.tiles, slots, load, compute, tuple((zeros(),) * n for _ in team))
-        for at, g in zip(team, carry, strict=True):
+        none = tuple(((zeros(),) * n, zeros()) for _ in team)
+        for at, (g, sum_delta) in zip(team, pipeline(s.tiles, slots, load, compute, none), strict=True):
             for k in range(n):
                 first[at.batch, at.chunk, k, at.channels] = g[k]
+            total[at.batch, at.chunk, at.channels] = sum_delta
 
     return launch(
         kernel,
         options,
         groups=s.chunks * s.units // WARPS,
         batch=s.batch,
-        out_type=jax.ShapeDtypeStruct((s.batch, s.chunks, n, s.channels), F32),
+        out_type=[
+            jax.ShapeDtypeStruct((s.batch, s.chunks, n, s.channels), F32),
+            jax.ShapeDtypeStruct((s.batch, s.chunks, s.channels), F32),
+        ],
         scratch_types=[
             *(tile_buffer(a, slots) for a in wide),
             tile_buffer(C, slots, n),
@@ -127,7 +140,9 @@ def gradients(sizes: Sizes, x, dt, B, C, z, dy, rates, bias, skip, kept, ends, o
                     plgpu.copy_gmem_to_smem(source.at[at.batch, rows, at.columns], buffer.at[at.tile(slot)], barrier)
                 plgpu.copy_gmem_to_smem(B.at[at.batch, rows], bs.at[at.tile(slot)], barrier)
                 plgpu.copy_gmem_to_smem(C.at[at.batch, rows], cs.at[at.tile(slot)], barrier)
-                source = kept.at[at.batch, at.chunk * s.tiles + tile, pl.ds(0, n), at.columns]
+                # Past the end of the sequence any state will do: no step there changes anything.
+                here = jnp.minimum(at.chunk * s.tiles + tile, s.kept - 1)
+                source = kept.at[at.batch, here, pl.ds(0, n), at.columns]
                 plgpu.copy_gmem_to_smem(source, before.at[at.tile(slot)], barrier)
 
             copies(team, copy)
@@ -158,9 +173,8 @@ def gradients(sizes: Sizes, x, dt, B, C, z, dy, rates, bias, skip, kept, ends, o
                 at.put(out_buffers[2], 0, t, dout * plain * gate * (1.0 + zv * (1.0 - gate)))
                 dout = dout * (zv * gate)
             g = [v + dout * k for v, k in zip(g, c, strict=True)]
-            for k in range(n):
-                products[row + k, at.lanes] = g[k] * dx
-                products[SUM_ROWS // 2 + row + k, at.lanes] = h[k] * dout
+            pairs = ((v * dx, u * dout) for v, u in zip(g, h, strict=True))
+            at.put_rows(products, (row, SUM_ROWS // 2 + row), pairs)
             du = dot(g, b)
             carried = [jnp.exp2(delta * r) * v for r, v in zip(a[w], g, strict=True)]
             pulled = [v * p for v, p in zip(carried, h_before, strict=True)]

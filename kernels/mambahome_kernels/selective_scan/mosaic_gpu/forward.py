@@ -2,6 +2,7 @@
 
 import jax
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mambahome_kernels.selective_scan.mosaic_gpu.lanes import (
@@ -83,7 +84,7 @@ def ends(sizes: Sizes, x, dt, B, rates, bias, options: Options):
 
 
 def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Options, keep: bool):
-    """y as x, and with `keep` the state before every tile (batch, chunks * tiles, d_state, channels)."""
+    """y as x, and with `keep` the state before every tile (batch, tiles of the sequence, d_state, channels)."""
     s, n, slots = sizes, sizes.d_state, options.slots
     wide = [x, dt] + ([z] if s.gated else [])
 
@@ -110,8 +111,13 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
             plgpu.barrier_wait(full.at[slot])
             if kept is not None:
                 for at, h in zip(team, carry, strict=True):
-                    for k in range(n):
-                        kept[at.batch, at.chunk * s.tiles + i, k, at.channels] = h[k]
+                    tile = at.chunk * s.tiles + i
+
+                    @pl.when(tile < s.kept)
+                    def _(at=at, tile=tile, h=h):
+                        for k in range(n):
+                            kept[at.batch, tile, k, at.channels] = h[k]
+
             plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
 
             def step(t, h, w):
@@ -144,7 +150,7 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
 
     out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
     if keep:
-        out_type.append(jax.ShapeDtypeStruct((s.batch, s.chunks * s.tiles, n, s.channels), F32))
+        out_type.append(jax.ShapeDtypeStruct((s.batch, s.kept, n, s.channels), F32))
     return launch(
         kernel,
         options,

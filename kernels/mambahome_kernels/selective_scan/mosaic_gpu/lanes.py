@@ -55,6 +55,11 @@ class Sizes(NamedTuple):
         return self.tiles * TILE
 
     @property
+    def kept(self) -> int:
+        """Tiles before which the forward pass keeps the state: those of the sequence, however it is cut into chunks."""
+        return pl.cdiv(self.length, TILE)
+
+    @property
     def units(self) -> int:
         """In each chunk."""
         return pl.cdiv(self.d_inner, WARP)
@@ -122,7 +127,20 @@ class Worker(NamedTuple):
 
     def scalars(self, buffer, slot, t, n: int) -> list[jax.Array]:
         """One row of B or C. Read before any arithmetic of the step, so that the compiler reads four at a time."""
+        if interpreting():  # where every access takes long
+            row = buffer[self.tile(slot), t]
+            return [row[k] for k in range(n)]
         return [buffer[self.tile(slot), t, k] for k in range(n)]
+
+    def put_rows(self, buffer, firsts, values) -> None:
+        """Tuples of vectors into consecutive rows of 128, from `firsts` on, each worker into its own piece."""
+        if interpreting():  # where every access takes long
+            for first, column in zip(firsts, zip(*values, strict=True), strict=True):
+                buffer[pl.ds(first, len(column)), self.lanes] = jnp.stack(column)
+            return
+        for k, vectors in enumerate(values):
+            for first, vector in zip(firsts, vectors, strict=True):
+                buffer[first + k, self.lanes] = vector
 
 
 def workers(units: int) -> list[Worker]:
