@@ -31,13 +31,11 @@ def sizes_of(inputs: ScanInputs, softplus: bool, chunk: int | None = None) -> Si
     batch, length, d_inner = inputs.x.shape
     d_state = 8 if inputs.A.shape[1] <= 8 else 16
     units = pl.cdiv(d_inner, WARP)
-    given = chunk is not None
-    if not given:
-        chunk = pl.cdiv(length, max(1, _WARPS_PER_CORE * _cores() // (batch * units)))
-    tiles = max(1, pl.cdiv(chunk, TILE))
+    steps = chunk or pl.cdiv(length, max(1, _WARPS_PER_CORE * _cores() // (batch * units)))
+    tiles = max(1, pl.cdiv(steps, TILE))
     whole_blocks = WARPS // math.gcd(units, WARPS)
     chunks = pl.cdiv(pl.cdiv(length, tiles * TILE), whole_blocks) * whole_blocks
-    if not given:
+    if chunk is None:
         tiles = pl.cdiv(length, chunks * TILE)  # fewer, where rounding would have left chunks without a step
     return Sizes(batch, length, d_inner, d_state, tiles, chunks, softplus, inputs.z is not None)
 
@@ -131,8 +129,8 @@ def _backward(
     inputs: ScanInputs, softplus: bool, residual, dy, dlast_state, options: Options = DEFAULT, chunk=None
 ) -> ScanInputs:
     def run(shared, batched):
-        own, *rest = batched
-        return _gradients(_join(shared, own), softplus, *rest, options, chunk)
+        own, kept, dy, dlast_state = batched
+        return _gradients(_join(shared, own), softplus, kept, dy, dlast_state, options, chunk)
 
     shared, batched = _split(inputs)
     gradients = over_batch(run)(shared, (batched, residual, dy, dlast_state))

@@ -47,7 +47,8 @@ def over_batch(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
             axes = jax.tree.leaves(is_mapped)
 
             def one(i):
-                return mapped(*tree.unflatten(a[i] if m else a for a, m in zip(leaves, axes, strict=True)))
+                each = [a[i] if m else a for a, m in zip(leaves, axes, strict=True)]
+                return mapped(*jax.tree.unflatten(tree, each))
 
             out = jax.lax.map(one, jnp.arange(size))
         else:
