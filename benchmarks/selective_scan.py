@@ -4,9 +4,12 @@ python benchmarks/selective_scan.py --backends mosaic_gpu xla --dtypes float32 b
 """
 
 import argparse
+import concurrent.futures
 import functools
 import importlib.util
+import itertools
 import json
+import os
 import platform
 import statistics
 import time
@@ -29,15 +32,15 @@ PUBLISHED = {
 }
 
 
-def make_inputs(batch: int, d_inner: int, length: int, dtype: str) -> ScanInputs:
-    """As a Mamba layer makes them: steps between 1e-3 and 1e-1, rates -1 to -16."""
+def make_inputs(batch: int, d_inner: int, length: int, dtype: str) -> tuple[ScanInputs, jax.Array]:
+    """As a Mamba layer makes them, steps between 1e-3 and 1e-1 and rates -1 to -16; and a gradient of y."""
     rng = np.random.default_rng(0)
     step = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), d_inner))
 
     def per_step(features):
         return jnp.asarray(rng.standard_normal((batch, length, features), dtype=np.float32), dtype)
 
-    return ScanInputs(
+    inputs = ScanInputs(
         x=per_step(d_inner),
         dt=per_step(d_inner),
         A=-jnp.tile(jnp.arange(1.0, D_STATE + 1), (d_inner, 1)),
@@ -47,6 +50,7 @@ def make_inputs(batch: int, d_inner: int, length: int, dtype: str) -> ScanInputs
         z=per_step(d_inner),
         dt_bias=jnp.asarray(np.log(np.expm1(step)), jnp.float32),
     )
+    return inputs, per_step(d_inner)
 
 
 def forward(inputs: ScanInputs, backend: str):
@@ -77,15 +81,27 @@ def repeated(call: Callable, times: int) -> Callable:
     return jax.jit(run)
 
 
-def measure(call: Callable, args: tuple, runs: int, seconds: float) -> dict[str, float]:
-    """Median and spread in ms of one call, over `runs` programs of as many calls as fill about `seconds` together."""
-    once = repeated(call, 1)
-    jax.block_until_ready(once(*args))
-    start = time.perf_counter()
-    jax.block_until_ready(once(*args))
-    times = max(1, min(100, int(seconds / runs / max(time.perf_counter() - start, 1e-6))))
-    program = repeated(call, times)
-    jax.block_until_ready(program(*args))
+def programs(stage: int, dtype: str, backend: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that one row of the table runs, compiled."""
+    d_inner, length = STAGES[stage]
+    inputs, dy = make_inputs(args.batch, d_inner, length // args.shrink, dtype)
+    # Some 0.1 s a program where a call moves its inputs a few times.
+    times = max(1, min(100, int(args.calls * 2e10 / nbytes(inputs)))) if jax.default_backend() == "gpu" else 1
+    fwd = functools.partial(forward, backend=backend)
+    both = functools.partial(forward_backward, backend=backend)
+    return {
+        "times": times,
+        "fwd": repeated(fwd, times).lower(inputs).compile(),
+        "both": repeated(both, times).lower(inputs, dy).compile(),
+        # Memory beyond arguments and results, residuals included, as the compiler planned it.
+        "scratch": jax.jit(both).lower(inputs, dy).compile().memory_analysis(),
+    }
+
+
+def measure(program, args: tuple, times: int, runs: int) -> dict[str, float]:
+    """Median and spread in ms of one call, over `runs` runs of a program of `times` calls."""
+    for _ in range(2):
+        jax.block_until_ready(program(*args))
     samples = []
     for _ in range(runs):
         start = time.perf_counter()
@@ -93,12 +109,6 @@ def measure(call: Callable, args: tuple, runs: int, seconds: float) -> dict[str,
         samples.append((time.perf_counter() - start) / times * 1e3)
     samples.sort()
     return {"ms": statistics.median(samples), "fastest": samples[0], "slowest": samples[-1]}
-
-
-def scratch_mib(call: Callable, args: tuple) -> float:
-    """Memory beyond arguments and results, residuals included, as the compiler planned it."""
-    analysis = jax.jit(call).lower(*args).compile().memory_analysis()
-    return analysis.temp_size_in_bytes / 2**20 if analysis else float("nan")
 
 
 def nbytes(tree) -> int:
@@ -156,23 +166,21 @@ def measure_mamba_ssm(inputs: ScanInputs, runs: int) -> dict[str, float]:
     return {"forward": ms, "both": timed(lambda: call().backward(dy))}
 
 
-def measure_stage(stage: int, batch: int, dtype: str, backend: str, args: argparse.Namespace, bandwidth: float):
-    d_inner, length = STAGES[stage]
-    inputs = make_inputs(batch, d_inner, length // args.shrink, dtype)
-    dy = jnp.asarray(np.random.default_rng(1).standard_normal(inputs.x.shape, dtype=np.float32), dtype)
-    row: dict[str, Any] = {"stage": stage, "d_inner": d_inner, "length": length // args.shrink, "dtype": dtype}
-    row["backend"] = backend
+def measure_stage(stage: int, dtype: str, backend: str, args: argparse.Namespace, bandwidth: float, compiled):
+    d_inner, length = STAGES[stage][0], STAGES[stage][1] // args.shrink
+    inputs, dy = make_inputs(args.batch, d_inner, length, dtype)
+    row: dict[str, Any] = {"stage": stage, "d_inner": d_inner, "length": length, "dtype": dtype, "backend": backend}
     if backend == "mamba_ssm":
         timed = measure_mamba_ssm(inputs, args.runs)
         return row | {"forward_ms": timed["forward"], "both_ms": timed["both"]}
-    fwd = functools.partial(forward, backend=backend)
-    both = functools.partial(forward_backward, backend=backend)
-    a, b = measure(fwd, (inputs,), args.runs, args.seconds), measure(both, (inputs, dy), args.runs, args.seconds)
+    a = measure(compiled["fwd"], (inputs,), compiled["times"], args.runs)
+    b = measure(compiled["both"], (inputs, dy), compiled["times"], args.runs)
     least = nbytes(inputs) + nbytes(inputs.x)  # every input read, y written
-    row |= {"forward_ms": a["ms"], "both_ms": b["ms"], "forward": a, "both": b}
+    row |= {"forward_ms": a["ms"], "both_ms": b["ms"], "forward": a, "both": b, "times": compiled["times"]}
     row["bandwidth_share"] = least / (a["ms"] * 1e-3) / bandwidth
-    row["scratch_mib"] = scratch_mib(both, (inputs, dy))
-    row["scratch_of_inputs"] = row["scratch_mib"] * 2**20 / nbytes(inputs)
+    scratch = compiled["scratch"].temp_size_in_bytes if compiled["scratch"] else float("nan")
+    row["scratch_mib"] = scratch / 2**20
+    row["scratch_of_inputs"] = scratch / nbytes(inputs)
     return row
 
 
@@ -192,8 +200,9 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", type=int, default=[0, 1, 2, 3])
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--runs", type=int, default=11, help="programs timed for each figure")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time to spend on each figure")
+    parser.add_argument("--calls", type=float, default=1.0, help="multiplies the calls in each program")
     parser.add_argument("--shrink", type=int, default=1, help="divide the lengths, for a try on a CPU")
+    parser.add_argument("--compile_threads", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     backends = list(args.backends)
@@ -204,21 +213,25 @@ def main() -> None:
     print(f"{device.device_kind}, JAX {jax.__version__}, Python {platform.python_version()}, batch {args.batch}")
     print(f"copy {bandwidth / 1e12:.2f} TB/s (read + written); ms are medians; mamba_ssm's figures are of an H200")
     print("stage (d_inner, length) dtype  backend        fwd  fwd+bwd   mamba_ssm fwd, both  of copy  scratch")
+    cases = []
+    for dtype, stage, backend in itertools.product(args.dtypes, args.stages, backends):
+        try:
+            if backend != "mamba_ssm":
+                choose_backend(make_inputs(1, 8, 8, dtype)[0], backend)
+            cases.append((stage, dtype, backend))
+        except Unsupported as reason:
+            print(f"{stage} {dtype} {backend}: {reason}")
     rows = []
-    for dtype in args.dtypes:
-        for stage in args.stages:
-            for backend in backends:
-                try:
-                    if backend != "mamba_ssm":
-                        choose_backend(make_inputs(1, 8, 8, dtype), backend)
-                    rows.append(measure_stage(stage, args.batch, dtype, backend, args, bandwidth))
-                except Unsupported as reason:
-                    print(f"{stage} {dtype} {backend}: {reason}")
-                    continue
-                print_row(rows[-1])
-    if args.json:
-        about = {"device": device.device_kind, "jax": jax.__version__, "copy_bytes_per_s": bandwidth}
-        args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    about = {"device": device.device_kind, "jax": jax.__version__, "copy_bytes_per_s": bandwidth}
+    # Compiling takes far longer than measuring, and the compiler leaves most of the host's cores idle.
+    with concurrent.futures.ThreadPoolExecutor(args.compile_threads) as pool:
+        compiled = [None if case[2] == "mamba_ssm" else pool.submit(programs, *case, args) for case in cases]
+        concurrent.futures.wait([c for c in compiled if c])
+    for case, made in zip(cases, compiled, strict=True):
+        rows.append(measure_stage(*case, args, bandwidth, made.result() if made else None))
+        print_row(rows[-1])
+        if args.json:
+            args.json.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
