@@ -6,6 +6,7 @@ the same over reversed time.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,18 @@ def _gradients(inputs: ScanInputs, softplus: bool, kept, dy, dlast_state, option
     )
 
 
+def _traced_once(function: Callable) -> Callable:
+    """For each shape, whatever the number of layers: tracing and lowering the kernels takes seconds."""
+    jitted = jax.jit(function, static_argnames=("softplus", "keep", "options", "chunk"))
+
+    def call(*args, **kwargs):
+        # What the interpreter traces must not be taken for the kernel, or the other way round.
+        return (function if interpreting() else jitted)(*args, **kwargs)
+
+    return call
+
+
+@_traced_once
 def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True, options: Options = DEFAULT, chunk=None):
     def run(shared, batched):
         return _states(_join(shared, batched), softplus, keep, options, chunk)
@@ -125,6 +138,7 @@ def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True, options: Opt
     return over_batch(run)(*_split(inputs))
 
 
+@_traced_once
 def _backward(
     inputs: ScanInputs, softplus: bool, residual, dy, dlast_state, options: Options = DEFAULT, chunk=None
 ) -> ScanInputs:
