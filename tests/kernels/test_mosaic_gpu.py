@@ -239,6 +239,12 @@ def test_launches_under_transformations(transform, launches):
 
 
 @needs_pallas
+def test_layers_of_one_shape_share_their_kernels():
+    """Lowering takes seconds a layer otherwise."""
+    assert kernels_in(lambda a, b: summed(a) + summed(b), *[shapes("float32", 96, 64, 16)] * 2) == 3
+
+
+@needs_pallas
 def test_a_mapped_batch_is_one_larger_batch():
     mapped = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct((3, *a.shape), a.dtype), shapes("float32", 96, 64, 16)._asdict()

@@ -119,18 +119,22 @@ def _gradients(inputs: ScanInputs, softplus: bool, kept, dy, dlast_state, option
     )
 
 
-def _traced_once(function: Callable) -> Callable:
+def _traced_once(*static: str) -> Callable:
     """For each shape, whatever the number of layers: tracing and lowering the kernels takes seconds."""
-    jitted = jax.jit(function, static_argnames=("softplus", "keep", "options", "chunk"))
 
-    def call(*args, **kwargs):
-        # What the interpreter traces must not be taken for the kernel, or the other way round.
-        return (function if interpreting() else jitted)(*args, **kwargs)
+    def decorate(function: Callable) -> Callable:
+        jitted = jax.jit(function, static_argnames=static)
 
-    return call
+        def call(*args, **kwargs):
+            # What the interpreter traces must not be taken for the kernel, or the other way round.
+            return (function if interpreting() else jitted)(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
-@_traced_once
+@_traced_once("softplus", "keep", "options", "chunk")
 def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True, options: Options = DEFAULT, chunk=None):
     def run(shared, batched):
         return _states(_join(shared, batched), softplus, keep, options, chunk)
@@ -138,7 +142,7 @@ def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True, options: Opt
     return over_batch(run)(*_split(inputs))
 
 
-@_traced_once
+@_traced_once("softplus", "options", "chunk")
 def _backward(
     inputs: ScanInputs, softplus: bool, residual, dy, dlast_state, options: Options = DEFAULT, chunk=None
 ) -> ScanInputs:
