@@ -74,7 +74,14 @@ def run(config: CheckConfig) -> int:
 def examine(dataset: Dataset, config: CheckConfig, console: Console) -> list[CaseFacts]:
     """Facts of every case, in the dataset's order, from several processes; a case that fails is a finding of it."""
     jobs = [
-        InspectJob(case, len(dataset.channels), dict(dataset.labels), config.modality or case.modality, config.fast)
+        InspectJob(
+            case,
+            len(dataset.channels),
+            dict(dataset.labels),
+            config.modality or case.modality,
+            config.fast,
+            dataset.hint,
+        )
         for case in dataset.cases
     ]
     wanted, workers = count_workers(config.num_workers, jobs, _peak_bytes)

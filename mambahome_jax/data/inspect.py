@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from mambahome_jax.config import Modality
-from mambahome_jax.data.prepare import grid_shift, read_case, require_same_grid
-from mambahome_jax.data.store import count_values
+from mambahome_jax.data.prepare import read_case
 from mambahome_jax.datasets import check
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.check import CaseFacts, Finding
+from mambahome_jax.datasets.label_map import count_values, read_image
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.geometry import orientation_of
-from mambahome_jax.imaging.volume import Volume, read_forms, read_geometry, read_volume
+from mambahome_jax.imaging.grids import grid_shift, require_same_grid
+from mambahome_jax.imaging.volume import Volume, read_forms, read_geometry
 
 PERCENTILES = (0.0, 0.5, 5.0, 50.0, 95.0, 99.5, 100.0)
 
@@ -27,7 +28,7 @@ _BLOCK = 1 << 16
 class InspectJob:
     """All that a process needs to know to look at one case.
 
-    labels: the values that may occur, empty for any. fast: headers only.
+    labels: the values that may occur, empty for any. fast: headers only. hint: what to do about other values.
     """
 
     case: Case
@@ -35,12 +36,13 @@ class InspectJob:
     labels: Mapping[int, str]
     modality: Modality | None
     fast: bool
+    hint: str = ""
 
 
 def inspect_case(job: InspectJob) -> CaseFacts:
     """Facts and findings of one case; a damaged file is a finding, not an exception."""
     case = job.case
-    facts = CaseFacts(case.id, case.patient, case.split, job.modality, str(case.image), case.label is not None)
+    facts = CaseFacts(case.id, case.patient, case.split, job.modality, str(case.image), case.has_label)
     facts, findings = _headers(job, facts)
     if not job.fast:
         facts, more = _voxels(job, facts)
@@ -52,25 +54,27 @@ def inspect_case(job: InspectJob) -> CaseFacts:
 
 def _headers(job: InspectJob, facts: CaseFacts) -> tuple[CaseFacts, list[Finding]]:
     case, findings = job.case, []
-    grids = {}
-    for kind, file in (("image", case.image), ("label", case.label)):
-        if file is None:
-            continue
+    images: list[Volume] = []
+    labels: list[tuple[Path, Volume]] = []
+    wanted = [("image", file, 1 if case.images else job.channels) for file in case.image_files]
+    for kind, file, expected in [*wanted, *(("label", file, 1) for file in case.label_files)]:
         try:
             shape, affine = read_geometry(file)
-            grids[kind] = Volume(np.broadcast_to(np.uint8(0), shape), affine)
-            channels = shape[3] if len(shape) == 4 else 1
-            expected = job.channels if kind == "image" else 1
-            if channels != expected:
-                wanted = "a 3D volume" if expected == 1 else f"{expected} channels as the fourth axis"
-                raise DatasetError(f"{len(shape)}D volume {shape}", file=file, expected=wanted)
+            grid = Volume(np.broadcast_to(np.uint8(0), shape), affine)
+            if kind == "label":
+                labels.append((file, grid))
+            else:
+                images.append(grid)
+            if (shape[3] if len(shape) == 4 else 1) != expected:
+                right = "a 3D volume" if expected == 1 else f"{expected} channels as the fourth axis"
+                raise DatasetError(f"{len(shape)}D volume {shape}", file=file, expected=right)
         except DatasetError as error:
             findings.append(check.error_finding(case.id, f"{kind} file", error))
             continue
         findings += check.affine_findings(case.id, str(file), affine)
         findings += _forms(case.id, file, shape)
-    if "image" in grids:
-        grid = grids["image"]
+    if images:
+        grid = images[0]
         orientation = orientation_of(grid.affine)
         order = check.axis_order(orientation)
         facts = replace(
@@ -80,12 +84,11 @@ def _headers(job: InspectJob, facts: CaseFacts) -> tuple[CaseFacts, list[Finding
             orientation=orientation,
             digest=_quick_digest(case.image) if job.fast else "",
         )
-    if len(grids) == 2 and case.label is not None:
-        image, label = grids["image"], grids["label"]
+    for file, label in labels if images else ():
         try:
-            require_same_grid(image, label, case.label)
-            shift = grid_shift(image.affine, label.affine, image.shape)
-            findings += check.small_shift_finding(case.id, str(case.label), *shift)
+            require_same_grid(images[0], label, file)
+            shift = grid_shift(images[0].affine, label.affine, images[0].shape)
+            findings += check.small_shift_finding(case.id, str(file), *shift)
         except DatasetError as error:
             findings.append(check.error_finding(case.id, "grid", error))
     return facts, findings
@@ -104,7 +107,7 @@ def _forms(case: str, file: Path, shape: tuple[int, ...]) -> list[Finding]:
 def _voxels(job: InspectJob, facts: CaseFacts) -> tuple[CaseFacts, list[Finding]]:
     case, file = job.case, str(job.case.image)
     try:
-        image, label = read_case(case, job.channels, job.labels)
+        image, label = read_case(case, job.channels, job.labels, job.hint)
     except DatasetError as error:
         return _all_faults(job, facts, error)
     channels = image.array if image.array.ndim == 4 else image.array[..., None]
@@ -119,7 +122,7 @@ def _voxels(job: InspectJob, facts: CaseFacts) -> tuple[CaseFacts, list[Finding]
         volumes = {value: count * ml for value, count in counts.items() if value != 0}
         foreground = _percentiles(channels, label.array != 0) if volumes else None
         facts = replace(facts, volumes_ml=volumes, foreground=foreground)
-        findings += check.label_findings(case.id, str(case.label), counts)
+        findings += check.label_findings(case.id, str(case.label or case.label_files[0].parent), counts)
     return facts, findings
 
 
@@ -128,13 +131,13 @@ def _all_faults(job: InspectJob, facts: CaseFacts, first: DatasetError) -> tuple
     case = job.case
     errors = []
     try:
-        facts = replace(facts, digest=_digest(read_volume(case.image, channels=job.channels).array))
+        facts = replace(facts, digest=_digest(read_image(case, job.channels).array))
     except DatasetError as error:
         errors.append(("image file", error))
     if case.label is not None:
         try:
             # As if it were its own image: all that is asked of a label map but the grid, which the headers show.
-            read_case(replace(case, image=case.label), 1, job.labels)
+            read_case(replace(case, image=case.label, images=()), 1, job.labels, job.hint)
         except DatasetError as error:
             errors.append(("label", error))
     if all(error.message() != first.message() for _, error in errors):
