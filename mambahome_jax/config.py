@@ -155,6 +155,8 @@ class CheckConfig:
 
     folder: Positional[Annotated[Path, arg(metavar="FOLDER")]]
     """Folder with the dataset, as preprocess takes it."""
+    dataset: str | None = None
+    """Layout of the folder, where it cannot be told (default: found out)."""
     fast: bool = False
     """Read headers only: geometry and duplicates, but no voxels."""
     json: Path | None = None

@@ -39,7 +39,7 @@ def run(config: CheckConfig) -> int:
     """
     console = Console()
     started = time.perf_counter()
-    dataset = load_dataset(config.folder)
+    dataset = load_dataset(config.folder, config.dataset)
     facts = examine(dataset, config, console)
     findings = sorted(
         [*(finding for fact in facts for finding in fact.findings), *dataset_findings(dataset, facts)],
