@@ -182,6 +182,8 @@ class TrainConfig:
     """Passes over the training cases."""
     steps: int | None = None
     """Number of steps in all, instead of --epochs."""
+    max_minutes: float | None = None
+    """Wall-clock minutes from start to end, compilation and last validation included, instead of --epochs."""
     lr: float | None = None
     """Learning rate (default: 1e-4 for MambaHoME, as published; more for the smaller sizes)."""
     weight_decay: float = 1e-4

@@ -27,6 +27,7 @@ from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.model.weights import load_model
+from mambahome_jax.training.budget import TimeBudget
 from mambahome_jax.training.checkpoints import check_settings, restore_state
 from mambahome_jax.training.loop import Parts, Plan, Progressed, train
 from mambahome_jax.training.losses import dice_ce
@@ -38,13 +39,14 @@ from mambahome_jax.training.step import abstract_state, init_state, make_train_s
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def run(config: TrainConfig) -> int:
-    """Train as `config` says; returns the exit code.
+def run(config: TrainConfig, begun: float | None = None) -> int:
+    """Train as `config` says; returns the exit code. `begun`: time.monotonic() at the start of the program.
 
     0 done, 1 done but some cases could not be used, or stopped by numbers that are not finite, 128 + n stopped by
     signal n (SIGTERM 143, SIGINT 130) with a checkpoint from which --resume continues.
     Raises ConfigError, DatasetError, CheckpointError and OutputError before anything is trained.
     """
+    begun = time.monotonic() if begun is None else begun
     console = Console()
     folder = config.output_dir or Path("runs") / (config.checkpoint_name or config.model)
     resume = _may_start(config, folder, console)
@@ -60,7 +62,7 @@ def run(config: TrainConfig) -> int:
     _write_report(folder, report)
     progressed = Progressed()
     try:
-        _train(config, setup, folder, resume, devices, progressed, console)
+        _train(config, setup, folder, resume, devices, progressed, console, begun)
         status, code = "finished", int(bool(skipped or progressed.failures))
         if progressed.signal is not None:
             status, code = "stopped by a signal", 128 + progressed.signal
@@ -95,6 +97,7 @@ def _train(
     devices: list[jax.Device],
     progressed: Progressed,
     console: Console,
+    begun: float,
 ) -> None:
     mesh, optimizer = make_mesh(devices), make_optimizer(setup.optimizer)
     settings = {
@@ -105,15 +108,19 @@ def _train(
     }
     last = folder / "checkpoints" / "last"
     graphdef, abstract = _split(nnx.eval_shape(lambda: _new_model(config, setup)))
-    data_state = None
+    data_state, spent = None, 0.0
     if resume:
         found = check_settings(last, settings)
         state, data_state = restore_state(last, abstract_state(abstract, optimizer), mesh, config.strategy)
         progressed.step, progressed.best = int(state.step), found["best"]
         progressed.validated_until = found["validated_until"]
+        spent = found.get("seconds_spent", 0.0)
     else:
         state = init_state(_initial_params(config, setup), optimizer, mesh, config.strategy)
-    plan = Plan(setup.total_steps, setup.steps_per_epoch, setup.val_every, config.checkpoint_every)
+    budget = None
+    if config.max_minutes is not None:
+        budget = TimeBudget(config.max_minutes * 60, begun, spent, own_validations=setup.val_every is None)
+    plan = Plan(setup.total_steps, setup.steps_per_epoch, setup.val_every, config.checkpoint_every, budget=budget)
     _say_start(setup, abstract, devices, plan, progressed.step, console)
 
     store = Store(setup.prepared.store)
@@ -135,10 +142,10 @@ def _train(
     )
     with (
         MetricsLog(folder, progressed.step) as log,
-        Display(console, plan.total_steps, progressed.step, setup.global_batch) as display,
+        Display(console, plan.total_steps, progressed.step, setup.global_batch, budget) as display,
         _batches(config, setup, store, data_state) as batches,
     ):
-        if progressed.step < plan.total_steps:
+        if plan.goes_on_after(progressed.step):
             display.say("Compiling the training step, once; the first step follows")
         parts = Parts(train_step, mesh, setup.train_cases, validate, folder / "checkpoints", settings, log, display)
         train(state, batches, parts, plan, progressed)
@@ -261,12 +268,20 @@ def _say_start(
         f"{setup.model.out_chans} classes: background, {names}",
         f"{parameters / 1e6:.2f} M parameters; patches of {patch}, {setup.global_batch} a step, {setup.precision}, "
         f"on {len(devices)} x {devices[0].device_kind}",
-        f"{plan.total_steps} steps, {plan.steps_per_epoch} an epoch; validation every {plan.val_every} steps",
+        _say_plan(plan),
     ]
     if start:
         lines.append(f"Resuming after step {start}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_plan(plan: Plan) -> str:
+    length = f"{plan.total_steps} steps"
+    if plan.budget is not None:
+        length = f"{duration(plan.budget.seconds)}, of which {duration(plan.budget.spent())} are spent"
+    validation = "validation as time allows" if plan.val_every is None else f"validation every {plan.val_every} steps"
+    return f"{length}; {plan.steps_per_epoch} steps an epoch; {validation}"
 
 
 def _say_end(folder: Path, report: dict[str, Any], code: int, console: Console) -> None:

@@ -36,8 +36,8 @@ class Setup:
     optimizer: OptimizerConfig
     global_batch: int
     steps_per_epoch: int
-    total_steps: int
-    val_every: int
+    total_steps: int | None
+    val_every: int | None
     num_workers: int
 
 
@@ -52,6 +52,9 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
             raise ConfigError(f"--{name} {value}; expected 1 or more")
     if config.num_workers is not None and config.num_workers < 0:
         raise ConfigError(f"--num_workers {config.num_workers}; expected 0 or more")
+    if config.max_minutes is not None and (not config.max_minutes > 0 or config.steps is not None):
+        found = f"--max_minutes {config.max_minutes}" + (f" with --steps {config.steps}" if config.steps else "")
+        raise ConfigError(f"{found}; expected a positive number, and one of the two alone")
     if not 0 <= config.overlap < 1:
         raise ConfigError(f"--overlap {config.overlap}; expected at least 0 and below 1")
     store = Store(prepared.store)
@@ -75,6 +78,8 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
     batch = config.batch_size * devices
     steps_per_epoch = -(-len(train) // batch)
     total = config.steps or config.epochs * steps_per_epoch
+    timed = config.max_minutes is not None
+    val_every = config.val_every or config.skip_val * steps_per_epoch
     return Setup(
         prepared=prepared,
         prepared_val=prepared_val,
@@ -95,8 +100,9 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
         optimizer=_optimizer(config, size.lr, size.eps, steps_per_epoch, total),
         global_batch=batch,
         steps_per_epoch=steps_per_epoch,
-        total_steps=total,
-        val_every=config.val_every or config.skip_val * steps_per_epoch,
+        total_steps=None if timed else total,
+        # In a given time the default would spend most of it on validation; the budget then spaces them.
+        val_every=None if timed and config.val_every is None and config.skip_val == 1 else val_every,
         num_workers=_workers(config),
     )
 
@@ -109,6 +115,7 @@ def training_settings(config: TrainConfig, setup: Setup) -> dict[str, Any]:
         "patch_size": setup.patch_size,
         "global_batch": setup.global_batch,
         "total_steps": setup.total_steps,
+        "max_minutes": config.max_minutes,
         "optimizer": optimizer.name,
         "lr": optimizer.lr,
         "weight_decay": optimizer.weight_decay,

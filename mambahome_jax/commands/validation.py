@@ -1,6 +1,7 @@
 """Validation during training: whole volumes by sliding window, scored by Dice."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +50,7 @@ def make_validate(
         params = jax.device_put(params, device)
         scores: list[np.ndarray] = []
         failures: list[tuple[str, str]] = []
+        first_ended: float | None = None
         for case in settings.cases:
             if stop():
                 return None
@@ -67,9 +69,14 @@ def make_validate(
                 sw_batch_size=settings.sw_batch_size,
             )
             scores.append(dice(np.asarray(most_likely(logits)), reference, values))
+            first_ended = first_ended or time.perf_counter()
         table = np.array(scores, np.float64).reshape(len(scores), len(values))
         structures = {settings.labels[value]: _mean(column) for value, column in zip(values, table.T, strict=True)}
-        return Validation(_mean(list(structures.values())), structures, tuple(failures))
+        ended, again = time.perf_counter(), None
+        if first_ended is not None and len(scores) > 1:
+            # The first case may have compiled.
+            again = (ended - first_ended) * len(scores) / (len(scores) - 1)
+        return Validation(_mean(list(structures.values())), structures, tuple(failures), again)
 
     return validate
 

@@ -54,8 +54,8 @@ def make_train_step(
     seed: int,
     augmentation: AugmentationConfig | None = None,
     strategy: Strategy = "ddp",
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """jit of (state, batch) -> (state, metrics): batch split over `data`, state donated.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """jit of (state, batch, fraction=None) -> (state, metrics): batch split over `data`, state donated.
 
     Args:
         graphdef: of the model, `nnx.split(model)[0]`; model((b, D, H, W, in)) -> logits (b, D, H, W, classes).
@@ -63,11 +63,14 @@ def make_train_step(
         seed: of the augmentation; its key is fold_in(key(seed), step), so that nothing but the step is to be stored.
         augmentation: None for none.
 
-    The batch is {"image": (b, D, H, W, in), "label": (b, D, H, W)}. Metrics are scalars of this step: loss and
-    grad_norm before its update, update_norm, and the lr used.
+    With `fraction`, float32 scalar, the part of a time budget that is spent, the learning rate follows that instead of
+    the step. The batch is {"image": (b, D, H, W, in), "label": (b, D, H, W)}. Metrics are scalars of this step: loss
+    and grad_norm before its update, update_norm, and the lr used.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(
+        state: TrainState, batch: Batch, fraction: jax.Array | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         image, label = batch["image"], batch["label"]
         if augmentation is not None:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -77,14 +80,15 @@ def make_train_step(
             return loss_fn(nnx.merge(graphdef, params)(image), label)
 
         loss, grads = jax.value_and_grad(objective)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        timed = {} if fraction is None else {"fraction": fraction}
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **timed)
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
         new = jax.lax.with_sharding_constraint(new, tree_sharding(new, mesh, strategy))
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
-            "lr": optimizer.schedule(state.step),
+            "lr": optimizer.schedule(state.step, fraction),
         }
         return new, jax.lax.with_sharding_constraint(metrics, replicated(mesh))
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -130,6 +131,16 @@ def test_stop_and_resume_give_the_bits_of_a_straight_run(tmp_path, monkeypatch):
         np.testing.assert_array_equal(straight[name]["kernel"], resumed[name]["kernel"])
 
 
+def test_a_run_of_given_minutes_ends_by_itself_and_tells_the_time_spent(tmp_path, capsys):
+    config = _config(_dataset(tmp_path / "data"), tmp_path / "run", steps=None, val_every=None, max_minutes=0.15)
+    assert command.run(config, time.monotonic() - 3) == 0
+    assert "9 s, of which" in capsys.readouterr().out
+    spent = read_checkpoint_config(tmp_path / "run" / "checkpoints" / "last")["seconds_spent"]
+    report = json.loads((tmp_path / "run" / "run.json").read_text())
+    # Counted from three seconds before; how far it goes depends on the machine, which may be slow to compile.
+    assert spent > 3 and report["status"] == "finished" and report["step"] >= 1 and report["best"] is not None
+
+
 def test_resume_without_a_checkpoint_starts_anew(tmp_path, capsys):
     assert command.run(_config(_dataset(tmp_path / "data"), tmp_path / "run", steps=1, resume=True)) == 0
     assert "starting from the beginning" in capsys.readouterr().out
@@ -181,6 +192,7 @@ def test_faults_of_data_and_flags_are_told_before_training(tmp_path):
         ({"num_devices": 99}, "--num_devices 99"),
         ({"overlap": 1.0}, "--overlap"),
         ({"lr": -1.0}, "--lr -1"),
+        ({"max_minutes": 1.0}, "--max_minutes 1.0 with --steps 4"),
     ):
         with pytest.raises(ConfigError, match=message):
             command.run(_config(data, tmp_path / "run", **settings))
