@@ -42,7 +42,9 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
     A bare boolean flag is True, True and False may have any case, dashes stand for underscores, and
     `--use_pretrained False` is none.
     """
-    booleans = {f"--{field.name}" for field in dataclasses.fields(COMMANDS[command]) if field.type is bool}
+    booleans = {
+        f"--{field.name}" for field in dataclasses.fields(COMMANDS[command]) if field.type in (bool, bool | None)
+    }
     out: list[str] = []
     arguments = list(argv)
     while arguments:

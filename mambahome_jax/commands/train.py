@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from flax import nnx
 from rich.console import Console
 
 from mambahome_jax.commands.preprocess import prepare
+from mambahome_jax.commands.train_report import say_ingredients, say_plan
 from mambahome_jax.commands.train_setup import Setup, make_setup, training_settings
 from mambahome_jax.commands.validation import ValidationSettings, make_validate
-from mambahome_jax.config import AugmentationConfig, TrainConfig
+from mambahome_jax.config import TrainConfig
 from mambahome_jax.data.loader import make_loader
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import prepared as prepared_layout
@@ -29,8 +31,9 @@ from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.model.weights import load_model
 from mambahome_jax.training.budget import TimeBudget
 from mambahome_jax.training.checkpoints import check_settings, restore_state
+from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
 from mambahome_jax.training.loop import Parts, Plan, Progressed, train
-from mambahome_jax.training.losses import dice_ce
+from mambahome_jax.training.losses import LossFunction, dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.progress import Display, MetricsLog, duration
 from mambahome_jax.training.sharding import choose_devices, make_mesh
@@ -107,21 +110,24 @@ def _train(
         "versions": _versions(),
     }
     last = folder / "checkpoints" / "last"
-    graphdef, abstract = _split(nnx.eval_shape(lambda: _new_model(config, setup)))
+    graphdef, _ = _split(nnx.eval_shape(lambda: _new_model(config, setup)))
+    trained_graphdef, abstract = _split(nnx.eval_shape(lambda: _with_heads(_new_model(config, setup), config, setup)))
+    ingredients = setup.ingredients
+    ema = ingredients.ema_decay > 0
     data_state, spent = None, 0.0
     if resume:
         found = check_settings(last, settings)
-        state, data_state = restore_state(last, abstract_state(abstract, optimizer), mesh, config.strategy)
+        state, data_state = restore_state(last, abstract_state(abstract, optimizer, ema), mesh, config.strategy)
         progressed.step, progressed.best = int(state.step), found["best"]
         progressed.validated_until = found["validated_until"]
         spent = found.get("seconds_spent", 0.0)
     else:
-        state = init_state(_initial_params(config, setup), optimizer, mesh, config.strategy)
+        state = init_state(_initial_params(config, setup), optimizer, mesh, config.strategy, ema)
     budget = None
     if config.max_minutes is not None:
         budget = TimeBudget(config.max_minutes * 60, begun, spent, own_validations=setup.val_every is None)
     plan = Plan(setup.total_steps, setup.steps_per_epoch, setup.val_every, config.checkpoint_every, budget=budget)
-    _say_start(setup, abstract, devices, plan, progressed.step, console)
+    _say_start(setup, abstract, devices, plan, progressed.step, console, config.recipe)
 
     store = Store(setup.prepared.store)
     validate = None
@@ -131,14 +137,17 @@ def _train(
             setup.val_cases, setup.structures, setup.patch_size, config.overlap, config.modality, config.batch_size
         )
         validate = make_validate(graphdef, val_store, validation, devices[0])
+    loss_fn: LossFunction = partial(dice_ce, label_smoothing=ingredients.label_smoothing)
     train_step = make_train_step(
-        graphdef,
+        trained_graphdef,
         optimizer,
-        dice_ce,
+        at_all_levels(loss_fn) if ingredients.deep_supervision else loss_fn,
         mesh,
         config.seed,
-        AugmentationConfig() if config.augment else None,
+        setup.augmentation,
         config.strategy,
+        ingredients.ema_decay,
+        config.freeze_encoder,
     )
     with (
         MetricsLog(folder, progressed.step) as log,
@@ -161,7 +170,7 @@ def _batches(config: TrainConfig, setup: Setup, store: Store, data_state: dict[s
         setup.global_batch,
         seed=config.seed,
         num_workers=setup.num_workers,
-        class_balanced=config.class_balanced,
+        class_balanced=setup.ingredients.class_balanced,
         modality=config.modality,
     )
     iterator = iter(loader)
@@ -177,6 +186,13 @@ def _new_model(config: TrainConfig, setup: Setup) -> MambaHoME:
     return MambaHoME(setup.model, rngs=nnx.Rngs(config.seed), precision=setup.precision, metadata=setup.properties)
 
 
+def _with_heads(model: MambaHoME, config: TrainConfig, setup: Setup) -> nnx.Module:
+    """What is trained: the network, with auxiliary heads beside it for deep supervision."""
+    if not setup.ingredients.deep_supervision:
+        return model
+    return DeepSupervision(model, rngs=nnx.Rngs(config.seed + 1), precision=setup.precision)
+
+
 def _split(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
@@ -185,14 +201,14 @@ def _split(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
 def _initial_params(config: TrainConfig, setup: Setup) -> Any:
     """Fresh parameters, or those of --use_pretrained. Raises CheckpointError where these are of another network."""
     if config.use_pretrained in ("", "False"):
-        return _split(_new_model(config, setup))[1]
+        return _split(_with_heads(_new_model(config, setup), config, setup))[1]
     loaded = load_model(config.use_pretrained, precision=setup.precision)
     wanted, found = (dataclasses.asdict(c.replace(use_checkpoint=False)) for c in (setup.model, loaded.config))
     differ = [f"{name} is {found[name]}, expected {wanted[name]}" for name in wanted if wanted[name] != found[name]]
     if differ:
         advice = "Choose --model, --classes and --feature_size as they were"
         raise CheckpointError(f"{config.use_pretrained} is of another configuration: {'; '.join(differ)}. {advice}")
-    return _split(loaded)[1]
+    return _split(_with_heads(loaded, config, setup))[1]
 
 
 def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
@@ -257,7 +273,13 @@ def _write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def _say_start(
-    setup: Setup, abstract: Any, devices: list[jax.Device], plan: Plan, start: int, console: Console
+    setup: Setup,
+    abstract: Any,
+    devices: list[jax.Device],
+    plan: Plan,
+    start: int,
+    console: Console,
+    recipe: str = "published",
 ) -> None:
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract))
     patch = " x ".join(map(str, setup.patch_size))
@@ -268,20 +290,13 @@ def _say_start(
         f"{setup.model.out_chans} classes: background, {names}",
         f"{parameters / 1e6:.2f} M parameters; patches of {patch}, {setup.global_batch} a step, {setup.precision}, "
         f"on {len(devices)} x {devices[0].device_kind}",
-        _say_plan(plan),
+        say_plan(plan),
     ]
+    lines.append(f"recipe {recipe}: {say_ingredients(setup)}")
     if start:
         lines.append(f"Resuming after step {start}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _say_plan(plan: Plan) -> str:
-    length = f"{plan.total_steps} steps"
-    if plan.budget is not None:
-        length = f"{duration(plan.budget.seconds)}, of which {duration(plan.budget.spent())} are spent"
-    validation = "validation as time allows" if plan.val_every is None else f"validation every {plan.val_every} steps"
-    return f"{length}; {plan.steps_per_epoch} steps an epoch; {validation}"
 
 
 def _say_end(folder: Path, report: dict[str, Any], code: int, console: Console) -> None:

@@ -20,7 +20,7 @@ from mambahome_jax.training.budget import Decision, TimeBudget
 from mambahome_jax.training.checkpoints import CheckpointWriter
 from mambahome_jax.training.progress import Display, MetricsLog, Shown, device_memory, duration
 from mambahome_jax.training.sharding import put_batch, replicated
-from mambahome_jax.training.step import Batch, TrainState
+from mambahome_jax.training.step import Batch, TrainState, deployed_params
 
 Metrics = Mapping[str, jax.Array]
 
@@ -240,7 +240,7 @@ class _Run:
             with contextlib.ExitStack() as measured:
                 if budget is not None:
                     measured.enter_context(budget.validating())
-                validation = self.parts.validate(state.params, self.must_stop)
+                validation = self.parts.validate(deployed_params(state), self.must_stop)
             display.pause()
             self.waited, self.stepped = 0.0, time.perf_counter()
             if validation is None:

@@ -90,6 +90,11 @@ def make_optimizer(config: OptimizerConfig) -> Optimizer:
     return Optimizer(transform.init, transform.update, schedule)
 
 
+def is_encoder(path: tuple) -> bool:
+    """Whether a path of jax.tree_util leads to a parameter of the encoder."""
+    return any(getattr(key, "key", None) == "encoder" for key in path)
+
+
 def _scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
     """optax.scale_by_learning_rate with a rate that may follow the fraction of a time budget; same state."""
 
@@ -112,11 +117,8 @@ def _scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
 
 
 def _scale_encoder(scale: float) -> optax.GradientTransformation:
-    def under_encoder(path: tuple) -> bool:
-        return any(getattr(key, "key", None) == "encoder" for key in path)
-
     return optax.stateless(
         lambda updates, params: jax.tree_util.tree_map_with_path(
-            lambda path, u: u * scale if under_encoder(path) else u, updates
+            lambda path, u: u * scale if is_encoder(path) else u, updates
         )
     )
