@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,9 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
     A bare boolean flag is True, True and False may have any case, dashes stand for underscores, and
     `--use_pretrained False` is none.
     """
-    booleans = {f"--{field.name}" for field in dataclasses.fields(COMMANDS[command]) if field.type is bool}
+    booleans = {
+        f"--{field.name}" for field in dataclasses.fields(COMMANDS[command]) if field.type in (bool, bool | None)
+    }
     out: list[str] = []
     arguments = list(argv)
     while arguments:
@@ -80,13 +83,15 @@ def parse(command: str, argv: Sequence[str], prog: str):
 
 def run_command(command: str, argv: Sequence[str], prog: str) -> int:
     """Parse, run, and turn what is the user's to mend into a message on stderr and exit code 2."""
+    started = time.monotonic()
     settings = parse(command, argv, prog)
     # Compiled programs are kept between runs: a second start then takes seconds.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambahome" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        return importlib.import_module(f"mambahome_jax.commands.{command}").run(settings)
+        run = importlib.import_module(f"mambahome_jax.commands.{command}").run
+        return run(settings, started) if command == "train" else run(settings)
     except MambaHomeError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

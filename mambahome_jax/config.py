@@ -12,10 +12,13 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.recipes import RecipeFlags
 
 Modality = Literal["ct", "mr", "us"]
 Precision = Literal["fp32", "tf32", "bf16"]
 Strategy = Literal["ddp", "fsdp"]
+# An axis of the array, and the pairs of label values that trade places where a volume is mirrored along it.
+Mirror = tuple[int, tuple[tuple[int, int], ...]]
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,10 @@ class CheckConfig:
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """Probabilities and ranges of the published data_loader.py, applied to each patch of a batch on its own."""
+    """Probabilities and ranges of the published data_loader.py, applied to each patch of a batch on its own.
+
+    What follows from `mirror` on is not in it; a probability of None leaves the operation out of the program.
+    """
 
     zoom_probability: float = 0.3
     zoom_range: tuple[float, float] = (1.3, 1.5)
@@ -182,10 +188,21 @@ class AugmentationConfig:
     smooth_sigma_range: tuple[float, float] = (0.5, 1.15)
     noise_probability: float = 0.2
     noise_std: float = 0.01
+    mirror: tuple[Mirror, ...] = ()
+    affine_probability: float | None = None
+    affine_rotation: float = 15.0
+    affine_scale: tuple[float, float] = (0.85, 1.15)
+    voxel_size: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    brightness_probability: float | None = None
+    brightness_range: tuple[float, float] = (0.75, 1.25)
+    contrast_probability: float | None = None
+    contrast_range: tuple[float, float] = (0.75, 1.25)
+    gamma_probability: float | None = None
+    gamma_range: tuple[float, float] = (0.7, 1.5)
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(RecipeFlags):
     """Train on a preprocessed folder, or straight on <case>/*ct*.nii.gz with <case>/*labels*.nii.gz."""
 
     data_train: Path
@@ -210,14 +227,8 @@ class TrainConfig:
     """Passes over the training cases."""
     steps: int | None = None
     """Number of steps in all, instead of --epochs."""
-    lr: float | None = None
-    """Learning rate (default: 1e-4 for MambaHoME, as published; more for the smaller sizes)."""
-    weight_decay: float = 1e-4
-    """Decoupled weight decay of AdamW; coupled for Adam and SGD, as published."""
-    eps: float | None = None
-    """Epsilon of AdamW (default: 1e-4 for MambaHoME, as published; 1e-8 for the smaller sizes)."""
-    optimizer: Literal["AdamW", "Adam", "SGD"] = "AdamW"
-    """Optimizer."""
+    max_minutes: float | None = None
+    """Wall-clock minutes from start to end, compilation and last validation included, instead of --epochs."""
     scheduler: Literal["CALR"] = "CALR"
     """Cosine annealing of the learning rate to 0, a step every --skip_val epochs (every epoch with --steps)."""
     schedule_step: Literal["epoch", "published"] = "epoch"
@@ -236,6 +247,10 @@ class TrainConfig:
     """Continue the run in --output_dir from its last checkpoint."""
     modality: Modality | None = None
     """ct: window -175 to 250 HU; mr: z-score of each volume; us: scaled to [0, 1] (default: as the dataset says)."""
+    freeze_encoder: bool = False
+    """Keep the encoder of --use_pretrained as it is; its backward pass is left out."""
+    encoder_lr_scale: float = 1.0
+    """Learning rate of the encoder as a share of that of the rest."""
     precision: Precision | None = None
     """Matrix products and convolutions (default: bf16 on a GPU, fp32 on a CPU)."""
     num_workers: int | None = None
@@ -244,10 +259,6 @@ class TrainConfig:
     """Steps between checkpoints beside those after each validation."""
     keep_last: int = 1
     """Checkpoints to keep beside the best: the newest is checkpoints/last, earlier ones are step_<number>."""
-    augment: bool = True
-    """Zoom, rotation by 90 degrees, intensity shift, smoothing and noise, with the published probabilities."""
-    class_balanced: bool = False
-    """Centre positive patches on a class drawn evenly, instead of on a voxel drawn evenly from the foreground."""
     overlap: float = 0.5
     """Overlap of the windows in validation."""
     max_val_cases: int | None = None

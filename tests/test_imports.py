@@ -18,7 +18,7 @@ ALLOWED = {
     "training": {"model", "data", "datasets", "imaging"},
     "inference": {"model", "imaging"},
     "evaluation": {"imaging"},
-    "commands": {"imaging", "datasets", "data", "model", "training", "inference", "evaluation"},
+    "commands": {"recipes", "imaging", "datasets", "data", "model", "training", "inference", "evaluation"},
 }
 
 

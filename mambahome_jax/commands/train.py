@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from flax import nnx
 from rich.console import Console
 
 from mambahome_jax.commands.preprocess import prepare
+from mambahome_jax.commands.train_report import say_ingredients, say_plan
 from mambahome_jax.commands.train_setup import Setup, make_setup, training_settings
 from mambahome_jax.commands.validation import ValidationSettings, make_validate
-from mambahome_jax.config import AugmentationConfig, TrainConfig
+from mambahome_jax.config import TrainConfig
 from mambahome_jax.data.loader import make_loader
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import prepared as prepared_layout
@@ -27,10 +29,12 @@ from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.model.weights import load_model
+from mambahome_jax.training.budget import TimeBudget
 from mambahome_jax.training.checkpoints import check_settings, restore_state
+from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
 from mambahome_jax.training.distributed import ending_together, is_first, join_processes, require_same
 from mambahome_jax.training.loop import Parts, Plan, Progressed, train
-from mambahome_jax.training.losses import dice_ce
+from mambahome_jax.training.losses import LossFunction, dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.progress import Display, MetricsLog, NoLog, duration
 from mambahome_jax.training.sharding import choose_devices, make_mesh
@@ -39,20 +43,21 @@ from mambahome_jax.training.step import abstract_state, init_state, make_train_s
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def run(config: TrainConfig) -> int:
-    """Train as `config` says; returns the exit code.
+def run(config: TrainConfig, begun: float | None = None) -> int:
+    """Train as `config` says; returns the exit code. `begun`: time.monotonic() at the start of the program.
 
     0 done, 1 done but some cases could not be used, or stopped by numbers that are not finite, 128 + n stopped by
     signal n (SIGTERM 143, SIGINT 130) with a checkpoint from which --resume continues.
     Raises ConfigError, DatasetError, CheckpointError and OutputError before anything is trained. One of several
     processes does not raise but ends itself, with the same codes, and so the others.
     """
+    begun = time.monotonic() if begun is None else begun
     join_processes(config.coordinator_address, config.num_processes, config.process_id)
     with ending_together():
-        return _run(config)
+        return _run(config, begun)
 
 
-def _run(config: TrainConfig) -> int:
+def _run(config: TrainConfig, begun: float) -> int:
     console = Console(quiet=not is_first(), force_terminal=None if is_first() else False)
     folder = config.output_dir or Path("runs") / (config.checkpoint_name or config.model)
     resume = _may_start(config, folder, console)
@@ -68,7 +73,7 @@ def _run(config: TrainConfig) -> int:
     _write_report(folder, report)
     progressed = Progressed()
     try:
-        _train(config, setup, folder, resume, devices, progressed, console)
+        _train(config, setup, folder, resume, devices, progressed, console, begun)
         status, code = "finished", int(bool(skipped or progressed.failures))
         if progressed.signal is not None:
             status, code = "stopped by a signal", 128 + progressed.signal
@@ -103,6 +108,7 @@ def _train(
     devices: list[jax.Device],
     progressed: Progressed,
     console: Console,
+    begun: float,
 ) -> None:
     mesh, optimizer = make_mesh(devices), make_optimizer(setup.optimizer)
     settings = {
@@ -113,19 +119,31 @@ def _train(
     }
     require_same("The configuration", settings)
     last = folder / "checkpoints" / "last"
-    graphdef, abstract = _split(nnx.eval_shape(lambda: _new_model(config, setup)))
-    data_state = None
+    graphdef, _ = _split(nnx.eval_shape(lambda: _new_model(config, setup)))
+    trained_graphdef, abstract = _split(nnx.eval_shape(lambda: _with_heads(_new_model(config, setup), config, setup)))
+    ingredients = setup.ingredients
+    ema = ingredients.ema_decay > 0
+    data_state, spent = None, 0.0
     if resume:
         found = check_settings(last, settings)
-        state, data_state = restore_state(last, abstract_state(abstract, optimizer), mesh, config.strategy)
+        state, data_state = restore_state(last, abstract_state(abstract, optimizer, ema), mesh, config.strategy)
         progressed.step, progressed.best = int(state.step), found["best"]
         progressed.validated_until = found["validated_until"]
+        spent = found.get("seconds_spent", 0.0)
     else:
-        state = init_state(_initial_params(config, setup), optimizer, mesh, config.strategy)
+        state = init_state(_initial_params(config, setup), optimizer, mesh, config.strategy, ema)
+    budget = None
+    if config.max_minutes is not None:
+        budget = TimeBudget(config.max_minutes * 60, begun, spent, own_validations=setup.val_every is None)
     plan = Plan(
-        setup.total_steps, setup.steps_per_epoch, setup.val_every, config.checkpoint_every, keep_last=config.keep_last
+        setup.total_steps,
+        setup.steps_per_epoch,
+        setup.val_every,
+        config.checkpoint_every,
+        keep_last=config.keep_last,
+        budget=budget,
     )
-    _say_start(setup, abstract, devices, plan, progressed.step, console)
+    _say_start(setup, abstract, devices, plan, progressed.step, console, config.recipe)
 
     store = Store(setup.prepared.store)
     validate = None
@@ -136,21 +154,24 @@ def _train(
         )
         here = next(device for device in devices if device.process_index == jax.process_index())
         validate = make_validate(graphdef, val_store, validation, here)
+    loss_fn: LossFunction = partial(dice_ce, label_smoothing=ingredients.label_smoothing)
     train_step = make_train_step(
-        graphdef,
+        trained_graphdef,
         optimizer,
-        dice_ce,
+        at_all_levels(loss_fn) if ingredients.deep_supervision else loss_fn,
         mesh,
         config.seed,
-        AugmentationConfig() if config.augment else None,
+        setup.augmentation,
         config.strategy,
+        ingredients.ema_decay,
+        config.freeze_encoder,
     )
     with (
         MetricsLog(folder, progressed.step) if is_first() else NoLog() as log,
-        Display(console, plan.total_steps, progressed.step, setup.global_batch) as display,
+        Display(console, plan.total_steps, progressed.step, setup.global_batch, budget) as display,
         _batches(config, setup, store, data_state) as batches,
     ):
-        if progressed.step < plan.total_steps:
+        if plan.goes_on_after(progressed.step):
             display.say("Compiling the training step, once; the first step follows")
         parts = Parts(train_step, mesh, setup.train_cases, validate, folder / "checkpoints", settings, log, display)
         train(state, batches, parts, plan, progressed)
@@ -166,7 +187,7 @@ def _batches(config: TrainConfig, setup: Setup, store: Store, data_state: dict[s
         setup.global_batch,
         seed=config.seed,
         num_workers=setup.num_workers,
-        class_balanced=config.class_balanced,
+        class_balanced=setup.ingredients.class_balanced,
         modality=config.modality,
         share=(jax.process_index(), jax.process_count()),
     )
@@ -183,6 +204,13 @@ def _new_model(config: TrainConfig, setup: Setup) -> MambaHoME:
     return MambaHoME(setup.model, rngs=nnx.Rngs(config.seed), precision=setup.precision, metadata=setup.properties)
 
 
+def _with_heads(model: MambaHoME, config: TrainConfig, setup: Setup) -> nnx.Module:
+    """What is trained: the network, with auxiliary heads beside it for deep supervision."""
+    if not setup.ingredients.deep_supervision:
+        return model
+    return DeepSupervision(model, rngs=nnx.Rngs(config.seed + 1), precision=setup.precision)
+
+
 def _split(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
@@ -191,14 +219,14 @@ def _split(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
 def _initial_params(config: TrainConfig, setup: Setup) -> Any:
     """Fresh parameters, or those of --use_pretrained. Raises CheckpointError where these are of another network."""
     if config.use_pretrained in ("", "False"):
-        return _split(_new_model(config, setup))[1]
+        return _split(_with_heads(_new_model(config, setup), config, setup))[1]
     loaded = load_model(config.use_pretrained, precision=setup.precision)
     wanted, found = (dataclasses.asdict(c.replace(use_checkpoint=False)) for c in (setup.model, loaded.config))
     differ = [f"{name} is {found[name]}, expected {wanted[name]}" for name in wanted if wanted[name] != found[name]]
     if differ:
         advice = "Choose --model, --classes and --feature_size as they were"
         raise CheckpointError(f"{config.use_pretrained} is of another configuration: {'; '.join(differ)}. {advice}")
-    return _split(loaded)[1]
+    return _split(_with_heads(loaded, config, setup))[1]
 
 
 def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
@@ -272,7 +300,13 @@ def _write_report(folder: Path, report: dict[str, Any]) -> None:
 
 
 def _say_start(
-    setup: Setup, abstract: Any, devices: list[jax.Device], plan: Plan, start: int, console: Console
+    setup: Setup,
+    abstract: Any,
+    devices: list[jax.Device],
+    plan: Plan,
+    start: int,
+    console: Console,
+    recipe: str = "published",
 ) -> None:
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract))
     patch = " x ".join(map(str, setup.patch_size))
@@ -284,8 +318,9 @@ def _say_start(
         f"{parameters / 1e6:.2f} M parameters; patches of {patch}, {setup.global_batch} a step, {setup.precision}, "
         f"on {len(devices)} x {devices[0].device_kind}"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
-        f"{plan.total_steps} steps, {plan.steps_per_epoch} an epoch; validation every {plan.val_every} steps",
+        say_plan(plan),
     ]
+    lines.append(f"recipe {recipe}: {say_ingredients(setup)}")
     if start:
         lines.append(f"Resuming after step {start}")
     for line in lines:

@@ -1,5 +1,6 @@
 """What a training command comes to: flags, dataset and devices resolved into sizes, steps and settings."""
 
+import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
@@ -7,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
-from mambahome_jax.config import MODEL_SIZES, DataProperties, ModelConfig, Precision, TrainConfig
+from mambahome_jax.config import MODEL_SIZES, AugmentationConfig, DataProperties, ModelConfig, Precision, TrainConfig
 from mambahome_jax.data.store import Store
+from mambahome_jax.datasets.mirror import AXIS_LETTERS, mirror_pairs
 from mambahome_jax.datasets.prepared import Prepared, split_cases
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.model.network import MULTIPLE, default_precision
+from mambahome_jax.recipes import Ingredients, resolve
 from mambahome_jax.training.optimizer import OptimizerConfig
 
-# torch's default; the published Adam keeps it, unlike the published AdamW.
-ADAM_EPS = 1e-8
 GPU_WORKERS = 4
 
 
@@ -33,11 +35,13 @@ class Setup:
     properties: DataProperties
     patch_size: tuple[int, int, int]
     precision: Precision
+    ingredients: Ingredients
+    augmentation: AugmentationConfig | None
     optimizer: OptimizerConfig
     global_batch: int
     steps_per_epoch: int
-    total_steps: int
-    val_every: int
+    total_steps: int | None
+    val_every: int | None
     num_workers: int
 
 
@@ -61,11 +65,15 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
             raise ConfigError(f"--{name} {value}; expected 1 or more")
     if config.num_workers is not None and config.num_workers < 0:
         raise ConfigError(f"--num_workers {config.num_workers}; expected 0 or more")
+    if config.max_minutes is not None and (not config.max_minutes > 0 or config.steps is not None):
+        found = f"--max_minutes {config.max_minutes}" + (f" with --steps {config.steps}" if config.steps else "")
+        raise ConfigError(f"{found}; expected a positive number, and one of the two alone")
     if not 0 <= config.overlap < 1:
         raise ConfigError(f"--overlap {config.overlap}; expected at least 0 and below 1")
+    size = MODEL_SIZES[config.model]
+    ingredients = resolve(config, size.lr, size.eps)
     store = Store(prepared.store)
     train, val = _cases(config, prepared, prepared_val)
-    size = MODEL_SIZES[config.model]
     patch = choose_patch(config, [store.entry(case).shape for case in train])
     present = {value for case in train for value in store.entry(case).foreground_counts}
     names = dict(prepared.labels)
@@ -84,6 +92,8 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
     batch = config.batch_size * devices
     steps_per_epoch = -(-len(train) // batch)
     total = config.steps or config.epochs * steps_per_epoch
+    timed = config.max_minutes is not None
+    val_every = config.val_every or config.skip_val * steps_per_epoch
     return Setup(
         prepared=prepared,
         prepared_val=prepared_val,
@@ -101,11 +111,14 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
         ),
         patch_size=patch,
         precision=config.precision or default_precision(),
-        optimizer=_optimizer(config, size.lr, size.eps, steps_per_epoch, total),
+        ingredients=ingredients,
+        augmentation=make_augmentation(ingredients, prepared, structures, explicit=config.mirror is not None),
+        optimizer=_optimizer(config, ingredients, steps_per_epoch, total),
         global_batch=batch,
         steps_per_epoch=steps_per_epoch,
-        total_steps=total,
-        val_every=config.val_every or config.skip_val * steps_per_epoch,
+        total_steps=None if timed else total,
+        # In a given time the default would spend most of it on validation; the budget then spaces them.
+        val_every=None if timed and config.val_every is None and config.skip_val == 1 else val_every,
         num_workers=_workers(config),
     )
 
@@ -118,17 +131,14 @@ def training_settings(config: TrainConfig, setup: Setup) -> dict[str, Any]:
         "patch_size": setup.patch_size,
         "global_batch": setup.global_batch,
         "total_steps": setup.total_steps,
-        "optimizer": optimizer.name,
-        "lr": optimizer.lr,
-        "weight_decay": optimizer.weight_decay,
-        "eps": optimizer.eps,
+        "max_minutes": config.max_minutes,
+        **dataclasses.asdict(setup.ingredients),
+        "mirror": () if setup.augmentation is None else setup.augmentation.mirror,
         "schedule_step": optimizer.schedule_step,
         "steps_per_period": optimizer.steps_per_period,
         "t_max": optimizer.t_max,
         "modality": config.modality,
         "precision": setup.precision,
-        "augment": config.augment,
-        "class_balanced": config.class_balanced,
         "seed": config.seed,
         # The state of the loader's iterator has another form for another number.
         "num_workers": setup.num_workers,
@@ -189,26 +199,72 @@ def _cases(
     return tuple(train), tuple(val[: config.max_val_cases])
 
 
-def _optimizer(config: TrainConfig, lr: float, eps: float, steps_per_epoch: int, total: int) -> OptimizerConfig:
-    lr = lr if config.lr is None else config.lr
-    if not lr > 0 or config.weight_decay < 0 or (config.eps is not None and not config.eps > 0):
-        raise ConfigError(
-            f"--lr {lr}, --weight_decay {config.weight_decay}, --eps {config.eps}; expected a positive lr and eps, and "
-            "a weight decay of 0 or more"
-        )
+def make_augmentation(
+    ingredients: Ingredients, prepared: Prepared, structures: Mapping[int, str], explicit: bool = True
+) -> AugmentationConfig | None:
+    """What the ingredients ask of augment(); None for none.
+
+    Mirroring along an axis swaps the label values that trade places there. Raises ConfigError where one of a pair is
+    not among the labels and the flag was given (`explicit`); the recipe's own mirroring is left out then.
+    """
+    if not ingredients.augment:
+        return None
+    mirrors = []
+    for name in ingredients.mirror:
+        if name == "none":
+            continue
+        axis = next(n for n, letter in enumerate(prepared.orientation) if letter in AXIS_LETTERS[name])
+        try:
+            mirrors.append((axis, mirror_pairs(structures, name)))
+        except ConfigError:
+            if explicit:
+                raise
+    return AugmentationConfig(
+        zoom_probability=ingredients.zoom_probability,
+        rotate90_probability=ingredients.rotate90_probability,
+        mirror=tuple(mirrors),
+        affine_probability=ingredients.affine_probability or None,
+        affine_rotation=ingredients.affine_rotation,
+        affine_scale=ingredients.affine_scale,
+        voxel_size=_voxel_size(prepared),
+        brightness_probability=ingredients.brightness_probability or None,
+        contrast_probability=ingredients.contrast_probability or None,
+        gamma_probability=ingredients.gamma_probability or None,
+    )
+
+
+def _voxel_size(prepared: Prepared) -> tuple[float, float, float]:
+    """mm; along an axis that every scan has its own of, the median of the cases."""
+    sizes = np.median([case.spacing for case in prepared.cases], axis=0)
+    a, b, c = (
+        float(given) if given > 0 else float(own)
+        for given, own in zip(prepared.spacing or (0, 0, 0), sizes, strict=True)
+    )
+    return a, b, c
+
+
+def _optimizer(config: TrainConfig, ingredients: Ingredients, steps_per_epoch: int, total: int) -> OptimizerConfig:
+    assert ingredients.lr is not None and ingredients.eps is not None
+    scale = 0.0 if config.freeze_encoder else config.encoder_lr_scale
+    if scale < 0:
+        raise ConfigError(f"--encoder_lr_scale {scale}; expected 0 or more")
     if config.steps is None:
         # As published: the schedule steps with the validations.
         period, t_max = config.skip_val * steps_per_epoch, max(config.epochs // config.skip_val, 1)
     else:
         period, t_max = steps_per_epoch, -(-total // steps_per_epoch)
     return OptimizerConfig(
-        name=config.optimizer,
-        lr=lr,
-        weight_decay=config.weight_decay,
-        eps=config.eps or (eps if config.optimizer == "AdamW" else ADAM_EPS),
+        name=ingredients.optimizer,
+        lr=ingredients.lr,
+        weight_decay=ingredients.weight_decay,
+        eps=ingredients.eps,
         steps_per_period=period,
         t_max=t_max,
         schedule_step=config.schedule_step,
+        warmup_steps=ingredients.warmup_steps,
+        clip_norm=ingredients.clip_norm or None,
+        momentum=ingredients.momentum if ingredients.optimizer == "SGD" else 0.0,
+        encoder_lr_scale=scale,
     )
 
 

@@ -1,6 +1,7 @@
 """Validation during training: whole volumes by sliding window, scored by Dice."""
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,7 +54,7 @@ def make_validate(
         params = copy_to(params, device)
         scores: dict[str, list[float | None]] = {}
         failures: dict[str, str] = {}
-        stopped = False
+        stopped, first_ended = False, None
         for case in settings.cases[jax.process_index() :: jax.process_count()]:
             stopped = stop()
             if stopped:
@@ -74,7 +75,12 @@ def make_validate(
             )
             found = dice(np.asarray(most_likely(logits)), reference, values)
             scores[case] = [None if math.isnan(score) else float(score) for score in found]
-        shares = gather({"scores": scores, "failures": failures, "stopped": stopped})
+            first_ended = first_ended or time.perf_counter()
+        again = None
+        if first_ended is not None and len(scores) > 1:
+            # The first case may have compiled.
+            again = (time.perf_counter() - first_ended) * len(scores) / (len(scores) - 1)
+        shares = gather({"scores": scores, "failures": failures, "stopped": stopped, "again": again})
         if any(share["stopped"] for share in shares):
             return None
         scores = {case: row for share in shares for case, row in share["scores"].items()}
@@ -83,7 +89,10 @@ def make_validate(
         rows = [scores[case] for case in settings.cases if case in scores]
         table = np.array(rows, np.float64).reshape(len(rows), len(values))
         structures = {settings.labels[value]: _mean(column) for value, column in zip(values, table.T, strict=True)}
-        return Validation(_mean(list(structures.values())), structures, tuple(failures.items()))
+        known = [share["again"] for share in shares if share["again"] is not None]
+        return Validation(
+            _mean(list(structures.values())), structures, tuple(failures.items()), max(known, default=None)
+        )
 
     return validate
 

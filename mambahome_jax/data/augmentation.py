@@ -1,4 +1,4 @@
-"""Augmentation of a batch on the device, as the published data_loader.py lists it.
+"""Augmentation of a batch on the device, as the published data_loader.py lists it, and what recipes add to that.
 
 Every operation that is linear along one axis (zoom, smoothing) is a small matrix a sample and axis, the identity where
 the sample is left alone, so that one compiled function without branches serves all.
@@ -8,17 +8,28 @@ import jax
 import jax.numpy as jnp
 
 from mambahome_jax.config import AugmentationConfig
+from mambahome_jax.data.strong_augmentation import (
+    affine_matrix,
+    change_brightness,
+    change_contrast,
+    change_gamma,
+    mirror,
+    resample,
+)
 
 SPATIAL = 3
 # So that the identity, where a sample is left alone, changes no bit of it.
 FULL = jax.lax.Precision.HIGHEST
+# What is drawn beside the published operations leaves their keys as they are.
+_MORE_KEYS = 100
 
 
 def augment(
     key: jax.Array, image: jax.Array, label: jax.Array, config: AugmentationConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Zoom, quarter turns in the plane of the first two axes, intensity shift, smoothing and noise, each by its own
-    probability and each sample on its own.
+    probability and each sample on its own; before them mirroring and an affine map, behind them brightness, contrast
+    and gamma, where the configuration has them.
 
     Args:
         key: from jax.random.key; sample n draws from fold_in(key, n), whatever the size of the batch.
@@ -27,7 +38,8 @@ def augment(
 
     Returns:
         image and label of the same shapes and dtypes. Zoom keeps the size and the centre (image linear, label nearest).
-        Where D and H differ only the half turn is possible. Nothing is mirrored: left and right are different organs.
+        Where D and H differ only the half turn is possible. Without `config.mirror` nothing is mirrored: left and right
+        are different organs.
     """
     keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(image.shape[0]))
     return jax.vmap(lambda k, x, y: _augment_sample(k, x, y, config))(keys, image, label)
@@ -36,6 +48,7 @@ def augment(
 def _augment_sample(
     key: jax.Array, image: jax.Array, label: jax.Array, config: AugmentationConfig
 ) -> tuple[jax.Array, jax.Array]:
+    image, label = _spatial(key, image, label, config)
     zoom_key, turn_key, shift_key, smooth_key, noise_key = jax.random.split(key, 5)
     zoom = _draw(zoom_key, config.zoom_probability, config.zoom_range, neutral=1.0)
     turns = _draw_turns(turn_key, config.rotate90_probability, square=label.shape[0] == label.shape[1])
@@ -54,7 +67,37 @@ def _augment_sample(
         label = jnp.take(label, nearest, axis=axis, mode="clip")
     image, label = _turn(image, turns), _turn(label, turns)
     noise = jax.random.normal(normal_key, image.shape, dtype)
-    return image + shift.astype(dtype) + noise_std.astype(dtype) * noise, label
+    return _intensity(key, image + shift.astype(dtype) + noise_std.astype(dtype) * noise, config), label
+
+
+def _spatial(
+    key: jax.Array, image: jax.Array, label: jax.Array, config: AugmentationConfig
+) -> tuple[jax.Array, jax.Array]:
+    mirror_key, happens_key, angle_key, scale_key = (jax.random.fold_in(key, _MORE_KEYS + n) for n in range(4))
+    if config.mirror:
+        image, label = mirror(mirror_key, image, label, config.mirror)
+    if config.affine_probability is None:
+        return image, label
+    happens = jax.random.bernoulli(happens_key, config.affine_probability)
+    limit = jnp.deg2rad(config.affine_rotation)
+    angles = jnp.where(happens, jax.random.uniform(angle_key, (3,), jnp.float32, -limit, limit), 0)
+    scale = jnp.where(happens, jax.random.uniform(scale_key, (), jnp.float32, *config.affine_scale), 1)
+    return resample(image, label, affine_matrix(angles, scale, config.voxel_size))
+
+
+def _intensity(key: jax.Array, image: jax.Array, config: AugmentationConfig) -> jax.Array:
+    changes = (
+        (change_brightness, config.brightness_probability, config.brightness_range),
+        (change_contrast, config.contrast_probability, config.contrast_range),
+        (change_gamma, config.gamma_probability, config.gamma_range),
+    )
+    for number, (change, probability, bounds) in enumerate(changes, _MORE_KEYS + 4):
+        if probability is None:
+            continue
+        happens_key, value_key = jax.random.split(jax.random.fold_in(key, number))
+        value = jax.random.uniform(value_key, (), jnp.float32, *bounds)
+        image = jnp.where(jax.random.bernoulli(happens_key, probability), change(image, value), image)
+    return image
 
 
 def _draw(

@@ -28,9 +28,15 @@ class Decoder(nnx.Module):
         self.out = Conv3d(features[0], config.out_chans, 1, bias=True, **common)
 
     def __call__(self, x: jax.Array, stages: list[jax.Array]) -> jax.Array:
+        return self.with_levels(x, stages)[0]
+
+    def with_levels(self, x: jax.Array, stages: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+        """Logits, and the volumes at 1/2, 1/4 and 1/8 of the grid that they come from."""
         remat = self.use_checkpoint
         skips = [remat_if(remat, block, v) for block, v in zip(self.skips, (x, *stages), strict=True)]
         y = skips.pop()
+        levels: list[jax.Array] = []
         for up in self.ups:
             y = remat_if(remat, up, y, skips.pop())
-        return self.out(remat_if(remat, self.last, y))
+            levels.insert(0, y)
+        return self.out(remat_if(remat, self.last, y)), levels[1:]

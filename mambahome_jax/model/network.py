@@ -49,10 +49,14 @@ class MambaHoME(nnx.Module):
         self.decoder = Decoder(config, **common)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        return self.with_levels(x)[0]
+
+    def with_levels(self, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """Logits, and the decoder's volumes at 1/2, 1/4 and 1/8 of the grid, feat_size[1], [2] and [3] channels."""
         check_input(x.shape, self.config)
         x = x.astype(self.dtype)
-        logits = self.decoder(x, self.encoder(x))
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits, levels = self.decoder.with_levels(x, self.encoder(x))
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), levels
 
 
 def check_input(shape: tuple[int, ...], config: ModelConfig) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints of a training: everything that the next step depends on, written in the background, whole or not at all.
 
-The folders are those of model/checkpoint.py with two more items: "optimizer" (step and state of the optimizer) and
+The folders are those of model/checkpoint.py with two more items: "optimizer" (step, state of the optimizer, and the
+parameters that are trained where the model is their moving average, or trained with auxiliary heads) and
 "data" (state of the loader's iterator). Randomness needs none: its keys are made from the seed and the step.
 """
 
@@ -30,7 +31,7 @@ from mambahome_jax.model.checkpoint import (
 )
 from mambahome_jax.training.distributed import is_first
 from mambahome_jax.training.sharding import tree_sharding
-from mambahome_jax.training.step import TrainState
+from mambahome_jax.training.step import TrainState, deployed_params
 
 OPTIMIZER_ITEM, DATA_ITEM = "optimizer", "data"
 
@@ -61,12 +62,12 @@ class CheckpointWriter:
         """
         self.wait()
         folder = folder.absolute()
-        items = {MODEL_ITEM: ocp.args.PyTreeSave(state.params)}
-        arrays: list[Any] = [state.params]
+        items = {MODEL_ITEM: ocp.args.PyTreeSave(deployed_params(state))}
+        arrays: list[Any] = [deployed_params(state)]
         if data is not None:
-            optimizer = {"step": state.step, "state": state.opt_state}
-            arrays.append(optimizer)
-            items |= {OPTIMIZER_ITEM: ocp.args.PyTreeSave(optimizer), DATA_ITEM: ocp.args.JsonSave(dict(data))}
+            rest = _beside_model(state)
+            arrays.append(rest)
+            items |= {OPTIMIZER_ITEM: ocp.args.PyTreeSave(rest), DATA_ITEM: ocp.args.JsonSave(dict(data))}
         partial = prepare_partial(folder) if is_first() else sibling(folder, PARTIAL)
         self._folder = folder
         try:
@@ -138,7 +139,7 @@ def restore_state(
         raise CheckpointError(f"{path} holds parameters alone. Resume from RUN/checkpoints/last, or use_pretrained")
     shardings = tree_sharding(abstract, mesh, strategy)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    items = {MODEL_ITEM: placed.params, OPTIMIZER_ITEM: {"step": placed.step, "state": placed.opt_state}}
+    items = {MODEL_ITEM: deployed_params(placed), OPTIMIZER_ITEM: _beside_model(placed)}
     _check_shapes(path, items)
     arguments = {
         name: ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
@@ -150,7 +151,15 @@ def restore_state(
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: cannot be read ({error}). The checkpoint is damaged, use another") from error
     optimizer = found[OPTIMIZER_ITEM]
-    return TrainState(optimizer["step"], found[MODEL_ITEM], optimizer["state"]), found[DATA_ITEM]
+    params = optimizer.get("params", found[MODEL_ITEM])
+    average = None if abstract.ema is None else found[MODEL_ITEM]
+    return TrainState(optimizer["step"], params, optimizer["state"], average), found[DATA_ITEM]
+
+
+def _beside_model(state: TrainState) -> dict[str, Any]:
+    """The item "optimizer"; with the parameters that are trained, where those of the item "model" are others."""
+    trained = {} if deployed_params(state) is state.params else {"params": state.params}
+    return {"step": state.step, "state": state.opt_state} | trained
 
 
 def _check_shapes(path: Path, items: Mapping[str, Any]) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mambahome_jax.errors import TrainingError
+from mambahome_jax.training.budget import Decision, TimeBudget
 from mambahome_jax.training.checkpoints import CheckpointWriter
 from mambahome_jax.training.distributed import Votes, gather
-from mambahome_jax.training.progress import Display, MetricsLog, duration
-from mambahome_jax.training.sharding import put_batch
-from mambahome_jax.training.step import Batch, TrainState
+from mambahome_jax.training.progress import Display, MetricsLog, Shown, device_memory, duration
+from mambahome_jax.training.sharding import put_batch, put_tree, replicated
+from mambahome_jax.training.step import Batch, TrainState, deployed_params
 
 Metrics = Mapping[str, jax.Array]
 
@@ -32,6 +33,8 @@ class Validation:
     dice: float
     structures: Mapping[str, float]
     failures: tuple[tuple[str, str], ...] = ()
+    seconds_again: float | None = None
+    """How long the same would take once more, where that is known: the first one compiles."""
 
 
 # (params, asked to stop?) -> result, or None where it was interrupted
@@ -43,17 +46,24 @@ class Plan:
     """When things happen, in steps. `validated_until`: the step up to which a resumed run has been validated.
 
     keep_last: checkpoints kept beside the best.
+
+    With a budget, `total_steps` is None and the end a matter of time; then `val_every` None leaves the validations to
+    the budget too.
     """
 
-    total_steps: int
+    total_steps: int | None
     steps_per_epoch: int
-    val_every: int
+    val_every: int | None
     checkpoint_every: int | None = None
     validated_until: int = 0
     keep_last: int = 1
+    budget: TimeBudget | None = None
+
+    def goes_on_after(self, step: int) -> bool:
+        return self.total_steps is None or step < self.total_steps
 
     def validates(self, step: int) -> bool:
-        return step % self.val_every == 0 or step == self.total_steps
+        return bool(self.val_every and step % self.val_every == 0) or step == self.total_steps
 
     def saves(self, step: int) -> bool:
         return self.validates(step) or bool(self.checkpoint_every and step % self.checkpoint_every == 0)
@@ -76,7 +86,7 @@ class Progressed:
 class Parts:
     """What the loop drives. `config`: entries for config.json of each checkpoint. `validate`: None to go without."""
 
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    train_step: Callable[..., tuple[TrainState, Metrics]]
     mesh: Mesh
     case_ids: Sequence[str]
     validate: Validate | None
@@ -118,25 +128,34 @@ def train(state: TrainState, batches: Iterator, parts: Parts, plan: Plan, progre
         if progressed.step and plan.validates(progressed.step) and progressed.validated_until < progressed.step:
             # The run before was stopped between this step and its validation.
             run.validate(state)
-        fetched = run.fetch(batches) if progressed.step < plan.total_steps else None
+        decision = run.decide()
+        fetched = run.fetch(batches) if plan.goes_on_after(progressed.step) and not decision.last else None
         running: _Running | None = None
         unsaved: _Fetched | None = None
         while fetched is not None and not stop.requested():
             step = progressed.step + 1
+            timed = run.timed(decision)
             with jax.transfer_guard("disallow"):
-                state, metrics = parts.train_step(state, fetched.arrays)
+                state, metrics = parts.train_step(state, fetched.arrays, *timed)
+            run.dispatched = metrics
             done, fetched = fetched, None
-            if step < plan.total_steps and not stop.requested():
+            if plan.goes_on_after(step) and not stop.requested():
                 # While the device works on this step; the state of the iterator is kept with each batch for that.
                 fetched = run.fetch(batches)
             run.finish(running)
             stop.agree()
             progressed.step, running, unsaved = step, _Running(step, metrics, done.cases), done
-            if plan.saves(step):
+            decision = run.decide()
+            if decision.last:
+                fetched = None
+            validates = plan.validates(step) or decision.validate or decision.last
+            if validates or plan.saves(step):
                 row = run.finish(running, write=False)
-                run.write(row, run.validate(state) if plan.validates(step) else None)
+                run.write(row, run.validate(state) if validates else None)
                 run.save_last(state, done.state_after)
                 running = unsaved = None
+                decision = run.decide()
+                fetched = None if decision.last else fetched
         run.finish(running)
         if unsaved is not None:
             run.save_last(state, unsaved.state_after)
@@ -151,11 +170,27 @@ class _Run:
         self, parts: Parts, plan: Plan, progressed: Progressed, writer: CheckpointWriter, stop: "_StopOnSignal"
     ):
         self.parts, self.plan, self.progressed, self.writer, self.stop = parts, plan, progressed, writer, stop
-        self.begun = time.perf_counter()
+        self.begun = self.stepped = time.perf_counter()
+        self.waited = 0.0
+        self.dispatched: Metrics | None = None
+
+    def decide(self) -> Decision:
+        """What the time budget says; without one nothing happens but what the plan says in steps."""
+        return Decision(False, False, 0.0) if self.plan.budget is None else self.plan.budget.decide()
+
+    def timed(self, decision: Decision) -> tuple[jax.Array, ...]:
+        """The further argument of the training step where the learning rate follows the time."""
+        if self.plan.budget is None:
+            return ()
+        return (put_tree(np.float32(decision.fraction), replicated(self.parts.mesh)),)
 
     def fetch(self, batches: Iterator) -> _Fetched:
         """The next batch, on its way to the devices, with the iterator's state after it."""
+        begun = time.perf_counter()
         batch = dict(next(batches))
+        if self.dispatched is not None and self.dispatched["loss"].is_ready():  # type: ignore[attr-defined]
+            # The device had nothing more to do when the batch came: at most so long.
+            self.waited += time.perf_counter() - begun
         indices = np.asarray(batch.pop("case"))
         cases = tuple(self.parts.case_ids[index] for index in indices)
         return _Fetched(put_batch(batch, self.parts.mesh), cases, batches.get_state())  # type: ignore[attr-defined]
@@ -172,13 +207,20 @@ class _Run:
                 f"step {running.step}: {', '.join(wrong)}; cases of this batch: {', '.join(cases)}. Stopped; "
                 "the checkpoints before it are kept. Look at these cases, or use a lower --lr or --precision fp32"
             )
+        if self.plan.budget is not None:
+            self.plan.budget.step_ended()
         rate = self.parts.display.tick(running.step)
         self.progressed.last_loss = values["loss"]
-        self.parts.display.update(running.step, values["loss"], rate)
+        now = time.perf_counter()
+        waiting = self.waited / max(now - self.stepped, 1e-9)
+        self.waited, self.stepped = 0.0, now
+        memory = device_memory(self.parts.mesh.local_devices)
+        self.parts.display.update(running.step, Shown(values["loss"], values["lr"], rate, memory, waiting))
         row = {
             "step": running.step,
             "epoch": (running.step - 1) // self.plan.steps_per_epoch + 1,
             "images_per_second": rate,
+            "data_wait": waiting,
             "seconds": time.perf_counter() - self.begun,
             **values,
         }
@@ -197,15 +239,22 @@ class _Run:
 
     def validate(self, state: TrainState) -> Validation | None:
         """Validate, and write `best` where that is the best so far. None without cases, and when interrupted."""
-        display, step = self.parts.display, self.progressed.step
+        display, step, budget = self.parts.display, self.progressed.step, self.plan.budget
         validation = None
         if self.parts.validate is not None:
             begun = time.perf_counter()
-            validation = self.parts.validate(state.params, self.stop.noticed)
+            with contextlib.ExitStack() as measured:
+                if budget is not None:
+                    measured.enter_context(budget.validating())
+                validation = self.parts.validate(deployed_params(state), self.must_stop)
             self.stop.agree(at_once=True)
             display.pause()
+            self.waited, self.stepped = 0.0, time.perf_counter()
             if validation is None:
+                self._give_up(state)
                 return None
+            if budget is not None:
+                budget.expect_validation(validation.seconds_again)
             display.say(
                 f"step {step}: validation Dice {validation.dice:.4f} ({_structures(validation)}) "
                 f"in {duration(time.perf_counter() - begun)}"
@@ -220,8 +269,27 @@ class _Run:
             self.writer.save(self.parts.folder / "best", state, self._config())
         return validation
 
+    def must_stop(self) -> bool:
+        """Whether a validation is to be given up: a signal came, or the time is up."""
+        return self.stop.noticed() or (self.plan.budget is not None and self.plan.budget.must_save())
+
+    def _give_up(self, state: TrainState) -> None:
+        """A validation was given up. Where that was for lack of time, `best` is not to be missing at the end."""
+        if not self.stop.requested():
+            self.parts.display.say("validation given up: the time is nearly over")
+            best = self.progressed.best
+            if best is None or best["val_dice"] is None:
+                self.progressed.best = {"step": self.progressed.step, "val_dice": None}
+                self.writer.save(self.parts.folder / "best", state, self._config())
+
     def save_last(self, state: TrainState, data: dict[str, Any]) -> None:
-        self.writer.save(self.parts.folder / "last", state, self._config(), data, self.plan.keep_last)
+        """Write `last`; with a time budget wait for it, which tells how long that takes."""
+        with contextlib.ExitStack() as measured:
+            if self.plan.budget is not None:
+                measured.enter_context(self.plan.budget.saving())
+            self.writer.save(self.parts.folder / "last", state, self._config(), data, self.plan.keep_last)
+            if self.plan.budget is not None:
+                self.writer.wait()
 
     def _config(self) -> dict[str, Any]:
         step = self.progressed.step
@@ -231,7 +299,7 @@ class _Run:
             "epoch": step // self.plan.steps_per_epoch,
             "best": self.progressed.best,
             "validated_until": self.progressed.validated_until,
-        }
+        } | ({} if self.plan.budget is None else {"seconds_spent": self.plan.budget.spent()})
 
 
 class _StopOnSignal(contextlib.AbstractContextManager):

@@ -1,8 +1,8 @@
-"""Optimizers and the learning rate as published (parity/README.md, section 5), functions of the step count alone."""
+"""Optimizers and the learning rate as published (parity/README.md, section 5), and what other recipes change."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,12 @@ import optax
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """What decides an update. `steps_per_period` updates share a learning rate; after `t_max` periods it is eta_min."""
+    """What decides an update. `steps_per_period` updates share a learning rate; after `t_max` periods it is eta_min.
+
+    warmup_steps: the rate of the first updates is multiplied by 1/n, 2/n ... 1. clip_norm: largest Euclidean norm of
+    the gradient of all parameters together. momentum: of SGD, Nesterov's form. encoder_lr_scale: factor on the updates
+    of the parameters under "encoder", 0 keeps them as they are.
+    """
 
     name: Literal["AdamW", "Adam", "SGD"] = "AdamW"
     lr: float = 1e-4
@@ -22,29 +27,46 @@ class OptimizerConfig:
     t_max: int = 1
     eta_min: float = 0.0
     schedule_step: Literal["epoch", "published"] = "epoch"
+    warmup_steps: int = 0
+    clip_norm: float | None = None
+    momentum: float = 0.0
+    encoder_lr_scale: float = 1.0
+
+
+class Schedule(Protocol):
+    """(number of updates already made, fraction of the time spent or None) -> learning rate, both scalars."""
+
+    def __call__(self, count: jax.Array, fraction: jax.Array | None = None) -> jax.Array: ...
 
 
 class Optimizer(NamedTuple):
-    """An optax transformation together with its learning rate: update number (from 0) -> scalar."""
+    """An optax transformation together with its learning rate; `update` also takes `fraction`, see make_schedule."""
 
     init: Callable
     update: Callable
-    schedule: Callable[[jax.Array], jax.Array]
+    schedule: Schedule
 
 
-def make_schedule(config: OptimizerConfig) -> Callable[[jax.Array], jax.Array]:
+def make_schedule(config: OptimizerConfig) -> Schedule:
     """Cosine annealing, constant within a period: function of the number of updates already made.
 
-    "epoch" lowers the rate after the last update of a period, as the textbook has it; "published" one update later,
-    since the published loop steps its scheduler after the first update of the next epoch.
+    With a fraction (0 to 1) of a time budget, the cosine runs over that, without periods, and the count matters for the
+    warm-up alone. "epoch" lowers the rate after the last update of a period, as the textbook has it; "published" one
+    update later, since the published loop steps its scheduler after the first update of the next epoch.
     """
     late = int(config.schedule_step == "published")
 
-    def schedule(count: jax.Array) -> jax.Array:
-        period = jnp.clip((count - late) // config.steps_per_period, 0, config.t_max)
+    def schedule(count: jax.Array, fraction: jax.Array | None = None) -> jax.Array:
         # sin² of the way left equals (1 + cos)/2 of the way done, without its cancellation near the end.
-        left = jnp.sin(jnp.pi / 2 * (config.t_max - period) / config.t_max)
-        return config.eta_min + (config.lr - config.eta_min) * left**2
+        if fraction is None:
+            period = jnp.clip((count - late) // config.steps_per_period, 0, config.t_max)
+            left = jnp.sin(jnp.pi / 2 * (config.t_max - period) / config.t_max)
+        else:
+            left = jnp.sin(jnp.pi / 2 * (1 - jnp.clip(fraction, 0, 1)))
+        rate = config.eta_min + (config.lr - config.eta_min) * left**2
+        if config.warmup_steps:
+            rate = rate * jnp.minimum(count + 1, config.warmup_steps) / config.warmup_steps
+        return rate
 
     return schedule
 
@@ -52,11 +74,51 @@ def make_schedule(config: OptimizerConfig) -> Callable[[jax.Array], jax.Array]:
 def make_optimizer(config: OptimizerConfig) -> Optimizer:
     """torch's AdamW (decoupled decay), Adam and SGD (decay added to the gradient); decay acts on every parameter.
 
-    Adam and AdamW correct the bias of both moments and add eps outside the root, after the correction.
+    Adam and AdamW correct the bias of both moments and add eps outside the root, after the correction. Clipping comes
+    before everything else.
     """
     schedule = make_schedule(config)
     decay = optax.add_decayed_weights(config.weight_decay)
     adam = optax.scale_by_adam(*config.betas, eps=config.eps)
-    parts = {"AdamW": (adam, decay), "Adam": (decay, adam), "SGD": (decay,)}[config.name]
-    transform = optax.chain(*parts, optax.scale_by_learning_rate(schedule))
+    sgd = (decay, optax.trace(config.momentum, nesterov=True)) if config.momentum else (decay,)
+    parts = list({"AdamW": (adam, decay), "Adam": (decay, adam), "SGD": sgd}[config.name])
+    if config.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.encoder_lr_scale != 1:
+        parts.append(_scale_encoder(config.encoder_lr_scale))
+    transform = optax.chain(*parts, _scale_by_rate(schedule))
     return Optimizer(transform.init, transform.update, schedule)
+
+
+def is_encoder(path: tuple) -> bool:
+    """Whether a path of jax.tree_util leads to a parameter of the encoder."""
+    return any(getattr(key, "key", None) == "encoder" for key in path)
+
+
+def _scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
+    """optax.scale_by_learning_rate with a rate that may follow the fraction of a time budget; same state."""
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+
+    def update(
+        updates: Any,
+        state: optax.ScaleByScheduleState,
+        params: Any = None,
+        *,
+        fraction: jax.Array | None = None,
+        **_: Any,
+    ) -> tuple[Any, optax.ScaleByScheduleState]:
+        rate = -schedule(state.count, fraction)
+        updates = jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates)
+        return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _scale_encoder(scale: float) -> optax.GradientTransformation:
+    return optax.stateless(
+        lambda updates, params: jax.tree_util.tree_map_with_path(
+            lambda path, u: u * scale if is_encoder(path) else u, updates
+        )
+    )

@@ -3,15 +3,18 @@
 import csv
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from mambahome_jax.errors import OutputError
+from mambahome_jax.training.budget import TimeBudget
 
 COLUMNS = (
     "step",
@@ -22,6 +25,7 @@ COLUMNS = (
     "grad_norm",
     "update_norm",
     "images_per_second",
+    "data_wait",
     "seconds",
 )
 # Without a terminal: a line after this many seconds, and one for about each hundredth of the way if that is slower.
@@ -110,11 +114,49 @@ def _text(value: Any) -> Any:
     return f"{value:.7g}" if isinstance(value, float) else "" if value is None else value
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What the progress line tells of a step. memory: bytes used and there on the fullest device; waiting: share of
+    the time, 0 to 1, in which the loop waited for data."""
+
+    loss: float
+    lr: float
+    images_per_second: float | None = None
+    memory: tuple[int, int] | None = None
+    waiting: float | None = None
+
+    def __str__(self) -> str:
+        parts = [f"loss {self.loss:.4f}", f"lr {self.lr:.2e}"]
+        if self.images_per_second:
+            parts.append(f"{self.images_per_second:.3g} images/s")
+        if self.memory is not None:
+            used, there = (value / 2**30 for value in self.memory)
+            parts.append(f"GPU {used:.1f}/{there:.0f} GiB")
+        if self.waiting is not None:
+            parts.append(f"data wait {self.waiting:.0%}")
+        return "  ".join(parts)
+
+
+def device_memory(devices: Sequence[jax.Device]) -> tuple[int, int] | None:
+    """(largest use so far, limit) in bytes of the fullest device, None where the devices do not tell (CPUs)."""
+    stats = [found for device in devices if (found := device.memory_stats())]
+    pairs = [(s["peak_bytes_in_use"], s["bytes_limit"]) for s in stats if {"peak_bytes_in_use", "bytes_limit"} <= {*s}]
+    return max(pairs) if pairs else None
+
+
 class Display:
     """Progress of a training on the terminal; plain lines from time to time where it is not one."""
 
-    def __init__(self, console: Console, total: int, start: int = 0, images_per_step: int = 1):
+    def __init__(
+        self,
+        console: Console,
+        total: int | None,
+        start: int = 0,
+        images_per_step: int = 1,
+        budget: TimeBudget | None = None,
+    ):
         self.console, self.total, self.start, self.images = console, total, start, images_per_step
+        self.budget = budget
         self._times: deque[float] = deque(maxlen=32)
         self._line_due = 0.0
         self._bar: Progress | None = None
@@ -124,14 +166,15 @@ class Display:
             columns = (
                 TextColumn("Training"),
                 BarColumn(bar_width=None),
-                MofNCompleteColumn(),
                 TextColumn("{task.fields[values]}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=self.console)
-            self._task = self._bar.add_task("", total=self.total, completed=self.start, values="")
+            total = self.total if self.budget is None else self.budget.seconds
+            self._task = self._bar.add_task("", total=total, values="")
+            self._bar.update(self._task, completed=self._done(self.start))
             self._bar.start()
         return self
 
@@ -150,7 +193,7 @@ class Display:
             return None
         rate = (len(self._times) - 1) / (self._times[-1] - self._times[0])
         # The first step compiles; the second and third say how long the rest takes.
-        if step - self.start == 4 and step < self.total:
+        if step - self.start == 4 and self.total is not None and step < self.total:
             left = duration((self.total - step) / rate)
             self.say(f"{rate * self.images:.2g} images/s: the {self.total - step} steps left take about {left}")
         return rate * self.images
@@ -159,17 +202,26 @@ class Display:
         """What follows (validation) does not count as time of steps."""
         self._times.clear()
 
-    def update(self, step: int, loss: float, rate: float | None) -> None:
+    def update(self, step: int, shown: Shown) -> None:
         """Show how far the training is."""
-        values = f"loss {loss:.4f}" + (f"  {rate:.3g} images/s" if rate else "")
+        count = f"step {step}" if self.total is None else f"step {step}/{self.total}"
+        values = f"{count}  {shown}"
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, values=values)
+            self._bar.update(self._task, completed=self._done(step), values=values)
             return
         now = time.perf_counter()
         if now >= self._line_due or step == self.total:
             self._line_due = now + LINE_SECONDS
-            left = f"  left {duration((self.total - step) * self.images / rate)}" if rate else ""
-            self.say(f"step {step}/{self.total}  {values}{left}")
+            left = self._left(step, shown.images_per_second)
+            self.say(values + ("" if left is None else f"  left {duration(left)}"))
+
+    def _done(self, step: int) -> float:
+        return step if self.budget is None else self.budget.spent()
+
+    def _left(self, step: int, rate: float | None) -> float | None:
+        if self.budget is not None:
+            return max(self.budget.left(), 0.0)
+        return (self.total - step) * self.images / rate if rate and self.total is not None else None
 
 
 def duration(seconds: float) -> str:

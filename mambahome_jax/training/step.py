@@ -12,35 +12,49 @@ from jax.sharding import Mesh
 
 from mambahome_jax.config import AugmentationConfig, Strategy
 from mambahome_jax.data.augmentation import augment
-from mambahome_jax.training.optimizer import Optimizer
+from mambahome_jax.training.deep_supervision import network_params
+from mambahome_jax.training.losses import LossFunction
+from mambahome_jax.training.optimizer import Optimizer, is_encoder
 from mambahome_jax.training.sharding import put_tree, replicated, tree_sharding
 
-LossFunction = Callable[[jax.Array, jax.Array], jax.Array]
 Batch = dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """Everything that an update changes."""
+    """Everything that an update changes. `ema`: moving average of the network's parameters, None without one."""
 
     step: jax.Array  # int32 scalar, updates made
     params: Any  # nested dict of arrays, as nnx.to_pure_dict gives it
     opt_state: Any
+    ema: Any = None
 
 
-def abstract_state(params: Any, optimizer: Optimizer) -> TrainState:
+def deployed_params(state: TrainState) -> Any:
+    """The network to validate and to keep for inference: the moving average where there is one; without heads."""
+    return network_params(state.params) if state.ema is None else state.ema
+
+
+def abstract_state(params: Any, optimizer: Optimizer, ema: bool = False) -> TrainState:
     """Shapes and dtypes of a state, from those of its parameters: what a checkpoint is restored into."""
-    return jax.eval_shape(lambda p: TrainState(jnp.zeros((), jnp.int32), p, optimizer.init(p)), params)
+    return jax.eval_shape(lambda p: _start(p, optimizer, ema), params)
 
 
-def init_state(params: Any, optimizer: Optimizer, mesh: Mesh, strategy: Strategy = "ddp") -> TrainState:
+def _start(params: Any, optimizer: Optimizer, ema: bool) -> TrainState:
+    average = jax.tree.map(jnp.copy, network_params(params)) if ema else None
+    return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params), average)
+
+
+def init_state(
+    params: Any, optimizer: Optimizer, mesh: Mesh, strategy: Strategy = "ddp", ema: bool = False
+) -> TrainState:
     """State before the first step. The parameters are copied, as each step gives its state's memory to the next."""
 
     def start(params: Any) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params))
+        return _start(params, optimizer, ema)
 
-    shardings = tree_sharding(abstract_state(params, optimizer), mesh, strategy)
+    shardings = tree_sharding(abstract_state(params, optimizer, ema), mesh, strategy)
     # From the host the arrays go straight to where they belong.
     params = put_tree(params, shardings.params)
     return jax.jit(start, out_shardings=shardings)(params)
@@ -54,38 +68,63 @@ def make_train_step(
     seed: int,
     augmentation: AugmentationConfig | None = None,
     strategy: Strategy = "ddp",
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """jit of (state, batch) -> (state, metrics): batch split over `data`, state donated.
+    ema_decay: float = 0.0,
+    freeze_encoder: bool = False,
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """jit of (state, batch, fraction=None) -> (state, metrics): batch split over `data`, state donated.
 
     Args:
         graphdef: of the model, `nnx.split(model)[0]`; model((b, D, H, W, in)) -> logits (b, D, H, W, classes).
-        loss_fn: (logits, labels (b, D, H, W) integer) -> scalar, a mean over the batch.
+        loss_fn: (logits, labels (b, D, H, W) integer) -> scalar, a mean over the batch; a batch with "labelled"
+            (b, classes) gives it that as the third argument.
         seed: of the augmentation; its key is fold_in(key(seed), step), so that nothing but the step is to be stored.
         augmentation: None for none.
+        ema_decay: of the moving average, in a state that has one; less in the first steps, see `average_decay`.
+        freeze_encoder: no gradient reaches the parameters under "encoder", whose backward pass is left out.
 
-    The batch is {"image": (b, D, H, W, in), "label": (b, D, H, W)}. Metrics are scalars of this step: loss and
-    grad_norm before its update, update_norm, and the lr used.
+    With `fraction`, float32 scalar, the part of a time budget that is spent, the learning rate follows that instead of
+    the step. The batch is {"image": (b, D, H, W, in), "label": (b, D, H, W)}. Metrics are scalars of this step: loss
+    and grad_norm before its update, update_norm, and the lr used.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(
+        state: TrainState, batch: Batch, fraction: jax.Array | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         image, label = batch["image"], batch["label"]
         if augmentation is not None:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             image, label = augment(key, image, label, augmentation)
 
+        labelled = (batch["labelled"],) if "labelled" in batch else ()
+
         def objective(params: Any) -> jax.Array:
-            return loss_fn(nnx.merge(graphdef, params)(image), label)
+            if freeze_encoder:
+                params = jax.tree_util.tree_map_with_path(
+                    lambda path, leaf: jax.lax.stop_gradient(leaf) if is_encoder(path) else leaf, params
+                )
+            return loss_fn(nnx.merge(graphdef, params)(image), label, *labelled)
 
         loss, grads = jax.value_and_grad(objective)(state.params)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        timed = {} if fraction is None else {"fraction": fraction}
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **timed)
+        params, average = optax.apply_updates(state.params, updates), state.ema
+        if average is not None:
+            rest = 1 - average_decay(ema_decay, state.step + 1)
+            average = jax.tree.map(lambda a, p: a + rest.astype(a.dtype) * (p - a), average, network_params(params))
+        new = TrainState(state.step + 1, params, opt_state, average)
         new = jax.lax.with_sharding_constraint(new, tree_sharding(new, mesh, strategy))
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "update_norm": optax.tree.norm(updates),
-            "lr": optimizer.schedule(state.step),
+            "lr": optimizer.schedule(state.step, fraction),
         }
         return new, jax.lax.with_sharding_constraint(metrics, replicated(mesh))
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+def average_decay(decay: float, updates: jax.Array) -> jax.Array:
+    """Decay of the moving average after so many updates: (1 + n) / (10 + n) until that exceeds `decay`, so that the
+    initial values are soon forgotten."""
+    return jnp.minimum(decay, (1 + updates) / (10 + updates))

@@ -1,16 +1,18 @@
 """The train command from a folder on disk to checkpoints, with a small network in place of the real one."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
 from flax import nnx
 
 from mambahome_jax.commands import train as command
-from mambahome_jax.commands.train_setup import choose_patch, make_setup, model_config
+from mambahome_jax.commands.train_setup import choose_patch, make_augmentation, make_setup, model_config
 from mambahome_jax.config import MODEL_SIZES, ModelSize, TrainConfig
 from mambahome_jax.data.store import StoreEntry, write_case, write_index
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, read_prepared, write_prepared
@@ -18,6 +20,7 @@ from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
 from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.imaging.volume import Volume, write_volume
 from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params
+from mambahome_jax.recipes import Ingredients
 from mambahome_jax.training import loop
 from tests.conftest import golden_path
 from tests.training.stand_in import SmallNet
@@ -130,6 +133,16 @@ def test_stop_and_resume_give_the_bits_of_a_straight_run(tmp_path, monkeypatch):
         np.testing.assert_array_equal(straight[name]["kernel"], resumed[name]["kernel"])
 
 
+def test_a_run_of_given_minutes_ends_by_itself_and_tells_the_time_spent(tmp_path, capsys):
+    config = _config(_dataset(tmp_path / "data"), tmp_path / "run", steps=None, val_every=None, max_minutes=0.15)
+    assert command.run(config, time.monotonic() - 3) == 0
+    assert "9 s, of which" in capsys.readouterr().out
+    spent = read_checkpoint_config(tmp_path / "run" / "checkpoints" / "last")["seconds_spent"]
+    report = json.loads((tmp_path / "run" / "run.json").read_text())
+    # Counted from three seconds before; how far it goes depends on the machine, which may be slow to compile.
+    assert spent > 3 and report["status"] == "finished" and report["step"] >= 1 and report["best"] is not None
+
+
 def test_resume_without_a_checkpoint_starts_anew(tmp_path, capsys):
     assert command.run(_config(_dataset(tmp_path / "data"), tmp_path / "run", steps=1, resume=True)) == 0
     assert "starting from the beginning" in capsys.readouterr().out
@@ -181,6 +194,7 @@ def test_faults_of_data_and_flags_are_told_before_training(tmp_path):
         ({"num_devices": 99}, "--num_devices 99"),
         ({"overlap": 1.0}, "--overlap"),
         ({"lr": -1.0}, "--lr -1"),
+        ({"max_minutes": 1.0}, "--max_minutes 1.0 with --steps 4"),
     ):
         with pytest.raises(ConfigError, match=message):
             command.run(_config(data, tmp_path / "run", **settings))
@@ -190,6 +204,36 @@ def test_faults_of_data_and_flags_are_told_before_training(tmp_path):
         command.run(_config(_dataset(tmp_path / "bare", cases=2, labelled=False), tmp_path / "run"))
     with pytest.raises(CheckpointError, match="nowhere"):
         command.run(_config(data, tmp_path / "run", use_pretrained=str(tmp_path / "nowhere")))
+
+
+def test_the_strong_recipe_trains_and_its_average_is_the_checkpoint(tmp_path, capsys):
+    config = _config(_dataset(tmp_path / "data"), tmp_path / "run", steps=2, recipe="strong", warmup_steps=4, lr=1e-3)
+    assert command.run(config) == 0
+    text = capsys.readouterr().out
+    assert "recipe strong: AdamW, lr 0.001, weight decay 0.01, eps 1e-08, warmup_steps 4, clip_norm 1.0" in text
+    assert "mirrored along axis 0, 0 pairs" in text
+    settings = read_checkpoint_config(tmp_path / "run" / "checkpoints" / "last")["training"]
+    assert settings["ema_decay"] == 0.999 and settings["class_balanced"] and settings["mirror"] == [[0, []]]
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]
+    np.testing.assert_allclose(rates, [1e-3 / 4, 1e-3 / 2], rtol=1e-6)
+    with pytest.raises(ConfigError, match=r"ema_decay was 0.999, now 0.0"):
+        command.run(dataclasses.replace(config, ema_decay=0.0, resume=True))
+    assert command.run(dataclasses.replace(config, resume=True)) == 0
+
+
+def test_mirroring_goes_by_the_names_of_the_structures(tmp_path):
+    prepared = read_prepared(_dataset(tmp_path / "data"))
+    pairs, lonely = {1: "kidney_left", 2: "kidney_right"}, {1: "left atrium"}
+    found = make_augmentation(Ingredients(mirror=("LR", "AP")), prepared, pairs)
+    assert found.mirror == ((0, ((1, 2),)), (1, ())) and found.affine_probability is None
+    lps = dataclasses.replace(prepared, orientation="SRA", spacing=(0.8, -1.0, 3.0))
+    found = make_augmentation(Ingredients(mirror=("LR",), affine_probability=0.5), lps, pairs)
+    assert found.mirror == ((1, ((1, 2),)),) and found.voxel_size == (0.8, 1.0, 3.0)
+    with pytest.raises(ConfigError, match="left atrium"):
+        make_augmentation(Ingredients(mirror=("LR",)), prepared, lonely)
+    assert make_augmentation(Ingredients(mirror=("LR",)), prepared, lonely, explicit=False).mirror == ()
+    assert make_augmentation(Ingredients(augment=False), prepared, pairs) is None
 
 
 def test_steps_schedule_and_split(tmp_path):

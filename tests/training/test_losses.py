@@ -48,3 +48,58 @@ def test_reduced_precision_logits_are_summed_in_float32():
 def test_labels_of_another_shape_are_refused():
     with pytest.raises(ValueError, match="expected"):
         dice_ce(jnp.zeros((1, 2, 2, 2, 2)), jnp.zeros((1, 2, 2, 2, 1), jnp.int32))
+
+
+def _random(classes=4, batch=2):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(batch, 6, 5, 4, classes))
+    return jnp.asarray(logits), jnp.asarray(rng.integers(0, classes, (batch, 6, 5, 4)), jnp.int32)
+
+
+@pytest.mark.parametrize("options", [{}, {"batch": True}, {"include_background": False}, {"label_smoothing": 0.1}])
+def test_with_all_classes_labelled_nothing_changes(options, x64):
+    logits, labels = _random()
+    everything = jnp.ones((2, 4), bool)
+    expected = jax.value_and_grad(dice_ce)(logits, labels, **options)
+    found = jax.value_and_grad(dice_ce)(logits, labels, everything, **options)
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-12)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-14)
+
+
+def test_classes_that_were_never_labelled_count_as_background(x64):
+    logits, labels = _random()
+    labels = jnp.where(labels == 2, 0, labels)
+    labelled = jnp.array([[True, True, False, True], [True, True, False, True]])
+    merged = jnp.stack([jax.nn.logsumexp(logits[..., ::2], axis=-1), logits[..., 1], logits[..., 3]], axis=-1)
+    expected = dice_ce(merged, jnp.where(labels == 3, 2, labels))
+    np.testing.assert_allclose(dice_ce(logits, labels, labelled), expected, rtol=1e-12)
+    # Moving belief between background and the class without labels costs nothing.
+    gradient = jax.grad(dice_ce)(logits, labels, labelled)
+    share = jax.nn.softmax(logits[..., ::2], axis=-1)
+    total = gradient[..., ::2].sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(gradient[..., ::2], total * share, atol=1e-14)
+
+
+def test_each_sample_is_judged_by_the_classes_of_its_own_dataset(x64):
+    logits, labels = _random()
+    labels = labels.at[1].set(jnp.where(labels[1] == 3, 0, labels[1]))
+    labelled = jnp.array([[True] * 4, [True, True, True, False]])
+    both = dice_ce(logits, labels, labelled)
+    alone = [dice_ce(logits[n : n + 1], labels[n : n + 1], labelled[n : n + 1]) for n in range(2)]
+    np.testing.assert_allclose(both, (alone[0] + alone[1]) / 2, rtol=1e-12)
+    assert np.isfinite(jax.grad(dice_ce)(logits, labels, labelled)).all()
+    # A label that its dataset cannot have is background there.
+    stray = labels.at[1, 0, 0, 0].set(3)
+    cleared = labels.at[1, 0, 0, 0].set(0)
+    np.testing.assert_allclose(dice_ce(logits, stray, labelled), dice_ce(logits, cleared, labelled), rtol=1e-12)
+
+
+def test_label_smoothing_spreads_its_share_over_all_classes(x64):
+    logits, labels = _random()
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    one_hot = np.eye(4)[np.asarray(labels)]
+    target = 0.9 * one_hot + 0.1 / 4
+    cross_entropy = -(target * log_p).sum(axis=-1).mean()
+    plain = -(one_hot * log_p).sum(axis=-1).mean()
+    found = dice_ce(logits, labels, label_smoothing=0.1) - dice_ce(logits, labels)
+    np.testing.assert_allclose(found, cross_entropy - plain, rtol=1e-10)

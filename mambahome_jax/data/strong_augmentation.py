@@ -1,0 +1,103 @@
+"""Augmentation beyond the published one: affine map, mirroring, gamma, contrast and brightness; one sample at a time.
+
+Everything is an operation on the whole sample that is chosen or not by `where`, so that one compiled function without
+branches serves a batch under vmap.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from mambahome_jax.config import Mirror
+
+FULL = jax.lax.Precision.HIGHEST
+
+
+def affine_matrix(angles: jax.Array, scale: jax.Array, voxel_size: Sequence[float]) -> jax.Array:
+    """Where the content of each output voxel comes from: (3, 3) float32, about the centre, in voxels.
+
+    angles: (3,) radians, about the three axes one after the other; the content turns from the lower to the higher of
+    the other two axes. scale: above 1 enlarges. voxel_size: (3,), so that the map is a rotation in space where the
+    voxels are not cubes.
+    """
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    matrix = jnp.eye(3)
+    for axis in range(3):
+        a, b = (other for other in range(3) if other != axis)
+        turn = jnp.eye(3).at[a, a].set(cos[axis]).at[b, b].set(cos[axis])
+        turn = turn.at[a, b].set(sin[axis]).at[b, a].set(-sin[axis])
+        matrix = jnp.matmul(turn, matrix, precision=FULL)
+    size = jnp.asarray(voxel_size, jnp.float32)
+    return matrix * size / size[:, None] / scale
+
+
+def resample(image: jax.Array, label: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Image (D, H, W, C) trilinearly and label (D, H, W) by the nearest voxel at matrix @ (voxel - centre) + centre.
+
+    Outside the volume the nearest voxel of its border counts. The identity changes no bit.
+    """
+    shape = label.shape
+    centre = [(n - 1) / 2 for n in shape]
+    offsets = [jnp.arange(n, dtype=jnp.float32) - c for n, c in zip(shape, centre, strict=True)]
+    grids = jnp.meshgrid(*offsets, indexing="ij", sparse=True)
+    low, high, weight, nearest = [], [], [], []
+    for row, size, middle in zip(matrix, shape, centre, strict=True):
+        # Products and sums instead of a matrix product, which a GPU might shorten.
+        place = jnp.clip(row[0] * grids[0] + row[1] * grids[1] + row[2] * grids[2] + middle, 0, size - 1)
+        below = jnp.floor(place)
+        low.append(below.astype(jnp.int32))
+        high.append(jnp.minimum(low[-1] + 1, size - 1))
+        weight.append((place - below).astype(image.dtype))
+        nearest.append(jnp.floor(place + 0.5).astype(jnp.int32))
+    total = jnp.zeros_like(image)
+    for corner in range(8):
+        above = [corner >> axis & 1 for axis in range(3)]
+        index = tuple(high[a] if up else low[a] for a, up in enumerate(above))
+        share = [weight[a] if up else 1 - weight[a] for a, up in enumerate(above)]
+        total = total + (share[0] * share[1] * share[2])[..., None] * image[index]
+    return total, label[tuple(nearest)]
+
+
+def mirror(
+    key: jax.Array, image: jax.Array, label: jax.Array, mirrors: Sequence[Mirror], probability: float = 0.5
+) -> tuple[jax.Array, jax.Array]:
+    """Flip image (D, H, W, C) and label (D, H, W) along each axis listed with the given probability, and swap the
+    label values of that axis' pairs where it was flipped."""
+    for number, (axis, pairs) in enumerate(mirrors):
+        happens = jax.random.bernoulli(jax.random.fold_in(key, number), probability)
+        flipped = jnp.flip(label, axis)
+        if pairs:
+            size = max(max(pair) for pair in pairs) + 1
+            table = list(range(size))
+            for a, b in pairs:
+                table[a], table[b] = b, a
+            swapped = jnp.take(jnp.asarray(table, label.dtype), flipped, mode="clip")
+            flipped = jnp.where(flipped < size, swapped, flipped)
+        image = jnp.where(happens, jnp.flip(image, axis), image)
+        label = jnp.where(happens, flipped, label)
+    return image, label
+
+
+def change_brightness(image: jax.Array, factor: jax.Array) -> jax.Array:
+    """Intensities times a factor."""
+    return image * factor.astype(image.dtype)
+
+
+def change_contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
+    """Distance to the channel's mean times a factor, kept within the extremes from before; image (D, H, W, C)."""
+    low, high = _extremes(image)
+    mean = image.mean(axis=(0, 1, 2), keepdims=True)
+    return jnp.clip(mean + (image - mean) * factor.astype(image.dtype), low, high)
+
+
+def change_gamma(image: jax.Array, gamma: jax.Array) -> jax.Array:
+    """Power of each channel of (D, H, W, C), scaled to [0, 1] for it and back."""
+    low, high = _extremes(image)
+    width = jnp.maximum(high - low, 1e-6)
+    return ((image - low) / width) ** gamma.astype(image.dtype) * width + low
+
+
+def _extremes(image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    axes = (0, 1, 2)
+    return image.min(axis=axes, keepdims=True), image.max(axis=axes, keepdims=True)

@@ -1,0 +1,42 @@
+"""Which labels trade places when a volume is mirrored: left and right organs, and MVSeg's two leaflets."""
+
+import re
+from collections.abc import Mapping
+
+from mambahome_jax.errors import ConfigError
+
+# Letters of an orientation such as "RAS" that say that an array axis runs along an anatomical one.
+AXIS_LETTERS = {"LR": "LR", "AP": "AP", "IS": "IS"}
+_SIDES = {"LR": {"left": "right", "l": "r"}, "AP": {}, "IS": {}}
+# Anterior and posterior tell two structures apart by their place here; elsewhere (hippocampus) by their form too.
+_LEAFLET_SIDES = {"anterior": "posterior"}
+
+
+def mirror_pairs(labels: Mapping[int, str], axis: str) -> tuple[tuple[int, int], ...]:
+    """Pairs of label values to swap where a volume is mirrored along an anatomical axis.
+
+    labels: value -> name. axis: "LR", "AP" or "IS". Names are pairs where they differ in one word alone: left and right
+    (also l and r) along LR, anterior and posterior of leaflets along AP.
+    Raises ConfigError where a structure of one side has no counterpart in the table.
+    """
+    words = {value: tuple(re.split(r"[^a-z0-9]+", name.lower())) for value, name in labels.items()}
+    by_words = {name: value for value, name in words.items()}
+    pairs, alone = [], []
+    for value, name in words.items():
+        sides = dict(_SIDES[axis])
+        if axis == "AP" and any(word.startswith("leaflet") for word in name):
+            sides |= _LEAFLET_SIDES
+        sides |= {b: a for a, b in sides.items()}
+        if not any(word in sides for word in name):
+            continue
+        other = by_words.get(tuple(sides.get(word, word) for word in name))
+        if other is None:
+            alone.append(labels[value])
+        elif value < other:
+            pairs.append((value, other))
+    if alone:
+        raise ConfigError(
+            f"--mirror {axis}: {', '.join(alone)} would become a structure that the labels do not have. "
+            f"Leave {axis} out of --mirror"
+        )
+    return tuple(pairs)

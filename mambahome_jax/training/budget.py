@@ -1,0 +1,120 @@
+"""A run that ends in a given wall-clock time, its last validation and checkpoint included."""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+# The first validation, which tells how long one takes, comes no later than this part of the budget or these seconds;
+# after that they take about a tenth of the time together.
+FIRST_VALIDATION_PART, FIRST_VALIDATION_SECONDS = 0.5, 600.0
+STEPS_PER_VALIDATION_TIME = 9.0
+# On top of what validation and saving took before, and for the end of the program.
+SAFETY, MARGIN_SECONDS, MARGIN_PART = 1.15, 1.0, 0.005
+
+
+class Decision(NamedTuple):
+    """After a step: whether it was the last, whether a validation is due, and the part of the time that is spent."""
+
+    last: bool
+    validate: bool
+    fraction: float
+
+
+class TimeBudget:
+    """Time of a run in seconds, measured from the start of the program; a resumed run goes on with what was spent.
+
+    Args:
+        seconds: the budget.
+        started: value of `clock` at the start of the program.
+        spent_before: by the runs that this one continues.
+        own_validations: say when to validate, where the user did not.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        started: float,
+        spent_before: float = 0.0,
+        own_validations: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.seconds, self.own_validations = seconds, own_validations
+        self._clock, self._origin = clock, started - spent_before
+        self._steps: deque[float] = deque(maxlen=8)
+        self._step_ended: float | None = None
+        self._validated: float | None = None
+        self._validation_seconds = self._saving_seconds = 0.0
+
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return self._clock() - self._origin
+
+    def left(self) -> float:
+        """Seconds until the end of the budget."""
+        return self.seconds - self.spent()
+
+    def fraction(self) -> float:
+        """Part of the budget that is spent, 0 to 1."""
+        return min(max(self.spent() / self.seconds, 0.0), 1.0)
+
+    def step_ended(self) -> None:
+        """Measure: a step has just ended."""
+        now = self.spent()
+        if self._step_ended is not None:
+            self._steps.append(now - self._step_ended)
+        self._step_ended = now
+
+    @contextlib.contextmanager
+    def validating(self) -> Iterator[None]:
+        """Measure a validation."""
+        begun = self.spent()
+        yield
+        self._validated, self._step_ended = self.spent(), None
+        self._validation_seconds = self._validated - begun
+
+    def expect_validation(self, seconds: float | None) -> None:
+        """How long the next validation takes, where the last one tells (the first one compiles)."""
+        if seconds is not None:
+            self._validation_seconds = seconds
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Measure the writing of the checkpoints of a validation."""
+        begun = self.spent()
+        yield
+        self._saving_seconds, self._step_ended = self.spent() - begun, None
+
+    def margin(self) -> float:
+        """Seconds kept free for the end of the program."""
+        return min(MARGIN_SECONDS + MARGIN_PART * self.seconds, 0.05 * self.seconds)
+
+    def must_save(self) -> bool:
+        """Whether a validation has to be given up, so that the checkpoint is still written in time."""
+        return self.left() < SAFETY * self._saving_seconds + self.margin()
+
+    def decide(self) -> Decision:
+        """What comes after the step that has been started; the same on every host."""
+        step = max(self._steps, default=0.0)
+        reserve = SAFETY * (self._validation_seconds + self._saving_seconds) + self.margin()
+        # The step under way ends first, and one more has to fit.
+        last = self.left() - reserve < 2 * step
+        decision = np.array([last, self._validation_due(reserve), self.fraction()], np.float32)
+        if jax.process_count() > 1:
+            decision = np.asarray(multihost_utils.broadcast_one_to_all(decision))
+        return Decision(bool(decision[0]), bool(decision[1]), float(decision[2]))
+
+    def _validation_due(self, reserve: float) -> bool:
+        if not self.own_validations:
+            return False
+        spent = self.spent()
+        if self._validated is None:
+            return spent >= min(FIRST_VALIDATION_PART * self.seconds, FIRST_VALIDATION_SECONDS)
+        pause = STEPS_PER_VALIDATION_TIME * self._validation_seconds
+        # Not so late that the last one follows at once.
+        return spent - self._validated >= pause and self.left() - reserve >= pause

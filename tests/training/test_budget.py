@@ -1,0 +1,106 @@
+"""A run that has to end in time, on a clock that the test moves."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mambahome_jax.model.checkpoint import read_checkpoint_config
+from mambahome_jax.training.budget import TimeBudget
+from mambahome_jax.training.loop import Parts, Plan, Progressed, Validation, train
+from mambahome_jax.training.optimizer import OptimizerConfig, make_schedule
+from mambahome_jax.training.progress import Display, MetricsLog
+from tests.training.test_loop import CASES, MESH, STEP, Batches, _state
+
+
+class Clock:
+    """Seconds that pass only where the test says so."""
+
+    def __init__(self, now=0.0):
+        self.now = now
+
+    def __call__(self):
+        return self.now
+
+
+def _run(
+    folder, seconds, step=10.0, compile_time=0.0, validation=40.0, spent_before=0.0, progressed=None, val_every=None
+):
+    """A run in which each step and validation takes so long; returns clock, rates, times of validations, progress."""
+    folder.mkdir(exist_ok=True)
+    clock, rates, validated = Clock(5.0), [], []
+
+    def train_step(state, batch, fraction):
+        clock.now += step + (0 if rates else compile_time)
+        state, metrics = STEP(state, batch, fraction)
+        rates.append(float(metrics["lr"]))
+        return state, metrics
+
+    def validate(params, stop):
+        for _ in range(4):
+            if stop():
+                return None
+            clock.now += validation / 4
+        validated.append(clock.now - 5.0)
+        return Validation(0.5, {"box": 0.5})
+
+    budget = TimeBudget(seconds, 5.0, spent_before, own_validations=val_every is None, clock=clock)
+    progressed = progressed or Progressed()
+    plan = Plan(None, steps_per_epoch=2, val_every=val_every, budget=budget)
+    with MetricsLog(folder) as log, Display(Console(file=io.StringIO()), None, budget=budget) as display:
+        parts = Parts(train_step, MESH, CASES, validate, folder, {"model": {}, "training": {}}, log, display)
+        train(_state(), Batches(), parts, plan, progressed)
+    return clock.now - 5.0, rates, validated, progressed
+
+
+def test_the_run_ends_in_time_with_a_validation_of_its_last_step(tmp_path):
+    end, rates, validated, progressed = _run(tmp_path, seconds=1000, compile_time=100)
+    assert 930 <= end <= 1000
+    # The first one at half of the time, the last at the end; 40 s each.
+    assert len(validated) == 2 and 500 <= validated[0] <= 560 and validated[-1] == end
+    assert progressed.validated_until == progressed.step == len(rates)
+    for name in ("best", "last"):
+        config = read_checkpoint_config(tmp_path / name)
+        assert config["seconds_spent"] <= 1000
+    assert read_checkpoint_config(tmp_path / "last")["step"] == len(rates)
+
+
+def test_the_rate_follows_the_time_spent(tmp_path):
+    _, rates, validated, _ = _run(tmp_path, seconds=1000, compile_time=100, validation=20)
+    # The rate of step n is set when the step before has been started, 10 s each and 100 s more for the first.
+    times = np.array([0, *(100 + 10 * np.arange(1, 30))])
+    expected = 1e-2 * (1 + np.cos(np.pi * times / 1000)) / 2
+    np.testing.assert_allclose(rates[:30], expected, rtol=1e-5)
+    assert rates[-1] < 1e-2 * 0.03 and len(validated) >= 2
+
+
+def test_a_resumed_run_goes_on_with_the_time_already_spent(tmp_path):
+    end, rates, validated, _ = _run(tmp_path, seconds=1000, spent_before=700)
+    assert end <= 300 and validated[-1] == end
+    np.testing.assert_allclose(rates[0], 1e-2 * (1 + np.cos(np.pi * 0.7)) / 2, rtol=1e-5)
+    again, rates, _, _ = _run(tmp_path, seconds=1000, spent_before=1000)
+    assert again == 0 and rates == []
+
+
+def test_a_validation_that_does_not_fit_is_given_up_and_checkpoints_are_there(tmp_path):
+    end, _, validated, progressed = _run(tmp_path, seconds=100, compile_time=30, validation=4000)
+    assert validated == [] and progressed.best == {"step": progressed.step, "val_dice": None}
+    assert read_checkpoint_config(tmp_path / "best")["step"] == read_checkpoint_config(tmp_path / "last")["step"]
+    assert end < 1100
+
+
+def test_validations_at_steps_that_the_user_asked_for(tmp_path):
+    _, rates, validated, _ = _run(tmp_path, seconds=400, validation=10, val_every=10)
+    assert validated[:2] == [110, 220] and len(rates) > 30
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.9, 1.0, 1.2])
+def test_cosine_over_the_fraction_with_warm_up_by_steps(fraction):
+    schedule = make_schedule(OptimizerConfig(lr=2e-3, warmup_steps=4))
+    cosine = 2e-3 * (1 + np.cos(np.pi * min(fraction, 1))) / 2
+    for count, factor in ((0, 0.25), (1, 0.5), (3, 1.0), (90, 1.0)):
+        rate = jax.jit(schedule)(jnp.int32(count), jnp.float32(fraction))
+        np.testing.assert_allclose(rate, cosine * factor, rtol=1e-5, atol=1e-10)
