@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mambahome_jax.commands.preprocess import prepare
 from mambahome_jax.commands.train_report import say_ingredients, say_plan
-from mambahome_jax.commands.train_setup import Setup, make_setup, training_settings
+from mambahome_jax.commands.train_setup import Setup, labelled_classes, make_setup, training_settings
 from mambahome_jax.commands.validation import ValidationSettings, make_validate
 from mambahome_jax.config import TrainConfig
 from mambahome_jax.data.loader import make_loader
@@ -190,6 +190,7 @@ def _batches(config: TrainConfig, setup: Setup, store: Store, data_state: dict[s
         class_balanced=setup.ingredients.class_balanced,
         modality=config.modality,
         share=(jax.process_index(), jax.process_count()),
+        labelled=labelled_classes(setup),
     )
     iterator = iter(loader)
     try:

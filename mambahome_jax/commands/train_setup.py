@@ -123,6 +123,16 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
     )
 
 
+def labelled_classes(setup: Setup) -> np.ndarray | None:
+    """Which classes the dataset of each training case labels at all, (cases, classes) bool; None: all of them."""
+    partial = {case.id: case.labelled for case in setup.prepared.cases if case.labelled is not None}
+    if not any(case in partial for case in setup.train_cases):
+        return None
+    everything = range(setup.model.out_chans)
+    rows = [{0, *partial.get(case, everything)} for case in setup.train_cases]
+    return np.array([[value in row for value in everything] for row in rows])
+
+
 def training_settings(config: TrainConfig, setup: Setup) -> dict[str, Any]:
     """The settings that change the result of a run: a resumed one has to agree with them."""
     optimizer = setup.optimizer
