@@ -303,6 +303,9 @@ class InferConfig:
     """Orientation in which the network works (default: as it was trained)."""
     modality: Modality | None = None
     """How intensities are normalised (default: as in training)."""
+    chain: Literal["trained", "published"] | None = None
+    """Order of resampling and normalising, blending of windows, and the way back: as train.py prepares scans, or as the
+    published inference script has them (default: the latter for published weights)."""
     precision: Precision | None = None
     """Matrix products and convolutions (default: bf16 on a GPU, fp32 on a CPU)."""
     num_workers: int = 1

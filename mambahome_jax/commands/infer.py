@@ -94,6 +94,7 @@ def run(config: InferConfig) -> int:
         roi_size=config.roi_size,
         overlap=config.overlap,
         sw_batch_size=config.sw_batch_size,
+        chain=config.chain,
     )
     _check(settings)
     names = label_names_of(model)
