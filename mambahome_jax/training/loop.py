@@ -284,6 +284,8 @@ class _Run:
 
     def save_last(self, state: TrainState, data: dict[str, Any]) -> None:
         """Write `last`; with a time budget wait for it, which tells how long that takes."""
+        # A run that is killed goes on from this checkpoint, and the metrics up to it have to be there.
+        self.parts.log.flush()
         with contextlib.ExitStack() as measured:
             if self.plan.budget is not None:
                 measured.enter_context(self.plan.budget.saving())
