@@ -180,9 +180,9 @@ def test_numbers_that_are_not_finite_end_the_run_with_a_report(tmp_path, capsys)
 
 def test_pretrained_weights_of_another_network_are_refused_by_field(tmp_path):
     data, weights = _dataset(tmp_path / "data"), golden_path("mambahome_tiny.pth")
-    with pytest.raises(CheckpointError, match=r"out_chans is 3, expected 2"):
+    with pytest.raises(CheckpointError, match=r"depths is \(1, 1, 2, 1\), expected \(1, 1, 1, 1\)"):
         command.run(_config(data, tmp_path / "run", use_pretrained=str(weights)))
-    assert "out_chans" in json.loads((tmp_path / "run" / "run.json").read_text())["status"]
+    assert "depths" in json.loads((tmp_path / "run" / "run.json").read_text())["status"]
 
 
 def test_faults_of_data_and_flags_are_told_before_training(tmp_path):
