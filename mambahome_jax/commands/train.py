@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mambahome_jax.commands.preprocess import prepare
 from mambahome_jax.commands.pretrained import transfer
-from mambahome_jax.commands.train_report import say_ingredients, say_plan
+from mambahome_jax.commands.train_report import dataset_fingerprint, git_state, say_ingredients, say_plan
 from mambahome_jax.commands.train_setup import Setup, make_setup, training_settings
 from mambahome_jax.commands.validation import ValidationSettings, make_validate
 from mambahome_jax.config import TrainConfig
@@ -261,13 +261,16 @@ def _report(config: TrainConfig, setup: Setup, skipped: list[tuple[str, str]]) -
         "model": _json(dataclasses.asdict(setup.model)),
         "data": {
             "name": setup.prepared.name,
+            "fingerprint": dataset_fingerprint(setup.prepared, [*setup.train_cases]),
             **setup.properties.to_json(),
             "train": list(setup.train_cases),
             "val": list(setup.val_cases),
             "skipped": [{"id": case, "reason": reason} for case, reason in skipped],
         },
         "training": _json(training_settings(config, setup)),
+        "seed": config.seed,
         "versions": _versions(),
+        "git": git_state(),
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "outputs": {"best": "checkpoints/best", "last": "checkpoints/last", "metrics": "metrics.csv"},
     }

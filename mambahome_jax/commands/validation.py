@@ -17,6 +17,8 @@ from mambahome_jax.data.store import Store
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.metrics import dice
 from mambahome_jax.imaging.intensity import normalise
+from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.inference.preview import render
 from mambahome_jax.inference.segment import apply_network
 from mambahome_jax.inference.sliding_window import sliding_window
 from mambahome_jax.training.loop import Validation
@@ -51,6 +53,7 @@ def make_validate(
         scores: list[np.ndarray] = []
         failures: list[tuple[str, str]] = []
         first_ended: float | None = None
+        picture: np.ndarray | None = None
         for case in settings.cases:
             if stop():
                 return None
@@ -68,7 +71,10 @@ def make_validate(
                 settings.overlap,
                 sw_batch_size=settings.sw_batch_size,
             )
-            scores.append(dice(np.asarray(most_likely(logits)), reference, values))
+            prediction = np.asarray(most_likely(logits))
+            if picture is None:
+                picture = _picture(store, case, prediction, reference, settings)
+            scores.append(dice(prediction, reference, values))
             first_ended = first_ended or time.perf_counter()
         table = np.array(scores, np.float64).reshape(len(scores), len(values))
         structures = {settings.labels[value]: _mean(column) for value, column in zip(values, table.T, strict=True)}
@@ -76,9 +82,23 @@ def make_validate(
         if first_ended is not None and len(scores) > 1:
             # The first case may have compiled.
             again = (ended - first_ended) * len(scores) / (len(scores) - 1)
-        return Validation(_mean(list(structures.values())), structures, tuple(failures), again)
+        return Validation(_mean(list(structures.values())), structures, tuple(failures), again, picture)
 
     return validate
+
+
+def _picture(
+    store: Store, case: str, prediction: np.ndarray, reference: np.ndarray, settings: ValidationSettings
+) -> np.ndarray:
+    """Prediction above reference on the same scan, RGB (rows, columns, 3) uint8."""
+    entry = store.entry(case)
+    image = Volume(store.read_image(case), np.array(entry.affine))
+    rows = [
+        np.asarray(render(image, Volume(labels, image.affine), settings.labels, entry.modality, f"{case}: {what}"))
+        for what, labels in (("prediction", prediction), ("reference", reference))
+    ]
+    width = max(row.shape[1] for row in rows)
+    return np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:
