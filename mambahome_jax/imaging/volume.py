@@ -55,8 +55,9 @@ def read_volume(path: str | Path, *, channels: int | None = None) -> Volume:
     """Read an image (.nii, .nii.gz).
 
     Returns a Volume of float32, (D0, D1, D2), or (D0, D1, D2, C) where the file has four axes and the last is longer
-    than 1. The affine is the sform where its code is positive, else the qform, else made from the spacing; values
-    are stored value * scl_slope + scl_inter in float64, rounded to float32 (both as MONAI's LoadImage).
+    than 1. The affine is the sform where its code is positive and it is not all zero, else the qform, else made from
+    the spacing; values are stored value * scl_slope + scl_inter in float64, rounded to float32 (both as MONAI's
+    LoadImage).
 
     channels: how many are expected; None takes any number.
     Raises DatasetError: missing, truncated or damaged file, not NIfTI, empty, wrong number of axes, singular affine,
@@ -189,6 +190,10 @@ def _shape(path: Path, header: nib.Nifti1Header, channels: int | None) -> tuple[
 def _affine(path: Path, header: nib.Nifti1Header) -> np.ndarray:
     try:
         affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+        if not affine[:3, :3].any():
+            # An all-zero sform says nothing, whatever its code.
+            coded = header.get_qform(coded=True)[0]
+            affine = np.asarray(header.get_base_affine() if coded is None else coded, dtype=np.float64)
     except (HeaderDataError, ValueError) as error:
         raise DatasetError(f"no usable affine ({error})", file=path) from error
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
