@@ -103,7 +103,7 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
     if job.nifti:
         write_volume(job.image_path, image, dtype=np.float32)
         if label is not None:
-            write_volume(job.label_path, label, dtype=np.uint8)
+            write_volume(job.label_path, label, dtype=np.uint8, names=job.labels)
     array = image.array if image.array.ndim == 4 else image.array[..., None]
     entry = store.StoreEntry(
         id=job.case.id,
