@@ -240,7 +240,8 @@ class TrainConfig(RecipeFlags):
     use_checkpoint: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
     use_pretrained: Annotated[str, arg(metavar="PATH|False")] = ""
-    """Weights to start from: a checkpoint folder, .pth, .npz or .safetensors; all shapes must agree."""
+    """Weights to start from: a checkpoint folder, .pth, .npz or .safetensors. The output layer of other structures and
+    the first convolutions of another number of channels start anew."""
     load_checkpoint: bool = False
     """Continue the run in --output_dir, as --resume does."""
     resume: bool = False

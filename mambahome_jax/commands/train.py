@@ -17,7 +17,8 @@ from flax import nnx
 from rich.console import Console
 
 from mambahome_jax.commands.preprocess import prepare
-from mambahome_jax.commands.train_report import say_ingredients, say_plan
+from mambahome_jax.commands.pretrained import transfer
+from mambahome_jax.commands.train_report import dataset_fingerprint, git_state, say_ingredients, say_plan
 from mambahome_jax.commands.train_setup import Setup, labelled_classes, make_setup, training_settings
 from mambahome_jax.commands.validation import ValidationSettings, make_validate
 from mambahome_jax.config import TrainConfig
@@ -26,9 +27,9 @@ from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import prepared as prepared_layout
 from mambahome_jax.datasets.prepared import Prepared, read_prepared, write_json
 from mambahome_jax.datasets.registry import load_dataset
-from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
+from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.model.network import MambaHoME
-from mambahome_jax.model.weights import load_model
+from mambahome_jax.model.weights import read_weights
 from mambahome_jax.training.budget import TimeBudget
 from mambahome_jax.training.checkpoints import check_settings, restore_state
 from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
@@ -73,7 +74,7 @@ def _run(config: TrainConfig, begun: float) -> int:
     _write_report(folder, report)
     progressed = Progressed()
     try:
-        _train(config, setup, folder, resume, devices, progressed, console, begun)
+        _train(config, setup, folder, resume, devices, progressed, console, begun, report)
         status, code = "finished", int(bool(skipped or progressed.failures))
         if progressed.signal is not None:
             status, code = "stopped by a signal", 128 + progressed.signal
@@ -109,6 +110,7 @@ def _train(
     progressed: Progressed,
     console: Console,
     begun: float,
+    report: dict[str, Any],
 ) -> None:
     mesh, optimizer = make_mesh(devices), make_optimizer(setup.optimizer)
     settings = {
@@ -131,7 +133,7 @@ def _train(
         progressed.validated_until = found["validated_until"]
         spent = found.get("seconds_spent", 0.0)
     else:
-        state = init_state(_initial_params(config, setup), optimizer, mesh, config.strategy, ema)
+        state = init_state(_initial_params(config, setup, report, console), optimizer, mesh, config.strategy, ema)
     budget = None
     if config.max_minutes is not None:
         budget = TimeBudget(config.max_minutes * 60, begun, spent, own_validations=setup.val_every is None)
@@ -217,17 +219,20 @@ def _split(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
     return graphdef, nnx.to_pure_dict(state)
 
 
-def _initial_params(config: TrainConfig, setup: Setup) -> Any:
-    """Fresh parameters, or those of --use_pretrained. Raises CheckpointError where these are of another network."""
-    if config.use_pretrained in ("", "False"):
-        return _split(_with_heads(_new_model(config, setup), config, setup))[1]
-    loaded = load_model(config.use_pretrained, precision=setup.precision)
-    wanted, found = (dataclasses.asdict(c.replace(use_checkpoint=False)) for c in (setup.model, loaded.config))
-    differ = [f"{name} is {found[name]}, expected {wanted[name]}" for name in wanted if wanted[name] != found[name]]
-    if differ:
-        advice = "Choose --model, --classes and --feature_size as they were"
-        raise CheckpointError(f"{config.use_pretrained} is of another configuration: {'; '.join(differ)}. {advice}")
-    return _split(_with_heads(loaded, config, setup))[1]
+def _initial_params(config: TrainConfig, setup: Setup, report: dict[str, Any], console: Console) -> Any:
+    """Fresh parameters, or those of --use_pretrained as far as they fit, which `report` then lists.
+
+    Raises CheckpointError where these are of another network.
+    """
+    model = _new_model(config, setup)
+    if config.use_pretrained not in ("", "False"):
+        graphdef, fresh = _split(model)
+        weights = read_weights(config.use_pretrained)
+        params, found = transfer(weights, fresh, setup.model, setup.properties, config.use_pretrained)
+        console.print(f"{config.use_pretrained}: {found}", markup=False, highlight=False, soft_wrap=True)
+        report["pretrained"] = {"path": config.use_pretrained, **_json(dataclasses.asdict(found))}
+        model = nnx.merge(graphdef, params)
+    return _split(_with_heads(model, config, setup))[1]
 
 
 def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
@@ -283,13 +288,16 @@ def _report(config: TrainConfig, setup: Setup, skipped: list[tuple[str, str]]) -
         "model": _json(dataclasses.asdict(setup.model)),
         "data": {
             "name": setup.prepared.name,
+            "fingerprint": dataset_fingerprint(setup.prepared, [*setup.train_cases]),
             **setup.properties.to_json(),
             "train": list(setup.train_cases),
             "val": list(setup.val_cases),
             "skipped": [{"id": case, "reason": reason} for case, reason in skipped],
         },
         "training": _json(training_settings(config, setup)),
+        "seed": config.seed,
         "versions": _versions(),
+        "git": git_state(),
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "outputs": {"best": "checkpoints/best", "last": "checkpoints/last", "metrics": "metrics.csv"},
     }

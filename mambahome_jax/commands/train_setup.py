@@ -149,6 +149,8 @@ def training_settings(config: TrainConfig, setup: Setup) -> dict[str, Any]:
         "t_max": optimizer.t_max,
         "modality": config.modality,
         "precision": setup.precision,
+        "freeze_encoder": config.freeze_encoder,
+        "encoder_lr_scale": optimizer.encoder_lr_scale,
         "seed": config.seed,
         # The state of the loader's iterator has another form for another number.
         "num_workers": setup.num_workers,

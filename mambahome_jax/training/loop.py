@@ -1,6 +1,7 @@
 """The training loop: batches in, checkpoints and metrics out; stops on request and on numbers that are not finite."""
 
 import contextlib
+import dataclasses
 import math
 import signal
 import threading
@@ -19,7 +20,7 @@ from mambahome_jax.errors import TrainingError
 from mambahome_jax.training.budget import Decision, TimeBudget
 from mambahome_jax.training.checkpoints import CheckpointWriter
 from mambahome_jax.training.distributed import Votes, gather
-from mambahome_jax.training.progress import Display, MetricsLog, Shown, device_memory, duration
+from mambahome_jax.training.progress import Display, MetricsLog, Shown, device_memory, dice_table, duration
 from mambahome_jax.training.sharding import put_batch, put_tree, replicated
 from mambahome_jax.training.step import Batch, TrainState, deployed_params
 
@@ -35,6 +36,8 @@ class Validation:
     failures: tuple[tuple[str, str], ...] = ()
     seconds_again: float | None = None
     """How long the same would take once more, where that is known: the first one compiles."""
+    picture: np.ndarray | None = None
+    """RGB (rows, columns, 3) uint8 of a case, the same one each time."""
 
 
 # (params, asked to stop?) -> result, or None where it was interrupted
@@ -235,12 +238,14 @@ class _Run:
             return
         extra = {f"val_dice/{name}": value for name, value in validation.structures.items() if math.isfinite(value)}
         self.parts.log.write(row | {"val_dice": _finite(validation.dice)}, extra)
+        if validation.picture is not None:
+            self.parts.log.picture("validation", validation.picture, row["step"])
         self.parts.log.flush()
 
     def validate(self, state: TrainState) -> Validation | None:
         """Validate, and write `best` where that is the best so far. None without cases, and when interrupted."""
         display, step, budget = self.parts.display, self.progressed.step, self.plan.budget
-        validation = None
+        validation, before = None, self.progressed.last_validation
         if self.parts.validate is not None:
             begun = time.perf_counter()
             with contextlib.ExitStack() as measured:
@@ -256,10 +261,10 @@ class _Run:
             if budget is not None:
                 budget.expect_validation(validation.seconds_again)
             display.say(
-                f"step {step}: validation Dice {validation.dice:.4f} ({_structures(validation)}) "
-                f"in {duration(time.perf_counter() - begun)}"
+                f"step {step}: validation Dice {validation.dice:.4f} in {duration(time.perf_counter() - begun)}\n"
+                + dice_table(validation.structures, before.structures if before else None)
             )
-            self.progressed.last_validation = validation
+            self.progressed.last_validation = dataclasses.replace(validation, picture=None)
             self.progressed.failures.update(validation.failures)
         self.progressed.validated_until = step
         score = None if validation is None else _finite(validation.dice)
@@ -351,7 +356,3 @@ class _StopOnSignal(contextlib.AbstractContextManager):
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _structures(validation: Validation) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in validation.structures.items())

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from mambahome_jax.commands import train as command
+from mambahome_jax.commands.train_report import dataset_fingerprint, git_state
 from mambahome_jax.commands.train_setup import choose_patch, make_augmentation, make_setup, model_config
 from mambahome_jax.config import MODEL_SIZES, ModelSize, TrainConfig
 from mambahome_jax.data.store import StoreEntry, write_case, write_index
@@ -101,7 +102,15 @@ def test_a_run_writes_what_the_design_promises(tmp_path, capsys):
     report = json.loads((tmp_path / "run" / "run.json").read_text())
     assert report["status"] == "finished" and report["step"] == 4 and report["best"] == config["best"] | report["best"]
     assert report["data"]["train"] == ["c0", "c1", "c2", "c3"] and report["data"]["val"] == ["c4"]
-    assert report["versions"]["jax"] and report["configuration"]["lr"] is None
+    assert report["versions"]["jax"] and report["configuration"]["lr"] is None and report["seed"] == 0
+    assert report["git"] is None or len(report["git"]["commit"]) == 40
+    prepared = read_prepared(tmp_path / "data")
+    assert report["data"]["fingerprint"] == dataset_fingerprint(prepared, ["c3", "c2", "c1", "c0"])
+    assert report["data"]["fingerprint"] != dataset_fingerprint(prepared, ["c0"])
+    assert git_state(tmp_path) is None
+    assert "lr 5.00e-03  " in text and "data wait" in text and "  box  0." in text
+    (board,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert board.read_bytes().count(b"\x89PNG") == 2
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [bool(row["val_dice"]) for row in rows] == [False, True, False, True]
@@ -180,9 +189,9 @@ def test_numbers_that_are_not_finite_end_the_run_with_a_report(tmp_path, capsys)
 
 def test_pretrained_weights_of_another_network_are_refused_by_field(tmp_path):
     data, weights = _dataset(tmp_path / "data"), golden_path("mambahome_tiny.pth")
-    with pytest.raises(CheckpointError, match=r"out_chans is 3, expected 2"):
+    with pytest.raises(CheckpointError, match=r"depths is \(1, 1, 2, 1\), expected \(1, 1, 1, 1\)"):
         command.run(_config(data, tmp_path / "run", use_pretrained=str(weights)))
-    assert "out_chans" in json.loads((tmp_path / "run" / "run.json").read_text())["status"]
+    assert "depths" in json.loads((tmp_path / "run" / "run.json").read_text())["status"]
 
 
 def test_faults_of_data_and_flags_are_told_before_training(tmp_path):

@@ -145,7 +145,8 @@ def test_best_follows_the_score_and_validation_joins_the_metrics(tmp_path):
     def validate(params, stop):
         seen.append(jax.device_get(params))
         score = next(scores)
-        return Validation(score, {"liver": score, "spleen": float("nan")}, (("dora", "damaged"),))
+        picture = np.full((8, 12, 3), 255 * len(seen) // 3, np.uint8)
+        return Validation(score, {"liver": score, "spleen": float("nan")}, (("dora", "damaged"),), picture=picture)
 
     _, progressed, text = _train(tmp_path / "run", validate=validate, val_every=2)
     assert progressed.best == {"step": 4, "val_dice": 0.7}
@@ -155,8 +156,10 @@ def test_best_follows_the_score_and_validation_joins_the_metrics(tmp_path):
     config = read_checkpoint_config(tmp_path / "run" / "last")
     assert config["step"] == 6 and config["epoch"] == 3 and config["best"] == {"step": 4, "val_dice": 0.7}
     assert [row["val_dice"] for row in _rows(tmp_path / "run")] == ["", "0.3", "", "0.7", "", "0.5"]
-    assert "validation Dice 0.7000 (liver 0.700, spleen nan)" in text
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert "step 4: validation Dice 0.7000 in " in text and "  liver   0.700  +0.400\n  spleen  nan\n" in text
+    (board,) = (tmp_path / "run" / "tensorboard").iterdir()
+    # PNG pictures inside, one a validation.
+    assert board.read_bytes().count(b"\x89PNG") == 3
     assert not (tmp_path / "run" / "last" / "optimizer").is_symlink() and not list(tmp_path.rglob("*.partial*"))
 
 
