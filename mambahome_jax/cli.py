@@ -17,6 +17,7 @@ from mambahome_jax import config
 from mambahome_jax.errors import MambaHomeError
 
 COMMANDS = {
+    "check": config.CheckConfig,
     "preprocess": config.PreprocessConfig,
     "train": config.TrainConfig,
     "infer": config.InferConfig,
@@ -25,6 +26,7 @@ COMMANDS = {
     "demo": config.DemoConfig,
 }
 SUMMARIES = {
+    "check": "Look through a dataset, list what is wrong with it and suggest settings",
     "preprocess": "Reorient and resample a folder of scans",
     "train": "Train a network on a preprocessed folder",
     "infer": "Segment scans",

@@ -142,6 +142,24 @@ class PreprocessConfig:
 
 
 @dataclass(frozen=True)
+class CheckConfig:
+    """Look through a dataset before any work: list what is wrong with it and suggest settings."""
+
+    folder: Positional[Annotated[Path, arg(metavar="FOLDER")]]
+    """Folder with the dataset, as preprocess takes it."""
+    fast: bool = False
+    """Read headers only: geometry and duplicates, but no voxels."""
+    json: Path | None = None
+    """File to write all findings and the summary to."""
+    show: int = 20
+    """Findings of one kind to print; 0 prints all."""
+    modality: Modality | None = None
+    """What the scans are, where the dataset does not say."""
+    num_workers: int | None = None
+    """Processes that work side by side (default: one a core)."""
+
+
+@dataclass(frozen=True)
 class AugmentationConfig:
     """Probabilities and ranges of the published data_loader.py, applied to each patch of a batch on its own."""
 

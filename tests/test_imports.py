@@ -48,7 +48,8 @@ def test_one_way(package):
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "config", "imaging", "datasets.registry", "evaluation.evaluate", "imaging.phantom"]
+    "module",
+    ["cli", "config", "imaging", "datasets.registry", "evaluation.evaluate", "imaging.phantom", "commands.check"],
 )
 def test_without_jax(module):
     code = f"import sys, mambahome_jax.{module}; sys.exit('jax' in sys.modules)"

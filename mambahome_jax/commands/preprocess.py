@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mambahome_jax.config import Modality, PreprocessConfig
-from mambahome_jax.data.pool import available_memory, run_jobs
+from mambahome_jax.data.pool import count_workers, run_jobs
 from mambahome_jax.data.prepare import CaseJob, prepare_case, up_to_date
 from mambahome_jax.data.store import StoreEntry, write_index
 from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, load_dataset, write_prepared
@@ -217,17 +217,10 @@ def _work(
 
 def _workers(todo: list[CaseJob], asked: int | None, console: Console) -> int:
     """Processes to use: as many as asked for or cores are there, as far as memory holds that many of the largest."""
-    if asked is not None and asked < 0:
-        raise ConfigError(f"num_workers is {asked}; expected 0 or more")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = max(min(cores if asked is None else asked, len(todo)), 1)
-    available = available_memory()
-    if workers == 1 or available is None:
-        return workers
-    fitting = max(int(0.9 * available / max(map(_peak_bytes, todo), default=1)), 1)
-    if fitting < workers:
-        _say(console, f"{fitting} processes instead of {workers}: memory for more of the largest scan is not free")
-    return min(workers, fitting)
+    wanted, workers = count_workers(asked, todo, _peak_bytes)
+    if workers < wanted:
+        _say(console, f"{workers} processes instead of {wanted}: memory for more of the largest scan is not free")
+    return workers
 
 
 def _peak_bytes(job: CaseJob) -> int:

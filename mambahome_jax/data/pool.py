@@ -2,15 +2,16 @@
 
 import multiprocessing
 import os
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from mambahome_jax.errors import MambaHomeError
+from mambahome_jax.errors import ConfigError, MambaHomeError
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -60,6 +61,23 @@ def available_memory() -> int | None:
     return max(min(found), 0) if found else None
 
 
+def count_workers(asked: int | None, jobs: Sequence[J], peak_bytes: Callable[[J], int]) -> tuple[int, int]:
+    """Processes that the cores and jobs call for, and how many of them memory holds; at least 1 each.
+
+    asked: None for one a core. peak_bytes: memory of one job at its peak; the largest counts.
+    Raises ConfigError: a negative number asked for.
+    """
+    if asked is not None and asked < 0:
+        raise ConfigError(f"num_workers is {asked}; expected 0 or more")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = max(min(cores if asked is None else asked, len(jobs)), 1)
+    available = available_memory()
+    if wanted == 1 or available is None:
+        return wanted, wanted
+    fitting = max(int(0.9 * available / max(map(peak_bytes, jobs), default=1)), 1)
+    return wanted, min(wanted, fitting)
+
+
 def _run_until_broken(
     function: Callable[[J], R], waiting: deque[J], workers: int, suspects: list[J], threads: bool
 ) -> Iterator[tuple[J, R | BaseException]]:
@@ -68,7 +86,9 @@ def _run_until_broken(
         executor: Executor = (
             ThreadPoolExecutor(1)
             if threads
-            else ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+            else ProcessPoolExecutor(
+                workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
+            )
         )
         running: dict[Future, J] = {}
         try:
@@ -90,6 +110,23 @@ def _run_until_broken(
             suspects.extend(running.values())
         finally:
             executor.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent is gone.
+
+    A pool's processes outlive a parent that was killed: they would wait for ever, and go on to write the case in hand
+    while the next run writes it too.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

@@ -144,13 +144,18 @@ def require_same_grid(image: Volume, label: Volume, file: Path) -> None:
     if image.shape != label.shape:
         found, expected = f"grid of {_by(label.shape)} voxels", f"{_by(image.shape)} as in the image"
         raise DatasetError(found, file=file, expected=expected, action=action)
-    corners = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)]) * [*(np.array(image.shape) - 1), 1]
-    shift_mm = (corners @ (label.affine - image.affine).T)[:, :3]
-    shift = np.abs(shift_mm @ np.linalg.inv(image.affine[:3, :3]).T).max()
+    shift, largest = grid_shift(image.affine, label.affine, image.shape)
     if shift > _GRID_TOLERANCE:
-        largest = np.linalg.norm(shift_mm, axis=1).max()
         found = f"a grid that lies up to {largest:.3g} mm ({shift:.3g} voxels) off the image's"
         raise DatasetError(found, file=file, expected=f"at most {_GRID_TOLERANCE} voxels", action=action)
+
+
+def grid_shift(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float]:
+    """How far apart two grids of one shape lie at the corner that differs most: voxels of the first, and mm."""
+    corners = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)]) * [*(np.array(shape[:3]) - 1), 1]
+    shift_mm = (corners @ (other - affine).T)[:, :3]
+    shift = np.abs(shift_mm @ np.linalg.inv(affine[:3, :3]).T).max()
+    return float(shift), float(np.linalg.norm(shift_mm, axis=1).max())
 
 
 def bounding_box(mask: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -105,6 +105,21 @@ def read_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
     return _shape(path, header, None), _affine(path, header)
 
 
+def read_forms(path: str | Path) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray]:
+    """What a NIfTI header says of the geometry in its three ways, of which the affine is one.
+
+    Returns sform and qform, (4, 4) float64, voxel to RAS mm, None where the form's code is 0; pixdim (3,) in mm.
+    Raises DatasetError as `read_volume`, and for a qform whose numbers are no rotation.
+    """
+    path = Path(path)
+    header, _ = _read(path, header_only=True)
+    try:
+        qform = header.get_qform(coded=True)[0]
+    except (HeaderDataError, ValueError) as error:
+        raise DatasetError(f"damaged qform ({error})", file=path, expected="a rotation") from error
+    return header.get_sform(coded=True)[0], qform, np.abs(np.asarray(header["pixdim"][1:4], np.float64))
+
+
 def write_volume(path: str | Path, volume: Volume, dtype: np.dtype | type | str | None = None) -> None:
     """Write a Volume to .nii or .nii.gz, whole or not at all: beside its place first, then renamed.
 
@@ -141,6 +156,9 @@ def write_volume(path: str | Path, volume: Volume, dtype: np.dtype | type | str 
 
 def _read(path: Path, *, header_only: bool = False) -> tuple[nib.Nifti1Header, bytes]:
     """Header and the file's decompressed bytes (without `header_only`)."""
+    if path.exists() and not path.is_file():
+        # Opening a pipe would wait for its writer for ever.
+        raise DatasetError("cannot be read: not a regular file", file=path, expected=".nii or .nii.gz")
     try:
         with path.open("rb") as file:
             compressed = file.read(2) == _GZIP_MAGIC

@@ -1,0 +1,208 @@
+"""check: look through a dataset before any work, list all that is wrong with it, and say what it is like."""
+
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mambahome_jax.config import CheckConfig
+from mambahome_jax.data.inspect import PERCENTILES, InspectJob, inspect_case
+from mambahome_jax.data.pool import count_workers, run_jobs
+from mambahome_jax.datasets import Dataset, load_dataset
+from mambahome_jax.datasets.check import CaseFacts, Finding, Severity, dataset_findings
+from mambahome_jax.datasets.prepared import write_json
+from mambahome_jax.datasets.summary import Range, Summary, summarise
+from mambahome_jax.errors import DatasetError, MambaHomeError
+from mambahome_jax.imaging.volume import read_geometry
+
+_VERSION = 1
+_SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
+# Of a scan and its label map while they are read and looked at: float64 on disk, float32, sorted samples.
+_BYTES_A_VOXEL = 24
+_ENDS = {0.0: "min", 100.0: "max"}
+_SMALL_FILE = 1 << 20  # bytes; thousands of them are not opened only to know how little memory they take
+_THREAD_BELOW = 8  # cases for which starting processes takes longer than the work
+
+
+def run(config: CheckConfig) -> int:
+    """Check config.folder; returns the exit code: 0 clean or notes only, 1 findings, 2 no usable case.
+
+    Raises DatasetError: the folder as a whole cannot be read. OutputError: the JSON file cannot be written.
+    """
+    console = Console()
+    started = time.perf_counter()
+    dataset = load_dataset(config.folder)
+    facts = examine(dataset, config, console)
+    findings = sorted(
+        [*(finding for fact in facts for finding in fact.findings), *dataset_findings(dataset, facts)],
+        key=lambda finding: (_SEVERITIES.index(finding.severity), finding.kind, finding.case),
+    )
+    summary = summarise(dataset, facts)
+    usable = sum(fact.usable for fact in facts)
+    code = 2 if not usable else int(any(finding.severity != "note" for finding in findings))
+    _print_findings(findings, config, console)
+    _print_summary(dataset, summary, console)
+    _print_verdict(findings, usable, len(facts), console)
+    if config.json is not None:
+        counts = {severity: sum(finding.severity == severity for finding in findings) for severity in _SEVERITIES}
+        content = {
+            "version": _VERSION,
+            "folder": str(config.folder),
+            "name": dataset.name,
+            "fast": config.fast,
+            "seconds": round(time.perf_counter() - started, 1),
+            "exit_code": code,
+            "cases": len(facts),
+            "usable": usable,
+            "counts": counts,
+            "findings": [asdict(finding) for finding in findings],
+            "percentiles": PERCENTILES,
+            "summary": asdict(summary),
+        }
+        write_json(config.json, content)
+    return code
+
+
+def examine(dataset: Dataset, config: CheckConfig, console: Console) -> list[CaseFacts]:
+    """Facts of every case, in the dataset's order, from several processes; a case that fails is a finding of it."""
+    jobs = [
+        InspectJob(case, len(dataset.channels), dict(dataset.labels), config.modality or case.modality, config.fast)
+        for case in dataset.cases
+    ]
+    wanted, workers = count_workers(config.num_workers, jobs, _peak_bytes)
+    if workers < wanted:
+        _say(console, f"{workers} processes instead of {wanted}: memory for more of the largest scan is not free")
+    found: dict[str, CaseFacts] = {}
+    columns = (TextColumn("Checking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not jobs) as progress:
+        bar = progress.add_task("", total=len(jobs))
+        for job, result in run_jobs(inspect_case, jobs, workers, threads=workers == 1 or len(jobs) < _THREAD_BELOW):
+            progress.advance(bar)
+            found[job.case.id] = result if isinstance(result, CaseFacts) else _failed(job, result, console)
+    return [found[job.case.id] for job in jobs]
+
+
+def _failed(job: InspectJob, error: BaseException, console: Console) -> CaseFacts:
+    case, action = job.case, ""
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, MambaHomeError):
+        reason = str(error)
+    elif isinstance(error, MemoryError):
+        reason, action = f"out of memory ({error})", "Try fewer --num_workers."
+    elif not isinstance(error, OSError):
+        # A fault of ours, not of the file: its traceback is needed to mend it.
+        _say(console, "".join(traceback.format_exception(error)))
+        action = "This is a fault of the program; please report it."
+    finding = Finding("error", "unreadable", case.id, str(case.image), reason, "", action)
+    return CaseFacts(
+        case.id,
+        case.patient,
+        case.split,
+        job.modality,
+        str(case.image),
+        case.label is not None,
+        findings=(finding,),
+    )
+
+
+def _peak_bytes(job: InspectJob) -> int:
+    if job.fast:
+        return 1
+    try:
+        if job.case.image.stat().st_size < _SMALL_FILE:
+            return 1
+        shape, _ = read_geometry(job.case.image)
+    except (DatasetError, OSError):
+        return 1
+    return _BYTES_A_VOXEL * int(np.prod(shape, dtype=float))
+
+
+def _print_findings(findings: Sequence[Finding], config: CheckConfig, console: Console) -> None:
+    """One table for each kind; of a long one the first lines."""
+    groups: dict[tuple[Severity, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.severity, finding.kind), []).append(finding)
+    for (severity, kind), group in groups.items():
+        shown = group[: config.show] if config.show else group
+        colour = _COLOURS[severity]
+        title = f"[{colour}]{severity}[/{colour}]: {kind} ({len(group)})"
+        table = Table(title=title, title_justify="left", title_style="bold")
+        columns = [name for name in ("case", "file", "found", "expected") if any(getattr(f, name) for f in shown)]
+        for name in columns:
+            table.add_column(name, overflow="fold")
+        for finding in shown:
+            values = asdict(finding) | {"file": _below(config.folder, finding.file)}
+            table.add_row(*(escape(values[name]) for name in columns))
+        console.print(table)
+        if len(shown) < len(group):
+            _say(console, f"... and {len(group) - len(shown)} more: --show 0 lists all, --json FILE writes all")
+        for action in dict.fromkeys(finding.action for finding in group if finding.action):
+            _say(console, f"What to do: {action}")
+        console.print()
+
+
+def _print_summary(dataset: Dataset, summary: Summary, console: Console) -> None:
+    table = Table(title=escape(dataset.name), show_header=False, title_justify="left")
+    for split, modality, cases, labelled in summary.cases:
+        where = f"{split if split != '-' else 'no split'}, modality {modality if modality != '-' else 'not named'}"
+        table.add_row("usable cases", f"{where}: {cases}, {labelled} of them labelled")
+    for name, value in (
+        ("spacing, mm", summary.spacing_mm),
+        ("shape", summary.shape),
+        ("extent, mm", summary.extent_mm),
+    ):
+        if value is not None:
+            table.add_row(name, f"median {_by(value.median)}, from {_by(value.min)} to {_by(value.max)}")
+    for item in summary.intensities:
+        for name, values in (("all", item.percentiles), ("labelled", item.foreground)):
+            if values:
+                modality = f", {item.modality}" if item.modality != "-" else ""
+                text = ", ".join(
+                    f"{_ENDS.get(p, f'{p:g} %')} {value:.4g}" for p, value in zip(PERCENTILES, values, strict=True)
+                )
+                table.add_row(f"{escape(item.channel)}{modality}, {name} voxels", text)
+    for structure in summary.structures:
+        table.add_row(
+            f"label {structure.value}", f"{escape(structure.name)}: in {structure.cases} cases{_ml(structure.ml)}"
+        )
+    console.print(table)
+    if summary.suggestion is not None:
+        hint = summary.suggestion
+        flags = f"--spacing {' '.join(f'{mm:g}' for mm in hint.spacing)}"
+        flags += f" --modality {hint.modality}" if hint.modality else ""
+        _say(console, f"Suggested: preprocess.py {flags}; train.py --patch_size {' '.join(map(str, hint.patch_size))}")
+        for reason in hint.reasons:
+            _say(console, f"  {reason}")
+
+
+def _print_verdict(findings: Sequence[Finding], usable: int, cases: int, console: Console) -> None:
+    counts = [(sum(f.severity == severity for f in findings), severity) for severity in _SEVERITIES]
+    listed = ", ".join(f"{count} {severity}{'s' if count != 1 else ''}" for count, severity in counts if count)
+    _say(console, f"{usable} of {cases} cases can be preprocessed; {listed or 'nothing found'}")
+
+
+def _below(folder: Path, file: str) -> str:
+    """File as seen from the folder, where it lies in it."""
+    path = Path(file)
+    return str(path.relative_to(folder)) if file and path.is_relative_to(folder) else file
+
+
+def _ml(ml: Range | None) -> str:
+    return f", {ml.median[0]:.4g} ml ({ml.min[0]:.4g} to {ml.max[0]:.4g})" if ml else ""
+
+
+def _by(values: Sequence[float]) -> str:
+    return " x ".join(f"{value:.4g}" for value in values)
+
+
+def _say(console: Console, text: str) -> None:
+    """One line as it is: paths may hold what rich would take for markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

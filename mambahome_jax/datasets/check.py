@@ -1,0 +1,322 @@
+"""What is wrong with a dataset, or worth a look: facts of single cases in, findings out. Reads no file, never jax."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mambahome_jax.config import Modality
+from mambahome_jax.datasets.base import Dataset, Split
+from mambahome_jax.errors import DatasetError
+
+Severity = Literal["error", "warning", "note"]
+
+_AXES = ("R-L", "A-P", "S-I")
+_SHIFT_VOXELS = 1e-3  # below that, two grids differ by the rounding of float32 headers
+_FORM_VOXELS = 0.1  # what preprocessing accepts between an image and its label map
+_SHEAR = 1e-3  # cosine between two axes; float32 headers stay below 1e-6
+_OBLIQUE_DEGREES = 1.0
+_OUTLIER_FACTOR = 3.0
+_OUTLIER_DEVIATIONS = 5.0
+_FEWEST_TO_COMPARE = 5
+_RARE_SHARE = 0.05
+_NAMED = 5
+_REPLACE = "Put a file of the expected form in its place, or leave the case out."
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found. case, file: empty where it is about the dataset as a whole.
+
+    severity: error, preprocessing would refuse the case; warning, worth a look; note, nothing to mend.
+    """
+
+    severity: Severity
+    kind: str
+    case: str
+    file: str
+    found: str
+    expected: str
+    action: str
+
+
+@dataclass(frozen=True)
+class CaseFacts:
+    """What is known of one case; what could not be read, or was not asked for, is None.
+
+    shape, spacing (mm): of the axes R-L, A-P and S-I, whatever the file's order. orientation: of the file's axes.
+    digest: equal for equal images, "" where unknown or worthless. percentiles: (channel, percentile), see
+    `data.inspect.PERCENTILES`; foreground likewise of the labelled voxels. volumes_ml: of each label value that occurs.
+    """
+
+    id: str
+    patient: str
+    split: Split | None
+    modality: Modality | None
+    image: str
+    labelled: bool
+    shape: tuple[int, ...] | None = None
+    spacing: tuple[float, ...] | None = None
+    orientation: str = ""
+    digest: str = ""
+    percentiles: tuple[tuple[float, ...], ...] | None = None
+    foreground: tuple[tuple[float, ...], ...] | None = None
+    volumes_ml: Mapping[int, float] | None = None
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def usable(self) -> bool:
+        """Whether preprocessing would take the case."""
+        return all(finding.severity != "error" for finding in self.findings)
+
+
+def error_finding(case: str, kind: str, error: DatasetError) -> Finding:
+    """What a reader refused, in its own words."""
+    file = str(error.file) if error.file is not None else ""
+    return Finding("error", kind, case, file, error.found, error.expected or "", error.action or _REPLACE)
+
+
+def affine_findings(case: str, file: str, affine: np.ndarray) -> list[Finding]:
+    """Axes that are not at right angles, or turned against the patient's. affine (4, 4), voxel to RAS mm."""
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    cosines = np.abs(axes.T @ axes - np.eye(3))
+    if cosines.max() > _SHEAR:
+        angle = 90 - np.degrees(np.arccos(min(cosines.max(), 1.0)))
+        action = "Resampling removes the shear; other programs refuse such a file. Correct its header if it is wrong."
+        found = f"axes that are {angle:.2g} degrees off a right angle"
+        return [Finding("warning", "affine", case, file, found, "orthonormal axes", action)]
+    turned = float(np.degrees(np.arccos(np.clip(np.abs(axes).max(axis=0), 0, 1))).max())
+    if turned > _OBLIQUE_DEGREES:
+        action = "Nothing: the array keeps its axes, and results return to the scan's own grid."
+        found = f"oblique: axes turned by {turned:.1f} degrees against the patient's"
+        return [Finding("note", "oblique", case, file, found, "", action)]
+    return []
+
+
+def form_findings(
+    case: str,
+    file: str,
+    shape: tuple[int, ...],
+    sform: np.ndarray | None,
+    qform: np.ndarray | None,
+    pixdim: np.ndarray,
+    shift: Callable[[np.ndarray, np.ndarray, tuple[int, ...]], tuple[float, float]],
+) -> list[Finding]:
+    """A header whose ways to state the geometry disagree, or which states none.
+
+    sform, qform: (4, 4), None where not given; pixdim (3,) mm; shift: voxels and mm between two grids.
+    """
+    if sform is None and qform is None:
+        action = "Make sure that left is left: the axes were taken as R, A, S from the first voxel on."
+        return [Finding("warning", "header", case, file, "neither sform nor qform", "a position in the world", action)]
+    if sform is not None and qform is not None:
+        voxels, mm = shift(sform, qform, shape)
+        if voxels > _FORM_VOXELS:
+            found = f"sform and qform lie up to {mm:.3g} mm ({voxels:.3g} voxels) apart"
+            action = "The sform is used; programs that prefer the qform place it elsewhere. Correct the wrong one."
+            return [Finding("warning", "header", case, file, found, "the same place from both", action)]
+    elif sform is not None:
+        spacing = np.linalg.norm(sform[:3, :3], axis=0)
+        if not np.allclose(spacing, pixdim, rtol=0.01):
+            found = f"pixdim {_by(pixdim)} mm, but spacing {_by(spacing)} mm in the sform"
+            action = "The sform is used; programs that read pixdim see other sizes. Correct the wrong one."
+            return [Finding("warning", "header", case, file, found, "the same spacing from both", action)]
+    return []
+
+
+def small_shift_finding(case: str, file: str, voxels: float, mm: float) -> list[Finding]:
+    """A label map that lies beside its image, but near enough to be taken as on the same grid."""
+    if not _SHIFT_VOXELS < voxels <= _FORM_VOXELS:
+        return []
+    found = f"lies up to {mm:.2g} mm ({voxels:.2g} voxels) off the image's grid"
+    return [Finding("note", "shift", case, file, found, "", "Nothing: it is taken as on the image's grid.")]
+
+
+def image_findings(
+    case: str, file: str, minimum: Iterable[float], maximum: Iterable[float], modality: Modality | None
+) -> list[Finding]:
+    """Channels of one value, and CT without values of air. minimum, maximum: one entry a channel."""
+    lows, highs = tuple(minimum), tuple(maximum)
+    for channel, (low, high) in enumerate(zip(lows, highs, strict=True)):
+        if low == high:
+            where = f"channel {channel}: " if len(lows) > 1 else ""
+            action = "Export or download it again, or leave the case out."
+            return [Finding("warning", "intensity", case, file, f"{where}all voxels are {low:g}", "a scan", action)]
+    if modality == "ct" and min(lows) >= 0:
+        action = "Subtract the offset (often 1024), or give the true --modality."
+        found = f"values from {min(lows):g} to {max(highs):g}"
+        return [Finding("warning", "intensity", case, file, found, "Hounsfield units, air near -1000", action)]
+    return []
+
+
+def label_findings(case: str, file: str, counts: Mapping[int, int]) -> list[Finding]:
+    """A label map without structure or without background. counts: voxels of each value."""
+    if not any(value != 0 for value in counts):
+        action = "Leave the case out, unless it truly shows none of the structures."
+        return [Finding("warning", "label", case, file, "every voxel is background", "a labelled structure", action)]
+    if 0 not in counts:
+        action = "Is 0 the background in this label map?"
+        return [Finding("warning", "label", case, file, "no voxel is background", "background 0", action)]
+    return []
+
+
+def dataset_findings(dataset: Dataset, facts: list[CaseFacts]) -> list[Finding]:
+    """What shows only when all cases are seen together, and what the layout itself left out."""
+    action = "Add what is missing, or remove the rest of the case."
+    found = [Finding("error", "missing", case, "", reason, "", action) for case, reason in dataset.skipped]
+    found += [Finding("note", "dataset", "", "", note, "", "") for note in dataset.notes]
+    return [
+        *found,
+        *_unlabelled(facts),
+        *_outliers(facts),
+        *_orientations(facts),
+        *_duplicates(facts),
+        *_leaks(facts),
+        *_rare_structures(dataset, facts),
+    ]
+
+
+def _unlabelled(facts: list[CaseFacts]) -> list[Finding]:
+    wanted = [fact for fact in facts if fact.split != "test"]
+    without = [fact for fact in wanted if not fact.labelled]
+    action = "Add the label map; without it the case is not trained on."
+    if without and len(without) == len(wanted):
+        found = f"none of {len(wanted)} cases has a label map"
+        return [Finding("warning", "missing", "", "", found, "label maps to train on", action)]
+    return [Finding("warning", "missing", fact.id, fact.image, "no label map", "", action) for fact in without]
+
+
+def _outliers(facts: list[CaseFacts]) -> list[Finding]:
+    """Spacing or shape far from the median of the same modality: by a factor, and by the spread of the others."""
+    findings = []
+    groups: dict[Modality | None, list[CaseFacts]] = defaultdict(list)
+    for fact in facts:
+        if fact.shape is not None and fact.spacing is not None:
+            groups[fact.modality].append(fact)
+    for group in groups.values():
+        if len(group) < _FEWEST_TO_COMPARE:
+            continue
+        for kind, unit in (("spacing", " mm"), ("shape", " voxels")):
+            values = np.array([getattr(fact, kind)[:3] for fact in group], float)
+            median = np.median(values, axis=0)
+            distance = np.abs(np.log(values / median))
+            spread = 1.4826 * np.median(distance, axis=0)
+            out = distance > np.maximum(np.log(_OUTLIER_FACTOR), _OUTLIER_DEVIATIONS * spread)
+            for index in np.flatnonzero(out.any(axis=1)):
+                axes = ", ".join(name for name, far in zip(_AXES, out[index], strict=True) if far)
+                found = f"{kind} {_by(values[index])}{unit}, far off along {axes}"
+                expected = f"near {_by(median)}{unit}, the median"
+                action = "Look at it: a localiser, another series, or a wrong unit in the header?"
+                fact = group[index]
+                findings.append(Finding("warning", kind, fact.id, fact.image, found, expected, action))
+    return findings
+
+
+def _orientations(facts: list[CaseFacts]) -> list[Finding]:
+    known = [fact for fact in facts if fact.orientation]
+    counts = Counter(fact.orientation for fact in known)
+    if len(counts) < 2:
+        return []
+    usual = max(sorted(counts), key=lambda name: counts[name])
+    findings = []
+    for fact in known:
+        if fact.orientation != usual:
+            mirrored = ", of the other handedness" if _handedness(fact.orientation) != _handedness(usual) else ""
+            found = f"stored as {fact.orientation}{mirrored}; {counts[usual]} of {len(known)} scans are {usual}"
+            action = "Nothing: preprocessing brings all to one orientation by their affines."
+            findings.append(Finding("note", "orientation", fact.id, fact.image, found, "", action))
+    return findings
+
+
+def _duplicates(facts: list[CaseFacts]) -> list[Finding]:
+    first: dict[str, CaseFacts] = {}
+    findings = []
+    for fact in facts:
+        if not fact.digest:
+            continue
+        other = first.setdefault(fact.digest, fact)
+        if other is fact:
+            continue
+        found, kind = f"the same image as {other.id}", "duplicate"
+        if fact.split != other.split:
+            found += f", which is in {other.split or 'no split'} and this one in {fact.split or 'no split'}"
+            kind = "leak"
+        findings.append(Finding("warning", kind, fact.id, fact.image, found, "each image once", "Remove one of them."))
+    return findings
+
+
+def _leaks(facts: list[CaseFacts]) -> list[Finding]:
+    splits: dict[str, dict[Split, list[CaseFacts]]] = defaultdict(lambda: defaultdict(list))
+    for fact in facts:
+        if fact.split is not None:
+            splits[fact.patient][fact.split].append(fact)
+    findings = []
+    for patient, by_split in splits.items():
+        if len(by_split) < 2:
+            continue
+        where = "; ".join(f"{split}: {_some([fact.id for fact in cases])}" for split, cases in by_split.items())
+        last = list(by_split.values())[-1][0]
+        action = "Move all scans of the patient to one split; the scores would be too good."
+        findings.append(
+            Finding(
+                "warning",
+                "leak",
+                last.id,
+                last.image,
+                f"patient {patient} in {where}",
+                "each patient in one split",
+                action,
+            )
+        )
+    return findings
+
+
+def _rare_structures(dataset: Dataset, facts: list[CaseFacts]) -> list[Finding]:
+    seen = [fact for fact in facts if fact.volumes_ml is not None]
+    if not seen:
+        return []
+    findings = []
+    modalities = sorted({str(fact.modality) for fact in seen})
+    for value, name in dataset.labels.items():
+        ids = [fact.id for fact in seen if value in (fact.volumes_ml or {})]
+        title = f"label {value} ({name})"
+        if not ids:
+            action = "It cannot be learnt: correct the label table, or leave it out."
+            found, expected = f"{title} occurs in none of {len(seen)} label maps", "each structure in some"
+            findings.append(Finding("warning", "structure", "", "", found, expected, action))
+            continue
+        if len(ids) <= _RARE_SHARE * len(seen):
+            found = f"{title} occurs in {len(ids)} of {len(seen)} label maps: {_some(ids)}"
+            action = "Expect little of it, and make sure that each split has some."
+            findings.append(Finding("note", "structure", "", "", found, "", action))
+        for modality in modalities if len(modalities) > 1 else ():
+            group = [fact for fact in seen if str(fact.modality) == modality]
+            if not any(value in (fact.volumes_ml or {}) for fact in group):
+                found = f"{title} occurs in none of the {len(group)} label maps of modality {modality}"
+                action = "Leave it out of the mean score of that modality."
+                findings.append(Finding("note", "structure", "", "", found, "", action))
+    return findings
+
+
+def axis_order(orientation: str) -> list[int]:
+    """The file's axes in the order R-L, A-P, S-I, of an orientation such as "PSR"."""
+    return [next(i for i, letter in enumerate(orientation) if letter in pair) for pair in ("RL", "AP", "SI")]
+
+
+def _handedness(orientation: str) -> bool:
+    """Whether axes that run along three letters such as RAS form a right-handed system."""
+    matrix = np.zeros((3, 3))
+    for axis, letter in enumerate(orientation):
+        row = next(i for i, pair in enumerate(("RL", "AP", "SI")) if letter in pair)
+        matrix[row, axis] = 1 if letter in "RAS" else -1
+    return bool(np.linalg.det(matrix) > 0)
+
+
+def _some(ids: list[str]) -> str:
+    return ", ".join(ids[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
+
+
+def _by(values: Iterable[float]) -> str:
+    return " x ".join(f"{value:.4g}" for value in values)

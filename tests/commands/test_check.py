@@ -1,0 +1,362 @@
+"""check on small datasets with one fault each: the finding, its severity and the exit code."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from mambahome_jax.commands import check
+from mambahome_jax.commands.check import run
+from mambahome_jax.commands.preprocess import run as preprocess
+from mambahome_jax.config import CheckConfig, PreprocessConfig
+from mambahome_jax.data.pool import WorkerDied
+from mambahome_jax.errors import DatasetError, OutputError
+from tests.commands import test_preprocess_faults as faults
+from tests.commands.scans import AFFINE, scan, write
+
+LABELS = {"1": "liver", "2": "spleen"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six sound cases a to f."""
+    for seed, name in enumerate("abcdef"):
+        image, label = scan(seed=seed)
+        write(tmp_path / f"in/images/{name}.nii.gz", image)
+        write(tmp_path / f"in/labels/{name}.nii.gz", label)
+    return tmp_path / "in"
+
+
+def report(folder: Path, **settings) -> dict:
+    """Exit code and JSON of a check in this process."""
+    file = folder.parent / "report.json"
+    code = run(CheckConfig(folder, json=file, num_workers=1, **settings))
+    content = json.loads(file.read_text())
+    assert content["exit_code"] == code
+    return content
+
+
+def only(content: dict, **wanted) -> dict:
+    """The one finding with these entries."""
+    found = [item for item in content["findings"] if all(item[key] == value for key, value in wanted.items())]
+    assert len(found) == 1, content["findings"]
+    return found[0]
+
+
+def test_a_sound_dataset_is_clean_and_summarised(folder, capsys):
+    content = report(folder)
+    assert (content["exit_code"], content["findings"], content["usable"]) == (0, [], 6)
+    assert content["counts"] == {"error": 0, "warning": 0, "note": 0}
+    summary = content["summary"]
+    assert summary["spacing_mm"]["median"] == [2, 1, 3] and summary["shape"]["max"] == [12, 16, 8]
+    assert summary["cases"] == [["-", "-", 6, 6]]
+    liver = summary["structures"][0]
+    # 4 x 6 x 3 voxels of 6 mm3.
+    assert (liver["value"], liver["cases"], liver["ml"]["median"]) == (1, 6, [0.432])
+    images = [scan(seed=seed) for seed in range(6)]
+    lows = [image.min() for image, _ in images]
+    medians = [np.median(image[label > 0]) for image, label in images]
+    assert summary["intensities"][0]["percentiles"][0] == np.median(lows)
+    assert summary["intensities"][0]["foreground"][3] == np.median(medians)
+    hint = summary["suggestion"]
+    assert (hint["spacing"], hint["patch_size"], hint["modality"]) == ([2, 1, 3], [16, 16, 16], "ct")
+    shown = capsys.readouterr().out
+    assert "--spacing 2 1 3 --modality ct" in shown and "6 of 6 cases can be preprocessed; nothing found" in shown
+
+
+@pytest.mark.parametrize(
+    ("break_case", "words"),
+    [
+        (faults.truncated, "truncated"),
+        (faults.too_few_voxels, "truncated"),
+        (faults.nan, "1 voxels are NaN"),
+        (faults.four_dimensions, "4D volume (12, 16, 8, 2)"),
+        (faults.other_shape, "grid of 12 x 16 x 9 voxels"),
+        (faults.shifted, "up to 1.5 mm (0.5 voxels)"),
+        (faults.unknown_values, "unknown label values 9, 200"),
+        (faults.values_above_255, "unknown label values 300, 600"),
+        (faults.fractional_label, "label value 0.5"),
+        (faults.label_without_image, "has no image"),
+    ],
+)
+def test_what_preprocess_refuses_is_an_error(folder, capsys, break_case, words):
+    break_case(folder)
+    content = report(folder)
+    finding = only(content, severity="error")
+    assert finding["case"] == "b" and words in finding["found"] and finding["action"]
+    assert content["exit_code"] == 1
+    # The same words as preprocess, so that nobody has to guess whether it is the same fault.
+    capsys.readouterr()
+    assert preprocess(PreprocessConfig(folder, folder.parent / "out", spacing=(2, 1, 3), num_workers=1)) == 1
+    assert finding["found"] in capsys.readouterr().out
+
+
+def test_several_faults_of_one_case_are_all_named(folder):
+    faults.unknown_values(folder)
+    label = nib.load(folder / "labels/b.nii.gz")
+    affine = AFFINE.copy()
+    affine[0, 3] += 4
+    write(folder / "labels/b.nii.gz", np.asarray(label.dataobj), affine)
+    faults.truncated(folder)
+    errors = [item for item in report(folder)["findings"] if item["severity"] == "error"]
+    assert [(item["kind"], item["case"]) for item in errors] == [("grid", "b"), ("image file", "b"), ("label", "b")]
+
+
+def damaged_files(folder: Path) -> None:
+    paths = [folder / f"images/{name}.nii.gz" for name in "abcdef"]
+    paths[0].write_bytes(b"")
+    paths[1].write_bytes(b"no scan at all")
+    paths[2].write_bytes(gzip.compress(b"short"))
+    content = bytearray(gzip.decompress(paths[3].read_bytes()))
+    content[40:56] = np.array([3, 30000, 30000, 30000, 1, 1, 1, 1], "<i2").tobytes()
+    paths[3].write_bytes(gzip.compress(bytes(content)))
+    content = bytearray(paths[4].read_bytes())
+    content[len(content) // 2] ^= 255
+    paths[4].write_bytes(bytes(content))
+    content = bytearray(gzip.decompress(paths[5].read_bytes()))
+    content[70:72] = np.array([9999], "<i2").tobytes()
+    paths[5].write_bytes(gzip.compress(bytes(content)))
+
+
+def test_no_damaged_file_stops_it_and_nothing_usable_is_2(folder, capsys):
+    damaged_files(folder)
+    content = report(folder)
+    assert (content["exit_code"], content["usable"]) == (2, 0)
+    assert sorted({item["case"] for item in content["findings"] if item["severity"] == "error"}) == list("abcdef")
+    assert report(folder, fast=True)["exit_code"] in (1, 2)
+    assert "Traceback" not in capsys.readouterr().out
+
+
+def constant(folder: Path) -> None:
+    write(folder / "images/b.nii.gz", np.full((12, 16, 8), 7, np.int16))
+
+
+def no_air(folder: Path) -> None:
+    (folder / "dataset.json").write_text(json.dumps({"labels": LABELS, "channels": ["CT"]}))
+    write(folder / "images/b.nii.gz", scan(seed=1)[0] + np.int16(1024))
+
+
+def empty_label(folder: Path) -> None:
+    write(folder / "labels/b.nii.gz", np.zeros((12, 16, 8), np.uint8))
+
+
+def no_background(folder: Path) -> None:
+    write(folder / "labels/b.nii.gz", np.maximum(scan()[1], 1))
+
+
+def no_label(folder: Path) -> None:
+    (folder / "labels/b.nii.gz").unlink()
+
+
+def same_voxels(folder: Path) -> None:
+    """Case a once more, uncompressed, as floats and with another affine."""
+    (folder / "images/b.nii.gz").unlink()
+    image = scan(seed=0)[0].astype(np.float32)
+    write(folder / "images/b.nii", image)
+
+
+def sheared(folder: Path) -> None:
+    affine = AFFINE.copy()
+    affine[0, 1] = 0.1
+    for kind, array in zip(("images", "labels"), scan(seed=1), strict=True):
+        image = nib.Nifti1Image(array, affine)
+        image.set_qform(None, code=0)
+        nib.save(image, folder / f"{kind}/b.nii.gz")
+
+
+def forms_disagree(folder: Path) -> None:
+    image = nib.Nifti1Image(scan(seed=1)[0], AFFINE)
+    moved = AFFINE.copy()
+    moved[2, 3] += 6
+    image.set_sform(AFFINE, code=1)
+    image.set_qform(moved, code=1)
+    nib.save(image, folder / "images/b.nii.gz")
+
+
+def pixdim_disagrees(folder: Path) -> None:
+    image = nib.Nifti1Image(scan(seed=1)[0], AFFINE)
+    image.set_qform(None, code=0)
+    image.header["pixdim"][1:4] = 1
+    nib.save(image, folder / "images/b.nii.gz")
+
+
+def no_form(folder: Path) -> None:
+    for kind, array in zip(("images", "labels"), scan(seed=1), strict=True):
+        image = nib.Nifti1Image(array, None)
+        image.header["pixdim"][1:4] = 2, 1, 3
+        nib.save(image, folder / f"{kind}/b.nii.gz")
+    (folder / "labels/b.nii.gz").unlink()
+
+
+def coarse(folder: Path) -> None:
+    affine = AFFINE @ np.diag([1, 1, 8, 1])
+    for kind, array in zip(("images", "labels"), scan(seed=1), strict=True):
+        write(folder / f"{kind}/b.nii.gz", array, affine)
+
+
+def long(folder: Path) -> None:
+    for kind, array in zip(("images", "labels"), scan((12, 16, 40), seed=1), strict=True):
+        write(folder / f"{kind}/b.nii.gz", array)
+
+
+def structure_in_no_case(folder: Path) -> None:
+    (folder / "dataset.json").write_text(json.dumps({"labels": LABELS | {"7": "pancreas"}}))
+
+
+@pytest.mark.parametrize(
+    ("break_case", "kind", "words"),
+    [
+        (constant, "intensity", "all voxels are 7"),
+        (no_air, "intensity", "values from 24 to"),
+        (empty_label, "label", "every voxel is background"),
+        (no_background, "label", "no voxel is background"),
+        (no_label, "missing", "no label map"),
+        (same_voxels, "duplicate", "the same image as a"),
+        (sheared, "affine", "5.7 degrees off a right angle"),
+        (forms_disagree, "header", "sform and qform lie up to 6 mm (2 voxels) apart"),
+        (pixdim_disagrees, "header", "pixdim 1 x 1 x 1 mm, but spacing 2 x 1 x 3 mm in the sform"),
+        (no_form, "header", "neither sform nor qform"),
+        (coarse, "spacing", "spacing 2 x 1 x 24 mm, far off along S-I"),
+        (long, "shape", "shape 12 x 16 x 40 voxels, far off along S-I"),
+        (structure_in_no_case, "structure", "label 7 (pancreas) occurs in none of 6 label maps"),
+    ],
+)
+def test_what_is_worth_a_look_is_a_warning(folder, break_case, kind, words):
+    break_case(folder)
+    content = report(folder)
+    assert (content["exit_code"], content["usable"]) == (1, 6)
+    findings = [item for item in content["findings"] if item["severity"] == "warning" and item["kind"] == kind]
+    assert findings and all(item["case"] in ("b", "") and words in item["found"] for item in findings), content
+    assert all(item["action"] for item in findings)
+
+
+def oblique(folder: Path) -> None:
+    c, s = np.cos(0.2), np.sin(0.2)
+    affine = np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]) @ AFFINE
+    for kind, array in zip(("images", "labels"), scan(seed=1), strict=True):
+        write(folder / f"{kind}/b.nii.gz", array, affine)
+
+
+def mirrored(folder: Path) -> None:
+    for kind, array in zip(("images", "labels"), scan(seed=1), strict=True):
+        write(folder / f"{kind}/b.nii.gz", array[::-1], AFFINE @ np.diag([-1, 1, 1, 1]))
+
+
+def little_off(folder: Path) -> None:
+    affine = AFFINE.copy()
+    affine[0, 3] += 0.05
+    write(folder / "labels/b.nii.gz", scan(seed=1)[1], affine)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (oblique, "oblique", "turned by 11.5 degrees"),
+        (mirrored, "orientation", "stored as RPS, of the other handedness; 5 of 6 scans are LPS"),
+        (little_off, "shift", "0.05 mm (0.025 voxels)"),
+    ],
+)
+def test_what_needs_no_mending_is_a_note(folder, change, kind, words):
+    change(folder)
+    content = report(folder)
+    assert (content["exit_code"], content["counts"]["error"], content["counts"]["warning"]) == (0, 0, 0)
+    findings = [item for item in content["findings"] if item["kind"] == kind]
+    assert findings and all(item["case"] == "b" and words in item["found"] for item in findings)
+
+
+@pytest.mark.parametrize(
+    ("break_case", "words"),
+    [
+        (faults.four_dimensions, "4D volume"),
+        (faults.other_shape, "grid of"),
+        (faults.shifted, "1.5 mm"),
+        (forms_disagree, "sform"),
+        (coarse, "24 mm"),
+    ],
+)
+def test_fast_finds_what_headers_show(folder, break_case, words):
+    break_case(folder)
+    content = report(folder, fast=True)
+    assert content["exit_code"] == 1
+    assert any(words in item["found"] for item in content["findings"])
+    assert content["summary"]["structures"] == [] and content["summary"]["intensities"] == []
+
+
+def test_fast_finds_copied_files_and_reads_no_voxels(folder):
+    (folder / "images/b.nii.gz").write_bytes((folder / "images/a.nii.gz").read_bytes())
+    faults_too = scan()[0].astype(np.float32)
+    faults_too[0, 0, 0] = np.nan
+    write(folder / "images/c.nii.gz", faults_too)
+    content = report(folder, fast=True)
+    assert only(content, kind="duplicate")["case"] == "b"
+    assert content["counts"]["error"] == 0
+
+
+def test_several_processes_find_the_same(folder):
+    for seed, name in enumerate("ghijkl", start=6):
+        for kind, array in zip(("images", "labels"), scan(seed=seed), strict=True):
+            write(folder / f"{kind}/{name}.nii.gz", array)
+    faults.nan(folder)
+    same_voxels_of_a = (folder / "images/a.nii.gz").read_bytes()
+    (folder / "images/k.nii.gz").write_bytes(same_voxels_of_a)
+    alone = report(folder)
+    run(CheckConfig(folder, json=folder.parent / "two.json", num_workers=2))
+    together = json.loads((folder.parent / "two.json").read_text())
+    assert {**alone, "seconds": 0} == {**together, "seconds": 0}
+    assert len(alone["findings"]) == 2
+
+
+def test_a_case_whose_process_died_is_a_finding(folder, monkeypatch):
+    def run_jobs(function, jobs, workers, threads):
+        results = {"a": WorkerDied("its process was killed"), "b": MemoryError("3 GiB"), "c": ZeroDivisionError("x")}
+        for job in jobs:
+            yield job, results.get(job.case.id) or function(job)
+
+    monkeypatch.setattr(check, "run_jobs", run_jobs)
+    content = report(folder)
+    found = {item["case"]: item["found"] for item in content["findings"] if item["severity"] == "error"}
+    assert found == {
+        "a": "its process was killed",
+        "b": "out of memory (3 GiB)",
+        "c": "ZeroDivisionError: x",
+    }
+
+
+def test_long_lists_are_cut_in_the_terminal_only(folder, capsys):
+    for name in "abcdef":
+        write(folder / f"labels/{name}.nii.gz", np.zeros((12, 16, 8), np.uint8))
+    content = report(folder, show=2)
+    assert sum(item["kind"] == "label" for item in content["findings"]) == 6
+    assert "and 4 more: --show 0 lists all" in capsys.readouterr().out
+    report(folder, show=0)
+    assert "more: --show" not in capsys.readouterr().out
+
+
+def test_a_pipe_in_the_place_of_a_scan_is_no_wait(folder):
+    import os
+
+    from mambahome_jax.imaging.volume import read_volume
+
+    os.mkfifo(folder / "pipe.nii")
+    with pytest.raises(DatasetError, match="not a regular file"):
+        read_volume(folder / "pipe.nii")
+
+
+def test_wrong_usage(folder, tmp_path):
+    with pytest.raises(DatasetError, match="no such folder"):
+        run(CheckConfig(tmp_path / "nowhere"))
+    with pytest.raises(OutputError, match="cannot be written"):
+        run(CheckConfig(folder, json=tmp_path / "missing/report.json", num_workers=1))
+
+
+def test_from_the_command_line(folder):
+    faults.nan(folder)
+    command = [sys.executable, "-m", "mambahome_jax", "check", str(folder), "--num_workers", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "1 voxels are NaN" in result.stdout and "Traceback" not in result.stderr
+    assert subprocess.run([*command, "--fast"], capture_output=True, check=False).returncode == 0
