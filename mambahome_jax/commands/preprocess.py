@@ -15,12 +15,13 @@ from rich.table import Table
 from mambahome_jax.config import Modality, PreprocessConfig
 from mambahome_jax.data.pool import count_workers, run_jobs
 from mambahome_jax.data.prepare import CaseJob, prepare_case, up_to_date
-from mambahome_jax.data.store import StoreEntry, write_index
+from mambahome_jax.data.store import StoreEntry, remove_index, write_index
 from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, load_dataset, write_prepared
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
 
+_LEFTOVERS = (".*.partial", ".*.old", ".*.probe")
 _SAMPLED = 3
 _HU_BELOW = -500.0
 # Of the scan before and after resampling together: 9 measured for an int16 CT, more for stored float64.
@@ -114,6 +115,9 @@ def prepare(
     kept = tuple(entries)
     if kept:
         _say(console, f"{len(kept)} of {len(jobs)} cases are up to date and kept (--overwrite does them again)")
+    if todo:
+        # Old entries would be read beside new voxels if this run does not reach its end.
+        remove_index(output / "store")
     failed += _work(todo, entries, num_workers, console)
 
     ordered = [(job, entries[job.case.id]) for job in jobs if job.case.id in entries]
@@ -253,8 +257,9 @@ def _open_output(output: Path, nifti: bool) -> None:
             probe = folder / f".{os.getpid()}.probe"
             probe.write_bytes(b"")
             probe.unlink()
-        for leftover in (output / "store").glob(".*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for folder in (output, output / "store", output / "images", output / "labels"):
+            for leftover in (path for pattern in _LEFTOVERS for path in folder.glob(pattern)):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     except OSError as error:
         found = f"{error.filename or output}: cannot be written: {error.strerror or error}"
         raise OutputError(f"{found}. Choose another --output_path") from error

@@ -94,6 +94,8 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
         image = resample(image, job.spacing, order="linear")
         label = None if label is None else resample(label, job.spacing, order="nearest")
     image = Volume(np.ascontiguousarray(image.array, np.float32), image.affine)
+    # An entry of other settings would vouch for NIfTI files that are no longer its own, if this run ends between them.
+    store.remove_entry(job.output / "store", job.case.id)
     if job.nifti:
         write_volume(job.image_path, image, dtype=np.float32)
         if label is not None:

@@ -57,12 +57,7 @@ class StoreEntry:
         return {value: count for value, count in (self.class_counts or {}).items() if value != 0}
 
 
-def write_case(
-    root: Path,
-    entry: StoreEntry,
-    image: np.ndarray,
-    label: np.ndarray | None,
-) -> StoreEntry:
+def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarray | None) -> StoreEntry:
     """Write root/<id>/, whole or not at all; a case that is there is replaced.
 
     image (D, H, W, C) float32; label (D, H, W) uint8 or None. Class counts are taken from `label`; returns the entry
@@ -101,9 +96,18 @@ def read_case(root: Path, case: str) -> StoreEntry | None:
 
 def write_index(root: Path, entries: list[StoreEntry]) -> None:
     """Write root/index.json with the entries of all cases. Raises OutputError."""
-    write_json(
-        Path(root) / "index.json", {"version": VERSION, "cases": [_to_json(entry) for entry in entries]}, indent=None
-    )
+    content = {"version": VERSION, "cases": [_to_json(entry) for entry in entries]}
+    write_json(Path(root) / "index.json", content, indent=None)
+
+
+def remove_index(root: Path) -> None:
+    """Remove root/index.json, so that nobody reads a store which is being changed. Raises OutputError."""
+    _remove(Path(root) / "index.json")
+
+
+def remove_entry(root: Path, case: str) -> None:
+    """Mark a case as not done, before what it was made into changes. Raises OutputError."""
+    _remove(Path(root) / case / "case.json")
 
 
 def count_values(label: np.ndarray) -> dict[int, int]:
@@ -147,6 +151,8 @@ class Store:
         root = Path(root)
         self.root = root / "store" if (root / "store").is_dir() else root
         file = self.root / "index.json"
+        if not file.is_file():
+            raise DatasetError("no such file: preprocessing did not reach its end", file=file, action=_ACTION)
         content = read_json(file)
         if content.get("version") != VERSION:
             raise DatasetError(
@@ -263,6 +269,13 @@ class Store:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open_caches()
+
+
+def _remove(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be removed: {error.strerror or error}") from error
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:

@@ -137,7 +137,8 @@ def _moments(array: np.ndarray, nonzero: bool) -> tuple[float, float]:
     for part in parts:
         used = part[part != 0] if only_used else part
         difference = used.astype(np.float64) - mean
-        square += float(difference @ difference)
+        # Not a product of vectors: BLAS rounds it otherwise with every number of threads.
+        square += float(np.square(difference, out=difference).sum())
     std = float(np.sqrt(square / count))
     # What float32 cannot resolve is a constant volume with rounding noise, not contrast.
     return mean, std if std > 1e-7 * abs(mean) else 1.0

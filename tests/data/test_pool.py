@@ -2,6 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 
 from mambahome_jax.data.pool import WorkerDied, available_memory, run_jobs
 
@@ -51,3 +58,34 @@ def test_stopping_early_begins_no_further_job():
 def test_available_memory_is_plausible():
     available = available_memory()
     assert available is None or 2**20 < available < 2**50
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for the processes in /proc")
+def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+    code = f"""
+import os, pathlib, time
+from mambahome_jax.data.pool import run_jobs
+from tests.data.test_pool import write_pid_and_wait
+if __name__ == "__main__":
+    list(run_jobs(write_pid_and_wait, [{str(tmp_path)!r}] * 4, 2))
+"""
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, script], env=environment) as parent:
+        pids = _wait_for(lambda: [path.name for path in tmp_path.iterdir() if path.name.isdigit()], 2)
+        parent.kill()
+    assert len(pids) == 2
+    assert len(_wait_for(lambda: [pid for pid in pids if not Path(f"/proc/{pid}").exists()], 2)) == 2
+
+
+def write_pid_and_wait(folder: str) -> None:
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(120)
+
+
+def _wait_for(values: Callable[[], list[str]], count: int) -> list[str]:
+    deadline = time.monotonic() + 60
+    while len(values()) < count and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return values()
