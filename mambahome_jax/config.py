@@ -125,8 +125,8 @@ MODEL_SIZES = {
 class PreprocessConfig:
     """Read a folder of scans, reorient and resample them, and write NIfTI files and the patch store."""
 
-    input_path: Path
-    """Folder with the dataset: images/ and labels/, or a Medical Segmentation Decathlon task."""
+    input_path: Path | tuple[Path, ...]
+    """Folder of the dataset as downloaded, or a CSV file of paths; several are joined by their structures' names."""
     output_path: Path
     """Folder to write; what is there and up to date is kept."""
     spacing: tuple[float, float, float] = (0.8, 0.8, 3.0)
@@ -135,6 +135,14 @@ class PreprocessConfig:
     """Direction of the array axes after reading, as three of the letters R L A P S I."""
     modality: Modality | None = None
     """What the scans are, where the dataset does not say; decides how intensities are normalised."""
+    dataset: tuple[str, ...] = ()
+    """Layout of the dataset (default: recognised): one name, or one for each folder of --input_path."""
+    labels: tuple[str, ...] = ()
+    """Names of the structures to keep, in this order; the others become background (default: all)."""
+    label_map: Path | None = None
+    """TOML file of structures to make of the dataset's, with lines such as: pancreas = [4, 5]"""
+    only: Modality | None = None
+    """Keep only the cases that the dataset says are of this modality, as for the CT or the MR part of AMOS."""
     num_workers: int | None = None
     """Processes that work side by side (default: one a core)."""
     overwrite: bool = False
@@ -146,7 +154,9 @@ class CheckConfig:
     """Look through a dataset before any work: list what is wrong with it and suggest settings."""
 
     folder: Positional[Annotated[Path, arg(metavar="FOLDER")]]
-    """Folder with the dataset, as preprocess takes it."""
+    """Folder of the dataset as downloaded, or a CSV file of paths, as preprocess takes it."""
+    dataset: str | None = None
+    """Layout of the dataset (default: recognised)."""
     fast: bool = False
     """Read headers only: geometry and duplicates, but no voxels."""
     json: Path | None = None

@@ -1,8 +1,9 @@
 """evaluate: label maps against references, into metrics.csv, summary.json and a table."""
 
+import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from mambahome_jax.config import EvaluateConfig
 from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.datasets.base import label_names, nifti_files, nifti_stem, read_json
+from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.evaluation.evaluate import (
     DEFINITIONS,
@@ -44,6 +46,17 @@ def run(config: EvaluateConfig) -> int:
         raise ConfigError(f"--num_workers {config.num_workers}; expected 0 or more")
     names, source = find_names(config.predictions, config.references, config.labels)
     pairs, alone = find_pairs(config.predictions, config.references, names, config.tolerance_mm)
+    values = None
+    if config.labels is None:
+        names, values = reconcile_names(config.predictions, config.references, names)
+    labelled = labelled_values(config.references)
+    pairs = [
+        dataclasses.replace(pair, names=names, reference_values=values, labelled=labelled.get(pair.case))
+        for pair in pairs
+    ]
+    if values is not None:
+        text = ", ".join(f"{old} is {new} ({names[new]})" for old, new in values.items())
+        _say(console, f"The references name other values than the predictions; compared by name: {text}")
     _say(console, f"Names of the structures: {source or 'none found (--labels FILE gives them)'}")
     scores, failed = _score(pairs, config.num_workers, console)
     failures = alone + failed
@@ -104,14 +117,51 @@ def find_names(predictions: Path, references: Path, given: Path | None = None) -
     """
     if given is not None:
         return label_names(read_json(given).get("labels"), given), given
-    for folder in (references, references.parent, predictions, predictions.parent):
-        for file in (folder / "dataset.json", folder / "run.json"):
+    for folder in (references, predictions):
+        for found in _tables(folder):
+            return found
+    return {}, None
+
+
+def reconcile_names(
+    predictions: Path, references: Path, names: dict[int, str]
+) -> tuple[dict[int, str], dict[int, int] | None]:
+    """Names to judge by, and the predictions' value for each of the references' where the two sides name others.
+
+    `names` and None where only one side names its values, or both name them alike by `structure_key`.
+    Raises DatasetError: both sides have names, but no structure in common.
+    """
+    ours, theirs = (next((table for table, _ in _tables(folder)), {}) for folder in (predictions, references))
+    keys = {structure_key(name): value for value, name in ours.items()}
+    values = {value: keys[structure_key(name)] for value, name in theirs.items() if structure_key(name) in keys}
+    if not ours or not theirs or (len(values) == len(theirs) and all(old == new for old, new in values.items())):
+        return names, None
+    if not values:
+        found, expected = (", ".join(f"{v} {n}" for v, n in table.items()) for table in (theirs, ours))
+        action = "Compare with the label maps that preprocess wrote, or say by --labels what the values mean."
+        raise DatasetError(f"structures {found}", file=references, expected=f"some of: {expected}", action=action)
+    return ours, values
+
+
+def labelled_values(references: Path) -> dict[str, tuple[int, ...]]:
+    """Which values are labelled at all, of the cases of a preprocessed folder of which not all are."""
+    file = references.parent / "dataset.json"
+    cases = read_json(file).get("cases") if file.is_file() else None
+    entries = cases if isinstance(cases, list) else []
+    return {
+        entry["id"]: tuple(entry["labelled"]) for entry in entries if isinstance(entry, dict) and "labelled" in entry
+    }
+
+
+def _tables(folder: Path) -> Iterator[tuple[dict[int, str], Path]]:
+    """Tables of names in and beside a folder, with their files."""
+    for home in (folder, folder.parent):
+        for file in (home / "dataset.json", home / "run.json"):
             if file.is_file():
                 table = read_json(file).get("labels")
                 names = label_names(table, file) if table else {}
                 if names:
-                    return names, file
-    return {}, None
+                    yield names, file
 
 
 def results_table(summary: dict[str, Any]) -> Table:

@@ -269,7 +269,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write a label map and its preview; returns the entry of run.json."""
     path = _result(config, scan)
-    write_volume(path, result)
+    write_volume(path, result, names=names)
     preview = config.output_dir / "previews" / f"{scan.case}.png"
     if config.previews:
         write_preview(preview, volume, result, names, settings.modality, scan.case)

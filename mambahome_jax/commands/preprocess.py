@@ -12,17 +12,19 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mambahome_jax.commands.open_dataset import input_paths, open_dataset
 from mambahome_jax.config import Modality, PreprocessConfig
 from mambahome_jax.data.pool import count_workers, run_jobs
 from mambahome_jax.data.prepare import CaseJob, prepare_case, up_to_date
 from mambahome_jax.data.store import StoreEntry, remove_index, write_index
-from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, load_dataset, write_prepared
+from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, write_prepared
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
 
 _LEFTOVERS = (".*.partial", ".*.old", ".*.probe")
 _SAMPLED = 3
+_SHOWN = 20
 _HU_BELOW = -500.0
 # Of the scan before and after resampling together: 9 measured for an int16 CT, more for stored float64.
 _BYTES_A_VOXEL = 16
@@ -50,9 +52,11 @@ def run(config: PreprocessConfig) -> int:
     Raises DatasetError: the folder as a whole cannot be read. ConfigError, OutputError: see `prepare`.
     """
     console = Console()
-    if config.output_path.resolve() == config.input_path.resolve():
+    if config.output_path.resolve() in {path.resolve() for path in input_paths(config)}:
         raise ConfigError(f"{config.output_path}: input_path and output_path are the same folder; name another output")
-    dataset = load_dataset(config.input_path)
+    dataset = open_dataset(config)
+    named = f"{len(dataset.labels)} structures" if dataset.labels else "labels without names"
+    _say(console, f"Dataset: {dataset.name}, layout {dataset.layout}: {len(dataset.cases)} cases, {named}")
     summary = prepare(
         dataset,
         config.output_path,
@@ -97,8 +101,10 @@ def prepare(
         _say(console, f"Note: {note}")
     jobs = _jobs(dataset, output, spacing, orientation.upper(), modality, nifti, console)
     failed = list(dataset.skipped)
-    for case, reason in failed:
+    for case, reason in failed[:_SHOWN]:
         _say(console, f"Skipped {case}: {reason}")
+    if len(failed) > _SHOWN:
+        _say(console, f"and {len(failed) - _SHOWN} more skipped; {output / 'dataset.json'} will list them all")
 
     entries: dict[str, StoreEntry] = {}
     todo = []
@@ -182,7 +188,9 @@ def _jobs(
             spacing=spacing,
             orientation=orientation,
             modality=asked or case.modality or silent or "ct",
-            nifti=nifti,
+            # A label map that is made here, or channels put together, are in no file of the dataset's own.
+            nifti=nifti or bool(case.masks or case.images or case.values),
+            hint=dataset.hint,
         )
         for case in dataset.cases
     ]
@@ -206,6 +214,8 @@ def _work(
             finished.add(job.case.id)
             if isinstance(result, StoreEntry):
                 entries[job.case.id] = result
+                for remark in result.remarks:
+                    _say(console, f"Note: {job.case.id}: {remark}")
                 continue
             reason = _reason(result, console)
             failed.append((job.case.id, reason))
@@ -275,9 +285,11 @@ def _prepared_case(job: CaseJob, entry: StoreEntry) -> PreparedCase:
     image, label = str(case.image.resolve()), str(case.label.resolve()) if case.label is not None else None
     if job.nifti:
         image = job.image_path.relative_to(job.output).as_posix()
-        label = job.label_path.relative_to(job.output).as_posix() if label is not None else None
+        label = job.label_path.relative_to(job.output).as_posix() if case.has_label else None
     return PreparedCase(
-        case.id, image, label, case.split, job.modality, entry.shape, entry.spacing, str(case.image), case.patient
+        *(case.id, image, label, case.split, job.modality, entry.shape, entry.spacing, str(case.image), case.patient),
+        labelled=entry.labelled,
+        remarks=entry.remarks,
     )
 
 
@@ -293,7 +305,7 @@ def _print_summary(summary: Summary, console: Console) -> None:
         table.add_row("shape", _range(shapes, "{}"))
         counts = [entry.class_counts for entry in entries if entry.class_counts is not None]
         voxels = sum(sum(count.values()) for count in counts)
-        for value, name in prepared.labels.items():
+        for value, name in prepared.labels.items() if len(prepared.labels) <= _SHOWN else ():
             share = 100 * sum(count.get(value, 0) for count in counts) / max(voxels, 1)
             present = sum(value in count for count in counts)
             table.add_row(f"label {value}", f"{escape(name)}: {share:.3g} % of voxels, in {present} cases")

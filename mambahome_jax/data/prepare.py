@@ -10,15 +10,15 @@ import numpy as np
 from mambahome_jax.config import Modality
 from mambahome_jax.data import store
 from mambahome_jax.datasets.base import Case
+from mambahome_jax.datasets.label_map import read_image, read_label_map
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.geometry import reorient, resample
 from mambahome_jax.imaging.intensity import statistics
-from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
+from mambahome_jax.imaging.volume import Volume, write_volume
 
 # Raise it when the same input would give other files: every case is then done again.
 CODE_VERSION = 1
 
-_GRID_TOLERANCE = 0.1
 _BODY_ABOVE: dict[Modality, float] = {"ct": -175.0, "mr": 0.0, "us": 0.0}
 
 
@@ -27,7 +27,7 @@ class CaseJob:
     """All that a process needs to know to do one case.
 
     spacing: None keeps each scan's own. labels: the values that may occur, empty for any. nifti: write images/ and
-    labels/ too, not only the store.
+    labels/ too, not only the store. hint: what to do about a label value that the table does not have.
     """
 
     case: Case
@@ -38,6 +38,7 @@ class CaseJob:
     orientation: str
     modality: Modality
     nifti: bool
+    hint: str = ""
 
     @property
     def image_path(self) -> Path:
@@ -55,7 +56,8 @@ def fingerprint(job: CaseJob) -> dict[str, Any]:
 
     Raises DatasetError: a file is missing.
     """
-    files = [path for path in (job.case.image, job.case.label) if path is not None]
+    case = job.case
+    files = [*case.image_files, *case.label_files]
     try:
         sources = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     except OSError as error:
@@ -67,6 +69,9 @@ def fingerprint(job: CaseJob) -> dict[str, Any]:
         "modality": job.modality,
         "channels": job.channels,
         "labels": {str(value): name for value, name in sorted(job.labels.items())},
+        "masks": [value for value, _ in case.masks],
+        "values": None if case.values is None else sorted([old, new] for old, new in case.values.items()),
+        "labelled": None if case.labelled is None else list(case.labelled),
         "nifti": job.nifti,
         "version": CODE_VERSION,
     }
@@ -77,17 +82,18 @@ def up_to_date(job: CaseJob) -> store.StoreEntry | None:
     entry = store.read_case(job.output / "store", job.case.id)
     if entry is None or dict(entry.fingerprint) != fingerprint(job):
         return None
-    expected = [job.image_path] + ([job.label_path] if job.case.label is not None else [])
+    expected = [job.image_path] + ([job.label_path] if job.case.has_label else [])
     return entry if not job.nifti or all(path.is_file() for path in expected) else None
 
 
 def prepare_case(job: CaseJob) -> store.StoreEntry:
     """Read, check, reorient, resample and write one case; the store entry comes last and marks it as done.
 
-    Raises DatasetError: see `check_case`. OutputError: a file cannot be written.
+    Raises DatasetError: see `read_case`. OutputError: a file cannot be written.
     """
     made_from = fingerprint(job)
-    image, label = read_case(job.case, job.channels, job.labels)
+    image = read_image(job.case, job.channels)
+    label, remarks = read_label_map(job.case, image, job.labels, job.hint)
     image = reorient(image, job.orientation)
     label = None if label is None else reorient(label, job.orientation)
     if job.spacing is not None:
@@ -99,7 +105,7 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
     if job.nifti:
         write_volume(job.image_path, image, dtype=np.float32)
         if label is not None:
-            write_volume(job.label_path, label, dtype=np.uint8)
+            write_volume(job.label_path, label, dtype=np.uint8, names=job.labels)
     array = image.array if image.array.ndim == 4 else image.array[..., None]
     entry = store.StoreEntry(
         id=job.case.id,
@@ -112,52 +118,22 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
         body_box=bounding_box(array > _BODY_ABOVE[job.modality]),
         class_counts=None,
         fingerprint=made_from,
+        labelled=job.case.labelled,
+        remarks=remarks,
     )
     return store.write_case(
         job.output / "store", entry, array, None if label is None else np.ascontiguousarray(label.array)
     )
 
 
-def read_case(case: Case, channels: int, labels: Mapping[int, str]) -> tuple[Volume, Volume | None]:
+def read_case(case: Case, channels: int, labels: Mapping[int, str], hint: str = "") -> tuple[Volume, Volume | None]:
     """Image (D0, D1, D2[, C]) float32 and label map (D0, D1, D2) uint8 of one grid, as they are on disk.
 
     Raises DatasetError: truncated or damaged file, NaN, another number of channels, an image and a label of different
-    grids, label values above 255 or that `labels` (if not empty) does not name.
+    grids, unknown label values, nothing labelled where that means that nobody did: see `read_label_map`.
     """
-    image = read_volume(case.image, channels=channels)
-    if case.label is None:
-        return image, None
-    label = read_labels(case.label)
-    require_same_grid(image, label, case.label)
-    values = store.count_values(label.array)
-    unknown = [value for value in values if value != 0 and (value not in labels if labels else value > 255)]
-    if unknown:
-        known = ", ".join(f"{value} {name}" for value, name in sorted(labels.items())) if labels else "0 to 255"
-        action = "Correct the label map, or the table of labels in dataset.json."
-        found = "unknown label values " + ", ".join(map(str, unknown[:20]))
-        raise DatasetError(found, file=case.label, expected=known, action=action)
-    # The label takes the image's affine: both are then resampled to exactly one grid.
-    return image, Volume(label.array.astype(np.uint8, copy=False), image.affine)
-
-
-def require_same_grid(image: Volume, label: Volume, file: Path) -> None:
-    """Raises DatasetError where the shapes differ, or a corner voxel lies more than 0.1 of a voxel elsewhere."""
-    action = "Bring the label map onto the grid of its image first."
-    if image.shape != label.shape:
-        found, expected = f"grid of {_by(label.shape)} voxels", f"{_by(image.shape)} as in the image"
-        raise DatasetError(found, file=file, expected=expected, action=action)
-    shift, largest = grid_shift(image.affine, label.affine, image.shape)
-    if shift > _GRID_TOLERANCE:
-        found = f"a grid that lies up to {largest:.3g} mm ({shift:.3g} voxels) off the image's"
-        raise DatasetError(found, file=file, expected=f"at most {_GRID_TOLERANCE} voxels", action=action)
-
-
-def grid_shift(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float]:
-    """How far apart two grids of one shape lie at the corner that differs most: voxels of the first, and mm."""
-    corners = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)]) * [*(np.array(shape[:3]) - 1), 1]
-    shift_mm = (corners @ (other - affine).T)[:, :3]
-    shift = np.abs(shift_mm @ np.linalg.inv(affine[:3, :3]).T).max()
-    return float(shift), float(np.linalg.norm(shift_mm, axis=1).max())
+    image = read_image(case, channels)
+    return image, read_label_map(case, image, labels, hint)[0]
 
 
 def bounding_box(mask: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
@@ -173,7 +149,3 @@ def bounding_box(mask: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int
 def _three(values: np.ndarray) -> tuple[float, float, float]:
     a, b, c = (float(value) for value in values)
     return a, b, c
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))

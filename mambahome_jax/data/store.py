@@ -16,6 +16,7 @@ import tensorstore as ts
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import read_json
+from mambahome_jax.datasets.label_map import count_values
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.intensity import IntensityStatistics
@@ -24,7 +25,6 @@ VERSION = 1
 MAX_POSITIONS = 20_000
 
 _CHUNK = 64
-_SLAB = 1 << 20
 _CACHE_BYTES = 256 * 2**20
 _CACHED_HANDLES = 512
 _CACHED_POSITIONS = 512
@@ -37,7 +37,8 @@ class StoreEntry:
 
     shape (D, H, W) voxels; channels; spacing (3,) mm; affine (4, 4), voxel to RAS mm; class_counts: label value ->
     voxels, background included, None without a label; body_box: first and end (exclusive) voxel of the region in which
-    patches without a foreground centre are drawn; fingerprint: what the entry was made from.
+    patches without a foreground centre are drawn; fingerprint: what the entry was made from; labelled: the label values
+    that this case's dataset labels at all, None for all of the table; remarks: what was found and dealt with.
     """
 
     id: str
@@ -50,6 +51,8 @@ class StoreEntry:
     body_box: tuple[tuple[int, int, int], tuple[int, int, int]]
     class_counts: Mapping[int, int] | None
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    labelled: tuple[int, ...] | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def foreground_counts(self) -> dict[int, int]:
@@ -108,17 +111,6 @@ def remove_index(root: Path) -> None:
 def remove_entry(root: Path, case: str) -> None:
     """Mark a case as not done, before what it was made into changes. Raises OutputError."""
     _remove(Path(root) / case / "case.json")
-
-
-def count_values(label: np.ndarray) -> dict[int, int]:
-    """Voxels of each value that occurs in a label map of uint8 or uint16, by value."""
-    flat = label.ravel(order="K")
-    counts = np.zeros(65536, np.int64)
-    # bincount widens what it is given to int64: eight times a label map, were it not for the slabs.
-    for start in range(0, flat.size, _SLAB):
-        found = np.bincount(flat[start : start + _SLAB])
-        counts[: len(found)] += found
-    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
 def foreground_positions(label: np.ndarray, limit: int = MAX_POSITIONS) -> dict[int, np.ndarray]:
@@ -334,8 +326,10 @@ def _to_json(entry: StoreEntry) -> dict[str, Any]:
 def _from_json(content: dict[str, Any]) -> StoreEntry:
     names = {item.name for item in dataclasses.fields(StoreEntry)}
     values = {key: value for key, value in content.items() if key in names}
-    counts = content["class_counts"]
+    counts, labelled = content["class_counts"], content.get("labelled")
     values |= {
+        "labelled": None if labelled is None else tuple(labelled),
+        "remarks": tuple(content.get("remarks", ())),
         "shape": tuple(content["shape"]),
         "spacing": tuple(content["spacing"]),
         "affine": tuple(tuple(row) for row in content["affine"]),

@@ -8,9 +8,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mambahome_jax.config import Modality
+from mambahome_jax.datasets.files import listed, nifti_files, nifti_stem
 from mambahome_jax.errors import DatasetError
 
 Split = Literal["train", "val", "test"]
+
+__all__ = [
+    "Case",
+    "Dataset",
+    "Split",
+    "label_names",
+    "modality_of",
+    "nifti_files",
+    "nifti_stem",
+    "optional_description",
+    "read_json",
+    "unlabelled_note",
+]
 
 _MODALITY_WORDS: dict[Modality, frozenset[str]] = {
     "ct": frozenset({"ct", "cbct"}),
@@ -25,6 +39,11 @@ class Case:
 
     id: unique in its dataset, usable as a file name. patient: cases of one patient are never on both sides of a split
     (default: the case itself). split, modality: None where the dataset does not say.
+    images: the files of all channels in order, where each channel has its own; `image` is then the first.
+    masks: (value, file) of binary masks instead of `label`, in the order in which they are laid over each other.
+    values: stored label value -> value to use, 0 for background; None where they are used as they are.
+    labelled: the values (after `values`) that are labelled in this case wherever they occur; None for all of the table.
+    may_be_empty: False where a label map without any structure means that nobody labelled the scan.
     """
 
     id: str
@@ -33,19 +52,40 @@ class Case:
     split: Split | None = None
     modality: Modality | None = None
     patient: str = ""
+    images: tuple[Path, ...] = ()
+    masks: tuple[tuple[int, Path], ...] = ()
+    values: Mapping[int, int] | None = None
+    labelled: tuple[int, ...] | None = None
+    may_be_empty: bool = True
 
     def __post_init__(self) -> None:
         if not self.patient:
             object.__setattr__(self, "patient", self.id)
+
+    @property
+    def has_label(self) -> bool:
+        """Whether there is a label map, or masks to make one from."""
+        return self.label is not None or bool(self.masks)
+
+    @property
+    def image_files(self) -> tuple[Path, ...]:
+        """All files of the image, a channel each where there are several."""
+        return self.images or (self.image,)
+
+    @property
+    def label_files(self) -> tuple[Path, ...]:
+        """All files of the label."""
+        return tuple(path for _, path in self.masks) if self.label is None else (self.label,)
 
 
 @dataclass(frozen=True)
 class Dataset:
     """The cases that a folder holds.
 
-    channels: one name each; more than one means 4D images whose last axis is the channel. labels: value -> name without
-    the background 0; empty where the dataset does not name them. skipped: (case id, reason) of what cannot be used.
-    notes: what the user should know but need not mend.
+    channels: one name each; more than one means 4D images whose last axis is the channel, or a file a channel.
+    labels: value -> name without the background 0, after `Case.values`; empty where the dataset does not name them.
+    skipped: (case id, reason) of what cannot be used. notes: what the user should know but need not mend.
+    hint: what to do where a label map holds a value that the table does not. layout: NAME of the module that read it.
     """
 
     name: str
@@ -54,26 +94,14 @@ class Dataset:
     cases: tuple[Case, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    hint: str = ""
+    layout: str = ""
 
 
-def nifti_files(folder: Path) -> dict[str, Path]:
-    """Visible NIfTI files of a folder by name without suffix, sorted; empty where the folder is missing.
-
-    Names that begin with . or _ are left out: macOS puts ._<name> beside the files of an archive.
-    """
-    if not folder.is_dir():
-        return {}
-    found = {
-        nifti_stem(path): path
-        for path in sorted(folder.iterdir())
-        if path.name.endswith((".nii", ".nii.gz")) and path.name[0] not in "._" and path.is_file()
-    }
-    return dict(sorted(found.items()))
-
-
-def nifti_stem(path: Path) -> str:
-    """File name without .nii or .nii.gz."""
-    return path.name.removesuffix(".gz").removesuffix(".nii")
+def unlabelled_note(cases: Iterable[Case]) -> tuple[str, ...]:
+    """A note that names the cases without a label; empty where all have one."""
+    names = [case.id for case in cases if not case.has_label]
+    return (f"{len(names)} images have no label and are kept as unlabelled: {listed(names)}",) if names else ()
 
 
 def read_json(path: Path) -> dict[str, Any]:

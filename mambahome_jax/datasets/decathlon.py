@@ -6,6 +6,8 @@ from typing import Any
 from mambahome_jax.datasets.base import Case, Dataset, label_names, modality_of, nifti_files, nifti_stem, read_json
 from mambahome_jax.errors import DatasetError
 
+NAME = "decathlon"
+COVERS: tuple[str, ...] = ()
 LOOKS_FOR = 'a Medical Segmentation Decathlon task: imagesTr/, labelsTr/ and dataset.json with "modality"'
 
 

@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
-from mambahome_jax.datasets.base import Case, Dataset, modality_of, nifti_files, optional_description
+from mambahome_jax.datasets.base import Case, Dataset, modality_of, nifti_files, optional_description, unlabelled_note
 from mambahome_jax.errors import DatasetError
 
+NAME = "images_labels"
+COVERS: tuple[str, ...] = ()
 LOOKS_FOR = "images/<case>.nii.gz with labels/<case>.nii.gz"
 
 # The published converter pairs by sorted order, so its users' names may differ in such an ending.
@@ -42,12 +44,7 @@ def load(folder: Path) -> Dataset:
         for stem, path in labels.items()
         if stem not in used
     )
-    unlabelled = [case.id for case in cases if case.label is None]
-    notes: tuple[str, ...] = ()
-    if unlabelled:
-        listed = ", ".join(unlabelled[:5]) + (", ..." if len(unlabelled) > 5 else "")
-        notes = (f"{len(unlabelled)} images have no label and are kept as unlabelled: {listed}",)
-    return Dataset(folder.resolve().name, channels or ("image",), names, tuple(cases), skipped, notes)
+    return Dataset(folder.resolve().name, channels or ("image",), names, tuple(cases), skipped, unlabelled_note(cases))
 
 
 def _files(folder: Path) -> dict[str, Path]:

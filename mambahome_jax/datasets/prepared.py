@@ -13,6 +13,8 @@ from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, read_json
 from mambahome_jax.errors import DatasetError, OutputError
 
+NAME = "prepared"
+COVERS: tuple[str, ...] = ("images_labels", "decathlon", "nnunet_raw")
 LOOKS_FOR = "dataset.json with store/ (a folder that preprocess.py wrote)"
 VERSION = 1
 
@@ -25,6 +27,8 @@ class PreparedCase:
 
     image, label: paths, relative to the folder where the file lies in it. shape: (D, H, W) voxels and spacing: (3,) mm
     after resampling. source: the image file that the user gave. patient: written only where it is not the id.
+    labelled: the values that this case's dataset labels at all, written only where that is not the whole table.
+    remarks: what was found and dealt with, such as masks that overlap.
     """
 
     id: str
@@ -36,6 +40,8 @@ class PreparedCase:
     spacing: tuple[float, float, float]
     source: str
     patient: str = ""
+    labelled: tuple[int, ...] | None = None
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.patient:
@@ -82,7 +88,15 @@ def load(folder: Path) -> Dataset:
     """The folder as a Dataset, to preprocess it once more."""
     prepared = read_prepared(folder)
     cases = tuple(
-        Case(case.id, prepared.image_path(case), prepared.label_path(case), case.split, case.modality, case.patient)
+        Case(
+            case.id,
+            prepared.image_path(case),
+            prepared.label_path(case),
+            case.split,
+            case.modality,
+            case.patient,
+            labelled=case.labelled,
+        )
         for case in prepared.cases
     )
     return Dataset(prepared.name, prepared.channels, dict(prepared.labels), cases, prepared.skipped)
@@ -161,13 +175,23 @@ def _entry(case: PreparedCase) -> dict[str, Any]:
     entry = asdict(case)
     if case.patient == case.id:
         del entry["patient"]
+    if case.labelled is None:
+        del entry["labelled"]
+    if not case.remarks:
+        del entry["remarks"]
     return entry
 
 
 def _case(entry: dict[str, Any]) -> PreparedCase:
     values = {key: entry[key] for key in _KEYS}
     values |= {"shape": _three(entry["shape"], int), "spacing": _three(entry["spacing"], float)}
-    return PreparedCase(**values, patient=entry.get("patient", ""))
+    labelled = entry.get("labelled")
+    return PreparedCase(
+        **values,
+        patient=entry.get("patient", ""),
+        labelled=None if labelled is None else tuple(int(value) for value in labelled),
+        remarks=tuple(entry.get("remarks", ())),
+    )
 
 
 def _three(values: Any, kind: type) -> Any:

@@ -4,8 +4,11 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, nifti_files, optional_description
+from mambahome_jax.datasets.files import listing
 from mambahome_jax.errors import DatasetError
 
+NAME = "published"
+COVERS: tuple[str, ...] = ()
 LOOKS_FOR = "<case>/*ct*.nii.gz with <case>/*labels*.nii.gz (the published training layout)"
 
 _ROLE = re.compile(r"[-_. ]*(ct|combined_labels|labels)[-_. ]*", re.IGNORECASE)
@@ -47,7 +50,7 @@ def load(folder: Path) -> Dataset:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name[0] not in "._"]
+    return list(listing(folder)[0].values())
 
 
 def _files(subfolder: Path) -> tuple[dict[str, Path], dict[str, Path]]:

@@ -1,33 +1,113 @@
-"""Every layout that can be read. A new one is a module with LOOKS_FOR, detect and load, and a name in LAYOUTS."""
+"""Every layout that can be read. A new one is a module with the members of `Layout`, and its name in LAYOUTS."""
 
+import dataclasses
 from pathlib import Path
+from typing import Protocol
 
-from mambahome_jax.datasets import decathlon, images_labels, prepared, published
-from mambahome_jax.datasets.base import Dataset
-from mambahome_jax.errors import DatasetError
+from mambahome_jax.datasets import (
+    abdomenatlas,
+    amos,
+    decathlon,
+    feta,
+    images_labels,
+    mvseg,
+    nnunet_raw,
+    panorama,
+    prepared,
+    published,
+    table,
+    totalsegmentator_mri,
+)
+from mambahome_jax.datasets.base import Case, Dataset
+from mambahome_jax.datasets.files import listed, listing
+from mambahome_jax.errors import ConfigError, DatasetError
 
-# In order: the first whose detect() says yes reads the folder.
-LAYOUTS = (prepared, decathlon, images_labels, published)
+
+class Layout(Protocol):
+    """What a module of a layout has.
+
+    NAME: for --dataset. LOOKS_FOR: one line for people. COVERS: names of layouts of which this one is a special case,
+    so that it wins where both are found. detect: whether the path looks so; quick, opens no scan. load: lists cases.
+    """
+
+    NAME: str
+    LOOKS_FOR: str
+    COVERS: tuple[str, ...]
+
+    def detect(self, folder: Path, /) -> bool: ...
+
+    def load(self, folder: Path, /) -> Dataset: ...
 
 
-def load_dataset(folder: str | Path) -> Dataset:
+LAYOUTS: dict[str, Layout] = {
+    layout.NAME: layout
+    for layout in (
+        *(prepared, abdomenatlas, totalsegmentator_mri, panorama, amos, feta, mvseg),
+        *(nnunet_raw, decathlon, table, images_labels, published),
+    )
+}
+
+
+def load_dataset(folder: str | Path, name: str | None = None) -> Dataset:
     """Find out the layout of a folder and list its cases; only names and dataset.json are read, no scan.
 
-    Raises DatasetError: missing or empty folder, a file, an unknown layout (with what was looked for), and what the
-    layout's own load() finds.
+    name: the layout to read it in, instead of finding out. Where an archive was unpacked into a folder of its own, that
+    folder is found.
+    Raises ConfigError: no layout of that name. DatasetError: missing or empty folder, a file, an unknown layout (with
+    what was looked for), several layouts at once, and what the layout's own load() finds.
     """
     folder = Path(folder)
-    expected = "one of:\n" + "\n".join(f"  - {layout.LOOKS_FOR}" for layout in LAYOUTS)
-    if not folder.is_dir():
-        found = "a file, not a folder" if folder.exists() else "no such folder"
-        raise DatasetError(found, file=folder, expected=expected)
-    try:
-        names = sorted(path.name for path in folder.iterdir())
-    except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=folder) from error
-    for layout in LAYOUTS:
-        if layout.detect(folder):
-            return layout.load(folder)
-    listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-    found = f"unknown layout (it holds {listed})" if names else "the folder is empty"
-    raise DatasetError(found, file=folder, expected=expected)
+    if name is not None and name not in LAYOUTS:
+        raise ConfigError(f"--dataset {name}: no such layout; expected one of {', '.join(LAYOUTS)}")
+    if not folder.exists():
+        raise DatasetError("no such folder", file=folder, expected=_expected())
+    if not folder.is_dir() and not table.detect(folder):
+        raise DatasetError("a file, not a folder", file=folder, expected=_expected())
+    if name is not None:
+        return _load(name, folder)
+    for candidate in _candidates(folder):
+        found = detect_layouts(candidate)
+        if len(found) > 1:
+            looked = "\n".join(f"  - {key}: {LAYOUTS[key].LOOKS_FOR}" for key in found)
+            action = f"Say which it is with --dataset {' or --dataset '.join(found)}."
+            raise DatasetError(f"several layouts at once:\n{looked}\n", file=candidate, expected="one", action=action)
+        if found:
+            return _load(found[0], candidate)
+    folders, files = listing(folder)
+    names = sorted([*folders, *files])
+    what = f"unknown layout (it holds {listed(names, 6)})" if names else "the folder is empty"
+    action = f"Say which it is with --dataset NAME ({', '.join(LAYOUTS)}), or list the files in a CSV file."
+    raise DatasetError(what, file=folder, expected=_expected() + "\n", action=action)
+
+
+def detect_layouts(folder: Path) -> list[str]:
+    """Names of the layouts that a folder has, without those of which another one found is a special case."""
+    found = [name for name, layout in LAYOUTS.items() if layout.detect(folder)]
+    covered = {name for other in found for name in LAYOUTS[other].COVERS}
+    return [name for name in found if name not in covered]
+
+
+def _load(name: str, folder: Path) -> Dataset:
+    """The dataset, each id once: a second case of an id is skipped."""
+    dataset = LAYOUTS[name].load(folder)
+    first: dict[str, Case] = {}
+    again = []
+    for case in dataset.cases:
+        if first.setdefault(case.id, case) is not case:
+            again.append((case.id, f"{case.image}: a second case of this id; the first is {first[case.id].image}"))
+    return dataclasses.replace(dataset, cases=tuple(first.values()), skipped=(*dataset.skipped, *again), layout=name)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """The folder, and the one folder that an archive made in it, twice at most."""
+    candidates = [folder]
+    for _ in range(2):
+        below = list(listing(candidates[-1])[0].values())
+        if len(below) != 1:
+            break
+        candidates.append(below[0])
+    return candidates
+
+
+def _expected() -> str:
+    return "one of:\n" + "\n".join(f"  - {name}: {layout.LOOKS_FOR}" for name, layout in LAYOUTS.items())

@@ -32,13 +32,19 @@ SAME_PLACE = 0.05
 
 @dataclass(frozen=True)
 class Pair:
-    """A label map to judge and its reference, both files; names: label value -> structure, judged in any case."""
+    """A label map to judge and its reference, both files; names: label value -> structure, judged in any case.
+
+    reference_values: what to replace the reference's values by (others become background), None for nothing.
+    labelled: values that the reference labels wherever they occur, None for all; the others are not judged.
+    """
 
     case: str
     prediction: Path
     reference: Path
     names: Mapping[int, str]
     tolerance_mm: float = 1.0
+    reference_values: Mapping[int, int] | None = None
+    labelled: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,12 @@ def evaluate_case(pair: Pair) -> list[Score]:
     """
     _require_same_grid(pair)
     prediction, reference = read_labels(pair.prediction), read_labels(pair.reference)
+    if pair.reference_values is not None:
+        table = np.zeros(max([*pair.reference_values, int(reference.array.max())]) + 1, np.uint16)
+        table[list(pair.reference_values)] = list(pair.reference_values.values())
+        reference = Volume(table[reference.array], reference.affine)
     labels = sorted({*pair.names, *_values(prediction), *_values(reference)} - {0})
+    labels = [label for label in labels if pair.labelled is None or label in pair.labelled]
     if not labels:
         return []
     voxel_ml = abs(float(np.linalg.det(reference.affine[:3, :3]))) / 1000

@@ -5,11 +5,13 @@ voxel never sees, and makes every fault a `DatasetError` that names the file.
 """
 
 import gzip
+import json
 import math
 import os
+import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from mambahome_jax.errors import DatasetError, OutputError
 
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _GZIP_MAGIC = b"\x1f\x8b"
+_COMMENT = 6  # kind of a NIfTI header extension: plain text
 _SLICES = 16  # written at a time; as many values share a cache line where the last axis is the contiguous one
 
 
@@ -55,8 +58,9 @@ def read_volume(path: str | Path, *, channels: int | None = None) -> Volume:
     """Read an image (.nii, .nii.gz).
 
     Returns a Volume of float32, (D0, D1, D2), or (D0, D1, D2, C) where the file has four axes and the last is longer
-    than 1. The affine is the sform where its code is positive, else the qform, else made from the spacing; values
-    are stored value * scl_slope + scl_inter in float64, rounded to float32 (both as MONAI's LoadImage).
+    than 1. The affine is the sform where its code is positive and it is not all zero, else the qform, else made from
+    the spacing; values are stored value * scl_slope + scl_inter in float64, rounded to float32 (both as MONAI's
+    LoadImage).
 
     channels: how many are expected; None takes any number.
     Raises DatasetError: missing, truncated or damaged file, not NIfTI, empty, wrong number of axes, singular affine,
@@ -108,7 +112,8 @@ def read_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
 def read_forms(path: str | Path) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray]:
     """What a NIfTI header says of the geometry in its three ways, of which the affine is one.
 
-    Returns sform and qform, (4, 4) float64, voxel to RAS mm, None where the form's code is 0; pixdim (3,) in mm.
+    Returns sform and qform, (4, 4) float64, voxel to RAS mm, None where the form's code or the sform's numbers are 0;
+    pixdim (3,) in mm.
     Raises DatasetError as `read_volume`, and for a qform whose numbers are no rotation.
     """
     path = Path(path)
@@ -117,21 +122,30 @@ def read_forms(path: str | Path) -> tuple[np.ndarray | None, np.ndarray | None, 
         qform = header.get_qform(coded=True)[0]
     except (HeaderDataError, ValueError) as error:
         raise DatasetError(f"damaged qform ({error})", file=path, expected="a rotation") from error
-    return header.get_sform(coded=True)[0], qform, np.abs(np.asarray(header["pixdim"][1:4], np.float64))
+    sform = header.get_sform(coded=True)[0]
+    if sform is not None and not sform[:3, :3].any():
+        sform = None
+    return sform, qform, np.abs(np.asarray(header["pixdim"][1:4], np.float64))
 
 
-def write_volume(path: str | Path, volume: Volume, dtype: np.dtype | type | str | None = None) -> None:
+def write_volume(
+    path: str | Path, volume: Volume, dtype: np.dtype | type | str | None = None, names: Mapping[int, str] | None = None
+) -> None:
     """Write a Volume to .nii or .nii.gz, whole or not at all: beside its place first, then renamed.
 
     dtype: stored type (default: the array's own; bool as uint8, int64 as int32, any float as float32). The affine goes
     into the sform, and into the qform too unless it is sheared, both with code 1. Same volume, same bytes.
+    names: of label values, kept in the header as a comment extension: the JSON text {"labels": {"1": "liver"}}.
     Raises OutputError: a folder that cannot be written, a full disk, a wrong suffix, values that `dtype` cannot hold.
     """
     path = Path(path)
     if not path.name.endswith((".nii", ".nii.gz")):
         raise OutputError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; expected .nii or .nii.gz")
     array = _as_stored(path, volume.array, dtype)
-    content = bytes(_header_for(array, volume.affine).binaryblock) + bytes(4)
+    header = _header_for(array, volume.affine)
+    extension = _names_extension(names) if names else bytes(4)
+    header["vox_offset"] = 348 + len(extension)
+    content = bytes(header.binaryblock) + extension
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,6 +221,10 @@ def _shape(path: Path, header: nib.Nifti1Header, channels: int | None) -> tuple[
 def _affine(path: Path, header: nib.Nifti1Header) -> np.ndarray:
     try:
         affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+        if not affine[:3, :3].any():
+            # An all-zero sform says nothing, whatever its code.
+            coded = header.get_qform(coded=True)[0]
+            affine = np.asarray(header.get_base_affine() if coded is None else coded, dtype=np.float64)
     except (HeaderDataError, ValueError) as error:
         raise DatasetError(f"no usable affine ({error})", file=path) from error
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
@@ -289,9 +307,15 @@ def _header_for(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Header:
     # A qform cannot hold shear; one that disagrees with the sform would move the scan in programs that prefer it.
     if not np.allclose(header.get_qform(), affine, rtol=0, atol=1e-3):
         header.set_qform(None, code=0)
-    header["vox_offset"] = 352
     header["magic"] = b"n+1"
     return header
+
+
+def _names_extension(names: Mapping[int, str]) -> bytes:
+    text = json.dumps({"labels": {str(value): name for value, name in sorted(names.items())}}).encode()
+    # Four bytes that announce it, then size and kind as int32 and the text, padded so that the size divides by 16.
+    size = -(-(8 + len(text)) // 16) * 16
+    return b"\x01\0\0\0" + struct.pack("<ii", size, _COMMENT) + text.ljust(size - 8, b"\0")
 
 
 def _stored_parts(head: bytes, array: np.ndarray) -> Iterator[bytes]:

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from mambahome_jax.commands.evaluate import find_names, run
+from mambahome_jax.commands.evaluate import find_names, reconcile_names, run
 from mambahome_jax.config import EvaluateConfig
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.volume import Volume, write_volume
@@ -136,3 +136,36 @@ def test_says_what_is_wrong(folders, changes, error, message):
     paths = {key: folders / value if isinstance(value, str) else value for key, value in changes.items()}
     with pytest.raises(error, match=message):
         run(config(folders, **paths))
+
+
+def test_values_of_another_table_are_compared_by_name(tmp_path, capsys):
+    prediction = np.zeros((6, 6, 6), np.uint8)
+    prediction[1:3], prediction[4:] = 1, 2
+    write_volume(tmp_path / "pred/a.nii.gz", Volume(prediction, np.eye(4)))
+    reference = np.select([prediction == 1, prediction == 2], [6, 4], 0)
+    reference[0] = 9
+    write_volume(tmp_path / "ref/labels/a.nii.gz", Volume(reference.astype(np.uint8), np.eye(4)))
+    (tmp_path / "pred/run.json").write_text(json.dumps({"labels": {"1": "liver", "2": "gallbladder"}}))
+    table = {"6": "liver", "4": "gall bladder", "9": "aorta"}
+    (tmp_path / "ref/dataset.json").write_text(json.dumps({"labels": table}))
+    config = EvaluateConfig(tmp_path / "pred", tmp_path / "ref/labels", tmp_path / "eval", num_workers=0)
+    assert run(config) == 0
+    found = json.loads((tmp_path / "eval/summary.json").read_text())
+    assert {name: entry["dice"] for name, entry in found["structures"].items()} == {"liver": 1, "gallbladder": 1}
+    assert "4 is 2 (gallbladder), 6 is 1 (liver)" in capsys.readouterr().out
+
+    (tmp_path / "ref/dataset.json").write_text(json.dumps({"labels": {"1": "pdac"}}))
+    with pytest.raises(DatasetError, match=r"structures 1 pdac; expected some of: 1 liver, 2 gallbladder"):
+        run(config)
+    assert reconcile_names(tmp_path / "pred", tmp_path / "pred", {1: "liver"}) == ({1: "liver"}, None)
+
+
+def test_structures_that_a_case_does_not_label_are_not_judged(tmp_path):
+    prediction = np.zeros((6, 6, 6), np.uint8)
+    prediction[1:3], prediction[4:] = 1, 2
+    write_volume(tmp_path / "pred/a.nii.gz", Volume(prediction, np.eye(4)))
+    write_volume(tmp_path / "out/labels/a.nii.gz", Volume(np.where(prediction == 1, 1, 0).astype(np.uint8), np.eye(4)))
+    content = {"labels": {"1": "liver", "2": "brain"}, "cases": [{"id": "a", "labelled": [1]}, {"id": "b"}]}
+    (tmp_path / "out/dataset.json").write_text(json.dumps(content))
+    assert run(EvaluateConfig(tmp_path / "pred", tmp_path / "out/labels", tmp_path / "eval", num_workers=0)) == 0
+    assert list(json.loads((tmp_path / "eval/summary.json").read_text())["structures"]) == ["liver"]

@@ -21,6 +21,7 @@ from mambahome_jax.data.store import (
     write_case,
     write_index,
 )
+from mambahome_jax.datasets import label_map
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.intensity import statistics
 
@@ -129,7 +130,7 @@ def test_sample_of_foreground_positions_is_even_and_always_the_same():
 
 
 def test_counts_of_values_in_slabs(monkeypatch):
-    monkeypatch.setattr(store_module, "_SLAB", 7)
+    monkeypatch.setattr(label_map, "_SLAB", 7)
     label = np.random.default_rng(0).integers(0, 4, (5, 6, 7)).astype(np.uint16)
     label[0, 0, 0] = 900
     assert count_values(label) == dict(zip(*map(np.ndarray.tolist, np.unique(label, return_counts=True)), strict=True))

@@ -1,6 +1,7 @@
 """Reading and writing NIfTI: equal to MONAI's loader, and every fault named."""
 
 import gzip
+import json
 import shutil
 
 import nibabel as nib
@@ -245,3 +246,29 @@ def test_volume_refuses_what_is_no_volume():
         Volume(np.zeros((2, 2)), np.eye(4))
     with pytest.raises(ValueError, match="expected 3 or 4 axes"):
         Volume(np.zeros((2, 2, 2)), np.eye(3))
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_names_of_labels_lie_in_the_header(tmp_path, suffix):
+    names = {1: "liver", 12: "Milz \u00e4"}
+    label = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    path = tmp_path / f"label{suffix}"
+    write_volume(path, Volume(label, np.eye(4)), names=names)
+    (extension,) = nib.load(path).header.extensions
+    assert extension.get_code() == 6
+    text = bytes(extension.get_content()).rstrip(b"\0")
+    assert json.loads(text) == {"labels": {"1": "liver", "12": "Milz \u00e4"}}
+    np.testing.assert_array_equal(nib.load(path).get_fdata(), label)
+    np.testing.assert_array_equal(read_labels(path).array, label)
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_an_sform_of_zeros_gives_way_to_the_qform(tmp_path, code):
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    path = tmp_path / "scan.nii"
+    write_volume(path, Volume(np.zeros((2, 3, 4), np.float32), affine))
+    content = bytearray(path.read_bytes())
+    content[280:328] = bytes(48)
+    content[254:256] = code.to_bytes(2, "little")
+    path.write_bytes(content)
+    np.testing.assert_allclose(read_volume(path).affine, affine)

@@ -1,0 +1,49 @@
+"""The dataset that the flags of preprocess mean: read, joined, its structures chosen."""
+
+import dataclasses
+from pathlib import Path
+
+from mambahome_jax.config import PreprocessConfig
+from mambahome_jax.datasets import Dataset, load_dataset
+from mambahome_jax.datasets.structures import (
+    consecutive,
+    join_datasets,
+    merge_structures,
+    read_label_map,
+    select_structures,
+)
+from mambahome_jax.errors import ConfigError, DatasetError
+
+
+def input_paths(config: PreprocessConfig) -> tuple[Path, ...]:
+    """Every folder or file of --input_path."""
+    return config.input_path if isinstance(config.input_path, tuple) else (config.input_path,)
+
+
+def open_dataset(config: PreprocessConfig) -> Dataset:
+    """Read every --input_path, join them where there are several, and keep or merge the structures asked for.
+
+    The labels become 1, 2, 3, ...; every case knows which stored value stands for which.
+    Raises DatasetError: a folder, a label map or a name of a structure that does not work. ConfigError: flags that
+    contradict each other.
+    """
+    paths, layouts = input_paths(config), config.dataset
+    if not paths:
+        raise ConfigError("--input_path names no folder")
+    if len(layouts) not in (0, 1, len(paths)):
+        raise ConfigError(f"--dataset has {len(layouts)} names for {len(paths)} folders; expected 1 or {len(paths)}")
+    if config.labels and config.label_map is not None:
+        raise ConfigError("--labels and --label_map both choose structures; give one of them")
+    names = layouts if len(layouts) == len(paths) else (layouts[0] if layouts else None,) * len(paths)
+    found = [load_dataset(path, name) for path, name in zip(paths, names, strict=True)]
+    dataset = join_datasets(found) if len(found) > 1 else found[0]
+    if config.only is not None:
+        cases = tuple(case for case in dataset.cases if case.modality == config.only)
+        if not cases:
+            known = sorted({str(case.modality) for case in dataset.cases})
+            found_only = f"--only {config.only}: no such case; the dataset says {', '.join(known)}"
+            raise DatasetError(found_only, file=paths[0])
+        dataset = dataclasses.replace(dataset, cases=cases)
+    if config.label_map is not None:
+        return merge_structures(dataset, read_label_map(config.label_map))
+    return select_structures(dataset, config.labels) if config.labels else consecutive(dataset)

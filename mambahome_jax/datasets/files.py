@@ -1,0 +1,72 @@
+"""Names in folders, fast enough for tens of thousands of cases: one os.scandir a folder, no scan is opened."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from mambahome_jax.errors import DatasetError
+
+SUFFIXES = (".nii.gz", ".nii")
+# A folder with more subfolders than this has one a case, so a layout with few folders need not be looked for below it.
+FEW = 32
+
+
+def listing(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Visible subfolders and visible files of a folder, {name: path} each, sorted; empty where it is no folder.
+
+    Names that begin with . or _ are left out: macOS puts ._<name> and __MACOSX beside the files of an archive.
+    Raises DatasetError: the folder cannot be read.
+    """
+    folders, files = {}, {}
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name[0] in "._":
+                    continue
+                if entry.is_dir():
+                    folders[entry.name] = folder / entry.name
+                elif entry.is_file():
+                    files[entry.name] = folder / entry.name
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, {}
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=folder) from error
+    return dict(sorted(folders.items())), dict(sorted(files.items()))
+
+
+def nifti_files(folder: Path) -> dict[str, Path]:
+    """Visible NIfTI files of a folder by name without suffix, sorted; .nii.gz before a .nii of the same name."""
+    return nifti_of(listing(folder)[1])
+
+
+def nifti_of(files: dict[str, Path]) -> dict[str, Path]:
+    """The NIfTI files among {name: path}, by name without suffix, sorted."""
+    found: dict[str, Path] = {}
+    for name in sorted(files):
+        if name.endswith(SUFFIXES):
+            # Sorted, a.nii comes before a.nii.gz, which replaces it.
+            found[name.removesuffix(".gz").removesuffix(".nii")] = files[name]
+    return dict(sorted(found.items()))
+
+
+def nifti_stem(path: Path) -> str:
+    """File name without .nii or .nii.gz."""
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def walk(folder: Path, depth: int, most: int | None = FEW) -> Iterator[tuple[Path, dict[str, Path], dict[str, Path]]]:
+    """(folder, subfolders, files) of a folder and of those below it, down to `depth` levels, in order of name.
+
+    most: subfolders of a folder that has more of them than this are not entered; None enters all.
+    """
+    folders, files = listing(folder)
+    yield folder, folders, files
+    if depth > 0 and (most is None or len(folders) <= most):
+        for below in folders.values():
+            yield from walk(below, depth - 1, most)
+
+
+def listed(names: Iterable[str], limit: int = 5) -> str:
+    """The first few names, and that there are more."""
+    names = list(names)
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")

@@ -1,0 +1,215 @@
+"""Names of structures: which of them are meant, which are one organ in two datasets, which change sides in a mirror."""
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from mambahome_jax.datasets.base import Case, Dataset
+from mambahome_jax.errors import DatasetError
+
+Direction = Literal["left-right", "anterior-posterior", "superior-inferior"]
+
+# Spellings of one organ, after sides and separators were made alike. Only what is the same region: "intestine" may hold
+# more than "small_bowel", and "prostate_uterus" is another structure than "prostate".
+_SYNONYMS = {
+    "gall_bladder": "gallbladder",
+    "postcava": "inferior_vena_cava",
+    "ivc": "inferior_vena_cava",
+    "bladder": "urinary_bladder",
+    "arota": "aorta",
+    "oesophagus": "esophagus",
+    "suprarenal_gland": "adrenal_gland",
+    "pancreatic_parenchyma": "pancreas_parenchyma",
+}
+_SIDES = {"left": "left", "l": "left", "right": "right", "r": "right"}
+_OPPOSITE: dict[Direction, dict[str, str]] = {
+    "left-right": {"left": "right", "right": "left", "l": "r", "r": "l"},
+    "anterior-posterior": {"anterior": "posterior", "posterior": "anterior"},
+    "superior-inferior": {"superior": "inferior", "inferior": "superior"},
+}
+
+
+def structure_key(name: str) -> str:
+    """One spelling of a structure's name: "Left kidney", kidney_l and left-kidney are all kidney_left.
+
+    Equal keys mean the same organ on the same side.
+    """
+    words = _words(name)
+    sides = [_SIDES[word] for word in words if word in _SIDES]
+    stem = "_".join(word for word in words if word not in _SIDES)
+    return "_".join([_SYNONYMS.get(stem, stem), *sides])
+
+
+def mirror_table(labels: Mapping[int, str], direction: Direction = "left-right") -> dict[int, int] | None:
+    """Which label values change places when a scan is flipped along a direction of the body; the others stay.
+
+    labels: value -> name. Returns {value: value of its mirror image}, both ways, empty where nothing is sided; None
+    where a scan must not be flipped so, as a left or right structure has no counterpart in the table and its mirror
+    image would look like a structure that is not to be found. Pairs are names that differ by left and right (or l and
+    r) alone; along the other directions by anterior and posterior (MVSeg's leaflets), or superior and inferior.
+    """
+    opposite = _OPPOSITE[direction]
+    words = {value: _words(name) for value, name in labels.items()}
+    by_words = {tuple(sorted(parts)): value for value, parts in words.items()}
+    table = {}
+    for value, parts in words.items():
+        if not opposite.keys() & set(parts):
+            continue
+        partner = by_words.get(tuple(sorted(opposite.get(word, word) for word in parts)))
+        if partner is not None:
+            table[value] = partner
+        elif direction == "left-right":
+            return None
+    return table
+
+
+def consecutive(dataset: Dataset) -> Dataset:
+    """The dataset with its label values made 1, 2, 3, ... in their order; itself where they are that, or not named."""
+    if not dataset.labels or list(dataset.labels) == list(range(1, len(dataset.labels) + 1)):
+        return dataset
+    values = {old: new for new, old in enumerate(dataset.labels, start=1)}
+    return _relabel(dataset, values, {new: dataset.labels[old] for old, new in values.items()})
+
+
+def select_structures(dataset: Dataset, names: Sequence[str]) -> Dataset:
+    """The dataset with the structures of these names only, as 1, 2, 3, ... in this order; the others are background.
+
+    Names are compared by `structure_key`. Raises DatasetError: a name that the dataset does not have, or no names.
+    """
+    found = [_value_of(name, dataset) for name in dict.fromkeys(names)]
+    values = dict.fromkeys(dataset.labels, 0) | {value: new for new, value in enumerate(found, start=1)}
+    return _relabel(dataset, values, {values[value]: dataset.labels[value] for value in found})
+
+
+def merge_structures(dataset: Dataset, table: Mapping[str, Sequence[int | str]]) -> Dataset:
+    """The dataset with new structures 1, 2, 3, ..., each made of values or names of the old; the rest is background.
+
+    A new structure counts as labelled in a case where any of its parts does. What a structure named background lists
+    is background too, which only labels without names need to be told.
+    Raises DatasetError: a part that the dataset does not have, or that is in two structures.
+    """
+    names = [name for name in table if name != "background"]
+    values = dict.fromkeys(dataset.labels, 0)
+    for name, parts in table.items():
+        new = names.index(name) + 1 if name in names else 0
+        for part in parts:
+            value = _value_of(part, dataset)
+            if values.get(value, 0) not in (0, new):
+                found = f"{dataset.labels.get(value, value)} is in {name} and in another structure"
+                raise DatasetError(found, file="label map", expected="each part in one structure")
+            values[value] = new
+    return _relabel(dataset, values, dict(enumerate(names, start=1)))
+
+
+def read_label_map(file: Path) -> dict[str, list[int | str]]:
+    """Table of a TOML file with lines such as `pancreas = [4, 5]` or `kidneys = ["kidney_left", "kidney_right"]`.
+
+    Raises DatasetError: no such file, not TOML, an entry of another form, no entry.
+    """
+    expected = "lines such as: pancreas = [4, 5]"
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DatasetError("no such file", file=file, expected=expected) from error
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"cannot be read ({error})", file=file, expected=expected) from error
+    table: dict[str, list[int | str]] = {}
+    for name, parts in content.items():
+        parts = parts if isinstance(parts, list) else [parts]
+        if not parts or not all(isinstance(part, int | str) and not isinstance(part, bool) for part in parts):
+            raise DatasetError(f"{name} = {parts!r}", file=file, expected=expected)
+        table[name] = parts
+    if not table:
+        raise DatasetError("no structure", file=file, expected=expected)
+    return table
+
+
+def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
+    """Several datasets as one, with one label table: structures of one `structure_key` are one label.
+
+    Ids and patients get the name of their dataset in front. Every case says which of the joint values its dataset
+    labels, so that a structure that it never labelled can be left out of the loss.
+    Raises DatasetError: another number of channels, a dataset whose labels have no names.
+    """
+    names = _distinct_names(datasets)
+    for dataset in datasets:
+        if not dataset.labels:
+            action = 'Name them in a dataset.json in its folder: {"labels": {"1": "liver"}}.'
+            raise DatasetError("labels without names cannot be joined", file=dataset.name, action=action)
+        if len(dataset.channels) != len(datasets[0].channels):
+            found, expected = (f"{len(d.channels)} channels" for d in (dataset, datasets[0]))
+            raise DatasetError(found, file=dataset.name, expected=f"{expected} as in {datasets[0].name}")
+    keys = dict.fromkeys(structure_key(name) for dataset in datasets for name in dataset.labels.values())
+    labels = dict(enumerate(keys, start=1))
+    value_of = {key: value for value, key in labels.items()}
+    cases: list[Case] = []
+    for dataset, prefix in zip(datasets, names, strict=True):
+        values = {old: value_of[structure_key(name)] for old, name in dataset.labels.items()}
+        for case in _relabel(dataset, values, labels).cases:
+            labelled = tuple(sorted(set(values.values()))) if case.labelled is None else case.labelled
+            cases.append(
+                dataclasses.replace(
+                    case, id=f"{prefix}_{case.id}", patient=f"{prefix}_{case.patient}", labelled=labelled
+                )
+            )
+    channels = {dataset.channels for dataset in datasets}
+    return Dataset(
+        name="+".join(names),
+        channels=datasets[0].channels if len(channels) == 1 else ("image",) * len(datasets[0].channels),
+        labels=labels,
+        cases=tuple(cases),
+        skipped=tuple((f"{n}_{case}", why) for d, n in zip(datasets, names, strict=True) for case, why in d.skipped),
+        notes=tuple(f"{n}: {note}" for d, n in zip(datasets, names, strict=True) for note in d.notes),
+        hint=" ".join(dict.fromkeys(dataset.hint for dataset in datasets if dataset.hint)),
+        layout="+".join(dataset.layout for dataset in datasets),
+    )
+
+
+def _relabel(dataset: Dataset, values: Mapping[int, int], labels: Mapping[int, str]) -> Dataset:
+    """Every value of the table replaced by another (0: background), on top of what the cases replace already."""
+    return dataclasses.replace(
+        dataset, labels=labels, cases=tuple(_relabel_case(case, values) for case in dataset.cases)
+    )
+
+
+def _relabel_case(case: Case, values: Mapping[int, int]) -> Case:
+    if not case.has_label:
+        return case
+    before = {value: value for value in values} if case.values is None else case.values
+    # Parts of one structure that a joint table merges may be labelled in one dataset each, hence any, not all.
+    labelled = None if case.labelled is None else sorted({values.get(value, 0) for value in case.labelled} - {0})
+    return dataclasses.replace(
+        case,
+        values={stored: values.get(value, 0) for stored, value in before.items()},
+        labelled=None if labelled is None else tuple(labelled),
+    )
+
+
+def _value_of(part: int | str, dataset: Dataset) -> int:
+    if isinstance(part, int):
+        if part in dataset.labels or not dataset.labels:
+            return part
+    else:
+        exact = [value for value, name in dataset.labels.items() if name == part]
+        alike = [value for value, name in dataset.labels.items() if structure_key(name) == structure_key(part)]
+        if exact or len(alike) == 1:
+            return (exact or alike)[0]
+    known = ", ".join(f"{value} {name}" for value, name in dataset.labels.items()) or "labels without names"
+    raise DatasetError(f"no structure {part!r}", file=dataset.name, expected=f"one of: {known}")
+
+
+def _distinct_names(datasets: Iterable[Dataset]) -> list[str]:
+    """Names of the datasets as parts of file names, a number behind those that come again."""
+    names: list[str] = []
+    for dataset in datasets:
+        plain = re.sub(r"[^A-Za-z0-9.-]+", "_", dataset.name).strip("._") or "dataset"
+        number = sum(name == plain or name.startswith(f"{plain}_") for name in names)
+        names.append(f"{plain}_{number + 1}" if plain in names else plain)
+    return names
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[\W_]+", name.lower()) if word]

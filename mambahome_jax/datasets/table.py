@@ -1,0 +1,115 @@
+"""A CSV file of paths, for data in any other form: columns id, image, label, split, modality, patient."""
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+from mambahome_jax.config import Modality
+from mambahome_jax.datasets.base import Case, Dataset, Split, modality_of, optional_description, unlabelled_note
+from mambahome_jax.datasets.files import SUFFIXES, listed, listing, nifti_stem
+from mambahome_jax.errors import DatasetError
+
+NAME = "csv"
+LOOKS_FOR = (
+    "a CSV file (itself, or a folder with cases.csv or dataset.csv) with the column image and any of id, label, split, "
+    "modality, patient; paths relative to the file"
+)
+COVERS: tuple[str, ...] = ("images_labels", "published")
+FILES = ("cases.csv", "dataset.csv")
+
+_SPLITS: dict[str, Split | None] = {"": None, "train": "train", "val": "val", "test": "test"}
+_MODALITIES: dict[str, Modality | None] = {"": None, "ct": "ct", "mr": "mr", "us": "us"}
+
+
+def detect(path: Path) -> bool:
+    """Whether the path is a CSV file, or a folder with cases.csv or dataset.csv."""
+    return path.suffix.lower() == ".csv" if path.is_file() else any(name in listing(path)[1] for name in FILES)
+
+
+def load(path: Path) -> Dataset:
+    """One case a row. Several channels: their files in "image", separated by semicolons.
+
+    A row that cannot be used (missing file, unknown split, an id twice) is skipped, and says why. Files outside of the
+    folder of the CSV file are used, and noted. Names of labels and channels: an optional dataset.json beside it.
+    Raises DatasetError: no such file, not readable, no column "image", no usable row.
+    """
+    file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
+    labels, channels = optional_description(file.parent)
+    cases: dict[str, Case] = {}
+    skipped: list[tuple[str, str]] = []
+    for number, row in _rows(file):
+        try:
+            case = _case(row, file, number, modality_of(channels))
+            if case.id in cases:
+                raise DatasetError(f"the id {case.id} a second time", file=f"{file}, line {number}")
+        except DatasetError as error:
+            skipped.append((row.get("id") or f"line {number}", str(error)))
+        else:
+            cases[case.id] = case
+    if not cases:
+        reason = f" ({skipped[0][1]})" if skipped else ""
+        raise DatasetError(f"no usable row{reason}", file=file, expected=LOOKS_FOR)
+    home = file.parent.resolve()
+    outside = [
+        str(used)
+        for case in cases.values()
+        for used in (*case.image_files, *case.label_files)
+        if not used.resolve().is_relative_to(home)
+    ]
+    notes = unlabelled_note(cases.values())
+    if outside:
+        notes += (f"{len(outside)} files lie outside of the folder of {file.name}: {listed(outside)}",)
+    count = max(len(case.image_files) for case in cases.values())
+    channels = channels or (("image",) if count == 1 else tuple(f"channel_{n}" for n in range(count)))
+    name = file.stem if path.is_file() else path.resolve().name
+    return Dataset(name, channels, labels, tuple(cases.values()), tuple(skipped), notes)
+
+
+def _rows(file: Path) -> list[tuple[int, dict[str, str]]]:
+    """(line, {column: text}) of each row; separated by commas, semicolons or tabs."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise DatasetError("no such file", file=file, expected=LOOKS_FOR) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"cannot be read ({error})", file=file) from error
+    head = lines[0] if lines else ""
+    # A semicolon may separate channels within a field, so it counts only where the names of the columns use it.
+    reader = csv.DictReader(lines, delimiter=max(",;\t", key=head.count), skipinitialspace=True)
+    columns = [(name or "").strip().lower() for name in reader.fieldnames or ()]
+    if "image" not in columns:
+        raise DatasetError(f"columns {head!r}", file=file, expected='a first line that names a column "image"')
+    reader.fieldnames = columns
+    rows = []
+    for row in reader:
+        texts = {name: (text or "").strip() for name, text in row.items() if isinstance(text, str | None) and name}
+        if any(texts.values()):
+            rows.append((reader.line_num, texts))
+    return rows
+
+
+def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | None) -> Case:
+    """Raises DatasetError: what is wrong with the row."""
+    where = f"{file}, line {number}"
+    images = [file.parent / part.strip() for part in row["image"].split(";") if part.strip()]
+    label = file.parent / row["label"] if row.get("label") else None
+    if not images:
+        raise DatasetError("no image", file=where, expected="a path")
+    for path in [*images, *([label] if label else [])]:
+        if not path.name.endswith(SUFFIXES):
+            raise DatasetError(f"{path} is no NIfTI file by its name", file=where, expected=".nii.gz or .nii")
+        if not path.is_file():
+            raise DatasetError(f"{path} not found", file=where, expected="a path relative to the CSV file")
+    split, modality = row.get("split", "").lower(), row.get("modality", "").lower()
+    if split not in _SPLITS:
+        raise DatasetError(f"split {split!r}", file=where, expected="train, val, test or nothing")
+    if modality not in _MODALITIES:
+        raise DatasetError(f"modality {modality!r}", file=where, expected="ct, mr, us or nothing")
+    name = row.get("id") or nifti_stem(images[0])
+    if name[0] in "._" or set(name) & set('/\\:*?"<>|'):
+        raise DatasetError(
+            f"id {name!r}", file=where, expected="a name that a file can have, not beginning with . or _"
+        )
+    several = tuple(images) if len(images) > 1 else ()
+    chosen = _MODALITIES[modality] or default
+    return Case(name, images[0], label, _SPLITS[split], chosen, row.get("patient", ""), images=several)
