@@ -157,9 +157,9 @@ class CheckConfig:
     """Look through a dataset before any work: list what is wrong with it and suggest settings."""
 
     folder: Positional[Annotated[Path, arg(metavar="FOLDER")]]
-    """Folder with the dataset, as preprocess takes it."""
+    """Folder of the dataset as downloaded, or a CSV file of paths, as preprocess takes it."""
     dataset: str | None = None
-    """Layout of the folder, where it cannot be told (default: found out)."""
+    """Layout of the dataset (default: recognised)."""
     fast: bool = False
     """Read headers only: geometry and duplicates, but no voxels."""
     json: Path | None = None
