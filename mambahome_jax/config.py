@@ -4,15 +4,17 @@ Nothing here imports jax, so that `--help` and dataset checks start at once.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from tyro.conf import Positional, arg
 
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.recipes import RecipeFlags
+from mambahome_jax.values import converted, entries, integers, one_of, text, three
 
 Modality = Literal["ct", "mr", "us"]
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -42,14 +44,17 @@ class ModelConfig:
     use_checkpoint: bool = False
 
     def __post_init__(self) -> None:
+        # The values may come from a file that anybody wrote, so their types are not taken on trust.
         for name in ("depths", "feat_size", "experts_list", "experts_list_second", "group_list"):
-            value = tuple(int(v) for v in getattr(self, name))
+            value = converted(name, getattr(self, name), integers, "four positive integers, one a stage")
             object.__setattr__(self, name, value)
             if len(value) != 4 or min(value) < 1:
                 raise ConfigError(f"{name} is {value}; expected four positive integers, one a stage of the encoder")
         for name in ("in_chans", "out_chans", "hidden_size", "expert_mult", "num_slots_per_expert_first"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive number")
+            if converted(name, getattr(self, name), operator.index, "a positive integer") < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive integer")
+        if not isinstance(self.use_checkpoint, bool):
+            raise ConfigError(f"use_checkpoint is {self.use_checkpoint!r}; expected true or false")
 
     def replace(self, **changes) -> "ModelConfig":
         return dataclasses.replace(self, **changes)
@@ -70,14 +75,19 @@ class DataProperties:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "DataProperties":
-        """From the entry "data" of a checkpoint's config.json; entries that are not there keep their defaults."""
-        known = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
-        if "labels" in known:
-            known["labels"] = tuple((int(value), str(name)) for value, name in dict(known["labels"]).items())
-        for name in ("spacing", "channels", "patch_size"):
-            if known.get(name) is not None:
-                known[name] = tuple(known[name])
-        return cls(**known)
+        """From the entry "data" of a checkpoint's config.json; entries that are not there keep their defaults.
+
+        Raises ConfigError: an entry of another form.
+        """
+        forms: dict[str, tuple[Callable[[Any], Any], str]] = {
+            "spacing": (lambda v: None if v is None else three(v, float), "three numbers in mm, or null"),
+            "orientation": (text, "three letters such as RAS"),
+            "modality": (lambda v: one_of(v, get_args(Modality)), f"one of {', '.join(get_args(Modality))}"),
+            "labels": (lambda v: tuple((int(value), text(name)) for value, name in v.items()), '{"1": name, ...}'),
+            "channels": (lambda v: tuple(text(name) for name in entries(v)), "a list of names"),
+            "patch_size": (lambda v: None if v is None else three(v, operator.index), "three integers, or null"),
+        }
+        return cls(**{name: converted(name, values[name], *form) for name, form in forms.items() if name in values})
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in config.json, labels as {"1": name}."""

@@ -114,7 +114,8 @@ def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], extra: Mapping[str, 
     """Configuration of the network whose published tensors have these shapes.
 
     The group sizes of level 1 leave no trace in the weights: they come from `extra` (fields of ModelConfig), else they
-    are the published ones. Raises CheckpointError where a tensor that is needed is missing.
+    are the published ones. Raises CheckpointError where a tensor that is needed is missing, ConfigError where a value
+    cannot be.
     """
     home = "mamba_encoder.moe_layers.{}.0.mlp."
     try:

@@ -115,13 +115,24 @@ def _from_official(source: Path, tensors: Mapping[str, np.ndarray], config: Mode
     return params
 
 
+def _json_object(text: str, path: Path) -> dict[str, Any]:
+    """The configuration that a file of weights carries. Raises CheckpointError: no JSON object."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its configuration cannot be read ({error}); expected JSON") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: its configuration is a {type(values).__name__}; expected a JSON object")
+    return values
+
+
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); expected arrays of numpy.savez") from error
-    config = json.loads(str(arrays.pop("config_json", "{}")))
+    config = _json_object(str(arrays.pop("config_json", "{}")), path)
     marked = {name.removeprefix("param/"): array for name, array in arrays.items() if name.startswith("param/")}
     return marked or arrays, config
 
@@ -129,7 +140,7 @@ def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            config = json.loads((file.metadata() or {}).get("config", "{}"))
+            config = _json_object((file.metadata() or {}).get("config", "{}"), path)
             return {name: file.get_tensor(name) for name in file.keys()}, config  # noqa: SIM118
     except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); expected a safetensors file") from error
@@ -151,7 +162,8 @@ def _read_torch(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return tensors, config
 
 
-def _config_beside(path: Path) -> dict[str, Any]:
+def _config_beside(path: Path) -> tuple[dict[str, Any], Path]:
+    """Content of the .json beside a file of weights, and where it stood; empty where there is none."""
     for candidate in (path.with_suffix(".json"), path.with_name("config.json")):
         if candidate.is_file():
             try:
@@ -159,8 +171,8 @@ def _config_beside(path: Path) -> dict[str, Any]:
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{candidate}: cannot be read ({error}); expected JSON") from error
             if isinstance(values, dict):
-                return values
-    return {}
+                return values, candidate
+    return {}, path
 
 
 def _strip_prefixes(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -170,9 +182,14 @@ def _strip_prefixes(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _data_of(values: Mapping[str, Any]) -> DataProperties | None:
-    """From the entry "data" of a configuration, None where there is none."""
-    return DataProperties.from_json(values["data"]) if isinstance(values.get("data"), Mapping) else None
+def _data_of(values: Mapping[str, Any], source: Path) -> DataProperties | None:
+    """From the entry "data" of a configuration, None where there is none. Raises CheckpointError: it is damaged."""
+    if not isinstance(values.get("data"), Mapping):
+        return None
+    try:
+        return DataProperties.from_json(values["data"])
+    except ConfigError as error:
+        raise CheckpointError(f'{source}: entry "data" of its configuration: {error}') from error
 
 
 def read_weights(path: Path | str) -> Weights:
@@ -186,8 +203,8 @@ def read_weights(path: Path | str) -> Weights:
     readers = {".pth": _read_torch, ".pt": _read_torch, ".npz": _read_npz, ".safetensors": _read_safetensors}
     if path.is_file() and path.suffix in readers:
         tensors, values = readers[path.suffix](path)
-        values = values or _config_beside(path)
-        model = values.get("model", values)
+        values, source = (values, path) if values else _config_beside(path)
+        model = values["model"] if isinstance(values.get("model"), Mapping) else values
         tensors = _strip_prefixes(tensors)
         if not tensors:
             raise CheckpointError(f"{path}: no tensors inside; expected the weights of MambaHoME")
@@ -195,7 +212,9 @@ def read_weights(path: Path | str) -> Weights:
             config = config_of_shapes({name: array.shape for name, array in tensors.items()}, model)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        return Weights(_from_official(path, tensors, config), config, _data_of(values))
+        except ConfigError as error:
+            raise CheckpointError(f"{source}: its configuration cannot be used: {error}") from error
+        return Weights(_from_official(path, tensors, config), config, _data_of(values, source))
     if path.suffix in FORMATS and not path.exists():
         raise CheckpointError(f"{path}: no such file. Check the path")
     if path.is_file():
@@ -204,7 +223,7 @@ def read_weights(path: Path | str) -> Weights:
     config = config_from_json(values["model"], path)
     params = {dotted(p): np.asarray(leaf) for p, leaf in _leaves(read_checkpoint_params(path)).items()}
     _faults(path, {n: a.shape for n, a in params.items()}, {n: shape for n, (_, shape) in _shapes(config).items()})
-    return Weights(params, config, _data_of(values))
+    return Weights(params, config, _data_of(values, path))
 
 
 def config_from_json(values: Mapping[str, Any], source: Path | str) -> ModelConfig:

@@ -93,6 +93,25 @@ def test_configuration_beside_the_weights(tmp_path, official):
     assert mh.load_model(tmp_path / "w.npz").config.group_list == (64, 32, 16, 8)
 
 
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ("{not json", "cannot be read .*expected JSON"),
+        ("[1, 2]", "is a list; expected a JSON object"),
+        ('{"group_list": "abcd"}', "group_list is 'abcd'; expected four positive integers"),
+        ('{"group_list": [1, 2]}', r"group_list is \(1, 2\); expected four positive integers"),
+        ('{"model": {"use_checkpoint": "no"}}', "use_checkpoint is 'no'; expected true or false"),
+        ('{"data": {"labels": ["a"]}}', r"labels is \['a'\]; expected"),
+        ('{"data": {"spacing": "abc"}}', "spacing is 'abc'; expected three numbers"),
+        ('{"data": {"modality": "xray"}}', "modality is 'xray'; expected one of ct, mr, us"),
+    ],
+)
+def test_a_damaged_configuration_names_the_file_and_the_value(config, words, tmp_path, official):
+    np.savez(tmp_path / "w.npz", config_json=np.asarray(config), **official)
+    with pytest.raises(mh.CheckpointError, match=f"w.npz: .*{words}"):
+        read_weights(tmp_path / "w.npz")
+
+
 class _Bomb:
     def __reduce__(self):
         return (pytest.fail, ("the file ran code",))

@@ -1,0 +1,47 @@
+"""Values of JSON that anybody may have written, into the types that the configuration needs, or a typed error."""
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mambahome_jax.errors import ConfigError
+
+
+def converted(name: str, value: Any, convert: Callable[[Any], Any], expected: str) -> Any:
+    """convert(value). Raises ConfigError where it cannot be: the value is of another type or form."""
+    try:
+        return convert(value)
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ConfigError(f"{name} is {value!r}; expected {expected}") from error
+
+
+def entries(value: Any) -> list[Any] | tuple[Any, ...]:
+    """A list or tuple as it is. Raises TypeError: anything else, text too."""
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{type(value).__name__} is no list")
+    return value
+
+
+def text(value: Any) -> str:
+    """Text as it is. Raises TypeError: anything else."""
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} is no text")
+    return value
+
+
+def one_of(value: Any, choices: Sequence[Any]) -> Any:
+    """A value that is among the choices. Raises ValueError: it is not."""
+    if value not in choices:
+        raise ValueError(f"{value!r} is none of {choices}")
+    return value
+
+
+def integers(value: Any) -> tuple[int, ...]:
+    """A list of whole numbers as a tuple. Raises TypeError: anything else."""
+    return tuple(operator.index(entry) for entry in entries(value))
+
+
+def three(value: Any, convert: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
+    """Three values, each converted, one an axis. Raises TypeError or ValueError: another number or type."""
+    a, b, c = (convert(entry) for entry in entries(value))
+    return a, b, c
