@@ -351,7 +351,9 @@ class _StopOnSignal(contextlib.AbstractContextManager):
         if number == signal.SIGINT and self.received is not None:
             raise KeyboardInterrupt
         self.received = number
-        self._display.say(f"{signal.Signals(number).name}: finishing this step and writing a checkpoint")
+        self._display.say(
+            f"{signal.Signals(number).name}: finishing this step and writing a checkpoint (a compilation ends first)"
+        )
 
 
 def _finite(value: float) -> float | None:

@@ -136,7 +136,12 @@ def test_stop_and_resume_give_the_bits_of_a_straight_run(tmp_path, monkeypatch):
         command.run(config)
     with pytest.raises(ConfigError, match=r"lr was 0.01, now 0.5; seed was 0, now 1"):
         command.run(_config(data, tmp_path / "run", steps=6, lr=0.5, seed=1, resume=True))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped by a signal"
     assert command.run(_config(data, tmp_path / "run", steps=6, val_every=4, resume=True)) == 0
+    report = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert command.run(_config(data, tmp_path / "run", steps=6, val_every=4, resume=True)) == 0
+    again = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert again.pop("seconds") > report.pop("seconds") and again == report and report["loss"] is not None
     straight, resumed = (read_checkpoint_params(tmp_path / n / "checkpoints" / "last") for n in ("straight", "run"))
     for name in ("first", "last"):
         np.testing.assert_array_equal(straight[name]["kernel"], resumed[name]["kernel"])
