@@ -28,10 +28,11 @@ from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError, Mam
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.model.weights import load_model
 from mambahome_jax.training.checkpoints import check_settings, restore_state
+from mambahome_jax.training.distributed import ending_together, is_first, join_processes, require_same
 from mambahome_jax.training.loop import Parts, Plan, Progressed, train
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
-from mambahome_jax.training.progress import Display, MetricsLog, duration
+from mambahome_jax.training.progress import Display, MetricsLog, NoLog, duration
 from mambahome_jax.training.sharding import choose_devices, make_mesh
 from mambahome_jax.training.step import abstract_state, init_state, make_train_step
 
@@ -43,9 +44,16 @@ def run(config: TrainConfig) -> int:
 
     0 done, 1 done but some cases could not be used, or stopped by numbers that are not finite, 128 + n stopped by
     signal n (SIGTERM 143, SIGINT 130) with a checkpoint from which --resume continues.
-    Raises ConfigError, DatasetError, CheckpointError and OutputError before anything is trained.
+    Raises ConfigError, DatasetError, CheckpointError and OutputError before anything is trained. One of several
+    processes does not raise but ends itself, with the same codes, and so the others.
     """
-    console = Console()
+    join_processes(config.coordinator_address, config.num_processes, config.process_id)
+    with ending_together():
+        return _run(config)
+
+
+def _run(config: TrainConfig) -> int:
+    console = Console(quiet=not is_first(), force_terminal=None if is_first() else False)
     folder = config.output_dir or Path("runs") / (config.checkpoint_name or config.model)
     resume = _may_start(config, folder, console)
     devices = choose_devices(config.parallel, config.num_devices)
@@ -103,6 +111,7 @@ def _train(
         "training": _json(training_settings(config, setup)),
         "versions": _versions(),
     }
+    require_same("The configuration", settings)
     last = folder / "checkpoints" / "last"
     graphdef, abstract = _split(nnx.eval_shape(lambda: _new_model(config, setup)))
     data_state = None
@@ -113,7 +122,9 @@ def _train(
         progressed.validated_until = found["validated_until"]
     else:
         state = init_state(_initial_params(config, setup), optimizer, mesh, config.strategy)
-    plan = Plan(setup.total_steps, setup.steps_per_epoch, setup.val_every, config.checkpoint_every)
+    plan = Plan(
+        setup.total_steps, setup.steps_per_epoch, setup.val_every, config.checkpoint_every, keep_last=config.keep_last
+    )
     _say_start(setup, abstract, devices, plan, progressed.step, console)
 
     store = Store(setup.prepared.store)
@@ -123,7 +134,8 @@ def _train(
         validation = ValidationSettings(
             setup.val_cases, setup.structures, setup.patch_size, config.overlap, config.modality, config.batch_size
         )
-        validate = make_validate(graphdef, val_store, validation, devices[0])
+        here = next(device for device in devices if device.process_index == jax.process_index())
+        validate = make_validate(graphdef, val_store, validation, here)
     train_step = make_train_step(
         graphdef,
         optimizer,
@@ -134,7 +146,7 @@ def _train(
         config.strategy,
     )
     with (
-        MetricsLog(folder, progressed.step) as log,
+        MetricsLog(folder, progressed.step) if is_first() else NoLog() as log,
         Display(console, plan.total_steps, progressed.step, setup.global_batch) as display,
         _batches(config, setup, store, data_state) as batches,
     ):
@@ -156,6 +168,7 @@ def _batches(config: TrainConfig, setup: Setup, store: Store, data_state: dict[s
         num_workers=setup.num_workers,
         class_balanced=config.class_balanced,
         modality=config.modality,
+        share=(jax.process_index(), jax.process_count()),
     )
     iterator = iter(loader)
     try:
@@ -190,6 +203,9 @@ def _initial_params(config: TrainConfig, setup: Setup) -> Any:
 
 def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
     """Whether to resume. Raises where a new run would destroy an earlier one, or the folder cannot be written."""
+    there = _checkpoint_in(folder)
+    # Before the first process can write one, so that all of them see the same.
+    require_same(f"Whether {folder} holds a checkpoint", there)
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         probe = folder / f".{os.getpid()}.probe"
@@ -198,7 +214,6 @@ def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
     except OSError as error:
         reason = f"{folder}: cannot be written: {error.strerror or error}"
         raise OutputError(f"{reason}. Free some space or name another --output_dir") from error
-    there = any((folder / "checkpoints" / name).is_dir() for name in ("last", "last.previous"))
     if config.resume or config.load_checkpoint:
         if not there:
             console.print(f"No checkpoint in {folder} yet: starting from the beginning", markup=False, soft_wrap=True)
@@ -208,10 +223,16 @@ def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
     return False
 
 
+def _checkpoint_in(folder: Path) -> bool:
+    return any((folder / "checkpoints" / name).is_dir() for name in ("last", "last.previous"))
+
+
 def _open_data(data: Path, work: Path, config: TrainConfig, console: Console) -> tuple[Prepared, list[tuple[str, str]]]:
     """A preprocessed folder as it is; any other layout brought into a patch store of its own, at its own spacing."""
     if data.is_dir() and prepared_layout.detect(data):
         return read_prepared(data), []
+    if jax.process_count() > 1:
+        raise ConfigError(f"{data} is not preprocessed. With several processes run preprocess.py first")
     dataset = load_dataset(data)
     console.print(
         f"{data} is not preprocessed: storing its scans in {work}, at their own spacing", markup=False, soft_wrap=True
@@ -246,7 +267,8 @@ def _report(config: TrainConfig, setup: Setup, skipped: list[tuple[str, str]]) -
 
 
 def _write_report(folder: Path, report: dict[str, Any]) -> None:
-    write_json(folder / "run.json", report)
+    if is_first():
+        write_json(folder / "run.json", report)
 
 
 def _say_start(
@@ -260,7 +282,8 @@ def _say_start(
         f"{setup.prepared.name}: {len(setup.train_cases)} cases to train on, {held_out}; {setup.properties.modality}",
         f"{setup.model.out_chans} classes: background, {names}",
         f"{parameters / 1e6:.2f} M parameters; patches of {patch}, {setup.global_batch} a step, {setup.precision}, "
-        f"on {len(devices)} x {devices[0].device_kind}",
+        f"on {len(devices)} x {devices[0].device_kind}"
+        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         f"{plan.total_steps} steps, {plan.steps_per_epoch} an epoch; validation every {plan.val_every} steps",
     ]
     if start:

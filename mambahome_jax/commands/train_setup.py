@@ -46,7 +46,16 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
 
     Raises ConfigError for flags that cannot work, DatasetError where there is nothing to train on.
     """
-    for name in ("batch_size", "epochs", "skip_val", "steps", "val_every", "checkpoint_every", "max_val_cases"):
+    for name in (
+        "batch_size",
+        "epochs",
+        "skip_val",
+        "steps",
+        "val_every",
+        "checkpoint_every",
+        "keep_last",
+        "max_val_cases",
+    ):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}; expected 1 or more")

@@ -18,7 +18,9 @@ from mambahome_jax.evaluation.metrics import dice
 from mambahome_jax.imaging.intensity import normalise
 from mambahome_jax.inference.segment import apply_network
 from mambahome_jax.inference.sliding_window import sliding_window
+from mambahome_jax.training.distributed import gather
 from mambahome_jax.training.loop import Validation
+from mambahome_jax.training.sharding import copy_to
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ def make_validate(
 ) -> Callable[[Any, Callable[[], bool]], Validation | None]:
     """A function (params, asked to stop?) -> Validation, None when it was asked to stop on the way.
 
+    With several processes each takes every so-manieth case, and all get the same result; device: one of this process.
+
     Each structure's Dice is its mean over the cases that have it, the overall one the mean over structures. A case that
     cannot be read counts as a failure and the others go on.
     """
@@ -46,18 +50,20 @@ def make_validate(
     values = sorted(settings.labels)
 
     def validate(params: Any, stop: Callable[[], bool]) -> Validation | None:
-        params = jax.device_put(params, device)
-        scores: list[np.ndarray] = []
-        failures: list[tuple[str, str]] = []
-        for case in settings.cases:
-            if stop():
-                return None
+        params = copy_to(params, device)
+        scores: dict[str, list[float | None]] = {}
+        failures: dict[str, str] = {}
+        stopped = False
+        for case in settings.cases[jax.process_index() :: jax.process_count()]:
+            stopped = stop()
+            if stopped:
+                break
             entry = store.entry(case)
             try:
                 image = normalise(store.read_image(case), settings.modality or entry.modality, entry.statistics)
                 reference = store.read_label(case)
             except DatasetError as error:
-                failures.append((case, str(error)))
+                failures[case] = str(error)
                 continue
             logits = sliding_window(
                 partial(apply_network, graphdef, params),
@@ -66,10 +72,18 @@ def make_validate(
                 settings.overlap,
                 sw_batch_size=settings.sw_batch_size,
             )
-            scores.append(dice(np.asarray(most_likely(logits)), reference, values))
-        table = np.array(scores, np.float64).reshape(len(scores), len(values))
+            found = dice(np.asarray(most_likely(logits)), reference, values)
+            scores[case] = [None if math.isnan(score) else float(score) for score in found]
+        shares = gather({"scores": scores, "failures": failures, "stopped": stopped})
+        if any(share["stopped"] for share in shares):
+            return None
+        scores = {case: row for share in shares for case, row in share["scores"].items()}
+        failures = {case: reason for share in shares for case, reason in share["failures"].items()}
+        # In the order of the cases, so that the sums have the same bits whatever the number of processes.
+        rows = [scores[case] for case in settings.cases if case in scores]
+        table = np.array(rows, np.float64).reshape(len(rows), len(values))
         structures = {settings.labels[value]: _mean(column) for value, column in zip(values, table.T, strict=True)}
-        return Validation(_mean(list(structures.values())), structures, tuple(failures))
+        return Validation(_mean(list(structures.values())), structures, tuple(failures.items()))
 
     return validate
 

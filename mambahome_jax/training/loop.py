@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from mambahome_jax.errors import TrainingError
 from mambahome_jax.training.checkpoints import CheckpointWriter
+from mambahome_jax.training.distributed import Votes, gather
 from mambahome_jax.training.progress import Display, MetricsLog, duration
 from mambahome_jax.training.sharding import put_batch
 from mambahome_jax.training.step import Batch, TrainState
@@ -39,13 +40,17 @@ Validate = Callable[[Any, Callable[[], bool]], Validation | None]
 
 @dataclass(frozen=True)
 class Plan:
-    """When things happen, in steps. `validated_until`: the step up to which a resumed run has been validated."""
+    """When things happen, in steps. `validated_until`: the step up to which a resumed run has been validated.
+
+    keep_last: checkpoints kept beside the best.
+    """
 
     total_steps: int
     steps_per_epoch: int
     val_every: int
     checkpoint_every: int | None = None
     validated_until: int = 0
+    keep_last: int = 1
 
     def validates(self, step: int) -> bool:
         return step % self.val_every == 0 or step == self.total_steps
@@ -108,7 +113,7 @@ def train(state: TrainState, batches: Iterator, parts: Parts, plan: Plan, progre
     Raises TrainingError when loss, gradient or update is no longer finite, with step and cases of that batch; the
     checkpoints before stay. OutputError when a checkpoint cannot be written.
     """
-    with CheckpointWriter() as writer, _StopOnSignal(parts.display) as stop:
+    with CheckpointWriter() as writer, _StopOnSignal(parts.display, parts.mesh) as stop:
         run = _Run(parts, plan, progressed, writer, stop)
         if progressed.step and plan.validates(progressed.step) and progressed.validated_until < progressed.step:
             # The run before was stopped between this step and its validation.
@@ -125,6 +130,7 @@ def train(state: TrainState, batches: Iterator, parts: Parts, plan: Plan, progre
                 # While the device works on this step; the state of the iterator is kept with each batch for that.
                 fetched = run.fetch(batches)
             run.finish(running)
+            stop.agree()
             progressed.step, running, unsaved = step, _Running(step, metrics, done.cases), done
             if plan.saves(step):
                 row = run.finish(running, write=False)
@@ -134,7 +140,7 @@ def train(state: TrainState, batches: Iterator, parts: Parts, plan: Plan, progre
         run.finish(running)
         if unsaved is not None:
             run.save_last(state, unsaved.state_after)
-        progressed.signal = stop.received
+        progressed.signal = stop.requested()
     return state
 
 
@@ -161,8 +167,9 @@ class _Run:
         values = {name: float(value) for name, value in jax.device_get(running.metrics).items()}
         wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if wrong:
+            cases = [case for share in gather(running.cases) for case in share]
             raise TrainingError(
-                f"step {running.step}: {', '.join(wrong)}; cases of this batch: {', '.join(running.cases)}. Stopped; "
+                f"step {running.step}: {', '.join(wrong)}; cases of this batch: {', '.join(cases)}. Stopped; "
                 "the checkpoints before it are kept. Look at these cases, or use a lower --lr or --precision fp32"
             )
         rate = self.parts.display.tick(running.step)
@@ -194,7 +201,8 @@ class _Run:
         validation = None
         if self.parts.validate is not None:
             begun = time.perf_counter()
-            validation = self.parts.validate(state.params, self.stop.requested)
+            validation = self.parts.validate(state.params, self.stop.noticed)
+            self.stop.agree(at_once=True)
             display.pause()
             if validation is None:
                 return None
@@ -213,7 +221,7 @@ class _Run:
         return validation
 
     def save_last(self, state: TrainState, data: dict[str, Any]) -> None:
-        self.writer.save(self.parts.folder / "last", state, self._config(), data)
+        self.writer.save(self.parts.folder / "last", state, self._config(), data, self.plan.keep_last)
 
     def _config(self) -> dict[str, Any]:
         step = self.progressed.step
@@ -227,10 +235,15 @@ class _Run:
 
 
 class _StopOnSignal(contextlib.AbstractContextManager):
-    """Notes SIGTERM and SIGINT, so that the step is finished and a checkpoint written; the second SIGINT interrupts."""
+    """Notes SIGTERM and SIGINT, so that the step is finished and a checkpoint written; the second SIGINT interrupts.
 
-    def __init__(self, display: Display):
+    Several processes stop after the same step, whichever of them was asked to: each step they vote.
+    """
+
+    def __init__(self, display: Display, mesh: Mesh):
         self.received: int | None = None
+        self._decided: int | None = None
+        self._votes = Votes(mesh) if jax.process_count() > 1 else None
         self._display = display
         self._before: dict[int, Any] = {}
 
@@ -245,8 +258,19 @@ class _StopOnSignal(contextlib.AbstractContextManager):
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def requested(self) -> bool:
+    def noticed(self) -> bool:
+        """Whether this process was asked to stop."""
         return self.received is not None
+
+    def requested(self) -> int | None:
+        """The signal to stop for, None for none: the same answer in every process."""
+        return self.received if self._votes is None else self._decided
+
+    def agree(self, at_once: bool = False) -> None:
+        """Take part in a vote; without `at_once` its result counts from the next one on, when it is there anyway."""
+        if self._votes is not None and self._decided is None:
+            vote = self._votes.settle if at_once else self._votes.cast
+            self._decided = vote(self.received or 0) or None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received is not None:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from mambahome_jax.config import AugmentationConfig, Strategy
 from mambahome_jax.data.augmentation import augment
 from mambahome_jax.training.optimizer import Optimizer
-from mambahome_jax.training.sharding import replicated, tree_sharding
+from mambahome_jax.training.sharding import put_tree, replicated, tree_sharding
 
 LossFunction = Callable[[jax.Array, jax.Array], jax.Array]
 Batch = dict[str, jax.Array]
@@ -42,7 +42,7 @@ def init_state(params: Any, optimizer: Optimizer, mesh: Mesh, strategy: Strategy
 
     shardings = tree_sharding(abstract_state(params, optimizer), mesh, strategy)
     # From the host the arrays go straight to where they belong.
-    params = jax.device_put(params, shardings.params)
+    params = put_tree(params, shardings.params)
     return jax.jit(start, out_shardings=shardings)(params)
 
 
