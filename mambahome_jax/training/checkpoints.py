@@ -4,6 +4,7 @@ The folders are those of model/checkpoint.py with two more items: "optimizer" (s
 "data" (state of the loader's iterator). Randomness needs none: its keys are made from the seed and the step.
 """
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -61,12 +62,16 @@ class CheckpointWriter:
         self.wait()
         folder = folder.absolute()
         items = {MODEL_ITEM: ocp.args.PyTreeSave(state.params)}
+        arrays: list[Any] = [state.params]
         if data is not None:
             optimizer = {"step": state.step, "state": state.opt_state}
+            arrays.append(optimizer)
             items |= {OPTIMIZER_ITEM: ocp.args.PyTreeSave(optimizer), DATA_ITEM: ocp.args.JsonSave(dict(data))}
         partial = prepare_partial(folder) if is_first() else sibling(folder, PARTIAL)
         self._folder = folder
         try:
+            if is_first():
+                require_space(folder.parent, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
             self._checkpointer.save(partial, args=ocp.args.Composite(**items))
         except WRITE_ERRORS as error:
             raise self._failure(error) from error
@@ -87,7 +92,9 @@ class CheckpointWriter:
             self.wait()
         finally:
             self._swapper.shutdown()
-            self._checkpointer.close()
+            # A failure that was told already would come again, as Orbax has it, in the place of our message.
+            with contextlib.suppress(*WRITE_ERRORS):
+                self._checkpointer.close()
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -106,6 +113,13 @@ class CheckpointWriter:
             shutil.rmtree(leftover, ignore_errors=True)
         kept = "The checkpoint before it is kept" if self._folder.exists() else "There is no checkpoint before it"
         return OutputError(f"{self._folder}: cannot be written ({error}). Is the disk full or read-only? {kept}")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises OSError where fewer than `needed` bytes are free: told before the writer's threads fail one by one."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed / 1e6:.3g} MB needed, {free / 1e6:.3g} MB free")
 
 
 def restore_state(

@@ -148,10 +148,11 @@ def ending_together() -> Iterator[None]:
         here = f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(error, MambaHomeError):
             print(f"Error ({here}): {error}", file=sys.stderr)
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            lost = "another process may have died, look at its last messages"
+            print(f"Error ({here}): {error}\n{lost}. The same command with --resume continues", file=sys.stderr)
         else:
             traceback.print_exc()
-            lost = " Its messages, or those of another process that died, say why; the last checkpoint is kept."
-            print(f"Error: {here} stopped.{lost} The same command with --resume continues", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         code = 130 if isinstance(error, KeyboardInterrupt) else 1

@@ -27,7 +27,7 @@ SHAPE = (20, 18, 16)
 
 class StandIn(SmallNet):
     def __init__(self, config, *, rngs, precision, metadata):
-        super().__init__(config.out_chans, width=8)
+        super().__init__(config.out_chans)
         self.metadata = nnx.static(metadata)
 
 

@@ -9,7 +9,7 @@ from tests.commands.test_train import StandIn
 
 
 def main() -> int:
-    """Exit code of the run. HANG_UP_AT makes this process die in that step, as if it was killed."""
+    """Exit code of the run. The process sends itself signal DIE_BY when it fetches its batch number DIE_AT."""
     from mambahome_jax.cli import run_command
     from mambahome_jax.training import loop
 
