@@ -148,7 +148,9 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+# Orbax' threads fail one by one, and some after their event loop.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("foreseen", [True, False])
 def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(small_disk, monkeypatch, foreseen):
     state = _changed(_state(width=1024))
