@@ -2,7 +2,8 @@
 
 python -m tests.faults.kill_training --kills 10 --json kills.json
 
-Every second kill waits until a checkpoint is being written. The network is MambaHoME_tiny, the scans are synthetic.
+Every second kill waits until a checkpoint is being written. The network is MambaHoME_tiny, the scans are synthetic,
+the programs compiled with the flags of the tests.
 Exit code 0: parameters, optimizer state and losses have the same bits; 1 otherwise.
 """
 
@@ -78,14 +79,18 @@ def _kill(
     process: subprocess.Popen, checkpoints: Path, chance: random.Random, while_writing: bool
 ) -> dict[str, Any] | None:
     """Kill it after up to two more checkpoints and a random time; None where it ended before that."""
-    before, wanted = _step(checkpoints), chance.randint(0, 2)
-    while (_step(checkpoints) - before) // 2 < wanted or (while_writing and not list(checkpoints.glob("*.partial*"))):
+    before, wanted, begun = _step(checkpoints), chance.randint(0, 2), time.time()
+    report = checkpoints.parent / "run.json"
+    while (
+        (_step(checkpoints) - before) // 2 < wanted
+        or (while_writing and not list(checkpoints.glob("*.partial*")))
+        or not (report.exists() and report.stat().st_mtime > begun)
+    ):
         if process.poll() is not None:
             _finish(process)
             return None
         time.sleep(0.001)
-    # With no checkpoint to wait for the moment may lie anywhere from the start of Python on.
-    time.sleep(chance.uniform(0, 0.04 if while_writing else 1.0 if wanted else 12.0))
+    time.sleep(chance.uniform(0, 0.04 if while_writing else 1.0))
     process.kill()
     process.wait()
     left = sorted(path.name for path in checkpoints.glob("*")) if checkpoints.exists() else []
@@ -133,8 +138,6 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="an empty folder to work in (default: a temporary one)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    # The tests compile with little optimisation; this is to be the training that a user runs.
-    os.environ.pop("XLA_FLAGS", None)
     with tempfile.TemporaryDirectory() as temporary:
         result = kill_training(args.folder or Path(temporary), args.kills, args.steps, seed=args.seed)
     about = {"jax": jax.__version__, "python": platform.python_version(), "steps": args.steps, "seed": args.seed}
