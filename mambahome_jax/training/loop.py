@@ -221,6 +221,8 @@ class _Run:
         return validation
 
     def save_last(self, state: TrainState, data: dict[str, Any]) -> None:
+        # A run that is killed goes on from this checkpoint, and the metrics up to it have to be there.
+        self.parts.log.flush()
         self.writer.save(self.parts.folder / "last", state, self._config(), data, self.plan.keep_last)
 
     def _config(self) -> dict[str, Any]:
