@@ -238,6 +238,8 @@ class TrainConfig(RecipeFlags):
     """Processes that read patches (default: 0 on a CPU, which means threads; 4 on a GPU)."""
     checkpoint_every: int | None = None
     """Steps between checkpoints beside those after each validation."""
+    keep_last: int = 1
+    """Checkpoints to keep beside the best: the newest is checkpoints/last, earlier ones are step_<number>."""
     overlap: float = 0.5
     """Overlap of the windows in validation."""
     max_val_cases: int | None = None
@@ -247,9 +249,15 @@ class TrainConfig(RecipeFlags):
     parallel: bool = True
     """Use several devices; False uses one."""
     num_devices: int | None = None
-    """Devices to use (default: all)."""
+    """Devices to use in each process (default: all)."""
     strategy: Strategy = "ddp"
     """ddp: parameters on every device; fsdp: parameters and optimizer state split over the devices."""
+    coordinator_address: str | None = None
+    """Several processes: host:port of the first (default: asked of SLURM or Open MPI); see docs/clusters.md."""
+    num_processes: int | None = None
+    """Several processes: how many there are in all."""
+    process_id: int | None = None
+    """Several processes: number of this one, from 0."""
     pin_memory: bool = True
     """Accepted for command lines of the published code; has no meaning in JAX."""
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from mambahome_jax.commands.preprocess import prepare
 from mambahome_jax.commands.pretrained import transfer
-from mambahome_jax.commands.train_report import dataset_fingerprint, git_state, say_ingredients, say_plan
+from mambahome_jax.commands.train_report import dataset_fingerprint, git_state, say_end, say_start
 from mambahome_jax.commands.train_setup import Setup, make_setup, training_settings
 from mambahome_jax.commands.validation import ValidationSettings, make_validate
 from mambahome_jax.config import TrainConfig
@@ -33,10 +33,11 @@ from mambahome_jax.model.weights import read_weights
 from mambahome_jax.training.budget import TimeBudget
 from mambahome_jax.training.checkpoints import check_settings, restore_state
 from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
+from mambahome_jax.training.distributed import ending_together, is_first, join_processes, require_same
 from mambahome_jax.training.loop import Parts, Plan, Progressed, train
 from mambahome_jax.training.losses import LossFunction, dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
-from mambahome_jax.training.progress import Display, MetricsLog, duration
+from mambahome_jax.training.progress import Display, MetricsLog, NoLog
 from mambahome_jax.training.sharding import choose_devices, make_mesh
 from mambahome_jax.training.step import abstract_state, init_state, make_train_step
 
@@ -48,10 +49,17 @@ def run(config: TrainConfig, begun: float | None = None) -> int:
 
     0 done, 1 done but some cases could not be used, or stopped by numbers that are not finite, 128 + n stopped by
     signal n (SIGTERM 143, SIGINT 130) with a checkpoint from which --resume continues.
-    Raises ConfigError, DatasetError, CheckpointError and OutputError before anything is trained.
+    Raises ConfigError, DatasetError, CheckpointError and OutputError before anything is trained. One of several
+    processes does not raise but ends itself, with the same codes, and so the others.
     """
     begun = time.monotonic() if begun is None else begun
-    console = Console()
+    join_processes(config.coordinator_address, config.num_processes, config.process_id)
+    with ending_together():
+        return _run(config, begun)
+
+
+def _run(config: TrainConfig, begun: float) -> int:
+    console = Console(quiet=not is_first(), force_terminal=None if is_first() else False)
     folder = config.output_dir or Path("runs") / (config.checkpoint_name or config.model)
     resume = _may_start(config, folder, console)
     devices = choose_devices(config.parallel, config.num_devices)
@@ -89,7 +97,7 @@ def run(config: TrainConfig, begun: float | None = None) -> int:
         "failures": [{"id": case, "reason": reason} for case, reason in progressed.failures.items()],
     }
     _write_report(folder, report)
-    _say_end(folder, report, code, console)
+    say_end(folder, report, code, console)
     return code
 
 
@@ -111,6 +119,7 @@ def _train(
         "training": _json(training_settings(config, setup)),
         "versions": _versions(),
     }
+    require_same("The configuration", settings)
     last = folder / "checkpoints" / "last"
     graphdef, _ = _split(nnx.eval_shape(lambda: _new_model(config, setup)))
     trained_graphdef, abstract = _split(nnx.eval_shape(lambda: _with_heads(_new_model(config, setup), config, setup)))
@@ -128,8 +137,15 @@ def _train(
     budget = None
     if config.max_minutes is not None:
         budget = TimeBudget(config.max_minutes * 60, begun, spent, own_validations=setup.val_every is None)
-    plan = Plan(setup.total_steps, setup.steps_per_epoch, setup.val_every, config.checkpoint_every, budget=budget)
-    _say_start(setup, abstract, devices, plan, progressed.step, console, config.recipe)
+    plan = Plan(
+        setup.total_steps,
+        setup.steps_per_epoch,
+        setup.val_every,
+        config.checkpoint_every,
+        budget=budget,
+        keep_last=config.keep_last,
+    )
+    say_start(setup, abstract, devices, plan, progressed.step, console, config.recipe)
 
     store = Store(setup.prepared.store)
     validate = None
@@ -138,7 +154,8 @@ def _train(
         validation = ValidationSettings(
             setup.val_cases, setup.structures, setup.patch_size, config.overlap, config.modality, config.batch_size
         )
-        validate = make_validate(graphdef, val_store, validation, devices[0])
+        here = next(device for device in devices if device.process_index == jax.process_index())
+        validate = make_validate(graphdef, val_store, validation, here)
     loss_fn: LossFunction = partial(dice_ce, label_smoothing=ingredients.label_smoothing)
     train_step = make_train_step(
         trained_graphdef,
@@ -152,13 +169,23 @@ def _train(
         config.freeze_encoder,
     )
     with (
-        MetricsLog(folder, progressed.step) as log,
+        MetricsLog(folder, progressed.step) if is_first() else NoLog() as log,
         Display(console, plan.total_steps, progressed.step, setup.global_batch, budget) as display,
         _batches(config, setup, store, data_state) as batches,
     ):
         if plan.goes_on_after(progressed.step):
             display.say("Compiling the training step, once; the first step follows")
-        parts = Parts(train_step, mesh, setup.train_cases, validate, folder / "checkpoints", settings, log, display)
+        parts = Parts(
+            train_step,
+            mesh,
+            setup.train_cases,
+            validate,
+            folder / "checkpoints",
+            settings,
+            log,
+            display,
+            setup.labelled,
+        )
         train(state, batches, parts, plan, progressed)
 
 
@@ -174,6 +201,7 @@ def _batches(config: TrainConfig, setup: Setup, store: Store, data_state: dict[s
         num_workers=setup.num_workers,
         class_balanced=setup.ingredients.class_balanced,
         modality=config.modality,
+        share=(jax.process_index(), jax.process_count()),
     )
     iterator = iter(loader)
     try:
@@ -218,6 +246,9 @@ def _initial_params(config: TrainConfig, setup: Setup, report: dict[str, Any], c
 
 def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
     """Whether to resume. Raises where a new run would destroy an earlier one, or the folder cannot be written."""
+    there = _checkpoint_in(folder)
+    # Before the first process can write one, so that all of them see the same.
+    require_same(f"Whether {folder} holds a checkpoint", there)
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         probe = folder / f".{os.getpid()}.probe"
@@ -226,7 +257,6 @@ def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
     except OSError as error:
         reason = f"{folder}: cannot be written: {error.strerror or error}"
         raise OutputError(f"{reason}. Free some space or name another --output_dir") from error
-    there = any((folder / "checkpoints" / name).is_dir() for name in ("last", "last.previous"))
     if config.resume or config.load_checkpoint:
         if not there:
             console.print(f"No checkpoint in {folder} yet: starting from the beginning", markup=False, soft_wrap=True)
@@ -236,10 +266,16 @@ def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
     return False
 
 
+def _checkpoint_in(folder: Path) -> bool:
+    return any((folder / "checkpoints" / name).is_dir() for name in ("last", "last.previous"))
+
+
 def _open_data(data: Path, work: Path, config: TrainConfig, console: Console) -> tuple[Prepared, list[tuple[str, str]]]:
     """A preprocessed folder as it is; any other layout brought into a patch store of its own, at its own spacing."""
     if data.is_dir() and prepared_layout.detect(data):
         return read_prepared(data), []
+    if jax.process_count() > 1:
+        raise ConfigError(f"{data} is not preprocessed. With several processes run preprocess.py first")
     dataset = load_dataset(data)
     console.print(
         f"{data} is not preprocessed: storing its scans in {work}, at their own spacing", markup=False, soft_wrap=True
@@ -277,50 +313,8 @@ def _report(config: TrainConfig, setup: Setup, skipped: list[tuple[str, str]]) -
 
 
 def _write_report(folder: Path, report: dict[str, Any]) -> None:
-    write_json(folder / "run.json", report)
-
-
-def _say_start(
-    setup: Setup,
-    abstract: Any,
-    devices: list[jax.Device],
-    plan: Plan,
-    start: int,
-    console: Console,
-    recipe: str = "published",
-) -> None:
-    parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract))
-    patch = " x ".join(map(str, setup.patch_size))
-    held_out = f"{len(setup.val_cases)} to validate on" if setup.val_cases else "none to validate on"
-    names = ", ".join(setup.structures.values())
-    lines = [
-        f"{setup.prepared.name}: {len(setup.train_cases)} cases to train on, {held_out}; {setup.properties.modality}",
-        f"{setup.model.out_chans} classes: background, {names}",
-        f"{parameters / 1e6:.2f} M parameters; patches of {patch}, {setup.global_batch} a step, {setup.precision}, "
-        f"on {len(devices)} x {devices[0].device_kind}",
-        say_plan(plan),
-    ]
-    lines.append(f"recipe {recipe}: {say_ingredients(setup)}")
-    if start:
-        lines.append(f"Resuming after step {start}")
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _say_end(folder: Path, report: dict[str, Any], code: int, console: Console) -> None:
-    best = report["best"]
-    lines = [f"{report['status']}: step {report['step']} after {duration(report['seconds'])}"]
-    if best is not None:
-        score = "" if best["val_dice"] is None else f", validation Dice {best['val_dice']:.4f}"
-        lines.append(f"Best: step {best['step']}{score}, in {folder / 'checkpoints' / 'best'}")
-    if code in (130, 143):
-        lines.append("The same command with --resume continues")
-    elif best is not None:
-        lines.append(
-            f"Next: python infer.py --data_path SCANS --model_path {folder / 'checkpoints' / 'best'} --output_dir PRED"
-        )
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if is_first():
+        write_json(folder / "run.json", report)
 
 
 def _versions() -> dict[str, str]:

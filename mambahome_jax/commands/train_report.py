@@ -7,11 +7,61 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from rich.console import Console
+
 from mambahome_jax.commands.train_setup import Setup
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets.prepared import Prepared
 from mambahome_jax.training.loop import Plan
 from mambahome_jax.training.progress import duration
+
+
+def say_start(
+    setup: Setup,
+    abstract: Any,
+    devices: list[jax.Device],
+    plan: Plan,
+    start: int,
+    console: Console,
+    recipe: str = "published",
+) -> None:
+    """What is about to be trained, on what and how."""
+    parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract))
+    patch = " x ".join(map(str, setup.patch_size))
+    held_out = f"{len(setup.val_cases)} to validate on" if setup.val_cases else "none to validate on"
+    names = ", ".join(setup.structures.values())
+    lines = [
+        f"{setup.prepared.name}: {len(setup.train_cases)} cases to train on, {held_out}; {setup.properties.modality}",
+        f"{setup.model.out_chans} classes: background, {names}",
+        f"{parameters / 1e6:.2f} M parameters; patches of {patch}, {setup.global_batch} a step, {setup.precision}, "
+        f"on {len(devices)} x {devices[0].device_kind}"
+        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
+        say_plan(plan),
+    ]
+    lines.append(f"recipe {recipe}: {say_ingredients(setup)}")
+    if start:
+        lines.append(f"Resuming after step {start}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_end(folder: Path, report: dict[str, Any], code: int, console: Console) -> None:
+    """How a run ended, and what to do next."""
+    best = report["best"]
+    lines = [f"{report['status']}: step {report['step']} after {duration(report['seconds'])}"]
+    if best is not None:
+        score = "" if best["val_dice"] is None else f", validation Dice {best['val_dice']:.4f}"
+        lines.append(f"Best: step {best['step']}{score}, in {folder / 'checkpoints' / 'best'}")
+    if code in (130, 143):
+        lines.append("The same command with --resume continues")
+    elif best is not None:
+        lines.append(
+            f"Next: python infer.py --data_path SCANS --model_path {folder / 'checkpoints' / 'best'} --output_dir PRED"
+        )
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def say_ingredients(setup: Setup) -> str:

@@ -21,7 +21,9 @@ from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.preview import render
 from mambahome_jax.inference.segment import apply_network
 from mambahome_jax.inference.sliding_window import sliding_window
+from mambahome_jax.training.distributed import gather
 from mambahome_jax.training.loop import Validation
+from mambahome_jax.training.sharding import copy_to
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ def make_validate(
 ) -> Callable[[Any, Callable[[], bool]], Validation | None]:
     """A function (params, asked to stop?) -> Validation, None when it was asked to stop on the way.
 
+    With several processes each takes every so-manieth case, and all get the same result; device: one of this process.
+
     Each structure's Dice is its mean over the cases that have it, the overall one the mean over structures. A case that
     cannot be read counts as a failure and the others go on.
     """
@@ -49,20 +53,22 @@ def make_validate(
     values = sorted(settings.labels)
 
     def validate(params: Any, stop: Callable[[], bool]) -> Validation | None:
-        params = jax.device_put(params, device)
-        scores: list[np.ndarray] = []
-        failures: list[tuple[str, str]] = []
+        params = copy_to(params, device)
+        scores: dict[str, list[float | None]] = {}
+        failures: dict[str, str] = {}
+        stopped = False
         first_ended: float | None = None
         picture: np.ndarray | None = None
-        for case in settings.cases:
-            if stop():
-                return None
+        for case in settings.cases[jax.process_index() :: jax.process_count()]:
+            stopped = stop()
+            if stopped:
+                break
             entry = store.entry(case)
             try:
                 image = normalise(store.read_image(case), settings.modality or entry.modality, entry.statistics)
                 reference = store.read_label(case)
             except DatasetError as error:
-                failures.append((case, str(error)))
+                failures[case] = str(error)
                 continue
             logits = sliding_window(
                 partial(apply_network, graphdef, params),
@@ -74,17 +80,28 @@ def make_validate(
             prediction = np.asarray(most_likely(logits))
             if picture is None:
                 picture = _picture(store, case, prediction, reference, settings)
-            scores.append(dice(prediction, reference, values))
+            found = dice(prediction, reference, values)
+            scores[case] = [None if math.isnan(score) else float(score) for score in found]
             first_ended = first_ended or time.perf_counter()
-        table = np.array(scores, np.float64).reshape(len(scores), len(values))
+        # The first case may have compiled.
+        again = _time_again(first_ended, time.perf_counter(), len(scores))
+        shares = gather({"scores": scores, "failures": failures, "stopped": stopped})
+        if any(share["stopped"] for share in shares):
+            return None
+        scores = {case: row for share in shares for case, row in share["scores"].items()}
+        failures = {case: reason for share in shares for case, reason in share["failures"].items()}
+        # In the order of the cases, so that the sums have the same bits whatever the number of processes.
+        rows = [scores[case] for case in settings.cases if case in scores]
+        table = np.array(rows, np.float64).reshape(len(rows), len(values))
         structures = {settings.labels[value]: _mean(column) for value, column in zip(values, table.T, strict=True)}
-        ended, again = time.perf_counter(), None
-        if first_ended is not None and len(scores) > 1:
-            # The first case may have compiled.
-            again = (ended - first_ended) * len(scores) / (len(scores) - 1)
-        return Validation(_mean(list(structures.values())), structures, tuple(failures), again, picture)
+        return Validation(_mean(list(structures.values())), structures, tuple(failures.items()), again, picture)
 
     return validate
+
+
+def _time_again(first_ended: float | None, ended: float, scored: int) -> float | None:
+    """Seconds for all cases once more, without what only the first one took."""
+    return None if first_ended is None or scored < 2 else (ended - first_ended) * scored / (scored - 1)
 
 
 def _picture(

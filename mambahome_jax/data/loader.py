@@ -28,6 +28,7 @@ def make_loader(
     positive_fraction: float = 0.75,
     class_balanced: bool = False,
     modality: Modality | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> grain.IterDataset:
     """Endless batches of random patches.
 
@@ -42,12 +43,15 @@ def make_loader(
 
     cases: ids in `store`, all with a label. positive_fraction: share of patches centred on a foreground voxel; the
     rest lie evenly in the box around the body. class_balanced: the foreground class is drawn evenly instead of by its
-    voxels. modality: instead of each case's own.
-    Raises DatasetError: no cases, an unknown case, one without a label. ConfigError: a size that is not positive.
+    voxels. modality: instead of each case's own. share: (n, of so many): each batch is the n-th of so many equal parts
+    of the batch of `batch_size` patches; only its patches are read, and the state is that of the whole.
+    Raises DatasetError: no cases, an unknown case, one without a label. ConfigError: a size that is not positive, a
+    batch that cannot be divided.
     """
     size = _patch_size(patch_size)
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}; expected at least 1")
+    part, parts = share
+    if batch_size < 1 or batch_size % parts:
+        raise ConfigError(f"batch_size is {batch_size}; expected at least 1, and a multiple of {parts}")
     if not cases:
         raise DatasetError("no case to train on", file=store.root, expected="at least one case with a label")
     unlabelled = [case for case in cases if store.entry(case).class_counts is None]
@@ -60,8 +64,8 @@ def make_loader(
         .shuffle()
         .repeat()
         .random_map(patch)
-        .batch(batch_size, drop_remainder=True)
-    )
+        .batch(batch_size // parts, drop_remainder=True)
+    )[part::parts]
     if num_workers == 0:
         return dataset.to_iter_dataset(grain.ReadOptions(_THREADS, _THREADS))
     if not flags.FLAGS.is_parsed():

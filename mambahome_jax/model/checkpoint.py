@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from mambahome_jax.errors import CheckpointError, OutputError
 
 CONFIG_FILE, MODEL_ITEM = "config.json", "model"
-PARTIAL, PREVIOUS = ".partial", ".previous"
+PARTIAL, PREVIOUS, EARLIER = ".partial", ".previous", "step_"
 # What Orbax and TensorStore raise for files that are missing, cut short or of another kind.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
@@ -118,8 +118,11 @@ def prepare_partial(folder: Path) -> Path:
     return partial
 
 
-def finish_checkpoint(folder: Path, config: dict[str, Any]) -> None:
-    """Put the configuration into the written `folder`.partial and let it take the place of `folder`."""
+def finish_checkpoint(folder: Path, config: dict[str, Any], keep: int = 1) -> None:
+    """Put the configuration into the written `folder`.partial and let it take the place of `folder`.
+
+    The keep - 1 checkpoints before it stay as step_<number> beside it.
+    """
     partial, previous = sibling(folder, PARTIAL), sibling(folder, PREVIOUS)
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     if folder.exists():
@@ -128,4 +131,11 @@ def finish_checkpoint(folder: Path, config: dict[str, Any]) -> None:
             shutil.rmtree(previous)
         folder.replace(previous)
     partial.replace(folder)
+    if keep > 1 and previous.exists():
+        step = json.loads((previous / CONFIG_FILE).read_text())["step"]
+        kept = folder.with_name(f"{EARLIER}{step:08d}")
+        shutil.rmtree(kept, ignore_errors=True)
+        previous.replace(kept)
+        for old in sorted(folder.parent.glob(f"{EARLIER}*"))[: 1 - keep]:
+            shutil.rmtree(old, ignore_errors=True)
     shutil.rmtree(previous, ignore_errors=True)

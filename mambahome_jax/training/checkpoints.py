@@ -5,6 +5,7 @@ parameters that are trained where the model is their moving average, or trained 
 "data" (state of the loader's iterator). Randomness needs none: its keys are made from the seed and the step.
 """
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ from mambahome_jax.model.checkpoint import (
     read_checkpoint_config,
     sibling,
 )
+from mambahome_jax.training.distributed import is_first
 from mambahome_jax.training.sharding import tree_sharding
 from mambahome_jax.training.step import TrainState, deployed_params
 
@@ -44,28 +46,37 @@ class CheckpointWriter:
         self._folder = Path()
 
     def save(
-        self, folder: Path, state: TrainState, config: dict[str, Any], data: Mapping[str, Any] | None = None
+        self,
+        folder: Path,
+        state: TrainState,
+        config: dict[str, Any],
+        data: Mapping[str, Any] | None = None,
+        keep: int = 1,
     ) -> None:
         """Start to write a checkpoint in the place of `folder`, once the one before is done.
 
         When this returns, `state` is copied and may be donated. Without `data` (state of the iterator) the parameters
-        alone are written. Raises OutputError, also for the checkpoint before, if it failed since.
+        alone are written. keep: checkpoints to keep, the earlier ones as step_<number> beside `folder`. With several
+        processes all of them have to call it; each writes what it holds. Raises OutputError, also for the checkpoint
+        before, if it failed since.
         """
         self.wait()
         folder = folder.absolute()
         items = {MODEL_ITEM: ocp.args.PyTreeSave(deployed_params(state))}
+        arrays: list[Any] = [deployed_params(state)]
         if data is not None:
-            items |= {
-                OPTIMIZER_ITEM: ocp.args.PyTreeSave(_beside_model(state)),
-                DATA_ITEM: ocp.args.JsonSave(dict(data)),
-            }
-        partial = prepare_partial(folder)
+            beside = _beside_model(state)
+            arrays.append(beside)
+            items |= {OPTIMIZER_ITEM: ocp.args.PyTreeSave(beside), DATA_ITEM: ocp.args.JsonSave(dict(data))}
+        partial = prepare_partial(folder) if is_first() else sibling(folder, PARTIAL)
         self._folder = folder
         try:
+            if is_first():
+                require_space(folder.parent, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
             self._checkpointer.save(partial, args=ocp.args.Composite(**items))
         except WRITE_ERRORS as error:
             raise self._failure(error) from error
-        self._swap = self._swapper.submit(self._finish, folder, config)
+        self._swap = self._swapper.submit(self._finish, folder, config, keep)
 
     def wait(self) -> None:
         """Until the last checkpoint stands in its place. Raises OutputError, once, where it could not be written."""
@@ -82,7 +93,9 @@ class CheckpointWriter:
             self.wait()
         finally:
             self._swapper.shutdown()
-            self._checkpointer.close()
+            # A failure that was told already would come again, as Orbax has it, in the place of our message.
+            with contextlib.suppress(*WRITE_ERRORS):
+                self._checkpointer.close()
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -90,15 +103,24 @@ class CheckpointWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _finish(self, folder: Path, config: dict[str, Any]) -> None:
+    def _finish(self, folder: Path, config: dict[str, Any], keep: int) -> None:
         # Orbax' own callback runs before its folder has its final name.
         self._checkpointer.wait_until_finished()
-        finish_checkpoint(folder, config)
+        if is_first():
+            finish_checkpoint(folder, config, keep)
 
     def _failure(self, error: Exception) -> OutputError:
-        shutil.rmtree(sibling(self._folder, PARTIAL), ignore_errors=True)
+        for leftover in self._folder.parent.glob(f"{self._folder.name}{PARTIAL}*") if is_first() else ():
+            shutil.rmtree(leftover, ignore_errors=True)
         kept = "The checkpoint before it is kept" if self._folder.exists() else "There is no checkpoint before it"
         return OutputError(f"{self._folder}: cannot be written ({error}). Is the disk full or read-only? {kept}")
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises OSError where fewer than `needed` bytes are free: told before the writer's threads fail one by one."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed / 1e6:.3g} MB needed, {free / 1e6:.3g} MB free")
 
 
 def restore_state(

@@ -3,13 +3,10 @@
 import contextlib
 import dataclasses
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -19,9 +16,11 @@ from jax.sharding import Mesh
 from mambahome_jax.errors import TrainingError
 from mambahome_jax.training.budget import Decision, TimeBudget
 from mambahome_jax.training.checkpoints import CheckpointWriter
+from mambahome_jax.training.distributed import gather
 from mambahome_jax.training.progress import Display, MetricsLog, Shown, device_memory, dice_table, duration
-from mambahome_jax.training.sharding import put_batch, replicated
+from mambahome_jax.training.sharding import put_batch, put_tree, replicated
 from mambahome_jax.training.step import Batch, TrainState, deployed_params
+from mambahome_jax.training.stopping import StopOnSignal
 
 Metrics = Mapping[str, jax.Array]
 
@@ -46,6 +45,7 @@ Validate = Callable[[Any, Callable[[], bool]], Validation | None]
 @dataclass(frozen=True)
 class Plan:
     """When things happen, in steps. `validated_until`: the step up to which a resumed run has been validated.
+    keep_last: checkpoints kept beside the best.
 
     With a budget, `total_steps` is None and the end a matter of time; then `val_every` None leaves the validations to
     the budget too.
@@ -57,6 +57,7 @@ class Plan:
     checkpoint_every: int | None = None
     validated_until: int = 0
     budget: TimeBudget | None = None
+    keep_last: int = 1
 
     def goes_on_after(self, step: int) -> bool:
         return self.total_steps is None or step < self.total_steps
@@ -83,7 +84,10 @@ class Progressed:
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop drives. `config`: entries for config.json of each checkpoint. `validate`: None to go without."""
+    """What the loop drives. `config`: entries for config.json of each checkpoint. `validate`: None to go without.
+
+    labelled: (cases, classes) bool, the classes that each case's dataset has labels of; None where all have all.
+    """
 
     train_step: Callable[..., tuple[TrainState, Metrics]]
     mesh: Mesh
@@ -93,6 +97,7 @@ class Parts:
     config: Mapping[str, Any]
     log: MetricsLog
     display: Display
+    labelled: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,7 @@ def train(state: TrainState, batches: Iterator, parts: Parts, plan: Plan, progre
     Raises TrainingError when loss, gradient or update is no longer finite, with step and cases of that batch; the
     checkpoints before stay. OutputError when a checkpoint cannot be written.
     """
-    with CheckpointWriter() as writer, _StopOnSignal(parts.display) as stop:
+    with CheckpointWriter() as writer, StopOnSignal(parts.display, parts.mesh) as stop:
         run = _Run(parts, plan, progressed, writer, stop)
         if progressed.step and plan.validates(progressed.step) and progressed.validated_until < progressed.step:
             # The run before was stopped between this step and its validation.
@@ -142,6 +147,7 @@ def train(state: TrainState, batches: Iterator, parts: Parts, plan: Plan, progre
                 # While the device works on this step; the state of the iterator is kept with each batch for that.
                 fetched = run.fetch(batches)
             run.finish(running)
+            stop.agree()
             progressed.step, running, unsaved = step, _Running(step, metrics, done.cases), done
             decision = run.decide()
             if decision.last:
@@ -157,7 +163,7 @@ def train(state: TrainState, batches: Iterator, parts: Parts, plan: Plan, progre
         run.finish(running)
         if unsaved is not None:
             run.save_last(state, unsaved.state_after)
-        progressed.signal = stop.received
+        progressed.signal = stop.requested()
     return state
 
 
@@ -165,7 +171,7 @@ class _Run:
     """The steps of `train` that need its parts."""
 
     def __init__(
-        self, parts: Parts, plan: Plan, progressed: Progressed, writer: CheckpointWriter, stop: "_StopOnSignal"
+        self, parts: Parts, plan: Plan, progressed: Progressed, writer: CheckpointWriter, stop: "StopOnSignal"
     ):
         self.parts, self.plan, self.progressed, self.writer, self.stop = parts, plan, progressed, writer, stop
         self.begun = self.stepped = time.perf_counter()
@@ -180,7 +186,7 @@ class _Run:
         """The further argument of the training step where the learning rate follows the time."""
         if self.plan.budget is None:
             return ()
-        return (jax.device_put(np.float32(decision.fraction), replicated(self.parts.mesh)),)
+        return (put_tree(np.float32(decision.fraction), replicated(self.parts.mesh)),)
 
     def fetch(self, batches: Iterator) -> _Fetched:
         """The next batch, on its way to the devices, with the iterator's state after it."""
@@ -191,6 +197,8 @@ class _Run:
             self.waited += time.perf_counter() - begun
         indices = np.asarray(batch.pop("case"))
         cases = tuple(self.parts.case_ids[index] for index in indices)
+        if self.parts.labelled is not None:
+            batch["labelled"] = self.parts.labelled[indices]
         return _Fetched(put_batch(batch, self.parts.mesh), cases, batches.get_state())  # type: ignore[attr-defined]
 
     def finish(self, running: _Running | None, write: bool = True) -> dict[str, Any]:
@@ -200,8 +208,9 @@ class _Run:
         values = {name: float(value) for name, value in jax.device_get(running.metrics).items()}
         wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if wrong:
+            cases = [case for share in gather(running.cases) for case in share]
             raise TrainingError(
-                f"step {running.step}: {', '.join(wrong)}; cases of this batch: {', '.join(running.cases)}. Stopped; "
+                f"step {running.step}: {', '.join(wrong)}; cases of this batch: {', '.join(cases)}. Stopped; "
                 "the checkpoints before it are kept. Look at these cases, or use a lower --lr or --precision fp32"
             )
         if self.plan.budget is not None:
@@ -246,6 +255,7 @@ class _Run:
                 if budget is not None:
                     measured.enter_context(budget.validating())
                 validation = self.parts.validate(deployed_params(state), self.must_stop)
+            self.stop.agree(at_once=True)
             display.pause()
             self.waited, self.stepped = 0.0, time.perf_counter()
             if validation is None:
@@ -269,7 +279,7 @@ class _Run:
 
     def must_stop(self) -> bool:
         """Whether a validation is to be given up: a signal came, or the time is up."""
-        return self.stop.requested() or (self.plan.budget is not None and self.plan.budget.must_save())
+        return self.stop.noticed() or (self.plan.budget is not None and self.plan.budget.must_save())
 
     def _give_up(self, state: TrainState) -> None:
         """A validation was given up. Where that was for lack of time, `best` is not to be missing at the end."""
@@ -282,12 +292,14 @@ class _Run:
 
     def save_last(self, state: TrainState, data: dict[str, Any]) -> None:
         """Write `last`; with a time budget wait for it, which tells how long that takes."""
-        if self.plan.budget is None:
-            self.writer.save(self.parts.folder / "last", state, self._config(), data)
-            return
-        with self.plan.budget.saving():
-            self.writer.save(self.parts.folder / "last", state, self._config(), data)
-            self.writer.wait()
+        # A run that is killed goes on from this checkpoint, and the metrics up to it have to be there.
+        self.parts.log.flush()
+        with contextlib.ExitStack() as measured:
+            if self.plan.budget is not None:
+                measured.enter_context(self.plan.budget.saving())
+            self.writer.save(self.parts.folder / "last", state, self._config(), data, self.plan.keep_last)
+            if self.plan.budget is not None:
+                self.writer.wait()
 
     def _config(self) -> dict[str, Any]:
         step = self.progressed.step
@@ -298,35 +310,6 @@ class _Run:
             "best": self.progressed.best,
             "validated_until": self.progressed.validated_until,
         } | ({} if self.plan.budget is None else {"seconds_spent": self.plan.budget.spent()})
-
-
-class _StopOnSignal(contextlib.AbstractContextManager):
-    """Notes SIGTERM and SIGINT, so that the step is finished and a checkpoint written; the second SIGINT interrupts."""
-
-    def __init__(self, display: Display):
-        self.received: int | None = None
-        self._display = display
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopOnSignal":
-        # Python delivers signals to the main thread alone.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def requested(self) -> bool:
-        return self.received is not None
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-        self._display.say(f"{signal.Signals(number).name}: finishing this step and writing a checkpoint")
 
 
 def _finite(value: float) -> float | None:

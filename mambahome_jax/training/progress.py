@@ -94,6 +94,25 @@ class MetricsLog:
         )
 
 
+class NoLog(MetricsLog):
+    """Keeps nothing: for the processes beside the first."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, row: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
+        """Nothing."""
+
+    def picture(self, name: str, picture: np.ndarray, step: int) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def _rows_up_to(path: Path, step: int) -> list[dict[str, str]]:
     if step == 0 or not path.exists():
         return []

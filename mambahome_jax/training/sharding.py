@@ -16,13 +16,24 @@ Tree = TypeVar("Tree")
 
 
 def choose_devices(parallel: bool = True, num_devices: int | None = None) -> list[jax.Device]:
-    """The devices to train on: all accelerators, or one CPU, unless a number is given. Raises ConfigError."""
-    devices = jax.devices()
-    if num_devices is None:
-        return devices if parallel and devices[0].platform != "cpu" else devices[:1]
-    if not 1 <= num_devices <= len(devices):
-        raise ConfigError(f"--num_devices {num_devices}: this machine has {len(devices)} {devices[0].platform} devices")
-    return devices[:num_devices] if parallel else devices[:1]
+    """The devices to train on, process by process: all accelerators, or one CPU of each, unless a number is given.
+
+    num_devices: of each process. Raises ConfigError.
+    """
+    here = jax.local_devices()
+    count = num_devices if num_devices is not None else 1 if here[0].platform == "cpu" else len(here)
+    if not 1 <= count <= len(here):
+        raise ConfigError(f"--num_devices {count}: this machine has {len(here)} {here[0].platform} devices")
+    processes = jax.process_count()
+    if processes == 1:
+        return here[: count if parallel else 1]
+    if not parallel:
+        raise ConfigError(f"--parallel False, but there are {processes} processes; expected one")
+    shares = [[device for device in jax.devices() if device.process_index == n][:count] for n in range(processes)]
+    if any(len(share) != count for share in shares):
+        found = ", ".join(str(len(share)) for share in shares)
+        raise ConfigError(f"the processes have {found} devices; expected as many in each. Use --num_devices")
+    return [device for share in shares for device in share]
 
 
 def make_mesh(devices: list[jax.Device]) -> Mesh:
@@ -62,6 +73,34 @@ def _spec(shape: tuple[int, ...], devices: int, strategy: Strategy) -> Partition
         return PartitionSpec()
     largest = max(divisible, key=lambda axis: shape[axis])
     return PartitionSpec(*(AXIS if axis == largest else None for axis in range(len(shape))))
+
+
+def put_tree(tree: Any, shardings: Any) -> Any:
+    """Host values, or arrays of one process that all processes have alike, to where they belong."""
+
+    def put(value: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(value, sharding)
+        whole = np.asarray(value)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def copy_to(tree: Any, device: jax.Device) -> Any:
+    """Whole arrays on one device of this process; with several processes all of them have to call it."""
+
+    def local(value: jax.Array) -> jax.Array:
+        return next(shard.data for shard in value.addressable_shards if shard.device == device)
+
+    sharding = jax.tree.leaves(tree)[0].sharding
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, device)
+    return jax.tree.map(local, jax.jit(_unchanged, out_shardings=replicated(sharding.mesh))(tree))
+
+
+def _unchanged(tree: Tree) -> Tree:
+    return tree
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

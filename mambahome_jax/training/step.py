@@ -15,7 +15,7 @@ from mambahome_jax.data.augmentation import augment
 from mambahome_jax.training.deep_supervision import network_params
 from mambahome_jax.training.losses import LossFunction
 from mambahome_jax.training.optimizer import Optimizer, is_encoder
-from mambahome_jax.training.sharding import replicated, tree_sharding
+from mambahome_jax.training.sharding import put_tree, replicated, tree_sharding
 
 Batch = dict[str, jax.Array]
 
@@ -56,7 +56,7 @@ def init_state(
 
     shardings = tree_sharding(abstract_state(params, optimizer, ema), mesh, strategy)
     # From the host the arrays go straight to where they belong.
-    params = jax.device_put(params, shardings.params)
+    params = put_tree(params, shardings.params)
     return jax.jit(start, out_shardings=shardings)(params)
 
 

@@ -224,3 +224,28 @@ def test_a_damaged_case_is_named(tmp_path, batches):
     (tmp_path / "c0/image/zarr.json").write_text("{")
     with pytest.raises(DatasetError, match=r"c0: .*image: cannot be read"):
         batches(make_loader(store, store.cases, (8, 8, 8), 2), 1)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_shares_of_a_batch_are_the_batch(tmp_path, batches, parts):
+    store = make_store(tmp_path, [(20, 20, 20)] * 5)
+    whole = batches(make_loader(store, store.cases, (8, 8, 8), 4, seed=3), 7)
+    shares = [batches(make_loader(store, store.cases, (8, 8, 8), 4, seed=3, share=(n, parts)), 7) for n in range(parts)]
+    joined = [
+        {key: np.concatenate([part[key] for part in step]) for key in step[0]} for step in zip(*shares, strict=True)
+    ]
+    assert_same(whole, joined)
+
+
+def test_the_state_of_a_share_is_that_of_the_whole(tmp_path, batches):
+    store = make_store(tmp_path, [(20, 20, 20)] * 5)
+    states = []
+    for share in ((0, 1), (1, 2)):
+        iterator = iter(make_loader(store, store.cases, (8, 8, 8), 4, seed=3, share=share))
+        for _ in range(3):
+            next(iterator)
+        states.append(iterator.get_state())
+        iterator.close()
+    assert states[0] == states[1]
+    with pytest.raises(ConfigError, match="a multiple of 3"):
+        make_loader(store, store.cases, (8, 8, 8), 4, share=(0, 3))

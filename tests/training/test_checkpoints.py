@@ -1,5 +1,10 @@
 """Checkpoints of a training: bit-exact, whole or not at all, on any number of devices."""
 
+import contextlib
+import os
+import shutil
+import subprocess
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,3 +119,59 @@ def test_settings_that_differ_are_all_named(tmp_path):
         check_settings(tmp_path / "last", {**CONFIG, "training": {"lr": 1e-2, "seed": 2}})
     with pytest.raises(CheckpointError, match="classes was 2, now 3"):
         check_settings(tmp_path / "last", {**CONFIG, "model": {"width": 8, "classes": 3}})
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(1, []), (3, ["step_00000002", "step_00000003"])])
+def test_the_last_checkpoints_are_kept_and_each_can_be_resumed(tmp_path, keep, kept):
+    state = _state()
+    with CheckpointWriter() as writer:
+        for step in range(1, 5):
+            state = _changed(state)
+            writer.save(tmp_path / "last", state, {**CONFIG, "step": step}, data={"at": step}, keep=keep)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last", *kept]
+    for name, step in zip(["last", *kept], [4, 2, 3], strict=False):
+        found, data = restore_state(tmp_path / name, jax.eval_shape(lambda: state), make_mesh(jax.devices()[:1]))
+        assert int(found.step) == data["at"] == step
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if mount is None or os.geteuid() != 0:
+        pytest.skip("a file system of its own needs root")
+    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("this machine does not allow to mount a file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+# Orbax' threads fail one by one, and some after their event loop.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("foreseen", [True, False])
+def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(small_disk, monkeypatch, foreseen):
+    state = _changed(_state(width=1024))
+    with CheckpointWriter() as writer:
+        writer.save(small_disk / "last", state, CONFIG, data={"at": 1})
+        writer.wait()
+        filler = small_disk / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 16))
+        if not foreseen:
+            monkeypatch.setattr(checkpoints, "require_space", lambda *_: None)
+        reason = r"MB needed, 0 MB free" if foreseen else "No space left on device"
+        with pytest.raises(OutputError, match=rf"(?s)last: cannot be written.*{reason}.*disk full.*is kept"):
+            writer.save(small_disk / "last", _changed(state), CONFIG, data={"at": 2})
+            writer.wait()
+        assert sorted(p.name for p in small_disk.iterdir()) == ["filler", "last"]
+        found, data = restore_state(small_disk / "last", jax.eval_shape(lambda: state), make_mesh(jax.devices()[:1]))
+        _assert_equal(found, state)
+        assert data == {"at": 1}
+    filler.unlink()
+    with CheckpointWriter() as writer:
+        writer.save(small_disk / "last", _changed(state), CONFIG, data={"at": 2})
+    assert read_checkpoint_config(small_disk / "last") == CONFIG

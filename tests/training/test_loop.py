@@ -15,7 +15,7 @@ from rich.console import Console
 from mambahome_jax.config import AugmentationConfig
 from mambahome_jax.errors import TrainingError
 from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params
-from mambahome_jax.training.checkpoints import restore_state
+from mambahome_jax.training.checkpoints import CheckpointWriter, restore_state
 from mambahome_jax.training.loop import Parts, Plan, Progressed, Validation, train
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -115,6 +115,19 @@ def test_resume_from_a_checkpoint_that_is_behind_the_metrics(tmp_path):
     resumed, _, _ = _resume(tmp_path / "run")
     _assert_equal(resumed, straight)
     assert [row["step"] for row in _rows(tmp_path / "run")] == [str(n) for n in range(1, 7)]
+
+
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_a_killed_run_resumes_from(tmp_path, monkeypatch):
+    seen, save = [], CheckpointWriter.save
+
+    def watched(writer, folder, state, config, *rest):
+        if folder.name == "last":
+            seen.append((config["step"], len(_rows(tmp_path / "run"))))
+        save(writer, folder, state, config, *rest)
+
+    monkeypatch.setattr(CheckpointWriter, "save", watched)
+    _train(tmp_path / "run", checkpoint_every=2)
+    assert seen == [(2, 2), (4, 4), (6, 6)]
 
 
 def test_numbers_that_are_not_finite_stop_with_step_and_cases(tmp_path):

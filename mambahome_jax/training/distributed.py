@@ -1,0 +1,168 @@
+"""Several processes, on one host or many: how they start, how they agree, and that none of them waits for a dead one.
+
+Each process runs the same program on its own devices; JAX joins them through a service in the first one. What every
+process has to decide alike (whether to resume, when to stop) is gathered from all of them first.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from mambahome_jax.errors import ConfigError, MambaHomeError, TrainingError
+from mambahome_jax.training.sharding import batch_sharding, replicated
+
+# A process that has not been heard of for so long is dead, and ends the others; JAX's own default is 100.
+HEARTBEAT_SECONDS = 30
+# Queues let the processes of one job start minutes apart.
+START_SECONDS = 600
+
+
+def join_processes(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """Join the other processes of this job, if it has any; to be called before anything else asks for devices.
+
+    Args:
+        coordinator_address: host:port of process 0. Where all three are None they come from JAX_COORDINATOR_ADDRESS,
+            JAX_NUM_PROCESSES and JAX_PROCESS_ID, else from SLURM (a step of several tasks, one a device) or Open MPI.
+            A job of one process joins nothing.
+        num_processes: of the whole job.
+        process_id: of this process, from 0.
+
+    Raises ConfigError: some of the three are missing or impossible, or the others do not answer.
+    """
+    given: dict[str, Any] = {
+        "coordinator_address": coordinator_address or environment.get("JAX_COORDINATOR_ADDRESS"),
+        "num_processes": _whole(num_processes, environment, "JAX_NUM_PROCESSES"),
+        "process_id": _whole(process_id, environment, "JAX_PROCESS_ID"),
+    }
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    arguments: dict[str, Any] = {}
+    if not missing:
+        arguments = {**given, "cluster_detection_method": "deactivate"}
+        count, index = given["num_processes"], given["process_id"]
+        if not 0 <= index < count or ":" not in given["coordinator_address"]:
+            raise ConfigError(
+                f"--coordinator_address {given['coordinator_address']} --num_processes {count} --process_id {index}; "
+                "expected host:port, and an id from 0 that is below the number of processes"
+            )
+        if count == 1:
+            return
+    elif len(missing) < 3:
+        expected = "--coordinator_address, --num_processes and --process_id, or none of them under SLURM or Open MPI"
+        raise ConfigError(f"{', '.join(missing)} missing; expected {expected}")
+    elif not launched_as_several(environment):
+        return
+    try:
+        jax.distributed.initialize(
+            **arguments, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"the processes of this job could not be joined: {error}") from error
+
+
+def launched_as_several(environment: Mapping[str, str]) -> bool:
+    """Whether SLURM or Open MPI started this process as one of several, in the variables that JAX reads too."""
+    slurm = "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1
+    mpi = "OMPI_MCA_orte_hnp_uri" in environment and int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    return slurm or mpi
+
+
+def is_first() -> bool:
+    """Whether this process writes the files and talks to the person."""
+    return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process' `value` (JSON), in the order of the processes; all of them have to call it."""
+    if jax.process_count() == 1:
+        return [value]
+    # As bytes: arrays of float64 would come back as float32.
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([len(text)], np.int32)).ravel()
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def require_same(what: str, value: Any) -> None:
+    """Raises ConfigError, in every process, where the processes differ in `value`."""
+    found = gather(value)
+    if any(other != found[0] for other in found):
+        raise ConfigError(
+            f"{what} differs between the processes. Start all of them with the same flags, and with a --data_train and "
+            "an --output_dir that every host sees"
+        )
+
+
+class Votes:
+    """The largest number that any process voted for in a step, without waiting for a device: counted a step later."""
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+        self._pending: jax.Array | None = None
+        self._largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
+
+    def cast(self, number: int) -> int:
+        """Vote; returns the result of the vote before this one, 0 for the first."""
+        before, self._pending = self._pending, self._start(number)
+        return 0 if before is None else int(before)
+
+    def settle(self, number: int) -> int:
+        """Vote and wait for the result; nothing is pending afterwards."""
+        self._pending = None
+        return int(self._start(number))
+
+    def _start(self, number: int) -> jax.Array:
+        sharding = batch_sharding(self._mesh)
+        here = np.full(len(sharding.addressable_devices), number, np.int32)
+        return self._largest(jax.make_array_from_process_local_data(sharding, here))
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """An error in one of several processes ends it at once; a regular exit would wait for the others, and they for it.
+
+    The others end when the service notices, after HEARTBEAT_SECONDS at the latest. The exit code is 2 for what is the
+    user's to mend, 130 for an interrupt, else 1. With one process the error passes through.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if jax.process_count() == 1:
+            raise
+        here = f"process {jax.process_index()} of {jax.process_count()}"
+        if isinstance(error, MambaHomeError):
+            print(f"Error ({here}): {error}", file=sys.stderr)
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            lost = "another process may have died, look at its last messages"
+            print(f"Error ({here}): {error}\n{lost}. The same command with --resume continues", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        os._exit(2 if isinstance(error, MambaHomeError) and not isinstance(error, TrainingError) else code)
+
+
+def _whole(value: int | None, environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name)
+    if value is not None or text is None:
+        return value
+    if not text.isdigit():
+        raise ConfigError(f"{name}={text}; expected a whole number")
+    return int(text)

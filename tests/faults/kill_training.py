@@ -1,0 +1,152 @@
+"""Kill a training with -9 at random moments, resume it each time, and compare its end with an uninterrupted run.
+
+python -m tests.faults.kill_training --kills 10 --json kills.json
+
+Every second kill waits until a checkpoint is being written. The network is MambaHoME_tiny, the scans are synthetic,
+the programs compiled with the flags of the tests.
+Exit code 0: parameters, optimizer state and losses have the same bits; 1 otherwise.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mambahome_jax.errors import CheckpointError
+from mambahome_jax.model.checkpoint import find_checkpoint, read_checkpoint_config, read_checkpoint_params
+from tests.commands.test_train import _dataset
+from tests.conftest import ROOT
+
+FLAGS = ("--model", "MambaHoME_tiny", "--patch_size", "32", "16", "16", "--batch_size", "1", "--checkpoint_every", "2")
+COMPARED = ("step", "epoch", "loss", "lr", "grad_norm", "update_norm", "val_dice")
+
+
+def kill_training(
+    folder: Path, kills: int, steps: int, program: Sequence[str] = (sys.executable, "train.py"), seed: int = 0
+) -> dict[str, Any]:
+    """Do it in an empty `folder`; returns the kills, and whether the two runs ended with the same bits."""
+    chance = random.Random(seed)
+    data = _dataset(folder / "data", val=("c3", "c4"))
+    command = [*program, "--data_train", str(data), *FLAGS, "--steps", str(steps), "--val_every", str(steps // 3)]
+    begun = time.perf_counter()
+    _finish(_start([*command, "--output_dir", str(folder / "straight")], folder))
+    straight_s = time.perf_counter() - begun
+    run, told = folder / "killed", []
+    while len(told) < kills:
+        process = _start([*command, "--output_dir", str(run), "--resume"], folder)
+        found = _kill(process, run / "checkpoints", chance, while_writing=len(told) % 2 == 1)
+        if found is None:
+            raise RuntimeError(f"the run was through after {len(told)} kills: give it more --steps")
+        told.append(found)
+        print(f"kill {len(told)}: {found}", flush=True)
+    _finish(_start([*command, "--output_dir", str(run), "--resume"], folder))
+    return {
+        "kills": told,
+        "while_writing": sum("partial" in "".join(kill["left"]) for kill in told),
+        "straight_seconds": round(straight_s, 1),
+        "different": _different(folder / "straight", run),
+    }
+
+
+def _start(command: list[str], folder: Path) -> subprocess.Popen:
+    # One cache for all, so that a restart takes seconds.
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
+    log = (folder / "train.log").open("a")
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _finish(process: subprocess.Popen) -> None:
+    code = process.wait()
+    if code != 0:
+        raise RuntimeError(f"training ended with exit code {code}; see train.log")
+
+
+def _kill(
+    process: subprocess.Popen, checkpoints: Path, chance: random.Random, while_writing: bool
+) -> dict[str, Any] | None:
+    """Kill it after up to two more checkpoints and a random time; None where it ended before that."""
+    before, wanted, begun = _step(checkpoints), chance.randint(0, 2), time.time()
+    report = checkpoints.parent / "run.json"
+    while (
+        (_step(checkpoints) - before) // 2 < wanted
+        or (while_writing and not list(checkpoints.glob("*.partial*")))
+        or not (report.exists() and report.stat().st_mtime > begun)
+    ):
+        if process.poll() is not None:
+            _finish(process)
+            return None
+        time.sleep(0.001)
+    time.sleep(chance.uniform(0, 0.04 if while_writing else 1.0))
+    process.kill()
+    process.wait()
+    left = sorted(path.name for path in checkpoints.glob("*")) if checkpoints.exists() else []
+    try:
+        read_checkpoint_params(checkpoints / "last")
+        readable = True
+    except CheckpointError:
+        readable = False
+    if not readable and before:
+        raise RuntimeError(f"the checkpoint of step {before} is lost: {left}")
+    return {"step": _step(checkpoints), "left": left}
+
+
+def _step(checkpoints: Path) -> int:
+    try:
+        return int(read_checkpoint_config(checkpoints / "last")["step"])
+    except (CheckpointError, KeyError):
+        return 0
+
+
+def _different(straight: Path, killed: Path) -> list[str]:
+    """Names of all values that differ in a bit."""
+    different = []
+    for item in ("model", "optimizer"):
+        one, other = (_arrays(find_checkpoint(run / "checkpoints" / "last") / item) for run in (straight, killed))
+        different += [f"{item}{name}" for name in one if one[name].tobytes() != other[name].tobytes()]
+    rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (straight, killed)]
+    if [[row[name] for name in COMPARED] for row in rows[0]] != [[row[name] for name in COMPARED] for row in rows[1]]:
+        different.append("metrics.csv")
+    return different
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    handler = ocp.PyTreeCheckpointHandler()
+    on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree)
+    tree = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=on_host))
+    return {jax.tree_util.keystr(key): np.asarray(leaf) for key, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="an empty folder to work in (default: a temporary one)")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        result = kill_training(args.folder or Path(temporary), args.kills, args.steps, seed=args.seed)
+    about = {"jax": jax.__version__, "python": platform.python_version(), "steps": args.steps, "seed": args.seed}
+    if args.json:
+        args.json.write_text(json.dumps({"about": about, **result}, indent=1))
+    print(f"{args.kills} kills, {result['while_writing']} of them while a checkpoint was written")
+    print("Same bits" if not result["different"] else f"Different: {result['different']}")
+    return int(bool(result["different"]))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
