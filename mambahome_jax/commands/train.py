@@ -25,7 +25,7 @@ from mambahome_jax.commands.train_report import (
     versions,
     write_report,
 )
-from mambahome_jax.commands.train_setup import Setup, labelled_classes, make_setup, training_settings
+from mambahome_jax.commands.train_setup import Setup, make_setup, training_settings
 from mambahome_jax.commands.validation import ValidationSettings, make_validate
 from mambahome_jax.config import TrainConfig
 from mambahome_jax.data.loader import make_loader
@@ -183,7 +183,17 @@ def _train(
     ):
         if plan.goes_on_after(progressed.step):
             display.say("Compiling the training step, once; the first step follows")
-        parts = Parts(train_step, mesh, setup.train_cases, validate, folder / "checkpoints", settings, log, display)
+        parts = Parts(
+            train_step,
+            mesh,
+            setup.train_cases,
+            validate,
+            folder / "checkpoints",
+            settings,
+            log,
+            display,
+            setup.labelled,
+        )
         train(state, batches, parts, plan, progressed)
 
 
@@ -200,7 +210,6 @@ def _batches(config: TrainConfig, setup: Setup, store: Store, data_state: dict[s
         class_balanced=setup.ingredients.class_balanced,
         modality=config.modality,
         share=(jax.process_index(), jax.process_count()),
-        labelled=labelled_classes(setup),
     )
     iterator = iter(loader)
     try:

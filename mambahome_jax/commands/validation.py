@@ -56,7 +56,8 @@ def make_validate(
         params = copy_to(params, device)
         scores: dict[str, list[float | None]] = {}
         failures: dict[str, str] = {}
-        stopped, first_ended = False, None
+        stopped = False
+        first_ended: float | None = None
         picture: np.ndarray | None = None
         for case in settings.cases[jax.process_index() :: jax.process_count()]:
             stopped = stop()
@@ -82,11 +83,9 @@ def make_validate(
             found = dice(prediction, reference, values)
             scores[case] = [None if math.isnan(score) else float(score) for score in found]
             first_ended = first_ended or time.perf_counter()
-        again = None
-        if first_ended is not None and len(scores) > 1:
-            # The first case may have compiled.
-            again = (time.perf_counter() - first_ended) * len(scores) / (len(scores) - 1)
-        shares = gather({"scores": scores, "failures": failures, "stopped": stopped, "again": again})
+        # The first case may have compiled.
+        again = _time_again(first_ended, time.perf_counter(), len(scores))
+        shares = gather({"scores": scores, "failures": failures, "stopped": stopped})
         if any(share["stopped"] for share in shares):
             return None
         scores = {case: row for share in shares for case, row in share["scores"].items()}
@@ -95,11 +94,14 @@ def make_validate(
         rows = [scores[case] for case in settings.cases if case in scores]
         table = np.array(rows, np.float64).reshape(len(rows), len(values))
         structures = {settings.labels[value]: _mean(column) for value, column in zip(values, table.T, strict=True)}
-        known = [share["again"] for share in shares if share["again"] is not None]
-        mean = _mean(list(structures.values()))
-        return Validation(mean, structures, tuple(failures.items()), max(known, default=None), picture)
+        return Validation(_mean(list(structures.values())), structures, tuple(failures.items()), again, picture)
 
     return validate
+
+
+def _time_again(first_ended: float | None, ended: float, scored: int) -> float | None:
+    """Seconds for all cases once more, without what only the first one took."""
+    return None if first_ended is None or scored < 2 else (ended - first_ended) * scored / (scored - 1)
 
 
 def _picture(

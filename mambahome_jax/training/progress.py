@@ -103,6 +103,9 @@ class NoLog(MetricsLog):
     def write(self, row: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
         """Nothing."""
 
+    def picture(self, name: str, picture: np.ndarray, step: int) -> None:
+        """Nothing."""
+
     def flush(self) -> None:
         """Nothing."""
 

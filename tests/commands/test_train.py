@@ -7,13 +7,20 @@ import os
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from mambahome_jax.commands import train as command
 from mambahome_jax.commands.train_report import dataset_fingerprint, git_state
-from mambahome_jax.commands.train_setup import choose_patch, make_augmentation, make_setup, model_config
+from mambahome_jax.commands.train_setup import (
+    choose_patch,
+    labelled_classes,
+    make_augmentation,
+    make_setup,
+    model_config,
+)
 from mambahome_jax.config import MODEL_SIZES, ModelSize, TrainConfig
 from mambahome_jax.data.store import StoreEntry, write_case, write_index
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, read_prepared, write_prepared
@@ -23,6 +30,7 @@ from mambahome_jax.imaging.volume import Volume, write_volume
 from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params
 from mambahome_jax.recipes import Ingredients
 from mambahome_jax.training import loop
+from mambahome_jax.training.losses import dice_ce
 from tests.conftest import golden_path
 from tests.training.stand_in import SmallNet
 
@@ -248,6 +256,24 @@ def test_mirroring_goes_by_the_names_of_the_structures(tmp_path):
         make_augmentation(Ingredients(mirror=("LR",)), prepared, lonely)
     assert make_augmentation(Ingredients(mirror=("LR",)), prepared, lonely, explicit=False).mirror == ()
     assert make_augmentation(Ingredients(augment=False), prepared, pairs) is None
+
+
+def test_classes_that_a_case_s_dataset_never_labelled_reach_the_loss(tmp_path, monkeypatch):
+    prepared = read_prepared(_dataset(tmp_path / "data"))
+    cases = tuple(dataclasses.replace(c, labelled=() if c.id in ("c0", "c2") else None) for c in prepared.cases)
+    write_prepared(dataclasses.replace(prepared, cases=cases))
+    seen = []
+
+    def loss(logits, labels, labelled=None, **options):
+        jax.debug.callback(lambda values: seen.append(np.asarray(values).tolist()), labelled)
+        return dice_ce(logits, labels, labelled, **options)
+
+    monkeypatch.setattr(command, "dice_ce", loss)
+    assert command.run(_config(prepared.root, tmp_path / "run", steps=2, augment=False)) == 0
+    jax.effects_barrier()
+    # An epoch of two steps holds each of the four cases once.
+    assert sorted(row for batch in seen[:2] for row in batch) == [[True, False]] * 2 + [[True, True]] * 2
+    assert labelled_classes(read_prepared(_dataset(tmp_path / "other")), ("c0", "c1"), 2) is None
 
 
 def test_steps_schedule_and_split(tmp_path):
