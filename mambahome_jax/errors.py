@@ -23,6 +23,13 @@ class OutputError(MambaHomeError):
     """A result that cannot be written (full disk, read-only folder)."""
 
 
+def why_not_written(error: Exception) -> str:
+    """The reason in a few words; Orbax and TensorStore wrap that of the system in a page of their own."""
+    text = str(getattr(error, "strerror", None) or error)
+    known = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
+    return next((reason for reason in known if reason in text), text.partition("\n")[0] or type(error).__name__)
+
+
 class DatasetError(MambaHomeError):
     """A scan, a label map or a folder that is not what it should be.
 

@@ -108,16 +108,17 @@ def run(config: InferConfig) -> int:
         "cases": outcome.cases,
         "failures": outcome.failures,
     }
+    where = f"above and in {config.output_dir / 'run.json'}"
+    code = outcome.exit_code
     try:
         write_json(config.output_dir / "run.json", report)
     except OutputError as error:
-        outcome.failures.append({"id": "run.json", "reason": str(error)})
-        _say(console, str(error))
-    total = len(scans) + collisions
-    _say(console, f"{len(outcome.cases)} of {total} scans segmented, in {config.output_dir}")
+        where, code = "above", max(code, 1)
+        _say(console, f"There is no report of this run: {error}")
+    _say(console, f"{len(outcome.cases)} of {len(scans) + collisions} scans segmented, in {config.output_dir}")
     if outcome.failures:
-        _say(console, f"{len(outcome.failures)} failed; the reasons are above and in {config.output_dir / 'run.json'}")
-    return outcome.exit_code
+        _say(console, f"{len(outcome.failures)} failed; the reasons are {where}")
+    return code
 
 
 def versions() -> dict[str, str]:
@@ -171,6 +172,8 @@ def _work(
             except CASE_ERRORS as error:
                 fail(scan, error)
                 return not isinstance(error, OutputError)
+            for remark in outcome.cases[-1].get("remarks", ()):
+                _say(console, f"Note: {scan.case}: {remark}")
             progress.advance(cases)
             return True
 
@@ -182,10 +185,7 @@ def _work(
             try:
                 volume, prepared = reading.result()
                 result = label(
-                    model,
-                    prepared,
-                    settings,
-                    lambda done, total: progress.update(windows, completed=done, total=total),
+                    model, prepared, settings, lambda done, total: progress.update(windows, completed=done, total=total)
                 )
             except CASE_ERRORS as error:
                 fail(scan, error)
@@ -238,12 +238,15 @@ def _write(
     settings: SegmentSettings,
     begun: float,
 ) -> dict[str, Any]:
-    """Write a label map and its preview; returns the entry of run.json."""
+    """Write a label map and its preview; returns the entry of run.json. A preview that fails is a remark."""
     path = _result(config, scan)
     write_volume(path, result, names=names)
-    preview = config.output_dir / "previews" / f"{scan.case}.png"
-    if config.previews:
-        write_preview(preview, volume, result, names, scan.modality or settings.modality, scan.case)
+    preview, remarks = config.output_dir / "previews" / f"{scan.case}.png", {}
+    try:
+        if config.previews:
+            write_preview(preview, volume, result, names, scan.modality or settings.modality, scan.case)
+    except OutputError as error:
+        remarks = {"remarks": [f"without preview: {error}"]}
     counts = label_counts(result.array)
     voxel_ml = float(abs(np.linalg.det(result.affine[:3, :3]))) / 1000
     return {
@@ -251,14 +254,14 @@ def _write(
         "input": str(scan.path),
         "modality": scan.modality or settings.modality,
         "output": path.name,
-        "preview": str(preview.relative_to(config.output_dir)) if config.previews else None,
+        "preview": str(preview.relative_to(config.output_dir)) if config.previews and not remarks else None,
         "shape": list(result.shape),
         "seconds": round(time.perf_counter() - begun, 3),
         "volume_ml": {
             names.get(value, f"label_{value}"): round(counts.get(value, 0) * voxel_ml, 4)
             for value in sorted({*names, *counts})
         },
-    }
+    } | remarks
 
 
 def _result(config: InferConfig, scan: Scan) -> Path:

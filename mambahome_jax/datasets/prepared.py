@@ -1,5 +1,6 @@
 """A folder that preprocess.py wrote: images/, labels/, store/ and dataset.json."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -152,7 +153,10 @@ def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
         partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = f"{path}: cannot be written: {error.strerror or error}"
+        raise OutputError(f"{reason}. Free some space or name another output folder") from error
 
 
 def split_cases(prepared: Prepared, seed: int = 0) -> tuple[list[str], list[str]]:

@@ -5,8 +5,12 @@ is read in its place should a crash leave only that. This module knows the param
 state of the optimizer and of the data to the same folder.
 """
 
+import contextlib
+import glob
 import json
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mambahome_jax.errors import CheckpointError, OutputError
+from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
 
 CONFIG_FILE, MODEL_ITEM = "config.json", "model"
 PARTIAL, PREVIOUS, EARLIER = ".partial", ".previous", "step_"
@@ -96,13 +100,41 @@ def write_checkpoint(folder: Path | str, params: Any, config: dict[str, Any], *,
         raise OutputError(f"{folder} exists already; expected a new folder. Choose another name or pass --overwrite")
     partial = prepare_partial(folder)
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        require_space(folder.parent, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params)))
+        with _without_absl(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             checkpointer.save(partial, args=ocp.args.Composite(**{MODEL_ITEM: ocp.args.PyTreeSave(params)}))
         finish_checkpoint(folder, config)
     except WRITE_ERRORS as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OutputError(f"{folder}: cannot be written ({error}). Is the disk full or read-only?") from error
+        remove_partial(folder)
+        raise OutputError(
+            f"{folder}: cannot be written ({why_not_written(error)}). Is the disk full or read-only?"
+        ) from error
     return folder
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises OSError where fewer than `needed` bytes are free: told before the writer's threads fail one by one."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"{needed / 1e6:.3g} MB needed, {free / 1e6:.3g} MB free")
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a failed write left beside `folder`; Orbax writes under the partial name with more behind it."""
+    for leftover in folder.parent.glob(f"{glob.escape(folder.name)}{PARTIAL}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _without_absl() -> Iterator[None]:
+    """Orbax logs each failure with its traceback before it raises it; the message is ours to give."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def prepare_partial(folder: Path) -> Path:

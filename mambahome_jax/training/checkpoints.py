@@ -6,7 +6,6 @@ parameters that are trained where the model is their moving average, or trained 
 """
 
 import contextlib
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from mambahome_jax.config import Strategy
-from mambahome_jax.errors import CheckpointError, ConfigError, OutputError
+from mambahome_jax.errors import CheckpointError, ConfigError, OutputError, why_not_written
 from mambahome_jax.model.checkpoint import (
     MODEL_ITEM,
     PARTIAL,
@@ -27,6 +26,8 @@ from mambahome_jax.model.checkpoint import (
     finish_checkpoint,
     prepare_partial,
     read_checkpoint_config,
+    remove_partial,
+    require_space,
     sibling,
 )
 from mambahome_jax.training.distributed import is_first
@@ -110,17 +111,11 @@ class CheckpointWriter:
             finish_checkpoint(folder, config, keep)
 
     def _failure(self, error: Exception) -> OutputError:
-        for leftover in self._folder.parent.glob(f"{self._folder.name}{PARTIAL}*") if is_first() else ():
-            shutil.rmtree(leftover, ignore_errors=True)
+        if is_first():
+            remove_partial(self._folder)
         kept = "The checkpoint before it is kept" if self._folder.exists() else "There is no checkpoint before it"
-        return OutputError(f"{self._folder}: cannot be written ({error}). Is the disk full or read-only? {kept}")
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raises OSError where fewer than `needed` bytes are free: told before the writer's threads fail one by one."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(f"{needed / 1e6:.3g} MB needed, {free / 1e6:.3g} MB free")
+        reason = why_not_written(error)
+        return OutputError(f"{self._folder}: cannot be written ({reason}). Is the disk full or read-only? {kept}")
 
 
 def restore_state(

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import jax
 import nibabel as nib
@@ -131,11 +132,11 @@ def test_a_full_disk_stops_the_run_with_a_report(tmp_path, levels, monkeypatch):
     scans(tmp_path / "in", "a", "b", "c", "d")
     written = []
 
-    def write_one(path, volume):
+    def write_one(path, volume, **settings):
         if written:
             raise OutputError(f"{path}: cannot be written: No space left on device")
         written.append(path)
-        write_volume(path, volume)
+        write_volume(path, volume, **settings)
 
     monkeypatch.setattr(infer, "write_volume", write_one)
     assert infer.run(config(tmp_path)) == 1
@@ -143,6 +144,37 @@ def test_a_full_disk_stops_the_run_with_a_report(tmp_path, levels, monkeypatch):
     assert set(reasons) == {"b", "c", "d"}
     assert "No space left" in reasons["b"]
     assert "not begun" in reasons["d"]
+
+
+def test_what_is_written_counts_where_previews_and_report_do_not_fit(tmp_path, levels, monkeypatch, capsys):
+    scans(tmp_path / "in", "a", "b")
+    write_text, save = Path.write_text, Image.Image.save
+
+    def full(path, *arguments, **settings):
+        if ".run.json." in path.name:
+            write_text(path, "cut short")
+            raise OSError(28, "No space left on device")
+        return write_text(path, *arguments, **settings)
+
+    def full_for_a(picture, path, **settings):
+        if "a.png" in path.name:
+            raise OSError(28, "No space left on device")
+        save(picture, path, **settings)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Image.Image, "save", full_for_a)
+    assert infer.run(config(tmp_path)) == 1
+    shown = capsys.readouterr().out
+    assert "2 of 2 scans segmented" in shown
+    assert "Note: a: without preview" in shown and "a.png: cannot be written: No space left on device" in shown
+    assert "There is no report of this run" in shown and "Free some space or name another" in shown
+    assert "failed;" not in shown
+    left = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert left == ["a.nii.gz", "b.nii.gz", "previews/b.png"]
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert infer.run(config(tmp_path)) == 0
+    assert [case["preview"] for case in report(tmp_path)["cases"]] == [None, "previews/b.png"]
+    assert "without preview" in report(tmp_path)["cases"][0]["remarks"][0]
 
 
 def test_device_that_is_too_small_is_one_case_failing(tmp_path, levels, monkeypatch):

@@ -1,6 +1,8 @@
 """Checkpoint folders of parameters alone: what is written comes back, and damage has a message."""
 
+import logging
 import shutil
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,27 @@ def test_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
         checkpoint.write_checkpoint(tmp_path / "best", {"w": np.zeros(2)}, CONFIG, overwrite=True)
     np.testing.assert_array_equal(checkpoint.read_checkpoint_params(tmp_path / "best")["w"], [1, 1])
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_too_little_space_is_told_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
+    with pytest.raises(OutputError, match=r"best: cannot be written \(0.008 MB needed, 0.001 MB free\). Is the disk"):
+        checkpoint.write_checkpoint(tmp_path / "best", {"w": np.ones(1_000)}, CONFIG)
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr().err == ""
+
+
+def test_a_write_that_fails_halfway_leaves_nothing_and_no_page_of_text(tmp_path, monkeypatch, caplog):
+    def fail(self, folder, **_):
+        folder.with_name(folder.name + ".orbax-checkpoint-tmp").mkdir()
+        logging.getLogger("absl").error("a page of text")
+        raise ValueError('RESOURCE_EXHAUSTED: Error writing "w": No space left on device [source locations=...]\nmore')
+
+    monkeypatch.setattr(checkpoint.ocp.Checkpointer, "save", fail)
+    with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\). Is the disk full"):
+        checkpoint.write_checkpoint(tmp_path / "best", {"w": np.ones(2)}, CONFIG)
+    assert list(tmp_path.iterdir()) == []
+    assert caplog.text == ""
 
 
 def test_errors_name_the_folder(tmp_path):
