@@ -237,3 +237,22 @@ def test_published_weights(tmp_path):
     assert result.array.max() <= 2
     assert report(tmp_path)["labels"] == {}
     assert report(tmp_path)["settings"]["chain"] == "published"
+
+
+def test_scans_of_two_modalities_are_each_normalised_by_their_own(tmp_path, levels, capsys):
+    folder = scans(tmp_path / "amos22/imagesVa", "amos_0001")
+    # The z-score of the one structure is negative, that of the other positive, and zero stays zero.
+    write(folder / "amos_0507.nii.gz", np.array([0, 200, 300], np.float32)[labels_of(1)])
+    assert infer.run(config(tmp_path, data_path=folder)) == 0
+    assert [(case["id"], case["modality"]) for case in report(tmp_path)["cases"]] == [
+        ("amos_0001", "ct"),
+        ("amos_0507", "mr"),
+    ]
+    found = [np.asarray(nib.load(tmp_path / f"out/amos_{case}.nii.gz").dataobj) for case in ("0001", "0507")]
+    np.testing.assert_array_equal(found[0], labels_of(0))
+    np.testing.assert_array_equal(found[1], np.where(labels_of(1) == 2, 2, 0))
+    assert "each is normalised by its own" in capsys.readouterr().out
+    (extension,) = nib.load(tmp_path / "out/amos_0001.nii.gz").header.extensions
+    assert json.loads(bytes(extension.get_content()).rstrip(b"\0")) == {"labels": {"1": "liver", "2": "spleen"}}
+    assert infer.run(config(tmp_path, data_path=folder, modality="ct")) == 0
+    assert {case["modality"] for case in report(tmp_path)["cases"]} == {"ct"}

@@ -52,7 +52,7 @@ def end_to_end(name: str, folder: Path, *flags: str) -> dict[str, str]:
     where = ("--data_path", out, "--model_path", trained / "checkpoints/best", "--output_dir", predicted)
     assert _command("infer", *where, "--previews", "False") == 0
     assert json.loads((predicted / "run.json").read_text())["labels"] == labels
-    first = prepared["cases"][0]
+    first = next(case for case in prepared["cases"] if case["label"] is not None)
     for file in (predicted / f"{first['id']}.nii.gz", out / first["label"]):
         (extension,) = nib.load(file).header.extensions
         assert json.loads(bytes(extension.get_content()).rstrip(b"\0"))["labels"] == labels, file
