@@ -16,6 +16,7 @@ from mambahome_jax.commands.outputs import open_output
 from mambahome_jax.config import EvaluateConfig
 from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.datasets.base import label_names, nifti_files, nifti_stem, read_json
+from mambahome_jax.datasets.files import twins_note
 from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.evaluation.evaluate import (
@@ -58,6 +59,8 @@ def run(config: EvaluateConfig) -> int:
     if values is not None:
         text = ", ".join(f"{old} is {new} ({names[new]})" for old, new in values.items())
         _say(console, f"The references name other values than the predictions; compared by name: {text}")
+    for note in twins_note(path for pair in pairs for path in (pair.prediction, pair.reference)):
+        _say(console, f"Note: {note}")
     _say(console, f"Names of the structures: {source or 'none found (--labels FILE gives them)'}")
     open_output(config.output_dir, ["metrics.csv", "summary.json"])
     scores, failed = _score(pairs, config.num_workers, console)
