@@ -84,12 +84,12 @@ def parse(command: str, argv: Sequence[str], prog: str):
 def run_command(command: str, argv: Sequence[str], prog: str) -> int:
     """Parse, run, and turn what is the user's to mend into a message on stderr and exit code 2."""
     started = time.monotonic()
-    settings = parse(command, argv, prog)
     # Compiled programs are kept between runs: a second start then takes seconds.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambahome" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
+        settings = parse(command, argv, prog)
         run = importlib.import_module(f"mambahome_jax.commands.{command}").run
         return run(settings, started) if command == "train" else run(settings)
     except MambaHomeError as error:

@@ -12,9 +12,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mambahome_jax.commands.outputs import open_output
 from mambahome_jax.config import EvaluateConfig
 from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.datasets.base import label_names, nifti_files, nifti_stem, read_json
+from mambahome_jax.datasets.files import twins_note
 from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.evaluation.evaluate import (
@@ -57,7 +59,10 @@ def run(config: EvaluateConfig) -> int:
     if values is not None:
         text = ", ".join(f"{old} is {new} ({names[new]})" for old, new in values.items())
         _say(console, f"The references name other values than the predictions; compared by name: {text}")
+    for note in twins_note(path for pair in pairs for path in (pair.prediction, pair.reference)):
+        _say(console, f"Note: {note}")
     _say(console, f"Names of the structures: {source or 'none found (--labels FILE gives them)'}")
+    open_output(config.output_dir, ["metrics.csv", "summary.json"])
     scores, failed = _score(pairs, config.num_workers, console)
     failures = alone + failed
     summary = summarise(scores)
@@ -70,13 +75,14 @@ def run(config: EvaluateConfig) -> int:
         "references": str(config.references),
         "definitions": DEFINITIONS,
     }
-    write_metrics(config.output_dir / "metrics.csv", scores)
-    write_summary(config.output_dir / "summary.json", summary)
     console.print(results_table(summary))
     for case, reason in failures[:SHOWN]:
         _say(console, f"Not scored: {case}: {reason}")
     if len(failures) > SHOWN:
         _say(console, f"and {len(failures) - SHOWN} more, all in {config.output_dir / 'summary.json'}")
+    # After the table: scores that took hours are not lost to a disk that filled up meanwhile.
+    write_metrics(config.output_dir / "metrics.csv", scores)
+    write_summary(config.output_dir / "summary.json", summary)
     _say(console, f"Written: {config.output_dir / 'metrics.csv'} and {config.output_dir / 'summary.json'}")
     if summary["cases"] == 0:
         return 2

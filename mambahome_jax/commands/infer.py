@@ -1,9 +1,7 @@
 """infer: scans in, label maps on the same grids out, with previews and a report of the run."""
 
-import contextlib
 import dataclasses
 import importlib.metadata
-import os
 import platform
 import time
 from collections import deque
@@ -20,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambahome_jax.commands.find_scans import Scan, find_scans
+from mambahome_jax.commands.outputs import open_output
 from mambahome_jax.config import InferConfig
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
@@ -72,7 +71,7 @@ def run(config: InferConfig) -> int:
     taken = {folder.parent} if folder.is_file() else {folder, config.data_path}
     if config.output_dir.resolve() in {path.resolve() for path in taken}:
         raise ConfigError(f"{config.output_dir}: --output_dir holds the scans themselves. Name another folder")
-    _open_output(config)
+    open_output(config.output_dir, ["run.json"])
     model = load_model(config.model_path, precision=config.precision)
     # Bound to its device as in validation, so that the program which that compiled is found in the cache.
     nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
@@ -284,20 +283,6 @@ def _check(settings: SegmentSettings) -> None:
         raise ConfigError(f"--sw_batch_size {settings.sw_batch_size}; expected 1 or more")
     corner = Volume(np.zeros((1, 1, 1, 1), np.float32), np.eye(4))
     prepare(corner, settings)
-
-
-def _open_output(config: InferConfig) -> None:
-    """Make the output folder and see that it can be written."""
-    probe = config.output_dir / f".{os.getpid()}.probe"
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"mambahome")
-        probe.unlink()
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
-        reason = f"{config.output_dir}: cannot be written: {error.strerror or error}"
-        raise OutputError(f"{reason}. Free some space or name another --output_dir") from error
 
 
 def _reason(error: BaseException) -> str:

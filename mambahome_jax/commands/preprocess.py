@@ -217,12 +217,12 @@ def _work(
                 for remark in result.remarks:
                     _say(console, f"Note: {job.case.id}: {remark}")
                 continue
+            if isinstance(result, OutputError) and not entries:
+                raise result
             reason = _reason(result, console)
             failed.append((job.case.id, reason))
             _say(console, f"Failed {job.case.id}: {reason}")
             if isinstance(result, OutputError):
-                if not entries:
-                    raise result
                 given_up = [job.case.id for job in todo if job.case.id not in finished]
                 failed += [(case, "not begun, as the output folder cannot be written") for case in given_up]
                 break

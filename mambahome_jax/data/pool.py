@@ -2,12 +2,15 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import connection
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
@@ -82,19 +85,21 @@ def _run_until_broken(
     function: Callable[[J], R], waiting: deque[J], workers: int, suspects: list[J], threads: bool
 ) -> Iterator[tuple[J, R | BaseException]]:
     """Take jobs from `waiting` until none is left or a process dies; the jobs that ran then go to `suspects`."""
-    with _one_thread_each():
+    context = multiprocessing.get_context("spawn")
+    listener, stop = context.Pipe(duplex=False)
+    with _one_thread_each(), listener, stop:
         executor: Executor = (
             ThreadPoolExecutor(1)
             if threads
-            else ProcessPoolExecutor(
-                workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent
-            )
+            else ProcessPoolExecutor(workers, mp_context=context, initializer=_heed, initargs=(listener,))
         )
         running: dict[Future, J] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < workers and not suspects:
-                    running[executor.submit(function, waiting[0])] = waiting[0]
+                    # A process is started here, and inherits what is held back.
+                    with _interrupt_held_back():
+                        running[executor.submit(function, waiting[0])] = waiting[0]
                     waiting.popleft()
                 if not running:
                     return
@@ -108,25 +113,43 @@ def _run_until_broken(
         except BrokenProcessPool:
             # Raised by submit() when the pool broke between two jobs: that job has not begun and stays in `waiting`.
             suspects.extend(running.values())
+        except KeyboardInterrupt:
+            # Files appear whole or not at all, so nothing is lost that waiting for the cases in hand would keep.
+            stop.close()
+            raise
         finally:
             executor.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent is gone.
+def _heed(listener: Connection) -> None:
+    """End this process when its parent is gone or has closed the other end of `listener`, and on nothing else.
 
     A pool's processes outlive a parent that was killed: they would wait for ever, and go on to write the case in hand
-    while the next run writes it too.
+    while the next run writes it too. Ctrl-C reaches the whole process group, but is the parent's alone to answer.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is None:
         return
 
     def watch() -> None:
-        parent.join()
+        connection.wait([parent.sentinel, listener])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Ctrl-C waits till the end, here; processes that are started meanwhile never see it, not while they import."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """One case from the files that the user has to the files that training reads: check, reorient, resample, write."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from mambahome_jax.config import Modality
 from mambahome_jax.data import store
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.label_map import read_image, read_label_map
-from mambahome_jax.errors import DatasetError
+from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.geometry import reorient, resample
 from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.imaging.volume import Volume, write_volume
@@ -102,6 +103,20 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
     image = Volume(np.ascontiguousarray(image.array, np.float32), image.affine)
     # An entry of other settings would vouch for NIfTI files that are no longer its own, if this run ends between them.
     store.remove_entry(job.output / "store", job.case.id)
+    try:
+        return _write(job, image, label, remarks, made_from)
+    except OutputError:
+        # Without its store entry a file would never be read, and on a full disk it takes the room of others.
+        for path in (job.image_path, job.label_path) if job.nifti else ():
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+        store.remove_case(job.output / "store", job.case.id)
+        raise
+
+
+def _write(
+    job: CaseJob, image: Volume, label: Volume | None, remarks: tuple[str, ...], made_from: dict[str, Any]
+) -> store.StoreEntry:
     if job.nifti:
         write_volume(job.image_path, image, dtype=np.float32)
         if label is not None:

@@ -18,7 +18,7 @@ from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.label_map import count_values
 from mambahome_jax.datasets.prepared import write_json
-from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.errors import DatasetError, OutputError, why_not_written
 from mambahome_jax.imaging.intensity import IntensityStatistics
 
 VERSION = 1
@@ -83,7 +83,8 @@ def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarr
         write_json(partial / "case.json", _to_json(entry), indent=None)
         _replace_folder(partial, root / entry.id)
     except OSError as error:
-        raise OutputError(f"{root / entry.id}: cannot be written: {error.strerror or error}") from error
+        reason = f"{root / entry.id}: cannot be written: {why_not_written(error)}"
+        raise OutputError(f"{reason}. Free some space or name another output folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return entry
@@ -106,6 +107,11 @@ def write_index(root: Path, entries: list[StoreEntry]) -> None:
 def remove_index(root: Path) -> None:
     """Remove root/index.json, so that nobody reads a store which is being changed. Raises OutputError."""
     _remove(Path(root) / "index.json")
+
+
+def remove_case(root: Path, case: str) -> None:
+    """Remove what there is of a case, as far as that can be removed."""
+    shutil.rmtree(Path(root) / case, ignore_errors=True)
 
 
 def remove_entry(root: Path, case: str) -> None:

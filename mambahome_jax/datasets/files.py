@@ -54,6 +54,19 @@ def nifti_stem(path: Path) -> str:
     return path.name.removesuffix(".gz").removesuffix(".nii")
 
 
+def twins_note(used: Iterable[Path]) -> tuple[str, ...]:
+    """A note that names the files which lie beside a used one of the same name as .nii and .nii.gz; empty without."""
+    paths = set(used)
+    folders = {folder: listing(folder)[1] for folder in {path.parent for path in paths}}
+    pairs = []
+    for path in sorted(paths):
+        other = path.name.removesuffix(".gz") if path.name.endswith(".gz") else f"{path.name}.gz"
+        if other in folders[path.parent] and path.parent / other not in paths:
+            pairs.append(f"{path} is used, {other} is not")
+    count = f"{len(pairs)} files are there" if len(pairs) != 1 else "a file is there"
+    return (f"{count} as .nii and as .nii.gz: {listed(pairs)}",) if pairs else ()
+
+
 def walk(folder: Path, depth: int, most: int | None = FEW) -> Iterator[tuple[Path, dict[str, Path], dict[str, Path]]]:
     """(folder, subfolders, files) of a folder and of those below it, down to `depth` levels, in order of name.
 

@@ -19,7 +19,7 @@ from mambahome_jax.datasets import (
     totalsegmentator_mri,
 )
 from mambahome_jax.datasets.base import Case, Dataset
-from mambahome_jax.datasets.files import listed, listing
+from mambahome_jax.datasets.files import listed, listing, twins_note
 from mambahome_jax.errors import ConfigError, DatasetError
 
 
@@ -88,14 +88,21 @@ def detect_layouts(folder: Path) -> list[str]:
 
 
 def _load(name: str, folder: Path) -> Dataset:
-    """The dataset, each id once: a second case of an id is skipped."""
+    """The dataset, each id once: a second case of an id is skipped, a second form of a file noted."""
     dataset = LAYOUTS[name].load(folder)
     first: dict[str, Case] = {}
     again = []
     for case in dataset.cases:
         if first.setdefault(case.id, case) is not case:
             again.append((case.id, f"{case.image}: a second case of this id; the first is {first[case.id].image}"))
-    return dataclasses.replace(dataset, cases=tuple(first.values()), skipped=(*dataset.skipped, *again), layout=name)
+    used = (path for case in first.values() for path in (*case.image_files, *case.label_files))
+    return dataclasses.replace(
+        dataset,
+        cases=tuple(first.values()),
+        skipped=(*dataset.skipped, *again),
+        notes=(*dataset.notes, *twins_note(used)),
+        layout=name,
+    )
 
 
 def _candidates(folder: Path) -> list[Path]:

@@ -177,4 +177,5 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        reason = f"{path}: cannot be written: {error.strerror or error}"
+        raise OutputError(f"{reason}. Free some space or name another --output_dir") from error

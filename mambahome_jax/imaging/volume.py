@@ -163,7 +163,8 @@ def write_volume(
         partial.replace(path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OutputError(f"{path.parent}: cannot write {path.name}: {reason}. Nothing was written") from error
+        action = "Nothing was written; free some space or name another output folder"
+        raise OutputError(f"{path.parent}: cannot write {path.name}: {reason}. {action}") from error
     finally:
         _remove(partial)
 

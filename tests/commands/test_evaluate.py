@@ -4,9 +4,10 @@ import json
 import numpy as np
 import pytest
 
+from mambahome_jax.commands import evaluate
 from mambahome_jax.commands.evaluate import find_names, reconcile_names, run
 from mambahome_jax.config import EvaluateConfig
-from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.errors import ConfigError, DatasetError, OutputError
 from mambahome_jax.imaging.volume import Volume, write_volume
 
 
@@ -169,3 +170,26 @@ def test_structures_that_a_case_does_not_label_are_not_judged(tmp_path):
     (tmp_path / "out/dataset.json").write_text(json.dumps(content))
     assert run(EvaluateConfig(tmp_path / "pred", tmp_path / "out/labels", tmp_path / "eval", num_workers=0)) == 0
     assert list(json.loads((tmp_path / "eval/summary.json").read_text())["structures"]) == ["liver"]
+
+
+@pytest.mark.parametrize("taken", ["scores", "scores/metrics.csv", "scores/summary.json"])
+def test_an_output_that_cannot_be_written_is_told_before_the_work(folders, monkeypatch, taken):
+    def work(*_):
+        raise AssertionError("scored before the output folder was looked at")
+
+    monkeypatch.setattr(evaluate, "_score", work)
+    (folders / taken).parent.mkdir(exist_ok=True)
+    (folders / taken).touch() if taken == "scores" else (folders / taken).mkdir()
+    with pytest.raises(OutputError, match=f"{taken}: cannot be written: .*name another --output_dir"):
+        run(config(folders, output_dir=folders / "scores"))
+
+
+def test_a_disk_that_fills_up_meanwhile_costs_the_files_but_not_the_table(folders, monkeypatch, capsys):
+    def full(path, scores):
+        raise OutputError(f"{path}: cannot be written: No space left on device")
+
+    monkeypatch.setattr(evaluate, "write_metrics", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        run(config(folders))
+    shown = capsys.readouterr().out
+    assert "Dice" in shown and "liver" in shown and "Written" not in shown

@@ -11,7 +11,7 @@ import pytest
 
 from mambahome_jax.commands import preprocess
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.data import pool
+from mambahome_jax.data import pool, store
 from mambahome_jax.data import prepare as prepare_module
 from mambahome_jax.data.pool import WorkerDied
 from mambahome_jax.data.store import Store
@@ -148,6 +148,33 @@ def test_full_disk_keeps_what_is_done_and_stops(config, monkeypatch, capsys, goo
     monkeypatch.undo()
     assert run(config) == 0
     assert "2 done, 1 kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["image", "label", "foreground.npz"])
+def test_a_case_that_does_not_fit_leaves_no_file_and_one_line(config, monkeypatch, capsys, part):
+    write_array, savez = store._write_array, np.savez
+
+    def full(path, *_):
+        if path.name == part:
+            raise OSError("RESOURCE_EXHAUSTED: Error writing local file: No space left on device [errno=ENOSPC 28]")
+        write_array(path, *_)
+
+    def full_savez(path, **arrays):
+        if path.name == part:
+            raise OSError(28, "No space left on device")
+        savez(path, **arrays)
+
+    monkeypatch.setattr(store, "_write_array", full)
+    monkeypatch.setattr(np, "savez", full_savez)
+    with pytest.raises(OutputError) as caught:
+        run(config)
+    found = config.output_path / "store/a"
+    assert str(caught.value) == (
+        f"{found}: cannot be written: No space left on device. Free some space or name another output folder"
+    )
+    assert "No space" not in capsys.readouterr().out
+    assert [path for path in config.output_path.rglob("*") if path.is_file()] == []
+    assert list(config.output_path.glob("store/*")) == []
 
 
 def test_case_whose_process_died_or_ran_out_of_memory(config, monkeypatch):

@@ -79,6 +79,37 @@ if __name__ == "__main__":
     assert len(_wait_for(lambda: [pid for pid in pids if not Path(f"/proc/{pid}").exists()], 2)) == 2
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for the processes in /proc")
+@pytest.mark.parametrize("moment", ["starting", "working"])
+def test_an_interrupt_ends_all_processes_at_once_and_only_the_parent_speaks(tmp_path, moment):
+    code = f"""
+from mambahome_jax.data.pool import run_jobs
+from tests.data.test_pool import write_pid_and_wait
+if __name__ == "__main__":
+    try:
+        list(run_jobs(write_pid_and_wait, [{str(tmp_path)!r}] * 4, 2))
+    except KeyboardInterrupt:
+        raise SystemExit(130)
+"""
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, script]
+    with subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        if moment == "starting":
+            # The resource tracker and two that work.
+            assert len(_wait_for(lambda: children.read_text().split(), 3)) == 3
+        else:
+            assert len(_wait_for(lambda: [path.name for path in tmp_path.iterdir() if path.name.isdigit()], 2)) == 2
+        os.killpg(parent.pid, signal.SIGINT)
+        _, shown = parent.communicate(timeout=60)
+    assert parent.returncode == 130
+    assert shown == ""
+
+
 def write_pid_and_wait(folder: str) -> None:
     (Path(folder) / str(os.getpid())).touch()
     time.sleep(120)

@@ -196,3 +196,13 @@ def test_modality_of_channel_names():
     assert modality_of(["MRI"]) == modality_of(["T2", "ADC"]) == "mr"
     assert modality_of(["ultrasound"]) == "us"
     assert modality_of(["image"]) is modality_of(["CT", "MRI"]) is None
+
+
+def test_a_file_in_both_forms_is_used_once_and_noted(tmp_path):
+    for name in ("images/a.nii.gz", "images/b.nii", "images/b.nii.gz", "labels/a.nii", "labels/b.nii.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    dataset = load_dataset(tmp_path)
+    assert [case.image.name for case in dataset.cases] == ["a.nii.gz", "b.nii.gz"]
+    used = tmp_path / "images/b.nii.gz"
+    assert dataset.notes == (f"a file is there as .nii and as .nii.gz: {used} is used, b.nii is not",)
