@@ -69,6 +69,7 @@ def main() -> int:
     for strategy in ("ddp", "fsdp"):
         losses, seconds = train(DEVICES, strategy)
         differences = [abs(a - b) / abs(b) for a, b in zip(losses, one, strict=True)]
+        print(" ".join(f"{difference:.1e}" for difference in differences), flush=True)
         rows.append({"strategy": strategy, "devices": DEVICES, "losses": losses, "largest": max(differences)})
         print(
             f"{DEVICES} devices, {strategy}: largest relative difference {max(differences):.2e}, {seconds:.0f} s",
