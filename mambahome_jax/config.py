@@ -167,9 +167,9 @@ class CheckConfig:
     """Look through a dataset before any work: list what is wrong with it and suggest settings."""
 
     folder: Positional[Annotated[Path, arg(metavar="FOLDER")]]
-    """Folder with the dataset, as preprocess takes it."""
+    """Folder of the dataset as downloaded, or a CSV file of paths, as preprocess takes it."""
     dataset: str | None = None
-    """Layout of the folder, where it cannot be told (default: found out)."""
+    """Layout of the dataset (default: recognised)."""
     fast: bool = False
     """Read headers only: geometry and duplicates, but no voxels."""
     json: Path | None = None
@@ -250,7 +250,8 @@ class TrainConfig(RecipeFlags):
     use_checkpoint: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
     use_pretrained: Annotated[str, arg(metavar="PATH|False")] = ""
-    """Weights to start from: a checkpoint folder, .pth, .npz or .safetensors; all shapes must agree."""
+    """Weights to start from: a checkpoint folder, .pth, .npz or .safetensors. The output layer of other structures and
+    the first convolutions of another number of channels start anew."""
     load_checkpoint: bool = False
     """Continue the run in --output_dir, as --resume does."""
     resume: bool = False
@@ -313,6 +314,9 @@ class InferConfig:
     """Orientation in which the network works (default: as it was trained)."""
     modality: Modality | None = None
     """How intensities are normalised (default: as in training)."""
+    chain: Literal["trained", "published"] | None = None
+    """Order of resampling and normalising, blending of windows, and the way back: as train.py prepares scans, or as the
+    published inference script has them (default: the latter for published weights)."""
     precision: Precision | None = None
     """Matrix products and convolutions (default: bf16 on a GPU, fp32 on a CPU)."""
     num_workers: int = 1

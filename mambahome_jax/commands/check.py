@@ -13,11 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mambahome_jax.config import CheckConfig
-from mambahome_jax.data.inspect import PERCENTILES, InspectJob, inspect_case
 from mambahome_jax.data.pool import count_workers, run_jobs
 from mambahome_jax.datasets import Dataset, load_dataset
 from mambahome_jax.datasets.check import CaseFacts, Finding, Severity, dataset_findings
+from mambahome_jax.datasets.examine import PERCENTILES, ExamineJob, examine_case
 from mambahome_jax.datasets.prepared import write_json
+from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.datasets.summary import Range, Summary, summarise
 from mambahome_jax.errors import DatasetError, MambaHomeError
 from mambahome_jax.imaging.volume import read_geometry
@@ -39,7 +40,8 @@ def run(config: CheckConfig) -> int:
     """
     console = Console()
     started = time.perf_counter()
-    dataset = load_dataset(config.folder, config.dataset)
+    dataset = consecutive(load_dataset(config.folder, config.dataset))
+    _say(console, f"Dataset: {dataset.name}, layout {dataset.layout}, {len(dataset.cases)} cases")
     facts = examine(dataset, config, console)
     findings = sorted(
         [*(finding for fact in facts for finding in fact.findings), *dataset_findings(dataset, facts)],
@@ -57,6 +59,7 @@ def run(config: CheckConfig) -> int:
             "version": _VERSION,
             "folder": str(config.folder),
             "name": dataset.name,
+            "layout": dataset.layout,
             "fast": config.fast,
             "seconds": round(time.perf_counter() - started, 1),
             "exit_code": code,
@@ -74,13 +77,13 @@ def run(config: CheckConfig) -> int:
 def examine(dataset: Dataset, config: CheckConfig, console: Console) -> list[CaseFacts]:
     """Facts of every case, in the dataset's order, from several processes; a case that fails is a finding of it."""
     jobs = [
-        InspectJob(
+        ExamineJob(
             case,
             len(dataset.channels),
             dict(dataset.labels),
+            dataset.hint,
             config.modality or case.modality,
             config.fast,
-            dataset.hint,
         )
         for case in dataset.cases
     ]
@@ -91,13 +94,13 @@ def examine(dataset: Dataset, config: CheckConfig, console: Console) -> list[Cas
     columns = (TextColumn("Checking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not jobs) as progress:
         bar = progress.add_task("", total=len(jobs))
-        for job, result in run_jobs(inspect_case, jobs, workers, threads=workers == 1 or len(jobs) < _THREAD_BELOW):
+        for job, result in run_jobs(examine_case, jobs, workers, threads=workers == 1 or len(jobs) < _THREAD_BELOW):
             progress.advance(bar)
             found[job.case.id] = result if isinstance(result, CaseFacts) else _failed(job, result, console)
     return [found[job.case.id] for job in jobs]
 
 
-def _failed(job: InspectJob, error: BaseException, console: Console) -> CaseFacts:
+def _failed(job: ExamineJob, error: BaseException, console: Console) -> CaseFacts:
     case, action = job.case, ""
     reason = f"{type(error).__name__}: {error}"
     if isinstance(error, MambaHomeError):
@@ -115,12 +118,12 @@ def _failed(job: InspectJob, error: BaseException, console: Console) -> CaseFact
         case.split,
         job.modality,
         str(case.image),
-        case.label is not None,
+        case.has_label,
         findings=(finding,),
     )
 
 
-def _peak_bytes(job: InspectJob) -> int:
+def _peak_bytes(job: ExamineJob) -> int:
     if job.fast:
         return 1
     try:
@@ -129,7 +132,7 @@ def _peak_bytes(job: InspectJob) -> int:
         shape, _ = read_geometry(job.case.image)
     except (DatasetError, OSError):
         return 1
-    return _BYTES_A_VOXEL * int(np.prod(shape, dtype=float))
+    return _BYTES_A_VOXEL * len(job.case.image_files) * int(np.prod(shape, dtype=float))
 
 
 def _print_findings(findings: Sequence[Finding], config: CheckConfig, console: Console) -> None:

@@ -17,9 +17,9 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mambahome_jax.commands.find_scans import Scan, find_scans
 from mambahome_jax.commands.outputs import open_output
 from mambahome_jax.config import InferConfig
-from mambahome_jax.datasets.base import nifti_stem
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.imaging.volume import Volume, read_volume, write_volume
@@ -37,19 +37,8 @@ from mambahome_jax.inference.sliding_window import window_starts
 from mambahome_jax.model.network import MULTIPLE
 from mambahome_jax.model.weights import load_model
 
-SUFFIXES = (".nii", ".nii.gz")
-# Folders that hold the scans when the folder itself holds none: of the Decathlon, of preprocess.py.
-SCAN_FOLDERS = ("imagesTs", "images")
 # What a damaged scan, a full disk or a device that is too small can raise; anything else is a fault of ours.
 CASE_ERRORS = (MambaHomeError, OSError, MemoryError, jax.errors.JaxRuntimeError)
-
-
-@dataclass(frozen=True)
-class Scan:
-    """A file to segment and the name of its result."""
-
-    case: str
-    path: Path
 
 
 @dataclass
@@ -75,7 +64,8 @@ def run(config: InferConfig) -> int:
     if config.gpu and jax.default_backend() != "gpu":
         action = "Install the extra [cuda] and check nvidia-smi, or leave --gpu out."
         raise ConfigError(f"--gpu was given, but JAX sees only {jax.devices()[0].platform} devices. {action}")
-    folder, scans, outcome = find_scans(config.data_path)
+    folder, scans, failures = find_scans(config.data_path)
+    outcome = Outcome(failures=failures)
     if folder != config.data_path:
         _say(console, f"Using the {len(scans)} scans in {folder}")
     taken = {folder.parent} if folder.is_file() else {folder, config.data_path}
@@ -93,12 +83,18 @@ def run(config: InferConfig) -> int:
         roi_size=config.roi_size,
         overlap=config.overlap,
         sw_batch_size=config.sw_batch_size,
+        chain=config.chain,
     )
     _check(settings)
     names = label_names_of(model)
     collisions = len(outcome.failures)
     for failure in outcome.failures:
         _say(console, f"Failed {failure['id']}: {failure['reason']}")
+    mixed = config.modality is None and any(scan.modality not in (None, settings.modality) for scan in scans)
+    if mixed:
+        _say(console, "Scans of several modalities: each is normalised by its own, as the dataset says")
+    else:
+        scans = [dataclasses.replace(scan, modality=None) for scan in scans]
     _work(config, model, settings, names, scans, outcome, console)
     report = {
         "command": "infer",
@@ -122,35 +118,6 @@ def run(config: InferConfig) -> int:
     if outcome.failures:
         _say(console, f"{len(outcome.failures)} failed; the reasons are {where}")
     return code
-
-
-def find_scans(data_path: Path) -> tuple[Path, list[Scan], Outcome]:
-    """The file or folder with the scans, the scans by name, and an Outcome with those whose results would collide.
-
-    Raises DatasetError: nothing there, or no visible .nii or .nii.gz.
-    """
-    if data_path.is_file():
-        if not data_path.name.endswith(SUFFIXES):
-            raise DatasetError("not a NIfTI file by its name", file=data_path, expected=".nii or .nii.gz")
-        return data_path, [Scan(nifti_stem(data_path), data_path)], Outcome()
-    if not data_path.is_dir():
-        raise DatasetError("no such file or folder", file=data_path, action="Check --data_path.")
-    for folder in (data_path, *(data_path / name for name in SCAN_FOLDERS)):
-        files: dict[str, list[Path]] = {}
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if path.name.endswith(SUFFIXES) and path.name[0] not in "._" and path.is_file():
-                files.setdefault(nifti_stem(path), []).append(path)
-        if files:
-            scans = [Scan(case, paths[0]) for case, paths in files.items() if len(paths) == 1]
-            outcome = Outcome()
-            for case, paths in files.items():
-                if len(paths) > 1:
-                    both = " and ".join(path.name for path in paths)
-                    reason = f"{both} would both be written to {case}.nii.gz. Rename one of them"
-                    outcome.failures.append({"id": case, "reason": reason})
-            return folder, scans, outcome
-    expected = f"scans there, or in its {' or '.join(SCAN_FOLDERS)}"
-    raise DatasetError("no .nii or .nii.gz file", file=data_path, expected=expected, action="Check --data_path.")
 
 
 def versions() -> dict[str, str]:
@@ -252,9 +219,13 @@ def _read_ahead(
 def _read(scan: Scan, settings: SegmentSettings, channels: int | None) -> tuple[Volume, NetworkInput]:
     volume = read_volume(scan.path)
     try:
-        return volume, prepare(volume, settings, channels)
+        return volume, prepare(volume, _settings_of(scan, settings), channels)
     except DatasetError as error:
         raise DatasetError(error.found, file=scan.path, expected=error.expected, action=error.action) from error
+
+
+def _settings_of(scan: Scan, settings: SegmentSettings) -> SegmentSettings:
+    return settings if scan.modality is None else dataclasses.replace(settings, modality=scan.modality)
 
 
 def _write(
@@ -272,7 +243,7 @@ def _write(
     preview, remarks = config.output_dir / "previews" / f"{scan.case}.png", {}
     try:
         if config.previews:
-            write_preview(preview, volume, result, names, settings.modality, scan.case)
+            write_preview(preview, volume, result, names, scan.modality or settings.modality, scan.case)
     except OutputError as error:
         remarks = {"remarks": [f"without preview: {error}"]}
     counts = label_counts(result.array)
@@ -280,6 +251,7 @@ def _write(
     return {
         "id": scan.case,
         "input": str(scan.path),
+        "modality": scan.modality or settings.modality,
         "output": path.name,
         "preview": str(preview.relative_to(config.output_dir)) if config.previews and not remarks else None,
         "shape": list(result.shape),

@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import os
-import platform
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -12,23 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from rich.console import Console
 
 from mambahome_jax.commands.preprocess import prepare
-from mambahome_jax.commands.train_report import say_ingredients, say_plan
-from mambahome_jax.commands.train_setup import Setup, labelled_classes, make_setup, training_settings
+from mambahome_jax.commands.pretrained import transfer
+from mambahome_jax.commands.train_report import (
+    earlier_report,
+    new_report,
+    plain,
+    say_end,
+    say_start,
+    scores_of,
+    versions,
+    write_report,
+)
+from mambahome_jax.commands.train_setup import Setup, make_setup, training_settings
 from mambahome_jax.commands.validation import ValidationSettings, make_validate
 from mambahome_jax.config import TrainConfig
 from mambahome_jax.data.loader import make_loader
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import prepared as prepared_layout
-from mambahome_jax.datasets.prepared import Prepared, read_prepared, write_json
+from mambahome_jax.datasets.prepared import Prepared, read_prepared
 from mambahome_jax.datasets.registry import load_dataset
-from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
+from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.model.network import MambaHoME
-from mambahome_jax.model.weights import load_model
+from mambahome_jax.model.weights import read_weights
 from mambahome_jax.training.budget import TimeBudget
 from mambahome_jax.training.checkpoints import check_settings, restore_state
 from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
@@ -36,11 +43,9 @@ from mambahome_jax.training.distributed import ending_together, is_first, join_p
 from mambahome_jax.training.loop import Parts, Plan, Progressed, train
 from mambahome_jax.training.losses import LossFunction, dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
-from mambahome_jax.training.progress import Display, MetricsLog, NoLog, duration
+from mambahome_jax.training.progress import Display, MetricsLog, NoLog
 from mambahome_jax.training.sharding import choose_devices, make_mesh
 from mambahome_jax.training.step import abstract_state, init_state, make_train_step
-
-PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def run(config: TrainConfig, begun: float | None = None) -> int:
@@ -69,11 +74,11 @@ def _run(config: TrainConfig, begun: float) -> int:
         skipped += more
     setup = make_setup(config, prepared, prepared_val, len(devices))
     started = time.perf_counter()
-    report = _report(config, setup, skipped)
-    _write_report(folder, report)
+    earlier = earlier_report(folder) if resume else {}
+    report = new_report(config, setup, skipped)
     progressed = Progressed()
     try:
-        _train(config, setup, folder, resume, devices, progressed, console, begun)
+        _train(config, setup, folder, resume, devices, progressed, console, begun, report)
         status, code = "finished", int(bool(skipped or progressed.failures))
         if progressed.signal is not None:
             status, code = "stopped by a signal", 128 + progressed.signal
@@ -81,22 +86,23 @@ def _run(config: TrainConfig, begun: float) -> int:
         console.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         status, code = str(error), 1
     except MambaHomeError as error:
-        with contextlib.suppress(OutputError):
-            _write_report(folder, report | {"status": str(error), "exit_code": 2})
+        if report["status"] == "running" or not earlier:
+            with contextlib.suppress(OutputError):
+                write_report(folder, report | {"status": str(error), "exit_code": 2})
         raise
-    last = progressed.last_validation
     report |= {
         "status": status,
         "exit_code": code,
-        "seconds": round(time.perf_counter() - started, 3),
+        "seconds": round(earlier.get("seconds", 0.0) + time.perf_counter() - started, 3),
         "step": progressed.step,
-        "loss": progressed.last_loss,
+        # A finished run that is resumed trains nothing more.
+        "loss": earlier.get("loss") if progressed.last_loss is None else progressed.last_loss,
         "best": progressed.best,
-        "last_validation": last and {name: _number(value) for name, value in last.structures.items()},
+        "last_validation": scores_of(progressed.last_validation) or earlier.get("last_validation"),
         "failures": [{"id": case, "reason": reason} for case, reason in progressed.failures.items()],
     }
-    _write_report(folder, report)
-    _say_end(folder, report, code, console)
+    write_report(folder, report)
+    say_end(folder, report, code, console)
     return code
 
 
@@ -109,13 +115,14 @@ def _train(
     progressed: Progressed,
     console: Console,
     begun: float,
+    report: dict[str, Any],
 ) -> None:
     mesh, optimizer = make_mesh(devices), make_optimizer(setup.optimizer)
     settings = {
-        "model": _json(dataclasses.asdict(setup.model.replace(use_checkpoint=False))),
+        "model": plain(dataclasses.asdict(setup.model.replace(use_checkpoint=False))),
         "data": setup.properties.to_json(),
-        "training": _json(training_settings(config, setup)),
-        "versions": _versions(),
+        "training": plain(training_settings(config, setup)),
+        "versions": versions(),
     }
     require_same("The configuration", settings)
     last = folder / "checkpoints" / "last"
@@ -131,7 +138,7 @@ def _train(
         progressed.validated_until = found["validated_until"]
         spent = found.get("seconds_spent", 0.0)
     else:
-        state = init_state(_initial_params(config, setup), optimizer, mesh, config.strategy, ema)
+        state = init_state(_initial_params(config, setup, report, console), optimizer, mesh, config.strategy, ema)
     budget = None
     if config.max_minutes is not None:
         budget = TimeBudget(config.max_minutes * 60, begun, spent, own_validations=setup.val_every is None)
@@ -143,7 +150,10 @@ def _train(
         keep_last=config.keep_last,
         budget=budget,
     )
-    _say_start(setup, abstract, devices, plan, progressed.step, console, config.recipe)
+    # Not before: a run that cannot be continued with these flags keeps its report.
+    report["status"] = "running"
+    write_report(folder, report)
+    say_start(setup, abstract, devices, plan, progressed.step, console, config.recipe)
 
     store = Store(setup.prepared.store)
     validate = None
@@ -173,7 +183,17 @@ def _train(
     ):
         if plan.goes_on_after(progressed.step):
             display.say("Compiling the training step, once; the first step follows")
-        parts = Parts(train_step, mesh, setup.train_cases, validate, folder / "checkpoints", settings, log, display)
+        parts = Parts(
+            train_step,
+            mesh,
+            setup.train_cases,
+            validate,
+            folder / "checkpoints",
+            settings,
+            log,
+            display,
+            setup.labelled,
+        )
         train(state, batches, parts, plan, progressed)
 
 
@@ -190,7 +210,6 @@ def _batches(config: TrainConfig, setup: Setup, store: Store, data_state: dict[s
         class_balanced=setup.ingredients.class_balanced,
         modality=config.modality,
         share=(jax.process_index(), jax.process_count()),
-        labelled=labelled_classes(setup),
     )
     iterator = iter(loader)
     try:
@@ -217,17 +236,20 @@ def _split(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
     return graphdef, nnx.to_pure_dict(state)
 
 
-def _initial_params(config: TrainConfig, setup: Setup) -> Any:
-    """Fresh parameters, or those of --use_pretrained. Raises CheckpointError where these are of another network."""
-    if config.use_pretrained in ("", "False"):
-        return _split(_with_heads(_new_model(config, setup), config, setup))[1]
-    loaded = load_model(config.use_pretrained, precision=setup.precision)
-    wanted, found = (dataclasses.asdict(c.replace(use_checkpoint=False)) for c in (setup.model, loaded.config))
-    differ = [f"{name} is {found[name]}, expected {wanted[name]}" for name in wanted if wanted[name] != found[name]]
-    if differ:
-        advice = "Choose --model, --classes and --feature_size as they were"
-        raise CheckpointError(f"{config.use_pretrained} is of another configuration: {'; '.join(differ)}. {advice}")
-    return _split(_with_heads(loaded, config, setup))[1]
+def _initial_params(config: TrainConfig, setup: Setup, report: dict[str, Any], console: Console) -> Any:
+    """Fresh parameters, or those of --use_pretrained as far as they fit, which `report` then lists.
+
+    Raises CheckpointError where these are of another network.
+    """
+    model = _new_model(config, setup)
+    if config.use_pretrained not in ("", "False"):
+        graphdef, fresh = _split(model)
+        weights = read_weights(config.use_pretrained)
+        params, found = transfer(weights, fresh, setup.model, setup.properties, config.use_pretrained)
+        console.print(f"{config.use_pretrained}: {found}", markup=False, highlight=False, soft_wrap=True)
+        report["pretrained"] = {"path": config.use_pretrained, **plain(dataclasses.asdict(found))}
+        model = nnx.merge(graphdef, params)
+    return _split(_with_heads(model, config, setup))[1]
 
 
 def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
@@ -272,89 +294,3 @@ def _open_data(data: Path, work: Path, config: TrainConfig, console: Console) ->
     if not summary.entries:
         raise DatasetError("none of its cases can be used", file=data, expected="scans with labels")
     return summary.prepared, list(summary.failed)
-
-
-def _report(config: TrainConfig, setup: Setup, skipped: list[tuple[str, str]]) -> dict[str, Any]:
-    devices = jax.devices()
-    return {
-        "command": "train",
-        "status": "running",
-        "configuration": _json(dataclasses.asdict(config)),
-        "model": _json(dataclasses.asdict(setup.model)),
-        "data": {
-            "name": setup.prepared.name,
-            **setup.properties.to_json(),
-            "train": list(setup.train_cases),
-            "val": list(setup.val_cases),
-            "skipped": [{"id": case, "reason": reason} for case, reason in skipped],
-        },
-        "training": _json(training_settings(config, setup)),
-        "versions": _versions(),
-        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
-        "outputs": {"best": "checkpoints/best", "last": "checkpoints/last", "metrics": "metrics.csv"},
-    }
-
-
-def _write_report(folder: Path, report: dict[str, Any]) -> None:
-    if is_first():
-        write_json(folder / "run.json", report)
-
-
-def _say_start(
-    setup: Setup,
-    abstract: Any,
-    devices: list[jax.Device],
-    plan: Plan,
-    start: int,
-    console: Console,
-    recipe: str = "published",
-) -> None:
-    parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract))
-    patch = " x ".join(map(str, setup.patch_size))
-    held_out = f"{len(setup.val_cases)} to validate on" if setup.val_cases else "none to validate on"
-    names = ", ".join(setup.structures.values())
-    lines = [
-        f"{setup.prepared.name}: {len(setup.train_cases)} cases to train on, {held_out}; {setup.properties.modality}",
-        f"{setup.model.out_chans} classes: background, {names}",
-        f"{parameters / 1e6:.2f} M parameters; patches of {patch}, {setup.global_batch} a step, {setup.precision}, "
-        f"on {len(devices)} x {devices[0].device_kind}"
-        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
-        say_plan(plan),
-    ]
-    lines.append(f"recipe {recipe}: {say_ingredients(setup)}")
-    if start:
-        lines.append(f"Resuming after step {start}")
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _say_end(folder: Path, report: dict[str, Any], code: int, console: Console) -> None:
-    best = report["best"]
-    lines = [f"{report['status']}: step {report['step']} after {duration(report['seconds'])}"]
-    if best is not None:
-        score = "" if best["val_dice"] is None else f", validation Dice {best['val_dice']:.4f}"
-        lines.append(f"Best: step {best['step']}{score}, in {folder / 'checkpoints' / 'best'}")
-    if code in (130, 143):
-        lines.append("The same command with --resume continues")
-    elif best is not None:
-        lines.append(
-            f"Next: python infer.py --data_path SCANS --model_path {folder / 'checkpoints' / 'best'} --output_dir PRED"
-        )
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-def _number(value: float) -> float | None:
-    return value if np.isfinite(value) else None
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _json(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value

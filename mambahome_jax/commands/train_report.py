@@ -1,8 +1,30 @@
 """What a training command says of itself: its ingredients, its length, and what made it."""
 
-from mambahome_jax.commands.train_setup import Setup
-from mambahome_jax.training.loop import Plan
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from mambahome_jax.commands.train_setup import Setup, training_settings
+from mambahome_jax.config import TrainConfig
+from mambahome_jax.data.store import Store
+from mambahome_jax.datasets.base import read_json
+from mambahome_jax.datasets.prepared import Prepared, write_json
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.training.distributed import is_first
+from mambahome_jax.training.loop import Plan, Validation
 from mambahome_jax.training.progress import duration
+
+PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def say_ingredients(setup: Setup) -> str:
@@ -30,3 +52,133 @@ def say_plan(plan: Plan) -> str:
         length = f"{duration(plan.budget.seconds)}, of which {duration(plan.budget.spent())} are spent"
     validation = "validation as time allows" if plan.val_every is None else f"validation every {plan.val_every} steps"
     return f"{length}; {plan.steps_per_epoch} steps an epoch; {validation}"
+
+
+def dataset_fingerprint(prepared: Prepared, cases: Sequence[str]) -> str:
+    """SHA-256 of what the store says of these cases (shapes, affines, intensities, voxels a class) and of the label
+    table: equal for the same data, wherever it lies."""
+    store = Store(prepared.store)
+    content = [sorted(prepared.labels.items()), [repr(store.entry(case)) for case in sorted(cases)]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def git_state(folder: Path | None = None) -> dict[str, Any] | None:
+    """{"commit", "changed": files that differ from it} of the checkout that this code, or `folder`, lies in; None where
+    there is none."""
+    folder = folder or Path(__file__).parent
+    try:
+        commit, changed = (
+            subprocess.run(
+                ["git", "-C", folder, *command], capture_output=True, text=True, check=True, timeout=10
+            ).stdout
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.strip(), "changed": [line[3:] for line in changed.splitlines()]}
+
+
+def new_report(config: TrainConfig, setup: Setup, skipped: list[tuple[str, str]]) -> dict[str, Any]:
+    """What run.json says of a run that begins."""
+    devices = jax.devices()
+    return {
+        "command": "train",
+        "status": "starting",
+        "configuration": plain(dataclasses.asdict(config)),
+        "model": plain(dataclasses.asdict(setup.model)),
+        "data": {
+            "name": setup.prepared.name,
+            "fingerprint": dataset_fingerprint(setup.prepared, [*setup.train_cases]),
+            **setup.properties.to_json(),
+            "train": list(setup.train_cases),
+            "val": list(setup.val_cases),
+            "skipped": [{"id": case, "reason": reason} for case, reason in skipped],
+        },
+        "training": plain(training_settings(config, setup)),
+        "seed": config.seed,
+        "versions": versions(),
+        "git": git_state(),
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "outputs": {"best": "checkpoints/best", "last": "checkpoints/last", "metrics": "metrics.csv"},
+    }
+
+
+def earlier_report(folder: Path) -> dict[str, Any]:
+    """What run.json says of the run that is being continued; empty where it says nothing."""
+    try:
+        return read_json(folder / "run.json")
+    except DatasetError:
+        return {}
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Write run.json, in the first process only. Raises OutputError."""
+    if is_first():
+        write_json(folder / "run.json", report)
+
+
+def say_start(
+    setup: Setup,
+    abstract: Any,
+    devices: list[jax.Device],
+    plan: Plan,
+    start: int,
+    console: Console,
+    recipe: str = "published",
+) -> None:
+    """Print what is about to be trained, on what and for how long."""
+    parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(abstract))
+    patch = " x ".join(map(str, setup.patch_size))
+    held_out = f"{len(setup.val_cases)} to validate on" if setup.val_cases else "none to validate on"
+    names = ", ".join(setup.structures.values())
+    lines = [
+        f"{setup.prepared.name}: {len(setup.train_cases)} cases to train on, {held_out}; {setup.properties.modality}",
+        f"{setup.model.out_chans} classes: background, {names}",
+        f"{parameters / 1e6:.2f} M parameters; patches of {patch}, {setup.global_batch} a step, {setup.precision}, "
+        f"on {len(devices)} x {devices[0].device_kind}"
+        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
+        say_plan(plan),
+    ]
+    lines.append(f"recipe {recipe}: {say_ingredients(setup)}")
+    if start:
+        lines.append(f"Resuming after step {start}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_end(folder: Path, report: dict[str, Any], code: int, console: Console) -> None:
+    """Print how it ended and what to type next."""
+    best = report["best"]
+    lines = [f"{report['status']}: step {report['step']} after {duration(report['seconds'])}"]
+    if best is not None:
+        score = "" if best["val_dice"] is None else f", validation Dice {best['val_dice']:.4f}"
+        lines.append(f"Best: step {best['step']}{score}, in {folder / 'checkpoints' / 'best'}")
+    if code in (130, 143):
+        lines.append("The same command with --resume continues")
+    elif best is not None:
+        lines.append(
+            f"Next: python infer.py --data_path SCANS --model_path {folder / 'checkpoints' / 'best'} --output_dir PRED"
+        )
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide the numbers."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+def scores_of(validation: Validation | None) -> dict[str, float | None] | None:
+    """Dice of each structure, None where no case had it."""
+    if validation is None:
+        return None
+    return {name: value if np.isfinite(value) else None for name, value in validation.structures.items()}
+
+
+def plain(value: Any) -> Any:
+    """As JSON takes it: paths as text."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(entry) for entry in value]
+    return str(value) if isinstance(value, Path) else value

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class Setup:
     precision: Precision
     ingredients: Ingredients
     augmentation: AugmentationConfig | None
+    labelled: np.ndarray | None
     optimizer: OptimizerConfig
     global_batch: int
     steps_per_epoch: int
@@ -113,6 +114,7 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
         precision=config.precision or default_precision(),
         ingredients=ingredients,
         augmentation=make_augmentation(ingredients, prepared, structures, explicit=config.mirror is not None),
+        labelled=labelled_classes(prepared, train, classes),
         optimizer=_optimizer(config, ingredients, steps_per_epoch, total),
         global_batch=batch,
         steps_per_epoch=steps_per_epoch,
@@ -121,16 +123,6 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
         val_every=None if timed and config.val_every is None and config.skip_val == 1 else val_every,
         num_workers=_workers(config),
     )
-
-
-def labelled_classes(setup: Setup) -> np.ndarray | None:
-    """Which classes the dataset of each training case labels at all, (cases, classes) bool; None: all of them."""
-    partial = {case.id: case.labelled for case in setup.prepared.cases if case.labelled is not None}
-    if not any(case in partial for case in setup.train_cases):
-        return None
-    everything = range(setup.model.out_chans)
-    rows = [{0, *partial.get(case, everything)} for case in setup.train_cases]
-    return np.array([[value in row for value in everything] for row in rows])
 
 
 def training_settings(config: TrainConfig, setup: Setup) -> dict[str, Any]:
@@ -149,6 +141,9 @@ def training_settings(config: TrainConfig, setup: Setup) -> dict[str, Any]:
         "t_max": optimizer.t_max,
         "modality": config.modality,
         "precision": setup.precision,
+        "labelled": None if setup.labelled is None else _digest(tuple(map(str, setup.labelled.tolist()))),
+        "freeze_encoder": config.freeze_encoder,
+        "encoder_lr_scale": optimizer.encoder_lr_scale,
         "seed": config.seed,
         # The state of the loader's iterator has another form for another number.
         "num_workers": setup.num_workers,
@@ -207,6 +202,14 @@ def _cases(
         expected = "at least one with a label that is not marked val or test"
         raise DatasetError(found, file=prepared.root / "dataset.json", expected=expected)
     return tuple(train), tuple(val[: config.max_val_cases])
+
+
+def labelled_classes(prepared: Prepared, cases: Sequence[str], classes: int) -> np.ndarray | None:
+    """(cases, classes) bool: the classes that the dataset of each case has labels of; None where all have all."""
+    found = {case.id: case.labelled for case in prepared.cases}
+    rows = [[values is None or value in (0, *values) for value in range(classes)] for values in map(found.get, cases)]
+    table = np.array(rows, bool)
+    return None if table.all() else table
 
 
 def make_augmentation(

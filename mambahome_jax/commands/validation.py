@@ -17,6 +17,8 @@ from mambahome_jax.data.store import Store
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.metrics import dice
 from mambahome_jax.imaging.intensity import normalise
+from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.inference.preview import render
 from mambahome_jax.inference.segment import apply_network
 from mambahome_jax.inference.sliding_window import sliding_window
 from mambahome_jax.training.distributed import gather
@@ -54,7 +56,9 @@ def make_validate(
         params = copy_to(params, device)
         scores: dict[str, list[float | None]] = {}
         failures: dict[str, str] = {}
-        stopped, first_ended = False, None
+        stopped = False
+        first_ended: float | None = None
+        picture: np.ndarray | None = None
         for case in settings.cases[jax.process_index() :: jax.process_count()]:
             stopped = stop()
             if stopped:
@@ -73,14 +77,15 @@ def make_validate(
                 settings.overlap,
                 sw_batch_size=settings.sw_batch_size,
             )
-            found = dice(np.asarray(most_likely(logits)), reference, values)
+            prediction = np.asarray(most_likely(logits))
+            if picture is None:
+                picture = _picture(store, case, prediction, reference, settings)
+            found = dice(prediction, reference, values)
             scores[case] = [None if math.isnan(score) else float(score) for score in found]
             first_ended = first_ended or time.perf_counter()
-        again = None
-        if first_ended is not None and len(scores) > 1:
-            # The first case may have compiled.
-            again = (time.perf_counter() - first_ended) * len(scores) / (len(scores) - 1)
-        shares = gather({"scores": scores, "failures": failures, "stopped": stopped, "again": again})
+        # The first case may have compiled.
+        again = _time_again(first_ended, time.perf_counter(), len(scores))
+        shares = gather({"scores": scores, "failures": failures, "stopped": stopped})
         if any(share["stopped"] for share in shares):
             return None
         scores = {case: row for share in shares for case, row in share["scores"].items()}
@@ -89,12 +94,28 @@ def make_validate(
         rows = [scores[case] for case in settings.cases if case in scores]
         table = np.array(rows, np.float64).reshape(len(rows), len(values))
         structures = {settings.labels[value]: _mean(column) for value, column in zip(values, table.T, strict=True)}
-        known = [share["again"] for share in shares if share["again"] is not None]
-        return Validation(
-            _mean(list(structures.values())), structures, tuple(failures.items()), max(known, default=None)
-        )
+        return Validation(_mean(list(structures.values())), structures, tuple(failures.items()), again, picture)
 
     return validate
+
+
+def _time_again(first_ended: float | None, ended: float, scored: int) -> float | None:
+    """Seconds for all cases once more, without what only the first one took."""
+    return None if first_ended is None or scored < 2 else (ended - first_ended) * scored / (scored - 1)
+
+
+def _picture(
+    store: Store, case: str, prediction: np.ndarray, reference: np.ndarray, settings: ValidationSettings
+) -> np.ndarray:
+    """Prediction above reference on the same scan, RGB (rows, columns, 3) uint8."""
+    entry = store.entry(case)
+    image = Volume(store.read_image(case), np.array(entry.affine))
+    rows = [
+        np.asarray(render(image, Volume(labels, image.affine), settings.labels, entry.modality, f"{case}: {what}"))
+        for what, labels in (("prediction", prediction), ("reference", reference))
+    ]
+    width = max(row.shape[1] for row in rows)
+    return np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:

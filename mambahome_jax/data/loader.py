@@ -29,14 +29,13 @@ def make_loader(
     class_balanced: bool = False,
     modality: Modality | None = None,
     share: tuple[int, int] = (0, 1),
-    labelled: np.ndarray | None = None,
 ) -> grain.IterDataset:
     """Endless batches of random patches.
 
     Each batch is a dict: "image" (batch, depth, height, width, channels) float32, normalised with the case's own
     statistics and then zero-padded where the volume is smaller than the patch; "label" (batch, depth, height, width)
-    int32; "case" (batch,) int32, index into `cases`; with `labelled` also its rows, (batch, classes) bool. Every case
-    comes once before any comes again, in an order drawn anew each time.
+    int32; "case" (batch,) int32, index into `cases`. Every case comes once before any comes again, in an order drawn
+    anew each time.
 
     `iter()` of the result has get_state() (a dict for JSON), set_state(state), after which the same batches follow as
     followed when the state was taken, and close(), which has to be called. Same seed, same batches, whatever
@@ -45,8 +44,7 @@ def make_loader(
     cases: ids in `store`, all with a label. positive_fraction: share of patches centred on a foreground voxel; the
     rest lie evenly in the box around the body. class_balanced: the foreground class is drawn evenly instead of by its
     voxels. modality: instead of each case's own. share: (n, of so many): each batch is the n-th of so many equal parts
-    of the batch of `batch_size` patches; only its patches are read, and the state is that of the whole. labelled:
-    (cases, classes) bool, which classes the dataset of each case labels at all.
+    of the batch of `batch_size` patches; only its patches are read, and the state is that of the whole.
     Raises DatasetError: no cases, an unknown case, one without a label. ConfigError: a size that is not positive, a
     batch that cannot be divided.
     """
@@ -59,7 +57,7 @@ def make_loader(
     unlabelled = [case for case in cases if store.entry(case).class_counts is None]
     if unlabelled:
         raise DatasetError(f"{len(unlabelled)} cases have no label", case=unlabelled[0], file=store.root)
-    patch = RandomPatch(store, tuple(cases), size, positive_fraction, class_balanced, modality, labelled)
+    patch = RandomPatch(store, tuple(cases), size, positive_fraction, class_balanced, modality)
     dataset = (
         grain.MapDataset.source(range(len(cases)))
         .seed(seed)
@@ -94,15 +92,13 @@ class RandomPatch(grain.transforms.RandomMap):
     positive_fraction: float
     class_balanced: bool
     modality: Modality | None
-    labelled: np.ndarray | None = None
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """One patch of cases[index]: image (D, H, W, C) float32, label (D, H, W) int32, case () int32[, labelled]."""
+        """One patch of cases[index]: image (D, H, W, C) float32, label (D, H, W) int32, case () int32."""
         case = self.cases[index]
         centre = draw_centre(self.store, case, rng, self.positive_fraction, self.class_balanced)
         image, label = read_patch(self.store, case, centre, self.size, self.modality)
-        patch = {"image": image, "label": label, "case": np.asarray(index, np.int32)}
-        return patch if self.labelled is None else patch | {"labelled": self.labelled[index]}
+        return {"image": image, "label": label, "case": np.asarray(index, np.int32)}
 
 
 def draw_centre(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, read_json, unlabelled_note
-from mambahome_jax.datasets.files import nifti_files
+from mambahome_jax.datasets.files import nifti_files, nifti_stem
 from mambahome_jax.errors import DatasetError
 
 NAME = "amos"
@@ -48,6 +48,12 @@ def load(folder: Path) -> Dataset:
                 continue
             cases.append(Case(stem, image, maps.get(stem), split, _modality(stem)))
         skipped += [(stem, f"images{part}/{stem}.nii.gz not found") for stem in maps if stem not in images]
+    known = {case.id for case in cases} | {case for case, _ in skipped}
+    for part, key in (("Tr", "training"), ("Va", "validation")):
+        named = content.get(key)
+        entries = [entry["image"] for entry in named if isinstance(entry, dict) and "image" in entry] if named else []
+        missing = [stem for stem in (nifti_stem(Path(entry)) for entry in entries) if stem not in known]
+        skipped += [(stem, f"images{part}/{stem}.nii.gz not found, which dataset.json lists") for stem in missing]
     if not cases:
         raise DatasetError("no scan with its label", file=folder, expected=LOOKS_FOR)
     notes = unlabelled_note(case for case in cases if case.split != "test")

@@ -48,7 +48,7 @@ class CaseFacts:
 
     shape, spacing (mm): of the axes R-L, A-P and S-I, whatever the file's order. orientation: of the file's axes.
     digest: equal for equal images, "" where unknown or worthless. percentiles: (channel, percentile), see
-    `data.inspect.PERCENTILES`; foreground likewise of the labelled voxels. volumes_ml: of each label value that occurs.
+    `examine.PERCENTILES`; foreground likewise of the labelled voxels. volumes_ml: of each label value that occurs.
     """
 
     id: str

@@ -16,8 +16,8 @@ _SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 
 
 def detect(folder: Path) -> bool:
-    """Whether the folder, or one of its few subfolders, holds a <case>-US.nii.gz."""
-    return any(stem.endswith("-US") for _, _, files in walk(folder, 1) for stem in nifti_of(files))
+    """Whether the folder, or one up to two folders below, holds a <case>-US.nii.gz."""
+    return any(stem.endswith("-US") for _, _, files in walk(folder, 2) for stem in nifti_of(files))
 
 
 def load(folder: Path) -> Dataset:
@@ -26,7 +26,7 @@ def load(folder: Path) -> Dataset:
     Raises DatasetError: no scan.
     """
     cases, skipped = [], []
-    for home, _, content in walk(folder, 1):
+    for home, _, content in walk(folder, 2):
         files = nifti_of(content)
         stems = {stem.removesuffix(end) for stem in files for end in ("-US", "-label") if stem.endswith(end)}
         for stem in sorted(stems):

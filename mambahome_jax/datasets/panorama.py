@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, unlabelled_note
-from mambahome_jax.datasets.files import nifti_of, walk
+from mambahome_jax.datasets.files import listing, nifti_of, walk
 from mambahome_jax.errors import DatasetError
 
 NAME = "panorama"
@@ -46,7 +46,8 @@ def load(folder: Path) -> Dataset:
     """
     images: dict[str, Path] = {}
     labels: dict[str, Path] = {}
-    beside = [path for path in (folder.resolve().parent / REPOSITORY,) if path.is_dir()]
+    neighbours = listing(folder.resolve().parent)[0]
+    beside = [path for name, path in neighbours.items() if name.startswith(REPOSITORY)]
     for root in [folder, *beside]:
         for home, _, files in walk(root, _DEPTH):
             for stem, path in nifti_of(files).items():

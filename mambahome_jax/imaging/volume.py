@@ -112,7 +112,8 @@ def read_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
 def read_forms(path: str | Path) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray]:
     """What a NIfTI header says of the geometry in its three ways, of which the affine is one.
 
-    Returns sform and qform, (4, 4) float64, voxel to RAS mm, None where the form's code is 0; pixdim (3,) in mm.
+    Returns sform and qform, (4, 4) float64, voxel to RAS mm, None where the form's code or the sform's numbers are 0;
+    pixdim (3,) in mm.
     Raises DatasetError as `read_volume`, and for a qform whose numbers are no rotation.
     """
     path = Path(path)
@@ -121,7 +122,10 @@ def read_forms(path: str | Path) -> tuple[np.ndarray | None, np.ndarray | None, 
         qform = header.get_qform(coded=True)[0]
     except (HeaderDataError, ValueError) as error:
         raise DatasetError(f"damaged qform ({error})", file=path, expected="a rotation") from error
-    return header.get_sform(coded=True)[0], qform, np.abs(np.asarray(header["pixdim"][1:4], np.float64))
+    sform = header.get_sform(coded=True)[0]
+    if sform is not None and not sform[:3, :3].any():
+        sform = None
+    return sform, qform, np.abs(np.asarray(header["pixdim"][1:4], np.float64))
 
 
 def write_volume(

@@ -76,15 +76,15 @@ def segment(
     roi_size: Sequence[int] | None = None,
     overlap: float | Sequence[float] = 0.5,
     sw_batch_size: int = 4,
-    chain: Literal["trained", "published"] = "trained",
+    chain: Literal["trained", "published"] | None = None,
     progress: Progress | None = None,
 ) -> Volume:
     """Label every voxel of a scan.
 
     model: what `load_model` gives; or any callable on windows (n, *roi, in) -> (n, *roi, classes).
     volume: (D0, D1, D2), or (D0, D1, D2, C) for a model of C channels, on any grid.
-    spacing, orientation, modality, roi_size: None takes what the model was trained with, and for bare weights the
-      published values (see `SegmentSettings`, where `chain` is explained too).
+    spacing, orientation, modality, roi_size, chain: None takes what the model was trained with, and for bare weights
+      the published values and chain (see `SegmentSettings`).
     progress: called with (windows done, windows in all).
 
     Returns the label map, uint8 (uint16 above 256 classes), with the shape and affine of `volume`.
@@ -105,13 +105,18 @@ def segment(
 
 
 def settings_for(model: Any, **changes: Any) -> SegmentSettings:
-    """Settings with which the model was trained, those of `changes` that are not None put in their place."""
+    """Settings with which the model was trained, those of `changes` that are not None put in their place.
+
+    A network without metadata, which is one of published weights, gets the published values and chain.
+    """
+    bare = isinstance(model, nnx.Module) and getattr(model, "metadata", None) is None
     data = getattr(model, "metadata", None) or DataProperties()
     trained: dict[str, Any] = {
         "spacing": data.spacing,
         "orientation": data.orientation,
         "modality": data.modality,
         "roi_size": data.patch_size or PUBLISHED_ROI,
+        "chain": "published" if bare else "trained",
     }
     return SegmentSettings(**(trained | {key: value for key, value in changes.items() if value is not None}))
 

@@ -66,9 +66,9 @@ class CheckpointWriter:
         items = {MODEL_ITEM: ocp.args.PyTreeSave(deployed_params(state))}
         arrays: list[Any] = [deployed_params(state)]
         if data is not None:
-            rest = _beside_model(state)
-            arrays.append(rest)
-            items |= {OPTIMIZER_ITEM: ocp.args.PyTreeSave(rest), DATA_ITEM: ocp.args.JsonSave(dict(data))}
+            beside = _beside_model(state)
+            arrays.append(beside)
+            items |= {OPTIMIZER_ITEM: ocp.args.PyTreeSave(beside), DATA_ITEM: ocp.args.JsonSave(dict(data))}
         partial = prepare_partial(folder) if is_first() else sibling(folder, PARTIAL)
         self._folder = folder
         try:

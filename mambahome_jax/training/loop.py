@@ -1,14 +1,12 @@
 """The training loop: batches in, checkpoints and metrics out; stops on request and on numbers that are not finite."""
 
 import contextlib
+import dataclasses
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -18,10 +16,11 @@ from jax.sharding import Mesh
 from mambahome_jax.errors import TrainingError
 from mambahome_jax.training.budget import Decision, TimeBudget
 from mambahome_jax.training.checkpoints import CheckpointWriter
-from mambahome_jax.training.distributed import Votes, gather
-from mambahome_jax.training.progress import Display, MetricsLog, Shown, device_memory, duration
+from mambahome_jax.training.distributed import gather
+from mambahome_jax.training.progress import Display, MetricsLog, Shown, device_memory, dice_table, duration
 from mambahome_jax.training.sharding import put_batch, put_tree, replicated
 from mambahome_jax.training.step import Batch, TrainState, deployed_params
+from mambahome_jax.training.stopping import StopOnSignal
 
 Metrics = Mapping[str, jax.Array]
 
@@ -35,6 +34,8 @@ class Validation:
     failures: tuple[tuple[str, str], ...] = ()
     seconds_again: float | None = None
     """How long the same would take once more, where that is known: the first one compiles."""
+    picture: np.ndarray | None = None
+    """RGB (rows, columns, 3) uint8 of a case, the same one each time."""
 
 
 # (params, asked to stop?) -> result, or None where it was interrupted
@@ -44,7 +45,6 @@ Validate = Callable[[Any, Callable[[], bool]], Validation | None]
 @dataclass(frozen=True)
 class Plan:
     """When things happen, in steps. `validated_until`: the step up to which a resumed run has been validated.
-
     keep_last: checkpoints kept beside the best.
 
     With a budget, `total_steps` is None and the end a matter of time; then `val_every` None leaves the validations to
@@ -56,8 +56,8 @@ class Plan:
     val_every: int | None
     checkpoint_every: int | None = None
     validated_until: int = 0
-    keep_last: int = 1
     budget: TimeBudget | None = None
+    keep_last: int = 1
 
     def goes_on_after(self, step: int) -> bool:
         return self.total_steps is None or step < self.total_steps
@@ -84,7 +84,10 @@ class Progressed:
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop drives. `config`: entries for config.json of each checkpoint. `validate`: None to go without."""
+    """What the loop drives. `config`: entries for config.json of each checkpoint. `validate`: None to go without.
+
+    labelled: (cases, classes) bool, the classes that each case's dataset has labels of; None where all have all.
+    """
 
     train_step: Callable[..., tuple[TrainState, Metrics]]
     mesh: Mesh
@@ -94,6 +97,7 @@ class Parts:
     config: Mapping[str, Any]
     log: MetricsLog
     display: Display
+    labelled: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def train(state: TrainState, batches: Iterator, parts: Parts, plan: Plan, progre
     Raises TrainingError when loss, gradient or update is no longer finite, with step and cases of that batch; the
     checkpoints before stay. OutputError when a checkpoint cannot be written.
     """
-    with CheckpointWriter() as writer, _StopOnSignal(parts.display, parts.mesh) as stop:
+    with CheckpointWriter() as writer, StopOnSignal(parts.display, parts.mesh) as stop:
         run = _Run(parts, plan, progressed, writer, stop)
         if progressed.step and plan.validates(progressed.step) and progressed.validated_until < progressed.step:
             # The run before was stopped between this step and its validation.
@@ -167,7 +171,7 @@ class _Run:
     """The steps of `train` that need its parts."""
 
     def __init__(
-        self, parts: Parts, plan: Plan, progressed: Progressed, writer: CheckpointWriter, stop: "_StopOnSignal"
+        self, parts: Parts, plan: Plan, progressed: Progressed, writer: CheckpointWriter, stop: "StopOnSignal"
     ):
         self.parts, self.plan, self.progressed, self.writer, self.stop = parts, plan, progressed, writer, stop
         self.begun = self.stepped = time.perf_counter()
@@ -193,6 +197,8 @@ class _Run:
             self.waited += time.perf_counter() - begun
         indices = np.asarray(batch.pop("case"))
         cases = tuple(self.parts.case_ids[index] for index in indices)
+        if self.parts.labelled is not None:
+            batch["labelled"] = self.parts.labelled[indices]
         return _Fetched(put_batch(batch, self.parts.mesh), cases, batches.get_state())  # type: ignore[attr-defined]
 
     def finish(self, running: _Running | None, write: bool = True) -> dict[str, Any]:
@@ -235,12 +241,14 @@ class _Run:
             return
         extra = {f"val_dice/{name}": value for name, value in validation.structures.items() if math.isfinite(value)}
         self.parts.log.write(row | {"val_dice": _finite(validation.dice)}, extra)
+        if validation.picture is not None:
+            self.parts.log.picture("validation", validation.picture, row["step"])
         self.parts.log.flush()
 
     def validate(self, state: TrainState) -> Validation | None:
         """Validate, and write `best` where that is the best so far. None without cases, and when interrupted."""
         display, step, budget = self.parts.display, self.progressed.step, self.plan.budget
-        validation = None
+        validation, before = None, self.progressed.last_validation
         if self.parts.validate is not None:
             begun = time.perf_counter()
             with contextlib.ExitStack() as measured:
@@ -256,10 +264,10 @@ class _Run:
             if budget is not None:
                 budget.expect_validation(validation.seconds_again)
             display.say(
-                f"step {step}: validation Dice {validation.dice:.4f} ({_structures(validation)}) "
-                f"in {duration(time.perf_counter() - begun)}"
+                f"step {step}: validation Dice {validation.dice:.4f} in {duration(time.perf_counter() - begun)}\n"
+                + dice_table(validation.structures, before.structures if before else None)
             )
-            self.progressed.last_validation = validation
+            self.progressed.last_validation = dataclasses.replace(validation, picture=None)
             self.progressed.failures.update(validation.failures)
         self.progressed.validated_until = step
         score = None if validation is None else _finite(validation.dice)
@@ -284,6 +292,8 @@ class _Run:
 
     def save_last(self, state: TrainState, data: dict[str, Any]) -> None:
         """Write `last`; with a time budget wait for it, which tells how long that takes."""
+        # A run that is killed goes on from this checkpoint, and the metrics up to it have to be there.
+        self.parts.log.flush()
         with contextlib.ExitStack() as measured:
             if self.plan.budget is not None:
                 measured.enter_context(self.plan.budget.saving())
@@ -302,54 +312,5 @@ class _Run:
         } | ({} if self.plan.budget is None else {"seconds_spent": self.plan.budget.spent()})
 
 
-class _StopOnSignal(contextlib.AbstractContextManager):
-    """Notes SIGTERM and SIGINT, so that the step is finished and a checkpoint written; the second SIGINT interrupts.
-
-    Several processes stop after the same step, whichever of them was asked to: each step they vote.
-    """
-
-    def __init__(self, display: Display, mesh: Mesh):
-        self.received: int | None = None
-        self._decided: int | None = None
-        self._votes = Votes(mesh) if jax.process_count() > 1 else None
-        self._display = display
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopOnSignal":
-        # Python delivers signals to the main thread alone.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def noticed(self) -> bool:
-        """Whether this process was asked to stop."""
-        return self.received is not None
-
-    def requested(self) -> int | None:
-        """The signal to stop for, None for none: the same answer in every process."""
-        return self.received if self._votes is None else self._decided
-
-    def agree(self, at_once: bool = False) -> None:
-        """Take part in a vote; without `at_once` its result counts from the next one on, when it is there anyway."""
-        if self._votes is not None and self._decided is None:
-            vote = self._votes.settle if at_once else self._votes.cast
-            self._decided = vote(self.received or 0) or None
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-        self._display.say(f"{signal.Signals(number).name}: finishing this step and writing a checkpoint")
-
-
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _structures(validation: Validation) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in validation.structures.items())

@@ -1,6 +1,7 @@
 """What a person sees of a training, and what is kept of it: progress bar or lines, metrics.csv, TensorBoard."""
 
 import csv
+import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
@@ -61,6 +63,13 @@ class MetricsLog:
         except OSError as error:
             raise self._failure(error) from error
 
+    def picture(self, name: str, picture: np.ndarray, step: int) -> None:
+        """An RGB picture (rows, columns, 3) uint8 for TensorBoard."""
+        try:
+            self._board.add_image(name, picture, step, dataformats="HWC")
+        except OSError as error:
+            raise self._failure(error) from error
+
     def flush(self) -> None:
         """Bring everything to the disk, for who watches."""
         try:
@@ -92,6 +101,9 @@ class NoLog(MetricsLog):
         pass
 
     def write(self, row: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
+        """Nothing."""
+
+    def picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Nothing."""
 
     def flush(self) -> None:
@@ -222,6 +234,16 @@ class Display:
         if self.budget is not None:
             return max(self.budget.left(), 0.0)
         return (self.total - step) * self.images / rate if rate and self.total is not None else None
+
+
+def dice_table(structures: Mapping[str, float], before: Mapping[str, float] | None = None) -> str:
+    """A line a structure: name, Dice, and the change since `before`; nan where no case had the structure."""
+    width = max((len(name) for name in structures), default=0)
+    lines = []
+    for name, value in structures.items():
+        change = value - (before or {}).get(name, math.nan)
+        lines.append(f"  {name:<{width}}  {value:.3f}" + (f"  {change:+.3f}" if math.isfinite(change) else ""))
+    return "\n".join(lines)
 
 
 def duration(seconds: float) -> str:

@@ -18,6 +18,7 @@ from mambahome_jax.data.pool import WorkerDied
 from mambahome_jax.errors import DatasetError, OutputError
 from tests.commands import test_preprocess_faults as faults
 from tests.commands.scans import AFFINE, scan, write
+from tests.datasets.miniatures import MINIATURES
 
 LABELS = {"1": "liver", "2": "spleen"}
 
@@ -223,7 +224,7 @@ def structure_in_no_case(folder: Path) -> None:
         (no_form, "header", "neither sform nor qform"),
         (coarse, "spacing", "spacing 2 x 1 x 24 mm, far off along S-I"),
         (long, "shape", "shape 12 x 16 x 40 voxels, far off along S-I"),
-        (structure_in_no_case, "structure", "label 7 (pancreas) occurs in none of 6 label maps"),
+        (structure_in_no_case, "structure", "label 3 (pancreas) occurs in none of 6 label maps"),
     ],
 )
 def test_what_is_worth_a_look_is_a_warning(folder, break_case, kind, words):
@@ -360,3 +361,14 @@ def test_from_the_command_line(folder):
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 1 and "1 voxels are NaN" in result.stdout and "Traceback" not in result.stderr
     assert subprocess.run([*command, "--fast"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_in_every_layout_the_errors_are_the_cases_that_preprocess_skips(name, tmp_path):
+    miniature = MINIATURES[name](tmp_path / "in")
+    content = report(miniature.folder)
+    errors = {item["case"] for item in content["findings"] if item["severity"] == "error"}
+    assert errors == set(miniature.skipped)
+    assert content["layout"] == miniature.layout and content["exit_code"] in (0, 1)
+    remarks = {item["case"]: item["found"] for item in content["findings"] if item["kind"] == "label"}
+    assert all(words in remarks[case] for case, words in miniature.remarks.items())

@@ -236,3 +236,4 @@ def test_published_weights(tmp_path):
     assert result.shape == (20, 18, 12)
     assert result.array.max() <= 2
     assert report(tmp_path)["labels"] == {}
+    assert report(tmp_path)["settings"]["chain"] == "published"

@@ -7,12 +7,20 @@ import os
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from mambahome_jax.commands import train as command
-from mambahome_jax.commands.train_setup import choose_patch, make_augmentation, make_setup, model_config
+from mambahome_jax.commands.train_report import dataset_fingerprint, git_state
+from mambahome_jax.commands.train_setup import (
+    choose_patch,
+    labelled_classes,
+    make_augmentation,
+    make_setup,
+    model_config,
+)
 from mambahome_jax.config import MODEL_SIZES, ModelSize, TrainConfig
 from mambahome_jax.data.store import StoreEntry, write_case, write_index
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, read_prepared, write_prepared
@@ -22,6 +30,7 @@ from mambahome_jax.imaging.volume import Volume, write_volume
 from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params
 from mambahome_jax.recipes import Ingredients
 from mambahome_jax.training import loop
+from mambahome_jax.training.losses import dice_ce
 from tests.conftest import golden_path
 from tests.training.stand_in import SmallNet
 
@@ -101,7 +110,15 @@ def test_a_run_writes_what_the_design_promises(tmp_path, capsys):
     report = json.loads((tmp_path / "run" / "run.json").read_text())
     assert report["status"] == "finished" and report["step"] == 4 and report["best"] == config["best"] | report["best"]
     assert report["data"]["train"] == ["c0", "c1", "c2", "c3"] and report["data"]["val"] == ["c4"]
-    assert report["versions"]["jax"] and report["configuration"]["lr"] is None
+    assert report["versions"]["jax"] and report["configuration"]["lr"] is None and report["seed"] == 0
+    assert report["git"] is None or len(report["git"]["commit"]) == 40
+    prepared = read_prepared(tmp_path / "data")
+    assert report["data"]["fingerprint"] == dataset_fingerprint(prepared, ["c3", "c2", "c1", "c0"])
+    assert report["data"]["fingerprint"] != dataset_fingerprint(prepared, ["c0"])
+    assert git_state(tmp_path) is None
+    assert "lr 5.00e-03  " in text and "data wait" in text and "  box  0." in text
+    (board,) = (tmp_path / "run" / "tensorboard").iterdir()
+    assert board.read_bytes().count(b"\x89PNG") == 2
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [bool(row["val_dice"]) for row in rows] == [False, True, False, True]
@@ -127,7 +144,12 @@ def test_stop_and_resume_give_the_bits_of_a_straight_run(tmp_path, monkeypatch):
         command.run(config)
     with pytest.raises(ConfigError, match=r"lr was 0.01, now 0.5; seed was 0, now 1"):
         command.run(_config(data, tmp_path / "run", steps=6, lr=0.5, seed=1, resume=True))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped by a signal"
     assert command.run(_config(data, tmp_path / "run", steps=6, val_every=4, resume=True)) == 0
+    report = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert command.run(_config(data, tmp_path / "run", steps=6, val_every=4, resume=True)) == 0
+    again = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert again.pop("seconds") > report.pop("seconds") and again == report and report["loss"] is not None
     straight, resumed = (read_checkpoint_params(tmp_path / n / "checkpoints" / "last") for n in ("straight", "run"))
     for name in ("first", "last"):
         np.testing.assert_array_equal(straight[name]["kernel"], resumed[name]["kernel"])
@@ -180,9 +202,9 @@ def test_numbers_that_are_not_finite_end_the_run_with_a_report(tmp_path, capsys)
 
 def test_pretrained_weights_of_another_network_are_refused_by_field(tmp_path):
     data, weights = _dataset(tmp_path / "data"), golden_path("mambahome_tiny.pth")
-    with pytest.raises(CheckpointError, match=r"out_chans is 3, expected 2"):
+    with pytest.raises(CheckpointError, match=r"depths is \(1, 1, 2, 1\), expected \(1, 1, 1, 1\)"):
         command.run(_config(data, tmp_path / "run", use_pretrained=str(weights)))
-    assert "out_chans" in json.loads((tmp_path / "run" / "run.json").read_text())["status"]
+    assert "depths" in json.loads((tmp_path / "run" / "run.json").read_text())["status"]
 
 
 def test_faults_of_data_and_flags_are_told_before_training(tmp_path):
@@ -234,6 +256,24 @@ def test_mirroring_goes_by_the_names_of_the_structures(tmp_path):
         make_augmentation(Ingredients(mirror=("LR",)), prepared, lonely)
     assert make_augmentation(Ingredients(mirror=("LR",)), prepared, lonely, explicit=False).mirror == ()
     assert make_augmentation(Ingredients(augment=False), prepared, pairs) is None
+
+
+def test_classes_that_a_case_s_dataset_never_labelled_reach_the_loss(tmp_path, monkeypatch):
+    prepared = read_prepared(_dataset(tmp_path / "data"))
+    cases = tuple(dataclasses.replace(c, labelled=() if c.id in ("c0", "c2") else None) for c in prepared.cases)
+    write_prepared(dataclasses.replace(prepared, cases=cases))
+    seen = []
+
+    def loss(logits, labels, labelled=None, **options):
+        jax.debug.callback(lambda values: seen.append(np.asarray(values).tolist()), labelled)
+        return dice_ce(logits, labels, labelled, **options)
+
+    monkeypatch.setattr(command, "dice_ce", loss)
+    assert command.run(_config(prepared.root, tmp_path / "run", steps=2, augment=False)) == 0
+    jax.effects_barrier()
+    # An epoch of two steps holds each of the four cases once.
+    assert sorted(row for batch in seen[:2] for row in batch) == [[True, False]] * 2 + [[True, True]] * 2
+    assert labelled_classes(read_prepared(_dataset(tmp_path / "other")), ("c0", "c1"), 2) is None
 
 
 def test_steps_schedule_and_split(tmp_path):

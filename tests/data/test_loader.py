@@ -104,14 +104,6 @@ def test_every_case_comes_once_before_any_comes_again_in_changing_order(tmp_path
     assert not (rounds[0] == rounds[1]).all() or not (rounds[1] == rounds[2]).all()
 
 
-def test_the_classes_that_a_case_labels_come_with_its_patches(tmp_path, batches):
-    store = make_store(tmp_path, [(8, 8, 8)] * 3)
-    table = np.array([[True, True, False], [True, False, True], [True, True, True]])
-    for batch in batches(make_loader(store, store.cases, (4, 4, 4), 2, labelled=table), 3):
-        np.testing.assert_array_equal(batch["labelled"], table[batch["case"]])
-    assert "labelled" not in batches(make_loader(store, store.cases, (4, 4, 4), 2), 1)[0]
-
-
 def test_same_seed_same_batches_another_seed_others(tmp_path, batches):
     store = make_store(tmp_path, [(20, 20, 20)] * 5)
     some = batches(make_loader(store, store.cases, (8, 8, 8), 2, seed=1), 6)

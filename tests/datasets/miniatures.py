@@ -203,15 +203,18 @@ def amos(root: Path) -> Miniature:
         split, key = split_of[part]
         lists[key].append(entry)
         cases[name] = Expected(label if part != "Ts" else None, split, modality, name)
+    lists["validation"].append({"image": "./imagesVa/amos_0020.nii.gz", "label": "./labelsVa/amos_0020.nii.gz"})
     for folder in ("imagesTr", "labelsTr"):
         (home / folder / "._amos_0001.nii.gz").write_bytes(b"Mac OS X")
     (root / "__MACOSX").mkdir()
     table = {"0": "background"} | {str(value): name for value, name in labels.items()}
     (home / "dataset.json").write_text(json.dumps({"name": "AMOS", "licence": "x", "labels": table, **lists}))
     del cases["amos_0004"]
-    return Miniature(
-        root, "amos", labels | {8: "aorta"}, cases, {"amos_0004": ("labelsTr/amos_0004.nii.gz not found",)}
-    )
+    skipped = {
+        "amos_0004": ("labelsTr/amos_0004.nii.gz not found",),
+        "amos_0020": ("imagesVa/amos_0020.nii.gz not found", "dataset.json lists"),
+    }
+    return Miniature(root, "amos", labels | {8: "aorta"}, cases, skipped)
 
 
 def feta(root: Path) -> Miniature:

@@ -31,7 +31,8 @@ def prepared(root: Path, *cases: PreparedCase) -> Prepared:
 
 
 def test_round_trip_and_keys(tmp_path):
-    written = prepared(tmp_path, case("a"), case("b", label=None, split="test"), case("c", patient="p"))
+    partial = case("d", labelled=(12,), remarks=("2 voxels lie in two masks",))
+    written = prepared(tmp_path, case("a"), case("b", label=None, split="test"), case("c", patient="p"), partial)
     write_prepared(written)
     assert read_prepared(tmp_path) == written
     content = json.loads((tmp_path / "dataset.json").read_text())

@@ -65,8 +65,8 @@ def _start(command: list[str], folder: Path) -> subprocess.Popen:
     # One cache for all, so that a restart takes seconds.
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(folder / "xla")}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
-    log = (folder / "train.log").open("a")
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    with (folder / "train.log").open("a") as log:
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _finish(process: subprocess.Popen) -> None:
@@ -117,10 +117,12 @@ def _different(straight: Path, killed: Path) -> list[str]:
     for item in ("model", "optimizer"):
         one, other = (_arrays(find_checkpoint(run / "checkpoints" / "last") / item) for run in (straight, killed))
         different += [f"{item}{name}" for name in one if one[name].tobytes() != other[name].tobytes()]
-    rows = [list(csv.DictReader((run / "metrics.csv").open())) for run in (straight, killed)]
-    if [[row[name] for name in COMPARED] for row in rows[0]] != [[row[name] for name in COMPARED] for row in rows[1]]:
-        different.append("metrics.csv")
-    return different
+    return different if _metrics(straight) == _metrics(killed) else [*different, "metrics.csv"]
+
+
+def _metrics(run: Path) -> list[list[str]]:
+    with (run / "metrics.csv").open() as file:
+        return [[row[name] for name in COMPARED] for row in csv.DictReader(file)]
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

@@ -73,7 +73,7 @@ def test_coarser_working_spacing_keeps_shape_and_most_labels():
     cube = np.zeros((40, 36, 30), bool)
     cube[8:30, 6:28, 5:25] = True
     volume = Volume(np.where(cube, np.float32(250), np.float32(-175)), oriented_affine("LIP", (0.9, 1.1, 2.0)))
-    result = segment(Levels((0.0, 1.0)), volume, spacing=(1.7, 2.3, 2.9), roi_size=(16, 16, 16))
+    result = segment(Levels((0.0, 1.0)), volume, spacing=(1.7, 2.3, 2.9), roi_size=(16, 16, 16), chain="trained")
     assert result.shape == cube.shape
     assert dice(result.array, cube, 1)[0] > 0.95
 
@@ -114,7 +114,11 @@ def test_network_is_traced_once_for_all_volumes():
 
 
 def test_settings_come_from_the_model_then_from_the_caller():
-    assert settings_for(Levels(LEVELS)) == SegmentSettings((0.8, 0.8, 3.0), "RAS", "ct", (192, 192, 48))
+    published = SegmentSettings((0.8, 0.8, 3.0), "RAS", "ct", (192, 192, 48), chain="published")
+    assert settings_for(Levels(LEVELS)) == published
+    assert (
+        settings_for(Levels(LEVELS), chain="trained").chain == settings_for(lambda windows: windows).chain == "trained"
+    )
     metadata = DataProperties(None, "LPS", "mr", ((1, "a"),), patch_size=(48, 48, 32))
     model = Levels(LEVELS, metadata=metadata)
     assert settings_for(model, overlap=None) == SegmentSettings(None, "LPS", "mr", (48, 48, 32))

@@ -15,7 +15,7 @@ from rich.console import Console
 from mambahome_jax.config import AugmentationConfig
 from mambahome_jax.errors import TrainingError
 from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params
-from mambahome_jax.training.checkpoints import restore_state
+from mambahome_jax.training.checkpoints import CheckpointWriter, restore_state
 from mambahome_jax.training.loop import Parts, Plan, Progressed, Validation, train
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -117,6 +117,19 @@ def test_resume_from_a_checkpoint_that_is_behind_the_metrics(tmp_path):
     assert [row["step"] for row in _rows(tmp_path / "run")] == [str(n) for n in range(1, 7)]
 
 
+def test_metrics_are_on_the_disk_before_the_checkpoint_that_a_killed_run_resumes_from(tmp_path, monkeypatch):
+    seen, save = [], CheckpointWriter.save
+
+    def watched(writer, folder, state, config, *rest):
+        if folder.name == "last":
+            seen.append((config["step"], len(_rows(tmp_path / "run"))))
+        save(writer, folder, state, config, *rest)
+
+    monkeypatch.setattr(CheckpointWriter, "save", watched)
+    _train(tmp_path / "run", checkpoint_every=2)
+    assert seen == [(2, 2), (4, 4), (6, 6)]
+
+
 def test_numbers_that_are_not_finite_stop_with_step_and_cases(tmp_path):
     with pytest.raises(TrainingError, match=r"step 4: .*loss is nan.*cases of this batch: bert, carl"):
         _train(tmp_path / "run", batches=Batches(poison=3), checkpoint_every=1)
@@ -132,7 +145,8 @@ def test_best_follows_the_score_and_validation_joins_the_metrics(tmp_path):
     def validate(params, stop):
         seen.append(jax.device_get(params))
         score = next(scores)
-        return Validation(score, {"liver": score, "spleen": float("nan")}, (("dora", "damaged"),))
+        picture = np.full((8, 12, 3), 255 * len(seen) // 3, np.uint8)
+        return Validation(score, {"liver": score, "spleen": float("nan")}, (("dora", "damaged"),), picture=picture)
 
     _, progressed, text = _train(tmp_path / "run", validate=validate, val_every=2)
     assert progressed.best == {"step": 4, "val_dice": 0.7}
@@ -142,8 +156,10 @@ def test_best_follows_the_score_and_validation_joins_the_metrics(tmp_path):
     config = read_checkpoint_config(tmp_path / "run" / "last")
     assert config["step"] == 6 and config["epoch"] == 3 and config["best"] == {"step": 4, "val_dice": 0.7}
     assert [row["val_dice"] for row in _rows(tmp_path / "run")] == ["", "0.3", "", "0.7", "", "0.5"]
-    assert "validation Dice 0.7000 (liver 0.700, spleen nan)" in text
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert "step 4: validation Dice 0.7000 in " in text and "  liver   0.700  +0.400\n  spleen  nan\n" in text
+    (board,) = (tmp_path / "run" / "tensorboard").iterdir()
+    # PNG pictures inside, one a validation.
+    assert board.read_bytes().count(b"\x89PNG") == 3
     assert not (tmp_path / "run" / "last" / "optimizer").is_symlink() and not list(tmp_path.rglob("*.partial*"))
 
 

@@ -1,0 +1,180 @@
+"""One case read as preprocessing reads it, for `mambahome check`: its facts and all that is wrong with it. No jax."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mambahome_jax.config import Modality
+from mambahome_jax.datasets import check
+from mambahome_jax.datasets.base import Case
+from mambahome_jax.datasets.check import CaseFacts, Finding
+from mambahome_jax.datasets.label_map import count_values, read_image, read_label_map
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.geometry import orientation_of
+from mambahome_jax.imaging.grids import grid_shift, require_same_grid
+from mambahome_jax.imaging.volume import Volume, read_forms, read_geometry
+
+PERCENTILES = (0.0, 0.5, 5.0, 50.0, 95.0, 99.5, 100.0)
+
+_SAMPLE = 100_000  # voxels of which percentiles other than 0 and 100 are taken
+_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class ExamineJob:
+    """All that a process needs to know to look at one case.
+
+    labels: the values that may occur, empty for any. hint: what to do about others. fast: headers only.
+    """
+
+    case: Case
+    channels: int
+    labels: Mapping[int, str]
+    hint: str
+    modality: Modality | None
+    fast: bool
+
+
+def examine_case(job: ExamineJob) -> CaseFacts:
+    """Facts and findings of one case; a damaged file is a finding, not an exception."""
+    facts, findings, grid = _headers(job)
+    if not job.fast:
+        facts, more = _voxels(job, facts, grid)
+        # A fault that the header shows is met again by the reader of the voxels.
+        known = {(finding.file, finding.found) for finding in more}
+        findings = [finding for finding in findings if (finding.file, finding.found) not in known] + more
+    return replace(facts, findings=tuple(findings))
+
+
+def _headers(job: ExamineJob) -> tuple[CaseFacts, list[Finding], Volume | None]:
+    """Facts and findings of the headers, and the grid on which the label map can be judged."""
+    case, findings = job.case, []
+    facts = CaseFacts(case.id, case.patient, case.split, job.modality, str(case.image), case.has_label)
+    images = []
+    for file in case.image_files:
+        grid, more = _header(case.id, "image file", file, 1 if case.images else job.channels, forms=True)
+        findings += more
+        images += [grid] if grid is not None else []
+    image = images[0] if images else None
+    if image is not None:
+        orientation = orientation_of(image.affine)
+        order = check.axis_order(orientation)
+        facts = replace(
+            facts,
+            shape=tuple(image.shape[axis] for axis in order),
+            spacing=tuple(float(image.spacing[axis]) for axis in order),
+            orientation=orientation,
+            digest=_quick_digest(case.image_files) if job.fast else "",
+        )
+    label = None
+    for file in case.label_files:
+        # Masks share their header; what is odd in it would be told fifty times.
+        grid, more = _header(case.id, "label", file, 1, forms=case.label is not None)
+        findings += more
+        if grid is None:
+            continue
+        label = label or grid
+        if image is not None:
+            more = _compare(case.id, image, grid, file)
+            findings += more
+            if any(finding.severity == "error" for finding in more):
+                image = None
+    return facts, findings, image or label
+
+
+def _header(case: str, kind: str, file: Path, channels: int, forms: bool) -> tuple[Volume | None, list[Finding]]:
+    """A volume of the file's grid without voxels, None where it cannot be read, and what its header shows."""
+    try:
+        shape, affine = read_geometry(file)
+        found = shape[3] if len(shape) == 4 else 1
+        if found != channels:
+            expected = "a 3D volume" if channels == 1 else f"{channels} channels as the fourth axis"
+            raise DatasetError(f"{len(shape)}D volume {shape}", file=file, expected=expected)
+    except DatasetError as error:
+        return None, [check.error_finding(case, kind, error)]
+    findings = []
+    if forms:
+        findings += check.affine_findings(case, str(file), affine)
+        try:
+            findings += check.form_findings(case, str(file), shape, *read_forms(file), grid_shift)
+        except DatasetError as error:
+            # The scan can be read all the same, by its sform.
+            findings.append(replace(check.error_finding(case, "header", error), severity="warning"))
+    return Volume(np.broadcast_to(np.uint8(0), shape), affine), findings
+
+
+def _compare(case: str, image: Volume, label: Volume, file: Path) -> list[Finding]:
+    try:
+        require_same_grid(image, label, file)
+    except DatasetError as error:
+        return [check.error_finding(case, "grid", error)]
+    return check.small_shift_finding(case, str(file), *grid_shift(image.affine, label.affine, image.shape))
+
+
+def _voxels(job: ExamineJob, facts: CaseFacts, grid: Volume | None) -> tuple[CaseFacts, list[Finding]]:
+    case, findings = job.case, []
+    channels = label = None
+    try:
+        image = read_image(case, job.channels)
+        channels = image.array if image.array.ndim == 4 else image.array[..., None]
+        facts = replace(facts, percentiles=_percentiles(channels))
+        low, high = ([row[i] for row in facts.percentiles or ()] for i in (0, -1))
+        findings += check.image_findings(case.id, str(case.image), low, high, job.modality)
+        if low != high:
+            facts = replace(facts, digest=_digest(image.array))
+    except DatasetError as error:
+        findings.append(check.error_finding(case.id, "image file", error))
+    if not case.has_label or grid is None:
+        return facts, findings
+    file = str(case.label_files[0] if case.label is not None else case.label_files[0].parent)
+    try:
+        label, remarks = read_label_map(case, grid, job.labels, job.hint)
+    except DatasetError as error:
+        return facts, [*findings, check.error_finding(case.id, "label", error)]
+    if label is None:
+        return facts, findings
+    findings += [Finding("note", "label", case.id, file, remark, "", "") for remark in remarks]
+    counts = count_values(label.array)
+    findings += check.label_findings(case.id, file, counts)
+    ml = float(abs(np.linalg.det(grid.affine[:3, :3]))) / 1000
+    volumes = {value: count * ml for value, count in counts.items() if value != 0}
+    facts = replace(facts, volumes_ml=volumes)
+    if volumes and channels is not None and channels.shape[:3] == label.shape:
+        facts = replace(facts, foreground=_percentiles(channels, label.array != 0))
+    return facts, findings
+
+
+def _percentiles(channels: np.ndarray, mask: np.ndarray | None = None) -> tuple[tuple[float, ...], ...]:
+    """PERCENTILES of each channel of (D, H, W, C), of all voxels or of those in mask (D, H, W)."""
+    rows = []
+    for c in range(channels.shape[3]):
+        # Transposed, since files have their first axis fastest: a view then, and a walk in the order of memory.
+        channel = channels[..., c].T
+        values = channel.ravel() if mask is None else channel[mask.T]
+        sample = values[:: max(values.size // _SAMPLE, 1)]
+        inner = np.percentile(sample, PERCENTILES[1:-1])
+        rows.append((float(values.min()), *(float(value) for value in inner), float(values.max())))
+    return tuple(rows)
+
+
+def _digest(array: np.ndarray) -> str:
+    """Equal for equal voxels, whatever the file's compression, stored type or header."""
+    content = hashlib.sha256(str(array.shape).encode())
+    content.update(np.asfortranarray(array).T.data)
+    return content.hexdigest()
+
+
+def _quick_digest(paths: Sequence[Path]) -> str:
+    """Equal for equal files, by their size and three blocks; the last one of a .gz holds the checksum of it all."""
+    content = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        content.update(str(size).encode())
+        with path.open("rb") as file:
+            for start in (0, size // 2, max(size - _BLOCK, 0)):
+                file.seek(start)
+                content.update(file.read(_BLOCK))
+    return content.hexdigest()

@@ -1,0 +1,33 @@
+"""The demo is what the README tells a newcomer to type: every step of it, shortened."""
+
+import csv
+import json
+
+import pytest
+
+from mambahome_jax.commands import demo
+from mambahome_jax.config import DemoConfig
+from mambahome_jax.errors import OutputError
+
+
+@pytest.mark.slow
+def test_the_demo_goes_through(tmp_path, capfd):
+    folder = tmp_path / "demo"
+    assert demo.run(DemoConfig(folder, train_cases=3, test_cases=1, steps=2)) == 0
+    printed = capfd.readouterr().out
+    for step in ("preprocess.py", "train.py", "infer.py", "mambahome evaluate"):
+        assert f"$ python {step}" in printed or f"$ {step}" in printed
+    (picture,) = (folder / "predictions" / "previews").glob("*.png")
+    assert str(picture.resolve()) in printed.replace("\n", "")
+    mean = json.loads((folder / "evaluation" / "summary.json").read_text())["mean"]["dice"]
+    assert f"Mean Dice {mean:.3f} on 1 unseen scans" in printed
+    with (folder / "evaluation" / "metrics.csv").open() as file:
+        assert [row["structure"] for row in csv.DictReader(file)] == ["liver", "spleen", "kidneys", "aorta"]
+    assert {path.name for path in (folder / "run" / "checkpoints").iterdir()} >= {"best", "last"}
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("")
+    with pytest.raises(OutputError, match="holds files that no demo wrote"):
+        demo.run(DemoConfig(tmp_path))
+    assert (tmp_path / "thesis.txt").exists()

@@ -1,0 +1,161 @@
+"""Which layout a folder has, what is said where that is not clear, and the faults of each layout's own files."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mambahome_jax.commands.open_dataset import open_dataset
+from mambahome_jax.config import PreprocessConfig
+from mambahome_jax.datasets import load_dataset
+from mambahome_jax.datasets.registry import LAYOUTS, detect_layouts
+from mambahome_jax.datasets.totalsegmentator_mri import STRUCTURES, table_of
+from mambahome_jax.errors import ConfigError, DatasetError
+from tests.datasets import miniatures
+from tests.datasets.test_layouts import touch
+
+
+def test_the_more_specific_layout_wins(tmp_path):
+    miniatures.abdomenatlas(tmp_path)
+    assert LAYOUTS["published"].detect(tmp_path) and detect_layouts(tmp_path) == ["abdomenatlas"]
+    assert load_dataset(tmp_path, "published").layout == "published"
+
+
+def test_two_layouts_at_once_are_named(tmp_path):
+    touch(tmp_path, "s0001/mri.nii.gz", "images/a.nii.gz", "labels/a.nii.gz")
+    with pytest.raises(DatasetError) as caught:
+        load_dataset(tmp_path)
+    text = str(caught.value)
+    assert "several layouts at once" in text and "s####/mri.nii.gz" in text and "images/<case>.nii.gz" in text
+    assert "--dataset totalsegmentator_mri or --dataset images_labels" in text
+    assert [case.id for case in load_dataset(tmp_path, "images_labels").cases] == ["a"]
+
+
+def test_unknown_folder_lists_every_layout_and_unknown_name_every_name(tmp_path):
+    with pytest.raises(DatasetError) as caught:
+        load_dataset(touch(tmp_path, "x.txt"))
+    assert all(f"  - {name}: {layout.LOOKS_FOR}" in str(caught.value) for name, layout in LAYOUTS.items())
+    with pytest.raises(ConfigError, match="--dataset acdc: no such layout; expected one of prepared, abdomenatlas"):
+        load_dataset(tmp_path, "acdc")
+
+
+def test_the_folder_of_an_archive_is_found(tmp_path):
+    miniatures.mvseg(tmp_path / "MVSeg/MVSeg")
+    assert load_dataset(tmp_path).layout == "mvseg"
+
+
+def test_an_id_comes_once(tmp_path):
+    for home in ("Zurich", "Vienna"):
+        touch(tmp_path / home, "sub-001/anat/sub-001_T2w.nii.gz", "sub-001/anat/sub-001_dseg.nii.gz")
+    dataset = load_dataset(tmp_path)
+    assert [case.image.parts[-4] for case in dataset.cases] == ["Vienna"]
+    assert "Zurich" in dataset.skipped[0][1] and "a second case of this id" in dataset.skipped[0][1]
+
+
+def test_abdomenatlas_scan_and_masks_in_different_parts(tmp_path):
+    touch(tmp_path, "part1/BDMAP_00005196/segmentations/liver.nii.gz", "part2/BDMAP_00005196/ct.nii.gz")
+    touch(tmp_path, "part1/BDMAP_00005196/segmentations/wart.nii.gz")
+    dataset = load_dataset(tmp_path)
+    assert [(case.id, [value for value, _ in case.masks], case.labelled) for case in dataset.cases] == [
+        ("BDMAP_00005196", [5], (5,))
+    ]
+    assert "left out: wart" in dataset.notes[0]
+
+
+def test_abdomenatlas_1_0_has_nine_structures(tmp_path):
+    from mambahome_jax.datasets.abdomenatlas import OF_VERSION_1_0
+
+    touch(tmp_path, "BDMAP_00000001/ct.nii.gz", "BDMAP_00000001/combined_labels.nii.gz")
+    touch(tmp_path, *(f"BDMAP_00000001/segmentations/{name}.nii.gz" for name in OF_VERSION_1_0))
+    assert list(load_dataset(tmp_path).labels.values()) == list(OF_VERSION_1_0)
+
+
+def test_totalsegmentator_tables():
+    assert table_of({"liver"}) == STRUCTURES
+    first = table_of({"thigh_left", "fibula", "femur_left", "liver"})
+    assert first == (*STRUCTURES[:31], "femur_left", "fibula", "thigh_left")
+
+
+def test_totalsegmentator_without_the_columns_of_its_table(tmp_path):
+    touch(tmp_path, "s0001/mri.nii.gz", "s0001/segmentations/liver.nii.gz")
+    assert "the official split is not known" in load_dataset(tmp_path).notes[0]
+    (tmp_path / "meta.csv").write_text("id;part\n")
+    with pytest.raises(DatasetError, match=r"columns 'id;part'; expected image_id and split"):
+        load_dataset(tmp_path)
+
+
+def test_panorama_without_its_labels(tmp_path):
+    touch(tmp_path, "batch_1/100000_00001_0000.nii.gz")
+    with pytest.raises(DatasetError, match=r"1 scans and 0 labels.*Clone github.com/DIAGNijmegen/panorama_labels"):
+        load_dataset(tmp_path)
+
+
+def nnunet(folder: Path, **changes) -> Path:
+    touch(folder, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz")
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(content | changes))
+    return folder
+
+
+def test_nnunet_regions_and_ignore(tmp_path):
+    labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
+    dataset = load_dataset(nnunet(tmp_path, labels=labels, regions_class_order=[1, 2]))
+    assert dataset.labels == {1: "whole", 2: "core"} and "last region" in dataset.notes[0]
+    assert 'Value 3 is nnU-Net\'s "ignore"' in dataset.hint
+    with pytest.raises(DatasetError, match='2 regions with "regions_class_order" None'):
+        load_dataset(nnunet(tmp_path, labels=labels))
+
+
+def test_nnunet_faults(tmp_path):
+    with pytest.raises(DatasetError, match=r"\"file_ending\" is '.nrrd'; expected .nii.gz or .nii. Convert"):
+        load_dataset(nnunet(tmp_path, file_ending=".nrrd"))
+    with pytest.raises(DatasetError, match='"channel_names" is'):
+        load_dataset(nnunet(tmp_path, channel_names={"1": "CT"}))
+    (nnunet(tmp_path) / "splits_final.json").write_text("[]")
+    with pytest.raises(DatasetError, match=r"splits_final\.json: damaged"):
+        load_dataset(tmp_path)
+
+
+def test_nnunet_version_1_and_explicit_paths(tmp_path):
+    nnunet(tmp_path / "one", modality={"0": "CT"})
+    content = json.loads((tmp_path / "one/dataset.json").read_text())
+    del content["channel_names"], content["file_ending"]
+    (tmp_path / "one/dataset.json").write_text(json.dumps(content))
+    assert (load_dataset(tmp_path / "one").layout, load_dataset(tmp_path / "one").cases[0].id) == ("nnunet_raw", "a")
+    touch(tmp_path / "two", "elsewhere/x.nii.gz", "elsewhere/y.nii.gz", "imagesTr/none.txt")
+    table = {"c": {"images": ["elsewhere/x.nii.gz"], "label": "elsewhere/y.nii.gz"}}
+    case = load_dataset(nnunet(tmp_path / "two", dataset=table)).cases[0]
+    assert (case.id, case.image.name, case.label.name) == ("c", "x.nii.gz", "y.nii.gz")
+
+
+def test_csv_rows(tmp_path):
+    touch(tmp_path, "in/a.nii.gz", "in/b.nii.gz", "out.nii.gz", "in/l.nii.gz")
+    rows = ["Image, ID, label, modality", "a.nii.gz;b.nii.gz,two,l.nii.gz,MR", "a.nii.gz,two,,", "../out.nii.gz,,,"]
+    rows += ["a.nii.gz,x/y,,", "a.dcm,d,,", ",e,,", "a.nii.gz,f,,pet"]
+    (tmp_path / "in/list.csv").write_text("\ufeff" + "\n".join(rows) + "\n")
+    dataset = load_dataset(tmp_path / "in/list.csv")
+    assert [(case.id, len(case.image_files), case.modality) for case in dataset.cases] == [
+        ("two", 2, "mr"),
+        ("out", 1, None),
+    ]
+    assert dataset.channels == ("channel_0", "channel_1")
+    assert any("1 files lie outside of the folder of list.csv" in note for note in dataset.notes)
+    reasons = [reason for _, reason in dataset.skipped]
+    for words, reason in zip(
+        ("second time", "id 'x/y'", "no NIfTI file", "no image", "modality 'pet'"), reasons, strict=True
+    ):
+        assert words in reason
+    (tmp_path / "in/list.csv").write_text("scan,label\n")
+    with pytest.raises(DatasetError, match="columns 'scan,label'; expected a first line"):
+        load_dataset(tmp_path / "in/list.csv")
+
+
+def test_flags_that_contradict_each_other(tmp_path):
+    miniatures.mvseg(tmp_path / "in")
+    config = {"input_path": tmp_path / "in", "output_path": tmp_path / "out"}
+    with pytest.raises(ConfigError, match="give one of them"):
+        open_dataset(PreprocessConfig(**config, labels=("a",), label_map=tmp_path / "m.toml"))
+    with pytest.raises(ConfigError, match="2 names for 1 folders"):
+        open_dataset(PreprocessConfig(**config, dataset=("mvseg", "feta")))
+    with pytest.raises(DatasetError, match="--only ct: no such case; the dataset says us"):
+        open_dataset(PreprocessConfig(**config, only="ct"))
