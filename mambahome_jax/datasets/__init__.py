@@ -3,7 +3,7 @@
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, read_prepared, split_cases, write_prepared
 from mambahome_jax.datasets.registry import load_dataset
-from mambahome_jax.datasets.structures import join_datasets, merge_structures, mirror_table, select_structures
+from mambahome_jax.datasets.structures import join_datasets, merge_structures, select_structures
 
 __all__ = [
     "Case",
@@ -13,7 +13,6 @@ __all__ = [
     "join_datasets",
     "load_dataset",
     "merge_structures",
-    "mirror_table",
     "read_prepared",
     "select_structures",
     "split_cases",

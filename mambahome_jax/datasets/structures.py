@@ -5,12 +5,9 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.errors import DatasetError
-
-Direction = Literal["left-right", "anterior-posterior", "superior-inferior"]
 
 # Spellings of one organ, after sides and separators were made alike. Only what is the same region: "intestine" may hold
 # more than "small_bowel", and "prostate_uterus" is another structure than "prostate".
@@ -25,11 +22,6 @@ _SYNONYMS = {
     "pancreatic_parenchyma": "pancreas_parenchyma",
 }
 _SIDES = {"left": "left", "l": "left", "right": "right", "r": "right"}
-_OPPOSITE: dict[Direction, dict[str, str]] = {
-    "left-right": {"left": "right", "right": "left", "l": "r", "r": "l"},
-    "anterior-posterior": {"anterior": "posterior", "posterior": "anterior"},
-    "superior-inferior": {"superior": "inferior", "inferior": "superior"},
-}
 
 
 def structure_key(name: str) -> str:
@@ -41,29 +33,6 @@ def structure_key(name: str) -> str:
     sides = [_SIDES[word] for word in words if word in _SIDES]
     stem = "_".join(word for word in words if word not in _SIDES)
     return "_".join([_SYNONYMS.get(stem, stem), *sides])
-
-
-def mirror_table(labels: Mapping[int, str], direction: Direction = "left-right") -> dict[int, int] | None:
-    """Which label values change places when a scan is flipped along a direction of the body; the others stay.
-
-    labels: value -> name. Returns {value: value of its mirror image}, both ways, empty where nothing is sided; None
-    where a scan must not be flipped so, as a left or right structure has no counterpart in the table and its mirror
-    image would look like a structure that is not to be found. Pairs are names that differ by left and right (or l and
-    r) alone; along the other directions by anterior and posterior (MVSeg's leaflets), or superior and inferior.
-    """
-    opposite = _OPPOSITE[direction]
-    words = {value: _words(name) for value, name in labels.items()}
-    by_words = {tuple(sorted(parts)): value for value, parts in words.items()}
-    table = {}
-    for value, parts in words.items():
-        if not opposite.keys() & set(parts):
-            continue
-        partner = by_words.get(tuple(sorted(opposite.get(word, word) for word in parts)))
-        if partner is not None:
-            table[value] = partner
-        elif direction == "left-right":
-            return None
-    return table
 
 
 def consecutive(dataset: Dataset) -> Dataset:

@@ -2,7 +2,10 @@
 
 import pytest
 
+from mambahome_jax.datasets import amos, mvseg
+from mambahome_jax.datasets.abdomenatlas import STRUCTURES as ATLAS
 from mambahome_jax.datasets.mirror import mirror_pairs
+from mambahome_jax.datasets.totalsegmentator_mri import STRUCTURES as TOTAL
 from mambahome_jax.errors import ConfigError
 
 
@@ -23,3 +26,14 @@ def test_leaflets_trade_places_from_front_to_back_and_the_hippocampus_does_not()
 def test_a_side_without_its_other_is_refused():
     with pytest.raises(ConfigError, match="--mirror LR: left atrium would become"):
         mirror_pairs({1: "left atrium", 2: "aorta"}, "LR")
+
+
+def test_mirror_of_the_published_tables():
+    assert mirror_pairs(dict(enumerate(ATLAS, start=1)), "LR") == ((3, 4), (10, 11), (17, 18), (21, 22))
+    assert mirror_pairs(amos.LABELS, "LR") == ((2, 3), (11, 12))
+    assert mirror_pairs(mvseg.LABELS, "AP") == ((1, 2),)
+    assert mirror_pairs(mvseg.LABELS, "LR") == mirror_pairs(mvseg.LABELS, "IS") == ()
+    total = mirror_pairs(dict(enumerate(TOTAL, start=1)), "LR")
+    names = {(TOTAL[a - 1], TOTAL[b - 1]) for a, b in total}
+    assert len(total) == 15 and ("gluteus_medius_left", "gluteus_medius_right") in names
+    assert mirror_pairs({4: "thigh_l", 9: "thigh_r"}, "LR") == ((4, 9),)

@@ -1,22 +1,18 @@
-"""Names of structures: one organ in two spellings, sides in a mirror, structures chosen and merged, datasets joined."""
+"""Names of structures: one organ in two spellings, structures chosen and merged, datasets joined."""
 
 from pathlib import Path
 
 import pytest
 
-from mambahome_jax.datasets import amos, mvseg
-from mambahome_jax.datasets.abdomenatlas import STRUCTURES as ATLAS
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.structures import (
     consecutive,
     join_datasets,
     merge_structures,
-    mirror_table,
     read_label_map,
     select_structures,
     structure_key,
 )
-from mambahome_jax.datasets.totalsegmentator_mri import STRUCTURES as TOTAL
 from mambahome_jax.errors import DatasetError
 
 
@@ -51,24 +47,6 @@ def test_spellings_of_one_organ(one, other):
 )
 def test_what_is_not_one_organ(one, other):
     assert structure_key(one) != structure_key(other)
-
-
-def test_mirror_of_the_published_tables():
-    assert mirror_table(numbered(ATLAS)) == {3: 4, 4: 3, 10: 11, 11: 10, 17: 18, 18: 17, 21: 22, 22: 21}
-    assert mirror_table(amos.LABELS) == {2: 3, 3: 2, 11: 12, 12: 11}
-    total = mirror_table(numbered(TOTAL))
-    assert len(total) == 30 and all(total[total[value]] == value for value in total)
-    swapped = {TOTAL[old - 1]: TOTAL[new - 1] for old, new in total.items()}
-    assert swapped["gluteus_medius_left"] == "gluteus_medius_right" and "spleen" not in swapped
-
-
-def test_mirror_along_other_directions_and_without_a_counterpart():
-    assert mirror_table(mvseg.LABELS) == mirror_table(mvseg.LABELS, "superior-inferior") == {}
-    assert mirror_table(mvseg.LABELS, "anterior-posterior") == {1: 2, 2: 1}
-    assert mirror_table({1: "liver", 2: "kidney_left"}) is None
-    assert mirror_table({1: "liver", 2: "kidney_left"}, "superior-inferior") == {}
-    assert mirror_table({4: "thigh_l", 9: "thigh_r"}) == {4: 9, 9: 4}
-    assert mirror_table({1: "liver", 7: "inferior_vena_cava"}, "superior-inferior") == {}
 
 
 def test_values_become_consecutive():
