@@ -1,4 +1,4 @@
-"""Names of structures: which of them are meant, which are one organ in two datasets, which change sides in a mirror."""
+"""Names of structures: which of them are meant, which are one organ in two datasets."""
 
 import dataclasses
 import re
