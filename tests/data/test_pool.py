@@ -82,10 +82,13 @@ if __name__ == "__main__":
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for the processes in /proc")
 @pytest.mark.parametrize("moment", ["starting", "working"])
 def test_an_interrupt_ends_all_processes_at_once_and_only_the_parent_speaks(tmp_path, moment):
+    # A shell starts what runs in its background with SIGINT ignored.
     code = f"""
+import signal
 from mambahome_jax.data.pool import run_jobs
 from tests.data.test_pool import write_pid_and_wait
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         list(run_jobs(write_pid_and_wait, [{str(tmp_path)!r}] * 4, 2))
     except KeyboardInterrupt:
