@@ -1,8 +1,6 @@
 """infer: scans in, label maps on the same grids out, with previews and a report of the run."""
 
 import dataclasses
-import importlib.metadata
-import platform
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -19,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mambahome_jax.commands.find_scans import Scan, find_scans
 from mambahome_jax.commands.outputs import open_output
+from mambahome_jax.commands.report import device, plain, versions
 from mambahome_jax.config import InferConfig
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
@@ -37,6 +36,7 @@ from mambahome_jax.inference.sliding_window import window_starts
 from mambahome_jax.model.network import MULTIPLE
 from mambahome_jax.model.weights import load_model
 
+PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
 # What a damaged scan, a full disk or a device that is too small can raise; anything else is a fault of ours.
 CASE_ERRORS = (MambaHomeError, OSError, MemoryError, jax.errors.JaxRuntimeError)
 
@@ -98,11 +98,11 @@ def run(config: InferConfig) -> int:
     _work(config, model, settings, names, scans, outcome, console)
     report = {
         "command": "infer",
-        "configuration": _plain(dataclasses.asdict(config)),
-        "settings": _plain(dataclasses.asdict(settings)),
+        "configuration": plain(dataclasses.asdict(config)),
+        "settings": plain(dataclasses.asdict(settings)),
         "labels": {str(value): name for value, name in names.items()},
-        "versions": versions(),
-        "device": _device(),
+        "versions": versions(PACKAGES),
+        "device": device(),
         "seconds": round(time.perf_counter() - started, 3),
         "cases": outcome.cases,
         "failures": outcome.failures,
@@ -118,12 +118,6 @@ def run(config: InferConfig) -> int:
     if outcome.failures:
         _say(console, f"{len(outcome.failures)} failed; the reasons are {where}")
     return code
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that numbers depend on."""
-    packages = ("mambahome-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
 def _work(
@@ -291,19 +285,6 @@ def _reason(error: BaseException) -> str:
     if "RESOURCE_EXHAUSTED" in str(error):
         return "out of device memory. Try a smaller --sw_batch_size or --roi_size"
     return str(error) if isinstance(error, MambaHomeError) else f"{type(error).__name__}: {error}"
-
-
-def _device() -> str:
-    devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _say(console: Console, text: str) -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -13,16 +12,17 @@ import jax
 from flax import nnx
 from rich.console import Console
 
+from mambahome_jax.commands.outputs import open_output
 from mambahome_jax.commands.preprocess import prepare
 from mambahome_jax.commands.pretrained import transfer
+from mambahome_jax.commands.report import plain, versions
 from mambahome_jax.commands.train_report import (
+    PACKAGES,
     earlier_report,
     new_report,
-    plain,
     say_end,
     say_start,
     scores_of,
-    versions,
     write_report,
 )
 from mambahome_jax.commands.train_setup import Setup, make_setup, training_settings
@@ -122,7 +122,7 @@ def _train(
         "model": plain(dataclasses.asdict(setup.model.replace(use_checkpoint=False))),
         "data": setup.properties.to_json(),
         "training": plain(training_settings(config, setup)),
-        "versions": versions(),
+        "versions": versions(PACKAGES),
     }
     require_same("The configuration", settings)
     last = folder / "checkpoints" / "last"
@@ -257,14 +257,8 @@ def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
     there = _checkpoint_in(folder)
     # Before the first process can write one, so that all of them see the same.
     require_same(f"Whether {folder} holds a checkpoint", there)
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}.probe"
-        probe.write_bytes(b"mambahome")
-        probe.unlink()
-    except OSError as error:
-        reason = f"{folder}: cannot be written: {error.strerror or error}"
-        raise OutputError(f"{reason}. Free some space or name another --output_dir") from error
+    open_output(folder)
+    open_output(folder / "checkpoints")
     if config.resume or config.load_checkpoint:
         if not there:
             console.print(f"No checkpoint in {folder} yet: starting from the beginning", markup=False, soft_wrap=True)

@@ -2,9 +2,7 @@
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
-import platform
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from mambahome_jax.commands.report import device, plain, versions
 from mambahome_jax.commands.train_setup import Setup, training_settings
 from mambahome_jax.config import TrainConfig
 from mambahome_jax.data.store import Store
@@ -80,7 +79,6 @@ def git_state(folder: Path | None = None) -> dict[str, Any] | None:
 
 def new_report(config: TrainConfig, setup: Setup, skipped: list[tuple[str, str]]) -> dict[str, Any]:
     """What run.json says of a run that begins."""
-    devices = jax.devices()
     return {
         "command": "train",
         "status": "starting",
@@ -96,9 +94,9 @@ def new_report(config: TrainConfig, setup: Setup, skipped: list[tuple[str, str]]
         },
         "training": plain(training_settings(config, setup)),
         "seed": config.seed,
-        "versions": versions(),
+        "versions": versions(PACKAGES),
         "git": git_state(),
-        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "device": device(),
         "outputs": {"best": "checkpoints/best", "last": "checkpoints/last", "metrics": "metrics.csv"},
     }
 
@@ -163,22 +161,8 @@ def say_end(folder: Path, report: dict[str, Any], code: int, console: Console) -
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide the numbers."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
 def scores_of(validation: Validation | None) -> dict[str, float | None] | None:
     """Dice of each structure, None where no case had it."""
     if validation is None:
         return None
     return {name: value if np.isfinite(value) else None for name, value in validation.structures.items()}
-
-
-def plain(value: Any) -> Any:
-    """As JSON takes it: paths as text."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
