@@ -256,7 +256,7 @@ def gradients(sizes: Sizes, x, dt, B, C, z, dy, rates, bias, skip, kept, ends, o
             *(tile_buffer(a, 1) for a in outs),
             tile_buffer(B, slots, n),
             tile_buffer(C, slots, n),
-            plgpu.SMEM((slots * WARPS, n, WARP), F32),
+            plgpu.SMEM((slots * WARPS, n, WARP), kept.dtype),
             plgpu.SMEM((SUM_ROWS, _SUM_PITCH), F32),
             plgpu.Barrier(num_arrivals=(len(wide) + 3) * WARPS, num_barriers=slots),
         ],

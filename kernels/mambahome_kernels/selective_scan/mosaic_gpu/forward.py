@@ -84,7 +84,10 @@ def ends(sizes: Sizes, x, dt, B, rates, bias, options: Options):
 
 
 def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Options, keep: bool):
-    """y as x, and with `keep` the state before every tile (batch, tiles of the sequence, d_state, channels)."""
+    """y as x, and with `keep` the state before every tile (batch, tiles of the sequence, d_state, channels), as x.
+
+    Half as wide for bfloat16: only the gradients see these states, which come out as bfloat16 too.
+    """
     s, n, slots = sizes, sizes.d_state, options.slots
     wide = [x, dt] + ([z] if s.gated else [])
 
@@ -116,7 +119,7 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
                     @pl.when(tile < s.kept)
                     def _(at=at, tile=tile, h=h):
                         for k in range(n):
-                            kept[at.batch, tile, k, at.channels] = h[k]
+                            kept[at.batch, tile, k, at.channels] = h[k].astype(kept.dtype)
 
             plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
 
@@ -150,7 +153,7 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
 
     out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
     if keep:
-        out_type.append(jax.ShapeDtypeStruct((s.batch, s.kept, n, s.channels), F32))
+        out_type.append(jax.ShapeDtypeStruct((s.batch, s.kept, n, s.channels), x.dtype))
     return launch(
         kernel,
         options,
