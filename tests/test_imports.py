@@ -15,8 +15,8 @@ ALLOWED = {
     "datasets": {"imaging"},
     "model": {"mambahome_kernels"},
     "data": {"imaging", "datasets"},
-    "training": {"model", "data", "datasets", "imaging"},
-    "inference": {"model", "imaging"},
+    "training": {"compiler", "model", "data", "datasets", "imaging"},
+    "inference": {"compiler", "model", "imaging"},
     "evaluation": {"imaging"},
     "commands": {"recipes", "imaging", "datasets", "data", "model", "training", "inference", "evaluation"},
 }

@@ -1,5 +1,6 @@
 """From a scan to its label map, on the scan's own grid: prepare, run the network, bring the result back."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mambahome_jax.compiler import compiler_options
 from mambahome_jax.config import DataProperties, Modality
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
 from mambahome_jax.imaging.geometry import orientation_of, reorient, resample
@@ -193,10 +195,19 @@ def predictor(model: Any) -> Callable[[jax.Array], Any]:
     return partial(apply_network, *nnx.split(model))
 
 
-@partial(jax.jit, static_argnums=0)
 def apply_network(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:
     """Logits of windows. Validation calls it too, so that inference finds it compiled in the cache."""
-    return nnx.merge(graph, state)(windows)
+    return compiled_network()(graph, state, windows)
+
+
+@functools.cache
+def compiled_network() -> Any:
+    """jit of (graphdef, state, windows) -> logits."""
+
+    def logits(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:
+        return nnx.merge(graph, state)(windows)
+
+    return jax.jit(logits, static_argnums=0, compiler_options=compiler_options())
 
 
 def _normalised(volume: Volume, modality: Modality) -> Volume:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mambahome_jax.training.grouping import on_groups
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -84,9 +86,9 @@ def make_optimizer(config: OptimizerConfig) -> Optimizer:
     parts = list({"AdamW": (adam, decay), "Adam": (decay, adam), "SGD": sgd}[config.name])
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    transform = on_groups(optax.chain(*parts, _scale_by_rate(schedule)))
     if config.encoder_lr_scale != 1:
-        parts.append(_scale_encoder(config.encoder_lr_scale))
-    transform = optax.chain(*parts, _scale_by_rate(schedule))
+        transform = optax.chain(transform, _scale_encoder(config.encoder_lr_scale))
     return Optimizer(transform.init, transform.update, schedule)
 
 

@@ -10,9 +10,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from mambahome_jax.compiler import compiler_options
 from mambahome_jax.config import AugmentationConfig, Strategy
 from mambahome_jax.data.augmentation import augment
 from mambahome_jax.training.deep_supervision import network_params
+from mambahome_jax.training.grouping import group
 from mambahome_jax.training.losses import LossFunction
 from mambahome_jax.training.optimizer import Optimizer, is_encoder
 from mambahome_jax.training.sharding import put_tree, replicated, tree_sharding
@@ -115,13 +117,13 @@ def make_train_step(
         new = jax.lax.with_sharding_constraint(new, tree_sharding(new, mesh, strategy))
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
+            "grad_norm": optax.tree.norm(group(grads)),
+            "update_norm": optax.tree.norm(group(updates)),
             "lr": optimizer.schedule(state.step, fraction),
         }
         return new, jax.lax.with_sharding_constraint(metrics, replicated(mesh))
 
-    return jax.jit(train_step, donate_argnums=0)
+    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
 
 
 def average_decay(decay: float, updates: jax.Array) -> jax.Array:

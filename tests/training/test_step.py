@@ -47,7 +47,7 @@ def one_device():
 def test_eight_devices_train_as_one(one_device, strategy):
     state, metrics = _train(8, strategy)
     for name in ("loss", "grad_norm", "update_norm", "lr"):
-        rtol = 1e-5 if name == "loss" else 1e-4
+        rtol = 1e-5 if name == "loss" else 1e-3
         np.testing.assert_allclose(metrics[name], one_device[1][name], rtol=rtol, err_msg=name)
     split = [leaf.sharding.spec for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
     # The two linear kernels, and both moments of each.
