@@ -6,7 +6,7 @@ from flax import nnx
 
 from mambahome_jax.config import Precision
 from mambahome_jax.model.layers import Conv3d, Upsample
-from mambahome_jax.model.norms import instance_norm
+from mambahome_jax.model.norms import norm_act
 
 LEAKY_SLOPE = 0.01
 
@@ -33,10 +33,10 @@ class GatedSpatialConv(nnx.Module):
         self.proj, self.proj2, self.proj3, self.proj4 = conv(3), conv(3), conv(1), conv(1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        a = jax.nn.relu(instance_norm(self.proj(x)))
-        a = jax.nn.relu(instance_norm(self.proj2(a)))
-        b = jax.nn.relu(instance_norm(self.proj3(x)))
-        return jax.nn.relu(instance_norm(self.proj4(a + b))) + x
+        a = norm_act((self.proj(x),), slope=0)
+        a = norm_act((self.proj2(a),), slope=0)
+        b = norm_act((self.proj3(x),), slope=0)
+        return norm_act((self.proj4(a + b),), slope=0) + x
 
 
 class ResidualBlock(nnx.Module):
@@ -59,10 +59,10 @@ class ResidualBlock(nnx.Module):
         self.conv3 = conv(inputs, 1) if inputs != outputs else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jax.nn.leaky_relu(instance_norm(self.conv1(x)), LEAKY_SLOPE)
-        y = instance_norm(self.conv2(y))
-        shortcut = x if self.conv3 is None else instance_norm(self.conv3(x))
-        return jax.nn.leaky_relu(y + shortcut, LEAKY_SLOPE)
+        y = self.conv2(norm_act((self.conv1(x),), slope=LEAKY_SLOPE))
+        if self.conv3 is None:
+            return norm_act((y,), plus=x, slope=LEAKY_SLOPE)
+        return norm_act((y, self.conv3(x)), slope=LEAKY_SLOPE)
 
 
 class UpBlock(nnx.Module):

@@ -145,6 +145,8 @@ _conv3d_in_float64.defvjp(_conv3d_in_float64_forward, _conv3d_in_float64_backwar
 def _conv3d_by_slices(x: jax.Array, kernel: jax.Array, stride: int, padding: int, exact: lax.Precision) -> jax.Array:
     batch, depth, height, width, inputs = x.shape
     kd, outputs = kernel.shape[0], kernel.shape[-1]
+    if stride == 1:
+        return _conv3d_by_depths(x, kernel, padding, exact)
     out_depth = (depth + 2 * padding - kd) // stride + 1
     x = jnp.pad(x, ((0, 0), (padding, padding), (0, 0), (0, 0), (0, 0)))
     total = None
@@ -154,6 +156,19 @@ def _conv3d_by_slices(x: jax.Array, kernel: jax.Array, stride: int, padding: int
         total = part if total is None else total + part
     assert total is not None
     return total.reshape(batch, out_depth, *total.shape[1:3], outputs)
+
+
+def _conv3d_by_depths(x: jax.Array, kernel: jax.Array, padding: int, exact: lax.Precision) -> jax.Array:
+    """Every depth of the kernel as outputs of one 2-D convolution, which are added up shifted against each other."""
+    batch, depth, height, width, inputs = x.shape
+    kd, kh, kw, _, outputs = kernel.shape
+    wide = kernel.transpose(1, 2, 3, 0, 4).reshape(kh, kw, inputs, kd * outputs)
+    y = _conv2d(x.reshape(batch * depth, height, width, inputs), wide, 1, padding, exact)
+    y = y.reshape(batch, depth, *y.shape[1:3], kd, outputs)
+    y = jnp.pad(y, ((0, 0), (padding, padding), (0, 0), (0, 0), (0, 0), (0, 0)))
+    out_depth = depth + 2 * padding - kd + 1
+    parts = [y[:, i : i + out_depth, :, :, i] for i in range(kd)]
+    return functools.reduce(jnp.add, parts)
 
 
 def _conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, exact: lax.Precision) -> jax.Array:

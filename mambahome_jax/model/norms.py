@@ -1,5 +1,10 @@
 """Normalisations of the network. Statistics are float32 at least, whatever the activations are."""
 
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,41 +22,80 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 
 
 def instance_norm(x: jax.Array) -> jax.Array:
-    """(batch, depth, height, width, channels) with mean 0 and biased variance 1 over space, a sample and channel.
+    """(batch, depth, height, width, channels) with mean 0 and biased variance 1 over space, a sample and channel."""
+    return norm_act((x,), slope=1.0)
 
-    On a CPU float32 is widened to float64 for it, which costs next to nothing there and takes away its round-off.
+
+def norm_act(inputs: tuple[jax.Array, ...], plus: jax.Array | None = None, *, slope: float) -> jax.Array:
+    """Leaky ReLU (slope 0: ReLU, 1: nothing) of the sum of the instance norms of `inputs`, and of `plus` as it is.
+
+    All are (batch, depth, height, width, channels). Nothing but them is kept for the backward pass, which computes the
+    rest again: it is bound by memory, and of that they take half of what autodiff would keep. Statistics are float32 at
+    least. On a CPU float32 is widened to float64 for it, which costs next to nothing there and takes away its
+    round-off.
     """
+    return _norm_act(slope, inputs, plus)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _norm_act(slope: float, inputs: tuple[jax.Array, ...], plus: jax.Array | None) -> jax.Array:
+    with _wide_types(inputs[0]) as wide:
+        return _act(_total([_normalised(x.astype(wide)) for x in inputs], plus), slope).astype(inputs[0].dtype)
+
+
+def _norm_act_forward(slope: float, inputs: tuple[jax.Array, ...], plus: jax.Array | None):
+    return _norm_act(slope, inputs, plus), (inputs, plus)
+
+
+def _norm_act_backward(slope: float, saved: tuple, cotangent: jax.Array):
+    inputs, plus = saved
+    with _wide_types(inputs[0]) as wide:
+        normed = [_normalised(x.astype(wide)) for x in inputs]
+        g = cotangent.astype(wide)
+        if slope != 1:
+            g = jnp.where(_total(normed, plus) > 0, g, slope * g)
+        mean = g.mean(_SPACE, keepdims=True)
+        gradients = tuple(
+            (n.inverse * (g - mean - n.y * (g * n.y).mean(_SPACE, keepdims=True))).astype(x.dtype)
+            for x, n in zip(inputs, normed, strict=True)
+        )
+        return gradients, None if plus is None else g.astype(plus.dtype)
+
+
+_norm_act.defvjp(_norm_act_forward, _norm_act_backward)
+
+
+class _Normed(NamedTuple):
+    y: jax.Array
+    inverse: jax.Array  # what x minus its mean was multiplied by
+
+
+@contextlib.contextmanager
+def _wide_types(x: jax.Array) -> Iterator[Any]:
+    """The type to compute in: float32 for less, and float64 for float32 on a CPU, also where JAX x64 is off."""
     if x.dtype == jnp.float32 and jax.default_backend() == "cpu":
-        return _instance_norm_in_float64(x)
-    return _normalised(at_least_float32(x))[0].astype(x.dtype)
+        with jax.enable_x64(True):
+            yield jnp.float64
+    else:
+        yield jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _normalised(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The instance norm of x, and what x minus its mean was multiplied by, both of x's type."""
-    centred = x - x.mean(_SPACE, keepdims=True)
-    inverse = lax.rsqrt(jnp.square(centred).mean(_SPACE, keepdims=True) + INSTANCE_NORM_EPS)
-    return centred * inverse, inverse
+def _normalised(x: jax.Array) -> _Normed:
+    # The shift by any of its values keeps the difference of the squares from cancelling; both sums need one reading.
+    shifted = x - x[:, :1, :1, :1]
+    mean = shifted.mean(_SPACE, keepdims=True)
+    variance = jnp.square(shifted).mean(_SPACE, keepdims=True) - jnp.square(mean)
+    inverse = lax.rsqrt(jnp.maximum(variance, 0) + INSTANCE_NORM_EPS)
+    return _Normed((shifted - mean) * inverse, inverse)
 
 
-@jax.custom_vjp
-def _instance_norm_in_float64(x: jax.Array) -> jax.Array:
-    """float32 to float32, also where JAX x64 is off; its gradient is computed in float32."""
-    return _instance_norm_in_float64_forward(x)[0]
+def _total(normed: list[_Normed], plus: jax.Array | None) -> jax.Array:
+    total = functools.reduce(jnp.add, [n.y for n in normed])
+    return total if plus is None else total + plus.astype(total.dtype)
 
 
-def _instance_norm_in_float64_forward(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    with jax.enable_x64(True):
-        y, inverse = (wide.astype(jnp.float32) for wide in _normalised(x.astype(jnp.float64)))
-    return y, (y, inverse)
-
-
-def _instance_norm_in_float64_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array]:
-    y, inverse = saved
-    along = (cotangent * y).mean(_SPACE, keepdims=True)
-    return (inverse * (cotangent - cotangent.mean(_SPACE, keepdims=True) - y * along),)
-
-
-_instance_norm_in_float64.defvjp(_instance_norm_in_float64_forward, _instance_norm_in_float64_backward)
+def _act(x: jax.Array, slope: float) -> jax.Array:
+    return x if slope == 1 else jnp.where(x > 0, x, slope * x)
 
 
 class RMSNorm(nnx.Module):
