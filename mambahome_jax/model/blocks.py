@@ -58,11 +58,12 @@ class ResidualBlock(nnx.Module):
         self.conv1, self.conv2 = conv(inputs, 3), conv(outputs, 3)
         self.conv3 = conv(inputs, 1) if inputs != outputs else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.conv2(norm_act((self.conv1(x),), slope=LEAKY_SLOPE))
+    def __call__(self, *parts: jax.Array) -> jax.Array:
+        """Of the channels of `parts` side by side."""
+        y = self.conv2(norm_act((self.conv1(*parts),), slope=LEAKY_SLOPE))
         if self.conv3 is None:
-            return norm_act((y,), plus=x, slope=LEAKY_SLOPE)
-        return norm_act((y, self.conv3(x)), slope=LEAKY_SLOPE)
+            return norm_act((y,), plus=jnp.concatenate(parts, -1), slope=LEAKY_SLOPE)
+        return norm_act((y, self.conv3(*parts)), slope=LEAKY_SLOPE)
 
 
 class UpBlock(nnx.Module):
@@ -74,4 +75,4 @@ class UpBlock(nnx.Module):
         self.block = ResidualBlock(2 * outputs, outputs, **common)
 
     def __call__(self, x: jax.Array, skip: jax.Array) -> jax.Array:
-        return self.block(jnp.concatenate([self.up(x), skip], axis=-1))
+        return self.block(self.up(x), skip)

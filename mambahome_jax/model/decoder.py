@@ -7,8 +7,8 @@ from flax import nnx
 
 from mambahome_jax.config import ModelConfig, Precision
 from mambahome_jax.model.blocks import ResidualBlock, UpBlock
-from mambahome_jax.model.encoder import remat_if
 from mambahome_jax.model.layers import Conv3d
+from mambahome_jax.model.remat import remat
 
 
 class Decoder(nnx.Module):
@@ -32,11 +32,10 @@ class Decoder(nnx.Module):
 
     def with_levels(self, x: jax.Array, stages: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
         """Logits, and the volumes at 1/2, 1/4 and 1/8 of the grid that they come from."""
-        remat = self.use_checkpoint
-        skips = [remat_if(remat, block, v) for block, v in zip(self.skips, (x, *stages), strict=True)]
+        skips = [remat(self.use_checkpoint, block, v) for block, v in zip(self.skips, (x, *stages), strict=True)]
         y = skips.pop()
         levels: list[jax.Array] = []
         for up in self.ups:
-            y = remat_if(remat, up, y, skips.pop())
+            y = remat(self.use_checkpoint, up, y, skips.pop())
             levels.insert(0, y)
-        return self.out(remat_if(remat, self.last, y)), levels[1:]
+        return self.out(remat(self.use_checkpoint, self.last, y)), levels[1:]

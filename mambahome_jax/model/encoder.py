@@ -9,13 +9,7 @@ from mambahome_jax.model.home import HoME
 from mambahome_jax.model.layers import Conv3d
 from mambahome_jax.model.mamba import Mamba
 from mambahome_jax.model.norms import DynamicTanh, instance_norm
-
-
-def remat_if(wanted: bool, module: nnx.Module, *arrays: jax.Array) -> jax.Array:
-    """module(*arrays), recomputed in the backward pass where wanted."""
-    if not wanted:
-        return module(*arrays)
-    return nnx.remat(lambda module, *arrays: module(*arrays))(module, *arrays)
+from mambahome_jax.model.remat import remat
 
 
 class MambaHoMEBlock(nnx.Module):
@@ -58,11 +52,11 @@ class Stage(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x is normalised already, but for the network's input."""
-        x = remat_if(self.use_checkpoint, self.gsc, self.downsample(x))
+        x = remat(self.use_checkpoint, self.gsc, self.downsample(x))
         batch, depth, height, width, channels = x.shape
         tokens = x.reshape(batch, depth * height * width, channels)
         for block in self.blocks:
-            tokens = remat_if(self.use_checkpoint, block, tokens)
+            tokens = remat(self.use_checkpoint, block, tokens)
         return tokens.reshape(x.shape)
 
 

@@ -16,6 +16,7 @@ from jax import lax
 from mambahome_jax.config import Precision
 from mambahome_jax.model.layers import Linear, lax_precision, uniform
 from mambahome_jax.model.norms import RMSNorm, at_least_float32
+from mambahome_jax.model.remat import keep
 
 
 class Experts(nnx.Module):
@@ -34,10 +35,10 @@ class Experts(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         exact = lax_precision(self.precision)
-        h = jnp.einsum("...esf,efh->...esh", x, self.kernel_in[...].astype(x.dtype), precision=exact)
+        h = keep(jnp.einsum("...esf,efh->...esh", x, self.kernel_in[...].astype(x.dtype), precision=exact))
         value, gate = jnp.split(h + self.bias_in[...].astype(x.dtype)[:, None], 2, axis=-1)
         h = value * _gelu(gate)
-        y = jnp.einsum("...esh,ehf->...esf", h, self.kernel_out[...].astype(x.dtype), precision=exact)
+        y = keep(jnp.einsum("...esh,ehf->...esf", h, self.kernel_out[...].astype(x.dtype), precision=exact))
         return y + self.bias_out[...].astype(x.dtype)[:, None]
 
 

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import lax
 
 from mambahome_jax.config import Precision
+from mambahome_jax.model.remat import keep
 
 # TF32 is what XLA's default means for float32 on a GPU; bfloat16 operands have one meaning only.
 _PRECISIONS: dict[Precision, lax.Precision] = {
@@ -206,9 +207,20 @@ class Conv3d(nnx.Module):
         self.kernel = uniform(rngs, (size, size, size, inputs, outputs), fan_in, param_dtype)
         self.bias = uniform(rngs, (outputs,), fan_in, param_dtype) if bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = conv3d(x, self.kernel[...].astype(x.dtype), self.stride, self.padding, self.precision)
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+    def __call__(self, *parts: jax.Array) -> jax.Array:
+        """Of the channels of `parts` side by side. A GPU adds up the convolutions of the parts, which is as fast, and
+        joins nothing."""
+        kernel = self.kernel[...].astype(parts[0].dtype)
+        if len(parts) > 1 and jax.default_backend() != "gpu":
+            parts = (jnp.concatenate(parts, -1),)
+        ends = np.cumsum([part.shape[-1] for part in parts])
+        kernels = jnp.split(kernel, ends[:-1], axis=3)
+        y = functools.reduce(
+            jnp.add,
+            [conv3d(x, k, self.stride, self.padding, self.precision) for x, k in zip(parts, kernels, strict=True)],
+        )
+        y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
+        return y if kernel.shape[0] == 1 else keep(y)
 
 
 class Upsample(nnx.Module):

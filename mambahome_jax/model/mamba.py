@@ -8,6 +8,7 @@ from mambahome_kernels import selective_scan
 
 from mambahome_jax.config import Precision
 from mambahome_jax.model.layers import Linear, drawn, uniform
+from mambahome_jax.model.remat import keep
 
 D_STATE = 16
 D_CONV = 4
@@ -63,7 +64,7 @@ class Mamba(nnx.Module):
         self.out_proj = linear(d_inner, d_model)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x, z = jnp.split(self.in_proj(tokens), 2, axis=-1)
+        x, z = jnp.split(keep(self.in_proj(tokens)), 2, axis=-1)
         x = jax.nn.silu(self.conv(x))
         dt, B, C = jnp.split(self.x_proj(x), (self.dt_rank, self.dt_rank + D_STATE), axis=-1)
         y, _ = selective_scan(

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from mambahome_jax.model.remat import keep
+
 INSTANCE_NORM_EPS = 1e-5
 RMS_NORM_FLOOR = 1e-8
 ALPHA_RANGE = (0.1, 2.0)
@@ -39,35 +41,48 @@ def norm_act(inputs: tuple[jax.Array, ...], plus: jax.Array | None = None, *, sl
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _norm_act(slope: float, inputs: tuple[jax.Array, ...], plus: jax.Array | None) -> jax.Array:
-    with _wide_types(inputs[0]) as wide:
-        return _act(_total([_normalised(x.astype(wide)) for x in inputs], plus), slope).astype(inputs[0].dtype)
+    return _norm_act_forward(slope, inputs, plus)[0]
 
 
 def _norm_act_forward(slope: float, inputs: tuple[jax.Array, ...], plus: jax.Array | None):
-    return _norm_act(slope, inputs, plus), (inputs, plus)
+    with _wide_types(inputs[0]) as wide:
+        statistics = keep([_statistics(x.astype(wide)) for x in inputs])
+        y = _act(_total(inputs, statistics, plus), slope).astype(inputs[0].dtype)
+    # Those in float64 cannot leave the part where that is switched on.
+    return y, (
+        inputs,
+        plus,
+        statistics if statistics[0].mean.dtype != jnp.float64 or jax.config.read("jax_enable_x64") else None,
+    )
 
 
 def _norm_act_backward(slope: float, saved: tuple, cotangent: jax.Array):
-    inputs, plus = saved
+    # Without the barrier XLA finds the same values in the forward pass, and keeps them in memory until here.
+    (inputs, plus, statistics), cotangent = lax.optimization_barrier((saved, cotangent))
     with _wide_types(inputs[0]) as wide:
-        normed = [_normalised(x.astype(wide)) for x in inputs]
+        statistics = statistics or [_statistics(x.astype(wide)) for x in inputs]
         g = cotangent.astype(wide)
         if slope != 1:
-            g = jnp.where(_total(normed, plus) > 0, g, slope * g)
+            g = jnp.where(_total(inputs, statistics, plus) > 0, g, slope * g)
         mean = g.mean(_SPACE, keepdims=True)
-        gradients = tuple(
-            (n.inverse * (g - mean - n.y * (g * n.y).mean(_SPACE, keepdims=True))).astype(x.dtype)
-            for x, n in zip(inputs, normed, strict=True)
-        )
+
+        def gradient(x: jax.Array, s: _Statistics) -> jax.Array:
+            y = s.normalise(x)
+            return (s.inverse * (g - mean - y * (g * y).mean(_SPACE, keepdims=True))).astype(x.dtype)
+
+        gradients = tuple(gradient(x, s) for x, s in zip(inputs, statistics, strict=True))
         return gradients, None if plus is None else g.astype(plus.dtype)
 
 
 _norm_act.defvjp(_norm_act_forward, _norm_act_backward)
 
 
-class _Normed(NamedTuple):
-    y: jax.Array
-    inverse: jax.Array  # what x minus its mean was multiplied by
+class _Statistics(NamedTuple):
+    mean: jax.Array
+    inverse: jax.Array  # of the standard deviation
+
+    def normalise(self, x: jax.Array) -> jax.Array:
+        return (x.astype(self.mean.dtype) - self.mean) * self.inverse
 
 
 @contextlib.contextmanager
@@ -80,17 +95,17 @@ def _wide_types(x: jax.Array) -> Iterator[Any]:
         yield jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _normalised(x: jax.Array) -> _Normed:
+def _statistics(x: jax.Array) -> _Statistics:
     # The shift by any of its values keeps the difference of the squares from cancelling; both sums need one reading.
-    shifted = x - x[:, :1, :1, :1]
+    shift = x[:, :1, :1, :1]
+    shifted = x - shift
     mean = shifted.mean(_SPACE, keepdims=True)
     variance = jnp.square(shifted).mean(_SPACE, keepdims=True) - jnp.square(mean)
-    inverse = lax.rsqrt(jnp.maximum(variance, 0) + INSTANCE_NORM_EPS)
-    return _Normed((shifted - mean) * inverse, inverse)
+    return _Statistics(shift + mean, lax.rsqrt(jnp.maximum(variance, 0) + INSTANCE_NORM_EPS))
 
 
-def _total(normed: list[_Normed], plus: jax.Array | None) -> jax.Array:
-    total = functools.reduce(jnp.add, [n.y for n in normed])
+def _total(inputs: tuple[jax.Array, ...], statistics: list[_Statistics], plus: jax.Array | None) -> jax.Array:
+    total = functools.reduce(jnp.add, [s.normalise(x) for x, s in zip(inputs, statistics, strict=True)])
     return total if plus is None else total + plus.astype(total.dtype)
 
 

@@ -50,8 +50,8 @@ def test_eight_devices_train_as_one(one_device, strategy):
         rtol = 1e-5 if name == "loss" else 1e-3
         np.testing.assert_allclose(metrics[name], one_device[1][name], rtol=rtol, err_msg=name)
     split = [leaf.sharding.spec for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
-    # The two linear kernels, and both moments of each.
-    assert len(split) == (6 if strategy == "fsdp" else 0)
+    # The two linear kernels, and both moments of all parameters joined.
+    assert len(split) == (4 if strategy == "fsdp" else 0)
 
 
 def test_loss_falls_and_the_rate_is_the_one_used(one_device):

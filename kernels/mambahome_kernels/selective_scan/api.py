@@ -4,6 +4,7 @@ import functools
 import logging
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from mambahome_kernels.selective_scan import reference, xla
 from mambahome_kernels.selective_scan.base import Backend, ScanInputs
@@ -91,7 +92,8 @@ def _scan(softplus: bool, backend: str):
         return forward(inputs, softplus, keep=False)[:2]
 
     def save(inputs: ScanInputs):
-        y, last_state, residual = forward(inputs, softplus, keep=True)
+        # Under jax.checkpoint a policy can keep these by name: then the scan does not run again.
+        y, last_state, residual = checkpoint_name(forward(inputs, softplus, keep=True), "selective_scan")
         return (y, last_state), (inputs, residual)
 
     def gradients(saved, cotangents):
