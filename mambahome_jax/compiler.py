@@ -9,8 +9,10 @@ _OPTIONS: dict[str, dict[str, str | bool]] = {
     # YNNPACK takes three to four times as long as Eigen for the gradients of convolutions (JAX 0.10.2). What is beyond
     # the first level of optimisation costs a fifth of the time to compile, and steps are no faster for it.
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "", "xla_backend_optimization_level": "1"},
-    # XLA leaves three-dimensional convolutions channels-first, and cuDNN then transposes before and after each.
-    "gpu": {"xla_gpu_force_conv_nhwc": True},
+    # XLA leaves 3-D convolutions channels-first, and cuDNN then transposes before and after each of them. Triton's
+    # matrix products gain little over cuBLAS' here and take much of the time to compile, as does comparing the results
+    # of all algorithms, which the levels 3 and 4 of autotuning add.
+    "gpu": {"xla_gpu_force_conv_nhwc": True, "xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": "2"},
 }
 
 

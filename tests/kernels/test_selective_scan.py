@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 from mambahome_kernels import Unsupported, choose_backend, selective_scan
-from mambahome_kernels.selective_scan import xla
+from mambahome_kernels.selective_scan import xla, xla_short
 from mambahome_kernels.selective_scan.base import ScanInputs
 
 from tests.conftest import load_golden
@@ -105,6 +105,30 @@ def test_xla_is_reference(batch, length, d_inner, d_state, softplus, extras, x64
     got = _value_and_gradients(inputs, softplus, "xla")
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize("extras", [True, False])
+def test_short_sequences_on_a_gpu_are_reference(softplus, extras, x64, monkeypatch):
+    monkeypatch.setattr(xla_short, "is_short", lambda inputs: True)
+    inputs = _random(8, 2, 77, 5, 3, extras=extras)
+    if not softplus:
+        inputs |= {k: jnp.abs(inputs[k]) * 0.1 for k in ("dt", "dt_bias") if k in inputs}
+    expected = _value_and_gradients(inputs, softplus, "reference")
+    got = _value_and_gradients(inputs, softplus, "xla")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * float(jnp.abs(b).max()))
+    low = {k: v.astype(jnp.bfloat16 if k in BY_TIME else jnp.float32) for k, v in inputs.items()}
+    (y, last), gradients = _value_and_gradients(low, softplus, "xla")
+    assert (y.dtype, last.dtype, gradients["B"].dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)
+
+
+def test_what_is_short(monkeypatch):
+    inputs = ScanInputs(**_random(0, 2, 8, 4, 16, np.float32))
+    assert not xla_short.is_short(inputs)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert xla_short.is_short(inputs)
+    assert not xla_short.is_short(inputs._replace(x=jax.ShapeDtypeStruct((2, 262144, 96), jnp.float32)))
 
 
 def test_several_chunks_are_used():

@@ -11,6 +11,8 @@ come from the same three-phase scheme over reversed time. So nothing of size len
 memory.
 
 States are (batch, chunk, d_state, d_inner): the sum over states then adds whole vectors.
+
+Short sequences on a GPU: xla_short.py.
 """
 
 import math
@@ -20,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mambahome_kernels.selective_scan import xla_short
 from mambahome_kernels.selective_scan.base import (
     Backend,
     ScanInputs,
@@ -29,6 +32,7 @@ from mambahome_kernels.selective_scan.base import (
     gate,
     state_dtype,
 )
+from mambahome_kernels.selective_scan.xla_short import combine
 
 # Floats of state that all chunks of a step touch together: on a CPU what stays in its cache, elsewhere what fills it.
 _CPU_STATE = 1 << 16
@@ -122,11 +126,6 @@ def _advance(h, delta, x, B, A):
     return jnp.exp(_over_d(delta) * A) * h + _over_d(delta * x) * _over_n(B)
 
 
-def _combine(first, second):
-    """Two stretches of a linear recurrence as one: (decay, state from zero) of each."""
-    return second[0] * first[0], second[0] * first[1] + second[1]
-
-
 def _carry_over(decay: jax.Array, from_zero: jax.Array, start: jax.Array, reverse: bool = False) -> jax.Array:
     """True state before each chunk, (batch, chunk, d_state, d_inner), from each chunk's decay and state from zero.
 
@@ -134,13 +133,15 @@ def _carry_over(decay: jax.Array, from_zero: jax.Array, start: jax.Array, revers
     """
     edge = -1 if reverse else 0
     from_zero = from_zero.at[:, edge].add(decay[:, edge] * start)
-    after = lax.associative_scan(_combine, (decay, from_zero), axis=1, reverse=reverse)[1]
+    after = lax.associative_scan(combine, (decay, from_zero), axis=1, reverse=reverse)[1]
     if reverse:
         return jnp.concatenate([after[:, 1:], start[:, None]], axis=1)
     return jnp.concatenate([start[:, None], after[:, :-1]], axis=1)
 
 
 def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True):
+    if xla_short.is_short(inputs):
+        return *xla_short.forward(inputs, softplus), None
     plan, inputs, data = _prepare(inputs, softplus)
     dtype = state_dtype(inputs)
     batch, length, d_inner = inputs.x.shape
@@ -197,8 +198,10 @@ def _prepare(inputs: ScanInputs, softplus: bool) -> tuple[_Plan, ScanInputs, _Ch
 
 
 def _backward(
-    inputs: ScanInputs, softplus: bool, saved: jax.Array, dy: jax.Array, dlast_state: jax.Array
+    inputs: ScanInputs, softplus: bool, saved: jax.Array | None, dy: jax.Array, dlast_state: jax.Array
 ) -> ScanInputs:
+    if xla_short.is_short(inputs):
+        return xla_short.backward(inputs, softplus, dy, dlast_state)
     given = inputs
     plan, inputs, data = _prepare(inputs, softplus)
     dtype = state_dtype(inputs)

@@ -1,0 +1,47 @@
+"""The scan of a short sequence in plain XLA: `associative_scan` over its whole length.
+
+All its states are in memory then, and those of the backward pass too. But a GPU runs a few large programs where a loop
+starts several small ones for each step, and for a short sequence that start is what takes the time.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mambahome_kernels.selective_scan.base import ScanInputs, discretise, first_state, gate, state_dtype
+
+# Floats of all states. benchmarks/scan_variants.py: with 50 million the loop takes more than twice as long, with 200
+# million it is the faster one.
+_FEW = 1 << 26
+
+
+def is_short(inputs: ScanInputs) -> bool:
+    """Whether this is the faster way on the default device."""
+    return jax.default_backend() != "cpu" and inputs.x.size * inputs.A.shape[1] <= _FEW
+
+
+def combine(first, second):
+    """Two stretches of a linear recurrence as one: (decay, state from zero) of each."""
+    return second[0] * first[0], second[0] * first[1] + second[1]
+
+
+def forward(inputs: ScanInputs, softplus: bool) -> tuple[jax.Array, jax.Array]:
+    """(y, last state)."""
+    dtype = state_dtype(inputs)
+    x, dt, B, C = (a.astype(dtype) for a in (inputs.x, inputs.dt, inputs.B, inputs.C))
+    delta = discretise(dt, inputs.dt_bias, softplus)[0]
+    decay = jnp.exp(delta[..., None] * inputs.A)
+    states = (delta * x)[..., None] * B[:, :, None]
+    states = states.at[:, 0].add(decay[:, 0] * first_state(inputs))
+    states = lax.associative_scan(combine, (decay, states), axis=1)[1]
+    y = jnp.einsum("blds,bls->bld", states, C, precision=lax.Precision.HIGHEST)
+    if inputs.D is not None:
+        y = y + inputs.D * x
+    if inputs.z is not None:
+        y = y * gate(inputs.z.astype(dtype))[0]
+    return y.astype(inputs.x.dtype), states[:, -1]
+
+
+def backward(inputs: ScanInputs, softplus: bool, dy: jax.Array, dlast_state: jax.Array) -> ScanInputs:
+    """Gradients of the inputs, from the inputs alone: the states are computed again."""
+    return jax.vjp(lambda i: forward(i, softplus), inputs)[1]((dy, dlast_state))[0]
