@@ -1,0 +1,30 @@
+"""Options for XLA: those that the version knows, and the user's own come first."""
+
+import pytest
+
+from mambahome_jax import compiler
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    compiler.compiler_options.cache_clear()
+    yield
+    compiler.compiler_options.cache_clear()
+
+
+def test_options_that_this_version_does_not_know_are_left_out(monkeypatch):
+    known = {"xla_backend_optimization_level": "1"}
+    monkeypatch.setattr(compiler, "_OPTIONS", {"cpu": known | {"xla_no_such_option": True}})
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert compiler.compiler_options() == known
+
+
+def test_what_the_user_sets_stays(monkeypatch):
+    monkeypatch.setattr(compiler, "_OPTIONS", {"cpu": {"xla_backend_optimization_level": "1"}})
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    assert compiler.compiler_options() == {}
+
+
+def test_no_options_where_there_are_none(monkeypatch):
+    monkeypatch.setattr(compiler, "_OPTIONS", {"gpu": {"xla_no_such_option": True}})
+    assert compiler.compiler_options() == {}
