@@ -23,7 +23,7 @@ def compiler_options() -> dict[str, str | bool]:
     Without those that this jaxlib does not know, and without those that the user has set in XLA_FLAGS.
     """
     wanted = _OPTIONS.get(jax.default_backend(), {})
-    users = os.environ.get("XLA_FLAGS", "")
+    users = {flag.lstrip("-").split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
     return {name: value for name, value in wanted.items() if name not in users and _known({name: value})}
 
 

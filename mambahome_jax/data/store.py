@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorstore as ts
@@ -145,6 +145,8 @@ class Store:
     number of cases: decoded chunks, open arrays and positions each have a limit.
     """
 
+    _headers: ClassVar = threading.Lock()
+
     def __init__(self, root: str | Path):
         root = Path(root)
         self.root = root / "store" if (root / "store").is_dir() else root
@@ -234,7 +236,9 @@ class Store:
 
     def _load_positions(self, case: str, value: int) -> np.ndarray:
         try:
-            with np.load(self.root / case / "foreground.npz", allow_pickle=False) as archive:
+            # One thread at a time: NumPy parses the header as Python source, which CPython 3.11 does not do in two
+            # threads at once (SystemError: AST constructor recursion depth mismatch).
+            with self._headers, np.load(self.root / case / "foreground.npz", allow_pickle=False) as archive:
                 return archive[str(value)]
         except (KeyError, OSError, ValueError) as error:
             raise self._damaged(case, "foreground.npz", error) from error

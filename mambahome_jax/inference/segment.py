@@ -197,17 +197,19 @@ def predictor(model: Any) -> Callable[[jax.Array], Any]:
 
 def apply_network(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:
     """Logits of windows. Validation calls it too, so that inference finds it compiled in the cache."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, windows))):
+        return _logits(graph, state, windows)  # a part of what the caller compiles, which may not have own options
     return compiled_network()(graph, state, windows)
+
+
+def _logits(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state)(windows)
 
 
 @functools.cache
 def compiled_network() -> Any:
     """jit of (graphdef, state, windows) -> logits."""
-
-    def logits(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:
-        return nnx.merge(graph, state)(windows)
-
-    return jax.jit(logits, static_argnums=0, compiler_options=compiler_options())
+    return jax.jit(_logits, static_argnums=0, compiler_options=compiler_options())
 
 
 def _normalised(volume: Volume, modality: Modality) -> Volume:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+# Both are part of what a checkpoint looks like.
 SMALL = 2**17  # elements of an array below which it is joined
 _MULTIPLE = 1024  # of elements of a vector, so that it can be split over any usual number of devices
 

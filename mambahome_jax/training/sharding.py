@@ -10,8 +10,9 @@ from mambahome_jax.config import Strategy
 from mambahome_jax.errors import ConfigError
 
 AXIS = "data"
-# Below this number of elements the messages of splitting an array cost more than its memory.
-SMALLEST_SPLIT = 1024
+# Below this number of elements the messages of splitting an array cost more than its memory. The optimizer joins arrays
+# of up to this size (grouping.py): were they split, each would have to be gathered first.
+SMALLEST_SPLIT = 2**17
 Tree = TypeVar("Tree")
 
 

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +146,23 @@ def test_pickles_and_is_read_by_several_threads(two_cases):
         parts = pool.map(lambda s: copy.read_image("a", s, (s[0] + 9, s[1] + 4, s[2] + 3)), starts)
     for (i, j, k), part in zip(starts, parts, strict=True):
         np.testing.assert_array_equal(part, image[i : i + 9, j : j + 4, k : k + 3])
+
+
+def test_one_thread_at_a_time_parses_headers(two_cases, monkeypatch):
+    """CPython 3.11 raises SystemError where two threads parse source at once, which NumPy does to read a header."""
+    running, together, load = threading.Semaphore(1), [], np.load
+
+    def slow_load(*args, **kwargs):
+        together.append(not running.acquire(blocking=False))
+        time.sleep(0.02)
+        running.release()
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(np, "load", slow_load)
+    stores = [Store(two_cases[0].root) for _ in range(2)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: stores[n % 2].class_positions("a", (1, 2, 7)[n % 3]), range(6)))
+    assert len(together) >= 4 and not any(together)
 
 
 def test_open_arrays_are_bounded(two_cases, monkeypatch):

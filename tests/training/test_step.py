@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 
 from mambahome_jax.config import AugmentationConfig
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.training import grouping, sharding
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import OptimizerConfig, make_optimizer
 from mambahome_jax.training.sharding import choose_devices, make_mesh, put_batch, tree_sharding
@@ -24,6 +25,7 @@ BATCHES = [
 
 
 def _train(devices, strategy="ddp", steps=20, augmentation=None, seed=0):
+    """SmallNet, whose arrays are split from 1024 elements on."""
     mesh = make_mesh(jax.devices()[:devices])
     graphdef, params = nnx.split(SmallNet())
     optimizer = make_optimizer(OptimizerConfig(lr=1e-2, steps_per_period=5, t_max=4))
@@ -38,6 +40,14 @@ def _train(devices, strategy="ddp", steps=20, augmentation=None, seed=0):
     return state, {name: np.array([m[name] for m in metrics]) for name in metrics[0]}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_arrays_are_split():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "SMALLEST_SPLIT", 1024)
+        patch.setattr(grouping, "SMALL", 1024)
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_device():
     return _train(1)
@@ -47,11 +57,12 @@ def one_device():
 def test_eight_devices_train_as_one(one_device, strategy):
     state, metrics = _train(8, strategy)
     for name in ("loss", "grad_norm", "update_norm", "lr"):
-        rtol = 1e-5 if name == "loss" else 1e-3
-        np.testing.assert_allclose(metrics[name], one_device[1][name], rtol=rtol, err_msg=name)
+        # From the twelfth step on a ReLU may have turned, which the loss hardly shows.
+        steps, rtol = (20, 1e-5) if name == "loss" else (12, 1e-4)
+        np.testing.assert_allclose(metrics[name][:steps], one_device[1][name][:steps], rtol=rtol, err_msg=name)
     split = [leaf.sharding.spec for leaf in jax.tree.leaves(state) if not leaf.sharding.is_fully_replicated]
-    # The two linear kernels, and both moments of all parameters joined.
-    assert len(split) == (4 if strategy == "fsdp" else 0)
+    # The two linear kernels and both moments of each, and both of all others joined.
+    assert len(split) == (8 if strategy == "fsdp" else 0)
 
 
 def test_loss_falls_and_the_rate_is_the_one_used(one_device):

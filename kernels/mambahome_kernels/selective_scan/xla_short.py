@@ -1,7 +1,8 @@
 """The scan of a short sequence in plain XLA: `associative_scan` over its whole length.
 
-All its states are in memory then, and those of the backward pass too. But a GPU runs a few large programs where a loop
-starts several small ones for each step, and for a short sequence that start is what takes the time.
+All its states are in memory then, those of the backward pass too: six times the scratch of the loop over steps. But a
+GPU runs a few large programs where a loop starts several small ones for each step: for a short sequence, these starts
+take the time.
 """
 
 import jax
@@ -10,8 +11,8 @@ from jax import lax
 
 from mambahome_kernels.selective_scan.base import ScanInputs, discretise, first_state, gate, state_dtype
 
-# Floats of all states. benchmarks/scan_variants.py: with 50 million the loop takes more than twice as long, with 200
-# million it is the faster one.
+# Floats of all states of one call (of one example under vmap). Measured by benchmarks/scan_variants.py: with 50 million
+# the loop over steps takes half as long again or more, with 200 million it is the faster one.
 _FEW = 1 << 26
 
 

@@ -1,6 +1,7 @@
 """Forward kernels: `ends` runs every chunk from a zero state, `outputs` again from its true start and writes y."""
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -84,9 +85,10 @@ def ends(sizes: Sizes, x, dt, B, rates, bias, options: Options):
 
 
 def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Options, keep: bool):
-    """y as x, and with `keep` the state before every tile (batch, tiles of the sequence, d_state, channels), as x.
+    """y as x, and with `keep` the state before every tile (batch, tiles of the sequence, d_state, channels).
 
-    Half as wide for bfloat16: only the gradients see these states, which come out as bfloat16 too.
+    Those states are bfloat16 where x, dt and z are: only the gradients see them, and those of x, dt, z, B and C are
+    rounded to bfloat16 as well. The state that runs through the sequence is float32.
     """
     s, n, slots = sizes, sizes.d_state, options.slots
     wide = [x, dt] + ([z] if s.gated else [])
@@ -153,7 +155,7 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
 
     out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
     if keep:
-        out_type.append(jax.ShapeDtypeStruct((s.batch, s.kept, n, s.channels), x.dtype))
+        out_type.append(jax.ShapeDtypeStruct((s.batch, s.kept, n, s.channels), jnp.result_type(*wide)))
     return launch(
         kernel,
         options,
