@@ -63,6 +63,30 @@ def test_each_slice_has_its_own_rescaling(tmp_path, sop_class):
     np.testing.assert_array_equal(read_volume(tmp_path).array, np.stack(expected, 2).astype(np.float32))
 
 
+def compressed(path):
+    import SimpleITK as sitk
+
+    image = sitk.ReadImage(str(write_slice(path, np.tile(VOXELS[:, :, 0].T, (9, 9)), (1, 2, 3))))
+    writer = sitk.ImageFileWriter()
+    writer.SetImageIO("GDCMImageIO")
+    writer.SetCompressor("JPEG2000")
+    writer.UseCompressionOn()
+    writer.SetFileName(str(path))
+    writer.Execute(image)
+    return path
+
+
+def test_compressed_slices(tmp_path):
+    path = compressed(tmp_path / "a.dcm")
+    assert b"1.2.840.10008.1.2.4.9" in path.read_bytes()  # JPEG 2000
+    volume = read_volume(tmp_path)
+    np.testing.assert_array_equal(volume.array[:, :, 0], np.tile(VOXELS[:, :, 0], (9, 9)))
+    assert volume.affine[:3, 3].tolist() == [-1, -2, 3]
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(DatasetError, match=r"a\.dcm: truncated or damaged"):
+        read_volume(tmp_path)
+
+
 def test_a_tilted_gantry_is_a_sheared_grid(tmp_path):
     tilt = np.outer(np.arange(6), [0, 0.4, 0])
     affine = read_volume(series(tmp_path, shift=tilt)).affine
