@@ -297,7 +297,7 @@ class InferConfig:
     """Segment scans with a trained model; each result lies on its scan's own grid."""
 
     data_path: Path
-    """A NIfTI file, or a folder of them."""
+    """A scan (.nii.gz, .nii, .mha, .mhd, .nrrd), a folder of DICOM slices, or a folder of such scans."""
     model_path: Path
     """A checkpoint folder (RUN/checkpoints/best), or published weights (.pth, .npz, .safetensors)."""
     output_dir: Path = Path("inference")
@@ -319,6 +319,8 @@ class InferConfig:
     published inference script has them (default: the latter for published weights)."""
     precision: Precision | None = None
     """Matrix products and convolutions (default: bf16 on a GPU, fp32 on a CPU)."""
+    output_format: Literal["nii.gz", "nii", "mha", "nrrd"] = "nii.gz"
+    """Format of the label maps, whatever that of the scans."""
     num_workers: int = 1
     """Threads that read scans ahead and write results."""
     previews: bool = True

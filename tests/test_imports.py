@@ -61,3 +61,8 @@ def test_public_names_load():
 
     for name in mh.__all__:
         assert getattr(mh, name) is not None
+
+
+def test_imaging_starts_without_simpleitk():
+    code = "import sys, mambahome_jax.imaging.volume; sys.exit('SimpleITK' in sys.modules or 'jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,63 +1,136 @@
 """Which files `infer` is to segment, and what the dataset around them says of each."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mambahome_jax.config import Modality
-from mambahome_jax.datasets.base import Case, nifti_stem
-from mambahome_jax.datasets.files import SUFFIXES
+from mambahome_jax.datasets.base import Case
+from mambahome_jax.datasets.files import listed, listing
 from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.dicom import holds_slices
+from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem
 
 # Folders that hold the scans when the folder itself holds none: of the Decathlon, of preprocess.py.
 SCAN_FOLDERS = ("imagesTs", "images")
 DATASET_FOLDERS = (*SCAN_FOLDERS, "imagesTr", "imagesVa")
+_CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's names
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A file to segment and the name of its result. modality: None where it is that of the model."""
+    """A scan to segment and the name of its result.
+
+    path: a file, or a folder of DICOM slices. modality: None where it is that of the model. channels: all files in
+    order, where each channel has its own; `path` is then the first.
+    """
 
     case: str
     path: Path
     modality: Modality | None = None
+    channels: tuple[Path, ...] = ()
 
 
 def find_scans(data_path: Path) -> tuple[Path, list[Scan], list[dict[str, str]]]:
     """The file or folder with the scans, the scans by name, and failures: those whose results would collide.
 
-    A folder without scans in it or in one of SCAN_FOLDERS is read as a dataset, so that scans in a folder a case are
-    found too.
-    Raises DatasetError: nothing there, or no visible .nii or .nii.gz.
+    A folder without scan files in it or in one of SCAN_FOLDERS is a scan itself where it holds DICOM slices; else each
+    of its subfolders that does is one; else it is read as a dataset, so that scans in a folder a case are found too.
+    Raises DatasetError: nothing there, or no visible scan.
     """
     if data_path.is_file():
-        if not data_path.name.endswith(SUFFIXES):
-            raise DatasetError("not a NIfTI file by its name", file=data_path, expected=".nii or .nii.gz")
-        return data_path, [Scan(nifti_stem(data_path), data_path)], []
+        if not data_path.name.endswith(SCAN_SUFFIXES):
+            found, action = "not a scan by its name", "For DICOM, name the folder of the slices."
+            raise DatasetError(found, file=data_path, expected=alternatives(SCAN_SUFFIXES), action=action)
+        return data_path, [Scan(scan_stem(data_path), data_path)], []
     if not data_path.is_dir():
         raise DatasetError("no such file or folder", file=data_path, action="Check --data_path.")
     for folder in (data_path, *(data_path / name for name in SCAN_FOLDERS)):
         files: dict[str, list[Path]] = {}
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-            if path.name.endswith(SUFFIXES) and path.name[0] not in "._" and path.is_file():
-                files.setdefault(nifti_stem(path), []).append(path)
+        for path in listing(folder)[1].values():
+            if path.name.endswith(SCAN_SUFFIXES):
+                files.setdefault(scan_stem(path), []).append(path)
         if files:
             modalities = _modalities(folder)
             scans = [Scan(case, paths[0], modalities.get(paths[0])) for case, paths in files.items() if len(paths) == 1]
             failures = []
             for case, paths in files.items():
                 if len(paths) > 1:
-                    both = " and ".join(path.name for path in paths)
-                    reason = f"{both} would both be written to {case}.nii.gz. Rename one of them"
+                    several = " and ".join(path.name for path in paths)
+                    reason = f"the results of {several} would have one name, {case}. Rename one of them"
                     failures.append({"id": case, "reason": reason})
             return folder, scans, failures
-    cases = [case for case in _cases(data_path) if not case.images]
-    if cases:
-        own = _by_path(cases)
-        return data_path, [Scan(case.id, case.image, own.get(case.image)) for case in cases], []
-    expected = f"scans there, or in its {' or '.join(SCAN_FOLDERS)}"
-    raise DatasetError("no .nii or .nii.gz file", file=data_path, expected=expected, action="Check --data_path.")
+    scans = _dicom(data_path) or _dataset(data_path)
+    if scans:
+        return data_path, scans, []
+    kinds = f"{', '.join(SCAN_SUFFIXES)} or DICOM"
+    expected = f"scans there, or in its {' or '.join(SCAN_FOLDERS)}, or a folder of DICOM slices a case"
+    raise DatasetError(f"no {kinds} file", file=data_path, expected=expected, action="Check --data_path.")
+
+
+def join_channels(data_path: Path, scans: list[Scan], channels: int) -> tuple[list[Scan], list[dict[str, str]]]:
+    """Scans as a model of so many channels takes them, and failures: those that lack a channel or have too many.
+
+    <case>_0000, <case>_0001, ... become the scan <case>; a single file brings the others beside it along. Scans of
+    other names must hold all channels themselves. A model of one channel takes each file by itself, whatever its name.
+    """
+    if channels < 2:
+        return scans, []
+    groups: dict[str, dict[int, Path]] = {}
+    joined = []
+    for scan in _with_siblings(scans) if data_path.is_file() else scans:
+        found = None if scan.channels else _CHANNEL.fullmatch(scan.case)
+        if found:
+            groups.setdefault(found[1], {})[int(found[2])] = scan.path
+        else:
+            joined.append(scan)
+    failures = []
+    modalities = {scan.path: scan.modality for scan in scans}
+    taken = {scan.case for scan in joined}
+    for case, files in groups.items():
+        reason = _no_channels(case, files, channels, case in taken)
+        if reason:
+            failures.append({"id": case, "reason": reason})
+        else:
+            paths = tuple(files[number] for number in range(channels))
+            joined.append(Scan(case, paths[0], modalities.get(paths[0]), paths))
+    return sorted(joined, key=lambda scan: scan.case), failures
+
+
+def _no_channels(case: str, files: dict[int, Path], channels: int, taken: bool) -> str:
+    """Why files of a case by number of channel are no scan of so many; empty where they are one."""
+    missing = [f"{case}_{number:04}" for number in range(channels) if number not in files]
+    beyond = [files[number].name for number in sorted(files) if number >= channels]
+    if missing:
+        return f"{listed(missing)} not found; expected {channels} channels, as the model takes, a file each"
+    if beyond:
+        return f"also {listed(beyond)}; expected {channels} channels, as the model takes. Move them elsewhere"
+    return f"a scan {case} lies beside its channels {case}_0000, .... Rename or move one of them" if taken else ""
+
+
+def _with_siblings(scans: list[Scan]) -> list[Scan]:
+    """A single scan file, last, as of two forms of it the named one counts, after those of the same case beside it."""
+    found = _CHANNEL.fullmatch(scans[0].case)
+    if not found:
+        return scans
+    beside = [path for path in listing(scans[0].path.parent)[1].values() if path.name.endswith(SCAN_SUFFIXES)]
+    name = re.compile(rf"{re.escape(found[1])}_\d{{4}}")
+    return [*(Scan(scan_stem(path), path) for path in beside if name.fullmatch(scan_stem(path))), *scans]
+
+
+def _dicom(folder: Path) -> list[Scan]:
+    """The folder as one scan, or its subfolders as one each, where they hold DICOM slices."""
+    if holds_slices(folder):
+        return [Scan(folder.resolve().name, folder)]
+    return [Scan(name, path) for name, path in listing(folder)[0].items() if holds_slices(path)]
+
+
+def _dataset(folder: Path) -> list[Scan]:
+    cases = _cases(folder)
+    own = _by_path(cases)
+    return [Scan(case.id, case.image, own.get(case.image), case.images) for case in cases]
 
 
 def _modalities(folder: Path) -> Mapping[Path, Modality]:

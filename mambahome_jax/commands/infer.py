@@ -15,12 +15,15 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mambahome_jax.commands.find_scans import Scan, find_scans
+from mambahome_jax.commands.find_scans import Scan, find_scans, join_channels
 from mambahome_jax.commands.outputs import open_output
 from mambahome_jax.commands.report import device, plain, versions
 from mambahome_jax.config import InferConfig
+from mambahome_jax.datasets.base import Case
+from mambahome_jax.datasets.label_map import read_image
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
+from mambahome_jax.imaging import itk
 from mambahome_jax.imaging.volume import Volume, read_volume, write_volume
 from mambahome_jax.inference.preview import label_counts, write_preview
 from mambahome_jax.inference.segment import (
@@ -61,13 +64,14 @@ def run(config: InferConfig) -> int:
     """
     console = Console()
     started = time.perf_counter()
+    if config.output_format in ("mha", "nrrd") and not itk.installed():
+        raise ConfigError(f"--output_format {config.output_format} needs SimpleITK. Run: {itk.INSTALL}")
     if config.gpu and jax.default_backend() != "gpu":
         action = "Install the extra [cuda] and check nvidia-smi, or leave --gpu out."
         raise ConfigError(f"--gpu was given, but JAX sees only {jax.devices()[0].platform} devices. {action}")
     folder, scans, failures = find_scans(config.data_path)
-    outcome = Outcome(failures=failures)
     if folder != config.data_path:
-        _say(console, f"Using the {len(scans)} scans in {folder}")
+        _say(console, f"Using the scans in {folder}")
     taken = {folder.parent} if folder.is_file() else {folder, config.data_path}
     if config.output_dir.resolve() in {path.resolve() for path in taken}:
         raise ConfigError(f"{config.output_dir}: --output_dir holds the scans themselves. Name another folder")
@@ -87,7 +91,9 @@ def run(config: InferConfig) -> int:
     )
     _check(settings)
     names = label_names_of(model)
-    collisions = len(outcome.failures)
+    scans, incomplete = join_channels(config.data_path, scans, channels_of(model) or 1)
+    outcome = Outcome(failures=[*failures, *incomplete])
+    unusable = len(outcome.failures)
     for failure in outcome.failures:
         _say(console, f"Failed {failure['id']}: {failure['reason']}")
     mixed = config.modality is None and any(scan.modality not in (None, settings.modality) for scan in scans)
@@ -101,7 +107,7 @@ def run(config: InferConfig) -> int:
         "configuration": plain(dataclasses.asdict(config)),
         "settings": plain(dataclasses.asdict(settings)),
         "labels": {str(value): name for value, name in names.items()},
-        "versions": versions(PACKAGES),
+        "versions": versions((*PACKAGES, "SimpleITK") if itk.installed() else PACKAGES),
         "device": device(),
         "seconds": round(time.perf_counter() - started, 3),
         "cases": outcome.cases,
@@ -114,7 +120,7 @@ def run(config: InferConfig) -> int:
     except OutputError as error:
         where, code = "above", max(code, 1)
         _say(console, f"There is no report of this run: {error}")
-    _say(console, f"{len(outcome.cases)} of {len(scans) + collisions} scans segmented, in {config.output_dir}")
+    _say(console, f"{len(outcome.cases)} of {len(scans) + unusable} scans segmented, in {config.output_dir}")
     if outcome.failures:
         _say(console, f"{len(outcome.failures)} failed; the reasons are {where}")
     return code
@@ -141,7 +147,7 @@ def _work(
     for scan in scans:
         if scan not in todo:
             outcome.cases.append(
-                {"id": scan.case, "input": str(scan.path), "output": _result(config, scan).name, "kept": True}
+                {"id": scan.case, "input": _input(scan), "output": _result(config, scan).name, "kept": True}
             )
     if len(todo) < len(scans):
         _say(console, f"{len(scans) - len(todo)} results are there already and kept")
@@ -211,7 +217,10 @@ def _read_ahead(
 
 
 def _read(scan: Scan, settings: SegmentSettings, channels: int | None) -> tuple[Volume, NetworkInput]:
-    volume = read_volume(scan.path)
+    if scan.channels:
+        volume = read_image(Case(scan.case, scan.path, images=scan.channels), channels or len(scan.channels))
+    else:
+        volume = read_volume(scan.path)
     try:
         return volume, prepare(volume, _settings_of(scan, settings), channels)
     except DatasetError as error:
@@ -244,7 +253,7 @@ def _write(
     voxel_ml = float(abs(np.linalg.det(result.affine[:3, :3]))) / 1000
     return {
         "id": scan.case,
-        "input": str(scan.path),
+        "input": _input(scan),
         "modality": scan.modality or settings.modality,
         "output": path.name,
         "preview": str(preview.relative_to(config.output_dir)) if config.previews and not remarks else None,
@@ -258,7 +267,11 @@ def _write(
 
 
 def _result(config: InferConfig, scan: Scan) -> Path:
-    return config.output_dir / f"{scan.case}.nii.gz"
+    return config.output_dir / f"{scan.case}.{config.output_format}"
+
+
+def _input(scan: Scan) -> str | list[str]:
+    return [str(path) for path in scan.channels] if scan.channels else str(scan.path)
 
 
 def _check(settings: SegmentSettings) -> None:

@@ -27,7 +27,7 @@ def read_image(case: Case, channels: int) -> Volume:
     stack[..., 0] = first.array
     for number, path in enumerate(case.images[1:], start=1):
         volume = read_volume(path, channels=1)
-        require_same_grid(first, volume, path)
+        require_same_grid(first, volume, path, f"Bring it onto the grid of {case.image.name} first.")
         stack[..., number] = volume.array
     return Volume(stack, first.affine)
 

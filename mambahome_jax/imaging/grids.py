@@ -10,9 +10,11 @@ from mambahome_jax.imaging.volume import Volume
 TOLERANCE = 0.1
 
 
-def require_same_grid(image: Volume, label: Volume, file: Path) -> None:
+MEND_LABEL = "Bring the label map onto the grid of its image first."
+
+
+def require_same_grid(image: Volume, label: Volume, file: Path, action: str = MEND_LABEL) -> None:
     """Raises DatasetError where the shapes differ, or a corner voxel lies more than 0.1 of a voxel elsewhere."""
-    action = "Bring the label map onto the grid of its image first."
     if image.shape != label.shape:
         found, expected = f"grid of {_by(label.shape)} voxels", f"{_by(image.shape)} as in the image"
         raise DatasetError(found, file=file, expected=expected, action=action)

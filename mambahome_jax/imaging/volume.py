@@ -1,4 +1,4 @@
-"""Scans and label maps as they are on disk: NIfTI in, NIfTI out.
+"""Scans and label maps as they are on disk. NIfTI is read and written here; what needs SimpleITK is in itk and dicom.
 
 nibabel knows the header; reading the voxels ourselves checks gzip's checksum, which a reader that stops after the last
 voxel never sees, and makes every fault a `DatasetError` that names the file.
@@ -7,9 +7,7 @@ voxel never sees, and makes every fault a `DatasetError` that names the file.
 import gzip
 import json
 import math
-import os
 import struct
-import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +18,8 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
 from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.imaging import dicom, itk
+from mambahome_jax.imaging.files import ITK_SUFFIXES, NIFTI_SUFFIXES, WRITTEN_SUFFIXES, alternatives, written_whole
 
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -55,33 +55,30 @@ class Volume:
 
 
 def read_volume(path: str | Path, *, channels: int | None = None) -> Volume:
-    """Read an image (.nii, .nii.gz).
+    """Read an image: .nii, .nii.gz, or with the extra [formats] .mha, .mhd, .nrrd or a folder of DICOM slices.
 
     Returns a Volume of float32, (D0, D1, D2), or (D0, D1, D2, C) where the file has four axes and the last is longer
-    than 1. The affine is the sform where its code is positive and it is not all zero, else the qform, else made from
-    the spacing; values are stored value * scl_slope + scl_inter in float64, rounded to float32 (both as MONAI's
-    LoadImage).
+    than 1. A NIfTI file's affine is the sform where its code is positive and it is not all zero, else the qform, else
+    made from the spacing; values are stored value * scl_slope + scl_inter in float64, rounded to float32 (both as
+    MONAI's LoadImage).
 
     channels: how many are expected; None takes any number.
-    Raises DatasetError: missing, truncated or damaged file, not NIfTI, empty, wrong number of axes, singular affine,
-    NaN or infinite voxels.
+    Raises DatasetError: missing, truncated or damaged file, of another format than its name says, empty, wrong number
+    of axes, singular affine, NaN or infinite voxels; SimpleITK not installed; what `dicom.read` refuses.
     """
     path = Path(path)
-    header, content = _read(path)
-    raw, affine = _voxels(path, header, content, channels), _affine(path, header)
-    return Volume(_scale(path, header, raw), affine)
+    raw, affine, slope, inter = _stored(path, channels)
+    return Volume(_scale(path, raw, slope, inter), affine)
 
 
 def read_labels(path: str | Path) -> Volume:
-    """Read a label map (.nii, .nii.gz) of any stored type whose values are whole numbers.
+    """Read a label map (the formats of `read_volume`) of any stored type whose values are whole numbers.
 
     Returns a Volume (D0, D1, D2) of uint8, or of uint16 where a label is above 255.
     Raises DatasetError as `read_volume`, and for labels that are fractional, negative or above 65535.
     """
     path = Path(path)
-    header, content = _read(path)
-    raw, affine = _voxels(path, header, content, 1), _affine(path, header)
-    slope, inter = _slope_inter(path, header)
+    raw, affine, slope, inter = _stored(path, 1)
     if raw.dtype.kind == "f" or (slope, inter) != (1.0, 0.0):
         values = raw.astype(np.float64) * slope + inter
         _require_finite(path, values)
@@ -100,7 +97,7 @@ def read_labels(path: str | Path) -> Volume:
 
 
 def read_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape (trailing axes of length 1 beyond the third dropped) and affine (4, 4) float64, from the header alone.
+    """Shape (trailing axes of length 1 beyond the third dropped) and affine (4, 4) float64, from a NIfTI header alone.
 
     Raises DatasetError as `read_volume`, as far as the header shows it.
     """
@@ -131,42 +128,46 @@ def read_forms(path: str | Path) -> tuple[np.ndarray | None, np.ndarray | None, 
 def write_volume(
     path: str | Path, volume: Volume, dtype: np.dtype | type | str | None = None, names: Mapping[int, str] | None = None
 ) -> None:
-    """Write a Volume to .nii or .nii.gz, whole or not at all: beside its place first, then renamed.
+    """Write a Volume to .nii, .nii.gz, .mha or .nrrd, whole or not at all: beside its place first, then renamed.
 
-    dtype: stored type (default: the array's own; bool as uint8, int64 as int32, any float as float32). The affine goes
-    into the sform, and into the qform too unless it is sheared, both with code 1. Same volume, same bytes.
-    names: of label values, kept in the header as a comment extension: the JSON text {"labels": {"1": "liver"}}.
-    Raises OutputError: a folder that cannot be written, a full disk, a wrong suffix, values that `dtype` cannot hold.
+    dtype: stored type (default: the array's own; bool as uint8, int64 as int32, any float as float32). In NIfTI the
+    affine goes into the sform, and into the qform too unless it is sheared, both with code 1. Same volume, same bytes.
+    names: of label values, kept in a NIfTI header as a comment extension: the JSON text {"labels": {"1": "liver"}}.
+    Raises OutputError: a folder that cannot be written, a full disk, a wrong suffix, values that `dtype` cannot hold,
+    SimpleITK not installed where .mha or .nrrd needs it.
     """
     path = Path(path)
-    if not path.name.endswith((".nii", ".nii.gz")):
-        raise OutputError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; expected .nii or .nii.gz")
+    if not path.name.endswith(WRITTEN_SUFFIXES):
+        expected = alternatives(WRITTEN_SUFFIXES)
+        raise OutputError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; expected {expected}")
     array = _as_stored(path, volume.array, dtype)
+    if not path.name.endswith(NIFTI_SUFFIXES):
+        itk.write(path, array, volume.affine, names)
+        return
     header = _header_for(array, volume.affine)
     extension = _names_extension(names) if names else bytes(4)
     header["vox_offset"] = 348 + len(extension)
     content = bytes(header.binaryblock) + extension
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            if path.name.endswith(".gz"):
-                # Level 1 packs a noisy CT to within a few percent of level 6 at three times its speed. Noisy floats
-                # have no repeats to find, only runs: the same size, at more than twice the speed again.
-                strategy = zlib.Z_RLE if array.dtype.kind == "f" else zlib.Z_DEFAULT_STRATEGY
-                packer = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS, 9, strategy)
-                for part in _stored_parts(content, array):
-                    file.write(packer.compress(part))
-                file.write(packer.flush())
-            else:
-                file.writelines(_stored_parts(content, array))
-        partial.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        action = "Nothing was written; free some space or name another output folder"
-        raise OutputError(f"{path.parent}: cannot write {path.name}: {reason}. {action}") from error
-    finally:
-        _remove(partial)
+    with written_whole(path) as partial, partial.open("wb") as file:
+        if path.name.endswith(".gz"):
+            # Level 1 packs a noisy CT to within a few percent of level 6 at three times its speed. Noisy floats
+            # have no repeats to find, only runs: the same size, at more than twice the speed again.
+            strategy = zlib.Z_RLE if array.dtype.kind == "f" else zlib.Z_DEFAULT_STRATEGY
+            packer = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS, 9, strategy)
+            for part in _stored_parts(content, array):
+                file.write(packer.compress(part))
+            file.write(packer.flush())
+        else:
+            file.writelines(_stored_parts(content, array))
+
+
+def _stored(path: Path, channels: int | None) -> tuple[np.ndarray, np.ndarray, float, float]:
+    """Voxels as they are stored, affine, and what they are to be multiplied by and added to."""
+    if path.is_dir() or path.name.endswith(ITK_SUFFIXES):
+        raw, affine = dicom.read(path) if path.is_dir() else itk.read(path)
+        return raw.reshape(_checked(path, raw.shape, channels), order="F"), _usable(path, affine), 1.0, 0.0
+    header, content = _read(path)
+    return _voxels(path, header, content, channels), _affine(path, header), *_slope_inter(path, header)
 
 
 def _read(path: Path, *, header_only: bool = False) -> tuple[nib.Nifti1Header, bytes]:
@@ -204,7 +205,10 @@ def _read(path: Path, *, header_only: bool = False) -> tuple[nib.Nifti1Header, b
 
 
 def _shape(path: Path, header: nib.Nifti1Header, channels: int | None) -> tuple[int, ...]:
-    shape = tuple(int(n) for n in header.get_data_shape())
+    return _checked(path, tuple(int(n) for n in header.get_data_shape()), channels)
+
+
+def _checked(path: Path, shape: tuple[int, ...], channels: int | None) -> tuple[int, ...]:
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) not in (3, 4):
@@ -228,10 +232,14 @@ def _affine(path: Path, header: nib.Nifti1Header) -> np.ndarray:
             affine = np.asarray(header.get_base_affine() if coded is None else coded, dtype=np.float64)
     except (HeaderDataError, ValueError) as error:
         raise DatasetError(f"no usable affine ({error})", file=path) from error
+    return _usable(path, affine)
+
+
+def _usable(path: Path, affine: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 1e-6 * lengths.prod():
         expected = "three independent axes of positive length"
-        action = "Mend the sform, qform or pixdim of its header."
+        action = "Mend the geometry in its header (NIfTI: sform, qform or pixdim)."
         raise DatasetError(f"singular affine {affine[:3].tolist()}", file=path, expected=expected, action=action)
     return affine
 
@@ -260,8 +268,7 @@ def _voxels(path: Path, header: nib.Nifti1Header, content: bytes, channels: int 
     return np.frombuffer(content, dtype, count=math.prod(shape), offset=offset).reshape(shape, order="F")
 
 
-def _scale(path: Path, header: nib.Nifti1Header, raw: np.ndarray) -> np.ndarray:
-    slope, inter = _slope_inter(path, header)
+def _scale(path: Path, raw: np.ndarray, slope: float, inter: float) -> np.ndarray:
     values = np.empty(raw.shape, np.float32, order="F")
     # Slices keep the float64 intermediate small: a whole one would be four times the size of an int16 scan.
     with np.errstate(over="ignore", invalid="ignore"):
@@ -330,11 +337,3 @@ def _stored_parts(head: bytes, array: np.ndarray) -> Iterator[bytes]:
             for j in range(source.shape[1]):
                 part[:, j] = source[:, j]
             yield part.tobytes(order="F")
-
-
-def _remove(partial: Path) -> None:
-    # The folder may have vanished or turned read-only meanwhile; that error is already on its way.
-    try:
-        partial.unlink(missing_ok=True)
-    except OSError:
-        return

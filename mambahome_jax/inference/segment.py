@@ -141,7 +141,8 @@ def prepare(volume: Volume, settings: SegmentSettings, channels: int | None = No
     """
     array = volume.array if volume.array.ndim == 4 else volume.array[..., None]
     if channels is not None and array.shape[-1] != channels:
-        action = "Give one volume a file." if channels == 1 else "Put the channels on the fourth axis of one file."
+        several = "Put the channels on the fourth axis of one file, or into files <case>_0000, <case>_0001, ..."
+        action = "Give one volume a file." if channels == 1 else several
         expected = f"{channels}, as the model takes"
         raise DatasetError(f"{array.shape[-1]} channels or time points", expected=expected, action=action)
     if 0 in array.shape:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mambahome_jax.commands.find_scans import find_scans
+from mambahome_jax.commands.find_scans import find_scans, join_channels
 from mambahome_jax.commands.preprocess import run
 from mambahome_jax.config import PreprocessConfig
 from mambahome_jax.errors import DatasetError
@@ -32,5 +32,58 @@ def test_a_plain_folder_need_not_be_a_dataset(tmp_path):
     miniatures.write(tmp_path / "images/a.nii.gz", miniatures.draw([1]))
     assert [(scan.case, scan.modality) for scan in find_scans(tmp_path)[1]] == [("a", None)]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DatasetError, match=r"no \.nii or \.nii\.gz file"):
+    with pytest.raises(DatasetError, match=r"no \.nii\.gz, \.nii, \.mha, \.mhd, \.nrrd or DICOM file"):
         find_scans(tmp_path / "empty")
+
+
+def touch(folder, *names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def test_scans_of_all_formats_are_found_by_name(tmp_path):
+    touch(tmp_path, "a.nii", "b.nii.gz", "c.mha", "d.mhd", "d.raw", "e.nrrd", "notes.txt", "._c.mha", "f.mha", "f.nrrd")
+    _, scans, failures = find_scans(tmp_path)
+    assert [(scan.case, scan.path.name) for scan in scans] == [
+        *(("a", "a.nii"), ("b", "b.nii.gz"), ("c", "c.mha"), ("d", "d.mhd"), ("e", "e.nrrd"))
+    ]
+    assert [failure["id"] for failure in failures] == ["f"]
+    assert "f.mha and f.nrrd" in failures[0]["reason"]
+
+
+def test_a_folder_of_slices_is_a_scan_and_so_are_its_subfolders(tmp_path):
+    touch(tmp_path / "study/one", "1.dcm", "2.dcm")
+    touch(tmp_path / "study/two", "1.IMA")
+    (touch(tmp_path / "study/three", "notes.txt") / "IM01").write_bytes(bytes(128) + b"DICM")
+    touch(tmp_path / "study/four", "notes.txt")
+    assert find_scans(tmp_path / "study/one")[1][0].case == "one"
+    folder, scans, _ = find_scans(tmp_path / "study")
+    assert folder == tmp_path / "study"
+    assert [(scan.case, scan.path) for scan in scans] == [(name, folder / name) for name in ("one", "three", "two")]
+
+
+def joined(data_path, channels):
+    scans, failures = join_channels(data_path, find_scans(data_path)[1], channels)
+    return {scan.case: [path.name for path in scan.channels] for scan in scans}, {
+        failure["id"]: failure["reason"] for failure in failures
+    }
+
+
+def test_files_of_one_channel_each_are_joined_for_a_model_of_several(tmp_path):
+    touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.mha", "c_0001.nii", "d.nii.gz", "e_0000.nii")
+    touch(tmp_path, *(f"e_000{number}.nii.gz" for number in (1, 2)), *(f"d_000{number}.nii" for number in (0, 1)))
+    scans, reasons = joined(tmp_path, 2)
+    assert scans == {"a": ["a_0000.nii.gz", "a_0001.nii.gz"], "d": []}
+    assert set(reasons) == {"b", "c", "d", "e"}
+    assert "b_0001 not found; expected 2 channels" in reasons["b"] and "c_0000 not found" in reasons["c"]
+    assert "also e_0002.nii.gz; expected 2 channels" in reasons["e"] and "lies beside its channels" in reasons["d"]
+    assert joined(tmp_path / "a_0001.nii.gz", 2) == ({"a": ["a_0000.nii.gz", "a_0001.nii.gz"]}, {})
+    assert joined(tmp_path / "d.nii.gz", 2) == ({"d": []}, {})
+
+
+def test_a_model_of_one_channel_takes_each_file_by_itself(tmp_path):
+    touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz")
+    assert joined(tmp_path, 1) == ({"a_0000": [], "a_0001": []}, {})
+    assert joined(tmp_path / "a_0000.nii.gz", 1) == ({"a_0000": []}, {})

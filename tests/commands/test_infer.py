@@ -196,8 +196,8 @@ def test_device_that_is_too_small_is_one_case_failing(tmp_path, levels, monkeypa
     ("changes", "error", "message"),
     [
         ({"data_path": "nowhere"}, DatasetError, "no such file or folder"),
-        ({"data_path": "empty"}, DatasetError, r"no \.nii or \.nii\.gz file"),
-        ({"data_path": "notes.txt"}, DatasetError, "not a NIfTI file by its name"),
+        ({"data_path": "empty"}, DatasetError, r"no \.nii\.gz, \.nii, .* or DICOM file"),
+        ({"data_path": "notes.txt"}, DatasetError, "not a scan by its name"),
         ({"output_dir": "in"}, ConfigError, "holds the scans themselves"),
         ({"data_path": "in/a.nii.gz", "output_dir": "in"}, ConfigError, "holds the scans themselves"),
         ({"data_path": "dataset", "output_dir": "dataset"}, ConfigError, "holds the scans themselves"),

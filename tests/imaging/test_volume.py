@@ -236,7 +236,7 @@ def test_values_are_never_cut_to_fit_the_type(tmp_path):
     volume = Volume(np.array([0, 300]).reshape(1, 1, 2), np.eye(4))
     with pytest.raises(OutputError, match="values from 0 to 300"):
         write_volume(tmp_path / "a.nii.gz", volume, dtype=np.uint8)
-    with pytest.raises(OutputError, match=r"expected \.nii or \.nii\.gz"):
+    with pytest.raises(OutputError, match=r"expected \.nii\.gz, \.nii, \.mha or \.nrrd"):
         write_volume(tmp_path / "a.png", volume)
     assert not list(tmp_path.iterdir())
 

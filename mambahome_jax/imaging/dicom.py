@@ -1,0 +1,233 @@
+"""A folder of DICOM slices as one volume, through SimpleITK (extra [formats]).
+
+The grid comes from the slices' positions, not from their names or numbers. What else the files say of a patient is not
+read: no name, date or free text can reach a result or a message.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging import itk
+from mambahome_jax.imaging.files import SCAN_SUFFIXES
+
+SUFFIXES = (".dcm", ".ima")
+# Share of the distance between slices by which one may lie elsewhere than evenly between the outermost ones: positions
+# are often written with one decimal only.
+UNEVEN = 0.1
+# Largest difference of direction cosines, and of mm between pixels, that counts as rounding.
+_ROUNDING = 1e-3
+_SOP_CLASS = re.compile(rb"\x02\x00\x02\x00UI..([0-9.]+)", re.DOTALL)
+# Classes of objects that lie beside scans and hold no slices: DICOMDIR; raw data, segmentations and registrations;
+# presentation states, reports and key images; structure sets, plans and doses of radiotherapy.
+_BESIDE = re.compile(r"1\.2\.840\.10008\.(1\.3\.10$|5\.1\.4\.1\.1\.(66|11|88|481|104|9)(\.|$))")
+
+
+@dataclass(frozen=True, eq=False)
+class _Slice:
+    """Header of a file. size: (columns, rows). position: (3,) of its first pixel; steps: (3, 2), a step to the next
+    column and to the next row; both in LPS mm. thickness: mm, or None."""
+
+    path: Path
+    series: str
+    kind: str
+    size: tuple[int, int]
+    position: np.ndarray
+    steps: np.ndarray
+    thickness: float | None
+
+
+def holds_slices(folder: Path) -> bool:
+    """Whether a folder has a file in it that is DICOM by its first bytes or by its name."""
+    return any(_is_dicom(path) for path in _files(folder))
+
+
+def read(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The one series of a folder: voxels (columns, rows, slices) float32, first axis fastest, with rescale slope and
+    intercept applied to each slice; and affine (4, 4), voxel to RAS mm.
+
+    Slices are sorted along the normal of their plane; a tilted gantry gives an exact, sheared affine. Files that
+    are no images (reports, structure sets, segmentations) and other files are passed over. Slices that lack at either
+    end leave no trace.
+    Raises DatasetError: SimpleITK is not installed, no slices, several series (with a list), a damaged file, several
+    frames in a file, slices of several sizes, directions or pixel spacings, two at one place, missing or uneven ones,
+    colours.
+    """
+    itk.simpleitk(folder)
+    paths = [path for path in _files(folder) if _is_dicom(path) and not _BESIDE.match(_sop_class(path))]
+    if not paths:
+        expected, action = "a folder of DICOM slices, or a scan file", "Name the folder that holds the slices."
+        raise DatasetError(
+            "cannot be read: a folder without DICOM slices", file=folder, expected=expected, action=action
+        )
+    slices = _one_series(folder, [_header(path) for path in paths])
+    _require_alike(slices)
+    normal = np.cross(slices[0].steps[:, 0], slices[0].steps[:, 1])
+    normal /= np.linalg.norm(normal)
+    slices.sort(key=lambda one: float(one.position @ normal))
+    step = _step(slices, normal)
+    array = np.empty((*slices[0].size, len(slices)), np.float32, order="F")
+    for k, one in enumerate(slices):
+        array[:, :, k] = _pixels(one)
+    return array, itk.affine_from(np.column_stack([slices[0].steps, step]), slices[0].position)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Visible files that are no scans by themselves, sorted. Raises DatasetError: the folder cannot be read."""
+    try:
+        return sorted(
+            path
+            for path in folder.iterdir()
+            if path.name[0] not in "._" and not path.name.endswith(SCAN_SUFFIXES) and path.is_file()
+        )
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=folder) from error
+
+
+def _head(path: Path, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
+
+
+def _is_dicom(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES or _head(path, 132)[128:] == b"DICM"
+
+
+def _sop_class(path: Path) -> str:
+    """What kind of object a file is by its meta header; empty where it has none."""
+    found = _SOP_CLASS.search(_head(path, 1024))
+    return found[1].decode() if found else ""
+
+
+def _reader(path: Path) -> Any:
+    reader = itk.simpleitk(path).ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(path))
+    return reader
+
+
+def _header(path: Path) -> _Slice:
+    reader = _reader(path)
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        expected, action = "a whole DICOM slice", "Copy or export it again, or remove it if it is no slice."
+        raise DatasetError("truncated or damaged", file=path, expected=expected, action=action) from error
+    if int(np.prod(reader.GetSize()[2:])) != 1 or "MOSAIC" in _text(reader, "0008|0008"):
+        found = "several slices in one file (enhanced DICOM or a mosaic)"
+        action = "Convert the series to NIfTI, for example with dcm2niix."
+        raise DatasetError(found, file=path, expected="a slice a file", action=action)
+    orientation = _numbers(path, reader, "0020|0037", 6, "ImageOrientationPatient")
+    spacing = _numbers(path, reader, "0028|0030", 2, "PixelSpacing")
+    between = _text(reader, "0018|0088") or _text(reader, "0018|0050")
+    return _Slice(
+        path,
+        series=_text(reader, "0020|000e"),
+        kind=re.sub(r"\W", "", _text(reader, "0008|0060")) or "no modality",
+        size=reader.GetSize()[:2],
+        position=_numbers(path, reader, "0020|0032", 3, "ImagePositionPatient"),
+        # The first of PixelSpacing is between rows, so along a column.
+        steps=orientation.reshape(2, 3).T * spacing[::-1],
+        thickness=float(between) if re.fullmatch(r"\d*\.?\d+", between) else None,
+    )
+
+
+def _text(reader: Any, tag: str) -> str:
+    return reader.GetMetaData(tag).strip(" \0") if reader.HasMetaDataKey(tag) else ""
+
+
+def _numbers(path: Path, reader: Any, tag: str, count: int, name: str) -> np.ndarray:
+    text = _text(reader, tag)
+    try:
+        values = np.array([float(part) for part in text.split("\\")])
+    except ValueError:
+        values = np.empty(0)
+    if len(values) != count or not np.isfinite(values).all():
+        action = "A slice without its place cannot be part of a volume: remove the file, or export the series again."
+        raise DatasetError(f"no usable {name}", file=path, expected=f"{count} numbers", action=action)
+    return values
+
+
+def _one_series(folder: Path, slices: list[_Slice]) -> list[_Slice]:
+    series: dict[str, list[_Slice]] = {}
+    for one in slices:
+        series.setdefault(one.series, []).append(one)
+    if len(series) > 1:
+        # Numbered here, as numbers and descriptions in the files are free text that people put names into.
+        listed = "".join(
+            f"\n  - {len(part)} slices of {first.size[0]} x {first.size[1]} ({first.kind}), first {first.path.name}"
+            for first, part in ((part[0], part) for part in series.values())
+        )
+        action = "Put each series into a folder of its own."
+        raise DatasetError(f"{len(series)} series:{listed}\n", file=folder, expected="one", action=action)
+    return slices
+
+
+def _require_alike(slices: list[_Slice]) -> None:
+    first = slices[0]
+    action = f"Is it a localizer, or of another series than {first.path.name}? Put it into another folder."
+    for one in slices[1:]:
+        if one.size != first.size:
+            found, expected = (f"{part.size[0]} x {part.size[1]} pixels" for part in (one, first))
+        elif not np.allclose(one.steps, first.steps, rtol=0, atol=_ROUNDING):
+            found = f"another direction or pixel spacing ({_listed(one.steps)})"
+            expected = f"that of {first.path.name} ({_listed(first.steps)})"
+        else:
+            continue
+        raise DatasetError(found, file=one.path, expected=expected, action=action)
+    cosines = first.steps / np.linalg.norm(first.steps, axis=0).clip(1e-12)
+    if abs(cosines[:, 0] @ cosines[:, 1]) > _ROUNDING or not first.steps.any(axis=0).all():
+        expected = "two directions at right angles, and a positive spacing"
+        raise DatasetError(f"row and column steps {_listed(first.steps)}", file=first.path, expected=expected)
+
+
+def _step(slices: list[_Slice], normal: np.ndarray) -> np.ndarray:
+    """(3,) LPS mm from a slice to the next, of slices in order."""
+    if len(slices) == 1:
+        if not slices[0].thickness:
+            raise DatasetError("one slice without a thickness", file=slices[0].path, expected="two or more slices")
+        return normal * slices[0].thickness
+    positions = np.array([one.position for one in slices])
+    gaps = np.diff(positions @ normal)
+    usual = float(np.median(gaps))
+    names = [f"{slices[k].path.name} and {slices[k + 1].path.name}" for k in range(len(gaps))]
+    folder = slices[0].path.parent
+    if gaps.min() <= max(1e-3, 0.01 * usual):
+        action = "Are these several times, echoes or phases, or a slice twice? Put each into a folder of its own."
+        found = f"two slices at one place: {names[int(gaps.argmin())]}"
+        raise DatasetError(found, file=folder, expected="one slice a place", action=action)
+    step = (positions[-1] - positions[0]) / (len(slices) - 1)
+    off = np.linalg.norm(positions - positions[0] - np.outer(np.arange(len(slices)), step), axis=1)
+    if off.max() > UNEVEN * usual:
+        worst = int(np.abs(gaps - usual).argmax())
+        found = f"missing or uneven slices: {gaps[worst]:.4g} mm between {names[worst]}"
+        expected = f"{usual:.4g} mm, as between most of the {len(slices)}"
+        action = "Copy or export the series again; are slices missing, or is it made of several stacks?"
+        raise DatasetError(found, file=folder, expected=expected, action=action)
+    return step
+
+
+def _pixels(one: _Slice) -> np.ndarray:
+    """(columns, rows) of real values."""
+    try:
+        image = _reader(one.path).Execute()
+    except RuntimeError as error:
+        action = "Copy or export it again."
+        raise DatasetError(f"truncated or damaged ({itk.reason_of(error)})", file=one.path, action=action) from error
+    array = itk.voxels(one.path, image)
+    if array.ndim != 3:
+        raise DatasetError(
+            "colours", file=one.path, expected="one value a pixel", action="Is it a picture, not a scan?"
+        )
+    return array[:, :, 0]
+
+
+def _listed(steps: np.ndarray) -> str:
+    return ", ".join(f"{value:.4g}" for value in steps.T.ravel())

@@ -1,0 +1,47 @@
+"""Names of scan files, and writing one whole or not at all."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from mambahome_jax.errors import OutputError
+
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+META_SUFFIXES = (".mha", ".mhd")
+ITK_SUFFIXES = (*META_SUFFIXES, ".nrrd")
+SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
+WRITTEN_SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".nrrd")
+
+
+def scan_stem(path: Path) -> str:
+    """File name without the suffix of a scan."""
+    suffix = next((suffix for suffix in SCAN_SUFFIXES if path.name.endswith(suffix)), "")
+    return path.name.removesuffix(suffix)
+
+
+def alternatives(suffixes: tuple[str, ...]) -> str:
+    """Suffixes for a message: ".nii.gz, .nii or .mha"."""
+    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Gives a path beside `path` to write to, which takes its place at the end; after an error nothing is left of it.
+
+    Raises OutputError: an OSError, as of a folder that cannot be written or a full disk.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        action = "Nothing was written; free some space or name another output folder"
+        raise OutputError(f"{path.parent}: cannot write {path.name}: {reason}. {action}") from error
+    finally:
+        # The folder may have vanished or turned read-only meanwhile; that error is already on its way.
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

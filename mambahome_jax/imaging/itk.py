@@ -1,0 +1,166 @@
+"""MetaImage (.mha, .mhd) and NRRD files through SimpleITK, which the extra [formats] installs.
+
+ITK's world is LPS (x to the patient's left, y to the back), ours RAS. Of a header only the grid is taken over, so that
+what a scanner wrote about a patient does not reach a result. SimpleITK is imported at first use.
+"""
+
+import importlib
+import importlib.util
+import json
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.imaging.files import META_SUFFIXES, written_whole
+
+INSTALL = "pip install mambahome-jax[formats]"
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_AGAIN = "Copy or download it again, with the file of voxels that its header may name."
+_HEADER = 1 << 16
+_META_DATA = re.compile(rb"^ElementDataFile\s*=\s*(.*?)\s*?\n", re.MULTILINE)
+_META_PACKED = re.compile(rb"^CompressedData\s*=\s*True", re.MULTILINE | re.IGNORECASE)
+_NRRD_PACKED = re.compile(rb"^encoding:\s*gz", re.MULTILINE | re.IGNORECASE)
+
+
+def installed() -> bool:
+    """Whether SimpleITK can be imported."""
+    return importlib.util.find_spec("SimpleITK") is not None
+
+
+def simpleitk(path: Path) -> Any:
+    """The module SimpleITK, to read `path`. Raises DatasetError: not installed."""
+    try:
+        module = importlib.import_module("SimpleITK")
+    except ImportError as error:
+        found = "this format is read by SimpleITK, which is not installed"
+        raise DatasetError(found, file=path, expected=".nii or .nii.gz without it", action=f"Run: {INSTALL}") from error
+    # Its warnings go past Python to the terminal; what matters here is an error.
+    module.ProcessObject.SetGlobalWarningDisplay(False)
+    return module
+
+
+def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (D0, D1, D2[, C]) as stored, first axis fastest in memory, and affine (4, 4), voxel to RAS mm.
+
+    A fourth axis and several values a voxel both become C.
+    Raises DatasetError: SimpleITK is not installed; a missing, truncated or damaged file; less than three axes; complex
+    numbers.
+    """
+    sitk = simpleitk(path)
+    if not path.is_file():
+        raise DatasetError("cannot be read: not a regular file" if path.exists() else "no such file", file=path)
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO(_format(path))
+    reader.SetFileName(str(path))
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        # MetaImageIO adds whatever reason the system gave for something else.
+        reason = reason_of(error, without_system=True)
+        raise DatasetError(f"truncated or damaged ({reason})", file=path, action=_AGAIN) from error
+    _require_checksum(path)
+    return voxels(path, image), affine_of(image)
+
+
+def write(path: Path, array: np.ndarray, affine: np.ndarray, names: Mapping[int, str] | None = None) -> None:
+    """Write voxels (D0, D1, D2[, C]) and grid to a compressed .mha or .nrrd, whole or not at all.
+
+    affine: (4, 4), voxel to RAS mm. names: of label values, kept in the header as "labels", JSON {"1": "liver"}.
+    Raises OutputError: SimpleITK is not installed, a folder that cannot be written, a full disk.
+    """
+    try:
+        sitk = simpleitk(path)
+    except DatasetError as error:
+        raise OutputError(f"{path}: SimpleITK, which writes it, is not installed. Run: {INSTALL}") from error
+    axes = (2, 1, 0, *range(3, array.ndim))
+    image = sitk.GetImageFromArray(np.ascontiguousarray(array.transpose(axes)), isVector=array.ndim == 4)
+    columns = (LPS @ affine)[:3]
+    spacing = np.linalg.norm(columns[:, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((columns[:, :3] / spacing).ravel().tolist())
+    image.SetOrigin(columns[:, 3].tolist())
+    if names:
+        image.SetMetaData("labels", json.dumps({str(value): name for value, name in sorted(names.items())}))
+    writer = sitk.ImageFileWriter()
+    writer.SetImageIO(_format(path))
+    writer.UseCompressionOn()
+    with written_whole(path) as partial:
+        writer.SetFileName(str(partial))
+        try:
+            writer.Execute(image)
+        except RuntimeError as error:
+            raise OSError(reason_of(error)) from error
+
+
+def voxels(path: Path, image: Any) -> np.ndarray:
+    """(D0, D1, D2[, C]) of an image of SimpleITK, first axis fastest in memory. Raises as `read`."""
+    array, dimension = simpleitk(path).GetArrayFromImage(image), image.GetDimension()
+    if array.dtype.kind not in "iuf":
+        found = f"voxels of type {image.GetPixelIDTypeAsString()}"
+        raise DatasetError(found, file=path, expected="one integer or real number a voxel")
+    if dimension < 3:
+        raise DatasetError(f"{dimension} axes {image.GetSize()}", file=path, expected="three spatial axes")
+    return array.transpose(*reversed(range(dimension)), *range(dimension, array.ndim))
+
+
+def affine_of(image: Any) -> np.ndarray:
+    """(4, 4) float64, voxel to RAS mm, of an image of SimpleITK with three or four axes."""
+    dimension = image.GetDimension()
+    direction = np.array(image.GetDirection()).reshape(dimension, dimension)[:3, :3]
+    return affine_from(direction * np.array(image.GetSpacing())[:3], np.array(image.GetOrigin())[:3])
+
+
+def affine_from(columns: np.ndarray, origin: np.ndarray) -> np.ndarray:
+    """(4, 4) voxel to RAS mm. columns: (3, 3), a step along each axis in LPS mm; origin: (3,), the first voxel."""
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = columns, origin
+    return LPS @ affine + 0.0  # no -0.0
+
+
+def reason_of(error: Exception, *, without_system: bool = False) -> str:
+    """The one line that matters of a message of ITK, without addresses in memory."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if without_system:
+        lines = [line for line in lines if not line.startswith("Reason:")] or lines
+    return re.sub(r"^(ITK ERROR: )?(\w+\(0x[0-9a-f]+\): )?(Reason: )?", "", lines[-1]) if lines else "no reason given"
+
+
+def _require_checksum(path: Path) -> None:
+    """Raises DatasetError where compressed voxels are not whole; ITK takes them as they come."""
+    file, start = _packed(path)
+    if file is None:
+        return
+    unpacker = zlib.decompressobj(32 + zlib.MAX_WBITS)
+    try:
+        with file.open("rb") as source:
+            source.seek(start)
+            while not unpacker.eof and (part := source.read(1 << 20)):
+                unpacker.decompress(part)
+    except (OSError, zlib.error) as error:
+        raise DatasetError(f"truncated or damaged ({error})", file=path, action=_AGAIN) from error
+    if not unpacker.eof:
+        raise DatasetError("truncated or damaged (no end of its voxels)", file=path, action=_AGAIN)
+
+
+def _packed(path: Path) -> tuple[Path | None, int]:
+    """The file with the compressed voxels of `path` and where in it they start; no file where they are not packed."""
+    with path.open("rb") as file:
+        head = file.read(_HEADER)
+    if path.name.endswith(META_SUFFIXES):
+        data = _META_DATA.search(head)
+        if data is None or not _META_PACKED.search(head[: data.end()]):
+            return None, 0
+        other = path.parent / data[1].decode(errors="replace")
+        return (path, data.end()) if data[1] == b"LOCAL" else (other if other.is_file() else None, 0)
+    end = re.search(rb"\r?\n\r?\n", head)
+    return (path, end.end()) if end and _NRRD_PACKED.search(head[: end.end()]) else (None, 0)
+
+
+def _format(path: Path) -> str:
+    """The reader is chosen by name, as ITK would otherwise try whatever it finds inside."""
+    return "MetaImageIO" if path.name.endswith(META_SUFFIXES) else "NrrdImageIO"

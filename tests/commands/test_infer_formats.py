@@ -1,0 +1,141 @@
+"""Scans of every format in, label maps of every format out, on the grid of the scan."""
+
+import json
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from mambahome_jax.commands import infer
+from mambahome_jax.config import DataProperties, InferConfig
+from mambahome_jax.errors import ConfigError
+from mambahome_jax.imaging import itk
+from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
+from tests.imaging.dicom_files import PATIENT, write_slice
+from tests.inference.models import Levels
+
+PROPERTIES = DataProperties(spacing=None, labels=((1, "liver"), (2, "spleen")), patch_size=(16, 16, 32))
+TURN = nib.eulerangles.euler2mat(0.3, -0.2, 0.5) @ np.diag([1.0, -1, 1])
+# Stored axes are turned, flipped and permuted against RAS.
+AFFINE = nib.affines.from_matvec(TURN[:, [2, 0, 1]] @ np.diag([2.0, 0.7, 1.1]), [-30, 14, 99])
+
+
+@pytest.fixture
+def levels(monkeypatch):
+    """Puts a model whose classes are intensity levels in the place of what --model_path names; channels in a dict."""
+    made = {"in_chans": 1}
+    model = lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES, **made)  # noqa: E731
+    monkeypatch.setattr(infer, "load_model", model)
+    return made
+
+
+def labels_of():
+    labels = np.zeros((12, 20, 18), np.uint8)
+    labels[2:8, 3:9, 4:9] = 1
+    labels[5:9, 11:16, 8:15] = 2
+    return labels
+
+
+def scan():
+    return Volume(np.array([-175, 37.5, 250], np.float32)[labels_of()], AFFINE)
+
+
+def config(folder, **changes):
+    paths = {"data_path": folder / "in", "model_path": folder / "model", "output_dir": folder / "out"}
+    return InferConfig(**(paths | changes))
+
+
+def report(folder):
+    return json.loads((folder / "out" / "run.json").read_text())
+
+
+def write_dicom(folder):
+    """The scan as slices along its last axis; the affine as they should be read."""
+    lps = np.diag([-1.0, -1, 1, 1]) @ AFFINE
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    cosines = lps[:3, :3] / spacing
+    values = np.array([-175, 37, 250])[labels_of()] + 1024
+    for k in range(values.shape[2]):
+        position, direction = lps[:3, 3] + k * lps[:3, 2], cosines[:, :2].T.ravel()
+        pixels, between = values[:, :, k].T.astype(np.int16), (spacing[1], spacing[0])
+        write_slice(folder / f"IM{k:03}", pixels, position, direction, between, number=k, rescale=("1", "-1024"))
+
+
+@pytest.mark.parametrize("ending", ["nii.gz", "nii", "mha", "nrrd"])
+def test_every_format_gives_the_same_labels_on_its_own_grid(tmp_path, levels, ending):
+    for suffix in ("nii.gz", "mha", "nrrd"):
+        write_volume(tmp_path / f"in/from_{suffix[:3]}.{suffix}", scan())
+    sitk.WriteImage(sitk.ReadImage(str(tmp_path / "in/from_mha.mha")), str(tmp_path / "in/from_mhd.mhd"))
+    assert infer.run(config(tmp_path, output_format=ending)) == 0
+    for case in ("from_nii", "from_mha", "from_mhd", "from_nrr"):
+        result = read_labels(tmp_path / f"out/{case}.{ending}")
+        np.testing.assert_array_equal(result.array, labels_of())
+        np.testing.assert_allclose(result.affine, AFFINE, atol=1e-5)
+    assert [case["output"] for case in report(tmp_path)["cases"]] == [
+        f"from_{name}.{ending}" for name in ("mha", "mhd", "nii", "nrr")
+    ]
+
+
+def test_dicom_slices_to_a_label_map_without_a_word_of_the_patient(tmp_path, levels, capsys):
+    write_dicom(tmp_path / "in/case")
+    assert infer.run(config(tmp_path, data_path=tmp_path / "in/case", output_format="nii")) == 0
+    result = read_labels(tmp_path / "out/case.nii")
+    same = read_volume(tmp_path / "in/case")
+    np.testing.assert_array_equal(result.affine.astype(np.float32), same.affine.astype(np.float32))
+    # Slices are sorted along their normal, here against the order in which they were written.
+    np.testing.assert_array_equal(result.array, labels_of()[:, :, ::-1])
+    for path in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
+        assert PATIENT.encode() not in path.read_bytes()
+    assert PATIENT not in capsys.readouterr().out
+
+
+def test_broken_scans_of_other_formats_are_reported_and_the_rest_is_done(tmp_path, levels, capfd):
+    write_dicom(tmp_path / "in/whole")
+    write_dicom(tmp_path / "in/gap")
+    (tmp_path / "in/gap/IM007").unlink()
+    write_dicom(tmp_path / "in/mixed")
+    write_slice(tmp_path / "in/mixed/scout", labels_of()[0].astype(np.int16), series="1.2.9")
+    assert infer.run(config(tmp_path)) == 1
+    reasons = {failure["id"]: failure["reason"] for failure in report(tmp_path)["failures"]}
+    assert set(reasons) == {"gap", "mixed"}
+    assert "between IM006 and IM008" in reasons["gap"] or "between IM008 and IM006" in reasons["gap"]
+    assert "2 series" in reasons["mixed"] and "scout" in reasons["mixed"]
+    assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["whole.nii.gz"]
+
+
+def test_channels_in_files_of_their_own(tmp_path, levels):
+    levels["in_chans"] = 2
+    write_volume(tmp_path / "in/a_0000.nii.gz", scan())
+    write_volume(tmp_path / "in/a_0001.mha", Volume(scan().array * 2, AFFINE))
+    write_volume(tmp_path / "in/b.nii.gz", Volume(np.stack([scan().array] * 2, 3), AFFINE))
+    write_volume(tmp_path / "in/c_0000.nii.gz", scan())
+    write_volume(tmp_path / "in/d_0000.nii.gz", scan())
+    write_volume(tmp_path / "in/d_0001.nii.gz", Volume(scan().array, np.eye(4)))
+    assert infer.run(config(tmp_path)) == 1
+    found = report(tmp_path)
+    assert [case["id"] for case in found["cases"]] == ["a", "b"]
+    assert found["cases"][0]["input"] == [str(tmp_path / "in" / name) for name in ("a_0000.nii.gz", "a_0001.mha")]
+    reasons = {failure["id"]: failure["reason"] for failure in found["failures"]}
+    assert "c_0001 not found" in reasons["c"]
+    assert "d_0001.nii.gz" in reasons["d"] and "Bring it onto the grid of d_0000.nii.gz" in reasons["d"]
+    for case in "ab":
+        np.testing.assert_array_equal(read_labels(tmp_path / f"out/{case}.nii.gz").array, labels_of())
+    single = config(tmp_path, data_path=tmp_path / "in/a_0001.mha", output_dir=tmp_path / "single")
+    assert infer.run(single) == 0
+    assert (tmp_path / "single/a.nii.gz").read_bytes() == (tmp_path / "out/a.nii.gz").read_bytes()
+
+
+def test_without_simpleitk(tmp_path, levels, monkeypatch):
+    write_volume(tmp_path / "in/a.mha", scan())
+    write_volume(tmp_path / "in/b.nii.gz", scan())
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    monkeypatch.setattr(itk, "installed", lambda: False)
+    with pytest.raises(
+        ConfigError, match=r"--output_format nrrd needs SimpleITK. Run: pip install mambahome-jax\[formats"
+    ):
+        infer.run(config(tmp_path, output_format="nrrd"))
+    assert infer.run(config(tmp_path)) == 1
+    assert [case["id"] for case in report(tmp_path)["cases"]] == ["b"]
+    assert "pip install mambahome-jax[formats]" in report(tmp_path)["failures"][0]["reason"]
