@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambahome_jax.commands.find_scans import Scan, find_scans
-from mambahome_jax.commands.infer_faults import check_settings, reason_of
+from mambahome_jax.commands.infer_faults import changed_flags, check_settings, reason_of
 from mambahome_jax.commands.infer_volumes import volumes_by_structure, volumes_table, write_volumes
 from mambahome_jax.commands.outputs import open_output
 from mambahome_jax.commands.report import device, plain, versions
@@ -114,6 +114,10 @@ def run(config: InferConfig) -> int:
         settings, remarks = with_mirrors(models, settings)
         for remark in remarks:
             _say(console, f"Note: {remark}")
+    configuration = plain(dataclasses.asdict(config))
+    changed = changed_flags(config.output_dir / "run.json", configuration) if config.skip_existing else []
+    if changed:
+        _say(console, f"Note: results that are kept were made by another {', '.join(changed)}")
     only, largest = chosen_values(models, config.labels, config.keep_largest)
     plan = Plan(config, models, settings, label_names_of(models), only, largest)
     collisions = len(outcome.failures)
@@ -129,7 +133,7 @@ def run(config: InferConfig) -> int:
     outcome.cases.sort(key=lambda entry: order[entry["id"]])
     report = {
         "command": "infer",
-        "configuration": plain(dataclasses.asdict(config)),
+        "configuration": configuration,
         "settings": plain(dataclasses.asdict(settings)),
         "labels": {str(value): name for value, name in plan.kept_names.items()},
         "versions": versions(PACKAGES),

@@ -100,10 +100,17 @@ def test_whole_results_are_skipped_and_counted(tmp_path, capsys):
     assert table(tmp_path) == volumes
     report = json.loads((tmp_path / "out" / "run.json").read_text())
     assert [(case["id"], case.get("kept", False)) for case in report["cases"]] == [("one", True), ("two", False)]
-    assert "1 results are there already and whole" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "1 results are there already and whole" in printed and "another" not in printed
     (tmp_path / "out" / "one.npz").unlink()
     assert infer.run(settings) == 0
     assert (tmp_path / "out" / "one.npz").exists()
+    capsys.readouterr()
+    assert infer.run(config(tmp_path, skip_existing=True, keep_largest=("all",), num_workers=2)) == 0
+    assert "Note: results that are kept were made by another --keep_largest" in capsys.readouterr().out
+    for damaged in ("[]", "{", '{"configuration": 1}'):
+        (tmp_path / "out" / "run.json").write_text(damaged)
+        assert infer.run(config(tmp_path, skip_existing=True, keep_largest=("all",))) == 0
 
 
 def test_what_does_not_fit_is_refused_before_the_first_scan(tmp_path):
