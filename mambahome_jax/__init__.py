@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "imaging.volume": ["Volume", "read_labels", "read_volume", "write_volume"],
         "imaging.geometry": ["reorient", "resample", "resample_to"],
         "evaluation.metrics": ["assd", "dice", "hd95", "nsd"],
+        "inference.postprocess": ["volumes_ml"],
         "inference.segment": ["segment"],
         "inference.sliding_window": ["sliding_window"],
         "model.network": ["MambaHoME"],

@@ -298,10 +298,11 @@ class InferConfig:
 
     data_path: Path
     """A scan (.nii.gz, .nii, .mha, .mhd, .nrrd), a folder of DICOM slices, or a folder of such scans."""
-    model_path: Path
-    """A checkpoint folder (RUN/checkpoints/best), or published weights (.pth, .npz, .safetensors)."""
+    model_path: Path | tuple[Path, ...]
+    """A checkpoint folder (RUN/checkpoints/best), or published weights (.pth, .npz, .safetensors). Several are an
+    ensemble: the mean of their softmax probabilities."""
     output_dir: Path = Path("inference")
-    """Folder for the label maps, previews and run.json."""
+    """Folder for the label maps, previews, volumes.csv and run.json."""
     roi_size: tuple[int, int, int] | None = None
     """Window in voxels, each axis a multiple of 16 (default: the training patch; 192 192 48 for published weights)."""
     sw_batch_size: int = 4
@@ -323,10 +324,21 @@ class InferConfig:
     """Format of the label maps, whatever that of the scans."""
     num_workers: int = 1
     """Threads that read scans ahead and write results."""
+    tta: bool = False
+    """Mean over each window and its mirrors (8 times the work), left and right labels swapped; an axis along which a
+    structure has no counterpart is left out."""
+    labels: tuple[str, ...] = ()
+    """Names of the structures to keep; the others become background (default: all)."""
+    keep_largest: tuple[str, ...] = ()
+    """Names of the structures of which only the largest connected part is kept, or: all."""
+    save_probabilities: bool = False
+    """Write <case>.npz beside the results: float16 probabilities of all classes, on the network's grid."""
     previews: bool = True
     """Write previews/<case>.png beside the results."""
+    skip_existing: bool = False
+    """Leave a case whose result is there and whole; read it for volumes.csv."""
     overwrite: bool = True
-    """Segment a case again when its result is there."""
+    """Segment a case again when its result is there; False keeps whatever has the result's name."""
     gpu: bool = False
     """Insist on a GPU; without this flag the best device present is used."""
 

@@ -38,6 +38,18 @@ def test_the_published_command_lines_are_understood():
     )
     assert config.gpu
     assert config.roi_size == (192, 192, 48)
+    assert config.model_path == Path("w.pth")
+
+
+def test_options_of_infer():
+    config = _parse(
+        "infer",
+        "--data_path a --model_path one two three --tta --labels liver spleen --keep_largest all --skip-existing True "
+        "--save_probabilities",
+    )
+    assert config.model_path == (Path("one"), Path("two"), Path("three"))
+    assert (config.labels, config.keep_largest) == (("liver", "spleen"), ("all",))
+    assert config.tta and config.skip_existing and config.save_probabilities
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ ALLOWED = {
     "model": {"mambahome_kernels"},
     "data": {"imaging", "datasets"},
     "training": {"compiler", "model", "data", "datasets", "imaging"},
-    "inference": {"compiler", "model", "imaging"},
+    "inference": {"compiler", "model", "datasets", "imaging"},
     "evaluation": {"imaging"},
     "commands": {"recipes", "imaging", "datasets", "data", "model", "training", "inference", "evaluation"},
 }

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambahome_jax.commands.find_scans import Scan, find_scans, join_channels
+from mambahome_jax.commands.infer_faults import changed_flags, check_settings, reason_of
+from mambahome_jax.commands.infer_volumes import volumes_by_structure, volumes_table, write_volumes
 from mambahome_jax.commands.outputs import open_output
 from mambahome_jax.commands.report import device, plain, versions
 from mambahome_jax.config import InferConfig
@@ -24,19 +26,22 @@ from mambahome_jax.datasets.label_map import read_image
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.imaging import itk
-from mambahome_jax.imaging.volume import Volume, read_volume, write_volume
-from mambahome_jax.inference.preview import label_counts, write_preview
+from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
+from mambahome_jax.inference.ensemble import Logits, check_members
+from mambahome_jax.inference.postprocess import postprocess, volumes_ml
+from mambahome_jax.inference.preview import write_preview
+from mambahome_jax.inference.probabilities import probabilities, whole_probabilities, write_probabilities
 from mambahome_jax.inference.segment import (
     NetworkInput,
     SegmentSettings,
     channels_of,
+    chosen_values,
     label,
     label_names_of,
     prepare,
     settings_for,
+    with_mirrors,
 )
-from mambahome_jax.inference.sliding_window import window_starts
-from mambahome_jax.model.network import MULTIPLE
 from mambahome_jax.model.weights import load_model
 
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
@@ -57,6 +62,27 @@ class Outcome:
         return 0 if not self.failures else 1 if self.cases else 2
 
 
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is the same for every scan.
+
+    models: one, or several as an ensemble. names: label value -> structure, all that the models know.
+    only, largest: as `postprocess` takes them.
+    """
+
+    config: InferConfig
+    models: list[Any]
+    settings: SegmentSettings
+    names: Mapping[int, str]
+    only: tuple[int, ...] | None
+    largest: tuple[int, ...] | None
+
+    @property
+    def kept_names(self) -> dict[int, str]:
+        """Names of the structures that results may hold."""
+        return {value: name for value, name in self.names.items() if self.only is None or value in self.only}
+
+
 def run(config: InferConfig) -> int:
     """Segment config.data_path into config.output_dir; returns the exit code.
 
@@ -75,12 +101,10 @@ def run(config: InferConfig) -> int:
     taken = {folder.parent} if folder.is_file() else {folder, config.data_path}
     if config.output_dir.resolve() in {path.resolve() for path in taken}:
         raise ConfigError(f"{config.output_dir}: --output_dir holds the scans themselves. Name another folder")
-    open_output(config.output_dir, ["run.json"])
-    model = load_model(config.model_path, precision=config.precision)
-    # Bound to its device as in validation, so that the program which that compiled is found in the cache.
-    nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
+    open_output(config.output_dir, ["run.json", "volumes.csv"])
+    models = _load(config)
     settings = settings_for(
-        model,
+        models,
         spacing=config.spacing,
         orientation=config.orientation,
         modality=config.modality,
@@ -89,9 +113,18 @@ def run(config: InferConfig) -> int:
         sw_batch_size=config.sw_batch_size,
         chain=config.chain,
     )
-    _check(settings)
-    names = label_names_of(model)
-    scans, incomplete = join_channels(config.data_path, scans, channels_of(model) or 1)
+    check_settings(settings)
+    if config.tta:
+        settings, remarks = with_mirrors(models, settings)
+        for remark in remarks:
+            _say(console, f"Note: {remark}")
+    configuration = plain(dataclasses.asdict(config))
+    changed = changed_flags(config.output_dir / "run.json", configuration) if config.skip_existing else []
+    if changed:
+        _say(console, f"Note: results that are kept were made by another {', '.join(changed)}")
+    only, largest = chosen_values(models, config.labels, config.keep_largest)
+    plan = Plan(config, models, settings, label_names_of(models), only, largest)
+    scans, incomplete = join_channels(config.data_path, scans, channels_of(models) or 1)
     outcome = Outcome(failures=[*failures, *incomplete])
     unusable = len(outcome.failures)
     for failure in outcome.failures:
@@ -101,12 +134,14 @@ def run(config: InferConfig) -> int:
         _say(console, "Scans of several modalities: each is normalised by its own, as the dataset says")
     else:
         scans = [dataclasses.replace(scan, modality=None) for scan in scans]
-    _work(config, model, settings, names, scans, outcome, console)
+    _work(plan, scans, outcome, console)
+    order = {scan.case: number for number, scan in enumerate(scans)}
+    outcome.cases.sort(key=lambda entry: order[entry["id"]])
     report = {
         "command": "infer",
-        "configuration": plain(dataclasses.asdict(config)),
+        "configuration": configuration,
         "settings": plain(dataclasses.asdict(settings)),
-        "labels": {str(value): name for value, name in names.items()},
+        "labels": {str(value): name for value, name in plan.kept_names.items()},
         "versions": versions((*PACKAGES, "SimpleITK") if itk.installed() else PACKAGES),
         "device": device(),
         "seconds": round(time.perf_counter() - started, 3),
@@ -120,22 +155,33 @@ def run(config: InferConfig) -> int:
     except OutputError as error:
         where, code = "above", max(code, 1)
         _say(console, f"There is no report of this run: {error}")
+    try:
+        write_volumes(config.output_dir / "volumes.csv", outcome.cases)
+    except OutputError as error:
+        code = max(code, 1)
+        _say(console, f"There is no table of volumes: {error}")
+    if volumes_by_structure(outcome.cases):
+        console.print(volumes_table(outcome.cases))
     _say(console, f"{len(outcome.cases)} of {len(scans) + unusable} scans segmented, in {config.output_dir}")
     if outcome.failures:
         _say(console, f"{len(outcome.failures)} failed; the reasons are {where}")
     return code
 
 
-def _work(
-    config: InferConfig,
-    model: Any,
-    settings: SegmentSettings,
-    names: Mapping[int, str],
-    scans: list[Scan],
-    outcome: Outcome,
-    console: Console,
-) -> None:
+def _load(config: InferConfig) -> list[Any]:
+    """The networks of --model_path. Raises CheckpointError, and ConfigError where they are no ensemble."""
+    paths = config.model_path if isinstance(config.model_path, tuple) else (config.model_path,)
+    models = [load_model(path, precision=config.precision) for path in paths]
+    check_members(models, [str(path) for path in paths])
+    for model in models:
+        # Bound to its device as in validation, so that the program which that compiled is found in the cache.
+        nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
+    return models
+
+
+def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> None:
     """Segment the scans one after the other, while threads read the next ones and write the last one's result."""
+    config = plan.config
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -159,7 +205,7 @@ def _work(
         full = False
 
         def fail(scan: Scan, error: BaseException) -> None:
-            reason = _reason(error)
+            reason = reason_of(error)
             outcome.failures.append({"id": scan.case, "reason": reason})
             _say(console, f"Failed {scan.case}: {reason}")
             progress.advance(cases)
@@ -176,37 +222,54 @@ def _work(
             progress.advance(cases)
             return True
 
-        for scan, reading in _read_ahead(config, settings, channels_of(model), todo):
+        for scan, reading in _read_ahead(plan, todo):
             begun = time.perf_counter()
             if full:
                 fail(scan, OutputError("not begun, as the output folder cannot be written"))
                 continue
             try:
-                volume, prepared = reading.result()
+                read = reading.result()
+                if isinstance(read, dict):
+                    outcome.cases.append(read)
+                    progress.advance(cases)
+                    continue
+                volume, prepared = read
+                found: list[np.ndarray] = []
                 result = label(
-                    model, prepared, settings, lambda done, total: progress.update(windows, completed=done, total=total)
+                    plan.models,
+                    prepared,
+                    plan.settings,
+                    lambda done, total: progress.update(windows, completed=done, total=total),
+                    _taker(config, found),
                 )
             except CASE_ERRORS as error:
                 fail(scan, error)
                 continue
-            written.append((scan, writer.submit(_write, config, scan, volume, result, names, settings, begun)))
+            shares = [(values, prepared.affine) for values in found]
+            written.append((scan, writer.submit(_write, plan, scan, volume, result, shares, begun)))
             # One result may wait for the disk; more would pile up in memory.
             if len(written) > 1:
                 full = not finish(*written.popleft())
         while written:
             finish(*written.popleft())
+    kept = sum("volume_ml" in case for case in outcome.cases if case.get("kept"))
+    if kept:
+        _say(console, f"{kept} results are there already and whole, and kept")
 
 
-def _read_ahead(
-    config: InferConfig, settings: SegmentSettings, channels: int | None, scans: list[Scan]
-) -> Iterator[tuple[Scan, Future]]:
+def _taker(config: InferConfig, found: list[np.ndarray]) -> Callable[[Logits], None] | None:
+    """What puts a scan's probabilities into `found`, None where they are not to be saved."""
+    return (lambda logits: found.append(probabilities(logits))) if config.save_probabilities else None
+
+
+def _read_ahead(plan: Plan, scans: list[Scan]) -> Iterator[tuple[Scan, Future]]:
     """Each scan with what its reading gives, at most `num_workers` beyond the one in use."""
-    threads = max(config.num_workers, 1)
+    threads = max(plan.config.num_workers, 1)
     with ThreadPoolExecutor(threads) as readers:
         waiting: deque[tuple[Scan, Future]] = deque()
         try:
             for scan in scans:
-                waiting.append((scan, readers.submit(_read, scan, settings, channels)))
+                waiting.append((scan, readers.submit(_read, plan, scan)))
                 if len(waiting) > threads:
                     yield waiting.popleft()
             while waiting:
@@ -216,15 +279,33 @@ def _read_ahead(
                 reading.cancel()
 
 
-def _read(scan: Scan, settings: SegmentSettings, channels: int | None) -> tuple[Volume, NetworkInput]:
+def _read(plan: Plan, scan: Scan) -> tuple[Volume, NetworkInput] | dict[str, Any]:
+    """A scan and what the network gets of it; the entry of run.json where its result is whole and may stay."""
+    kept = _whole_result(plan, scan) if plan.config.skip_existing else None
+    if kept is not None:
+        return kept
     if scan.channels:
-        volume = read_image(Case(scan.case, scan.path, images=scan.channels), channels or len(scan.channels))
+        volume = read_image(
+            Case(scan.case, scan.path, images=scan.channels), channels_of(plan.models) or len(scan.channels)
+        )
     else:
         volume = read_volume(scan.path)
     try:
-        return volume, prepare(volume, _settings_of(scan, settings), channels)
+        return volume, prepare(volume, _settings_of(scan, plan.settings), channels_of(plan.models))
     except DatasetError as error:
         raise DatasetError(error.found, file=scan.path, expected=error.expected, action=error.action) from error
+
+
+def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
+    """The entry of run.json for a result that an earlier run wrote; None where it is missing or damaged."""
+    path = _result(plan.config, scan)
+    if not path.is_file() or (plan.config.save_probabilities and not whole_probabilities(_shares(plan.config, scan))):
+        return None
+    try:
+        volume_ml = volumes_ml(read_labels(path), plan.names)
+    except DatasetError:
+        return None
+    return {"id": scan.case, "input": str(scan.path), "output": path.name, "kept": True, "volume_ml": volume_ml}
 
 
 def _settings_of(scan: Scan, settings: SegmentSettings) -> SegmentSettings:
@@ -232,16 +313,17 @@ def _settings_of(scan: Scan, settings: SegmentSettings) -> SegmentSettings:
 
 
 def _write(
-    config: InferConfig,
-    scan: Scan,
-    volume: Volume,
-    result: Volume,
-    names: Mapping[int, str],
-    settings: SegmentSettings,
-    begun: float,
+    plan: Plan, scan: Scan, volume: Volume, result: Volume, shares: list[tuple[np.ndarray, np.ndarray]], begun: float
 ) -> dict[str, Any]:
-    """Write a label map and its preview; returns the entry of run.json. A preview that fails is a remark."""
+    """Write a label map, its preview and what there is of probabilities; returns the entry of run.json.
+
+    shares: probabilities (D, H, W, classes) and their affine (4, 4), or nothing. A preview that fails is a remark.
+    """
+    config, settings, names = plan.config, plan.settings, plan.kept_names
     path = _result(config, scan)
+    result = postprocess(result, plan.only, plan.largest)
+    for values, affine in shares:
+        write_probabilities(_shares(config, scan), values, affine, plan.names)
     write_volume(path, result, names=names)
     preview, remarks = config.output_dir / "previews" / f"{scan.case}.png", {}
     try:
@@ -249,8 +331,6 @@ def _write(
             write_preview(preview, volume, result, names, scan.modality or settings.modality, scan.case)
     except OutputError as error:
         remarks = {"remarks": [f"without preview: {error}"]}
-    counts = label_counts(result.array)
-    voxel_ml = float(abs(np.linalg.det(result.affine[:3, :3]))) / 1000
     return {
         "id": scan.case,
         "input": _input(scan),
@@ -259,10 +339,7 @@ def _write(
         "preview": str(preview.relative_to(config.output_dir)) if config.previews and not remarks else None,
         "shape": list(result.shape),
         "seconds": round(time.perf_counter() - begun, 3),
-        "volume_ml": {
-            names.get(value, f"label_{value}"): round(counts.get(value, 0) * voxel_ml, 4)
-            for value in sorted({*names, *counts})
-        },
+        "volume_ml": volumes_ml(result, names),
     } | remarks
 
 
@@ -274,30 +351,8 @@ def _input(scan: Scan) -> str | list[str]:
     return [str(path) for path in scan.channels] if scan.channels else str(scan.path)
 
 
-def _check(settings: SegmentSettings) -> None:
-    """Settings that no scan could be segmented with. Raises ConfigError before the first is read."""
-    wrong = [size for size in settings.roi_size if size > 0 and size % MULTIPLE]
-    if wrong:
-        near = [size if size <= 0 else max(round(size / MULTIPLE), 1) * MULTIPLE for size in settings.roi_size]
-        roi = " ".join(str(size) for size in settings.roi_size)
-        raise ConfigError(f"--roi_size {roi}; expected multiples of {MULTIPLE}, such as {' '.join(map(str, near))}")
-    if all(size == MULTIPLE for size in settings.roi_size):
-        raise ConfigError(
-            f"--roi_size is {MULTIPLE} along every axis; expected {2 * MULTIPLE} or more along at least one"
-        )
-    window_starts((1, 1, 1), (1, 1, 1), settings.overlap)
-    if settings.sw_batch_size < 1:
-        raise ConfigError(f"--sw_batch_size {settings.sw_batch_size}; expected 1 or more")
-    corner = Volume(np.zeros((1, 1, 1, 1), np.float32), np.eye(4))
-    prepare(corner, settings)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, MemoryError):
-        return "out of memory. Close other programs, or segment at a coarser --spacing"
-    if "RESOURCE_EXHAUSTED" in str(error):
-        return "out of device memory. Try a smaller --sw_batch_size or --roi_size"
-    return str(error) if isinstance(error, MambaHomeError) else f"{type(error).__name__}: {error}"
+def _shares(config: InferConfig, scan: Scan) -> Path:
+    return config.output_dir / f"{scan.case}.npz"
 
 
 def _say(console: Console, text: str) -> None:

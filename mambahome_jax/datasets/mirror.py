@@ -19,24 +19,30 @@ def mirror_pairs(labels: Mapping[int, str], axis: str) -> tuple[tuple[int, int],
     (also l and r) along LR, anterior and posterior of leaflets along AP.
     Raises ConfigError where a structure of one side has no counterpart in the table.
     """
-    words = {value: tuple(re.split(r"[^a-z0-9]+", name.lower())) for value, name in labels.items()}
-    by_words = {name: value for value, name in words.items()}
-    pairs, alone = [], []
-    for value, name in words.items():
-        sides = dict(_SIDES[axis])
-        if axis == "AP" and any(word.startswith("leaflet") for word in name):
-            sides |= _LEAFLET_SIDES
-        sides |= {b: a for a, b in sides.items()}
-        if not any(word in sides for word in name):
-            continue
-        other = by_words.get(tuple(sides.get(word, word) for word in name))
-        if other is None:
-            alone.append(labels[value])
-        elif value < other:
-            pairs.append((value, other))
+    pairs, alone = sides(labels, axis)
     if alone:
         raise ConfigError(
             f"--mirror {axis}: {', '.join(alone)} would become a structure that the labels do not have. "
             f"Leave {axis} out of --mirror"
         )
-    return tuple(pairs)
+    return pairs
+
+
+def sides(labels: Mapping[int, str], axis: str) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
+    """The pairs of `mirror_pairs`, and the names of the structures of one side that have no counterpart."""
+    words = {value: tuple(re.split(r"[^a-z0-9]+", name.lower())) for value, name in labels.items()}
+    by_words = {name: value for value, name in words.items()}
+    pairs, alone = [], []
+    for value, name in words.items():
+        other_side = dict(_SIDES[axis])
+        if axis == "AP" and any(word.startswith("leaflet") for word in name):
+            other_side |= _LEAFLET_SIDES
+        other_side |= {b: a for a, b in other_side.items()}
+        if not any(word in other_side for word in name):
+            continue
+        other = by_words.get(tuple(other_side.get(word, word) for word in name))
+        if other is None:
+            alone.append(labels[value])
+        elif value < other:
+            pairs.append((value, other))
+    return tuple(pairs), tuple(alone)

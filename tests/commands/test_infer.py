@@ -78,7 +78,7 @@ def test_single_file_without_preview(tmp_path, levels):
     file = tmp_path / "in" / "b.nii"
     write_volume(file, read_volume(tmp_path / "in" / "b.nii.gz"))
     assert infer.run(config(tmp_path, data_path=file, previews=False)) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.nii.gz", "run.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["b.nii.gz", "run.json", "volumes.csv"]
 
 
 @pytest.mark.parametrize("name", ["imagesTs", "images"])
@@ -170,7 +170,7 @@ def test_what_is_written_counts_where_previews_and_report_do_not_fit(tmp_path, l
     assert "There is no report of this run" in shown and "Free some space or name another" in shown
     assert "failed;" not in shown
     left = sorted(str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert left == ["a.nii.gz", "b.nii.gz", "previews/b.png"]
+    assert left == ["a.nii.gz", "b.nii.gz", "previews/b.png", "volumes.csv"]
     monkeypatch.setattr(Path, "write_text", write_text)
     assert infer.run(config(tmp_path)) == 0
     assert [case["preview"] for case in report(tmp_path)["cases"]] == [None, "previews/b.png"]

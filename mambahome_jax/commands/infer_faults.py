@@ -1,0 +1,62 @@
+"""What infer refuses before the first scan, and what it says of a case that failed."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambahome_jax.datasets.base import read_json
+from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
+from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.inference.segment import SegmentSettings, prepare
+from mambahome_jax.inference.sliding_window import window_starts
+from mambahome_jax.model.network import MULTIPLE
+
+# Flags on which the labels do not depend.
+_WITHOUT_EFFECT = {
+    *("data_path", "output_dir", "save_probabilities", "previews", "skip_existing", "overwrite"),
+    *("num_workers", "sw_batch_size", "gpu"),
+}
+
+
+def check_settings(settings: SegmentSettings) -> None:
+    """Settings that no scan could be segmented with. Raises ConfigError before the first is read."""
+    wrong = [size for size in settings.roi_size if size > 0 and size % MULTIPLE]
+    if wrong:
+        near = [size if size <= 0 else max(round(size / MULTIPLE), 1) * MULTIPLE for size in settings.roi_size]
+        roi = " ".join(str(size) for size in settings.roi_size)
+        raise ConfigError(f"--roi_size {roi}; expected multiples of {MULTIPLE}, such as {' '.join(map(str, near))}")
+    if all(size == MULTIPLE for size in settings.roi_size):
+        raise ConfigError(
+            f"--roi_size is {MULTIPLE} along every axis; expected {2 * MULTIPLE} or more along at least one"
+        )
+    window_starts((1, 1, 1), (1, 1, 1), settings.overlap)
+    if settings.sw_batch_size < 1:
+        raise ConfigError(f"--sw_batch_size {settings.sw_batch_size}; expected 1 or more")
+    corner = Volume(np.zeros((1, 1, 1, 1), np.float32), np.eye(4))
+    prepare(corner, settings)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a case failed, in one line with what to do."""
+    if isinstance(error, MemoryError):
+        return "out of memory. Close other programs, or segment at a coarser --spacing"
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return "out of device memory. Try a smaller --sw_batch_size or --roi_size"
+    return str(error) if isinstance(error, MambaHomeError) else f"{type(error).__name__}: {error}"
+
+
+def changed_flags(report: Path, configuration: Mapping[str, Any]) -> list[str]:
+    """Flags that decide the labels and differ from those of the earlier run that wrote `report` (run.json).
+
+    configuration: of this run, as run.json has it. Empty where there is no such report, or none that can be read.
+    """
+    try:
+        earlier = read_json(report).get("configuration", {}) if report.is_file() else {}
+    except DatasetError:
+        return []
+    if not isinstance(earlier, dict):
+        return []
+    compared = [name for name in configuration if name in earlier and name not in _WITHOUT_EFFECT]
+    return [f"--{name}" for name in compared if earlier[name] != configuration[name]]

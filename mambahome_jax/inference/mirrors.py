@@ -1,0 +1,84 @@
+"""Test-time augmentation by mirrors: each window as it is and mirrored, the logits brought back and averaged."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import compress, product
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mambahome_jax.config import Mirror
+from mambahome_jax.datasets.mirror import AXIS_LETTERS, sides
+from mambahome_jax.errors import ConfigError
+from mambahome_jax.inference.sliding_window import Predict
+
+_WORDS = {"LR": "left-right", "AP": "front-back", "IS": "head-feet"}
+
+
+def mirrors_for(labels: Mapping[int, str], orientation: str) -> tuple[tuple[Mirror, ...], tuple[str, ...]]:
+    """The axes to mirror, each with the label values that trade places, and a remark for each axis left out.
+
+    labels: value -> name of the structures of the network; orientation: of its axes, three letters such as "RAS".
+    Left out is an axis along which a structure would become one that the network does not know: where a side has no
+    counterpart among the labels, and left-right where the labels have no names to tell sides by.
+    """
+    mirrors, remarks = [], []
+    for anatomical, letters in AXIS_LETTERS.items():
+        axis = next(n for n, letter in enumerate(orientation.upper()) if letter in letters)
+        pairs, alone = sides(labels, anatomical)
+        if anatomical == "LR" and not labels:
+            why = "the model has no names of structures, so that left and right cannot be told apart"
+        elif alone:
+            why = f"the model has no counterpart of {', '.join(alone)}"
+        else:
+            mirrors.append((axis, pairs))
+            continue
+        remarks.append(f"tta leaves the {_WORDS[anatomical]} axis out: {why}")
+    return tuple(sorted(mirrors)), tuple(remarks)
+
+
+def mirrored(predict: Predict, mirrors: Sequence[Mirror]) -> Predict:
+    """`predict` averaged over every combination of mirrors, 2 ** len(mirrors) calls; itself without mirrors.
+
+    predict: windows (n, *roi, in) -> logits (n, *roi, classes), called with the same shapes as without mirrors.
+    The result is the mean of the logits, each brought back: mirrored, and the classes of a pair swapped. As they are
+    added, the mean over windows and the mean over mirrors may be taken in any order.
+    """
+    if not mirrors:
+        return predict
+    chosen = [tuple(compress(mirrors, use)) for use in product((False, True), repeat=len(mirrors))]
+
+    def one(windows: jax.Array, combination: tuple[Mirror, ...]) -> jax.Array:
+        axes = tuple(axis + 1 for axis, _ in combination)
+        logits = jnp.asarray(predict(jnp.flip(windows, axes) if axes else windows))
+        return _back(logits, class_order(combination, logits.shape[-1]), axes) if axes else logits
+
+    def mean(windows: jax.Array) -> jax.Array:
+        total = one(windows, chosen[0])
+        for combination in chosen[1:]:
+            total = total + one(windows, combination)
+        return total / len(chosen)
+
+    return mean
+
+
+def class_order(mirrors: Sequence[Mirror], classes: int) -> np.ndarray:
+    """(classes,) int32: the class of the mirrored window that each class of the window itself is.
+
+    Raises ConfigError: a label value that the network has no class for.
+    """
+    order = np.arange(classes, dtype=np.int32)
+    for _, pairs in mirrors:
+        swap = np.arange(classes, dtype=np.int32)
+        for one, other in pairs:
+            if max(one, other) >= classes:
+                raise ConfigError(f"the labels name {max(one, other)}, but the network has {classes} classes")
+            swap[one], swap[other] = other, one
+        order = order[swap]
+    return order
+
+
+@partial(jax.jit, static_argnames="axes")
+def _back(logits, order, axes):
+    return jnp.flip(jnp.take(logits, order, axis=-1), axes)

@@ -1,0 +1,91 @@
+"""What is done to a label map once it lies on the scan's grid: some structures only, the largest part of each."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+from scipy import ndimage
+
+from mambahome_jax.datasets.structures import structure_key
+from mambahome_jax.errors import ConfigError
+from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.inference.preview import label_counts
+
+ALL = "all"
+# Voxels belong together where they share a face, an edge or a corner.
+_NEIGHBOURS = np.ones((3, 3, 3), bool)
+
+
+def values_named(
+    wanted: str | Sequence[str], names: Mapping[int, str], classes: int | None = None, flag: str = "labels"
+) -> tuple[int, ...]:
+    """Label values of structures, in ascending order.
+
+    wanted: names, compared as preprocess.py does (Left kidney is kidney_left), or label values in digits.
+    names: value -> name; where there are none, the structures are called label_1, label_2 and so on.
+    classes: of the network with its background, None where it is not known.
+    Raises ConfigError naming `flag`: a structure that there is not.
+    """
+    words = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    known = dict(names) or {value: f"label_{value}" for value in range(1, classes or 0)}
+    by_key = {structure_key(name): value for value, name in known.items()}
+    found = set()
+    for word in words:
+        value = by_key.get(structure_key(str(word)))
+        if value is None and str(word).isdecimal() and (not known or int(word) in known) and int(word) > 0:
+            value = int(word)
+        if value is None:
+            there = ", ".join(known.values()) or "label values, as the model has no names"
+            raise ConfigError(f"--{flag} {word}: the model has no such structure; expected some of {there}")
+        found.add(value)
+    return tuple(sorted(found))
+
+
+def postprocess(result: Volume, only: Collection[int] | None = None, largest: Collection[int] | None = ()) -> Volume:
+    """A label map (D0, D1, D2) with what was asked for done to it; `result` itself where that is nothing.
+
+    only: label values to keep, the others become background; None keeps all.
+    largest: label values of which the largest connected part alone is kept; None for all that are left.
+    """
+    array = result.array
+    if only is not None:
+        array = keep_labels(array, only)
+    if largest is None or largest:
+        array = keep_largest(array, largest)
+    return result if array is result.array else Volume(array, result.affine)
+
+
+def keep_labels(labels: np.ndarray, values: Collection[int]) -> np.ndarray:
+    """Labels (D0, D1, D2) with every other value made 0; same type."""
+    table = np.zeros(np.iinfo(labels.dtype).max + 1, labels.dtype)
+    for value in values:
+        if value < len(table):
+            table[value] = value
+    return table[labels]
+
+
+def keep_largest(labels: np.ndarray, values: Collection[int] | None = None) -> np.ndarray:
+    """Labels (D0, D1, D2) in which each structure is its largest connected part, the rest of it 0; same type.
+
+    values: the structures, None for all. Voxels are connected where they share a face, an edge or a corner; of parts of
+    equal size the one that comes first in the order of the array stays.
+    """
+    kept = labels.copy()
+    for value, box in enumerate(ndimage.find_objects(labels), start=1):
+        if box is None or not (values is None or value in values):
+            continue
+        structure = labels[box] == value
+        parts, count = ndimage.label(structure, _NEIGHBOURS)
+        if count > 1:
+            sizes = label_counts(parts)
+            kept[box][structure & (parts != max(sizes, key=lambda part: sizes[part]))] = 0
+    return kept
+
+
+def volumes_ml(labels: Volume, names: Mapping[int, str]) -> dict[str, float]:
+    """Millilitres of each structure: of every one in `names` (value -> name), and of other values that occur."""
+    counts = label_counts(labels.array)
+    voxel_ml = float(abs(np.linalg.det(labels.affine[:3, :3]))) / 1000
+    return {
+        names.get(value, f"label_{value}"): round(counts.get(value, 0) * voxel_ml, 4)
+        for value in sorted({*names, *counts})
+    }

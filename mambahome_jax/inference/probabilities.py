@@ -1,0 +1,77 @@
+"""Softmax probabilities of all classes, on the network's own grid, as float16 in an .npz.
+
+On that grid nothing is interpolated, and it is mostly smaller than the scan's; its affine is in the file. NIfTI has no
+float16.
+"""
+
+import contextlib
+import json
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mambahome_jax.errors import OutputError
+from mambahome_jax.inference.restore import SLAB_BYTES
+
+ENTRIES = ("probabilities", "affine", "labels")
+
+
+def probabilities(logits: jax.Array | np.ndarray, *, slab_bytes: int = SLAB_BYTES) -> np.ndarray:
+    """float16 (D, H, W, classes) on the host, of logits of that shape on the device or the host.
+
+    slab_bytes: most that the logits at work may take at a time.
+    """
+    result = np.empty(logits.shape, np.float16)
+    height = min(max(slab_bytes // (math.prod(logits.shape[1:]) * logits.dtype.itemsize), 1), logits.shape[0])
+    for first in range(0, logits.shape[0], height):
+        # The last slab is moved back to the border, so that all have one shape and are compiled once.
+        start = min(first, logits.shape[0] - height)
+        rows = slice(start, start + height)
+        result[rows] = np.asarray(_softmax(jnp.asarray(logits[rows])))
+    return result
+
+
+def write_probabilities(path: Path, values: np.ndarray, affine: np.ndarray, names: Mapping[int, str]) -> None:
+    """Write an .npz of `probabilities` (D, H, W, classes) and `affine` (4, 4), voxel to RAS mm, whole or not at all.
+
+    names: of the label values; `labels` in the file is the JSON text {"0": "background", "1": name, ...}.
+    Raises OutputError: it cannot be written.
+    """
+    labels = {str(value): names.get(value, f"label_{value}") for value in range(1, values.shape[-1])}
+    text = np.array(json.dumps({"0": "background"} | labels))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Level 1, as most of it is ones and zeros.
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for name, array in zip(ENTRIES, (values, affine, text), strict=True):
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, array, allow_pickle=False)
+        partial.replace(path)
+    except OSError as error:
+        reason = f"{path}: cannot be written: {error.strerror or error}"
+        raise OutputError(f"{reason}. Free some space or name another folder") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def whole_probabilities(path: Path) -> bool:
+    """Whether a file that `write_probabilities` made is there and every byte of it as it was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {f"{name}.npy" for name in ENTRIES} <= set(archive.namelist()) and archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError):
+        return False
+
+
+@jax.jit
+def _softmax(logits):
+    return jax.nn.softmax(logits, axis=-1).astype(jnp.float16)

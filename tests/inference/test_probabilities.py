@@ -1,0 +1,53 @@
+"""Probabilities against SciPy's softmax, and the file that holds them."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from mambahome_jax.errors import ConfigError, OutputError
+from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.inference.probabilities import probabilities, whole_probabilities, write_probabilities
+from mambahome_jax.inference.segment import segment
+
+
+@pytest.mark.parametrize("slab_bytes", [1, 300, 1 << 20])
+@pytest.mark.parametrize("on_host", [True, False])
+def test_softmax_by_slabs(slab_bytes, on_host):
+    logits = np.random.default_rng(0).normal(scale=4, size=(7, 4, 3, 5)).astype(np.float32)
+    found = probabilities(logits if on_host else jnp.asarray(logits), slab_bytes=slab_bytes)
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, softmax(logits, axis=-1), rtol=1e-3, atol=1e-6)
+
+
+def test_file_reads_with_numpy_alone(tmp_path):
+    values = np.random.default_rng(0).uniform(size=(5, 4, 3, 2)).astype(np.float16)
+    path, affine = tmp_path / "out" / "a.npz", np.diag([1.0, 2.0, 3.0, 1.0])
+    write_probabilities(path, values, affine, {1: "liver"})
+    with np.load(path, allow_pickle=False) as archive:
+        np.testing.assert_array_equal(archive["probabilities"], values)
+        np.testing.assert_array_equal(archive["affine"], affine)
+        assert json.loads(str(archive["labels"])) == {"0": "background", "1": "liver"}
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.npz"]
+    assert whole_probabilities(path)
+    content = path.read_bytes()
+    damaged = bytearray(content)
+    damaged[len(content) // 4] ^= 0xFF
+    for wrong in (content[: len(content) // 2], bytes(damaged), b""):
+        path.write_bytes(wrong)
+        assert not whole_probabilities(path)
+    path.unlink()
+    assert not whole_probabilities(path)
+
+
+def test_a_place_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"a\.npz: cannot be written"):
+        write_probabilities(tmp_path / "file" / "a.npz", np.zeros((1, 1, 1, 2), np.float16), np.eye(4), {})
+
+
+def test_another_suffix_is_refused_before_the_work():
+    with pytest.raises(ConfigError, match=r"a\.nii\.gz; expected a file name that ends in \.npz"):
+        segment(None, Volume(np.zeros((4, 4, 4), np.float32), np.eye(4)), save_probabilities="a.nii.gz")
