@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mambahome_jax.commands.find_scans import Scan, find_scans
 from mambahome_jax.commands.outputs import open_output
-from mambahome_jax.commands.report import device, plain, versions
+from mambahome_jax.commands.run_report import device, plain, versions
 from mambahome_jax.config import InferConfig
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
