@@ -42,10 +42,10 @@ def comparison_table(comparison: Mapping[str, Any], metric: str = "dice") -> Tab
     found = comparison["metrics"][metric]
     digits = 2 if metric in DISTANCES else 3
     cases = f"{len(comparison['cases'])} cases of both"
-    caption = "difference: this run minus the other; 95 %: its bootstrap interval; p: Wilcoxon signed-rank, uncorrected"
+    caption = "diff.: this run minus the other; 95 %: its bootstrap interval; p: Wilcoxon signed-rank, uncorrected"
     table = Table(title=f"{_LABELS[metric]}, {cases}", caption=caption)
     table.add_column("structure", overflow="fold", min_width=12)
-    for heading in ("this", "other", "difference", "95 %", "p", "cases"):
+    for heading in ("this", "other", "diff.", "95 %", "p", "cases"):
         table.add_column(heading, justify="right", no_wrap=True)
     rows = [*found["structures"].items(), ("mean", found["overall"])]
     for position, (name, entry) in enumerate(rows):
