@@ -23,6 +23,7 @@ COMMANDS = {
     "train": config.TrainConfig,
     "infer": config.InferConfig,
     "evaluate": config.EvaluateConfig,
+    "report": config.ReportConfig,
     "convert": config.ConvertConfig,
     "demo": config.DemoConfig,
 }
@@ -32,6 +33,7 @@ SUMMARIES = {
     "train": "Train a network on a preprocessed folder",
     "infer": "Segment scans",
     "evaluate": "Score segmentations against references",
+    "report": "Write an HTML page about an evaluation",
     "convert": "Convert weights between .pth, .npz, .safetensors and a checkpoint folder",
     "demo": "See the whole way work on synthetic scans, in a few minutes",
 }

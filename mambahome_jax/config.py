@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal, get_args
 from tyro.conf import Positional, arg
 
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.evaluation_config import EvaluateConfig as EvaluateConfig
+from mambahome_jax.evaluation_config import ReportConfig as ReportConfig
 from mambahome_jax.recipes import RecipeFlags
 from mambahome_jax.values import converted, entries, integers, one_of, text, three
 
@@ -341,24 +343,6 @@ class InferConfig:
     """Segment a case again when its result is there; False keeps whatever has the result's name."""
     gpu: bool = False
     """Insist on a GPU; without this flag the best device present is used."""
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """Compare label maps with references: Dice, HD95, ASSD, NSD a case and structure."""
-
-    predictions: Path
-    """Folder with the label maps to judge (.nii.gz)."""
-    references: Path
-    """Folder with the reference label maps of the same names."""
-    output_dir: Path
-    """Folder for metrics.csv and summary.json."""
-    labels: Path | None = None
-    """dataset.json or run.json with the names of the structures (default: looked for beside both folders)."""
-    tolerance_mm: float = 1.0
-    """Distance in mm up to which surfaces count as equal in NSD."""
-    num_workers: int | None = None
-    """Processes that work side by side (default: one a core)."""
 
 
 @dataclass(frozen=True)

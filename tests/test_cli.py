@@ -91,6 +91,7 @@ def _run(*arguments):
         (("infer", "--data_path", "nowhere", "--model_path", "w.pth"), "Error: nowhere: no such file or folder"),
         (("train", "--data_train", "nowhere"), "Error: nowhere: no such folder"),
         (("evaluate", "--predictions", "p", "--references", "r", "--output_dir", "o"), "Error: p: no such folder"),
+        (("report", "--evaluation", "e"), "Error: e/metrics.csv: no such file; expected an evaluation"),
         (("train",), "--data_train"),
         (("dance",), "no command 'dance'"),
     ],

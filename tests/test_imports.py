@@ -49,7 +49,16 @@ def test_one_way(package):
 
 @pytest.mark.parametrize(
     "module",
-    ["cli", "config", "imaging", "datasets.registry", "evaluation.evaluate", "imaging.phantom", "commands.check"],
+    [
+        "cli",
+        "config",
+        "imaging",
+        "datasets.registry",
+        "evaluation.evaluate",
+        "imaging.phantom",
+        "commands.check",
+        "commands.report",
+    ],
 )
 def test_without_jax(module):
     code = f"import sys, mambahome_jax.{module}; sys.exit('jax' in sys.modules)"

@@ -1,17 +1,16 @@
-"""evaluate: label maps against references, into metrics.csv, summary.json and a table."""
+"""evaluate: label maps against references, into metrics.csv, summary.json and a table, and against another run."""
 
+import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
+from mambahome_jax.commands.evaluate_tables import comparison_table, results_table
 from mambahome_jax.commands.outputs import open_output
 from mambahome_jax.config import EvaluateConfig
 from mambahome_jax.data.pool import run_jobs
@@ -21,14 +20,16 @@ from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.evaluation.evaluate import (
     DEFINITIONS,
-    METRICS,
     Pair,
-    Score,
     evaluate_case,
     summarise,
     write_metrics,
     write_summary,
 )
+from mambahome_jax.evaluation.files import Evaluation, read_evaluation, write_json
+from mambahome_jax.evaluation.paired import compare_runs
+from mambahome_jax.evaluation.scores import Score
+from mambahome_jax.evaluation.statistics import describe
 
 # Starting a process takes about as long as a handful of small cases; files below this many bytes are small.
 SMALL_BYTES = 20_000_000
@@ -39,7 +40,8 @@ def run(config: EvaluateConfig) -> int:
     """Score config.predictions against config.references; returns the exit code.
 
     0 all cases scored, 1 some have no counterpart or cannot be scored, 2 none could be scored.
-    Raises DatasetError (no pairs, no names where they were asked for), ConfigError and OutputError.
+    Raises DatasetError (no pairs, no names where they were asked for, no evaluation at config.compare), ConfigError and
+    OutputError.
     """
     console = Console()
     if not config.tolerance_mm >= 0:
@@ -62,20 +64,24 @@ def run(config: EvaluateConfig) -> int:
     for note in twins_note(path for pair in pairs for path in (pair.prediction, pair.reference)):
         _say(console, f"Note: {note}")
     _say(console, f"Names of the structures: {source or 'none found (--labels FILE gives them)'}")
-    open_output(config.output_dir, ["metrics.csv", "summary.json"])
+    other = _other_run(config, {pair.case for pair in pairs})
+    files = ["metrics.csv", "summary.json", *(["comparison.json"] if other else [])]
+    open_output(config.output_dir, files)
     scores, failed = _score(pairs, config.num_workers, console)
     failures = alone + failed
     summary = summarise(scores)
     summary |= {
+        "statistics": describe(scores),
         "cases": len(pairs) - len(failed),
         "failures": [{"case": case, "reason": reason} for case, reason in failures],
         "tolerance_mm": config.tolerance_mm,
         "labels": {str(value): name for value, name in names.items()},
+        "reference_values": None if values is None else {str(old): new for old, new in values.items()},
         "predictions": str(config.predictions),
         "references": str(config.references),
         "definitions": DEFINITIONS,
     }
-    console.print(results_table(summary))
+    console.print(results_table(summary, console.width))
     for case, reason in failures[:SHOWN]:
         _say(console, f"Not scored: {case}: {reason}")
     if len(failures) > SHOWN:
@@ -83,7 +89,14 @@ def run(config: EvaluateConfig) -> int:
     # After the table: scores that took hours are not lost to a disk that filled up meanwhile.
     write_metrics(config.output_dir / "metrics.csv", scores)
     write_summary(config.output_dir / "summary.json", summary)
-    _say(console, f"Written: {config.output_dir / 'metrics.csv'} and {config.output_dir / 'summary.json'}")
+    if other is None:
+        # One of an earlier evaluation does not belong to these scores.
+        with contextlib.suppress(OSError):
+            (config.output_dir / "comparison.json").unlink(missing_ok=True)
+    else:
+        comparison = _compare(scores, other, console)
+        write_json(config.output_dir / "comparison.json", comparison | {"other": str(config.compare)})
+    _say(console, f"Written in {config.output_dir}: {', '.join(files)}")
     if summary["cases"] == 0:
         return 2
     return 1 if failures else 0
@@ -170,20 +183,47 @@ def _tables(folder: Path) -> Iterator[tuple[dict[int, str], Path]]:
                     yield names, file
 
 
-def results_table(summary: dict[str, Any]) -> Table:
-    """One row a structure and one for the mean of all."""
-    plural = "case" if summary["cases"] == 1 else "cases"
-    caption = f"HD95, ASSD in mm; NSD at {summary['tolerance_mm']:g} mm; missed: cases without the structure found"
-    table = Table(title=f"{summary['cases']} {plural}, mean of each structure", caption=caption)
-    table.add_column("structure", overflow="fold", min_width=12)
-    for heading in ("Dice", "HD95", "ASSD", "NSD", "ml", "ref. ml", "missed"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, entry in summary["structures"].items():
-        volumes = (_number(entry[key], 1) for key in ("volume_ml", "reference_volume_ml"))
-        table.add_row(escape(name), *_metrics(entry), *volumes, str(entry["cases"]["missed"]))
-    table.add_section()
-    table.add_row("mean", *_metrics(summary["mean"]), "", "", "", style="bold")
-    return table
+def _other_run(config: EvaluateConfig, cases: set[str]) -> Evaluation | None:
+    """The evaluation to compare with, looked at before the work: None where none was asked for.
+
+    Raises DatasetError: no evaluation, or none of `cases` in it. ConfigError: NSD at another tolerance, or the
+    evaluation would be overwritten.
+    """
+    if config.compare is None:
+        return None
+    if config.compare.resolve() == config.output_dir.resolve():
+        raise ConfigError(f"--compare {config.compare} is the --output_dir itself. Name another --output_dir")
+    other = read_evaluation(config.compare)
+    tolerance = other.summary.get("tolerance_mm", config.tolerance_mm)
+    if tolerance != config.tolerance_mm:
+        found = (
+            f"--compare {config.compare}: NSD was taken at {tolerance} mm there; expected {config.tolerance_mm:g} mm"
+        )
+        raise ConfigError(f"{found}. Pass --tolerance_mm {tolerance}, or evaluate the other run again")
+    theirs = sorted({row.case for row in other.scores})
+    if not cases & set(theirs):
+        expected = f"some of the cases of --predictions, such as {min(cases)}"
+        action = "Name the evaluation of the same cases."
+        raise DatasetError(f"other cases, such as {theirs[0]}", file=config.compare, expected=expected, action=action)
+    return other
+
+
+def _compare(scores: list[Score], other: Evaluation, console: Console) -> dict[str, Any]:
+    """Differences to another run; prints those of Dice and HD95 and names what only one side has."""
+    comparison = compare_runs(scores, other.scores)
+    for metric in ("dice", "hd95"):
+        console.print(comparison_table(comparison, metric))
+    for key, text in (
+        ("only_here", "Cases that the other run lacks"),
+        ("only_there", "Cases that only the other run has"),
+        ("structures_only_here", "Structures that the other run lacks"),
+        ("structures_only_there", "Structures that only the other run has"),
+    ):
+        names = comparison[key]
+        if names:
+            more = f" and {len(names) - SHOWN} more, all in comparison.json" if len(names) > SHOWN else ""
+            _say(console, f"{text}: {', '.join(names[:SHOWN])}{more}")
+    return comparison
 
 
 def _score(pairs: list[Pair], num_workers: int | None, console: Console) -> tuple[list[Score], list[tuple[str, str]]]:
@@ -204,14 +244,6 @@ def _score(pairs: list[Pair], num_workers: int | None, console: Console) -> tupl
             else:
                 raise result
     return sorted(scores, key=lambda row: (row.case, row.label)), sorted(failed)
-
-
-def _metrics(entry: dict[str, Any]) -> list[str]:
-    return [_number(entry[metric], 2 if metric in ("hd95", "assd") else 3) for metric in METRICS]
-
-
-def _number(value: float, digits: int) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 
 def _say(console: Console, text: str) -> None:

@@ -19,7 +19,7 @@ from mambahome_jax.commands.find_scans import Scan, find_scans, join_channels
 from mambahome_jax.commands.infer_faults import changed_flags, check_settings, reason_of
 from mambahome_jax.commands.infer_volumes import volumes_by_structure, volumes_table, write_volumes
 from mambahome_jax.commands.outputs import open_output
-from mambahome_jax.commands.report import device, plain, versions
+from mambahome_jax.commands.run_report import device, plain, versions
 from mambahome_jax.config import InferConfig
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.label_map import read_image

@@ -15,7 +15,7 @@ from rich.console import Console
 from mambahome_jax.commands.outputs import open_output
 from mambahome_jax.commands.preprocess import prepare
 from mambahome_jax.commands.pretrained import transfer
-from mambahome_jax.commands.report import plain, versions
+from mambahome_jax.commands.run_report import plain, versions
 from mambahome_jax.commands.train_report import (
     PACKAGES,
     earlier_report,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from mambahome_jax.commands.report import device, plain, versions
+from mambahome_jax.commands.run_report import device, plain, versions
 from mambahome_jax.commands.train_setup import Setup, training_settings
 from mambahome_jax.config import TrainConfig
 from mambahome_jax.data.store import Store

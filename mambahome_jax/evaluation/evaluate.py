@@ -1,11 +1,8 @@
 """Label maps against references, case by case, and what comes of all cases together."""
 
-import contextlib
 import csv
 import io
-import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.evaluation.files import write_json, write_text
 from mambahome_jax.evaluation.metrics import compare
+from mambahome_jax.evaluation.scores import METRICS, Score
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels
 
-METRICS = ("dice", "hd95", "assd", "nsd")
-COLUMNS = ("case", "structure", *METRICS, "volume_ml", "reference_volume_ml")
+COLUMNS = ("case", "structure", *METRICS, "volume_ml", "reference_volume_ml", "volume_difference_ml")
 DEFINITIONS = {
     "mean": "mean over structures of each structure's mean over cases; nan and inf are left out",
     "dice": "2TP / (P + R); nan where the reference is empty",
     "hd95": "mm; larger of both directions' 95th percentiles of surface distance; nan where one mask is empty",
     "assd": "mm; mean of both directions' surface distances together; inf where one mask is empty, nan where both are",
+    "volume_difference_ml": "prediction minus reference",
     "nsd": "share of surface voxels within the tolerance; 0 where one mask is empty, nan where both are",
 }
 # Share of a voxel by which the corners of two grids may differ and still count as the same place.
@@ -47,32 +46,12 @@ class Pair:
     labelled: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Score:
-    """One row of metrics.csv. hd95, assd in mm."""
-
-    case: str
-    label: int
-    structure: str
-    dice: float
-    hd95: float
-    assd: float
-    nsd: float
-    volume_ml: float
-    reference_volume_ml: float
-
-
 def evaluate_case(pair: Pair) -> list[Score]:
     """Every structure that is named, or found in either label map.
 
     Raises DatasetError: a file cannot be read, is no label map, or the two are not on the same grid.
     """
-    _require_same_grid(pair)
-    prediction, reference = read_labels(pair.prediction), read_labels(pair.reference)
-    if pair.reference_values is not None:
-        table = np.zeros(max([*pair.reference_values, int(reference.array.max())]) + 1, np.uint16)
-        table[list(pair.reference_values)] = list(pair.reference_values.values())
-        reference = Volume(table[reference.array], reference.affine)
+    prediction, reference = read_pair(pair)
     labels = sorted({*pair.names, *_values(prediction), *_values(reference)} - {0})
     labels = [label for label in labels if pair.labelled is None or label in pair.labelled]
     if not labels:
@@ -95,6 +74,20 @@ def evaluate_case(pair: Pair) -> list[Score]:
     ]
 
 
+def read_pair(pair: Pair) -> tuple[Volume, Volume]:
+    """Prediction and reference, (D0, D1, D2) label values of the prediction's table, on the same grid.
+
+    Raises DatasetError: a file cannot be read, is no label map, or the two are not on the same grid.
+    """
+    _require_same_grid(pair)
+    prediction, reference = read_labels(pair.prediction), read_labels(pair.reference)
+    if pair.reference_values is not None:
+        table = np.zeros(max([*pair.reference_values, int(reference.array.max())]) + 1, np.uint16)
+        table[list(pair.reference_values)] = list(pair.reference_values.values())
+        reference = Volume(table[reference.array], reference.affine)
+    return prediction, reference
+
+
 def summarise(scores: Iterable[Score]) -> dict[str, Any]:
     """{"mean": {metric: value}, "structures": {name: {metric: value, "cases": counts}}}.
 
@@ -107,8 +100,8 @@ def summarise(scores: Iterable[Score]) -> dict[str, Any]:
     for _, name in sorted({(row.label, row.structure) for row in rows}):
         own = [row for row in rows if row.structure == name]
         entry: dict[str, Any] = {metric: _finite_mean([getattr(row, metric) for row in own]) for metric in METRICS}
-        entry["volume_ml"] = _finite_mean([row.volume_ml for row in own])
-        entry["reference_volume_ml"] = _finite_mean([row.reference_volume_ml for row in own])
+        for volume in ("volume_ml", "reference_volume_ml", "volume_difference_ml"):
+            entry[volume] = _finite_mean([getattr(row, volume) for row in own])
         present = [(row.volume_ml > 0, row.reference_volume_ml > 0) for row in own]
         entry["cases"] = {
             "both": present.count((True, True)),
@@ -129,12 +122,12 @@ def write_metrics(path: Path, scores: Iterable[Score]) -> None:
     for row in scores:
         values = (getattr(row, name) for name in COLUMNS[2:])
         writer.writerow([row.case, row.structure, *(f"{value:.6g}" for value in values)])
-    _write(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json, whole or not at all; JSON has no nan or inf, they become null. Raises OutputError."""
-    _write(path, json.dumps(_without_nan(summary), indent=1, allow_nan=False) + "\n")
+    write_json(path, summary)
 
 
 def _require_same_grid(pair: Pair) -> None:
@@ -158,24 +151,3 @@ def _values(volume: Volume) -> list[int]:
 def _finite_mean(values: list[float]) -> float:
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        reason = f"{path}: cannot be written: {error.strerror or error}"
-        raise OutputError(f"{reason}. Free some space or name another --output_dir") from error

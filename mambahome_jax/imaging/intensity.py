@@ -13,6 +13,9 @@ from mambahome_jax.config import Modality
 from mambahome_jax.errors import ConfigError
 
 CT_WINDOW = (-175.0, 250.0)  # HU, as published
+# Abdominal soft tissue in HU; other scans have no fixed scale and are shown between two percentiles.
+CT_DISPLAY = (-160.0, 240.0)
+DISPLAY_PERCENTILES = (0.5, 99.5)
 _SLAB = 1 << 22  # voxels that a reduction widens to float64 at a time
 
 
@@ -42,6 +45,15 @@ def statistics(array: np.ndarray) -> IntensityStatistics:
         minimum=tuple(float(channel.min()) for channel in channels),
         maximum=tuple(float(channel.max()) for channel in channels),
     )
+
+
+def display_range(array: np.ndarray, modality: Modality | None = None) -> tuple[float, float]:
+    """The values of a volume (D, H, W) that a picture shows as black and white; the second is the larger."""
+    if modality == "ct":
+        return CT_DISPLAY
+    step = max(round((array.size / 1_000_000) ** (1 / 3)), 1)
+    low, high = np.percentile(array[::step, ::step, ::step], DISPLAY_PERCENTILES)
+    return float(low), float(high if high > low else low + 1)
 
 
 def normalise(array: np.ndarray, modality: Modality, stats: IntensityStatistics) -> np.ndarray:

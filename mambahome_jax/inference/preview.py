@@ -11,12 +11,10 @@ from PIL import Image, ImageDraw, ImageFont
 from mambahome_jax.config import Modality
 from mambahome_jax.errors import OutputError
 from mambahome_jax.imaging.geometry import reorient
+from mambahome_jax.imaging.intensity import display_range
 from mambahome_jax.imaging.volume import Volume
 
 PANEL_PIXELS = 480
-# Abdominal soft tissue in HU; other scans have no fixed scale and are shown between two percentiles.
-CT_DISPLAY = (-160.0, 240.0)
-PERCENTILES = (0.5, 99.5)
 ALPHA = 0.3
 BACKGROUND, TEXT, FAINT = (16, 16, 18), (235, 235, 235), (150, 150, 155)
 # Okabe and Ito's colours, told apart by colour-blind people too, then lighter and darker tones.
@@ -55,7 +53,7 @@ def render(image: Volume, labels: Volume, names: Mapping[int, str], modality: Mo
     scan = reorient(image, "LPS")
     label_map = reorient(Volume(np.asarray(labels.array), image.affine), "LPS").array
     array = scan.array[..., 0] if scan.array.ndim == 4 else scan.array
-    low, high = _display_range(array, modality)
+    low, high = display_range(array, modality)
     scale = PANEL_PIXELS / max(n * s for n, s in zip(array.shape, scan.spacing, strict=True))
     fullest = _fullest_slices(label_map)
     panels = []
@@ -83,14 +81,6 @@ def write_preview(
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
-
-
-def _display_range(array: np.ndarray, modality: Modality) -> tuple[float, float]:
-    if modality == "ct":
-        return CT_DISPLAY
-    step = max(round((array.size / 1_000_000) ** (1 / 3)), 1)
-    low, high = np.percentile(array[::step, ::step, ::step], PERCENTILES)
-    return float(low), float(high if high > low else low + 1)
 
 
 def _fullest_slices(labels: np.ndarray) -> list[int]:

@@ -193,3 +193,64 @@ def test_a_disk_that_fills_up_meanwhile_costs_the_files_but_not_the_table(folder
         run(config(folders))
     shown = capsys.readouterr().out
     assert "Dice" in shown and "liver" in shown and "Written" not in shown
+
+
+def test_statistics_are_in_the_summary_and_in_a_wide_table(folders, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "130")
+    assert run(config(folders)) == 0
+    summary = summary_of(folders)
+    entry = summary["statistics"]["structures"]["liver"]["dice"]
+    assert (entry["mean"], entry["median"]) == pytest.approx((5 / 6, 5 / 6))
+    assert (entry["low"], entry["high"]) == pytest.approx((2 / 3, 1))
+    assert summary["statistics"]["overall"]["dice"]["mean"] == summary["mean"]["dice"]
+    assert summary["structures"]["liver"]["volume_difference_ml"] == 0
+    assert "0.667 to 1.000" in capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(config(folders)) == 0
+    shown = capsys.readouterr().out
+    assert "0.667 to 1.000" not in shown and "0.833" in shown
+
+
+def test_two_runs_are_compared_case_by_case(folders, capsys):
+    assert run(config(folders, output_dir=folders / "BEFORE")) == 0
+    write(folders / "PRED" / "b.nii.gz", shift=1)
+    write(folders / "PRED" / "c.nii.gz")
+    write(folders / "OUT" / "labels" / "c.nii.gz")
+    before = folders / "BEFORE" / "metrics.csv"
+    before.write_text(before.read_text() + "old,liver,1,0,0,1,1,1,0\n")
+    assert run(config(folders, compare=folders / "BEFORE")) == 0
+    found = json.loads((folders / "EVAL" / "comparison.json").read_text())
+    entry = found["metrics"]["dice"]["structures"]["liver"]
+    assert entry["difference"] == pytest.approx((5 / 6 - 2 / 3) / 2, abs=1e-5)
+    assert (entry["low"], entry["high"]) == pytest.approx((0, 5 / 6 - 2 / 3), abs=1e-5)
+    assert (entry["p"], entry["cases"]) == (1, 2)
+    assert (found["only_here"], found["only_there"]) == (["c"], ["old"])
+    shown = capsys.readouterr().out
+    assert "Cases that the other run lacks: c" in shown and "Cases that only the other run has: old" in shown
+    assert "+0.083" in shown
+    # The next evaluation compares nothing: what is left of this one would be taken for its own.
+    assert run(config(folders)) == 0
+    assert not (folders / "EVAL" / "comparison.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"compare": "nowhere"}, DatasetError, r"metrics\.csv: no such file; expected an evaluation"),
+        ({"compare": "EVAL"}, ConfigError, "is the --output_dir itself"),
+        ({"compare": "BEFORE", "tolerance_mm": 2.0}, ConfigError, r"at 1\.0 mm there; expected 2 mm"),
+        ({"compare": "OTHERS"}, DatasetError, "other cases, such as x; expected some of the cases"),
+    ],
+)
+def test_another_run_that_cannot_be_compared_is_told_before_the_work(folders, monkeypatch, changes, error, message):
+    assert run(config(folders, output_dir=folders / "BEFORE")) == 0
+    (folders / "OTHERS").mkdir()
+    text = (folders / "BEFORE" / "metrics.csv").read_text()
+    (folders / "OTHERS" / "metrics.csv").write_text(text.replace("\na,", "\nx,").replace("\nb,", "\ny,"))
+
+    def work(*_):
+        raise AssertionError("scored before the other run was looked at")
+
+    monkeypatch.setattr(evaluate, "_score", work)
+    with pytest.raises(error, match=message):
+        run(config(folders, **{key: folders / value if key == "compare" else value for key, value in changes.items()}))

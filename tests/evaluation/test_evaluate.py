@@ -43,6 +43,7 @@ def test_scores_in_millimetres_and_millilitres(tmp_path):
     assert score.nsd == 1
     assert score.volume_ml == pytest.approx(6 * 6 * 5 * 0.5 * 1.25 * 3 / 1000)
     assert score.reference_volume_ml == score.volume_ml
+    assert score.volume_difference_ml == 0
 
 
 def test_named_and_found_structures_are_all_judged(tmp_path):
@@ -122,6 +123,7 @@ def test_files(tmp_path):
         "nsd": "1",
         "volume_ml": "1",
         "reference_volume_ml": "1",
+        "volume_difference_ml": "0",
     }
     write_summary(tmp_path / "out" / "summary.json", summarise(scores))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())

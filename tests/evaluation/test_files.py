@@ -1,0 +1,57 @@
+import math
+
+import pytest
+
+from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.evaluation.evaluate import summarise, write_metrics, write_summary
+from mambahome_jax.evaluation.files import read_evaluation, write_text
+from mambahome_jax.evaluation.scores import Score
+
+SCORES = [
+    Score("a", 1, "liver", 0.5, math.nan, math.inf, 1.0, 2.0, 1.0),
+    Score("b", 2, "spleen", 0.25, 1.0, 1.0, 1.0, 2.0, 1.0),
+]
+
+
+def test_comes_back_as_written(tmp_path):
+    write_metrics(tmp_path / "metrics.csv", [SCORES[1], SCORES[0]])
+    write_summary(tmp_path / "summary.json", summarise(SCORES))
+    read = read_evaluation(tmp_path)
+    assert [(row.case, row.label, row.structure) for row in read.scores] == [("b", 2, "spleen"), ("a", 1, "liver")]
+    assert math.isnan(read.scores[1].hd95) and math.isinf(read.scores[1].assd)
+    assert read.scores[0].volume_difference_ml == 1
+    assert read.summary["structures"]["liver"]["dice"] == 0.5
+    (tmp_path / "summary.json").unlink()
+    assert [row.label for row in read_evaluation(tmp_path).scores] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.csv", None, "metrics.csv: no such file; expected an evaluation.*output_dir"),
+        ("metrics.csv", "case,structure,dice\na,b,1\n", "no column 'hd95'; expected case, structure, dice"),
+        (
+            "metrics.csv",
+            "case,structure,dice,hd95,assd,nsd,volume_ml,reference_volume_ml\na,b,x,1,1,1,1,1\n",
+            "damaged",
+        ),
+        ("metrics.csv", "case,structure,dice,hd95,assd,nsd,volume_ml,reference_volume_ml\na,b,1\n", "damaged"),
+        ("metrics.csv", "case,structure\n", "no case was scored"),
+        ("summary.json", "{", "not valid JSON"),
+        ("summary.json", "[]", "a JSON list"),
+    ],
+)
+def test_what_is_no_evaluation(tmp_path, name, content, message):
+    write_metrics(tmp_path / "metrics.csv", SCORES)
+    (tmp_path / name).unlink(missing_ok=True)
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DatasetError, match=message):
+        read_evaluation(tmp_path)
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(OutputError, match=r"page\.html: cannot be written: .*name another --output"):
+        write_text(tmp_path / "page.html", "text", "--output")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
