@@ -1,0 +1,110 @@
+"""Time the whole path of a synthetic CT through inference, file to file, by part, with the peak of host memory.
+
+python benchmarks/infer_volume.py --model MambaHoME --precision bf16 --json infer_volume.json
+
+Twice with the same programs: the first time compiles, which the second leaves out.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mambahome_jax.config import MODEL_SIZES
+from mambahome_jax.imaging.volume import Volume, read_volume, write_volume
+from mambahome_jax.inference.segment import label, prepare, settings_for
+from mambahome_jax.model.network import MambaHoME, default_precision
+
+PARTS = ("read", "prepare", "windows", "back to the scan's grid", "write")
+
+
+def make_scan(path: Path, shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> None:
+    """A body of soft tissue with noise in air, int16 HU, axes L, P, S, as .nii.gz."""
+    i, j, _ = np.ogrid[tuple(slice(-1, 1, n * 1j) for n in shape)]
+    body = np.where(i**2 + 2 * j**2 < 0.8, np.int16(40), np.int16(-1000))
+    rng = np.random.default_rng(0)
+    array = np.empty(shape, np.int16)
+    for k in range(shape[2]):  # by slices, so that making it takes less memory than what is measured
+        array[:, :, k] = body[:, :, 0] + rng.integers(-60, 60, shape[:2], np.int16)
+    write_volume(path, Volume(array, np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])))
+
+
+def segment_file(model: Any, source: Path, result: Path, settings: Any) -> dict[str, float]:
+    """Seconds of each part."""
+    seconds: dict[str, float] = {}
+    last = [time.perf_counter()]
+
+    def done(part: str) -> Callable[[Any], None]:
+        def note(value: Any) -> None:
+            jax.block_until_ready(value)
+            now = time.perf_counter()
+            seconds[part], last[0] = now - last[0], now
+
+        return note
+
+    volume = read_volume(source)
+    done(PARTS[0])(None)
+    prepared = prepare(volume, settings, 1)
+    done(PARTS[1])(None)
+    labels = label(model, prepared, settings, None, done(PARTS[2]))
+    done(PARTS[3])(None)
+    write_volume(result, labels)
+    done(PARTS[4])(None)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="MambaHoME", choices=list(MODEL_SIZES))
+    parser.add_argument("--precision", default=None, choices=["bf16", "tf32", "fp32"])
+    parser.add_argument("--classes", type=int, default=16)
+    parser.add_argument("--shape", nargs=3, type=int, default=[512, 512, 400])
+    parser.add_argument("--voxel", nargs=3, type=float, default=[0.8, 0.8, 1.0], help="of the scan, mm")
+    parser.add_argument("--spacing", nargs=3, type=float, default=[0.8, 0.8, 3.0], help="of the network, mm")
+    parser.add_argument("--roi_size", nargs=3, type=int, default=[192, 192, 48])
+    parser.add_argument("--overlap", type=float, default=0.5)
+    parser.add_argument("--sw_batch_size", type=int, default=4)
+    parser.add_argument("--runs", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    config = MODEL_SIZES[args.model].model.replace(in_chans=1, out_chans=args.classes)
+    precision = args.precision or default_precision()
+    model = MambaHoME(config, rngs=nnx.Rngs(0), precision=precision)
+    settings = settings_for(
+        model,
+        spacing=args.spacing,
+        roi_size=args.roi_size,
+        overlap=args.overlap,
+        sw_batch_size=args.sw_batch_size,
+        chain="trained",
+    )
+    device = jax.devices()[0].device_kind
+    print(f"{device}, JAX {jax.__version__}, Python {platform.python_version()}; {args.model}, {precision}")
+    print(f"{args.shape} voxels of {args.voxel} mm, {args.classes} classes; seconds")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "scan.nii.gz"
+        make_scan(source, tuple(args.shape), tuple(args.voxel))
+        for _ in range(args.runs):
+            seconds = segment_file(model, source, Path(folder) / "labels.nii.gz", settings)
+            total = sum(seconds.values())
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            rows.append(seconds | {"total": total, "host_peak_gib": peak})
+            shares = ", ".join(f"{part} {value:.1f} ({value / total:.0%})" for part, value in seconds.items())
+            print(f"{total:.1f}: {shares}; host memory at most {peak:.1f} GiB", flush=True)
+    if args.json:
+        about = {"device": device, "jax": jax.__version__, **{k: str(v) for k, v in vars(args).items()}}
+        args.json.write_text(json.dumps({"about": about, "runs": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
