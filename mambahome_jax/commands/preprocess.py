@@ -22,7 +22,7 @@ from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, Outp
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
 
-_LEFTOVERS = (".*.partial", ".*.old", ".*.probe")
+_LEFTOVERS = (".*.partial", ".*.partial.*", ".*.old", ".*.probe")
 _SAMPLED = 3
 _SHOWN = 20
 _HU_BELOW = -500.0

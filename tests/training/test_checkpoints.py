@@ -46,7 +46,7 @@ def _assert_equal(a, b):
     ("written", "read", "strategy"), [(1, 1, "ddp"), (8, 1, "fsdp"), (1, 8, "fsdp"), (4, 8, "ddp")]
 )
 def test_restores_bit_exactly_on_any_number_of_devices(tmp_path, written, read, strategy):
-    state = _changed(_state(written, strategy))
+    state = _changed(_state(written, strategy, width=4096))
     with CheckpointWriter() as writer:
         writer.save(tmp_path / "last", state, CONFIG, data={"next_index": 7})
     found, data = restore_state(
