@@ -1,5 +1,7 @@
 """DICOM slices become one volume on the grid that their positions say."""
 
+import locale
+
 import numpy as np
 import pytest
 
@@ -72,7 +74,9 @@ def compressed(path):
     writer.SetCompressor("JPEG2000")
     writer.UseCompressionOn()
     writer.SetFileName(str(path))
+    before = locale.setlocale(locale.LC_ALL)
     writer.Execute(image)
+    locale.setlocale(locale.LC_ALL, before)  # the compressor leaves "C", in which later tests could read no UTF-8
     return path
 
 
