@@ -1,9 +1,7 @@
 """What infer says of its results when it is done: volumes.csv, and a table of the structures."""
 
-import contextlib
 import csv
 import io
-import os
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from mambahome_jax.errors import OutputError
+from mambahome_jax.imaging.files import write_text
 
 COLUMNS = ("case", "structure", "volume_ml")
 
@@ -27,15 +25,7 @@ def write_volumes(path: Path, cases: Iterable[Mapping[str, Any]]) -> None:
     writer.writerow(COLUMNS)
     for case in cases:
         writer.writerows((case["id"], name, ml) for name, ml in case.get("volume_ml", {}).items())
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text.getvalue(), encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        reason = f"{path}: cannot be written: {error.strerror or error}"
-        raise OutputError(f"{reason}. Free some space or name another output folder") from error
+    write_text(path, text.getvalue())
 
 
 def volumes_by_structure(cases: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:

@@ -14,11 +14,12 @@ from mambahome_jax.config import Modality, ReportConfig
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.evaluation.evaluate import Pair, read_pair
-from mambahome_jax.evaluation.files import Evaluation, read_evaluation, write_text
+from mambahome_jax.evaluation.files import Evaluation, read_evaluation
 from mambahome_jax.evaluation.overlays import Panel, draw_planes
 from mambahome_jax.evaluation.provenance import run_rows, without_folders
 from mambahome_jax.evaluation.report import Report, Shown, render_report, worst_first
 from mambahome_jax.evaluation.scores import METRICS
+from mambahome_jax.imaging.files import write_text
 from mambahome_jax.imaging.geometry import resample_to
 from mambahome_jax.imaging.intensity import display_range
 from mambahome_jax.imaging.volume import Volume, read_volume
@@ -47,7 +48,7 @@ def run(config: ReportConfig) -> int:
         failures=_failures(evaluation.summary, folders),
         comparison=comparison,
     )
-    write_text(output, render_report(report), "--output")
+    write_text(output, render_report(report), "--output", parents=True)
     _say(console, f"Written: {output}, {output.stat().st_size / 1e6:.1f} MB, needs no other file")
     return int(any(entry.remark for entry in shown))
 

@@ -1,8 +1,6 @@
 """A folder that preprocess.py wrote: images/, labels/, store/ and dataset.json."""
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +10,8 @@ import numpy as np
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, read_json
-from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.files import write_text
 
 NAME = "prepared"
 COVERS: tuple[str, ...] = ("images_labels", "decathlon", "nnunet_raw")
@@ -148,15 +147,7 @@ def write_prepared(prepared: Prepared) -> None:
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     """Write JSON beside its place, then rename it there. Raises OutputError: the folder cannot be written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=indent) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        reason = f"{path}: cannot be written: {error.strerror or error}"
-        raise OutputError(f"{reason}. Free some space or name another output folder") from error
+    write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def split_cases(prepared: Prepared, seed: int = 0) -> tuple[list[str], list[str]]:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.evaluation.files import write_json, write_text
+from mambahome_jax.evaluation.files import write_json
 from mambahome_jax.evaluation.metrics import compare
 from mambahome_jax.evaluation.scores import METRICS, Score
+from mambahome_jax.imaging.files import write_text
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels
 
 COLUMNS = ("case", "structure", *METRICS, "volume_ml", "reference_volume_ml", "volume_difference_ml")
@@ -122,7 +123,7 @@ def write_metrics(path: Path, scores: Iterable[Score]) -> None:
     for row in scores:
         values = (getattr(row, name) for name in COLUMNS[2:])
         writer.writerow([row.case, row.structure, *(f"{value:.6g}" for value in values)])
-    write_text(path, text.getvalue())
+    write_text(path, text.getvalue(), "--output_dir", parents=True)
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:

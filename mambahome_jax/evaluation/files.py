@@ -1,17 +1,16 @@
 """Text files of an evaluation, written whole or not at all, and read back."""
 
-import contextlib
 import csv
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.scores import METRICS, Score
+from mambahome_jax.imaging.files import write_text
 
 _NUMBERS = (*METRICS, "volume_ml", "reference_volume_ml")
 
@@ -55,23 +54,10 @@ def read_evaluation(folder: Path) -> Evaluation:
     return Evaluation(scores, summary)
 
 
-def write_text(path: Path, text: str, flag: str = "--output_dir") -> None:
-    """Write a text file beside its place and rename it. flag: what to change where it fails. Raises OutputError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        reason = f"{path}: cannot be written: {error.strerror or error}"
-        raise OutputError(f"{reason}. Free some space or name another {flag}") from error
-
-
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all; JSON has no nan or inf, they become null. Raises OutputError."""
-    write_text(path, json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n")
+    text = json.dumps(without_nan(content), indent=1, allow_nan=False)
+    write_text(path, text + "\n", "--output_dir", parents=True)
 
 
 def without_nan(value: Any) -> Any:

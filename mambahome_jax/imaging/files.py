@@ -1,4 +1,4 @@
-"""Names of scan files, and writing one whole or not at all."""
+"""Names of scan files, and writing a file whole or not at all."""
 
 import contextlib
 import os
@@ -27,21 +27,44 @@ def alternatives(suffixes: tuple[str, ...]) -> str:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, which takes its place at the end; after an error nothing is left of it.
-
-    Raises OutputError: an OSError, as of a folder that cannot be written or a full disk.
-    """
+def beside(path: Path) -> Iterator[Path]:
+    """Gives a path beside `path` to write to, which takes its place at the end; nothing is left after an error."""
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        action = "Nothing was written; free some space or name another output folder"
-        raise OutputError(f"{path.parent}: cannot write {path.name}: {reason}. {action}") from error
     finally:
         # The folder may have vanished or turned read-only meanwhile; that error is already on its way.
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """`beside` in a folder that is made where it is missing.
+
+    Raises OutputError: an OSError, as of a folder that cannot be written or a full disk.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside(path) as partial:
+            yield partial
+    except OSError as error:
+        reason = error.strerror or str(error)
+        action = "Nothing was written; free some space or name another output folder"
+        raise OutputError(f"{path.parent}: cannot write {path.name}: {reason}. {action}") from error
+
+
+def write_text(path: Path, text: str, elsewhere: str = "output folder", *, parents: bool = False) -> None:
+    """Write a text file whole or not at all.
+
+    elsewhere: what to name another of where it fails. parents: make folders that are missing. Raises OutputError.
+    """
+    try:
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with beside(path) as partial:
+            partial.write_text(text, encoding="utf-8")
+    except OSError as error:
+        reason = f"{path}: cannot be written: {error.strerror or error}"
+        raise OutputError(f"{reason}. Free some space or name another {elsewhere}") from error

@@ -1,7 +1,5 @@
 """A picture of a scan with its label map, to see at a glance whether a segmentation makes sense."""
 
-import contextlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mambahome_jax.config import Modality
 from mambahome_jax.errors import OutputError
+from mambahome_jax.imaging.files import beside
 from mambahome_jax.imaging.geometry import reorient
 from mambahome_jax.imaging.intensity import display_range
 from mambahome_jax.imaging.volume import Volume
@@ -72,14 +71,11 @@ def write_preview(
     path: Path, image: Volume, labels: Volume, names: Mapping[int, str], modality: Modality, title: str = ""
 ) -> None:
     """Write `render`'s picture as a PNG, whole or not at all. Raises OutputError where it cannot be written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        render(image, labels, names, modality, title).save(partial, format="PNG")
-        partial.replace(path)
+        with beside(path) as partial:
+            render(image, labels, names, modality, title).save(partial, format="PNG")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 

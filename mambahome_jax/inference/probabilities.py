@@ -4,10 +4,8 @@ On that grid nothing is interpolated, and it is mostly smaller than the scan's; 
 float16.
 """
 
-import contextlib
 import json
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -18,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mambahome_jax.errors import OutputError
+from mambahome_jax.imaging.files import beside
 from mambahome_jax.inference.restore import SLAB_BYTES
 
 ENTRIES = ("probabilities", "affine", "labels")
@@ -46,21 +45,16 @@ def write_probabilities(path: Path, values: np.ndarray, affine: np.ndarray, name
     """
     labels = {str(value): names.get(value, f"label_{value}") for value in range(1, values.shape[-1])}
     text = np.array(json.dumps({"0": "background"} | labels))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Level 1, as most of it is ones and zeros.
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with beside(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             for name, array in zip(ENTRIES, (values, affine, text), strict=True):
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                     np.lib.format.write_array(entry, array, allow_pickle=False)
-        partial.replace(path)
     except OSError as error:
         reason = f"{path}: cannot be written: {error.strerror or error}"
         raise OutputError(f"{reason}. Free some space or name another folder") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def whole_probabilities(path: Path) -> bool:
