@@ -90,6 +90,15 @@ def _value_and_gradients(inputs, softplus, backend):
     return outputs, gradients
 
 
+def _check_xla_is_reference(inputs, softplus):
+    if not softplus:
+        inputs = inputs | {k: jnp.abs(inputs[k]) * 0.1 for k in ("dt", "dt_bias") if k in inputs}
+    expected = _value_and_gradients(inputs, softplus, "reference")
+    got = _value_and_gradients(inputs, softplus, "xla")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * float(jnp.abs(b).max()))
+
+
 @pytest.mark.parametrize(
     ("batch", "length", "d_inner", "d_state"),
     [(1, 1, 3, 16), (2, 7, 5, 3), (2, 65, 8, 16), (1, 1023, 6, 16), (3, 1025, 4, 5), (1, 2500, 70, 16)],
@@ -98,13 +107,7 @@ def _value_and_gradients(inputs, softplus, backend):
 @pytest.mark.parametrize("extras", [True, False])
 def test_xla_is_reference(batch, length, d_inner, d_state, softplus, extras, x64):
     """Every output and gradient, the last and initial state's included, at lengths that fit no chunk."""
-    inputs = _random(length, batch, length, d_inner, d_state, extras=extras)
-    if not softplus:
-        inputs |= {k: jnp.abs(inputs[k]) * 0.1 for k in ("dt", "dt_bias") if k in inputs}
-    expected = _value_and_gradients(inputs, softplus, "reference")
-    got = _value_and_gradients(inputs, softplus, "xla")
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * float(jnp.abs(b).max()))
+    _check_xla_is_reference(_random(length, batch, length, d_inner, d_state, extras=extras), softplus)
 
 
 @pytest.mark.parametrize("softplus", [True, False])
@@ -112,12 +115,7 @@ def test_xla_is_reference(batch, length, d_inner, d_state, softplus, extras, x64
 def test_short_sequences_on_a_gpu_are_reference(softplus, extras, x64, monkeypatch):
     monkeypatch.setattr(xla_short, "is_short", lambda inputs: True)
     inputs = _random(8, 2, 77, 5, 3, extras=extras)
-    if not softplus:
-        inputs |= {k: jnp.abs(inputs[k]) * 0.1 for k in ("dt", "dt_bias") if k in inputs}
-    expected = _value_and_gradients(inputs, softplus, "reference")
-    got = _value_and_gradients(inputs, softplus, "xla")
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * float(jnp.abs(b).max()))
+    _check_xla_is_reference(inputs, softplus)
     low = {k: v.astype(jnp.bfloat16 if k in BY_TIME else jnp.float32) for k, v in inputs.items()}
     (y, last), gradients = _value_and_gradients(low, softplus, "xla")
     assert (y.dtype, last.dtype, gradients["B"].dtype) == (jnp.bfloat16, jnp.float32, jnp.bfloat16)

@@ -68,6 +68,11 @@ def gate(z: jax.Array) -> tuple[jax.Array, jax.Array]:
     return z * s, s * (1 + z * (1 - s))
 
 
+def combine(first, second):
+    """Two stretches of a linear recurrence as one: (decay, state from zero) of each."""
+    return second[0] * first[0], second[0] * first[1] + second[1]
+
+
 def cast_gradients(gradients: ScanInputs, inputs: ScanInputs) -> ScanInputs:
     """Each gradient in the dtype of its input; None where the input is None."""
     pairs = zip(ScanInputs._fields, gradients, inputs, strict=True)

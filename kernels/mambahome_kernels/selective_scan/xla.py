@@ -27,12 +27,12 @@ from mambahome_kernels.selective_scan.base import (
     Backend,
     ScanInputs,
     cast_gradients,
+    combine,
     discretise,
     first_state,
     gate,
     state_dtype,
 )
-from mambahome_kernels.selective_scan.xla_short import combine
 
 # Floats of state that all chunks of a step touch together: on a CPU what stays in its cache, elsewhere what fills it.
 _CPU_STATE = 1 << 16

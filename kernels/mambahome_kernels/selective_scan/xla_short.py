@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mambahome_kernels.selective_scan.base import ScanInputs, discretise, first_state, gate, state_dtype
+from mambahome_kernels.selective_scan.base import ScanInputs, combine, discretise, first_state, gate, state_dtype
 
 # Floats of all states of one call (of one example under vmap). Measured by benchmarks/scan_variants.py: with 50 million
 # the loop over steps takes half as long again or more, with 200 million it is the faster one.
@@ -19,11 +19,6 @@ _FEW = 1 << 26
 def is_short(inputs: ScanInputs) -> bool:
     """Whether this is the faster way on the default device."""
     return jax.default_backend() != "cpu" and inputs.x.size * inputs.A.shape[1] <= _FEW
-
-
-def combine(first, second):
-    """Two stretches of a linear recurrence as one: (decay, state from zero) of each."""
-    return second[0] * first[0], second[0] * first[1] + second[1]
 
 
 def forward(inputs: ScanInputs, softplus: bool) -> tuple[jax.Array, jax.Array]:
