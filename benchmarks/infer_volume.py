@@ -6,12 +6,12 @@ Twice with the same programs: the first time compiles, which the second leaves o
 """
 
 import argparse
+import functools
 import json
 import platform
 import resource
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,6 @@ from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.imaging.volume import Volume, read_volume, write_volume
 from mambahome_jax.inference.segment import label, prepare, settings_for
 from mambahome_jax.model.network import MambaHoME, default_precision
-
-PARTS = ("read", "prepare", "windows", "back to the scan's grid", "write")
 
 
 def make_scan(path: Path, shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> None:
@@ -41,24 +39,20 @@ def make_scan(path: Path, shape: tuple[int, int, int], spacing: tuple[float, flo
 def segment_file(model: Any, source: Path, result: Path, settings: Any) -> dict[str, float]:
     """Seconds of each part."""
     seconds: dict[str, float] = {}
-    last = [time.perf_counter()]
+    begun = time.perf_counter()
 
-    def done(part: str) -> Callable[[Any], None]:
-        def note(value: Any) -> None:
-            jax.block_until_ready(value)
-            now = time.perf_counter()
-            seconds[part], last[0] = now - last[0], now
-
-        return note
+    def done(part: str, value: Any = None) -> None:
+        jax.block_until_ready(value)
+        seconds[part] = time.perf_counter() - begun - sum(seconds.values())
 
     volume = read_volume(source)
-    done(PARTS[0])(None)
+    done("read")
     prepared = prepare(volume, settings, 1)
-    done(PARTS[1])(None)
-    labels = label(model, prepared, settings, None, done(PARTS[2]))
-    done(PARTS[3])(None)
+    done("prepare")
+    labels = label(model, prepared, settings, None, functools.partial(done, "windows"))
+    done("back to the scan's grid")
     write_volume(result, labels)
-    done(PARTS[4])(None)
+    done("write")
     return seconds
 
 

@@ -49,11 +49,8 @@ def _norm_act_forward(slope: float, inputs: tuple[jax.Array, ...], plus: jax.Arr
         statistics = keep([_statistics(x.astype(wide)) for x in inputs])
         y = _act(_total(inputs, statistics, plus), slope).astype(inputs[0].dtype)
     # Those in float64 cannot leave the part where that is switched on.
-    return y, (
-        inputs,
-        plus,
-        statistics if statistics[0].mean.dtype != jnp.float64 or jax.config.read("jax_enable_x64") else None,
-    )
+    can_leave = wide != jnp.float64 or jax.config.read("jax_enable_x64")
+    return y, (inputs, plus, statistics if can_leave else None)
 
 
 def _norm_act_backward(slope: float, saved: tuple, cotangent: jax.Array):

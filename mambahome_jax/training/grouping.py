@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mambahome_jax.training.sharding import SMALLEST_SPLIT
+
 # Both are part of what a checkpoint looks like.
-SMALL = 2**17  # elements of an array below which it is joined
+SMALL = SMALLEST_SPLIT  # elements of an array below which it is joined: what is split would have to be gathered for it
 _MULTIPLE = 1024  # of elements of a vector, so that it can be split over any usual number of devices
 
 

@@ -11,7 +11,7 @@ from mambahome_jax.errors import ConfigError
 
 AXIS = "data"
 # Below this number of elements the messages of splitting an array cost more than its memory. The optimizer joins arrays
-# of up to this size (grouping.py): were they split, each would have to be gathered first.
+# below it (grouping.py).
 SMALLEST_SPLIT = 2**17
 Tree = TypeVar("Tree")
 
