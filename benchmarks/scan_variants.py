@@ -84,8 +84,12 @@ def main() -> None:
             row = {"stage": stage, "d_inner": d_inner, "length": length, "variant": name}
             for what, call, arguments in (("forward", variant, (inputs,)), ("both", both, (inputs, dy))):
                 program = jax.jit(call).lower(*arguments).compile()
-                row[f"{what}_ms"] = measure(program, arguments, 1, args.runs)["ms"]
                 row[f"{what}_scratch_mib"] = program.memory_analysis().temp_size_in_bytes / 2**20
+                try:
+                    row[f"{what}_ms"] = measure(program, arguments, 1, args.runs)["ms"]
+                except jax.errors.JaxRuntimeError as error:  # not enough memory
+                    row[f"{what}_ms"] = float("nan")
+                    print(f"{stage} {name}: {str(error).splitlines()[0]}")
             rows.append(row)
             print(
                 f"{stage} ({d_inner}, {length}) {name:32s} forward {row['forward_ms']:9.2f} ms"

@@ -12,6 +12,7 @@ from jax import lax
 
 from mambahome_jax.config import Precision
 from mambahome_jax.model.remat import keep
+from mambahome_jax.model.three_products import in_float32
 
 # TF32 is what XLA's default means for float32 on a GPU; bfloat16 operands have one meaning only.
 _PRECISIONS: dict[Precision, lax.Precision] = {
@@ -99,10 +100,15 @@ def _conv3d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, exact: l
     large = math.prod(x.shape[1:4]) > _SMALL_GRID or x.dtype == jnp.float64
     if jax.default_backend() == "cpu" and large:
         return _conv3d_by_slices(x, kernel, stride, padding, exact)
-    numbers = ("NDHWC", "DHWIO", "NDHWC")
-    return lax.conv_general_dilated(
-        x, kernel, (stride,) * 3, [(padding, padding)] * 3, dimension_numbers=numbers, precision=exact
+    convolve = functools.partial(
+        lax.conv_general_dilated,
+        window_strides=(stride,) * 3,
+        padding=[(padding, padding)] * 3,
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
     )
+    if exact == lax.Precision.HIGHEST and x.dtype == jnp.float32 and jax.default_backend() == "gpu":
+        return in_float32(convolve, x, kernel)  # cuDNN's convolutions without tensor cores take twice as long
+    return convolve(x, kernel, precision=exact)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -129,8 +129,11 @@ def test_without_extras_and_without_softplus(capfd):
 
 
 @needs_pallas
-def test_bfloat16_inputs(capfd):
-    check_in_interpreter(capfd, scan_inputs(5, 1, 12, 8, 4, jnp.bfloat16), True, 4e-3, 6e-3)
+@pytest.mark.parametrize(("length", "chunk"), [(12, None), (21, 16)], ids=["a tile a copy", "two tiles a copy"])
+def test_bfloat16_inputs(capfd, monkeypatch, length, chunk):
+    if chunk:
+        monkeypatch.setattr(mosaic_gpu, "_FEW_TILES", 0)
+    check_in_interpreter(capfd, scan_inputs(5, 1, length, 8, 4, jnp.bfloat16), True, 4e-3, 6e-3, chunk)
 
 
 @needs_pallas

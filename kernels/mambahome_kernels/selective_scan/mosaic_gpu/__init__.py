@@ -24,6 +24,7 @@ __all__ = ["BACKEND", "Options", "interpreted"]
 
 DEFAULT = Options()
 _MAX_STATES = 16  # more would not fit into the registers of a thread
+_FEW_TILES = 4  # in a chunk
 _WARPS_PER_CORE = 16  # in the forward pass all run at once, in the backward pass half of them
 
 
@@ -33,12 +34,16 @@ def sizes_of(inputs: ScanInputs, softplus: bool, chunk: int | None = None) -> Si
     d_state = 8 if inputs.A.shape[1] <= 8 else 16
     units = pl.cdiv(d_inner, WARP)
     steps = chunk or pl.cdiv(length, max(1, _WARPS_PER_CORE * _cores() // (batch * units)))
-    tiles = max(1, pl.cdiv(steps, TILE))
+    # As many bytes a copy as in float32, where there are enough copies for one to travel while another is computed.
+    narrow = all(a is None or a.dtype == jnp.bfloat16 for a in (inputs.x, inputs.dt, inputs.z))
+    span = 2 if narrow and steps > _FEW_TILES * TILE else 1
+    tiles = max(1, pl.cdiv(steps, span * TILE)) * span
     whole_blocks = WARPS // math.gcd(units, WARPS)
     chunks = pl.cdiv(pl.cdiv(length, tiles * TILE), whole_blocks) * whole_blocks
     if chunk is None:
-        tiles = pl.cdiv(length, chunks * TILE)  # fewer, where rounding would have left chunks without a step
-    return Sizes(batch, length, d_inner, d_state, tiles, chunks, softplus, inputs.z is not None)
+        # Fewer, where rounding would have left chunks without a step.
+        tiles = pl.cdiv(length, chunks * span * TILE) * span
+    return Sizes(batch, length, d_inner, d_state, tiles, chunks, softplus, inputs.z is not None, span)
 
 
 def _cores() -> int:
@@ -65,8 +70,9 @@ class _Prepared:
 
         self.x, self.dt = wide(inputs.x), wide(inputs.dt)
         self.z = None if inputs.z is None else wide(inputs.z)
-        # Narrow, but read by every lane: not worth a conversion at each step.
-        self.B, self.C = (_pad(a.astype(F32), s.d_state) for a in (inputs.B, inputs.C))
+        # Narrow, but read by every lane: not worth a conversion at each step, unless there are few of them.
+        thin = F32 if s.tiles > _FEW_TILES else jnp.promote_types(inputs.B.dtype, inputs.C.dtype)
+        self.B, self.C = (_pad(a.astype(thin), s.d_state) for a in (inputs.B, inputs.C))
         self.rates = self.states(inputs.A.astype(F32)[None] * LOG2E, s)[0]
         self.bias, self.skip = vector(inputs.dt_bias), vector(inputs.D)
 

@@ -29,7 +29,7 @@ def ends(sizes: Sizes, x, dt, B, rates, bias, options: Options):
 
     And the sum of delta (batch, chunks, channels), from which the decay over a chunk follows.
     """
-    s, n, slots = sizes, sizes.d_state, options.slots
+    s, n, slots, span = sizes, sizes.d_state, options.slots, sizes.span
 
     def kernel(x, dt, B, rates, bias, end, total, xs, dts, bs, full):
         team = workers(s.units)
@@ -38,7 +38,7 @@ def ends(sizes: Sizes, x, dt, B, rates, bias, options: Options):
 
         def load(i, slot):
             def copy(at):
-                rows, barrier = at.rows(s, i), full.at[slot]
+                rows, barrier = at.rows(s, i * span, span), full.at[slot]
                 plgpu.copy_gmem_to_smem(x.at[at.batch, rows, at.columns], xs.at[at.tile(slot)], barrier)
                 plgpu.copy_gmem_to_smem(dt.at[at.batch, rows, at.columns], dts.at[at.tile(slot)], barrier)
                 plgpu.copy_gmem_to_smem(B.at[at.batch, rows], bs.at[at.tile(slot)], barrier)
@@ -52,16 +52,16 @@ def ends(sizes: Sizes, x, dt, B, rates, bias, options: Options):
                 at, (h, total) = team[w], carry
                 b = at.scalars(bs, slot, t, n)
                 xv, dtv = at.row(xs, slot, t), at.row(dts, slot, t)
-                delta = step_size(dtv, dt_bias[w], s.softplus).delta * within(s, at, i, t)
+                delta = step_size(dtv, dt_bias[w], s.softplus).delta * within(s, at, i * span, t)
                 return advance(h, a[w], delta, delta * xv, b), total + delta
 
             return tuple(
-                lax.fori_loop(0, TILE, lambda t, c, w=w: step(t, c, w), c, unroll=options.unroll)
+                lax.fori_loop(0, span * TILE, lambda t, c, w=w: step(t, c, w), c, unroll=options.unroll)
                 for w, c in enumerate(carry)
             )
 
         none = tuple(((zeros(),) * n, zeros()) for _ in team)
-        for at, (h, sum_delta) in zip(team, pipeline(s.tiles, slots, load, compute, none), strict=True):
+        for at, (h, sum_delta) in zip(team, pipeline(s.tiles // span, slots, load, compute, none), strict=True):
             for k in range(n):
                 end[at.batch, at.chunk, k, at.channels] = h[k]
             total[at.batch, at.chunk, at.channels] = sum_delta
@@ -76,9 +76,9 @@ def ends(sizes: Sizes, x, dt, B, rates, bias, options: Options):
             jax.ShapeDtypeStruct((s.batch, s.chunks, s.channels), F32),
         ],
         scratch_types=[
-            tile_buffer(x, slots),
-            tile_buffer(dt, slots),
-            tile_buffer(B, slots, n),
+            tile_buffer(x, slots, span=span),
+            tile_buffer(dt, slots, span=span),
+            tile_buffer(B, slots, n, span),
             plgpu.Barrier(num_arrivals=3 * WARPS, num_barriers=slots),
         ],
     )(x, dt, B, rates, bias)
@@ -90,7 +90,7 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
     Those states are bfloat16 where x, dt and z are: only the gradients see them, and those of x, dt, z, B and C are
     rounded to bfloat16 as well. The state that runs through the sequence is float32.
     """
-    s, n, slots = sizes, sizes.d_state, options.slots
+    s, n, slots, span = sizes, sizes.d_state, options.slots, sizes.span
     wide = [x, dt] + ([z] if s.gated else [])
 
     def kernel(*refs):
@@ -104,7 +104,7 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
 
         def load(i, slot):
             def copy(at):
-                rows, barrier = at.rows(s, i), full.at[slot]
+                rows, barrier = at.rows(s, i * span, span), full.at[slot]
                 for source, buffer in zip(ins, buffers, strict=True):
                     plgpu.copy_gmem_to_smem(source.at[at.batch, rows, at.columns], buffer.at[at.tile(slot)], barrier)
                 plgpu.copy_gmem_to_smem(B.at[at.batch, rows], bs.at[at.tile(slot)], barrier)
@@ -112,17 +112,19 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
 
             copies(team, copy)
 
+        def keep_states(i, carry):
+            if kept is None:
+                return
+            for at, h in zip(team, carry, strict=True):
+                tile = at.chunk * s.tiles + i
+
+                @pl.when(tile < s.kept)
+                def _(at=at, tile=tile, h=h):
+                    for k in range(n):
+                        kept[at.batch, tile, k, at.channels] = h[k].astype(kept.dtype)
+
         def compute(i, slot, carry):
             plgpu.barrier_wait(full.at[slot])
-            if kept is not None:
-                for at, h in zip(team, carry, strict=True):
-                    tile = at.chunk * s.tiles + i
-
-                    @pl.when(tile < s.kept)
-                    def _(at=at, tile=tile, h=h):
-                        for k in range(n):
-                            kept[at.batch, tile, k, at.channels] = h[k].astype(kept.dtype)
-
             plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
 
             def step(t, h, w):
@@ -138,19 +140,23 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
                 at.put(ys, slot, t, out)
                 return h
 
-            return tuple(
-                lax.fori_loop(0, TILE, lambda t, h, w=w: step(t, h, w), h, unroll=options.unroll)
-                for w, h in enumerate(carry)
-            )
+            for part in range(span):
+                keep_states(i * span + part, carry)
+                first = part * TILE
+                carry = tuple(
+                    lax.fori_loop(first, first + TILE, lambda t, h, w=w: step(t, h, w), h, unroll=options.unroll)
+                    for w, h in enumerate(carry)
+                )
+            return carry
 
         def store(i, slot):
             def copy(at):
-                plgpu.copy_smem_to_gmem(ys.at[at.tile(slot)], y.at[at.batch, at.rows(s, i), at.columns])
+                plgpu.copy_smem_to_gmem(ys.at[at.tile(slot)], y.at[at.batch, at.rows(s, i * span, span), at.columns])
 
             copies(team, copy)
 
         first = tuple(tuple(starts[at.batch, at.chunk, k, at.channels] for k in range(n)) for at in team)
-        pipeline(s.tiles, slots, load, compute, first, store)
+        pipeline(s.tiles // span, slots, load, compute, first, store)
         plgpu.wait_smem_to_gmem(0)
 
     out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
@@ -163,10 +169,10 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
         batch=s.batch,
         out_type=out_type,
         scratch_types=[
-            *(tile_buffer(a, slots) for a in wide),
-            tile_buffer(B, slots, n),
-            tile_buffer(C, slots, n),
-            tile_buffer(x, slots),
+            *(tile_buffer(a, slots, span=span) for a in wide),
+            tile_buffer(B, slots, n, span),
+            tile_buffer(C, slots, n, span),
+            tile_buffer(x, slots, span=span),
             plgpu.Barrier(num_arrivals=(len(wide) + 2) * WARPS, num_barriers=slots),
         ],
     )(*wide, B, C, rates, bias, skip, starts)

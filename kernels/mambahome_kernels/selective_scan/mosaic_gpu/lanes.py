@@ -49,6 +49,7 @@ class Sizes(NamedTuple):
     chunks: int  # chunks * units is a multiple of 4
     softplus: bool
     gated: bool  # z is there
+    span: int = 1  # tiles that the forward pass copies together; `tiles` is a multiple of it
 
     @property
     def chunk(self) -> int:
@@ -105,8 +106,9 @@ class Worker(NamedTuple):
         """Its piece of a row of 128."""
         return self.at(self.warp * WARP)
 
-    def rows(self, sizes: Sizes, tile):
-        return pl.ds(self.chunk * sizes.chunk + tile * TILE, TILE)
+    def rows(self, sizes: Sizes, tile, span: int = 1):
+        """Of `span` tiles, from `tile` on."""
+        return pl.ds(self.chunk * sizes.chunk + tile * TILE, span * TILE)
 
     def tile(self, slot):
         """First index of a tile buffer (slots * 4, TILE, width)."""

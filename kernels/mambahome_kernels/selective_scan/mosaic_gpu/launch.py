@@ -17,8 +17,8 @@ class Options(NamedTuple):
     approx_math: bool = True
 
 
-def tile_buffer(like: jax.Array, slots: int, width: int = WARP):
-    return plgpu.SMEM((slots * WARPS, TILE, width), like.dtype)
+def tile_buffer(like: jax.Array, slots: int, width: int = WARP, span: int = 1):
+    return plgpu.SMEM((slots * WARPS, span * TILE, width), like.dtype)
 
 
 def launch(kernel, options: Options, *, groups: int, batch: int, out_type, scratch_types):
