@@ -19,8 +19,15 @@ def plain(value: Any) -> Any:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of Python and of the packages that decide the numbers."""
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    """Of Python and of the packages that decide the numbers; "not installed" where one runs from its sources alone."""
+
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
 def device() -> str:
