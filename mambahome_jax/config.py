@@ -74,6 +74,8 @@ class DataProperties:
     """(value, name) of each structure, without the background."""
     channels: tuple[str, ...] = ()
     patch_size: tuple[int, int, int] | None = None
+    mirror: tuple[str, ...] = ()
+    """Anatomical axes (LR, AP, IS) along which scans were mirrored in training."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "DataProperties":
@@ -88,6 +90,7 @@ class DataProperties:
             "labels": (lambda v: tuple((int(value), text(name)) for value, name in v.items()), '{"1": name, ...}'),
             "channels": (lambda v: tuple(text(name) for name in entries(v)), "a list of names"),
             "patch_size": (lambda v: None if v is None else three(v, operator.index), "three integers, or null"),
+            "mirror": (lambda v: tuple(one_of(name, ("LR", "AP", "IS")) for name in entries(v)), "axes of LR, AP, IS"),
         }
         return cls(**{name: converted(name, values[name], *form) for name, form in forms.items() if name in values})
 

@@ -95,6 +95,8 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
     total = config.steps or config.epochs * steps_per_epoch
     timed = config.max_minutes is not None
     val_every = config.val_every or config.skip_val * steps_per_epoch
+    augmentation = make_augmentation(ingredients, prepared, structures, explicit=config.mirror is not None)
+    mirrored = [] if augmentation is None else [prepared.orientation[axis] for axis, _ in augmentation.mirror]
     return Setup(
         prepared=prepared,
         prepared_val=prepared_val,
@@ -109,11 +111,12 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
             labels=tuple(structures.items()),
             channels=tuple(prepared.channels),
             patch_size=patch,
+            mirror=tuple(name for name, letters in AXIS_LETTERS.items() if any(m in letters for m in mirrored)),
         ),
         patch_size=patch,
         precision=config.precision or default_precision(),
         ingredients=ingredients,
-        augmentation=make_augmentation(ingredients, prepared, structures, explicit=config.mirror is not None),
+        augmentation=augmentation,
         labelled=labelled_classes(prepared, train, classes),
         optimizer=_optimizer(config, ingredients, steps_per_epoch, total),
         global_batch=batch,

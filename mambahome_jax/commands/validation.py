@@ -20,7 +20,7 @@ from mambahome_jax.imaging.intensity import normalise
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.preview import render
 from mambahome_jax.inference.segment import apply_network
-from mambahome_jax.inference.sliding_window import sliding_window
+from mambahome_jax.inference.sliding_window import PADDING_MODE, sliding_window
 from mambahome_jax.training.distributed import gather
 from mambahome_jax.training.loop import Validation
 from mambahome_jax.training.sharding import copy_to
@@ -76,6 +76,7 @@ def make_validate(
                 settings.patch_size,
                 settings.overlap,
                 sw_batch_size=settings.sw_batch_size,
+                padding_mode=PADDING_MODE,
             )
             prediction = np.asarray(most_likely(logits))
             if picture is None:

@@ -1,6 +1,6 @@
 """Test-time augmentation by mirrors: each window as it is and mirrored, the logits brought back and averaged."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import compress, product
 
@@ -16,18 +16,23 @@ from mambahome_jax.inference.sliding_window import Predict
 _WORDS = {"LR": "left-right", "AP": "front-back", "IS": "head-feet"}
 
 
-def mirrors_for(labels: Mapping[int, str], orientation: str) -> tuple[tuple[Mirror, ...], tuple[str, ...]]:
+def mirrors_for(
+    labels: Mapping[int, str], orientation: str, trained: Collection[str] = tuple(AXIS_LETTERS)
+) -> tuple[tuple[Mirror, ...], tuple[str, ...]]:
     """The axes to mirror, each with the label values that trade places, and a remark for each axis left out.
 
-    labels: value -> name of the structures of the network; orientation: of its axes, three letters such as "RAS".
-    Left out is an axis along which a structure would become one that the network does not know: where a side has no
-    counterpart among the labels, and left-right where the labels have no names to tell sides by.
+    labels: value -> name of the structures of the network; orientation: of its axes, three letters such as "RAS";
+    trained: anatomical axes along which the network saw mirrored scans in training: others would make it worse.
+    Left out is also an axis along which a structure would become one that the network does not know: where a side has
+    no counterpart among the labels, and left-right where the labels have no names to tell sides by.
     """
     mirrors, remarks = [], []
     for anatomical, letters in AXIS_LETTERS.items():
         axis = next(n for n, letter in enumerate(orientation.upper()) if letter in letters)
         pairs, alone = sides(labels, anatomical)
-        if anatomical == "LR" and not labels:
+        if anatomical not in trained:
+            why = f"the model was not trained on mirrored scans (train.py --mirror {anatomical})"
+        elif anatomical == "LR" and not labels:
             why = "the model has no names of structures, so that left and right cannot be told apart"
         elif alone:
             why = f"the model has no counterpart of {', '.join(alone)}"

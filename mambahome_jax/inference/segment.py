@@ -15,6 +15,7 @@ from flax import nnx
 
 from mambahome_jax.compiler import compiler_options
 from mambahome_jax.config import DataProperties, Mirror, Modality
+from mambahome_jax.datasets.mirror import AXIS_LETTERS
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
 from mambahome_jax.imaging.geometry import orientation_of, reorient, resample
 from mambahome_jax.imaging.intensity import normalise, statistics
@@ -24,7 +25,7 @@ from mambahome_jax.inference.mirrors import mirrored, mirrors_for
 from mambahome_jax.inference.postprocess import ALL, postprocess, values_named
 from mambahome_jax.inference.probabilities import probabilities, write_probabilities
 from mambahome_jax.inference.restore import labels_on_grid
-from mambahome_jax.inference.sliding_window import sliding_window
+from mambahome_jax.inference.sliding_window import PADDING_MODE, sliding_window
 from mambahome_jax.model.network import MULTIPLE
 
 Progress = Callable[[int, int], None]
@@ -159,9 +160,20 @@ def settings_for(model: Any, **changes: Any) -> SegmentSettings:
 
 
 def with_mirrors(model: Any, settings: SegmentSettings) -> tuple[SegmentSettings, tuple[str, ...]]:
-    """Settings with every axis mirrored that the labels allow, and a remark for each that they do not."""
-    mirrors, remarks = mirrors_for(label_names_of(model), settings.orientation)
+    """Settings with every axis mirrored that training mirrored and the labels allow, and a remark for each other one.
+
+    Of an ensemble those that all were trained with; of a callable that is no network those that the labels allow.
+    """
+    networks = [member for member in members_of(model) if isinstance(member, nnx.Module)]
+    trained = set(AXIS_LETTERS).intersection(*(_mirrored_in_training(network) for network in networks))
+    mirrors, remarks = mirrors_for(label_names_of(model), settings.orientation, trained)
     return replace(settings, mirrors=mirrors), remarks
+
+
+def _mirrored_in_training(network: nnx.Module) -> tuple[str, ...]:
+    """Nothing for bare weights: the published training mirrors nothing."""
+    data = getattr(network, "metadata", None)
+    return () if data is None else data.mirror
 
 
 def chosen_values(
@@ -265,7 +277,7 @@ def _logits_of_each(
             settings.overlap,
             "constant" if published else "gaussian",
             settings.sw_batch_size,
-            "constant" if published else "edge",
+            PADDING_MODE,
             progress=report,
         )
         if not _finite(logits):

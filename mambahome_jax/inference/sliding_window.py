@@ -18,6 +18,9 @@ from mambahome_jax.errors import ConfigError
 
 Mode = Literal["gaussian", "constant"]
 PaddingMode = Literal["edge", "constant"]
+# Zeros around a scan smaller than a window, as around one smaller than a training patch (data.loader): networks see the
+# whole window at once, and copies of the scan's border, which they were not trained on, cost them several percent.
+PADDING_MODE: PaddingMode = "constant"
 Memory = Literal["device", "host"]
 Predict = Callable[[jax.Array], Any]
 # Where a device does not say what it has (a CPU), its memory is the host's, and both ways need the same.

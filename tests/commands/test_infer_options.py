@@ -14,7 +14,10 @@ from mambahome_jax.inference.segment import segment
 from tests.commands.scans import write
 from tests.inference.models import Levels
 
-PROPERTIES = DataProperties(spacing=None, labels=((1, "liver"), (2, "spleen")), patch_size=(16, 16, 32))
+EVERY_AXIS = ("LR", "AP", "IS")
+PROPERTIES = DataProperties(
+    spacing=None, labels=((1, "liver"), (2, "spleen")), patch_size=(16, 16, 32), mirror=EVERY_AXIS
+)
 MODELS = {
     "a": Levels((0.0, 0.5, 1.0), metadata=PROPERTIES),
     "b": Levels((0.0, 0.8, 1.0), metadata=PROPERTIES),
@@ -127,7 +130,7 @@ def test_what_does_not_fit_is_refused_before_the_first_scan(tmp_path):
 
 def test_axes_that_cannot_be_mirrored_are_named(tmp_path, monkeypatch, capsys):
     labels = ((1, "left atrium"), (2, "aorta"))
-    model = Levels((0.0, 0.5, 1.0), metadata=DataProperties(spacing=None, labels=labels, patch_size=(16, 16, 32)))
+    model = Levels((0.0, 0.5, 1.0), metadata=DataProperties(spacing=None, labels=labels, mirror=EVERY_AXIS))
     monkeypatch.setattr(infer, "load_model", lambda path, precision: model)
     assert infer.run(config(tmp_path, tta=True)) == 0
     assert "Note: tta leaves the left-right axis out" in capsys.readouterr().out

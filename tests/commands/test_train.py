@@ -105,6 +105,7 @@ def test_a_run_writes_what_the_design_promises(tmp_path, capsys):
         "labels": {"1": "box"},
         "channels": ["ct"],
         "patch_size": [32, 16, 16],
+        "mirror": [],
     }
     assert config["model"]["out_chans"] == 2 and config["training"]["lr"] == 1e-2
     report = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -234,7 +235,9 @@ def test_the_strong_recipe_trains_and_its_average_is_the_checkpoint(tmp_path, ca
     text = capsys.readouterr().out
     assert "recipe strong: AdamW, lr 0.001, weight decay 0.01, eps 1e-08, warmup_steps 4, clip_norm 1.0" in text
     assert "mirrored along axis 0, 0 pairs" in text
-    settings = read_checkpoint_config(tmp_path / "run" / "checkpoints" / "last")["training"]
+    written = read_checkpoint_config(tmp_path / "run" / "checkpoints" / "last")
+    assert written["data"]["mirror"] == ["LR"]
+    settings = written["training"]
     assert settings["ema_decay"] == 0.999 and settings["class_balanced"] and settings["mirror"] == [[0, []]]
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rates = [float(row["lr"]) for row in csv.DictReader(file)]

@@ -3,12 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.mirrors import class_order, mirrored, mirrors_for
-from mambahome_jax.inference.segment import segment
+from mambahome_jax.inference.segment import SegmentSettings, segment, with_mirrors
 from tests.inference.models import Levels
 
 KIDNEYS = {1: "liver", 2: "kidney_left", 3: "kidney_right"}
@@ -30,6 +31,24 @@ def test_axes_follow_the_orientation_and_the_names():
     assert mirrors == ((1, ()), (2, ())) and "no names" in remark
     mirrors, (remark,) = mirrors_for({1: "anterior leaflet"}, "RAS")
     assert mirrors == ((0, ()), (2, ())) and "front-back" in remark
+
+
+def test_only_axes_mirrored_in_training_are_mirrored():
+    mirrors, remarks = mirrors_for(KIDNEYS, "RAS", ("LR",))
+    assert mirrors == ((0, ((2, 3),)),)
+    assert ["--mirror AP" in remarks[0], "--mirror IS" in remarks[1]] == [True, True]
+    settings = SegmentSettings(None, "RAS", "ct", (16, 16, 16))
+
+    def network(**data):
+        model = nnx.Module()
+        model.metadata = nnx.static(DataProperties(labels=tuple(KIDNEYS.items()), **data)) if data else None
+        return model
+
+    assert with_mirrors(network(mirror=("LR", "IS")), settings)[0].mirrors == ((0, ((2, 3),)), (2, ()))
+    both = [network(mirror=("LR", "IS")), network(mirror=("AP", "LR"))]
+    assert with_mirrors(both, settings)[0].mirrors == ((0, ((2, 3),)),)
+    unmirrored, remarks = with_mirrors(network(), settings)
+    assert unmirrored.mirrors == () and len(remarks) == 3
 
 
 def test_without_mirrors_nothing_is_changed():
@@ -72,10 +91,11 @@ def test_pairs_of_two_axes_are_both_swapped():
 def test_segment_mirrors_and_says_what_it_leaves_out():
     volume = Volume(np.random.default_rng(2).integers(0, 2, (16, 32, 16)).astype(np.float32), np.eye(4))
     options = {"roi_size": (16, 32, 16), "modality": "us", "spacing": (0, 0, 0)}
-    properties = DataProperties(spacing=None, labels=((1, "liver"), (2, "spleen")))
+    properties = DataProperties(spacing=None, labels=((1, "liver"), (2, "spleen")), mirror=("LR", "AP", "IS"))
     model = Levels((0.0, 0.5, 1.0), metadata=properties)
     plain = segment(model, volume, **options)
     np.testing.assert_array_equal(segment(model, volume, tta=True, **options).array, plain.array)
     assert set(np.unique(plain.array)) == {0, 2}
     with pytest.warns(UserWarning, match="left-right axis out"):
-        segment(Levels((0.0, 0.5, 1.0)), volume, tta=True, **options)
+        unnamed = Levels((0.0, 0.5, 1.0), metadata=DataProperties(spacing=None, mirror=("LR", "AP", "IS")))
+        segment(unnamed, volume, tta=True, **options)

@@ -1,4 +1,4 @@
-"""Compile the scan's kernels to sm_90a machine code where there is no GPU: DTYPE D_INNER LENGTH D_STATE.
+"""Compile the scan's kernels of all variants of one DTYPE to sm_90a machine code where there is no GPU.
 
 A program of its own, since the compiler's reports are switched on by environment variables that are read once.
 """
@@ -27,16 +27,17 @@ platform_name: "CUDA"  dnn_version_info { major: 9 minor: 12 }  device_descripti
 
 
 def main() -> None:
-    from tests.kernels.test_mosaic_gpu import both, shapes
+    from tests.kernels.test_mosaic_gpu import VARIANTS, both, shapes
 
-    dtype, d_inner, length, d_state = sys.argv[1], *map(int, sys.argv[2:])
     topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
     everywhere = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
-    inputs = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes(dtype, d_inner, length, d_state)
-    )
     jax.block_until_ready(jnp.zeros(()))
-    jax.jit(both).trace(inputs, inputs.x).lower().compile()
+    for variant in VARIANTS:
+        if variant[0] == sys.argv[1]:
+            inputs = jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes(*variant)
+            )
+            jax.jit(both).trace(inputs, inputs.x).lower().compile()
 
 
 if __name__ == "__main__":

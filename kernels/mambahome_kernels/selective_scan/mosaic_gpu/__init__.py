@@ -132,8 +132,10 @@ def _traced_once(*static: str) -> Callable:
         jitted = jax.jit(function, static_argnames=static)
 
         def call(*args, **kwargs):
-            # What the interpreter traces must not be taken for the kernel, or the other way round.
-            return (function if interpreting() else jitted)(*args, **kwargs)
+            # The kernels count in 32 bits. What the interpreter traces must not be taken for the kernel, or the other
+            # way round.
+            with jax.enable_x64(False):
+                return (function if interpreting() else jitted)(*args, **kwargs)
 
         return call
 
