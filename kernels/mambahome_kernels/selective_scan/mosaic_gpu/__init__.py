@@ -70,9 +70,8 @@ class _Prepared:
 
         self.x, self.dt = wide(inputs.x), wide(inputs.dt)
         self.z = None if inputs.z is None else wide(inputs.z)
-        # Narrow, but read by every lane: not worth a conversion at each step, unless there are few of them.
-        thin = F32 if s.tiles > _FEW_TILES else jnp.promote_types(inputs.B.dtype, inputs.C.dtype)
-        self.B, self.C = (_pad(a.astype(thin), s.d_state) for a in (inputs.B, inputs.C))
+        # Narrow, but read by every lane: not worth a conversion at each step.
+        self.B, self.C = (_pad(a.astype(F32), s.d_state) for a in (inputs.B, inputs.C))
         self.rates = self.states(inputs.A.astype(F32)[None] * LOG2E, s)[0]
         self.bias, self.skip = vector(inputs.dt_bias), vector(inputs.D)
 
@@ -87,10 +86,7 @@ def _states(inputs: ScanInputs, softplus: bool, keep: bool, options: Options, ch
     s = sizes_of(inputs, softplus, chunk)
     p = _Prepared(inputs, s)
     ends, total = forward.ends(s, p.x, p.dt, p.B, p.rates, p.bias, options)
-    if inputs.initial_state is None:
-        edge = jnp.zeros((s.batch, s.d_state, s.channels), F32)
-    else:
-        edge = p.states(inputs.initial_state, s)
+    edge = None if inputs.initial_state is None else p.states(inputs.initial_state, s)
     starts, last = carry_over(s, total, ends, edge, p.rates, options)
     y, *kept = forward.outputs(s, p.x, p.dt, p.B, p.C, p.z, p.rates, p.bias, p.skip, starts, options, keep)
     states = inputs.A.shape[1]

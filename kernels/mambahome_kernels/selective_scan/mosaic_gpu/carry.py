@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mambahome_kernels.selective_scan.mosaic_gpu.lanes import F32, WARPS, Sizes, workers
+from mambahome_kernels.selective_scan.mosaic_gpu.lanes import F32, WARPS, Sizes, workers, zeros
 from mambahome_kernels.selective_scan.mosaic_gpu.launch import Options, launch
 
 _GROUP = 8  # chunks read together, to hide the latency of memory
@@ -14,11 +14,14 @@ def carry_over(sizes: Sizes, total, local, edge, rates, options: Options, revers
     """State entering each chunk (batch, chunks, d_state, channels), and the one that leaves the last.
 
     total (batch, chunks, channels): sum of delta; local, like the result: state after a chunk from zero; edge
-    (batch, d_state, channels): state that enters the first chunk. In reverse, the last chunk is the first.
+    (batch, d_state, channels): state that enters the first chunk, None for zeros. In reverse, the last chunk is the
+    first.
     """
     s = sizes
+    given = [] if edge is None else [edge]
 
-    def kernel(total, local, edge, rates, before, after):
+    def kernel(total, local, rates, *refs):
+        *edge, before, after = refs
         for at in workers(s.units):
             state = at.major
 
@@ -33,7 +36,7 @@ def carry_over(sizes: Sizes, total, local, edge, rates, options: Options, revers
                 return h
 
             whole = s.chunks // _GROUP
-            h = edge[at.batch, state, at.channels]
+            h = edge[0][at.batch, state, at.channels] if edge else zeros()
             h = lax.fori_loop(0, whole, lambda g, h, group=group: group(g * _GROUP, _GROUP, h), h)
             h = group(whole * _GROUP, s.chunks % _GROUP, h)
             after[at.batch, state, at.channels] = h
@@ -43,6 +46,9 @@ def carry_over(sizes: Sizes, total, local, edge, rates, options: Options, revers
         options,
         groups=s.d_state * s.units // WARPS,
         batch=s.batch,
-        out_type=[jax.ShapeDtypeStruct(local.shape, F32), jax.ShapeDtypeStruct(edge.shape, F32)],
+        out_type=[
+            jax.ShapeDtypeStruct(local.shape, F32),
+            jax.ShapeDtypeStruct((s.batch, s.d_state, s.channels), F32),
+        ],
         scratch_types=[],
-    )(total, local, edge, rates)
+    )(total, local, rates, *given)
