@@ -64,6 +64,8 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"--{name} {value}; expected 1 or more")
+    if config.hold_out < 0 or config.hold_out == 1:
+        raise ConfigError(f"--hold_out {config.hold_out}; expected 0, or 2 or more")
     if config.num_workers is not None and config.num_workers < 0:
         raise ConfigError(f"--num_workers {config.num_workers}; expected 0 or more")
     if config.max_minutes is not None and (not config.max_minutes > 0 or config.steps is not None):
@@ -191,7 +193,7 @@ def choose_patch(config: TrainConfig, shapes: list[tuple[int, int, int]]) -> tup
 def _cases(
     config: TrainConfig, prepared: Prepared, prepared_val: Prepared | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    train, val = split_cases(prepared, config.seed)
+    train, val = split_cases(prepared, config.seed, config.hold_out)
     if prepared_val is not None:
         # Nothing has to be held out of the training folder but what it marks itself.
         marked = {case.id for case in prepared.cases if case.split == "val"}

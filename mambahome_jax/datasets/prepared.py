@@ -150,18 +150,18 @@ def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
-def split_cases(prepared: Prepared, seed: int = 0) -> tuple[list[str], list[str]]:
+def split_cases(prepared: Prepared, seed: int = 0, hold_out: int = 5) -> tuple[list[str], list[str]]:
     """Ids to train on and ids to validate on.
 
-    Held out are the cases marked "val"; without any, every fifth patient in an order drawn from the seed. Cases with
-    split "test" or without a label are in neither list; a single patient is trained on and not held out.
+    Held out are the cases marked "val"; without any, every `hold_out`-th patient in an order drawn from the seed, none
+    for 0. Cases with split "test" or without a label are in neither list; a single patient is trained on, not held out.
     """
     usable = [case for case in prepared.cases if case.label is not None and case.split != "test"]
     held_out = {case.id for case in usable if case.split == "val"}
-    if not held_out:
+    if not held_out and hold_out:
         patients = sorted({case.patient for case in usable if case.split != "val"})
         order = np.random.default_rng(seed).permutation(len(patients))
-        chosen = {patients[i] for i in order[::5]} if len(patients) > 1 else set()
+        chosen = {patients[i] for i in order[::hold_out]} if len(patients) > 1 else set()
         held_out = {case.id for case in usable if case.patient in chosen}
     return [case.id for case in usable if case.id not in held_out], [case.id for case in usable if case.id in held_out]
 

@@ -166,6 +166,14 @@ def test_a_run_of_given_minutes_ends_by_itself_and_tells_the_time_spent(tmp_path
     assert spent > 3 and report["status"] == "finished" and report["step"] >= 1 and report["best"] is not None
 
 
+def test_without_held_out_cases_the_last_weights_are_the_best(tmp_path, capsys):
+    data = _dataset(tmp_path / "data", val=())
+    assert command.run(_config(data, tmp_path / "run", hold_out=0)) == 0
+    assert "5 cases to train on, none to validate on" in capsys.readouterr().out
+    best, last = (read_checkpoint_params(tmp_path / "run" / "checkpoints" / name) for name in ("best", "last"))
+    jax.tree.map(np.testing.assert_array_equal, best, last)
+
+
 def test_resume_without_a_checkpoint_starts_anew(tmp_path, capsys):
     assert command.run(_config(_dataset(tmp_path / "data"), tmp_path / "run", steps=1, resume=True)) == 0
     assert "starting from the beginning" in capsys.readouterr().out
@@ -214,6 +222,7 @@ def test_faults_of_data_and_flags_are_told_before_training(tmp_path):
         ({"patch_size": (50, 48, 30)}, r"50 48 30; expected multiples of 16.* such as 48 48 32"),
         ({"classes": 1}, "labels go up to 1; expected at least 2"),
         ({"batch_size": 0}, "--batch_size 0"),
+        ({"hold_out": 1}, "--hold_out 1; expected 0, or 2 or more"),
         ({"num_devices": 99}, "--num_devices 99"),
         ({"overlap": 1.0}, "--overlap"),
         ({"lr": -1.0}, "--lr -1"),

@@ -100,6 +100,8 @@ def test_every_fifth_case_is_held_out_by_seed():
     assert split_cases(prepared(Path(), *cases), seed=3) == (train, held_out)
     assert split_cases(prepared(Path(), *cases), seed=4)[1] != held_out
     assert not {"t", "u"} & {*train, *held_out}
+    assert len(split_cases(prepared(Path(), *cases), 3, hold_out=2)[1]) == 10
+    assert split_cases(prepared(Path(), *cases), 3, hold_out=0) == ([f"c{i:02}" for i in range(20)], [])
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=30), st.integers(0, 1000))
