@@ -225,7 +225,7 @@ class TrainConfig(RecipeFlags):
     data_val: Path | None = None
     """Another such folder for validation; without it the cases marked "val", else every fifth case, are held out."""
     hold_out: int = 5
-    """Hold out every n-th patient of a folder without marks to validate on; 0: none, and the last weights are "best"."""
+    """Hold out every n-th patient of a folder without marks to validate on; 0: none, the last weights are "best"."""
     output_dir: Path | None = None
     """Where the run is written (default: runs/<checkpoint_name>)."""
     checkpoint_name: str = ""
