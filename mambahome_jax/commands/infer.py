@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mambahome_jax.commands.find_scans import Scan, find_scans, join_channels
 from mambahome_jax.commands.infer_faults import changed_flags, check_settings, reason_of
 from mambahome_jax.commands.infer_volumes import volumes_by_structure, volumes_table, write_volumes
-from mambahome_jax.commands.outputs import open_output
+from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.commands.run_report import device, plain, versions
 from mambahome_jax.config import InferConfig
 from mambahome_jax.datasets.base import Case
@@ -101,6 +101,13 @@ def run(config: InferConfig) -> int:
     taken = {folder.parent} if folder.is_file() else {folder, config.data_path}
     if config.output_dir.resolve() in {path.resolve() for path in taken}:
         raise ConfigError(f"{config.output_dir}: --output_dir holds the scans themselves. Name another folder")
+    with locked(config.output_dir, "infer"):
+        return _segment_all(config, scans, failures, started, console)
+
+
+def _segment_all(
+    config: InferConfig, scans: list[Scan], failures: list[dict[str, str]], started: float, console: Console
+) -> int:
     open_output(config.output_dir, ["run.json", "volumes.csv"])
     models = _load(config)
     settings = settings_for(

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mambahome_jax.commands.open_dataset import input_paths, open_dataset
+from mambahome_jax.commands.outputs import locked
 from mambahome_jax.config import Modality, PreprocessConfig
 from mambahome_jax.data.pool import count_workers, run_jobs
 from mambahome_jax.data.prepare import CaseJob, prepare_case, up_to_date
@@ -57,16 +58,17 @@ def run(config: PreprocessConfig) -> int:
     dataset = open_dataset(config)
     named = f"{len(dataset.labels)} structures" if dataset.labels else "labels without names"
     _say(console, f"Dataset: {dataset.name}, layout {dataset.layout}: {len(dataset.cases)} cases, {named}")
-    summary = prepare(
-        dataset,
-        config.output_path,
-        spacing=config.spacing,
-        orientation=config.orientation,
-        modality=config.modality,
-        num_workers=config.num_workers,
-        overwrite=config.overwrite,
-        console=console,
-    )
+    with locked(config.output_path, "preprocess", "--output_path"):
+        summary = prepare(
+            dataset,
+            config.output_path,
+            spacing=config.spacing,
+            orientation=config.orientation,
+            modality=config.modality,
+            num_workers=config.num_workers,
+            overwrite=config.overwrite,
+            console=console,
+        )
     _print_summary(summary, console)
     return summary.exit_code
 
