@@ -221,8 +221,10 @@ class TrainConfig(RecipeFlags):
     """Output folder of preprocess.py, or a folder in the published layout."""
     data_val: Path | None = None
     """Another such folder for validation; without it the cases marked "val", else every fifth case, are held out."""
+    config: Path | None = None
+    """run.json of an earlier run, to run it again with its flags; those that are given win."""
     output_dir: Path | None = None
-    """Where the run is written (default: runs/<checkpoint_name>)."""
+    """Where the run is written (default: runs/<checkpoint_name>; with --config a folder beside the earlier run)."""
     checkpoint_name: str = ""
     """Name of the run (default: that of --model)."""
     model: Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny"] = "MambaHoME"

@@ -24,7 +24,7 @@ from mambahome_jax.config import InferConfig
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.label_map import read_image
 from mambahome_jax.datasets.prepared import write_json
-from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
+from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, naming
 from mambahome_jax.imaging import itk
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
 from mambahome_jax.inference.ensemble import Logits, check_members
@@ -297,10 +297,8 @@ def _read(plan: Plan, scan: Scan) -> tuple[Volume, NetworkInput] | dict[str, Any
         )
     else:
         volume = read_volume(scan.path)
-    try:
+    with naming(scan.path):
         return volume, prepare(volume, _settings_of(scan, plan.settings), channels_of(plan.models))
-    except DatasetError as error:
-        raise DatasetError(error.found, file=scan.path, expected=error.expected, action=error.action) from error
 
 
 def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:

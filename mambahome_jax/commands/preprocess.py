@@ -274,7 +274,7 @@ def _open_output(output: Path, nifti: bool) -> None:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     except OSError as error:
         found = f"{error.filename or output}: cannot be written: {error.strerror or error}"
-        raise OutputError(f"{found}. Choose another --output_path") from error
+        raise OutputError(f"{found}. Free some space or name another --output_path") from error
 
 
 def _labels_found(entries: list[StoreEntry]) -> dict[int, str]:

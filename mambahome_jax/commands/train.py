@@ -82,6 +82,8 @@ def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console) -
     started = time.perf_counter()
     earlier = earlier_report(folder) if resume else {}
     report = new_report(config, setup, skipped)
+    if "pretrained" in earlier:
+        report["pretrained"] = earlier["pretrained"]
     progressed = Progressed()
     try:
         _train(config, setup, folder, resume, devices, progressed, console, begun, report)

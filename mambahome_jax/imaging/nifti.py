@@ -21,6 +21,7 @@ from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.unpack import GZIP_MAGIC, unpacked
 
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+_LONGEST = 1e12  # mm
 _HEADER = 544  # bytes of the longer of the two, with those that announce extensions
 
 
@@ -33,23 +34,39 @@ def read(path: Path, channels: int | None) -> tuple[nib.Nifti1Header, np.ndarray
     with _opened(path) as (file, stream):
         header = _header_of(path, stream.read(_HEADER))
         shape, dtype, offset = _layout(path, header, channels)
-        size = os.fstat(file.fileno()).st_size
         end = offset + math.prod(shape) * dtype.itemsize
-        # Deflate packs at most 1032 bytes into one.
-        held = size if stream is file else min(1032 * size, end)
-        if held >= end:
-            file.seek(0)
-            content, held = (file.read(end), end) if stream is file else unpacked(file.read(), end)
-        if held < end:
-            found = f"truncated: {max(held - offset, 0)} bytes of voxels"
-            raise DatasetError(found, file=path, expected=f"{end - offset}", action="Copy or download it again.")
+        _require_held(path, _most(file, stream), offset, end)
+        file.seek(0)
+        content, held = (file.read(end), end) if stream is file else unpacked(file.read(), end)
+        _require_held(path, min(held, len(content)), offset, end)
     return header, np.frombuffer(content, dtype, count=math.prod(shape), offset=offset).reshape(shape, order="F")
+
+
+def read_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and affine (4, 4), from the header and the size of the file. Raises DatasetError as `read`."""
+    with _opened(path) as (file, stream):
+        header = _header_of(path, stream.read(_HEADER))
+        shape, dtype, offset = _layout(path, header, None)
+        _require_held(path, _most(file, stream), offset, offset + math.prod(shape) * dtype.itemsize)
+    return shape, affine_of(path, header)
 
 
 def read_header(path: Path) -> nib.Nifti1Header:
     """The header alone. Raises DatasetError: missing, damaged, no NIfTI file, or half of a pair."""
     with _opened(path) as (_, stream):
         return _header_of(path, stream.read(_HEADER))
+
+
+def _most(file: BinaryIO, stream: Any) -> int:
+    """Bytes that a file can hold at most: deflate packs no more than 1032 into one."""
+    size = os.fstat(file.fileno()).st_size
+    return size if stream is file else 1032 * size
+
+
+def _require_held(path: Path, held: int, offset: int, end: int) -> None:
+    if held < end:
+        found, expected = f"truncated: {max(held - offset, 0)} bytes of voxels", f"{end - offset}"
+        raise DatasetError(found, file=path, expected=expected, action="Copy or download it again.")
 
 
 @contextlib.contextmanager
@@ -85,8 +102,7 @@ def _header_of(path: Path, content: bytes) -> nib.Nifti1Header:
     return header
 
 
-def shape_of(path: Path, header: nib.Nifti1Header, channels: int | None) -> tuple[int, ...]:
-    """`checked_shape` of what a header says."""
+def _shape_of(path: Path, header: nib.Nifti1Header, channels: int | None) -> tuple[int, ...]:
     return checked_shape(path, tuple(int(n) for n in header.get_data_shape()), channels)
 
 
@@ -120,9 +136,11 @@ def affine_of(path: Path, header: nib.Nifti1Header) -> np.ndarray:
 
 
 def usable_affine(path: Path, affine: np.ndarray) -> np.ndarray:
-    """The affine (4, 4) itself. Raises DatasetError: not finite, or singular."""
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 1e-6 * lengths.prod():
+    """The affine (4, 4) itself. Raises DatasetError: not finite, singular, or of no size on earth."""
+    # What lies beyond cannot be millimetres, and its squares and products would overflow.
+    small = bool(np.isfinite(affine).all()) and np.abs(affine).max() <= _LONGEST
+    lengths = np.linalg.norm(affine[:3, :3], axis=0) if small else np.zeros(3)
+    if not abs(np.linalg.det(affine[:3, :3]) if small else 0) > 1e-6 * lengths.prod() or lengths.min() < 1 / _LONGEST:
         expected = "three independent axes of positive length"
         action = "Mend the geometry in its header (NIfTI: sform, qform or pixdim)."
         raise DatasetError(f"singular affine {affine[:3].tolist()}", file=path, expected=expected, action=action)
@@ -140,7 +158,7 @@ def slope_inter(path: Path, header: nib.Nifti1Header) -> tuple[float, float]:
 
 def _layout(path: Path, header: nib.Nifti1Header, channels: int | None) -> tuple[tuple[int, ...], np.dtype, int]:
     """Shape, stored type, and where in the file the voxels begin."""
-    shape = shape_of(path, header, channels)
+    shape = _shape_of(path, header, channels)
     try:
         dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
     except (HeaderDataError, ValueError, OverflowError) as error:

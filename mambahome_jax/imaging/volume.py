@@ -93,9 +93,7 @@ def read_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
 
     Raises DatasetError as `read_volume`, as far as the header shows it.
     """
-    path = Path(path)
-    header = nifti.read_header(path)
-    return nifti.shape_of(path, header, None), nifti.affine_of(path, header)
+    return nifti.read_geometry(Path(path))
 
 
 def read_forms(path: str | Path) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray]:

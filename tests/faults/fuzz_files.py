@@ -84,7 +84,7 @@ def faults_of(command: str, result: dict[str, Any], names: dict[str, list[str]])
         return [f"{where}: {result['died']}"]
     found = [f"{where}: {result['error']}"] if "error" in result else []
     if "Traceback" in result["output"]:
-        found.append(f"{where}: traceback: {result['output'][result['output'].index('Traceback') :][-1500:]}")
+        found.append(f"{where}: traceback: {result['output'][result['output'].index('Traceback') :][:3000]}")
     for case, reason in result["reasons"].items():
         if "\n" in reason or not any(name in reason for name in names.get(case, ())):
             found.append(f"{where}: {case}: {reason!r}")
@@ -118,7 +118,7 @@ def fuzz(root: Path, count: int, commands: tuple[str, ...] = COMMANDS, first: in
         for result in run_worker(command, folders, 10 * FOLDER):
             faults += faults_of(command, result, names)
             cases = result.get("cases", {})
-            counts[command].update(tried=len(cases), refused=len(result.get("reasons", {})))
+            counts[command].update(tried=sum(" " not in case for case in cases), refused=len(result.get("reasons", {})))
             refused.update(kinds[case] for case in result.get("reasons", {}))
             for seconds, megabytes in cases.values():
                 worst["seconds"], worst["megabytes"] = (

@@ -72,8 +72,17 @@ def main() -> None:
     seen: dict[str, list[float]] = {}
     check.examine_case = measured(check.examine_case, seen, lambda a: a[0].case.id)
     preprocess.prepare_case = measured(preprocess.prepare_case, seen, lambda a: a[0].case.id)
-    infer._read = measured(infer._read, seen, lambda a: a[1].case)
-    infer._write = measured(infer._write, seen, lambda a: a[1].case)
+    names: dict[int, str] = {}
+    read = infer._read
+
+    def remembered(plan: Any, scan: Any) -> Any:
+        found = read(plan, scan)
+        names[id(found[1])] = scan.case
+        return found
+
+    infer._read = measured(remembered, seen, lambda a: a[1].case)
+    infer.label = measured(infer.label, seen, lambda a: f"labels of {names[id(a[1])]}")
+    infer._write = measured(infer._write, seen, lambda a: f"result of {a[1].case}")
     resource.setrlimit(resource.RLIMIT_AS, (_resident("VmSize") * 1024 + LIMIT,) * 2)
     for folder in folders:
         seen.clear()
