@@ -31,16 +31,17 @@ def measured(function: Callable, seen: dict[str, list[float]], name: Callable[[t
 
     def call(*arguments: Any) -> Any:
         Path("/proc/self/clear_refs").write_text("5")
-        before, begun = _resident("VmRSS"), time.perf_counter()
+        before, begun = resident("VmRSS"), time.perf_counter()
         try:
             return function(*arguments)
         finally:
-            seen[name(arguments)] = [time.perf_counter() - begun, (_resident("VmHWM") - before) / 1024]
+            seen[name(arguments)] = [time.perf_counter() - begun, (resident("VmHWM") - before) / 1024]
 
     return call
 
 
-def _resident(name: str) -> int:
+def resident(name: str) -> int:
+    """Kilobytes of this process: VmRSS, VmHWM, VmSize."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
@@ -83,7 +84,7 @@ def main() -> None:
     infer._read = measured(remembered, seen, lambda a: a[1].case)
     infer.label = measured(infer.label, seen, lambda a: f"labels of {names[id(a[1])]}")
     infer._write = measured(infer._write, seen, lambda a: f"result of {a[1].case}")
-    resource.setrlimit(resource.RLIMIT_AS, (_resident("VmSize") * 1024 + LIMIT,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (resident("VmSize") * 1024 + LIMIT,) * 2)
     for folder in folders:
         seen.clear()
         said = io.StringIO()
