@@ -52,6 +52,10 @@ def locked(folder: Path, command: str, flag: str = "--output_dir") -> Iterator[N
     except OSError as error:
         raise _cannot_write(folder, error, flag) from error
     try:
+        # What a killed run was writing: nobody else writes here now.
+        for leftover in (*folder.glob(".*.partial*"), *folder.glob("previews/.*.partial*"), *folder.glob(".*.probe")):
+            with contextlib.suppress(OSError):
+                leftover.unlink()
         yield
     finally:
         with contextlib.suppress(OSError):

@@ -59,7 +59,9 @@ def test_lock_of_a_process_that_was_killed_keeps_nobody_out(tmp_path):
             pass
         process.kill()
     assert json.loads((tmp_path / LOCK).read_text())["pid"] == process.pid
+    (tmp_path / ".a.nii.gz.1-2.partial.gz").touch()
     with locked(tmp_path, "infer"):
+        assert not list(tmp_path.glob("*.partial*"))
         assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
     assert list(tmp_path.iterdir()) == []
 
