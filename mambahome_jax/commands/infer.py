@@ -200,7 +200,7 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
     for scan in scans:
         if scan not in todo:
             outcome.cases.append(
-                {"id": scan.case, "input": _input(scan), "output": _result(config, scan).name, "kept": True}
+                {"id": scan.case, "input": _input(config, scan), "output": _result(config, scan).name, "kept": True}
             )
     if len(todo) < len(scans):
         _say(console, f"{len(scans) - len(todo)} results are there already and kept")
@@ -310,7 +310,13 @@ def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
         volume_ml = volumes_ml(read_labels(path), plan.names)
     except DatasetError:
         return None
-    return {"id": scan.case, "input": str(scan.path), "output": path.name, "kept": True, "volume_ml": volume_ml}
+    return {
+        "id": scan.case,
+        "input": _input(plan.config, scan),
+        "output": path.name,
+        "kept": True,
+        "volume_ml": volume_ml,
+    }
 
 
 def _settings_of(scan: Scan, settings: SegmentSettings) -> SegmentSettings:
@@ -338,7 +344,7 @@ def _write(
         remarks = {"remarks": [f"without preview: {error}"]}
     return {
         "id": scan.case,
-        "input": _input(scan),
+        "input": _input(config, scan),
         "modality": scan.modality or settings.modality,
         "output": path.name,
         "preview": str(preview.relative_to(config.output_dir)) if config.previews and not remarks else None,
@@ -352,8 +358,12 @@ def _result(config: InferConfig, scan: Scan) -> Path:
     return config.output_dir / f"{scan.case}.{config.output_format}"
 
 
-def _input(scan: Scan) -> str | list[str]:
-    return [str(path) for path in scan.channels] if scan.channels else str(scan.path)
+def _input(config: InferConfig, scan: Scan) -> str | list[str]:
+    """Files as seen from --data_path, which run.json has as it was given."""
+    home = config.data_path if config.data_path.is_dir() else config.data_path.parent
+    names = [str(path.relative_to(home)) if path.is_relative_to(home) else path.name for path in scan.channels]
+    whole = str(scan.path.relative_to(home)) if scan.path.is_relative_to(home) else scan.path.name
+    return names if scan.channels else whole
 
 
 def _shares(config: InferConfig, scan: Scan) -> Path:

@@ -289,7 +289,17 @@ def _prepared_case(job: CaseJob, entry: StoreEntry) -> PreparedCase:
         image = job.image_path.relative_to(job.output).as_posix()
         label = job.label_path.relative_to(job.output).as_posix() if case.has_label else None
     return PreparedCase(
-        *(case.id, image, label, case.split, job.modality, entry.shape, entry.spacing, str(case.image), case.patient),
+        *(
+            case.id,
+            image,
+            label,
+            case.split,
+            job.modality,
+            entry.shape,
+            entry.spacing,
+            "/".join(case.image.parts[-2:]),
+            case.patient,
+        ),
         labelled=entry.labelled,
         remarks=entry.remarks,
     )

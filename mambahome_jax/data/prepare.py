@@ -1,6 +1,8 @@
 """One case from the files that the user has to the files that training reads: check, reorient, resample, write."""
 
 import contextlib
+import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +62,11 @@ def fingerprint(job: CaseJob) -> dict[str, Any]:
     case = job.case
     files = [*case.image_files, *case.label_files]
     try:
-        sources = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        # Compared, never read: where a file lies, and whose name may be in that, is nobody else's business.
+        places = [hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest() for path in files]
+        sources = [
+            [place, path.stat().st_size, path.stat().st_mtime_ns] for place, path in zip(places, files, strict=True)
+        ]
     except OSError as error:
         raise DatasetError(f"cannot be read: {error.strerror or error}", file=error.filename) from error
     return {
