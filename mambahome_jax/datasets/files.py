@@ -19,7 +19,8 @@ def listing(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     Names that begin with . or _ are left out: macOS puts ._<name> and __MACOSX beside the files of an archive.
     Raises DatasetError: the folder cannot be read.
     """
-    folders, files = {}, {}
+    folders: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
