@@ -68,7 +68,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("infer", "train"))
     parser.add_argument("--count", type=int, default=50)
-    parser.add_argument("--sizes", type=int, default=5, help="sizes of scans, each of which is compiled for once")
+    parser.add_argument("--sizes", type=int, default=2, help="sizes of scans, each of which is compiled for once")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.what == "infer":
