@@ -1,3 +1,4 @@
+# `make faults` damages files, kills and starves the commands: up to half an hour.
 # `make demo` and `make test` build .venv when it is missing, with any Python >= 3.11 that is found.
 # PYTHON=/path/to/python picks one.
 
@@ -5,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 pytho
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v "$$p"; break; }; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test faults lint clean
 
 demo: .venv/installed
 	$(BIN)/mambahome demo
@@ -15,6 +16,9 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+faults: .venv/installed
+	$(BIN)/python -m tests.faults
 
 lint: .venv/installed
 	$(BIN)/ruff format .

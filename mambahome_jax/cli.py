@@ -16,6 +16,7 @@ import tyro
 
 from mambahome_jax import config
 from mambahome_jax.errors import MambaHomeError
+from mambahome_jax.rerun import with_earlier_flags
 
 COMMANDS = {
     "check": config.CheckConfig,
@@ -73,10 +74,15 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
 
 
 def parse(command: str, argv: Sequence[str], prog: str):
-    """The configuration of a command from its arguments; exits with 2 and a message on wrong usage."""
+    """The configuration of a command from its arguments; exits with 2 and a message on wrong usage.
+
+    Raises ConfigError: --config names no run.json of this command.
+    """
+    names = [field.name for field in dataclasses.fields(COMMANDS[command])]
+    arguments = normalise_arguments(command, argv)
     return tyro.cli(
         COMMANDS[command],
-        args=normalise_arguments(command, argv),
+        args=with_earlier_flags(command, arguments, names) if "config" in names else arguments,
         prog=prog,
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff,),

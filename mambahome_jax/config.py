@@ -23,6 +23,8 @@ Precision = Literal["fp32", "tf32", "bf16"]
 Strategy = Literal["ddp", "fsdp"]
 # An axis of the array, and the pairs of label values that trade places where a volume is mirrored along it.
 Mirror = tuple[int, tuple[tuple[int, int], ...]]
+# Of layers and experts in a stage, and of channels anywhere: far more than any network has.
+MOST_PARTS, MOST_CHANNELS = 1000, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,13 @@ class ModelConfig:
             object.__setattr__(self, name, value)
             if len(value) != 4 or min(value) < 1:
                 raise ConfigError(f"{name} is {value}; expected four positive integers, one a stage of the encoder")
+            # A network of a billion layers would be built for ever before its weights are seen to be missing.
+            if name != "group_list" and max(value) > (MOST_CHANNELS if name == "feat_size" else MOST_PARTS):
+                raise ConfigError(f"{name} is {value}; expected at most {MOST_PARTS}, and {MOST_CHANNELS} channels")
         for name in ("in_chans", "out_chans", "hidden_size", "expert_mult", "num_slots_per_expert_first"):
-            if converted(name, getattr(self, name), operator.index, "a positive integer") < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected a positive integer")
+            if not 1 <= converted(name, getattr(self, name), operator.index, "a positive integer") <= MOST_CHANNELS:
+                found = f"{name} is {getattr(self, name)}"
+                raise ConfigError(f"{found}; expected a positive integer, at most {MOST_CHANNELS}")
         if not isinstance(self.use_checkpoint, bool):
             raise ConfigError(f"use_checkpoint is {self.use_checkpoint!r}; expected true or false")
 
@@ -226,8 +232,10 @@ class TrainConfig(RecipeFlags):
     """Another such folder for validation; without it the cases marked "val", else every fifth case, are held out."""
     hold_out: int = 5
     """Hold out every n-th patient of a folder without marks to validate on; 0: none, the last weights are "best"."""
+    config: Path | None = None
+    """run.json of an earlier run, to run it again with its flags; those that are given win."""
     output_dir: Path | None = None
-    """Where the run is written (default: runs/<checkpoint_name>)."""
+    """Where the run is written (default: runs/<checkpoint_name>; with --config a folder beside the earlier run)."""
     checkpoint_name: str = ""
     """Name of the run (default: that of --model)."""
     model: Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny"] = "MambaHoME"

@@ -1,5 +1,7 @@
 """Errors that a user can act on. The command line prints their message without a traceback."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -55,3 +57,16 @@ class DatasetError(MambaHomeError):
         if self.expected:
             text += f"; expected {self.expected}"
         return f"{text}. {self.action}" if self.action else text
+
+
+@contextlib.contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """A DatasetError that names no file, as of a volume in memory, leaves as one of `file`."""
+    try:
+        yield
+    except DatasetError as error:
+        if error.file is not None:
+            raise
+        raise DatasetError(
+            error.found, case=error.case, file=file, expected=error.expected, action=error.action
+        ) from error

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambahome_jax.commands.evaluate_tables import comparison_table, results_table
-from mambahome_jax.commands.outputs import open_output
+from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.config import EvaluateConfig
 from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.datasets.base import label_names, nifti_files, nifti_stem, read_json
@@ -66,40 +66,41 @@ def run(config: EvaluateConfig) -> int:
     _say(console, f"Names of the structures: {source or 'none found (--labels FILE gives them)'}")
     other = _other_run(config, {pair.case for pair in pairs})
     files = ["metrics.csv", "summary.json", *(["comparison.json"] if other else [])]
-    open_output(config.output_dir, files)
-    scores, failed = _score(pairs, config.num_workers, console)
-    failures = alone + failed
-    summary = summarise(scores)
-    summary |= {
-        "statistics": describe(scores),
-        "cases": len(pairs) - len(failed),
-        "failures": [{"case": case, "reason": reason} for case, reason in failures],
-        "tolerance_mm": config.tolerance_mm,
-        "labels": {str(value): name for value, name in names.items()},
-        "reference_values": None if values is None else {str(old): new for old, new in values.items()},
-        "predictions": str(config.predictions),
-        "references": str(config.references),
-        "definitions": DEFINITIONS,
-    }
-    console.print(results_table(summary, console.width))
-    for case, reason in failures[:SHOWN]:
-        _say(console, f"Not scored: {case}: {reason}")
-    if len(failures) > SHOWN:
-        _say(console, f"and {len(failures) - SHOWN} more, all in {config.output_dir / 'summary.json'}")
-    # After the table: scores that took hours are not lost to a disk that filled up meanwhile.
-    write_metrics(config.output_dir / "metrics.csv", scores)
-    write_summary(config.output_dir / "summary.json", summary)
-    if other is None:
-        # One of an earlier evaluation does not belong to these scores.
-        with contextlib.suppress(OSError):
-            (config.output_dir / "comparison.json").unlink(missing_ok=True)
-    else:
-        comparison = _compare(scores, other, console)
-        write_json(config.output_dir / "comparison.json", comparison | {"other": str(config.compare)})
-    _say(console, f"Written in {config.output_dir}: {', '.join(files)}")
-    if summary["cases"] == 0:
-        return 2
-    return 1 if failures else 0
+    with locked(config.output_dir, "evaluate"):
+        open_output(config.output_dir, files)
+        scores, failed = _score(pairs, config.num_workers, console)
+        failures = alone + failed
+        summary = summarise(scores)
+        summary |= {
+            "statistics": describe(scores),
+            "cases": len(pairs) - len(failed),
+            "failures": [{"case": case, "reason": reason} for case, reason in failures],
+            "tolerance_mm": config.tolerance_mm,
+            "labels": {str(value): name for value, name in names.items()},
+            "reference_values": None if values is None else {str(old): new for old, new in values.items()},
+            "predictions": str(config.predictions),
+            "references": str(config.references),
+            "definitions": DEFINITIONS,
+        }
+        console.print(results_table(summary, console.width))
+        for case, reason in failures[:SHOWN]:
+            _say(console, f"Not scored: {case}: {reason}")
+        if len(failures) > SHOWN:
+            _say(console, f"and {len(failures) - SHOWN} more, all in {config.output_dir / 'summary.json'}")
+        # After the table: scores that took hours are not lost to a disk that filled up meanwhile.
+        write_metrics(config.output_dir / "metrics.csv", scores)
+        write_summary(config.output_dir / "summary.json", summary)
+        if other is None:
+            # One of an earlier evaluation does not belong to these scores.
+            with contextlib.suppress(OSError):
+                (config.output_dir / "comparison.json").unlink(missing_ok=True)
+        else:
+            comparison = _compare(scores, other, console)
+            write_json(config.output_dir / "comparison.json", comparison | {"other": str(config.compare)})
+        _say(console, f"Written in {config.output_dir}: {', '.join(files)}")
+        if summary["cases"] == 0:
+            return 2
+        return 1 if failures else 0
 
 
 def find_pairs(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case
-from mambahome_jax.datasets.files import listed, listing
+from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom import holds_slices
@@ -54,10 +54,13 @@ def find_scans(data_path: Path) -> tuple[Path, list[Scan], list[dict[str, str]]]
                 files.setdefault(scan_stem(path), []).append(path)
         if files:
             modalities = _modalities(folder)
-            scans = [Scan(case, paths[0], modalities.get(paths[0])) for case, paths in files.items() if len(paths) == 1]
-            failures = []
+            scans, failures = [], []
             for case, paths in files.items():
-                if len(paths) > 1:
+                if fault_of_name(case):
+                    failures.append({"id": repr(case)[1:-1], "reason": f"{str(paths[0])!r}: {fault_of_name(case)}"})
+                elif len(paths) == 1:
+                    scans.append(Scan(case, paths[0], modalities.get(paths[0])))
+                else:
                     several = " and ".join(path.name for path in paths)
                     reason = f"the results of {several} would have one name, {case}. Rename one of them"
                     failures.append({"id": case, "reason": reason})

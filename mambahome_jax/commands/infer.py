@@ -18,13 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mambahome_jax.commands.find_scans import Scan, find_scans, join_channels
 from mambahome_jax.commands.infer_faults import changed_flags, check_settings, reason_of
 from mambahome_jax.commands.infer_volumes import volumes_by_structure, volumes_table, write_volumes
-from mambahome_jax.commands.outputs import open_output
+from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.commands.run_report import device, plain, versions
 from mambahome_jax.config import InferConfig
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.label_map import read_image
 from mambahome_jax.datasets.prepared import write_json
-from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
+from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, naming
 from mambahome_jax.imaging import itk
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
 from mambahome_jax.inference.ensemble import Logits, check_members
@@ -101,6 +101,13 @@ def run(config: InferConfig) -> int:
     taken = {folder.parent} if folder.is_file() else {folder, config.data_path}
     if config.output_dir.resolve() in {path.resolve() for path in taken}:
         raise ConfigError(f"{config.output_dir}: --output_dir holds the scans themselves. Name another folder")
+    with locked(config.output_dir, "infer"):
+        return _segment_all(config, scans, failures, started, console)
+
+
+def _segment_all(
+    config: InferConfig, scans: list[Scan], failures: list[dict[str, str]], started: float, console: Console
+) -> int:
     open_output(config.output_dir, ["run.json", "volumes.csv"])
     models = _load(config)
     settings = settings_for(
@@ -193,7 +200,7 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
     for scan in scans:
         if scan not in todo:
             outcome.cases.append(
-                {"id": scan.case, "input": _input(scan), "output": _result(config, scan).name, "kept": True}
+                {"id": scan.case, "input": _input(config, scan), "output": _result(config, scan).name, "kept": True}
             )
     if len(todo) < len(scans):
         _say(console, f"{len(scans) - len(todo)} results are there already and kept")
@@ -290,10 +297,8 @@ def _read(plan: Plan, scan: Scan) -> tuple[Volume, NetworkInput] | dict[str, Any
         )
     else:
         volume = read_volume(scan.path)
-    try:
+    with naming(scan.path):
         return volume, prepare(volume, _settings_of(scan, plan.settings), channels_of(plan.models))
-    except DatasetError as error:
-        raise DatasetError(error.found, file=scan.path, expected=error.expected, action=error.action) from error
 
 
 def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
@@ -305,7 +310,13 @@ def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
         volume_ml = volumes_ml(read_labels(path), plan.names)
     except DatasetError:
         return None
-    return {"id": scan.case, "input": str(scan.path), "output": path.name, "kept": True, "volume_ml": volume_ml}
+    return {
+        "id": scan.case,
+        "input": _input(plan.config, scan),
+        "output": path.name,
+        "kept": True,
+        "volume_ml": volume_ml,
+    }
 
 
 def _settings_of(scan: Scan, settings: SegmentSettings) -> SegmentSettings:
@@ -333,7 +344,7 @@ def _write(
         remarks = {"remarks": [f"without preview: {error}"]}
     return {
         "id": scan.case,
-        "input": _input(scan),
+        "input": _input(config, scan),
         "modality": scan.modality or settings.modality,
         "output": path.name,
         "preview": str(preview.relative_to(config.output_dir)) if config.previews and not remarks else None,
@@ -347,8 +358,12 @@ def _result(config: InferConfig, scan: Scan) -> Path:
     return config.output_dir / f"{scan.case}.{config.output_format}"
 
 
-def _input(scan: Scan) -> str | list[str]:
-    return [str(path) for path in scan.channels] if scan.channels else str(scan.path)
+def _input(config: InferConfig, scan: Scan) -> str | list[str]:
+    """Files as seen from --data_path, which run.json has as it was given."""
+    home = config.data_path if config.data_path.is_dir() else config.data_path.parent
+    names = [str(path.relative_to(home)) if path.is_relative_to(home) else path.name for path in scan.channels]
+    whole = str(scan.path.relative_to(home)) if scan.path.is_relative_to(home) else scan.path.name
+    return names if scan.channels else whole
 
 
 def _shares(config: InferConfig, scan: Scan) -> Path:

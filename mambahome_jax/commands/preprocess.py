@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mambahome_jax.commands.open_dataset import input_paths, open_dataset
+from mambahome_jax.commands.outputs import locked
 from mambahome_jax.config import Modality, PreprocessConfig
 from mambahome_jax.data.pool import count_workers, run_jobs
 from mambahome_jax.data.prepare import CaseJob, prepare_case, up_to_date
@@ -57,16 +58,17 @@ def run(config: PreprocessConfig) -> int:
     dataset = open_dataset(config)
     named = f"{len(dataset.labels)} structures" if dataset.labels else "labels without names"
     _say(console, f"Dataset: {dataset.name}, layout {dataset.layout}: {len(dataset.cases)} cases, {named}")
-    summary = prepare(
-        dataset,
-        config.output_path,
-        spacing=config.spacing,
-        orientation=config.orientation,
-        modality=config.modality,
-        num_workers=config.num_workers,
-        overwrite=config.overwrite,
-        console=console,
-    )
+    with locked(config.output_path, "preprocess", "--output_path"):
+        summary = prepare(
+            dataset,
+            config.output_path,
+            spacing=config.spacing,
+            orientation=config.orientation,
+            modality=config.modality,
+            num_workers=config.num_workers,
+            overwrite=config.overwrite,
+            console=console,
+        )
     _print_summary(summary, console)
     return summary.exit_code
 
@@ -272,7 +274,7 @@ def _open_output(output: Path, nifti: bool) -> None:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     except OSError as error:
         found = f"{error.filename or output}: cannot be written: {error.strerror or error}"
-        raise OutputError(f"{found}. Choose another --output_path") from error
+        raise OutputError(f"{found}. Free some space or name another --output_path") from error
 
 
 def _labels_found(entries: list[StoreEntry]) -> dict[int, str]:
@@ -287,7 +289,17 @@ def _prepared_case(job: CaseJob, entry: StoreEntry) -> PreparedCase:
         image = job.image_path.relative_to(job.output).as_posix()
         label = job.label_path.relative_to(job.output).as_posix() if case.has_label else None
     return PreparedCase(
-        *(case.id, image, label, case.split, job.modality, entry.shape, entry.spacing, str(case.image), case.patient),
+        *(
+            case.id,
+            image,
+            label,
+            case.split,
+            job.modality,
+            entry.shape,
+            entry.spacing,
+            "/".join(case.image.parts[-2:]),
+            case.patient,
+        ),
         labelled=entry.labelled,
         remarks=entry.remarks,
     )

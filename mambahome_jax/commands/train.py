@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from mambahome_jax.commands.outputs import open_output
+from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.commands.preprocess import prepare
 from mambahome_jax.commands.pretrained import transfer
 from mambahome_jax.commands.run_report import plain, versions
@@ -65,6 +65,12 @@ def run(config: TrainConfig, begun: float | None = None) -> int:
 def _run(config: TrainConfig, begun: float) -> int:
     console = Console(quiet=not is_first(), force_terminal=None if is_first() else False)
     folder = config.output_dir or Path("runs") / (config.checkpoint_name or config.model)
+    # The other processes of the same run write to it too.
+    with locked(folder, "train") if is_first() else contextlib.nullcontext():
+        return _run_in(folder, config, begun, console)
+
+
+def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console) -> int:
     resume = _may_start(config, folder, console)
     devices = choose_devices(config.parallel, config.num_devices)
     prepared, skipped = _open_data(config.data_train, folder / "data", config, console)
@@ -76,6 +82,8 @@ def _run(config: TrainConfig, begun: float) -> int:
     started = time.perf_counter()
     earlier = earlier_report(folder) if resume else {}
     report = new_report(config, setup, skipped)
+    if "pretrained" in earlier:
+        report["pretrained"] = earlier["pretrained"]
     progressed = Progressed()
     try:
         _train(config, setup, folder, resume, devices, progressed, console, begun, report)

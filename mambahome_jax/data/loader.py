@@ -1,6 +1,6 @@
 """Training patches through Grain: shuffled, cropped around the foreground, normalised, batched, exactly resumable."""
 
-import signal
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from mambahome_jax.config import Modality
 from mambahome_jax.data.store import Store, StoreEntry
+from mambahome_jax.data.watch import Reading, Watched, heed_the_parent
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.intensity import normalise
 
@@ -29,7 +30,7 @@ def make_loader(
     class_balanced: bool = False,
     modality: Modality | None = None,
     share: tuple[int, int] = (0, 1),
-) -> grain.IterDataset:
+) -> "grain.IterDataset | Watching":
     """Endless batches of random patches.
 
     Each batch is a dict: "image" (batch, depth, height, width, channels) float32, normalised with the case's own
@@ -45,6 +46,7 @@ def make_loader(
     rest lie evenly in the box around the body. class_balanced: the foreground class is drawn evenly instead of by its
     voxels. modality: instead of each case's own. share: (n, of so many): each batch is the n-th of so many equal parts
     of the batch of `batch_size` patches; only its patches are read, and the state is that of the whole.
+    A worker that dies or hangs ends the iteration with a TrainingError.
     Raises DatasetError: no cases, an unknown case, one without a label. ConfigError: a size that is not positive, a
     batch that cannot be divided.
     """
@@ -57,7 +59,8 @@ def make_loader(
     unlabelled = [case for case in cases if store.entry(case).class_counts is None]
     if unlabelled:
         raise DatasetError(f"{len(unlabelled)} cases have no label", case=unlabelled[0], file=store.root)
-    patch = RandomPatch(store, tuple(cases), size, positive_fraction, class_balanced, modality)
+    reading = Reading() if num_workers else None
+    patch = RandomPatch(store, tuple(cases), size, positive_fraction, class_balanced, modality, reading)
     dataset = (
         grain.MapDataset.source(range(len(cases)))
         .seed(seed)
@@ -66,20 +69,30 @@ def make_loader(
         .random_map(patch)
         .batch(batch_size // parts, drop_remainder=True)
     )[part::parts]
-    if num_workers == 0:
+    if reading is None:
         return dataset.to_iter_dataset(grain.ReadOptions(_THREADS, _THREADS))
     if not flags.FLAGS.is_parsed():
         # Grain's worker processes read absl flags, which only a program started through absl.app has parsed.
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
-    return dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(
-        options, worker_init_fn=_leave_interrupts_to_the_parent
+    return Watching(
+        dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(options, worker_init_fn=_begin), reading
     )
 
 
-def _leave_interrupts_to_the_parent(index: int, count: int) -> None:
-    """Ctrl-C reaches every process of a terminal, but only the training itself knows how to stop."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _begin(index: int, count: int) -> None:
+    heed_the_parent()
+
+
+@dataclass(frozen=True)
+class Watching:
+    """A loader whose iterators do not wait for ever."""
+
+    loader: grain.IterDataset
+    reading: Reading
+
+    def __iter__(self) -> Watched:
+        return Watched(iter(self.loader), self.reading)
 
 
 @dataclass(frozen=True)
@@ -92,12 +105,14 @@ class RandomPatch(grain.transforms.RandomMap):
     positive_fraction: float
     class_balanced: bool
     modality: Modality | None
+    reading: Reading | None = None
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """One patch of cases[index]: image (D, H, W, C) float32, label (D, H, W) int32, case () int32."""
         case = self.cases[index]
-        centre = draw_centre(self.store, case, rng, self.positive_fraction, self.class_balanced)
-        image, label = read_patch(self.store, case, centre, self.size, self.modality)
+        with contextlib.nullcontext() if self.reading is None else self.reading.of(case):
+            centre = draw_centre(self.store, case, rng, self.positive_fraction, self.class_balanced)
+            image, label = read_patch(self.store, case, centre, self.size, self.modality)
         return {"image": image, "label": label, "case": np.asarray(index, np.int32)}
 
 

@@ -1,6 +1,8 @@
 """One case from the files that the user has to the files that training reads: check, reorient, resample, write."""
 
 import contextlib
+import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from mambahome_jax.config import Modality
 from mambahome_jax.data import store
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.label_map import read_image, read_label_map
-from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.imaging.geometry import reorient, resample
 from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.imaging.volume import Volume, write_volume
@@ -60,7 +62,11 @@ def fingerprint(job: CaseJob) -> dict[str, Any]:
     case = job.case
     files = [*case.image_files, *case.label_files]
     try:
-        sources = [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        # Compared, never read: where a file lies, and whose name may be in that, is nobody else's business.
+        places = [hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest() for path in files]
+        sources = [
+            [place, path.stat().st_size, path.stat().st_mtime_ns] for place, path in zip(places, files, strict=True)
+        ]
     except OSError as error:
         raise DatasetError(f"cannot be read: {error.strerror or error}", file=error.filename) from error
     return {
@@ -90,7 +96,7 @@ def up_to_date(job: CaseJob) -> store.StoreEntry | None:
 def prepare_case(job: CaseJob) -> store.StoreEntry:
     """Read, check, reorient, resample and write one case; the store entry comes last and marks it as done.
 
-    Raises DatasetError: see `read_case`. OutputError: a file cannot be written.
+    Raises DatasetError: see `read_case` and `resample`. OutputError: a file cannot be written.
     """
     made_from = fingerprint(job)
     image = read_image(job.case, job.channels)
@@ -98,7 +104,8 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
     image = reorient(image, job.orientation)
     label = None if label is None else reorient(label, job.orientation)
     if job.spacing is not None:
-        image = resample(image, job.spacing, order="linear")
+        with naming(job.case.image):
+            image = resample(image, job.spacing, order="linear")
         label = None if label is None else resample(label, job.spacing, order="nearest")
     image = Volume(np.ascontiguousarray(image.array, np.float32), image.affine)
     # An entry of other settings would vouch for NIfTI files that are no longer its own, if this run ends between them.

@@ -7,6 +7,8 @@ from pathlib import Path
 from mambahome_jax.errors import DatasetError
 
 SUFFIXES = (".nii.gz", ".nii")
+# Bytes of a case's name: a file's has 255, of which suffixes and what marks a file as unfinished take some.
+LONGEST = 200
 # A folder with more subfolders than this has one a case, so a layout with few folders need not be looked for below it.
 FEW = 32
 
@@ -17,21 +19,31 @@ def listing(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     Names that begin with . or _ are left out: macOS puts ._<name> and __MACOSX beside the files of an archive.
     Raises DatasetError: the folder cannot be read.
     """
-    folders, files = {}, {}
+    folders: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.name[0] in "._":
                     continue
-                if entry.is_dir():
-                    folders[entry.name] = folder / entry.name
-                elif entry.is_file():
-                    files[entry.name] = folder / entry.name
+                kind = _kind(entry)
+                if kind is not None:
+                    (folders if kind == "folder" else files)[entry.name] = folder / entry.name
     except (FileNotFoundError, NotADirectoryError):
         return {}, {}
     except OSError as error:
         raise DatasetError(f"cannot be read: {error.strerror or error}", file=folder) from error
     return dict(sorted(folders.items())), dict(sorted(files.items()))
+
+
+def _kind(entry: os.DirEntry) -> str | None:
+    """ "folder" or "file"; a link that leads nowhere is a file, which is then missing by name, not unseen."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        return "file" if entry.is_file() or (entry.is_symlink() and not os.path.exists(entry)) else None  # noqa: PTH110
+    except OSError:
+        return "file"
 
 
 def nifti_files(folder: Path) -> dict[str, Path]:
@@ -65,6 +77,16 @@ def twins_note(used: Iterable[Path]) -> tuple[str, ...]:
             pairs.append(f"{path} is used, {other} is not")
     count = f"{len(pairs)} files are there" if len(pairs) != 1 else "a file is there"
     return (f"{count} as .nii and as .nii.gz: {listed(pairs)}",) if pairs else ()
+
+
+def fault_of_name(name: str) -> str:
+    """Why a case of that name cannot have files of its own in an output folder; empty where it can."""
+    if not name or name in (".", "..") or set(name) & set("/\\"):
+        return "a name that leads out of the folder; expected a file name"
+    if not name.isprintable():
+        return "a name with line breaks or other control characters; rename the file"
+    size = len(os.fsencode(name))
+    return f"a name of {size} bytes; expected at most {LONGEST}, as endings are added to it" if size > LONGEST else ""
 
 
 def walk(folder: Path, depth: int, most: int | None = FEW) -> Iterator[tuple[Path, dict[str, Path], dict[str, Path]]]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, read_json
+from mambahome_jax.datasets.files import fault_of_name
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import write_text
 
@@ -26,7 +27,8 @@ class PreparedCase:
     """One entry of "cases" in dataset.json.
 
     image, label: paths, relative to the folder where the file lies in it. shape: (D, H, W) voxels and spacing: (3,) mm
-    after resampling. source: the image file that the user gave. patient: written only where it is not the id.
+    after resampling. source: the image file that the user gave, with its folder's name. patient: written only where it
+    is not the id.
     labelled: the values that this case's dataset labels at all, written only where that is not the whole table.
     remarks: what was found and dealt with, such as masks that overlap.
     """
@@ -179,6 +181,9 @@ def _entry(case: PreparedCase) -> dict[str, Any]:
 
 def _case(entry: dict[str, Any]) -> PreparedCase:
     values = {key: entry[key] for key in _KEYS}
+    fault = fault_of_name(entry["id"])
+    if fault:
+        raise ValueError(f"case {entry['id']!r}: {fault}")
     values |= {"shape": _three(entry["shape"], int), "spacing": _three(entry["spacing"], float)}
     labelled = entry.get("labelled")
     return PreparedCase(

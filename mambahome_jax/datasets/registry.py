@@ -1,6 +1,7 @@
 """Every layout that can be read. A new one is a module with the members of `Layout`, and its name in LAYOUTS."""
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +20,7 @@ from mambahome_jax.datasets import (
     totalsegmentator_mri,
 )
 from mambahome_jax.datasets.base import Case, Dataset
-from mambahome_jax.datasets.files import listed, listing, twins_note
+from mambahome_jax.datasets.files import fault_of_name, listed, listing, twins_note
 from mambahome_jax.errors import ConfigError, DatasetError
 
 
@@ -88,19 +89,29 @@ def detect_layouts(folder: Path) -> list[str]:
 
 
 def _load(name: str, folder: Path) -> Dataset:
-    """The dataset, each id once: a second case of an id is skipped, a second form of a file noted."""
+    """The dataset, each id once and fit to be a file's name; a second form of a file, and files elsewhere, noted."""
     dataset = LAYOUTS[name].load(folder)
     first: dict[str, Case] = {}
     again = []
     for case in dataset.cases:
-        if first.setdefault(case.id, case) is not case:
+        fault = fault_of_name(case.id)
+        if fault:
+            again.append((repr(case.id)[1:-1], f"{str(case.image)!r}: {fault}"))
+        elif first.setdefault(case.id, case) is not case:
             again.append((case.id, f"{case.image}: a second case of this id; the first is {first[case.id].image}"))
-    used = (path for case in first.values() for path in (*case.image_files, *case.label_files))
+    used = [path for case in first.values() for path in (*case.image_files, *case.label_files)]
+    # Not Path.resolve, which raises where links run in a circle.
+    home = os.path.realpath(folder if folder.is_dir() else folder.parent)
+    # A folder that preprocess.py wrote may name the files of another one, as it says itself.
+    outside = [
+        str(path) for path in used if name != prepared.NAME and not Path(os.path.realpath(path)).is_relative_to(home)
+    ]
+    elsewhere = (f"{len(outside)} files lie outside of {Path(home).name}: {listed(outside)}",) if outside else ()
     return dataclasses.replace(
         dataset,
         cases=tuple(first.values()),
         skipped=(*dataset.skipped, *again),
-        notes=(*dataset.notes, *twins_note(used)),
+        notes=(*dataset.notes, *elsewhere, *twins_note(used)),
         layout=name,
     )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset, Split, modality_of, optional_description, unlabelled_note
-from mambahome_jax.datasets.files import SUFFIXES, listed, listing, nifti_stem
+from mambahome_jax.datasets.files import SUFFIXES, listing, nifti_stem
 from mambahome_jax.errors import DatasetError
 
 NAME = "csv"
@@ -29,8 +29,8 @@ def detect(path: Path) -> bool:
 def load(path: Path) -> Dataset:
     """One case a row. Several channels: their files in "image", separated by semicolons.
 
-    A row that cannot be used (missing file, unknown split, an id twice) is skipped, and says why. Files outside of the
-    folder of the CSV file are used, and noted. Names of labels and channels: an optional dataset.json beside it.
+    A row that cannot be used (missing file, unknown split, an id twice) is skipped, and says why. Names
+    of labels and channels: an optional dataset.json beside it.
     Raises DatasetError: no such file, not readable, no column "image", no usable row.
     """
     file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
@@ -49,16 +49,7 @@ def load(path: Path) -> Dataset:
     if not cases:
         reason = f" ({skipped[0][1]})" if skipped else ""
         raise DatasetError(f"no usable row{reason}", file=file, expected=LOOKS_FOR)
-    home = file.parent.resolve()
-    outside = [
-        str(used)
-        for case in cases.values()
-        for used in (*case.image_files, *case.label_files)
-        if not used.resolve().is_relative_to(home)
-    ]
     notes = unlabelled_note(cases.values())
-    if outside:
-        notes += (f"{len(outside)} files lie outside of the folder of {file.name}: {listed(outside)}",)
     count = max(len(case.image_files) for case in cases.values())
     channels = channels or (("image",) if count == 1 else tuple(f"channel_{n}" for n in range(count)))
     name = file.stem if path.is_file() else path.resolve().name

@@ -21,6 +21,13 @@ SUFFIXES = (".dcm", ".ima")
 UNEVEN = 0.1
 # Largest difference of direction cosines, and of mm between pixels, that counts as rounding.
 _ROUNDING = 1e-3
+_TRANSFER = re.compile(rb"\x02\x00\x10\x00UI..([0-9.]+)", re.DOTALL)
+# Kinds of elements whose length has four bytes, and the length of one that ends by a mark.
+_LONG = (b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
+_UNKNOWN = 0xFFFFFFFF
+_UNPACKED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", "")
+# Pixels that a byte of a file may stand for at most: one bit each, or as well packed as an empty picture is.
+_MOST_UNPACKED, _MOST_PACKED = 8, 10_000
 _SOP_CLASS = re.compile(rb"\x02\x00\x02\x00UI..([0-9.]+)", re.DOTALL)
 # Classes of objects that lie beside scans and hold no slices: DICOMDIR; raw data, segmentations and registrations;
 # presentation states, reports and key images; structure sets, plans and doses of radiotherapy.
@@ -106,6 +113,44 @@ def _sop_class(path: Path) -> str:
     return found[1].decode() if found else ""
 
 
+def _require_held(path: Path, size: tuple[int, int]) -> None:
+    """Raises DatasetError where a file claims more pixels than it can hold: they would be allocated before reading."""
+    found = _TRANSFER.search(_head(path, 1024))
+    most = _MOST_UNPACKED if (found[1].decode() if found else "") in _UNPACKED else _MOST_PACKED
+    if size[0] * size[1] > most * path.stat().st_size:
+        claimed = f"truncated or damaged ({size[0]} x {size[1]} pixels in {path.stat().st_size} bytes)"
+        raise DatasetError(claimed, file=path, expected="a whole DICOM slice", action="Copy or export it again.")
+
+
+def _require_whole(path: Path) -> None:
+    """Raises DatasetError where an element claims more bytes than follow: GDCM would make room for them, up to 4 GB.
+
+    Elements are followed up to the first one of unknown length; what is behind that, or spelled otherwise, is GDCM's.
+    """
+    found = _TRANSFER.search(_head(path, 1024))
+    implicit = found is not None and found[1] == b"1.2.840.10008.1.2"
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if file.read(132)[128:] != b"DICM":
+            return
+        while len(head := file.read(8)) == 8:
+            group, kind = int.from_bytes(head[:2], "little"), head[4:6]
+            if group != 2 and implicit:
+                length = int.from_bytes(head[4:], "little")
+            elif kind in _LONG:
+                length = int.from_bytes(file.read(4), "little")
+            elif kind.isalpha() and kind.isupper():
+                length = int.from_bytes(head[6:], "little")
+            else:
+                return
+            if length == _UNKNOWN:
+                return
+            if file.tell() + length > size:
+                expected, action = "a whole DICOM slice", "Copy or export it again, or remove it if it is no slice."
+                raise DatasetError("truncated or damaged", file=path, expected=expected, action=action)
+            file.seek(length, 1)
+
+
 def _reader(path: Path) -> Any:
     reader = itk.simpleitk(path).ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
@@ -114,6 +159,7 @@ def _reader(path: Path) -> Any:
 
 
 def _header(path: Path) -> _Slice:
+    _require_whole(path)
     reader = _reader(path)
     try:
         reader.ReadImageInformation()
@@ -124,6 +170,7 @@ def _header(path: Path) -> _Slice:
         found = "several slices in one file (enhanced DICOM or a mosaic)"
         action = "Convert the series to NIfTI, for example with dcm2niix."
         raise DatasetError(found, file=path, expected="a slice a file", action=action)
+    _require_held(path, reader.GetSize()[:2])
     orientation = _numbers(path, reader, "0020|0037", 6, "ImageOrientationPatient")
     spacing = _numbers(path, reader, "0028|0030", 2, "PixelSpacing")
     between = _text(reader, "0018|0088") or _text(reader, "0018|0050")

@@ -29,7 +29,8 @@ def alternatives(suffixes: tuple[str, ...]) -> str:
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """Gives a path beside `path` to write to, which takes its place at the end; nothing is left after an error."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial{path.suffix}")
+    # Not the whole name, which may be as long as a name can be.
+    partial = path.with_name(f".{path.name[:40]}.{os.getpid()}-{threading.get_ident()}.partial{path.suffix}")
     try:
         yield partial
         partial.replace(path)

@@ -11,13 +11,15 @@ import numpy as np
 from nibabel import orientations
 from scipy import ndimage
 
-from mambahome_jax.errors import ConfigError
+from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.volume import Volume
 
 Order = Literal["linear", "nearest"]
 
 _SAME = 1e-3  # spacings and affines closer than this count as equal (MONAI's AFFINE_TOL)
 _CORNER = 1e-8  # a corner of the old grid counts as the new grid's first voxel up to here
+_FINER = 512  # eight times as fine along each axis
+_FEW = 1 << 22  # voxels that any scan may become
 _PARALLEL = 1e-4  # voxels by which sampling axis by axis may miss a position
 
 
@@ -47,6 +49,8 @@ def resampled_grid(
     """Affine and shape that MONAI's Spacing gives a grid at a new spacing; the old ones where nearly nothing changes.
 
     spacing: mm an axis; 0 or below keeps the axis as it is. Shear between the axes is removed.
+    Raises ConfigError: no three finite numbers. DatasetError: a grid so much finer that no scan can be meant, as of a
+    header with a wrong unit.
     """
     target = np.asarray(spacing, dtype=np.float64)
     if target.shape != (3,) or not np.isfinite(target).all():
@@ -62,6 +66,11 @@ def resampled_grid(
     new_corners = corners @ to_new.T
     low, high = new_corners.min(axis=0), new_corners.max(axis=0)
     new_size = np.round(high - low + 1)
+    if not new_size.prod() <= max(_FINER * size.prod(), _FEW):
+        extent, voxels = (" x ".join(f"{value:.4g}" for value in values) for values in (present * size, new_size))
+        found = f"{extent} mm, which are {voxels} voxels of {' x '.join(f'{mm:.4g}' for mm in target)} mm"
+        action = "Mend the spacing in its header, or choose a coarser --spacing."
+        raise DatasetError(found, expected=f"at most {_FINER} times as many as it has", action=action)
     first = np.flatnonzero((np.abs(low - new_corners) <= _CORNER).all(axis=1))
     if first.size:
         origin = axes @ corners[first[0]] + affine[:3, 3]
@@ -80,7 +89,7 @@ def resample(volume: Volume, spacing: Sequence[float], order: Order = "linear") 
     """Resample to a spacing in mm, one value an axis (0 or below keeps it), as MONAI's Spacingd.
 
     order: "linear" gives float32; "nearest" keeps the dtype, for label maps. Outside the old grid the edge goes on.
-    A volume that has the spacing already comes back as it is. Raises ConfigError for anything but three finite numbers.
+    A volume that has the spacing already comes back as it is. Raises as `resampled_grid`.
     """
     affine, shape = resampled_grid(volume.affine, volume.shape, spacing)
     if affine is volume.affine:

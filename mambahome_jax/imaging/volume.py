@@ -1,12 +1,6 @@
-"""Scans and label maps as they are on disk. NIfTI is read and written here; what needs SimpleITK is in itk and dicom.
+"""Scans and label maps as they are on disk: read through nifti, itk and dicom; NIfTI is written here."""
 
-nibabel knows the header; reading the voxels ourselves checks gzip's checksum, which a reader that stops after the last
-voxel never sees, and makes every fault a `DatasetError` that names the file.
-"""
-
-import gzip
 import json
-import math
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -18,11 +12,9 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
 from mambahome_jax.errors import DatasetError, OutputError
-from mambahome_jax.imaging import dicom, itk
+from mambahome_jax.imaging import dicom, itk, nifti
 from mambahome_jax.imaging.files import ITK_SUFFIXES, NIFTI_SUFFIXES, WRITTEN_SUFFIXES, alternatives, written_whole
 
-_HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
-_GZIP_MAGIC = b"\x1f\x8b"
 _COMMENT = 6  # kind of a NIfTI header extension: plain text
 _SLICES = 16  # written at a time; as many values share a cache line where the last axis is the contiguous one
 
@@ -101,9 +93,7 @@ def read_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
 
     Raises DatasetError as `read_volume`, as far as the header shows it.
     """
-    path = Path(path)
-    header, _ = _read(path, header_only=True)
-    return _shape(path, header, None), _affine(path, header)
+    return nifti.read_geometry(Path(path))
 
 
 def read_forms(path: str | Path) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray]:
@@ -114,7 +104,7 @@ def read_forms(path: str | Path) -> tuple[np.ndarray | None, np.ndarray | None, 
     Raises DatasetError as `read_volume`, and for a qform whose numbers are no rotation.
     """
     path = Path(path)
-    header, _ = _read(path, header_only=True)
+    header = nifti.read_header(path)
     try:
         qform = header.get_qform(coded=True)[0]
     except (HeaderDataError, ValueError) as error:
@@ -165,107 +155,14 @@ def _stored(path: Path, channels: int | None) -> tuple[np.ndarray, np.ndarray, f
     """Voxels as they are stored, affine, and what they are to be multiplied by and added to."""
     if path.is_dir() or path.name.endswith(ITK_SUFFIXES):
         raw, affine = dicom.read(path) if path.is_dir() else itk.read(path)
-        return raw.reshape(_checked(path, raw.shape, channels), order="F"), _usable(path, affine), 1.0, 0.0
-    header, content = _read(path)
-    return _voxels(path, header, content, channels), _affine(path, header), *_slope_inter(path, header)
-
-
-def _read(path: Path, *, header_only: bool = False) -> tuple[nib.Nifti1Header, bytes]:
-    """Header and the file's decompressed bytes (without `header_only`)."""
-    if path.exists() and not path.is_file():
-        # Opening a pipe would wait for its writer for ever.
-        raise DatasetError("cannot be read: not a regular file", file=path, expected=".nii or .nii.gz")
-    try:
-        with path.open("rb") as file:
-            compressed = file.read(2) == _GZIP_MAGIC
-            file.seek(0)
-            if header_only:
-                content = gzip.GzipFile(fileobj=file).read(544) if compressed else file.read(544)
-            else:
-                content = gzip.decompress(file.read()) if compressed else file.read()
-    except FileNotFoundError as error:
-        raise DatasetError("no such file", file=path) from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        action = "Copy or download it again."
-        raise DatasetError(
-            f"truncated or damaged ({error})", file=path, expected="a whole gzip", action=action
-        ) from error
-    except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
-    size = next((s for s in _HEADERS for order in ("little", "big") if int.from_bytes(content[:4], order) == s), None)
-    if size is None or len(content) < size:
-        raise DatasetError("not a NIfTI file", file=path, expected=".nii or .nii.gz")
-    try:
-        header = _HEADERS[size](content[:size])
-    except (HeaderDataError, ValueError) as error:
-        raise DatasetError(f"damaged NIfTI header ({error})", file=path) from error
-    if not header["magic"].item().startswith(b"n+"):
-        raise DatasetError("an Analyze file or half of a NIfTI pair", file=path, expected="one .nii or .nii.gz file")
-    return header, content
-
-
-def _shape(path: Path, header: nib.Nifti1Header, channels: int | None) -> tuple[int, ...]:
-    return _checked(path, tuple(int(n) for n in header.get_data_shape()), channels)
-
-
-def _checked(path: Path, shape: tuple[int, ...], channels: int | None) -> tuple[int, ...]:
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) not in (3, 4):
-        expected = "three spatial axes, and at most one of channels after them"
-        raise DatasetError(f"{len(shape)} axes {shape}", file=path, expected=expected)
-    if min(shape) < 1:
-        raise DatasetError(f"empty volume {shape}", file=path, expected="at least one voxel")
-    found = shape[3] if len(shape) == 4 else 1
-    if channels is not None and found != channels:
-        expected = "a 3D volume" if channels == 1 else f"{channels} channels as the fourth axis"
-        raise DatasetError(f"{len(shape)}D volume {shape}", file=path, expected=expected)
-    return shape
-
-
-def _affine(path: Path, header: nib.Nifti1Header) -> np.ndarray:
-    try:
-        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-        if not affine[:3, :3].any():
-            # An all-zero sform says nothing, whatever its code.
-            coded = header.get_qform(coded=True)[0]
-            affine = np.asarray(header.get_base_affine() if coded is None else coded, dtype=np.float64)
-    except (HeaderDataError, ValueError) as error:
-        raise DatasetError(f"no usable affine ({error})", file=path) from error
-    return _usable(path, affine)
-
-
-def _usable(path: Path, affine: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) > 1e-6 * lengths.prod():
-        expected = "three independent axes of positive length"
-        action = "Mend the geometry in its header (NIfTI: sform, qform or pixdim)."
-        raise DatasetError(f"singular affine {affine[:3].tolist()}", file=path, expected=expected, action=action)
-    return affine
-
-
-def _slope_inter(path: Path, header: nib.Nifti1Header) -> tuple[float, float]:
-    try:
-        slope, inter = header.get_slope_inter()
-    except HeaderDataError as error:
-        raise DatasetError(f"damaged NIfTI header ({error})", file=path) from error
-    return (1.0, 0.0) if slope is None else (float(slope), float(inter))
-
-
-def _voxels(path: Path, header: nib.Nifti1Header, content: bytes, channels: int | None) -> np.ndarray:
-    """The stored values, without a copy."""
-    shape = _shape(path, header, channels)
-    try:
-        dtype = header.get_data_dtype()
-    except HeaderDataError as error:
-        raise DatasetError(f"damaged NIfTI header ({error})", file=path) from error
-    if dtype.kind not in "iuf":
-        raise DatasetError(f"voxels of type {dtype}", file=path, expected="one integer or real number a voxel")
-    offset, size = header.get_data_offset(), math.prod(shape) * dtype.itemsize
-    if len(content) < offset + size:
-        found = f"truncated: {max(len(content) - offset, 0)} bytes of voxels"
-        raise DatasetError(found, file=path, expected=f"{size}", action="Copy or download it again.")
-    return np.frombuffer(content, dtype, count=math.prod(shape), offset=offset).reshape(shape, order="F")
+        return (
+            raw.reshape(nifti.checked_shape(path, raw.shape, channels), order="F"),
+            nifti.usable_affine(path, affine),
+            1.0,
+            0.0,
+        )
+    header, voxels = nifti.read(path, channels)
+    return voxels, nifti.affine_of(path, header), *nifti.slope_inter(path, header)
 
 
 def _scale(path: Path, raw: np.ndarray, slope: float, inter: float) -> np.ndarray:

@@ -9,6 +9,7 @@ import contextlib
 import glob
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
 
 CONFIG_FILE, MODEL_ITEM = "config.json", "model"
 PARTIAL, PREVIOUS, EARLIER = ".partial", ".previous", "step_"
+# Bytes that one on the disk may stand for: arrays of zeros, as some parameters begin, pack well.
+_PACKED = 10_000
 # What Orbax and TensorStore raise for files that are missing, cut short or of another kind.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
@@ -78,10 +81,20 @@ def read_checkpoint_params(folder: Path | str) -> dict[str, Any]:
     path = find_checkpoint(folder) / MODEL_ITEM
     try:
         handler = ocp.PyTreeCheckpointHandler()
-        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree)
+        tree = handler.metadata(path).tree
+        _require_held(path, tree)
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         return integer_keys(handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=on_host)))
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: cannot be read ({error}). The checkpoint is damaged, use another") from error
+
+
+def _require_held(path: Path, tree: Any) -> None:
+    """Raises ValueError where the arrays are larger than their files can be: what is missing would be made of zeros."""
+    claimed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if claimed > _PACKED * size:
+        raise ValueError(f"{claimed} bytes of parameters in files of {size} bytes")
 
 
 def write_checkpoint(folder: Path | str, params: Any, config: dict[str, Any], *, overwrite: bool = False) -> Path:

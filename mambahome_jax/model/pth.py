@@ -9,6 +9,7 @@ import io
 import math
 import pickle
 import pickletools
+import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -44,6 +45,9 @@ _READ_ERRORS = (
     OverflowError,
     MemoryError,
     RecursionError,
+    NotImplementedError,
+    RuntimeError,
+    struct.error,
     pickle.UnpicklingError,
     zipfile.BadZipFile,
 )
@@ -68,7 +72,14 @@ class _Storage(NamedTuple):
     size: int
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """That of the standard library in Python: the one in C fills memory up to whatever number a file gives its memo."""
+
+    # A bytearray is made as large as the file claims before that is read; torch.save never writes one.
+    dispatch = {  # noqa: RUF012
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
+
     def __init__(self, archive: zipfile.ZipFile, root: str):
         super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")), encoding="utf-8")
         self._archive, self._root = archive, root
@@ -103,10 +114,19 @@ class _Unpickler(pickle.Unpickler):
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if math.prod(shape) and last >= data.size:
             raise pickle.UnpicklingError(f"a tensor of shape {tuple(shape)} beyond the end of its storage")
+        if math.prod(shape) > data.size:
+            raise pickle.UnpicklingError(f"a tensor of shape {tuple(shape)}, larger than its storage")
         if not math.prod(shape):
             return np.zeros(shape, data.dtype)
         in_bytes = tuple(stride * data.itemsize for stride in strides)
         return np.lib.stride_tricks.as_strided(data[offset:], tuple(shape), in_bytes, writeable=False)
+
+
+def _require_stored(archive: zipfile.ZipFile, size: int) -> None:
+    """Raises BadZipFile where the members are more than the file's `size` bytes: torch.save does not compress."""
+    claimed = sum(member.file_size for member in archive.infolist())
+    if claimed > size:
+        raise zipfile.BadZipFile(f"{claimed} bytes in a file of {size}")
 
 
 def read_pth(path: Path) -> Any:
@@ -120,6 +140,7 @@ def read_pth(path: Path) -> Any:
             if not roots:
                 raise CheckpointError(f"{path}: no data.pkl inside; expected a file written by torch.save")
             root = min(roots, key=len)
+            _require_stored(archive, path.stat().st_size)
             if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
                 raise CheckpointError(f"{path}: big-endian; expected a file written on a little-endian machine")
             return _Unpickler(archive, root).load()

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from mambahome_jax.errors import CheckpointError, ConfigError, OutputError
 from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params, write_checkpoint
 from mambahome_jax.model.names import config_of_shapes, dotted, official_shape, targets
 from mambahome_jax.model.network import MambaHoME, default_precision
+from mambahome_jax.model.npz import NPZ_ERRORS, require_held
 from mambahome_jax.model.pth import read_pth, write_pth
 
 FORMATS = (".pth", ".pt", ".npz", ".safetensors")
@@ -128,9 +128,10 @@ def _json_object(text: str, path: Path) -> dict[str, Any]:
 
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
+        require_held(path)
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except NPZ_ERRORS as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); expected arrays of numpy.savez") from error
     config = _json_object(str(arrays.pop("config_json", "{}")), path)
     marked = {name.removeprefix("param/"): array for name, array in arrays.items() if name.startswith("param/")}

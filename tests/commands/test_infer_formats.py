@@ -116,7 +116,7 @@ def test_channels_in_files_of_their_own(tmp_path, levels):
     assert infer.run(config(tmp_path)) == 1
     found = report(tmp_path)
     assert [case["id"] for case in found["cases"]] == ["a", "b"]
-    assert found["cases"][0]["input"] == [str(tmp_path / "in" / name) for name in ("a_0000.nii.gz", "a_0001.mha")]
+    assert found["cases"][0]["input"] == ["a_0000.nii.gz", "a_0001.mha"]
     reasons = {failure["id"]: failure["reason"] for failure in found["failures"]}
     assert "c_0001 not found" in reasons["c"]
     assert "d_0001.nii.gz" in reasons["d"] and "Bring it onto the grid of d_0000.nii.gz" in reasons["d"]

@@ -119,7 +119,7 @@ def test_nothing_usable_is_exit_code_2(config):
 
 def test_output_that_cannot_be_written(config, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"cannot be written.*Choose another --output_path"):
+    with pytest.raises(OutputError, match=r"cannot be written.*name another --output_path"):
         run(replace(config, output_path=tmp_path / "file"))
     with pytest.raises(OutputError, match="cannot be written"):
         run(replace(config, output_path=tmp_path / "file/below"))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mambahome_jax.cli import run_command
 from mambahome_jax.commands import train as command
 from mambahome_jax.commands.train_report import dataset_fingerprint, git_state
 from mambahome_jax.commands.train_setup import (
@@ -317,3 +318,26 @@ def test_feature_size_keeps_the_proportions():
     model = model_config(TrainConfig("data", feature_size=24), 2, 5)
     assert model.feat_size == (24, 48, 96, 192) and model.hidden_size == 384
     assert model.in_chans == 2 and model.out_chans == 5
+
+
+def test_a_run_again_from_its_report_has_the_same_bits(tmp_path):
+    data = str(_dataset(tmp_path / "data"))
+    flags = ["--data_train", data, "--output_dir", str(tmp_path / "one"), "--model", "MambaHoME_tiny", "--steps", "4"]
+    assert run_command("train", [*flags, "--val_every", "2"], "train.py") == 0
+    assert run_command("train", ["--config", str(tmp_path / "one" / "run.json")], "train.py") == 0
+    one, two = (read_checkpoint_params(tmp_path / name / "checkpoints" / "last") for name in ("one", "one_2"))
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), one, two))
+    losses = []
+    for name in ("one", "one_2"):
+        with (tmp_path / name / "metrics.csv").open() as file:
+            losses.append([(row["step"], row["loss"], row["val_dice"]) for row in csv.DictReader(file)])
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_resumed_run_still_says_what_it_started_from(tmp_path):
+    config = _config(_dataset(tmp_path / "data"), tmp_path / "run", steps=2)
+    assert command.run(config) == 0
+    file, started_from = tmp_path / "run" / "run.json", {"path": "weights.pth", "loaded": ["first.kernel"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pretrained": started_from}))
+    assert command.run(dataclasses.replace(config, resume=True)) == 0
+    assert json.loads(file.read_text())["pretrained"] == started_from

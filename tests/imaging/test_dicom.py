@@ -1,6 +1,7 @@
 """DICOM slices become one volume on the grid that their positions say."""
 
 import locale
+import struct
 
 import numpy as np
 import pytest
@@ -192,3 +193,16 @@ def test_folders_that_are_no_volume_are_refused_by_name(tmp_path, make):
         read_volume(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert PATIENT not in str(caught.value)
+
+
+def test_an_element_or_a_size_that_claims_more_than_the_file_holds(tmp_path):
+    path = write_slice(tmp_path / "scan" / "0.dcm", np.zeros((8, 10), np.int16))
+    whole = path.read_bytes()
+    pixels = whole.rindex(struct.pack("<HH", 0x7FE0, 0x10))
+    path.write_bytes(whole[: pixels + 8] + struct.pack("<I", 1 << 31) + whole[pixels + 12 :])
+    with pytest.raises(DatasetError, match=r"0.dcm: truncated or damaged; expected a whole"):
+        read_volume(path.parent)
+    rows = whole.rindex(struct.pack("<HH", 0x28, 0x10) + b"US")
+    path.write_bytes(whole[: rows + 8] + b"\xff\xff" + whole[rows + 10 :])
+    with pytest.raises(DatasetError, match=r"0.dcm: truncated or damaged \(10 x 65535 pixels in \d+ bytes\)"):
+        read_volume(path.parent)

@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from mambahome_jax.errors import ConfigError
+from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging import geometry
 from mambahome_jax.imaging.geometry import crop, orientation_of, reorient, resample, resample_to, resampled_grid, uncrop
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume
@@ -212,3 +212,11 @@ def test_crop_pads_with_zeros_keeps_the_world_and_is_undone(affine, start, size,
     kept[tuple(slice(max(s, 0), max(e, 0)) for s, e in zip(start, end, strict=True))] = True
     np.testing.assert_array_equal(back.array, array * kept.reshape(*shape, *[1] * len(channels)))
     np.testing.assert_allclose(back.affine, affine, atol=1e-9)
+
+
+@pytest.mark.parametrize("millimetres", [1e4, 1e12])
+def test_a_scan_of_many_metres_is_refused_before_anything_is_allocated(millimetres):
+    volume = Volume(np.zeros((12, 16, 8), np.float32), np.diag([millimetres, 1, 3, 1]))
+    with pytest.raises(DatasetError, match=r"mm, which are .* voxels of 1 x 1 x 1 mm; expected at most 512 times"):
+        resample(volume, (1, 1, 1))
+    assert resample(volume, (0, 1, 1)).shape == (12, 16, 22)

@@ -1,0 +1,134 @@
+"""Worker processes of the loader that die or hang: the training stops within a minute and says at which case."""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from mambahome_jax.errors import MambaHomeError, TrainingError
+
+STALL_SECONDS = 45.0
+# Starting the processes, which import everything anew, perhaps from a slow disk.
+START_SECONDS = 300.0
+
+
+class Reading:
+    """Where the workers note which case each of them is reading: a file a process, named by its number."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="mambahome-reading-"))
+
+    @contextlib.contextmanager
+    def of(self, case: str) -> Iterator[None]:
+        """While this process reads a case; an error that comes of it says which."""
+        self._note(case)
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"while reading {case}")
+            raise
+        self._note("")
+
+    def _note(self, case: str) -> None:
+        # The folder is gone when the training has ended, which this process may not have heard yet.
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / str(os.getpid())).write_text(case)
+
+    def cases(self) -> dict[int, str]:
+        """Process -> the case that it is reading."""
+        found = {}
+        for path in sorted(self.folder.glob("*")):
+            with contextlib.suppress(OSError):
+                found[int(path.name)] = path.read_text()
+        return {process: case for process, case in found.items() if case}
+
+    def since(self) -> float | None:
+        """Seconds since a worker noted anything; None before the first."""
+        times = [path.stat().st_mtime for path in self.folder.glob("*")]
+        return time.time() - max(times) if times else None
+
+
+class Watched:
+    """The iterator of a loader with worker processes; gives what that gives, and ends where nothing comes any more."""
+
+    def __init__(self, batches: Any, reading: Reading):
+        self._batches, self._reading = batches, reading
+        self._thread = ThreadPoolExecutor(1)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        """The next batch. Raises TrainingError: a worker died, or none has read anything for STALL_SECONDS."""
+        begun, coming = time.monotonic(), self._thread.submit(next, self._batches)
+        while not _done(coming):
+            waited, silent = time.monotonic() - begun, self._reading.since()
+            limit = START_SECONDS if silent is None else STALL_SECONDS
+            if min(waited, waited if silent is None else silent) > limit:
+                found = f"no patch for {limit:.0f} s from the processes that read them{self._at()}"
+                self._kill()
+                raise TrainingError(f"{found}. Stopped. Is the disk or network that it lies on still there?")
+        try:
+            return coming.result()
+        except (MambaHomeError, StopIteration):
+            raise
+        except Exception as error:
+            # Grain's own of a process that was killed; any other is a fault of ours and keeps its traceback.
+            if "Worker process" not in str(error):
+                raise
+            action = "Stopped. If memory was short, try fewer --num_workers; --resume continues"
+            raise TrainingError(f"a process that reads patches was killed{self._at()}. {action}") from error
+
+    def get_state(self) -> dict[str, Any]:
+        """As that of the loader."""
+        return self._batches.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """As that of the loader."""
+        self._batches.set_state(state)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._batches.close()
+        self._thread.shutdown()
+        shutil.rmtree(self._reading.folder, ignore_errors=True)
+
+    def _at(self) -> str:
+        cases = sorted(set(self._reading.cases().values()))
+        return f", while reading {', '.join(cases)}" if cases else ""
+
+    def _kill(self) -> None:
+        """End workers that do not answer: waiting for them would take as long again."""
+        known = {path.name for path in self._reading.folder.glob("*")}
+        for process in multiprocessing.active_children():
+            if str(process.pid) in known:
+                process.kill()
+
+
+def heed_the_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when it is gone, however that ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _done(coming: Future) -> bool:
+    with contextlib.suppress(TimeoutError):
+        coming.exception(timeout=1)
+    return coming.done()

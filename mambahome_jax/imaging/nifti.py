@@ -1,0 +1,170 @@
+"""Reading NIfTI files: nibabel knows the header, the voxels are read here.
+
+That checks gzip's checksum, which a reader that stops after the last voxel never sees, keeps memory to what the file
+can hold, and makes every fault a `DatasetError` that names the file.
+"""
+
+import contextlib
+import gzip
+import math
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.unpack import GZIP_MAGIC, unpacked
+
+_HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
+_LONGEST = 1e12  # mm
+_HEADER = 544  # bytes of the longer of the two, with those that announce extensions
+
+
+def read(path: Path, channels: int | None) -> tuple[nib.Nifti1Header, np.ndarray]:
+    """Header and the stored values (D0, D1, D2[, C]), first axis fastest, without a copy.
+
+    No more is allocated than the file can hold, whatever its header claims.
+    Raises DatasetError: as `read_header`; a truncated or damaged file; another number of axes or channels.
+    """
+    with _opened(path) as (file, stream):
+        header = _header_of(path, stream.read(_HEADER))
+        shape, dtype, offset = _layout(path, header, channels)
+        end = offset + math.prod(shape) * dtype.itemsize
+        _require_held(path, _most(file, stream), offset, end)
+        file.seek(0)
+        content, held = (file.read(end), end) if stream is file else unpacked(file.read(), end)
+        _require_held(path, min(held, len(content)), offset, end)
+    return header, np.frombuffer(content, dtype, count=math.prod(shape), offset=offset).reshape(shape, order="F")
+
+
+def read_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape and affine (4, 4), from the header and the size of the file. Raises DatasetError as `read`."""
+    with _opened(path) as (file, stream):
+        header = _header_of(path, stream.read(_HEADER))
+        shape, dtype, offset = _layout(path, header, None)
+        _require_held(path, _most(file, stream), offset, offset + math.prod(shape) * dtype.itemsize)
+    return shape, affine_of(path, header)
+
+
+def read_header(path: Path) -> nib.Nifti1Header:
+    """The header alone. Raises DatasetError: missing, damaged, no NIfTI file, or half of a pair."""
+    with _opened(path) as (_, stream):
+        return _header_of(path, stream.read(_HEADER))
+
+
+def _most(file: BinaryIO, stream: Any) -> int:
+    """Bytes that a file can hold at most: deflate packs no more than 1032 into one."""
+    size = os.fstat(file.fileno()).st_size
+    return size if stream is file else 1032 * size
+
+
+def _require_held(path: Path, held: int, offset: int, end: int) -> None:
+    if held < end:
+        found, expected = f"truncated: {max(held - offset, 0)} bytes of voxels", f"{end - offset}"
+        raise DatasetError(found, file=path, expected=expected, action="Copy or download it again.")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
+    """The file, and what its header is to be read from: itself, or what unpacks it. Raises DatasetError."""
+    if path.exists() and not path.is_file():
+        # Opening a pipe would wait for its writer for ever.
+        raise DatasetError("cannot be read: not a regular file", file=path, expected=".nii or .nii.gz")
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == GZIP_MAGIC
+            file.seek(0)
+            yield file, gzip.GzipFile(fileobj=file) if packed else file
+    except FileNotFoundError as error:
+        raise DatasetError("no such file", file=path) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        found, action = f"truncated or damaged ({error})", "Copy or download it again."
+        raise DatasetError(found, file=path, expected="a whole gzip", action=action) from error
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
+
+
+def _header_of(path: Path, content: bytes) -> nib.Nifti1Header:
+    size = next((s for s in _HEADERS for order in ("little", "big") if int.from_bytes(content[:4], order) == s), None)
+    if size is None or len(content) < size:
+        raise DatasetError("not a NIfTI file", file=path, expected=".nii or .nii.gz")
+    try:
+        header = _HEADERS[size](content[:size])
+    except (HeaderDataError, ValueError, OverflowError) as error:
+        raise DatasetError(f"damaged NIfTI header ({error})", file=path) from error
+    if not header["magic"].item().startswith(b"n+"):
+        raise DatasetError("an Analyze file or half of a NIfTI pair", file=path, expected="one .nii or .nii.gz file")
+    return header
+
+
+def _shape_of(path: Path, header: nib.Nifti1Header, channels: int | None) -> tuple[int, ...]:
+    return checked_shape(path, tuple(int(n) for n in header.get_data_shape()), channels)
+
+
+def checked_shape(path: Path, shape: tuple[int, ...], channels: int | None) -> tuple[int, ...]:
+    """(D0, D1, D2) or (D0, D1, D2, C), without trailing axes of length 1. Raises DatasetError: anything else."""
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) not in (3, 4):
+        expected = "three spatial axes, and at most one of channels after them"
+        raise DatasetError(f"{len(shape)} axes {shape}", file=path, expected=expected)
+    if min(shape) < 1:
+        raise DatasetError(f"empty volume {shape}", file=path, expected="at least one voxel")
+    found = shape[3] if len(shape) == 4 else 1
+    if channels is not None and found != channels:
+        expected = "a 3D volume" if channels == 1 else f"{channels} channels as the fourth axis"
+        raise DatasetError(f"{len(shape)}D volume {shape}", file=path, expected=expected)
+    return shape
+
+
+def affine_of(path: Path, header: nib.Nifti1Header) -> np.ndarray:
+    """(4, 4) float64, voxel to RAS mm: sform, else qform, else made from the spacing. Raises DatasetError."""
+    try:
+        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+        if not affine[:3, :3].any():
+            # An all-zero sform says nothing, whatever its code.
+            coded = header.get_qform(coded=True)[0]
+            affine = np.asarray(header.get_base_affine() if coded is None else coded, dtype=np.float64)
+    except (HeaderDataError, ValueError) as error:
+        raise DatasetError(f"no usable affine ({error})", file=path) from error
+    return usable_affine(path, affine)
+
+
+def usable_affine(path: Path, affine: np.ndarray) -> np.ndarray:
+    """The affine (4, 4) itself. Raises DatasetError: not finite, singular, or of no size on earth."""
+    # What lies beyond cannot be millimetres, and its squares and products would overflow.
+    small = bool(np.isfinite(affine).all()) and np.abs(affine).max() <= _LONGEST
+    lengths = np.linalg.norm(affine[:3, :3], axis=0) if small else np.zeros(3)
+    if not abs(np.linalg.det(affine[:3, :3]) if small else 0) > 1e-6 * lengths.prod() or lengths.min() < 1 / _LONGEST:
+        expected = "three independent axes of positive length"
+        action = "Mend the geometry in its header (NIfTI: sform, qform or pixdim)."
+        raise DatasetError(f"singular affine {affine[:3].tolist()}", file=path, expected=expected, action=action)
+    return affine
+
+
+def slope_inter(path: Path, header: nib.Nifti1Header) -> tuple[float, float]:
+    """What stored values are multiplied by, and what is added then. Raises DatasetError: a damaged header."""
+    try:
+        slope, inter = header.get_slope_inter()
+    except HeaderDataError as error:
+        raise DatasetError(f"damaged NIfTI header ({error})", file=path) from error
+    return (1.0, 0.0) if slope is None else (float(slope), float(inter))
+
+
+def _layout(path: Path, header: nib.Nifti1Header, channels: int | None) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, stored type, and where in the file the voxels begin."""
+    shape = _shape_of(path, header, channels)
+    try:
+        dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
+    except (HeaderDataError, ValueError, OverflowError) as error:
+        raise DatasetError(f"damaged NIfTI header ({error})", file=path) from error
+    if dtype.kind not in "iuf":
+        raise DatasetError(f"voxels of type {dtype}", file=path, expected="one integer or real number a voxel")
+    if offset < 0:
+        raise DatasetError(f"voxels that begin at byte {offset}", file=path, expected="one behind the header")
+    return shape, dtype, offset
