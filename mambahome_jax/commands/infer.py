@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,18 +27,16 @@ from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.imaging import itk
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
-from mambahome_jax.inference.ensemble import Logits, check_members
+from mambahome_jax.inference.ensemble import check_members
 from mambahome_jax.inference.postprocess import postprocess, volumes_ml
+from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
 from mambahome_jax.inference.preview import write_preview
-from mambahome_jax.inference.probabilities import probabilities, whole_probabilities, write_probabilities
+from mambahome_jax.inference.probabilities import whole_probabilities, write_probabilities
 from mambahome_jax.inference.segment import (
-    NetworkInput,
-    SegmentSettings,
     channels_of,
     chosen_values,
     label,
     label_names_of,
-    prepare,
     settings_for,
     with_mirrors,
 )
@@ -240,7 +238,7 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
                     prepared,
                     plan.settings,
                     lambda done, total: progress.update(windows, completed=done, total=total),
-                    _taker(config, found),
+                    found.append if config.save_probabilities else None,
                 )
             except CASE_ERRORS as error:
                 fail(scan, error)
@@ -255,11 +253,6 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
     kept = sum("volume_ml" in case for case in outcome.cases if case.get("kept"))
     if kept:
         _say(console, f"{kept} results are there already and whole, and kept")
-
-
-def _taker(config: InferConfig, found: list[np.ndarray]) -> Callable[[Logits], None] | None:
-    """What puts a scan's probabilities into `found`, None where they are not to be saved."""
-    return (lambda logits: found.append(probabilities(logits))) if config.save_probabilities else None
 
 
 def _read_ahead(plan: Plan, scans: list[Scan]) -> Iterator[tuple[Scan, Future]]:

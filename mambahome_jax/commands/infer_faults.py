@@ -9,7 +9,7 @@ import numpy as np
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.segment import SegmentSettings, prepare
+from mambahome_jax.inference.prepare import SegmentSettings, prepare
 from mambahome_jax.inference.sliding_window import window_starts
 from mambahome_jax.model.network import MULTIPLE
 
