@@ -16,7 +16,7 @@ from mambahome_jax.model.network import MULTIPLE
 # Flags on which the labels do not depend.
 _WITHOUT_EFFECT = {
     *("data_path", "output_dir", "save_probabilities", "previews", "skip_existing", "overwrite"),
-    *("num_workers", "sw_batch_size", "gpu"),
+    *("num_workers", "num_devices", "sw_batch_size", "gpu"),
 }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mambahome_jax.commands import infer
+from mambahome_jax.commands import infer, infer_cases
 from mambahome_jax.config import DataProperties, InferConfig
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError, OutputError
 from mambahome_jax.imaging.volume import read_volume, write_volume
@@ -138,7 +138,7 @@ def test_a_full_disk_stops_the_run_with_a_report(tmp_path, levels, monkeypatch):
         written.append(path)
         write_volume(path, volume, **settings)
 
-    monkeypatch.setattr(infer, "write_volume", write_one)
+    monkeypatch.setattr(infer_cases, "write_volume", write_one)
     assert infer.run(config(tmp_path)) == 1
     reasons = {failure["id"]: failure["reason"] for failure in report(tmp_path)["failures"]}
     assert set(reasons) == {"b", "c", "d"}
@@ -181,11 +181,11 @@ def test_device_that_is_too_small_is_one_case_failing(tmp_path, levels, monkeypa
     scans(tmp_path / "in", "a", "b")
     original, calls = infer.label, []
 
-    def label(*arguments):
+    def label(*arguments, **options):
         calls.append(arguments)
         if len(calls) == 1:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes")
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(infer, "label", label)
     assert infer.run(config(tmp_path)) == 1
