@@ -120,14 +120,21 @@ def _whole_tiles(
             if len(sums) == member:
                 sums.append(Tiles(tiling, weights, predicted, how.device_bytes, len(networks)))
             running.append(sums[member].add(predicted, corners))
-            # Two calls in flight keep a device busy; more would only hold their windows in its memory.
-            while len(running) > 2 * len(copies):
+            # Two calls in flight keep a device busy; more would only hold their windows in its memory. A CPU would run
+            # both at a time, no faster, and need the memory of both.
+            most = len(copies) - 1 if _is_cpu(predicted) else 2 * len(copies)
+            del predicted
+            while len(running) > most:
                 running.popleft().block_until_ready()
             if progress is not None:
                 progress(first * len(networks) + (member + 1) * len(corners), len(starts) * len(networks))
         left = starts[first + how.sw_batch_size :, tiling.axis]
         for index in [i for i in sums[0].alive if tiling.is_whole(i, int(left[0]) if len(left) else None)]:
             yield index, [tiles.take(index) for tiles in sums]
+
+
+def _is_cpu(array: jax.Array) -> bool:
+    return next(iter(array.devices())).platform == "cpu"
 
 
 def _check(predicted: jax.Array, windows: np.ndarray, sums: Sequence[Tiles]) -> None:

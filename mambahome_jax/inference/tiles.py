@@ -18,6 +18,10 @@ import numpy as np
 from mambahome_jax.inference.ensemble import joined
 from mambahome_jax.inference.sliding_window import budget
 
+# A window's depth of the last axis may have so many voxels, 1 GiB of 16 classes, before the axis is taken that is
+# longest in windows, which needs least memory. The last mostly is, and another means another shape of tiles to compile.
+FEW_VOXELS = 1 << 24
+
 Index = tuple[int, int, int]
 Sums = tuple[jax.Array, jax.Array]
 
@@ -25,13 +29,14 @@ Sums = tuple[jax.Array, jax.Array]
 class Tiling:
     """How a volume is cut.
 
-    shape: of the volume in voxels, no axis shorter than `roi`, the window. axis: along which windows come in order,
-    the one that is longest in windows. edge: voxels from one tile to the next; a tile holds one more along each axis.
+    shape: of the volume in voxels, no axis shorter than `roi`, the window. axis: along which windows come in order.
+    edge: voxels from one tile to the next; a tile holds one more along each axis. few: see FEW_VOXELS.
     """
 
-    def __init__(self, shape: Sequence[int], roi: Sequence[int]) -> None:
+    def __init__(self, shape: Sequence[int], roi: Sequence[int], few: int = FEW_VOXELS) -> None:
         self.shape, self.roi = tuple(shape), tuple(roi)
-        self.axis = max(range(3), key=lambda a: shape[a] / roi[a])
+        longest = max(range(3), key=lambda a: shape[a] / roi[a])
+        self.axis = 2 if math.prod(shape[:2]) * roi[2] <= few else longest
         # Halves fit the windows where these overlap by half; quarters keep what is alive little deeper than a window.
         self.edge = tuple(-(-r // (4 if a == self.axis else 2)) for a, r in enumerate(roi))
         self.count = tuple(-(-n // e) for n, e in zip(shape, self.edge, strict=True))
@@ -54,6 +59,7 @@ class Tiling:
 
     def bytes_alive(self, classes: int, itemsize: int = 4) -> int:
         """Most that the tiles of one network take at a time, each with its sum of weights."""
+        # One more than a window covers, and one that a call with windows at two places along the axis may add.
         layers = min(-(-self.roi[self.axis] // self.edge[self.axis]) + 2, self.count[self.axis])
         tiles = layers * math.prod(n for a, n in enumerate(self.count) if a != self.axis)
         return tiles * math.prod(e + 1 for e in self.edge) * (classes + 1) * itemsize

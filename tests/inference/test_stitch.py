@@ -131,11 +131,11 @@ def test_the_network_is_not_asked_for_more_than_a_slab():
             return self.prepared.slab(axis, start, stop)
 
     settings = SegmentSettings(None, "RAS", "ct", ROI)
-    volume = scan((30, 200, 40))
+    volume = scan((30, 40, 200))
     label(network(0), Watched(prepare(volume, settings, whole_bytes=0)), settings)
-    assert {axis for axis, _ in asked} == {1}
+    assert {axis for axis, _ in asked} == {2}
     assert sum(planes for _, planes in asked) == 200
-    assert max(planes for _, planes in asked) <= 24
+    assert max(planes for _, planes in asked) <= 48
 
 
 def test_few_tiles_are_alive(monkeypatch):
@@ -151,11 +151,21 @@ def test_few_tiles_are_alive(monkeypatch):
 
     monkeypatch.setattr(tiles.Tiles, "add", counted)
     settings = SegmentSettings(None, "RAS", "ct", ROI)
-    label(network(0), prepare(scan((300, 20, 40)), settings), settings)
-    tiling = Tiling((300, 20, 40), ROI)
+    label(network(0), prepare(scan((18, 20, 400)), settings), settings)
+    tiling = Tiling((18, 20, 400), ROI)
     assert max(most) <= tiling.bytes_alive(4)
-    # A window's depth is 16 of 300 planes, and tiles reach beyond the volume.
-    assert tiling.bytes_alive(4) < 0.2 * 4 * 5 * 300 * 32 * 64
+    # A window's depth is 32 of 400 planes, and tiles reach beyond the volume.
+    assert tiling.bytes_alive(4) < 0.2 * 4 * 5 * 24 * 24 * 400
+
+
+def test_large_volumes_are_walked_along_their_longest_axis():
+    assert Tiling((100, 90, 400), (96, 96, 96)).axis == 2
+    assert Tiling((400, 100, 100), (96, 96, 96)).axis == 2
+    large = Tiling((1000, 512, 512), (96, 96, 96))
+    assert large.axis == 0 and large.edge == (24, 48, 48)
+    # 16 classes need less than half of a bound of 6 GiB.
+    assert large.bytes_alive(16) < 3 * 2**30
+    assert Tiling((20, 60, 40), ROI, few=0).axis == 1
 
 
 def test_more_than_256_classes_need_two_bytes():
