@@ -105,14 +105,14 @@ def _whole_tiles(
 ) -> Iterator[tuple[Index, list[Sums]]]:
     starts = window_starts(tiling.shape, how.roi, how.overlap)
     starts = starts[np.argsort(starts[:, tiling.axis], kind="stable")]
+    # The last call is filled up, so that all have one shape.
+    calls = [starts[first : first + how.sw_batch_size] for first in range(0, len(starts), how.sw_batch_size)]
+    filled = (np.concatenate([c, np.repeat(c[-1:], how.sw_batch_size - len(c), axis=0)]) for c in calls)
     weights = importance_map(how.roi, how.mode)
     sums: list[Tiles] = []
     running: deque[jax.Array] = deque()
-    for number, first in enumerate(range(0, len(starts), how.sw_batch_size)):
-        corners = starts[first : first + how.sw_batch_size]
-        stacked = windows.stack(
-            np.concatenate([corners, np.repeat(corners[-1:], how.sw_batch_size - len(corners), axis=0)])
-        )
+    done = 0
+    for number, (corners, stacked) in enumerate(zip(calls, windows.stacks(filled), strict=True)):
         for member, copies in enumerate(networks):
             copy = copies[number % len(copies)]
             predicted = jnp.asarray(copy.predict(jax.device_put(stacked, copy.device)))
@@ -126,10 +126,11 @@ def _whole_tiles(
             del predicted
             while len(running) > most:
                 running.popleft().block_until_ready()
+            done += len(corners)
             if progress is not None:
-                progress(first * len(networks) + (member + 1) * len(corners), len(starts) * len(networks))
-        left = starts[first + how.sw_batch_size :, tiling.axis]
-        for index in [i for i in sums[0].alive if tiling.is_whole(i, int(left[0]) if len(left) else None)]:
+                progress(done, len(starts) * len(networks))
+        next_corner = int(calls[number + 1][0, tiling.axis]) if number + 1 < len(calls) else None
+        for index in [index for index in sums[0].alive if tiling.is_whole(index, next_corner)]:
             yield index, [tiles.take(index) for tiles in sums]
 
 

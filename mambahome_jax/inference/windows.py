@@ -1,12 +1,16 @@
 """Windows of an image that is made slab by slab, in the order in which they are due."""
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
 from mambahome_jax.inference.sliding_window import PaddingMode, pad
 
 Slab = Callable[[int, int, int], np.ndarray]
+# Calls of the network for which windows are cut while it is at work: making a slab takes as long as a few.
+_AHEAD = 4
 
 
 class Windows:
@@ -23,6 +27,21 @@ class Windows:
         self.slab, self.shape, self.axis, self.roi, self.before, self.mode = slab, shape, axis, roi, before, mode
         self.first = 0
         self.planes: np.ndarray | None = None
+
+    def stacks(self, calls: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """`stack` of each, made by a thread ahead of its turn."""
+        with ThreadPoolExecutor(1) as maker:
+            waiting: deque[Future[np.ndarray]] = deque()
+            try:
+                for corners in calls:
+                    waiting.append(maker.submit(self.stack, corners))
+                    if len(waiting) > _AHEAD:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            finally:
+                for future in waiting:
+                    future.cancel()
 
     def stack(self, corners: np.ndarray) -> np.ndarray:
         """(n, *roi, in) of the windows at `corners` (n, 3), in voxels of the padded image."""

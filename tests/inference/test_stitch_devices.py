@@ -80,3 +80,17 @@ def test_every_device_predicts(monkeypatch):
 def test_predictions_of_another_shape_are_refused():
     with pytest.raises(ConfigError, match="predict gave shape"):
         segment(lambda windows: windows[..., 0], scan((20, 20, 20)), roi_size=(16, 16, 16))
+
+
+def test_what_fails_while_windows_are_cut_is_raised():
+    prepared = prepare(scan((20, 20, 40)), SegmentSettings(None, "RAS", "ct", ROI))
+
+    class Broken:
+        def __getattr__(self, name):
+            return getattr(prepared, name)
+
+        def slab(self, axis, start, stop):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        label(network(0), Broken(), prepared.settings)
