@@ -120,9 +120,9 @@ def _whole_tiles(
             if len(sums) == member:
                 sums.append(Tiles(tiling, weights, predicted, how.device_bytes, len(networks)))
             running.append(sums[member].add(predicted, corners))
-            # Two calls in flight keep a device busy; more would only hold their windows in its memory. A CPU would run
-            # both at a time, no faster, and need the memory of both.
-            most = len(copies) - 1 if _is_cpu(predicted) else 2 * len(copies)
+            # One call in flight more than there are devices keeps them busy; others would only hold their windows in
+            # the memory of the first. A CPU would run both at a time, no faster, and need the memory of both.
+            most = len(copies) + (-1 if _is_cpu(predicted) else 1)
             del predicted
             while len(running) > most:
                 running.popleft().block_until_ready()
@@ -131,7 +131,10 @@ def _whole_tiles(
                 progress(done, len(starts) * len(networks))
         next_corner = int(calls[number + 1][0, tiling.axis]) if number + 1 < len(calls) else None
         for index in [index for index in sums[0].alive if tiling.is_whole(index, next_corner)]:
-            yield index, [tiles.take(index) for tiles in sums]
+            taken = [tiles.take(index) for tiles in sums]
+            yield index, taken
+            for tiles, used in zip(sums, taken, strict=True):
+                tiles.spare.append(used)
 
 
 def _is_cpu(array: jax.Array) -> bool:

@@ -90,6 +90,8 @@ class Tiles:
         self.device = device if fits else jax.local_devices(backend="cpu")[0]
         self.weights = jax.device_put(weights.astype(self.dtype), self.device)
         self.alive: dict[Index, Sums] = {}
+        # Arrays to use again: new ones between those that are freed leave holes, half a GiB of them on a CPU.
+        self.spare: list[Sums] = []
 
     def add(self, predicted: jax.Array, corners: np.ndarray) -> jax.Array:
         """Add predictions (n, *roi, classes), of which the first len(corners) count; returns what can be waited for."""
@@ -109,10 +111,12 @@ class Tiles:
         return done
 
     def take(self, index: Index) -> Sums:
-        """The sums of a tile, (*size, classes) and size, which are then forgotten."""
+        """The sums of a tile, (*size, classes) and size, no longer kept here. Put them into `spare` after use."""
         return self.alive.pop(index)
 
     def _zeros(self) -> Sums:
+        if self.spare:
+            return _cleared(*self.spare.pop())
         total = jnp.zeros((*self.size, self.classes), self.dtype, device=self.device)
         return total, jnp.zeros(self.size, self.dtype, device=self.device)
 
@@ -147,6 +151,11 @@ def _means(sums: Sequence[Sums]) -> tuple[list[jax.Array], jax.Array]:
     means = [total / jnp.where(weight > 0, weight, 1)[..., None] for total, weight in sums]
     # A sum is finite if all of its terms are.
     return means, jnp.stack([jnp.isfinite(mean.sum()) for mean in means])
+
+
+@partial(jax.jit, donate_argnums=(0, 1), keep_unused=True)
+def _cleared(total, weight):
+    return jnp.zeros_like(total), jnp.zeros_like(weight)
 
 
 @partial(jax.jit, donate_argnums=(0, 1))
