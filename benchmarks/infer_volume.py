@@ -6,7 +6,6 @@ Twice with the same programs: the first time compiles, which the second leaves o
 """
 
 import argparse
-import functools
 import json
 import platform
 import resource
@@ -21,7 +20,8 @@ from flax import nnx
 
 from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.imaging.volume import Volume, read_volume, write_volume
-from mambahome_jax.inference.segment import label, prepare, settings_for
+from mambahome_jax.inference.prepare import prepare
+from mambahome_jax.inference.segment import label, settings_for
 from mambahome_jax.model.network import MambaHoME, default_precision
 
 
@@ -41,16 +41,15 @@ def segment_file(model: Any, source: Path, result: Path, settings: Any) -> dict[
     seconds: dict[str, float] = {}
     begun = time.perf_counter()
 
-    def done(part: str, value: Any = None) -> None:
-        jax.block_until_ready(value)
+    def done(part: str) -> None:
         seconds[part] = time.perf_counter() - begun - sum(seconds.values())
 
     volume = read_volume(source)
     done("read")
     prepared = prepare(volume, settings, 1)
     done("prepare")
-    labels = label(model, prepared, settings, None, functools.partial(done, "windows"))
-    done("back to the scan's grid")
+    labels = label(model, prepared, settings)
+    done("windows and back to the scan's grid")
     write_volume(result, labels)
     done("write")
     return seconds

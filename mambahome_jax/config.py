@@ -339,6 +339,8 @@ class InferConfig:
     """Format of the label maps, whatever that of the scans."""
     num_workers: int = 1
     """Threads that read scans ahead and write results."""
+    num_devices: int | None = None
+    """Devices over which the windows of a scan are spread (default: all GPUs of this machine, or one CPU)."""
     tta: bool = False
     """Mean over each window and its mirrors (8 times the work), left and right labels swapped; an axis along which a
     structure has no counterpart is left out."""

@@ -3,10 +3,8 @@
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,33 +14,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambahome_jax.commands.find_scans import Scan, find_scans, join_channels
+from mambahome_jax.commands.infer_cases import HELD_BYTES, Plan, Reading, input_of, read_ahead, result_of, write_case
 from mambahome_jax.commands.infer_faults import changed_flags, check_settings, reason_of
 from mambahome_jax.commands.infer_volumes import volumes_by_structure, volumes_table, write_volumes
 from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.commands.run_report import device, plain, versions
 from mambahome_jax.config import InferConfig
-from mambahome_jax.datasets.base import Case
-from mambahome_jax.datasets.label_map import read_image
 from mambahome_jax.datasets.prepared import write_json
-from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, naming
+from mambahome_jax.errors import ConfigError, MambaHomeError, OutputError
 from mambahome_jax.imaging import itk
-from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
-from mambahome_jax.inference.ensemble import Logits, check_members
-from mambahome_jax.inference.postprocess import postprocess, volumes_ml
-from mambahome_jax.inference.preview import write_preview
-from mambahome_jax.inference.probabilities import probabilities, whole_probabilities, write_probabilities
+from mambahome_jax.inference.ensemble import check_members
 from mambahome_jax.inference.segment import (
-    NetworkInput,
-    SegmentSettings,
     channels_of,
     chosen_values,
     label,
     label_names_of,
-    prepare,
     settings_for,
     with_mirrors,
 )
 from mambahome_jax.model.weights import load_model
+from mambahome_jax.training.sharding import choose_devices
 
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
 # What a damaged scan, a full disk or a device that is too small can raise; anything else is a fault of ours.
@@ -60,27 +51,6 @@ class Outcome:
     def exit_code(self) -> int:
         """0 all done, 1 some cases failed, 2 nothing was done."""
         return 0 if not self.failures else 1 if self.cases else 2
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What is the same for every scan.
-
-    models: one, or several as an ensemble. names: label value -> structure, all that the models know.
-    only, largest: as `postprocess` takes them.
-    """
-
-    config: InferConfig
-    models: list[Any]
-    settings: SegmentSettings
-    names: Mapping[int, str]
-    only: tuple[int, ...] | None
-    largest: tuple[int, ...] | None
-
-    @property
-    def kept_names(self) -> dict[int, str]:
-        """Names of the structures that results may hold."""
-        return {value: name for value, name in self.names.items() if self.only is None or value in self.only}
 
 
 def run(config: InferConfig) -> int:
@@ -109,6 +79,7 @@ def _segment_all(
     config: InferConfig, scans: list[Scan], failures: list[dict[str, str]], started: float, console: Console
 ) -> int:
     open_output(config.output_dir, ["run.json", "volumes.csv"])
+    devices = choose_devices(num_devices=config.num_devices)
     models = _load(config)
     settings = settings_for(
         models,
@@ -130,7 +101,7 @@ def _segment_all(
     if changed:
         _say(console, f"Note: results that are kept were made by another {', '.join(changed)}")
     only, largest = chosen_values(models, config.labels, config.keep_largest)
-    plan = Plan(config, models, settings, label_names_of(models), only, largest)
+    plan = Plan(config, models, settings, label_names_of(models), only, largest, devices if len(devices) > 1 else None)
     scans, incomplete = join_channels(config.data_path, scans, channels_of(models) or 1)
     outcome = Outcome(failures=[*failures, *incomplete])
     unusable = len(outcome.failures)
@@ -196,11 +167,11 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    todo = [scan for scan in scans if config.overwrite or not _result(config, scan).exists()]
+    todo = [scan for scan in scans if config.overwrite or not result_of(config, scan).exists()]
     for scan in scans:
         if scan not in todo:
             outcome.cases.append(
-                {"id": scan.case, "input": _input(config, scan), "output": _result(config, scan).name, "kept": True}
+                {"id": scan.case, "input": input_of(config, scan), "output": result_of(config, scan).name, "kept": True}
             )
     if len(todo) < len(scans):
         _say(console, f"{len(scans) - len(todo)} results are there already and kept")
@@ -229,145 +200,43 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
             progress.advance(cases)
             return True
 
-        for scan, reading in _read_ahead(plan, todo):
+        def begin(scan: Scan, reading: Reading) -> None:
+            """Segment a scan and have its result written; what it took is let go before the next one is read."""
             begun = time.perf_counter()
+            read = reading.take()
+            if isinstance(read, dict):
+                outcome.cases.append(read)
+                progress.advance(cases)
+                return
+            volume, prepared = read
+            found: list[np.ndarray] = []
+            result = label(
+                plan.models,
+                prepared,
+                plan.settings,
+                lambda done, total: progress.update(windows, completed=done, total=total),
+                found.append if config.save_probabilities else None,
+                devices=plan.devices,
+            )
+            shares = [(values, prepared.affine) for values in found]
+            written.append((scan, writer.submit(write_case, plan, scan, volume, result, shares, begun)))
+
+        for scan, reading in read_ahead(plan, todo):
             if full:
                 fail(scan, OutputError("not begun, as the output folder cannot be written"))
                 continue
             try:
-                read = reading.result()
-                if isinstance(read, dict):
-                    outcome.cases.append(read)
-                    progress.advance(cases)
-                    continue
-                volume, prepared = read
-                found: list[np.ndarray] = []
-                result = label(
-                    plan.models,
-                    prepared,
-                    plan.settings,
-                    lambda done, total: progress.update(windows, completed=done, total=total),
-                    _taker(config, found),
-                )
+                begin(scan, reading)
             except CASE_ERRORS as error:
                 fail(scan, error)
-                continue
-            shares = [(values, prepared.affine) for values in found]
-            written.append((scan, writer.submit(_write, plan, scan, volume, result, shares, begun)))
-            # One result may wait for the disk; more would pile up in memory.
-            if len(written) > 1:
+            # One result may wait for the disk where it is small; more would pile up in memory.
+            while len(written) > (1 if reading.nbytes <= HELD_BYTES else 0) and not full:
                 full = not finish(*written.popleft())
         while written:
             finish(*written.popleft())
     kept = sum("volume_ml" in case for case in outcome.cases if case.get("kept"))
     if kept:
         _say(console, f"{kept} results are there already and whole, and kept")
-
-
-def _taker(config: InferConfig, found: list[np.ndarray]) -> Callable[[Logits], None] | None:
-    """What puts a scan's probabilities into `found`, None where they are not to be saved."""
-    return (lambda logits: found.append(probabilities(logits))) if config.save_probabilities else None
-
-
-def _read_ahead(plan: Plan, scans: list[Scan]) -> Iterator[tuple[Scan, Future]]:
-    """Each scan with what its reading gives, at most `num_workers` beyond the one in use."""
-    threads = max(plan.config.num_workers, 1)
-    with ThreadPoolExecutor(threads) as readers:
-        waiting: deque[tuple[Scan, Future]] = deque()
-        try:
-            for scan in scans:
-                waiting.append((scan, readers.submit(_read, plan, scan)))
-                if len(waiting) > threads:
-                    yield waiting.popleft()
-            while waiting:
-                yield waiting.popleft()
-        finally:
-            for _, reading in waiting:
-                reading.cancel()
-
-
-def _read(plan: Plan, scan: Scan) -> tuple[Volume, NetworkInput] | dict[str, Any]:
-    """A scan and what the network gets of it; the entry of run.json where its result is whole and may stay."""
-    kept = _whole_result(plan, scan) if plan.config.skip_existing else None
-    if kept is not None:
-        return kept
-    if scan.channels:
-        volume = read_image(
-            Case(scan.case, scan.path, images=scan.channels), channels_of(plan.models) or len(scan.channels)
-        )
-    else:
-        volume = read_volume(scan.path)
-    with naming(scan.path):
-        return volume, prepare(volume, _settings_of(scan, plan.settings), channels_of(plan.models))
-
-
-def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
-    """The entry of run.json for a result that an earlier run wrote; None where it is missing or damaged."""
-    path = _result(plan.config, scan)
-    if not path.is_file() or (plan.config.save_probabilities and not whole_probabilities(_shares(plan.config, scan))):
-        return None
-    try:
-        volume_ml = volumes_ml(read_labels(path), plan.names)
-    except DatasetError:
-        return None
-    return {
-        "id": scan.case,
-        "input": _input(plan.config, scan),
-        "output": path.name,
-        "kept": True,
-        "volume_ml": volume_ml,
-    }
-
-
-def _settings_of(scan: Scan, settings: SegmentSettings) -> SegmentSettings:
-    return settings if scan.modality is None else dataclasses.replace(settings, modality=scan.modality)
-
-
-def _write(
-    plan: Plan, scan: Scan, volume: Volume, result: Volume, shares: list[tuple[np.ndarray, np.ndarray]], begun: float
-) -> dict[str, Any]:
-    """Write a label map, its preview and what there is of probabilities; returns the entry of run.json.
-
-    shares: probabilities (D, H, W, classes) and their affine (4, 4), or nothing. A preview that fails is a remark.
-    """
-    config, settings, names = plan.config, plan.settings, plan.kept_names
-    path = _result(config, scan)
-    result = postprocess(result, plan.only, plan.largest)
-    for values, affine in shares:
-        write_probabilities(_shares(config, scan), values, affine, plan.names)
-    write_volume(path, result, names=names)
-    preview, remarks = config.output_dir / "previews" / f"{scan.case}.png", {}
-    try:
-        if config.previews:
-            write_preview(preview, volume, result, names, scan.modality or settings.modality, scan.case)
-    except OutputError as error:
-        remarks = {"remarks": [f"without preview: {error}"]}
-    return {
-        "id": scan.case,
-        "input": _input(config, scan),
-        "modality": scan.modality or settings.modality,
-        "output": path.name,
-        "preview": str(preview.relative_to(config.output_dir)) if config.previews and not remarks else None,
-        "shape": list(result.shape),
-        "seconds": round(time.perf_counter() - begun, 3),
-        "volume_ml": volumes_ml(result, names),
-    } | remarks
-
-
-def _result(config: InferConfig, scan: Scan) -> Path:
-    return config.output_dir / f"{scan.case}.{config.output_format}"
-
-
-def _input(config: InferConfig, scan: Scan) -> str | list[str]:
-    """Files as seen from --data_path, which run.json has as it was given."""
-    home = config.data_path if config.data_path.is_dir() else config.data_path.parent
-    names = [str(path.relative_to(home)) if path.is_relative_to(home) else path.name for path in scan.channels]
-    whole = str(scan.path.relative_to(home)) if scan.path.is_relative_to(home) else scan.path.name
-    return names if scan.channels else whole
-
-
-def _shares(config: InferConfig, scan: Scan) -> Path:
-    return config.output_dir / f"{scan.case}.npz"
 
 
 def _say(console: Console, text: str) -> None:

@@ -9,14 +9,14 @@ import numpy as np
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.segment import SegmentSettings, prepare
+from mambahome_jax.inference.prepare import SegmentSettings, prepare
 from mambahome_jax.inference.sliding_window import window_starts
 from mambahome_jax.model.network import MULTIPLE
 
 # Flags on which the labels do not depend.
 _WITHOUT_EFFECT = {
     *("data_path", "output_dir", "save_probabilities", "previews", "skip_existing", "overwrite"),
-    *("num_workers", "sw_batch_size", "gpu"),
+    *("num_workers", "num_devices", "sw_batch_size", "gpu"),
 }
 
 

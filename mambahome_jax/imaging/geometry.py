@@ -4,7 +4,7 @@ Grids and sampling agree with MONAI's Spacing (defaults, padding "border") and w
 axes are parallel, which is nearly always so, sampling is done one axis after the other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,6 +15,7 @@ from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.volume import Volume
 
 Order = Literal["linear", "nearest"]
+Box = tuple[slice, slice, slice]
 
 _SAME = 1e-3  # spacings and affines closer than this count as equal (MONAI's AFFINE_TOL)
 _CORNER = 1e-8  # a corner of the old grid counts as the new grid's first voxel up to here
@@ -97,32 +98,56 @@ def resample(volume: Volume, spacing: Sequence[float], order: Order = "linear") 
     return resample_to(volume, affine, shape, order)
 
 
-def resample_to(volume: Volume, affine: np.ndarray, shape: Sequence[int], order: Order = "linear") -> Volume:
+def resample_to(
+    volume: Volume,
+    affine: np.ndarray,
+    shape: Sequence[int],
+    order: Order = "linear",
+    *,
+    box: Box | None = None,
+    before: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Volume:
     """Sample a volume at the voxels of another grid (`affine` (4, 4), `shape` (D0, D1, D2)), of any orientation.
 
     A trailing channel axis is kept. Undoes `reorient` and `resample`: give it the affine and shape of the file.
     order: "linear" gives float32; "nearest" keeps the dtype. Outside the old grid the edge goes on.
+    box: the part of the new grid to sample, start and stop an axis; its values are those that the whole has there.
+    before: applied to the voxels that are used, before they are sampled; any function of each voxel by itself.
     """
     if order not in ("linear", "nearest"):
         raise ConfigError(f"order {order!r}; expected 'linear' or 'nearest'")
     array = np.asarray(volume.array)
     shape = (int(shape[0]), int(shape[1]), int(shape[2]))
+    box = box if box is not None else (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
+    before = before if before is not None else np.asarray
+    first = np.array([part.start for part in box])
+    part_affine = affine.copy()
+    part_affine[:3, 3] += affine[:3, :3] @ first
     to_old = np.linalg.inv(volume.affine) @ affine
     source = _parallel_axes(to_old[:3, :3], shape)
     if source is None:
-        return Volume(_sample_anywhere(array, to_old, shape, order), affine)
+        to_old[:3, 3] += to_old[:3, :3] @ first
+        part = (box[0].stop - box[0].start, box[1].stop - box[1].start, box[2].stop - box[2].start)
+        return Volume(_sample_anywhere(before(array), to_old, part, order), part_affine)
     array, to_old = array.transpose(*source, *range(3, array.ndim)), to_old[[*source, 3]]
     swapped = volume.affine[:, [*source, 3]]
     if _same_grid(swapped, array.shape, affine, shape):
-        return Volume(array if order == "nearest" else array.astype(np.float32, copy=False), affine)
+        values = before(array[box])
+        return Volume(values if order == "nearest" else values.astype(np.float32, copy=False), part_affine)
     # Positions along an axis with the other two indices in the middle: what is left of them is smallest there.
     middle = (np.array(shape) - 1) / 2
-    positions = []
+    positions, used = [], []
     for axis, (size, old_size) in enumerate(zip(shape, array.shape, strict=False)):
         start = to_old[axis, 3] + to_old[axis, :3] @ middle - to_old[axis, axis] * middle[axis]
         # Rounding to 1e-9 voxel makes ties and unmoved axes exact, whatever the noise of the matrix product.
-        positions.append(np.clip(np.round(start + to_old[axis, axis] * np.arange(size), 9), 0, old_size - 1))
-    return Volume(_sample_by_axis(array, positions, order), affine)
+        every = np.clip(np.round(start + to_old[axis, axis] * np.arange(size), 9), 0, old_size - 1)[box[axis]]
+        low = int(every.min())
+        used.append(slice(low, min(int(every.max()) + 2, old_size)))
+        positions.append(every - low)
+    # The one that shrinks most first: no array on the way exceeds both input and output. Of the whole grids, so that
+    # every box of them is computed alike.
+    turns = sorted(range(3), key=lambda axis: shape[axis] / array.shape[axis])
+    return Volume(_sample_by_axis(before(array[tuple(used)]), positions, turns, order), part_affine)
 
 
 def crop(volume: Volume, start: Sequence[int], end: Sequence[int]) -> Volume:
@@ -188,11 +213,11 @@ def _sample_anywhere(array: np.ndarray, to_old: np.ndarray, shape: tuple[int, in
     return result.transpose(*back, *range(result.ndim - 3))
 
 
-def _sample_by_axis(array: np.ndarray, positions: list[np.ndarray], order: Order) -> np.ndarray:
-    """One axis after the other, the one that shrinks most first: no array on the way exceeds both input and output."""
+def _sample_by_axis(array: np.ndarray, positions: list[np.ndarray], turns: list[int], order: Order) -> np.ndarray:
+    """One axis after the other, in the order of `turns`."""
     memory = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
     result = array.transpose(memory)
-    for axis in sorted(range(3), key=lambda axis: len(positions[axis]) / array.shape[axis]):
+    for axis in turns:
         result = _sample_axis(result, memory.index(axis), positions[axis], order)
     if order == "linear":
         result = result.astype(np.float32, copy=False)

@@ -4,7 +4,8 @@
 volume's statistics as an argument and never computes them from what it is given.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +48,21 @@ def statistics(array: np.ndarray) -> IntensityStatistics:
     )
 
 
+def statistics_of_parts(parts: Iterable[np.ndarray]) -> IntensityStatistics:
+    """`statistics` of a volume of which only one part (D, H, W, C) at a time is there, but for rounding in float64."""
+    found: list[_Running] = []
+    for part in parts:
+        found = found or [_Running() for _ in range(part.shape[3])]
+        for channel, running in enumerate(found):
+            running.add(part[..., channel])
+    return IntensityStatistics(
+        mean=tuple(running.mean for running in found),
+        std=tuple(running.std for running in found),
+        minimum=tuple(running.minimum for running in found),
+        maximum=tuple(running.maximum for running in found),
+    )
+
+
 def display_range(array: np.ndarray, modality: Modality | None = None) -> tuple[float, float]:
     """The values of a volume (D, H, W) that a picture shows as black and white; the second is the larger."""
     if modality == "ct":
@@ -56,14 +72,17 @@ def display_range(array: np.ndarray, modality: Modality | None = None) -> tuple[
     return float(low), float(high if high > low else low + 1)
 
 
-def normalise(array: np.ndarray, modality: Modality, stats: IntensityStatistics) -> np.ndarray:
+def normalise(array: np.ndarray, modality: Modality, stats: IntensityStatistics | None) -> np.ndarray:
     """What the network sees of an array (..., C): float32, same shape.
 
     ct: window -175 to 250 HU to [0, 1], clipped. mr: z-score by the volume's statistics, zeros stay zero.
     us: the volume's minimum and maximum to [0, 1]. Raises ConfigError for another modality.
+    stats: None for ct, which needs none.
     """
     if modality == "ct":
         return scale_range(array, *CT_WINDOW, 0.0, 1.0, clip=True)
+    if stats is None:
+        raise ValueError(f"no statistics for {modality}")
     values = array.astype(np.float32)
     if modality == "mr":
         scaled = (values - np.asarray(stats.mean, np.float32)) / np.asarray(stats.std, np.float32)
@@ -137,6 +156,31 @@ def foreground_box(
     return (a, b, c), (d, e, f)
 
 
+class _Running:
+    """Moments of the voxels that are not 0, joined part by part (Chan et al., 1983)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.square = 0, 0.0, 0.0
+        self.minimum, self.maximum = math.inf, -math.inf
+
+    def add(self, part: np.ndarray) -> None:
+        self.minimum, self.maximum = min(self.minimum, float(part.min())), max(self.maximum, float(part.max()))
+        used = part[part != 0]
+        if not used.size:
+            return
+        mean = float(used.sum(dtype=np.float64)) / used.size
+        difference = used.astype(np.float64) - mean
+        square = float(np.square(difference, out=difference).sum())
+        count, gap = self.count + used.size, mean - self.mean
+        self.square += square + gap**2 * self.count * used.size / count
+        self.mean += gap * used.size / count
+        self.count = count
+
+    @property
+    def std(self) -> float:
+        return _resolved(math.sqrt(self.square / self.count) if self.count else 0.0, self.mean)
+
+
 def _moments(array: np.ndarray, nonzero: bool) -> tuple[float, float]:
     """Mean and population standard deviation in float64, in two passes over small parts; 0 deviation gives 1."""
     flat = array.ravel(order="K")
@@ -151,6 +195,9 @@ def _moments(array: np.ndarray, nonzero: bool) -> tuple[float, float]:
         difference = used.astype(np.float64) - mean
         # Not a product of vectors: BLAS rounds it otherwise with every number of threads.
         square += float(np.square(difference, out=difference).sum())
-    std = float(np.sqrt(square / count))
+    return mean, _resolved(float(np.sqrt(square / count)), mean)
+
+
+def _resolved(std: float, mean: float) -> float:
     # What float32 cannot resolve is a constant volume with rounding noise, not contrast.
-    return mean, std if std > 1e-7 * abs(mean) else 1.0
+    return std if std > 1e-7 * abs(mean) else 1.0

@@ -46,7 +46,7 @@ class Volume:
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
 
-def read_volume(path: str | Path, *, channels: int | None = None) -> Volume:
+def read_volume(path: str | Path, *, channels: int | None = None, as_stored: bool = False) -> Volume:
     """Read an image: .nii, .nii.gz, or with the extra [formats] .mha, .mhd, .nrrd or a folder of DICOM slices.
 
     Returns a Volume of float32, (D0, D1, D2), or (D0, D1, D2, C) where the file has four axes and the last is longer
@@ -55,11 +55,17 @@ def read_volume(path: str | Path, *, channels: int | None = None) -> Volume:
     MONAI's LoadImage).
 
     channels: how many are expected; None takes any number.
+    as_stored: numbers of up to four bytes stay what they are where slope and intercept change nothing; the
+      array is then read-only, and int16 takes half of the memory.
     Raises DatasetError: missing, truncated or damaged file, of another format than its name says, empty, wrong number
     of axes, singular affine, NaN or infinite voxels; SimpleITK not installed; what `dicom.read` refuses.
     """
     path = Path(path)
     raw, affine, slope, inter = _stored(path, channels)
+    if as_stored and (slope, inter) == (1.0, 0.0) and raw.dtype.isnative and raw.dtype.itemsize <= 4:
+        if raw.dtype.kind == "f":
+            _require_finite(path, raw)
+        return Volume(raw, affine)
     return Volume(_scale(path, raw, slope, inter), affine)
 
 

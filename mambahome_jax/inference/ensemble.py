@@ -1,18 +1,14 @@
-"""Several networks as one: the mean of their softmax probabilities, computed one network after the other."""
+"""Several networks as one: the mean of their softmax probabilities."""
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import ConfigError
-
-Logits = jax.Array | np.ndarray
 
 
 def members_of(model: Any) -> tuple[Any, ...]:
@@ -42,25 +38,16 @@ def check_members(members: Sequence[Any], names: Sequence[str] | None = None) ->
             raise ConfigError(f"{name} cannot be joined with {names[0]}: {'; '.join(differing)}")
 
 
-def log_mean(members: Iterable[Logits]) -> Logits:
+def joined(members: Sequence[jax.Array]) -> jax.Array:
     """Logits (D, H, W, classes) whose softmax is the mean of the members' softmax; of one member its own logits.
 
-    members: logits of one shape, taken one at a time, so that no more than two are held. On the host if one of them is.
-    As the logits of one network they may be interpolated: several members with equal logits give its labels exactly.
-    Raises ConfigError: members of different shapes.
+    As the logits of one network they may be interpolated: several members with equal logits give its labels.
     """
-    total: Logits | None = None
-    alone = True
-    for logits in members:
-        if total is None:
-            total = logits
-            continue
-        if logits.shape != total.shape:
-            raise ConfigError(f"models of one ensemble gave {total.shape[-1]} and {logits.shape[-1]} classes")
-        if alone:
-            total, alone = _start(total), False
-        total = _join(total, logits)
-    assert total is not None
+    if len(members) == 1:
+        return members[0]
+    total = jax.nn.log_softmax(members[0], axis=-1)
+    for logits in members[1:]:
+        total = jnp.logaddexp(total, jax.nn.log_softmax(logits, axis=-1))
     return total
 
 
@@ -80,38 +67,3 @@ def _traits(model: Any) -> dict[str, Any]:
         "modality": data.modality,
         "preparation of scans": "published" if bare else "trained",
     }
-
-
-def _start(logits: Logits) -> Logits:
-    """log softmax; the first member's logits belong to whoever made them for us, so that they may be changed."""
-    return _log_softmax_on_host(logits) if isinstance(logits, np.ndarray) else _log_softmax(logits)
-
-
-def _join(total: Logits, logits: Logits) -> Logits:
-    """log(exp(total) + softmax(logits)), in the place of `total`."""
-    if not isinstance(total, np.ndarray) and not isinstance(logits, np.ndarray):
-        return _add(total, logits)
-    # A copy, as what a jax.Array shows of itself is read-only.
-    total = total if isinstance(total, np.ndarray) else np.array(total)
-    for row in range(total.shape[0]):
-        own = _log_softmax_on_host(np.array(logits[row]))
-        np.logaddexp(total[row], own, out=total[row])
-    return total
-
-
-def _log_softmax_on_host(logits: np.ndarray) -> np.ndarray:
-    """In place, row by row."""
-    for row in logits:
-        row -= row.max(axis=-1, keepdims=True)
-        row -= np.log(np.exp(row).sum(axis=-1, keepdims=True))
-    return logits
-
-
-@partial(jax.jit, donate_argnums=0)
-def _log_softmax(logits):
-    return jax.nn.log_softmax(logits, axis=-1)
-
-
-@partial(jax.jit, donate_argnums=0)
-def _add(total, logits):
-    return jnp.logaddexp(total, jax.nn.log_softmax(logits, axis=-1))

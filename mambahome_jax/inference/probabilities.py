@@ -5,36 +5,17 @@ float16.
 """
 
 import json
-import math
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mambahome_jax.errors import OutputError
 from mambahome_jax.imaging.files import beside
-from mambahome_jax.inference.restore import SLAB_BYTES
 
 ENTRIES = ("probabilities", "affine", "labels")
-
-
-def probabilities(logits: jax.Array | np.ndarray, *, slab_bytes: int = SLAB_BYTES) -> np.ndarray:
-    """float16 (D, H, W, classes) on the host, of logits of that shape on the device or the host.
-
-    slab_bytes: most that the logits at work may take at a time.
-    """
-    result = np.empty(logits.shape, np.float16)
-    height = min(max(slab_bytes // (math.prod(logits.shape[1:]) * logits.dtype.itemsize), 1), logits.shape[0])
-    for first in range(0, logits.shape[0], height):
-        # The last slab is moved back to the border, so that all have one shape and are compiled once.
-        start = min(first, logits.shape[0] - height)
-        rows = slice(start, start + height)
-        result[rows] = np.asarray(_softmax(jnp.asarray(logits[rows])))
-    return result
 
 
 def write_probabilities(path: Path, values: np.ndarray, affine: np.ndarray, names: Mapping[int, str]) -> None:
@@ -64,8 +45,3 @@ def whole_probabilities(path: Path) -> bool:
             return {f"{name}.npy" for name in ENTRIES} <= set(archive.namelist()) and archive.testzip() is None
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError):
         return False
-
-
-@jax.jit
-def _softmax(logits):
-    return jax.nn.softmax(logits, axis=-1).astype(jnp.float16)

@@ -2,79 +2,36 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from mambahome_jax.compiler import compiler_options
 from mambahome_jax.config import DataProperties, Mirror, Modality
 from mambahome_jax.datasets.mirror import AXIS_LETTERS
-from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
-from mambahome_jax.imaging.geometry import orientation_of, reorient, resample
-from mambahome_jax.imaging.intensity import normalise, statistics
+from mambahome_jax.errors import ConfigError
+from mambahome_jax.imaging.geometry import Order, orientation_of, reorient
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.ensemble import Logits, check_members, log_mean, members_of
+from mambahome_jax.inference.ensemble import check_members, members_of
 from mambahome_jax.inference.mirrors import mirrored, mirrors_for
 from mambahome_jax.inference.postprocess import ALL, postprocess, values_named
-from mambahome_jax.inference.probabilities import probabilities, write_probabilities
-from mambahome_jax.inference.restore import labels_on_grid
-from mambahome_jax.inference.sliding_window import PADDING_MODE, sliding_window
+from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
+from mambahome_jax.inference.probabilities import write_probabilities
+from mambahome_jax.inference.restore import labels_on_grid, positions_on
+from mambahome_jax.inference.sliding_window import PADDING_MODE
+from mambahome_jax.inference.stitch import Copy, Stitching, stitch
+from mambahome_jax.inference.targets import Labels, Whole
+from mambahome_jax.inference.tiles import Tiling, logits_of_tile, probabilities_of_tile
 from mambahome_jax.model.network import MULTIPLE
 
 Progress = Callable[[int, int], None]
 PUBLISHED_ROI = (192, 192, 48)
-
-
-@dataclass(frozen=True)
-class SegmentSettings:
-    """How a scan is brought to the network and back.
-
-    spacing: (3,) mm at which the network works, None or 0 keeps the scan's own. orientation: of its axes. modality:
-    how intensities are normalised. roi_size: window in voxels, an entry <= 0 takes the whole axis.
-    chain: "trained" resamples first and normalises what came out, as preprocess.py and train.py do, and blends windows
-    by a Gaussian. "published" is what the published inference script does: intensity window first, equal weights, zeros
-    beyond the border, nearest logits on the way back.
-    mirrors: axes along which each window is mirrored too, see `with_mirrors`.
-    """
-
-    spacing: Sequence[float] | None
-    orientation: str
-    modality: Modality
-    roi_size: Sequence[int]
-    overlap: float | Sequence[float] = 0.5
-    sw_batch_size: int = 4
-    chain: Literal["trained", "published"] = "trained"
-    mirrors: tuple[Mirror, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.modality not in ("ct", "mr", "us"):
-            raise ConfigError(f"modality is {self.modality!r}; expected ct, mr or us")
-        if self.chain not in ("trained", "published"):
-            raise ConfigError(f"chain is {self.chain!r}; expected trained or published")
-        if len(self.roi_size) != 3:
-            raise ConfigError(f"roi_size is {tuple(self.roi_size)}; expected three numbers of voxels")
-
-
-@dataclass(frozen=True, eq=False)
-class NetworkInput:
-    """A scan as the network takes it, with what is needed to go back.
-
-    image: (D, H, W, in) float32 on the grid `affine`. oriented_affine, oriented_shape: the grid after reorientation.
-    file_affine: (4, 4) of the scan.
-    """
-
-    image: np.ndarray
-    affine: np.ndarray
-    oriented_affine: np.ndarray
-    oriented_shape: tuple[int, int, int]
-    file_affine: np.ndarray
 
 
 def segment(
@@ -93,6 +50,7 @@ def segment(
     keep_largest: str | Sequence[str] = (),
     save_probabilities: Path | str | None = None,
     progress: Progress | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Volume:
     """Label every voxel of a scan.
 
@@ -107,6 +65,10 @@ def segment(
     save_probabilities: .npz to write the probabilities of all classes to, on the network's grid, before `labels` and
       `keep_largest` (see `write_probabilities`).
     progress: called with (windows done, windows in all), the windows of every model counted.
+    devices: to spread the windows over; None takes the one where the model is.
+
+    Memory is needed for the scan and for a window's depth of the logits, not for the logits of a whole volume, save
+    where `save_probabilities` asks for them or the axes of the scan are sheared.
 
     Returns the label map, uint8 (uint16 above 256 classes), with the shape and affine of `volume`.
     Raises DatasetError (NaN or infinite voxels, wrong number of channels), ConfigError (settings that cannot work,
@@ -133,8 +95,8 @@ def segment(
         for remark in remarks:
             warnings.warn(remark, stacklevel=2)
     found: list[np.ndarray] = []
-    take = None if save_probabilities is None else lambda logits: found.append(probabilities(logits))
-    result = postprocess(label(model, prepared, settings, progress, take), only, largest)
+    take = None if save_probabilities is None else found.append
+    result = postprocess(label(model, prepared, settings, progress, take, devices=devices), only, largest)
     if save_probabilities is not None:
         write_probabilities(Path(save_probabilities), found[0], prepared.affine, label_names_of(model))
     return result
@@ -203,95 +165,73 @@ def label_names_of(model: Any) -> dict[int, str]:
     return dict(data.labels) if data is not None else {}
 
 
-def prepare(volume: Volume, settings: SegmentSettings, channels: int | None = None) -> NetworkInput:
-    """Reorient, resample and normalise a scan (D0, D1, D2[, C]). NumPy only, so that threads can do it ahead.
-
-    Raises DatasetError for voxels that are not finite and for another number of `channels`.
-    """
-    array = volume.array if volume.array.ndim == 4 else volume.array[..., None]
-    if channels is not None and array.shape[-1] != channels:
-        several = "Put the channels on the fourth axis of one file, or into files <case>_0000, <case>_0001, ..."
-        action = "Give one volume a file." if channels == 1 else several
-        expected = f"{channels}, as the model takes"
-        raise DatasetError(f"{array.shape[-1]} channels or time points", expected=expected, action=action)
-    if 0 in array.shape:
-        raise DatasetError(f"empty volume {array.shape}", expected="at least one voxel")
-    if not np.isfinite(array.sum(dtype=np.float64)):
-        count = int(np.count_nonzero(~np.isfinite(array)))
-        raise DatasetError(f"{count} voxels are NaN or infinite", expected="finite numbers")
-    oriented = reorient(Volume(array, volume.affine), settings.orientation)
-    spacing = settings.spacing if settings.spacing is not None else (0.0, 0.0, 0.0)
-    if settings.chain == "published":
-        grid = resample(_normalised(oriented, settings.modality), spacing)
-    else:
-        grid = _normalised(resample(oriented, spacing), settings.modality)
-    image = np.ascontiguousarray(grid.array, np.float32)
-    return NetworkInput(image, grid.affine, oriented.affine, oriented.shape, volume.affine)
-
-
 def label(
     model: Any,
     prepared: NetworkInput,
     settings: SegmentSettings,
     progress: Progress | None = None,
-    with_logits: Callable[[Logits], None] | None = None,
+    with_probabilities: Callable[[np.ndarray], None] | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    device_bytes: float | None = None,
 ) -> Volume:
     """Label map of a prepared scan, on the scan's own grid. Raises as `segment`.
 
-    with_logits: called with the logits (D, H, W, classes) on the network's grid, on the device or the host.
+    with_probabilities: called with those of all classes on the network's grid, (D, H, W, classes) float16.
+    devices: over which the windows are spread, the sums on the first; None: where the model is. A model that is no
+      nnx.Module stays where it is. device_bytes: as in `Stitching`.
     """
     published = settings.chain == "published"
-    logits = log_mean(_logits_of_each(members_of(model), prepared, settings, progress))
-    if with_logits is not None:
-        with_logits(logits)
-    labels = labels_on_grid(
-        logits,
-        prepared.affine,
-        prepared.oriented_affine,
-        prepared.oriented_shape,
-        "nearest" if published else "linear",
+    sizes = zip(settings.roi_size, prepared.shape, strict=True)
+    how = Stitching(
+        roi=tuple(r if r > 0 else -(-n // MULTIPLE) * MULTIPLE for r, n in sizes),
+        overlap=settings.overlap,
+        mode="constant" if published else "gaussian",
+        padding_mode=PADDING_MODE,
+        sw_batch_size=settings.sw_batch_size,
+        device_bytes=device_bytes,
     )
+    order: Order = "nearest" if published else "linear"
+    positions = positions_on(prepared.affine, prepared.shape, prepared.oriented_affine, prepared.oriented_shape)
+    made: list[Any] = []
+
+    def targets(tiling: Tiling, before: Sequence[int]) -> list[Any]:
+        # Where the scan's axes are sheared, no tile has all that a voxel's logits are interpolated from.
+        first = (
+            Whole(tiling, before, prepared.shape, logits_of_tile)
+            if positions is None
+            else Labels(tiling, before, positions, order)
+        )
+        made.append(first)
+        if with_probabilities is not None:
+            made.append(Whole(tiling, before, prepared.shape, probabilities_of_tile))
+        return made
+
+    networks = [copies(member, settings.mirrors, devices) for member in members_of(model)]
+    stitch(networks, prepared.slab, prepared.shape, how, targets, progress)
+    labels = made[0].result
+    if positions is None:
+        grids = (prepared.affine, prepared.oriented_affine, prepared.oriented_shape)
+        labels = labels_on_grid(labels, *grids, order)
+    if with_probabilities is not None:
+        with_probabilities(made[1].result)
     back = reorient(Volume(labels, prepared.oriented_affine), orientation_of(prepared.file_affine))
     # Undoing the flips moves the affine by rounding only; the scan's own is exact.
     return Volume(back.array, prepared.file_affine)
 
 
-def _logits_of_each(
-    members: Sequence[Any], prepared: NetworkInput, settings: SegmentSettings, progress: Progress | None
-) -> Iterator[Logits]:
-    """Logits of one network after the other. Raises CheckpointError where they are not finite."""
-    published = settings.chain == "published"
-    sizes = zip(settings.roi_size, prepared.image.shape[:3], strict=True)
-    roi = [r if r > 0 else -(-n // MULTIPLE) * MULTIPLE for r, n in sizes]
+def copies(model: Any, mirrors: Sequence[Mirror] = (), devices: Sequence[jax.Device] | None = None) -> list[Copy]:
+    """A network as a function of windows (n, *roi, in), on each device; averaged over mirrored windows.
 
-    for index, member in enumerate(members):
-
-        def report(done: int, total: int, before: int = index) -> None:
-            if progress is not None:
-                progress(before * total + done, len(members) * total)
-
-        logits = sliding_window(
-            mirrored(predictor(member), settings.mirrors),
-            prepared.image,
-            roi,
-            settings.overlap,
-            "constant" if published else "gaussian",
-            settings.sw_batch_size,
-            PADDING_MODE,
-            progress=report,
-        )
-        if not _finite(logits):
-            which = "the network" if len(members) == 1 else f"network {index + 1} of {len(members)}"
-            action = "Try --precision fp32; if that does not help, the weights are damaged."
-            raise CheckpointError(f"{which} gave NaN or infinite logits for a scan of finite voxels. {action}")
-        yield logits
-
-
-def predictor(model: Any) -> Callable[[jax.Array], Any]:
-    """The model as a function of windows (n, *roi, in); an nnx.Module compiled, once for each shape of windows."""
+    An nnx.Module is compiled, once for each shape of windows; any other callable is taken as it is, on no device.
+    """
     if not isinstance(model, nnx.Module):
-        return model
-    return partial(apply_network, *nnx.split(model))
+        return [Copy(None, mirrored(model, mirrors))]
+    graph, state = nnx.split(model)
+    if devices is None:
+        return [Copy(None, mirrored(partial(apply_network, graph, state), mirrors))]
+    on_each = [partial(apply_network, graph, jax.device_put(state, device)) for device in devices]
+    return [Copy(device, mirrored(network, mirrors)) for device, network in zip(devices, on_each, strict=True)]
 
 
 def apply_network(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:
@@ -309,12 +249,3 @@ def _logits(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:
 def compiled_network() -> Any:
     """jit of (graphdef, state, windows) -> logits."""
     return jax.jit(_logits, static_argnums=0, compiler_options=compiler_options())
-
-
-def _normalised(volume: Volume, modality: Modality) -> Volume:
-    return Volume(normalise(volume.array, modality, statistics(volume.array)), volume.affine)
-
-
-def _finite(logits: jax.Array | np.ndarray) -> bool:
-    # A sum is finite if all of its terms are, and needs no mask of the logits' size.
-    return bool(np.isfinite((np if isinstance(logits, np.ndarray) else jnp).sum(logits)))

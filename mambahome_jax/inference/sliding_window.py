@@ -69,7 +69,7 @@ def sliding_window(
     starts = window_starts(shape, roi, overlap)
     weights = importance_map(roi, mode, sigma_scale)
     before = [(p - n) // 2 for p, n in zip(shape, image.shape[:3], strict=True)]
-    padded = _pad(np.asarray(image), before, shape, padding_mode, padding_value)
+    padded = pad(np.asarray(image), before, shape, padding_mode, padding_value)
 
     sums: _DeviceSums | _HostSums | None = None
     for first in range(0, len(starts), sw_batch_size):
@@ -127,6 +127,23 @@ def importance_map(
         offset = np.arange(window, dtype=np.float32) - np.float32((window - 1) / 2)
         weights = weights[..., None] * np.exp(-(offset**2) / np.float32(2 * (scale * window) ** 2))
     return np.maximum(weights, max(float(weights.min()), LOWEST_WEIGHT)).astype(np.float32)
+
+
+def pad(
+    image: np.ndarray, before: Sequence[int], shape: Sequence[int], mode: PaddingMode, value: float = 0.0
+) -> np.ndarray:
+    """(*shape, in) of an image (D, H, W, in), `before` voxels in front of each axis and the rest behind.
+
+    mode: "edge" values or the constant `value`. Integers become float32.
+    """
+    if not np.issubdtype(image.dtype, np.floating):
+        image = image.astype(np.float32)
+    widths = [(b, p - n - b) for b, p, n in zip(before, shape, image.shape[:3], strict=True)] + [(0, 0)]
+    if not any(map(any, widths)):
+        return image
+    if mode == "edge":
+        return np.pad(image, widths, mode="edge")
+    return np.pad(image, widths, mode="constant", constant_values=value)
 
 
 class _DeviceSums:
@@ -195,29 +212,19 @@ def _sums(where: Memory | None, shape: tuple[int, ...], predicted: jax.Array, we
     classes, dtype = predicted.shape[-1], jnp.promote_types(predicted.dtype, jnp.float32)
     if where is None:
         needed = math.prod(shape) * (classes + 1) * dtype.itemsize
-        where = "device" if needed <= _budget(next(iter(predicted.devices()))) else "host"
+        where = "device" if needed <= budget(next(iter(predicted.devices()))) else "host"
     if where not in ("device", "host"):
         raise ConfigError(f"accumulate_on is {where!r}; expected device or host")
     return (_DeviceSums if where == "device" else _HostSums)(shape, classes, dtype, weights)
 
 
-def _budget(device: jax.Device) -> float:
+def budget(device: jax.Device) -> float:
+    """Bytes that sums may take on a device: half of what it has left."""
     statistics = device.memory_stats()
     if not statistics or "bytes_limit" not in statistics:
         return UNKNOWN_DEVICE_BUDGET
     # The other half is for the network's own activations and for bringing the result back to the scan's grid.
     return 0.5 * (statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
-
-
-def _pad(image: np.ndarray, before: list[int], shape: tuple[int, ...], mode: PaddingMode, value: float) -> np.ndarray:
-    if not np.issubdtype(image.dtype, np.floating):
-        image = image.astype(np.float32)
-    widths = [(b, p - n - b) for b, p, n in zip(before, shape, image.shape[:3], strict=True)] + [(0, 0)]
-    if not any(map(any, widths)):
-        return image
-    if mode == "edge":
-        return np.pad(image, widths, mode="edge")
-    return np.pad(image, widths, mode="constant", constant_values=value)
 
 
 def _crop(array: Any, before: list[int], shape: Sequence[int]) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mambahome_jax.commands import infer
+from mambahome_jax.commands import infer, infer_cases
 from mambahome_jax.config import DataProperties, InferConfig
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError, OutputError
 from mambahome_jax.imaging.volume import read_volume, write_volume
@@ -114,6 +114,38 @@ def test_broken_scans_are_reported_and_the_rest_is_done(tmp_path, levels, capsys
     assert "Traceback" not in printed
 
 
+def test_fifteen_of_twenty(tmp_path, levels, capsys):
+    good = [f"case_{number:02d}" for number in range(15)]
+    folder = scans(tmp_path / "in", *good)
+    whole = (folder / "case_00.nii.gz").read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 0xFF
+    singular = np.diag([2.0, 0.0, 3.0, 1.0])
+    (folder / "truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (folder / "damaged.nii.gz").write_bytes(bytes(damaged))
+    (folder / "text.nii.gz").write_text("a note, not a scan")
+    write(folder / "infinite.nii.gz", np.full((8, 8, 8), np.inf, np.float32))
+    header = nib.load(folder / "case_00.nii.gz").header.copy()
+    header.set_sform(singular, code=1)
+    nib.save(nib.Nifti1Image(np.zeros((20, 18, 12), np.float32), None, header), folder / "flat.nii.gz")
+    assert infer.run(config(tmp_path, num_workers=2)) == 1
+    printed = capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == [f"{case}.nii.gz" for case in good]
+    said = {line.split(":")[0]: line for line in printed.splitlines() if line.startswith("Failed ")}
+    expected = {
+        "truncated": "truncated or damaged",
+        "damaged": "truncated or damaged",
+        "text": "not a NIfTI file",
+        "infinite": "512 voxels are NaN or infinite",
+        "flat": "singular affine",
+    }
+    assert set(said) == {f"Failed {case}" for case in expected}
+    for case, reason in expected.items():
+        assert reason in said[f"Failed {case}"] and f"{case}.nii.gz" in said[f"Failed {case}"]
+    assert "15 of 20 scans segmented" in printed and "5 failed" in printed and "Traceback" not in printed
+    assert len(report(tmp_path)["cases"]) == 15 and len(report(tmp_path)["failures"]) == 5
+
+
 def test_nothing_could_be_done(tmp_path, levels):
     write(tmp_path / "in" / "nan.nii.gz", np.full((8, 8, 8), np.nan, np.float32))
     assert infer.run(config(tmp_path)) == 2
@@ -138,7 +170,7 @@ def test_a_full_disk_stops_the_run_with_a_report(tmp_path, levels, monkeypatch):
         written.append(path)
         write_volume(path, volume, **settings)
 
-    monkeypatch.setattr(infer, "write_volume", write_one)
+    monkeypatch.setattr(infer_cases, "write_volume", write_one)
     assert infer.run(config(tmp_path)) == 1
     reasons = {failure["id"]: failure["reason"] for failure in report(tmp_path)["failures"]}
     assert set(reasons) == {"b", "c", "d"}
@@ -181,11 +213,11 @@ def test_device_that_is_too_small_is_one_case_failing(tmp_path, levels, monkeypa
     scans(tmp_path / "in", "a", "b")
     original, calls = infer.label, []
 
-    def label(*arguments):
+    def label(*arguments, **options):
         calls.append(arguments)
         if len(calls) == 1:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes")
-        return original(*arguments)
+        return original(*arguments, **options)
 
     monkeypatch.setattr(infer, "label", label)
     assert infer.run(config(tmp_path)) == 1

@@ -134,3 +134,13 @@ def test_axes_that_cannot_be_mirrored_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(infer, "load_model", lambda path, precision: model)
     assert infer.run(config(tmp_path, tta=True)) == 0
     assert "Note: tta leaves the left-right axis out" in capsys.readouterr().out
+
+
+def test_windows_are_spread_over_devices(tmp_path):
+    assert infer.run(config(tmp_path, num_devices=1)) == 0
+    one = [read_labels(tmp_path / "out" / f"{case}.nii.gz").array for case in ("one", "two")]
+    assert infer.run(config(tmp_path, num_devices=2)) == 0
+    for case, expected in zip(("one", "two"), one, strict=True):
+        np.testing.assert_array_equal(read_labels(tmp_path / "out" / f"{case}.nii.gz").array, expected)
+    with pytest.raises(ConfigError, match="--num_devices 99: this machine has"):
+        infer.run(config(tmp_path, num_devices=99))

@@ -272,3 +272,29 @@ def test_an_sform_of_zeros_gives_way_to_the_qform(tmp_path, code):
     content[254:256] = code.to_bytes(2, "little")
     path.write_bytes(content)
     np.testing.assert_allclose(read_volume(path).affine, affine)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "slope", "expected"),
+    [
+        (np.int16, 1, np.int16),
+        (np.uint8, 1, np.uint8),
+        (np.float32, 1, np.float32),
+        (np.float64, 1, np.float32),
+        (np.int16, 2, np.float32),
+    ],
+)
+def test_as_stored_has_the_values_without_a_copy(tmp_path, dtype, slope, expected):
+    array = np.random.default_rng(0).integers(0, 200, (5, 6, 7)).astype(dtype)
+    image = nib.Nifti1Image(array, np.eye(4), dtype=dtype)
+    image.header.set_slope_inter(slope, 0)
+    nib.save(image, tmp_path / "a.nii")
+    found = read_volume(tmp_path / "a.nii", as_stored=True)
+    assert found.array.dtype == expected
+    np.testing.assert_array_equal(found.array, read_volume(tmp_path / "a.nii").array)
+
+
+def test_as_stored_refuses_nan_as_well(tmp_path):
+    write_volume(tmp_path / "a.nii", Volume(np.full((2, 2, 2), np.nan, np.float32), np.eye(4)))
+    with pytest.raises(DatasetError, match="8 voxels are NaN"):
+        read_volume(tmp_path / "a.nii", as_stored=True)

@@ -1,25 +1,14 @@
-"""Probabilities against SciPy's softmax, and the file that holds them."""
+"""The file that holds probabilities; their values are tested in test_stitch."""
 
 import json
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.special import softmax
 
 from mambahome_jax.errors import ConfigError, OutputError
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.probabilities import probabilities, whole_probabilities, write_probabilities
+from mambahome_jax.inference.probabilities import whole_probabilities, write_probabilities
 from mambahome_jax.inference.segment import segment
-
-
-@pytest.mark.parametrize("slab_bytes", [1, 300, 1 << 20])
-@pytest.mark.parametrize("on_host", [True, False])
-def test_softmax_by_slabs(slab_bytes, on_host):
-    logits = np.random.default_rng(0).normal(scale=4, size=(7, 4, 3, 5)).astype(np.float32)
-    found = probabilities(logits if on_host else jnp.asarray(logits), slab_bytes=slab_bytes)
-    assert found.dtype == np.float16
-    np.testing.assert_allclose(found, softmax(logits, axis=-1), rtol=1e-3, atol=1e-6)
 
 
 def test_file_reads_with_numpy_alone(tmp_path):

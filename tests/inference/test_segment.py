@@ -1,6 +1,5 @@
 import json
 
-import jax
 import nibabel as nib
 import numpy as np
 import pytest
@@ -10,12 +9,12 @@ from hypothesis import strategies as st
 from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
 from mambahome_jax.evaluation.metrics import dice
-from mambahome_jax.imaging.geometry import crop, orientation_of, reorient, resample, uncrop
+from mambahome_jax.imaging.geometry import crop, orientation_of, reorient, resample, resample_to, uncrop
 from mambahome_jax.imaging.intensity import foreground_box, scale_range
 from mambahome_jax.imaging.volume import Volume, read_volume
-from mambahome_jax.inference import restore
-from mambahome_jax.inference.restore import labels_on_grid, logits_in_slabs
-from mambahome_jax.inference.segment import SegmentSettings, label_names_of, prepare, segment, settings_for
+from mambahome_jax.inference.prepare import SegmentSettings, prepare
+from mambahome_jax.inference.restore import labels_on_grid
+from mambahome_jax.inference.segment import label_names_of, segment, settings_for
 from mambahome_jax.inference.sliding_window import sliding_window
 from tests.conftest import golden_path, load_golden
 from tests.inference.models import Convolution, Levels
@@ -129,31 +128,13 @@ def test_settings_come_from_the_model_then_from_the_caller():
 
 
 @pytest.mark.parametrize("order", ["linear", "nearest"])
-@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("slab_bytes", [1, 20_000, 1 << 30])
-def test_slabs_on_device_and_host_agree_with_resample_to(order, on_host, slab_bytes):
+@pytest.mark.parametrize("turn", [0, 0.3])
+def test_labels_by_slabs_are_those_of_all_at_once(order, slab_bytes, turn):
     logits = np.random.default_rng(0).normal(size=(11, 9, 7, 4)).astype(np.float32)
-    source, target, shape = (
-        oriented_affine("RAS", (1.7, 1.3, 2.9)),
-        oriented_affine("RAS", (0.9, 2.1, 1.0)),
-        (23, 6, 19),
-    )
-    expected = restore.resample_to(Volume(logits, source), target, shape, order).array
-    given_logits = logits if on_host else jax.numpy.asarray(logits)
-    rows_seen = np.zeros(23, bool)
-    for rows, slab in logits_in_slabs(given_logits, source, target, shape, order, slab_bytes=slab_bytes):
-        np.testing.assert_allclose(slab, expected[rows], rtol=0, atol=1e-5)
-        rows_seen[rows] = True
-    assert rows_seen.all()
-    labels = labels_on_grid(given_logits, source, target, shape, order, slab_bytes=slab_bytes)
-    np.testing.assert_array_equal(labels, expected.argmax(-1))
-
-
-def test_turned_grids_are_sampled_too():
-    logits = np.random.default_rng(0).normal(size=(11, 9, 7, 3)).astype(np.float32)
-    source, target = oriented_affine("RAS", (1.7, 1.3, 2.9), 0.3), oriented_affine("RAS", (0.9, 2.1, 1.0))
-    expected = restore.resample_to(Volume(logits, source), target, (12, 6, 9), "linear").array
-    labels = labels_on_grid(logits, source, target, (12, 6, 9), slab_bytes=1)
+    source, target = oriented_affine("RAS", (1.7, 1.3, 2.9), turn), oriented_affine("RAS", (0.9, 2.1, 1.0))
+    expected = resample_to(Volume(logits, source), target, (23, 6, 19), order).array
+    labels = labels_on_grid(logits, source, target, (23, 6, 19), order, slab_bytes=slab_bytes)
     np.testing.assert_array_equal(labels, expected.argmax(-1))
 
 
@@ -196,10 +177,9 @@ def test_published_chain_equals_monai():
     np.testing.assert_allclose(prepared.affine, golden["network_input_affine"], rtol=0, atol=1e-5)
     logits = sliding_window(model, prepared.image, params["roi"], 0.5, "constant", padding_mode="constant")
     np.testing.assert_allclose(np.moveaxis(logits, -1, 0), golden["logits"], rtol=0, atol=1e-3)
-    (_, inverted), *_ = logits_in_slabs(
-        logits, prepared.affine, prepared.oriented_affine, prepared.oriented_shape, "nearest", slab_bytes=1 << 30
-    )
-    back = reorient(Volume(np.asarray(inverted), prepared.oriented_affine), orientation_of(volume.affine))
+    grid = (prepared.oriented_affine, prepared.oriented_shape)
+    inverted = resample_to(Volume(np.asarray(logits), prepared.affine), *grid, "nearest")
+    back = reorient(inverted, orientation_of(volume.affine))
     np.testing.assert_allclose(np.moveaxis(back.array, -1, 0), golden["inverted_logits"], rtol=0, atol=1e-3)
 
 
@@ -217,8 +197,7 @@ def test_chain_with_foreground_crop_equals_monai():
     logits = sliding_window(model, cropped.array, params["roi"])
     np.testing.assert_allclose(np.moveaxis(logits, -1, 0), golden["logits"], rtol=0, atol=1e-3)
     whole = uncrop(Volume(np.asarray(logits), cropped.affine), start, scaled.shape)
-    (_, inverted), *_ = logits_in_slabs(whole.array, whole.affine, oriented.affine, oriented.shape)
-    back = reorient(Volume(np.asarray(inverted), oriented.affine), orientation_of(volume.affine))
+    back = reorient(resample_to(whole, oriented.affine, oriented.shape), orientation_of(volume.affine))
     np.testing.assert_allclose(np.moveaxis(back.array, -1, 0), golden["inverted_logits"], rtol=0, atol=1e-3)
     assert_same_segmentation(back.array.argmax(-1), golden)
 

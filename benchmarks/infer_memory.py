@@ -1,0 +1,100 @@
+"""Peak memory of infer.py on a synthetic CT of any size, int16 in .nii.gz, with random weights.
+
+python benchmarks/infer_memory.py --size 512 512 1000 --spacing 1.5 1.5 2 --overlap 0.25
+
+Host: VmHWM of the process, the most that it ever had in memory. GPU, where nvidia-smi is there: the most that the first
+one ever had in use, sampled twice a second without JAX's allocation ahead, so that it must be idle otherwise.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+from flax import nnx
+from infer_volume import make_scan
+
+from mambahome_jax.config import MODEL_SIZES, DataProperties
+from mambahome_jax.model.checkpoint import write_checkpoint
+from mambahome_jax.model.network import MambaHoME
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_model(folder: Path, size: str, classes: int, spacing: tuple[float, ...], roi: tuple[int, ...]) -> None:
+    """A checkpoint folder of random weights; its logits say nothing, but take the time and memory of any."""
+    config = MODEL_SIZES[size].model.replace(in_chans=1, out_chans=classes)
+    data = DataProperties(spacing=(spacing[0], spacing[1], spacing[2]), patch_size=(roi[0], roi[1], roi[2]))
+    params = nnx.to_pure_dict(nnx.state(MambaHoME(config, rngs=nnx.Rngs(0), precision="fp32"), nnx.Param))
+    write_checkpoint(folder, params, {"model": vars(config), "data": data.to_json()})
+
+
+def peak_host_gib(process: int) -> float:
+    """VmHWM so far; 0 where the process is gone."""
+    try:
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    except OSError:
+        return 0.0
+    return int(found[1]) / 2**20 if found else 0.0
+
+
+def used_gpu_gib() -> float:
+    """In use on the first GPU; 0 without nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return 0.0
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="MambaHoME_tiny", choices=list(MODEL_SIZES))
+    parser.add_argument("--classes", type=int, default=16)
+    parser.add_argument("--size", nargs=3, type=int, default=[512, 512, 1000])
+    parser.add_argument("--voxel", nargs=3, type=float, default=[0.8, 0.8, 1.0], help="of the scan, mm")
+    parser.add_argument("--spacing", nargs=3, type=float, default=[1.5, 1.5, 2.0], help="of the network, mm")
+    parser.add_argument("--roi_size", nargs=3, type=int, default=[96, 96, 96])
+    parser.add_argument("--overlap", type=float, default=0.5)
+    parser.add_argument("--sw_batch_size", type=int, default=4)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_scan(folder / "scan.nii.gz", tuple(args.size), tuple(args.voxel))
+        write_model(folder / "model", args.model, args.classes, args.spacing, args.roi_size)
+        command = [sys.executable, str(ROOT / "infer.py"), "--data_path", str(folder / "scan.nii.gz")]
+        command += ["--model_path", str(folder / "model"), "--output_dir", str(folder / "out")]
+        command += ["--overlap", str(args.overlap), "--sw_batch_size", str(args.sw_batch_size)]
+        begun, host, gpu = time.perf_counter(), 0.0, 0.0
+        with (folder / "log").open("w+") as log:
+            environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            while process.poll() is None:
+                host, gpu = max(host, peak_host_gib(process.pid)), max(gpu, used_gpu_gib())
+                time.sleep(0.5)
+            log.seek(0)
+            if process.returncode:
+                sys.exit(f"infer.py ended with {process.returncode}\n{log.read()}")
+    result = {
+        "host_peak_gib": round(host, 2),
+        "gpu_peak_gib": round(gpu, 2),
+        "seconds": round(time.perf_counter() - begun, 1),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        **{name: value for name, value in vars(args).items() if name != "json"},
+    }
+    print(json.dumps(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

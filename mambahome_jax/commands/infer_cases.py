@@ -1,0 +1,196 @@
+"""One scan of infer's: read ahead of its turn, and its result written."""
+
+import dataclasses
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mambahome_jax.commands.find_scans import Scan
+from mambahome_jax.config import InferConfig
+from mambahome_jax.datasets.base import Case
+from mambahome_jax.datasets.label_map import read_image
+from mambahome_jax.errors import DatasetError, OutputError, naming
+from mambahome_jax.imaging.files import NIFTI_SUFFIXES
+from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels, read_volume, write_volume
+from mambahome_jax.inference.postprocess import postprocess, volumes_ml
+from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
+from mambahome_jax.inference.preview import write_preview
+from mambahome_jax.inference.probabilities import whole_probabilities, write_probabilities
+from mambahome_jax.inference.segment import channels_of
+
+# What the scans that are read ahead may take together, in bytes of float32: 512 x 512 x 512 voxels. A larger scan is
+# read when the one before it is done.
+HELD_BYTES = 512 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is the same for every scan.
+
+    models: one, or several as an ensemble. names: label value -> structure, all that the models know.
+    only, largest: as `postprocess` takes them. devices: over which the windows of a scan are spread,
+    None where there is one.
+    """
+
+    config: InferConfig
+    models: list[Any]
+    settings: SegmentSettings
+    names: Mapping[int, str]
+    only: tuple[int, ...] | None
+    largest: tuple[int, ...] | None
+    devices: Sequence[jax.Device] | None
+
+    @property
+    def kept_names(self) -> dict[int, str]:
+        """Names of the structures that results may hold."""
+        return {value: name for value, name in self.names.items() if self.only is None or value in self.only}
+
+
+class Reading:
+    """A scan that is being read, and what it will take in memory.
+
+    nbytes: as float32, of the scan alone; an estimate where its header does not tell.
+    """
+
+    def __init__(self, future: Future, nbytes: int) -> None:
+        self._future: Future | None = future
+        self.nbytes = nbytes
+
+    def take(self) -> tuple[Volume, NetworkInput] | dict[str, Any]:
+        """What `_read` gives, once: it is not kept here. Raises what reading raised."""
+        future, self._future = self._future, None
+        assert future is not None
+        return future.result()
+
+    def cancel(self) -> None:
+        """Do not read it, if that has not begun."""
+        if self._future is not None:
+            self._future.cancel()
+
+
+def read_ahead(plan: Plan, scans: Sequence[Scan], held_bytes: int = HELD_BYTES) -> Iterator[tuple[Scan, Reading]]:
+    """Each scan with its reading: at most `num_workers` beyond the one in use, and no more than `held_bytes` of them.
+
+    A scan that takes more by itself is read when the one before it is done with.
+    """
+    threads = max(plan.config.num_workers, 1)
+    with ThreadPoolExecutor(threads) as readers:
+        waiting: deque[tuple[Scan, Reading]] = deque()
+        try:
+            for scan in scans:
+                nbytes = _nbytes(scan)
+                while waiting and sum(reading.nbytes for _, reading in waiting) + nbytes > held_bytes:
+                    yield waiting.popleft()
+                waiting.append((scan, Reading(readers.submit(_read, plan, scan), nbytes)))
+                if len(waiting) > threads:
+                    yield waiting.popleft()
+            while waiting:
+                yield waiting.popleft()
+        finally:
+            for _, reading in waiting:
+                reading.cancel()
+
+
+def _nbytes(scan: Scan) -> int:
+    files = scan.channels or (scan.path,)
+    try:
+        if scan.path.name.endswith(NIFTI_SUFFIXES) and scan.path.is_file():
+            return 4 * len(files) * math.prod(read_geometry(scan.path)[0])
+        listed = [file for path in files for file in (path.iterdir() if path.is_dir() else [path])]
+        # Compressed CT takes about two bytes a voxel or less.
+        return 4 * sum(file.stat().st_size for file in listed)
+    except (DatasetError, OSError):
+        return 0
+
+
+def _read(plan: Plan, scan: Scan) -> tuple[Volume, NetworkInput] | dict[str, Any]:
+    """A scan and what the network gets of it; the entry of run.json where its result is whole and may stay."""
+    kept = _whole_result(plan, scan) if plan.config.skip_existing else None
+    if kept is not None:
+        return kept
+    if scan.channels:
+        volume = read_image(
+            Case(scan.case, scan.path, images=scan.channels), channels_of(plan.models) or len(scan.channels)
+        )
+    else:
+        volume = read_volume(scan.path, as_stored=True)
+    with naming(scan.path):
+        return volume, prepare(volume, _settings_of(scan, plan.settings), channels_of(plan.models))
+
+
+def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
+    """The entry of run.json for a result that an earlier run wrote; None where it is missing or damaged."""
+    path = result_of(plan.config, scan)
+    if not path.is_file() or (plan.config.save_probabilities and not whole_probabilities(_shares(plan.config, scan))):
+        return None
+    try:
+        volume_ml = volumes_ml(read_labels(path), plan.names)
+    except DatasetError:
+        return None
+    return {
+        "id": scan.case,
+        "input": input_of(plan.config, scan),
+        "output": path.name,
+        "kept": True,
+        "volume_ml": volume_ml,
+    }
+
+
+def _settings_of(scan: Scan, settings: SegmentSettings) -> SegmentSettings:
+    return settings if scan.modality is None else dataclasses.replace(settings, modality=scan.modality)
+
+
+def write_case(
+    plan: Plan, scan: Scan, volume: Volume, result: Volume, shares: list[tuple[np.ndarray, np.ndarray]], begun: float
+) -> dict[str, Any]:
+    """Write a label map, its preview and what there is of probabilities; returns the entry of run.json.
+
+    shares: probabilities (D, H, W, classes) and their affine (4, 4), or nothing. A preview that fails is a remark.
+    """
+    config, settings, names = plan.config, plan.settings, plan.kept_names
+    path = result_of(config, scan)
+    result = postprocess(result, plan.only, plan.largest)
+    for values, affine in shares:
+        write_probabilities(_shares(config, scan), values, affine, plan.names)
+    write_volume(path, result, names=names)
+    preview, remarks = config.output_dir / "previews" / f"{scan.case}.png", {}
+    try:
+        if config.previews:
+            write_preview(preview, volume, result, names, scan.modality or settings.modality, scan.case)
+    except OutputError as error:
+        remarks = {"remarks": [f"without preview: {error}"]}
+    return {
+        "id": scan.case,
+        "input": input_of(config, scan),
+        "modality": scan.modality or settings.modality,
+        "output": path.name,
+        "preview": str(preview.relative_to(config.output_dir)) if config.previews and not remarks else None,
+        "shape": list(result.shape),
+        "seconds": round(time.perf_counter() - begun, 3),
+        "volume_ml": volumes_ml(result, names),
+    } | remarks
+
+
+def result_of(config: InferConfig, scan: Scan) -> Path:
+    """Where the label map of a scan goes."""
+    return config.output_dir / f"{scan.case}.{config.output_format}"
+
+
+def input_of(config: InferConfig, scan: Scan) -> str | list[str]:
+    """The file of a scan, or those of its channels, as seen from --data_path, which run.json has as it was given."""
+    home = config.data_path if config.data_path.is_dir() else config.data_path.parent
+    names = [str(path.relative_to(home)) if path.is_relative_to(home) else path.name for path in scan.channels]
+    whole = str(scan.path.relative_to(home)) if scan.path.is_relative_to(home) else scan.path.name
+    return names if scan.channels else whole
+
+
+def _shares(config: InferConfig, scan: Scan) -> Path:
+    return config.output_dir / f"{scan.case}.npz"

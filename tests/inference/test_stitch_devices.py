@@ -1,0 +1,96 @@
+"""What is compiled, and where windows are predicted and added."""
+
+import jax
+import numpy as np
+import pytest
+
+from mambahome_jax.errors import ConfigError
+from mambahome_jax.inference import tiles
+from mambahome_jax.inference.prepare import SegmentSettings, prepare
+from mambahome_jax.inference.segment import label, segment
+from tests.inference.models import Levels
+from tests.inference.test_stitch import MIRRORS, ROI, network, scan
+
+
+@pytest.fixture
+def compiled():
+    """Every compilation from here on."""
+    found = []
+
+    def note(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_volumes_of_other_sizes_compile_nothing(compiled):
+    models = [network(0), network(1)]
+
+    def run(chain, shape, orientation="RAS", spacing=(1.0, 1.2, 2.0)):
+        # Five windows a call, as in no other test: the first volume must compile.
+        settings = SegmentSettings((1.3, 1.1, 1.6), "RAS", "ct", ROI, 0.5, 5, chain, MIRRORS)
+        label(models, prepare(scan(shape, orientation, spacing), settings), settings, with_probabilities=kept.append)
+
+    kept = []
+    run("trained", (20, 33, 30))
+    first = len(compiled)
+    assert first > 0
+    run("trained", (31, 18, 26))
+    run("trained", (12, 40, 21), "PSR", (0.7, 2.2, 1.4))
+    run("published", (60, 19, 22))
+    assert len(compiled) == first
+    assert len({share.shape for share in kept}) == 4
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_devices_share_the_windows_and_give_the_labels_of_one(count):
+    devices = jax.local_devices()[:count]
+    assert len(devices) == count, "tests/conftest.py asks for eight"
+    settings = SegmentSettings((1.3, 1.1, 1.6), "RAS", "ct", ROI, 0.5, 2, "trained", MIRRORS)
+    models, prepared = [network(0), network(1)], prepare(scan((41, 33, 30)), settings)
+    alone, spread = [], []
+    one = label(models, prepared, settings, with_probabilities=alone.append)
+    several = label(models, prepared, settings, with_probabilities=spread.append, devices=devices)
+    np.testing.assert_array_equal(several.array, one.array)
+    np.testing.assert_array_equal(spread[0], alone[0])
+
+
+def test_every_device_predicts(monkeypatch):
+    seen = []
+    add = tiles.Tiles.add
+
+    def noted(self, predicted, corners):
+        seen.append((predicted.devices().pop(), self.device))
+        return add(self, predicted, corners)
+
+    monkeypatch.setattr(tiles.Tiles, "add", noted)
+    devices = jax.local_devices()[1:3]
+    segment(Levels((0.0, 1.0)), scan((40, 30, 30)), roi_size=(16, 16, 16), devices=devices)
+    assert {device for device, _ in seen} == set(devices)
+    assert {device for _, device in seen} == {devices[0]}
+    seen.clear()
+    settings = SegmentSettings(None, "RAS", "ct", ROI)
+    label(network(0), prepare(scan((20, 20, 20)), settings), settings, devices=devices, device_bytes=0)
+    assert {device for _, device in seen} == {jax.local_devices(backend="cpu")[0]}
+
+
+def test_predictions_of_another_shape_are_refused():
+    with pytest.raises(ConfigError, match="predict gave shape"):
+        segment(lambda windows: windows[..., 0], scan((20, 20, 20)), roi_size=(16, 16, 16))
+
+
+def test_what_fails_while_windows_are_cut_is_raised():
+    prepared = prepare(scan((20, 20, 40)), SegmentSettings(None, "RAS", "ct", ROI))
+
+    class Broken:
+        def __getattr__(self, name):
+            return getattr(prepared, name)
+
+        def slab(self, axis, start, stop):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        label(network(0), Broken(), prepared.settings)
