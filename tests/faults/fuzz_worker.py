@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mambahome_jax.commands import check, infer, preprocess
+from mambahome_jax.commands import check, infer, infer_cases, preprocess
 from mambahome_jax.config import CheckConfig, DataProperties, InferConfig, PreprocessConfig
 from mambahome_jax.errors import MambaHomeError
 from tests.inference.models import Levels
@@ -29,11 +29,11 @@ LIMIT = 3 << 30
 def measured(function: Callable, seen: dict[str, list[float]], name: Callable[[tuple], str]) -> Callable:
     """The function, noting seconds and megabytes at the peak of each call."""
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         Path("/proc/self/clear_refs").write_text("5")
         before, begun = resident("VmRSS"), time.perf_counter()
         try:
-            return function(*arguments)
+            return function(*arguments, **named)
         finally:
             seen[name(arguments)] = [time.perf_counter() - begun, (resident("VmHWM") - before) / 1024]
 
@@ -74,16 +74,16 @@ def main() -> None:
     check.examine_case = measured(check.examine_case, seen, lambda a: a[0].case.id)
     preprocess.prepare_case = measured(preprocess.prepare_case, seen, lambda a: a[0].case.id)
     names: dict[int, str] = {}
-    read = infer._read
+    read = infer_cases._read
 
     def remembered(plan: Any, scan: Any) -> Any:
         found = read(plan, scan)
         names[id(found[1])] = scan.case
         return found
 
-    infer._read = measured(remembered, seen, lambda a: a[1].case)
+    infer_cases._read = measured(remembered, seen, lambda a: a[1].case)
     infer.label = measured(infer.label, seen, lambda a: f"labels of {names[id(a[1])]}")
-    infer._write = measured(infer._write, seen, lambda a: f"result of {a[1].case}")
+    infer.write_case = measured(infer.write_case, seen, lambda a: f"result of {a[1].case}")
     resource.setrlimit(resource.RLIMIT_AS, (resident("VmSize") * 1024 + LIMIT,) * 2)
     for folder in folders:
         seen.clear()

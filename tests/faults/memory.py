@@ -29,14 +29,14 @@ def over_cases(folder: Path, count: int, sizes: int) -> list[int]:
     for number in range(count):
         write(folder / f"in/{number:03}.nii.gz", scan((48 + number % sizes, 48, 40), seed=number)[0])
     infer.load_model = lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES)  # type: ignore[assignment]
-    write_result = infer._write
+    write_result = infer.write_case
 
     def noted(*arguments: Any) -> Any:
         found = write_result(*arguments)
         seen.append(resident("VmRSS"))
         return found
 
-    infer._write = noted
+    infer.write_case = noted
     assert infer.run(InferConfig(folder / "in", folder / "model", folder / "out")) == 0
     return seen
 

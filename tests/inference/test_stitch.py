@@ -44,7 +44,7 @@ def from_whole_arrays(models, prepared, settings):
                 settings.overlap,
                 "constant" if published else "gaussian",
                 settings.sw_batch_size,
-                "constant" if published else "edge",
+                "constant",
             ),
             np.float64,
         )
