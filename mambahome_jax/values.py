@@ -2,9 +2,12 @@
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mambahome_jax.errors import ConfigError
+
+Modality = Literal["ct", "mr", "us"]
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 def converted(name: str, value: Any, convert: Callable[[Any], Any], expected: str) -> Any:
