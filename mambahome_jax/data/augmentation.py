@@ -14,6 +14,7 @@ from mambahome_jax.data.strong_augmentation import (
     change_contrast,
     change_gamma,
     mirror,
+    mirror_labelled,
     resample,
 )
 
@@ -41,8 +42,21 @@ def augment(
         Where D and H differ only the half turn is possible. Without `config.mirror` nothing is mirrored: left and right
         are different organs.
     """
-    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(image.shape[0]))
+    keys = _sample_keys(key, image.shape[0])
     return jax.vmap(lambda k, x, y: _augment_sample(k, x, y, config))(keys, image, label)
+
+
+def augment_labelled(key: jax.Array, labelled: jax.Array, config: AugmentationConfig) -> jax.Array:
+    """Which classes each sample has labels of, (batch, classes) bool, after `augment` with the same key: where it was
+    mirrored, those of a pair trade places."""
+    keys = _sample_keys(key, labelled.shape[0])
+    return jax.vmap(lambda k, row: mirror_labelled(jax.random.fold_in(k, _MORE_KEYS), row, config.mirror))(
+        keys, labelled
+    )
+
+
+def _sample_keys(key: jax.Array, batch: int) -> jax.Array:
+    return jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(batch))
 
 
 def _augment_sample(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mambahome_jax.config import Mirror
 
@@ -65,7 +66,7 @@ def mirror(
     """Flip image (D, H, W, C) and label (D, H, W) along each axis listed with the given probability, and swap the
     label values of that axis' pairs where it was flipped."""
     for number, (axis, pairs) in enumerate(mirrors):
-        happens = jax.random.bernoulli(jax.random.fold_in(key, number), probability)
+        happens = _happens(key, number, probability)
         flipped = jnp.flip(label, axis)
         if pairs:
             size = max(max(pair) for pair in pairs) + 1
@@ -77,6 +78,22 @@ def mirror(
         image = jnp.where(happens, jnp.flip(image, axis), image)
         label = jnp.where(happens, flipped, label)
     return image, label
+
+
+def mirror_labelled(
+    key: jax.Array, labelled: jax.Array, mirrors: Sequence[Mirror], probability: float = 0.5
+) -> jax.Array:
+    """Which classes (classes,) bool a sample has labels of once `mirror` with the same key is done with it."""
+    for number, (_, pairs) in enumerate(mirrors):
+        order = np.arange(labelled.shape[0])
+        for a, b in pairs:
+            order[[a, b]] = b, a
+        labelled = jnp.where(_happens(key, number, probability), labelled[order], labelled)
+    return labelled
+
+
+def _happens(key: jax.Array, number: int, probability: float) -> jax.Array:
+    return jax.random.bernoulli(jax.random.fold_in(key, number), probability)
 
 
 def change_brightness(image: jax.Array, factor: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from mambahome_jax.compiler import compiler_options
 from mambahome_jax.config import AugmentationConfig, Strategy
-from mambahome_jax.data.augmentation import augment
+from mambahome_jax.data.augmentation import augment, augment_labelled
 from mambahome_jax.training.deep_supervision import network_params
 from mambahome_jax.training.grouping import group
 from mambahome_jax.training.losses import LossFunction
@@ -93,11 +93,11 @@ def make_train_step(
         state: TrainState, batch: Batch, fraction: jax.Array | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         image, label = batch["image"], batch["label"]
+        labelled = (batch["labelled"],) if "labelled" in batch else ()
         if augmentation is not None:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             image, label = augment(key, image, label, augmentation)
-
-        labelled = (batch["labelled"],) if "labelled" in batch else ()
+            labelled = tuple(augment_labelled(key, rows, augmentation) for rows in labelled)
 
         def objective(params: Any) -> jax.Array:
             if freeze_encoder:

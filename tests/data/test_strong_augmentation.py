@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mambahome_jax.data.augmentation import augment
+from mambahome_jax.data.augmentation import augment, augment_labelled
 from mambahome_jax.data.strong_augmentation import (
     affine_matrix,
     change_brightness,
@@ -85,6 +85,20 @@ def test_mirroring_flips_both_and_swaps_the_labels_of_pairs():
     same_image, same_label = mirror(jax.random.key(0), image, label, ((1, ((1, 3),)),), probability=0.0)
     np.testing.assert_array_equal(same_image, image)
     np.testing.assert_array_equal(same_label, label)
+
+
+def test_what_a_dataset_labelled_trades_places_with_the_labels():
+    """Of a dataset that labels the left kidney alone a mirrored sample has the right one labelled."""
+    config = dataclasses.replace(OFF, mirror=((0, ((1, 2),)), (1, ())))
+    key = jax.random.key(5)
+    label = np.zeros((16, *SHAPE), np.int32)
+    label[:, :3, :3, :3] = 1
+    _, found = augment(key, np.zeros((16, *SHAPE, 1), np.float32), label, config)
+    labelled = np.tile([True, True, False, True], (16, 1))
+    after = np.asarray(augment_labelled(key, labelled, config))
+    swapped = np.asarray(found == 2).any((1, 2, 3))
+    assert 0 < swapped.sum() < 16
+    np.testing.assert_array_equal(after, np.where(swapped[:, None], [True, False, True, True], labelled))
 
 
 def test_brightness_contrast_and_gamma_are_their_formulas():
