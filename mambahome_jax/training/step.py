@@ -93,7 +93,7 @@ def make_train_step(
         state: TrainState, batch: Batch, fraction: jax.Array | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         image, label = batch["image"], batch["label"]
-        labelled = (batch["labelled"],) if "labelled" in batch else ()
+        labelled: tuple[jax.Array, ...] = (batch["labelled"],) if "labelled" in batch else ()
         if augmentation is not None:
             key = jax.random.fold_in(jax.random.key(seed), state.step)
             image, label = augment(key, image, label, augmentation)
