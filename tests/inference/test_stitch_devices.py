@@ -35,7 +35,8 @@ def test_volumes_of_other_sizes_compile_nothing(compiled):
         label(models, prepare(scan(shape, orientation, spacing), settings), settings, with_probabilities=kept.append)
 
     kept = []
-    run("trained", (20, 33, 30))
+    # Long enough that tiles are used again.
+    run("trained", (20, 33, 70))
     first = len(compiled)
     assert first > 0
     run("trained", (31, 18, 26))
