@@ -7,9 +7,7 @@ one ever had in use, sampled twice a second without JAX's allocation ahead, so t
 """
 
 import argparse
-import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -18,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import jax
+from figures import tell
 from flax import nnx
 from infer_volume import make_scan
 
@@ -83,17 +81,8 @@ def main() -> None:
             log.seek(0)
             if process.returncode:
                 sys.exit(f"infer.py ended with {process.returncode}\n{log.read()}")
-    result = {
-        "host_peak_gib": round(host, 2),
-        "gpu_peak_gib": round(gpu, 2),
-        "seconds": round(time.perf_counter() - begun, 1),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        **{name: value for name, value in vars(args).items() if name != "json"},
-    }
-    print(json.dumps(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+    seconds = round(time.perf_counter() - begun, 1)
+    tell(args, host_peak_gib=round(host, 2), gpu_peak_gib=round(gpu, 2), seconds=seconds)
 
 
 if __name__ == "__main__":

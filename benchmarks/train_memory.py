@@ -6,10 +6,8 @@ Memory is the sum over the processes of what each alone holds plus its share of 
 """
 
 import argparse
-import json
 import multiprocessing
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import jax
+from figures import tell
 from loader import Usage, make_store
 
 from mambahome_jax.config import MODEL_SIZES
@@ -63,17 +62,8 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
         if done.returncode:
             sys.exit(f"train.py ended with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    result = {
-        "peak_gib": round(usage.peak / 2**30, 2),
-        "seconds": round(time.perf_counter() - begun, 1),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        **{name: value for name, value in vars(args).items() if name != "json"},
-    }
-    print(json.dumps(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+    seconds = round(time.perf_counter() - begun, 1)
+    tell(args, peak_gib=round(usage.peak / 2**30, 2), seconds=seconds, device=jax.devices()[0].device_kind)
 
 
 if __name__ == "__main__":

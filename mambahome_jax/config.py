@@ -18,6 +18,7 @@ from mambahome_jax.evaluation_config import ReportConfig as ReportConfig
 from mambahome_jax.inference_config import ConvertConfig as ConvertConfig
 from mambahome_jax.inference_config import InferConfig as InferConfig
 from mambahome_jax.recipes import RecipeFlags
+from mambahome_jax.values import AnatomicalAxis as AnatomicalAxis
 from mambahome_jax.values import Modality as Modality
 from mambahome_jax.values import Precision as Precision
 from mambahome_jax.values import converted, entries, integers, one_of, text, three
@@ -98,7 +99,10 @@ class DataProperties:
             "labels": (lambda v: tuple((int(value), text(name)) for value, name in v.items()), '{"1": name, ...}'),
             "channels": (lambda v: tuple(text(name) for name in entries(v)), "a list of names"),
             "patch_size": (lambda v: None if v is None else three(v, operator.index), "three integers, or null"),
-            "mirror": (lambda v: tuple(one_of(name, ("LR", "AP", "IS")) for name in entries(v)), "axes of LR, AP, IS"),
+            "mirror": (
+                lambda v: tuple(one_of(name, get_args(AnatomicalAxis)) for name in entries(v)),
+                "axes of LR, AP, IS",
+            ),
         }
         return cls(**{name: converted(name, values[name], *form) for name, form in forms.items() if name in values})
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.values import AnatomicalAxis
 
-MirrorAxis = Literal["none", "LR", "AP", "IS"]
+MirrorAxis = Literal["none", AnatomicalAxis]
 ADAM_EPS = 1e-8
 
 

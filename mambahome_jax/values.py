@@ -8,6 +8,8 @@ from mambahome_jax.errors import ConfigError
 
 Modality = Literal["ct", "mr", "us"]
 Precision = Literal["fp32", "tf32", "bf16"]
+# Axes of the body; each is named by the two letters that an orientation such as "RAS" has for it.
+AnatomicalAxis = Literal["LR", "AP", "IS"]
 
 
 def converted(name: str, value: Any, convert: Callable[[Any], Any], expected: str) -> Any:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mambahome_jax.config import MODEL_SIZES, AugmentationConfig, DataProperties, ModelConfig, Precision, TrainConfig
 from mambahome_jax.data.store import Store
-from mambahome_jax.datasets.mirror import AXIS_LETTERS, mirror_pairs
+from mambahome_jax.datasets.mirror import AXES, axis_along, mirror_pairs
 from mambahome_jax.datasets.prepared import Prepared, split_cases
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.model.network import MULTIPLE, default_precision
@@ -98,7 +98,7 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
     timed = config.max_minutes is not None
     val_every = config.val_every or config.skip_val * steps_per_epoch
     augmentation = make_augmentation(ingredients, prepared, structures, explicit=config.mirror is not None)
-    mirrored = [] if augmentation is None else [prepared.orientation[axis] for axis, _ in augmentation.mirror]
+    mirrored = {axis for axis, _ in augmentation.mirror} if augmentation else set()
     return Setup(
         prepared=prepared,
         prepared_val=prepared_val,
@@ -113,7 +113,7 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
             labels=tuple(structures.items()),
             channels=tuple(prepared.channels),
             patch_size=patch,
-            mirror=tuple(name for name, letters in AXIS_LETTERS.items() if any(m in letters for m in mirrored)),
+            mirror=tuple(name for name in AXES if axis_along(name, prepared.orientation) in mirrored),
         ),
         patch_size=patch,
         precision=config.precision or default_precision(),
@@ -231,9 +231,8 @@ def make_augmentation(
     for name in ingredients.mirror:
         if name == "none":
             continue
-        axis = next(n for n, letter in enumerate(prepared.orientation) if letter in AXIS_LETTERS[name])
         try:
-            mirrors.append((axis, mirror_pairs(structures, name)))
+            mirrors.append((axis_along(name, prepared.orientation), mirror_pairs(structures, name)))
         except ConfigError:
             if explicit:
                 raise

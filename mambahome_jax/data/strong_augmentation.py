@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mambahome_jax.config import Mirror
+from mambahome_jax.datasets.mirror import swap_table
 
 FULL = jax.lax.Precision.HIGHEST
 
@@ -70,10 +70,7 @@ def mirror(
         flipped = jnp.flip(label, axis)
         if pairs:
             size = max(max(pair) for pair in pairs) + 1
-            table = list(range(size))
-            for a, b in pairs:
-                table[a], table[b] = b, a
-            swapped = jnp.take(jnp.asarray(table, label.dtype), flipped, mode="clip")
+            swapped = jnp.take(jnp.asarray(swap_table(pairs, size), label.dtype), flipped, mode="clip")
             flipped = jnp.where(flipped < size, swapped, flipped)
         image = jnp.where(happens, jnp.flip(image, axis), image)
         label = jnp.where(happens, flipped, label)
@@ -85,10 +82,8 @@ def mirror_labelled(
 ) -> jax.Array:
     """Which classes (classes,) bool a sample has labels of once `mirror` with the same key is done with it."""
     for number, (_, pairs) in enumerate(mirrors):
-        order = np.arange(labelled.shape[0])
-        for a, b in pairs:
-            order[[a, b]] = b, a
-        labelled = jnp.where(_happens(key, number, probability), labelled[order], labelled)
+        swapped = labelled[swap_table(pairs, labelled.shape[0])]
+        labelled = jnp.where(_happens(key, number, probability), swapped, labelled)
     return labelled
 
 

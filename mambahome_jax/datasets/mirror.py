@@ -1,15 +1,31 @@
 """Which labels trade places when a volume is mirrored: left and right organs, and MVSeg's two leaflets."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import get_args
 
+import numpy as np
+
+from mambahome_jax.config import AnatomicalAxis
 from mambahome_jax.errors import ConfigError
 
-# Letters of an orientation such as "RAS" that say that an array axis runs along an anatomical one.
-AXIS_LETTERS = {"LR": "LR", "AP": "AP", "IS": "IS"}
+AXES: tuple[str, ...] = get_args(AnatomicalAxis)
 _SIDES = {"LR": {"left": "right", "l": "r"}, "AP": {}, "IS": {}}
 # Anterior and posterior tell two structures apart by their place here; elsewhere (hippocampus) by their form too.
 _LEAFLET_SIDES = {"anterior": "posterior"}
+
+
+def axis_along(name: str, orientation: str) -> int:
+    """Array axis that runs along an anatomical one ("LR", "AP" or "IS"), for an orientation such as "RAS"."""
+    return next(axis for axis, letter in enumerate(orientation.upper()) if letter in name)
+
+
+def swap_table(pairs: Iterable[tuple[int, int]], size: int) -> np.ndarray:
+    """(size,) int32: the label value, below `size`, that each becomes where those of a pair trade places."""
+    table = np.arange(size, dtype=np.int32)
+    for one, other in pairs:
+        table[[one, other]] = other, one
+    return table
 
 
 def mirror_pairs(labels: Mapping[int, str], axis: str) -> tuple[tuple[int, int], ...]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mambahome_jax.config import Mirror
-from mambahome_jax.datasets.mirror import AXIS_LETTERS, sides
+from mambahome_jax.datasets.mirror import AXES, axis_along, sides, swap_table
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.inference.sliding_window import Predict
 
@@ -17,7 +17,7 @@ _WORDS = {"LR": "left-right", "AP": "front-back", "IS": "head-feet"}
 
 
 def mirrors_for(
-    labels: Mapping[int, str], orientation: str, trained: Collection[str] = tuple(AXIS_LETTERS)
+    labels: Mapping[int, str], orientation: str, trained: Collection[str] = AXES
 ) -> tuple[tuple[Mirror, ...], tuple[str, ...]]:
     """The axes to mirror, each with the label values that trade places, and a remark for each axis left out.
 
@@ -27,8 +27,8 @@ def mirrors_for(
     no counterpart among the labels, and left-right where the labels have no names to tell sides by.
     """
     mirrors, remarks = [], []
-    for anatomical, letters in AXIS_LETTERS.items():
-        axis = next(n for n, letter in enumerate(orientation.upper()) if letter in letters)
+    for anatomical in AXES:
+        axis = axis_along(anatomical, orientation)
         pairs, alone = sides(labels, anatomical)
         if anatomical not in trained:
             why = f"the model was not trained on mirrored scans (train.py --mirror {anatomical})"
@@ -75,12 +75,10 @@ def class_order(mirrors: Sequence[Mirror], classes: int) -> np.ndarray:
     """
     order = np.arange(classes, dtype=np.int32)
     for _, pairs in mirrors:
-        swap = np.arange(classes, dtype=np.int32)
-        for one, other in pairs:
-            if max(one, other) >= classes:
-                raise ConfigError(f"the labels name {max(one, other)}, but the network has {classes} classes")
-            swap[one], swap[other] = other, one
-        order = order[swap]
+        largest = max((max(pair) for pair in pairs), default=0)
+        if largest >= classes:
+            raise ConfigError(f"the labels name {largest}, but the network has {classes} classes")
+        order = order[swap_table(pairs, classes)]
     return order
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from mambahome_jax.compiler import compiler_options
 from mambahome_jax.config import DataProperties, Mirror, Modality
-from mambahome_jax.datasets.mirror import AXIS_LETTERS
+from mambahome_jax.datasets.mirror import AXES
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.geometry import Order, orientation_of, reorient
 from mambahome_jax.imaging.volume import Volume
@@ -127,7 +127,7 @@ def with_mirrors(model: Any, settings: SegmentSettings) -> tuple[SegmentSettings
     Of an ensemble those that all were trained with; of a callable that is no network those that the labels allow.
     """
     networks = [member for member in members_of(model) if isinstance(member, nnx.Module)]
-    trained = set(AXIS_LETTERS).intersection(*(_mirrored_in_training(network) for network in networks))
+    trained = set(AXES).intersection(*(_mirrored_in_training(network) for network in networks))
     mirrors, remarks = mirrors_for(label_names_of(model), settings.orientation, trained)
     return replace(settings, mirrors=mirrors), remarks
 

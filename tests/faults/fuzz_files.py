@@ -22,6 +22,7 @@ import numpy as np
 
 from tests.conftest import ROOT
 from tests.faults import mutations
+from tests.faults.results import tell
 
 COMMANDS = ("check", "preprocess", "infer")
 FOLDER = 50  # cases together in a dataset
@@ -146,10 +147,7 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = fuzz(Path(folder), args.count, tuple(args.commands), args.first)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.json:
-        args.json.write_text(text)
+    tell(result, args.json)
     return int(bool(result["faults"]))
 
 

@@ -35,6 +35,7 @@ from tests.datasets.miniatures import MINIATURES
 from tests.faults import mutations
 from tests.faults.fuzz_files import MEGABYTES, SECONDS
 from tests.faults.fuzz_worker import resident
+from tests.faults.results import tell
 from tests.imaging.dicom_files import write_slice
 
 LIMIT = 3 << 30
@@ -192,10 +193,7 @@ def main() -> int:
         worker(args.worker[0], int(args.worker[1]), int(args.worker[2]))
         return 0
     result = {kind: fuzz(kind, args.count) for kind in args.kinds}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.json:
-        args.json.write_text(text)
+    tell(result, args.json)
     return int(any(found["faults"] for found in result.values()))
 
 

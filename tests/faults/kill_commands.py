@@ -29,6 +29,7 @@ from mambahome_jax.imaging.volume import read_labels, read_volume
 from mambahome_jax.model.weights import read_weights
 from tests.commands.scans import scan, write
 from tests.conftest import ROOT, golden_path
+from tests.faults.results import tell
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CASES, SHAPE = 12, (40, 40, 24)
@@ -168,10 +169,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         found = commands(Path(folder))
         result = {name: kill(Path(folder), name, found[name], args.kills) for name in args.commands or found}
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.json:
-        args.json.write_text(text)
+    tell(result, args.json)
     return int(any(entry["faults"] for entry in result.values()))
 
 
