@@ -130,9 +130,9 @@ class Worker(NamedTuple):
     def scalars(self, buffer, slot, t, n: int) -> list[jax.Array]:
         """One row of B or C. Read before any arithmetic of the step, so that the compiler reads four at a time."""
         if interpreting():  # where every access takes long
-            row = buffer[self.tile(slot), t]
+            row = buffer[self.tile(slot), t].astype(F32)
             return [row[k] for k in range(n)]
-        return [buffer[self.tile(slot), t, k] for k in range(n)]
+        return [buffer[self.tile(slot), t, k].astype(F32) for k in range(n)]
 
     def put_rows(self, buffer, firsts, values) -> None:
         """Tuples of vectors into consecutive rows of 128, from `firsts` on, each worker into its own piece."""
