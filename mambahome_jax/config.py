@@ -219,6 +219,8 @@ class AugmentationConfig:
     affine_probability: float | None = None
     affine_rotation: float = 15.0
     affine_scale: tuple[float, float] = (0.85, 1.15)
+    elastic_probability: float | None = None
+    elastic_std: float = 2.0
     voxel_size: tuple[float, float, float] = (1.0, 1.0, 1.0)
     brightness_probability: float | None = None
     brightness_range: tuple[float, float] = (0.75, 1.25)

@@ -13,6 +13,7 @@ from mambahome_jax.values import AnatomicalAxis
 
 MirrorAxis = Literal["none", AnatomicalAxis]
 ADAM_EPS = 1e-8
+MOST_ELASTIC_STD = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,10 @@ class RecipeFlags:
     """Largest angle about each axis, in degrees (both: 15)."""
     affine_scale: tuple[float, float] | None = None
     """Smallest and largest scale (both: 0.85 1.15)."""
+    elastic_probability: float | None = None
+    """Smooth random deformation, in the same resampling (published: 0; strong: 0)."""
+    elastic_std: float | None = None
+    """Largest standard deviation of it in voxels of the finest axis, at points 16 such voxels apart (both: 2)."""
     mirror: tuple[MirrorAxis, ...] | None = None
     """Axes to mirror along, each with probability 1/2; labels of pairs such as left and right kidney are swapped with
     it (published: none; strong: LR)."""
@@ -91,6 +96,8 @@ class Ingredients:
     affine_probability: float = 0.0
     affine_rotation: float = 15.0
     affine_scale: tuple[float, float] = (0.85, 1.15)
+    elastic_probability: float = 0.0
+    elastic_std: float = 2.0
     mirror: tuple[MirrorAxis, ...] = ("none",)
     gamma_probability: float = 0.0
     contrast_probability: float = 0.0
@@ -124,6 +131,7 @@ _PARTS = (
     "zoom_probability",
     "rotate90_probability",
     "affine_probability",
+    "elastic_probability",
     "gamma_probability",
     "contrast_probability",
     "brightness_probability",
@@ -162,6 +170,9 @@ def _check(found: Ingredients) -> None:
             f"--ema_decay {found.ema_decay}; expected 0 or more, and momentum and ema_decay below 1"
         )
     low, high = found.affine_scale
+    if not 0 <= found.elastic_std <= MOST_ELASTIC_STD:
+        found_std = f"--elastic_std {found.elastic_std}"
+        raise ConfigError(f"{found_std}; expected 0 to {MOST_ELASTIC_STD:g}, beyond which tissue would fold")
     if not 0 < low <= high or found.affine_rotation < 0:
         raise ConfigError(
             f"--affine_scale {low} {high}, --affine_rotation {found.affine_rotation}; expected a smaller and a larger "

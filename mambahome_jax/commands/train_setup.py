@@ -243,6 +243,8 @@ def make_augmentation(
         affine_probability=ingredients.affine_probability or None,
         affine_rotation=ingredients.affine_rotation,
         affine_scale=ingredients.affine_scale,
+        elastic_probability=ingredients.elastic_probability or None,
+        elastic_std=ingredients.elastic_std,
         voxel_size=_voxel_size(prepared),
         brightness_probability=ingredients.brightness_probability or None,
         contrast_probability=ingredients.contrast_probability or None,

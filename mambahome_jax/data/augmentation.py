@@ -13,6 +13,7 @@ from mambahome_jax.data.strong_augmentation import (
     change_brightness,
     change_contrast,
     change_gamma,
+    elastic_displacement,
     mirror,
     mirror_labelled,
     resample,
@@ -23,14 +24,15 @@ SPATIAL = 3
 FULL = jax.lax.Precision.HIGHEST
 # What is drawn beside the published operations leaves their keys as they are.
 _MORE_KEYS = 100
+_ELASTIC_KEY = 200
 
 
 def augment(
     key: jax.Array, image: jax.Array, label: jax.Array, config: AugmentationConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Zoom, quarter turns in the plane of the first two axes, intensity shift, smoothing and noise, each by its own
-    probability and each sample on its own; before them mirroring and an affine map, behind them brightness, contrast
-    and gamma, where the configuration has them.
+    probability and each sample on its own; before them mirroring, an affine map and an elastic deformation, behind them
+    brightness, contrast and gamma, where the configuration has them.
 
     Args:
         key: from jax.random.key; sample n draws from fold_in(key, n), whatever the size of the batch.
@@ -90,13 +92,18 @@ def _spatial(
     mirror_key, happens_key, angle_key, scale_key = (jax.random.fold_in(key, _MORE_KEYS + n) for n in range(4))
     if config.mirror:
         image, label = mirror(mirror_key, image, label, config.mirror)
-    if config.affine_probability is None:
+    if config.affine_probability is None and config.elastic_probability is None:
         return image, label
-    happens = jax.random.bernoulli(happens_key, config.affine_probability)
+    happens = jax.random.bernoulli(happens_key, config.affine_probability or 0.0)
     limit = jnp.deg2rad(config.affine_rotation)
     angles = jnp.where(happens, jax.random.uniform(angle_key, (3,), jnp.float32, -limit, limit), 0)
     scale = jnp.where(happens, jax.random.uniform(scale_key, (), jnp.float32, *config.affine_scale), 1)
-    return resample(image, label, affine_matrix(angles, scale, config.voxel_size))
+    matrix = affine_matrix(angles, scale, config.voxel_size)
+    if config.elastic_probability is None:
+        return resample(image, label, matrix)
+    std_key, field_key = jax.random.split(jax.random.fold_in(key, _ELASTIC_KEY))
+    std = _draw(std_key, config.elastic_probability, (0.0, config.elastic_std), neutral=0.0)
+    return resample(image, label, matrix, elastic_displacement(field_key, std, label.shape, config.voxel_size))
 
 
 def _intensity(key: jax.Array, image: jax.Array, config: AugmentationConfig) -> jax.Array:

@@ -1,6 +1,6 @@
-"""Augmentation beyond the published one: affine map, mirroring, gamma, contrast and brightness; one sample at a time.
+"""Augmentation beyond the published one: affine map, elastic deformation, mirroring, gamma, contrast and brightness.
 
-Everything is an operation on the whole sample that is chosen or not by `where`, so that one compiled function without
+Everything is an operation on one whole sample that is chosen or not by `where`, so that one compiled function without
 branches serves a batch under vmap.
 """
 
@@ -13,6 +13,8 @@ from mambahome_jax.config import Mirror
 from mambahome_jax.datasets.mirror import swap_table
 
 FULL = jax.lax.Precision.HIGHEST
+# Distance of the points at which an elastic deformation is drawn, in voxels of the finest axis.
+CONTROL_DISTANCE = 16
 
 
 def affine_matrix(angles: jax.Array, scale: jax.Array, voxel_size: Sequence[float]) -> jax.Array:
@@ -33,19 +35,41 @@ def affine_matrix(angles: jax.Array, scale: jax.Array, voxel_size: Sequence[floa
     return matrix * size / size[:, None] / scale
 
 
-def resample(image: jax.Array, label: jax.Array, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Image (D, H, W, C) trilinearly and label (D, H, W) by the nearest voxel at matrix @ (voxel - centre) + centre.
+def elastic_displacement(
+    key: jax.Array, std: jax.Array, shape: Sequence[int], voxel_size: Sequence[float]
+) -> list[jax.Array]:
+    """A smooth random displacement, one (D, H, W) float32 in voxels for each axis.
 
-    Outside the volume the nearest voxel of its border counts. The identity changes no bit.
+    Normal at control points that lie CONTROL_DISTANCE voxels of the finest axis apart, cubic between them.
+
+    std: of each component at the control points, in voxels of the finest axis and as long along the others in space.
+    """
+    finest = min(voxel_size)
+    distance = finest * CONTROL_DISTANCE
+    points = [max(2, round(n * size / distance)) for n, size in zip(shape, voxel_size, strict=True)]
+    drawn = jax.random.normal(key, (3, *points), jnp.float32) * std
+    smooth = jax.image.resize(drawn, (3, *shape), "cubic", precision=FULL)
+    return [field * (finest / size) for field, size in zip(smooth, voxel_size, strict=True)]
+
+
+def resample(
+    image: jax.Array, label: jax.Array, matrix: jax.Array, displacement: Sequence[jax.Array | float] = (0.0, 0.0, 0.0)
+) -> tuple[jax.Array, jax.Array]:
+    """Image (D, H, W, C) trilinearly and label (D, H, W) by the nearest voxel at
+    matrix @ (voxel - centre) + centre + displacement.
+
+    displacement: (D, H, W) for each axis, in voxels. Outside the volume the nearest voxel of its border counts. The
+    identity changes no bit.
     """
     shape = label.shape
     centre = [(n - 1) / 2 for n in shape]
     offsets = [jnp.arange(n, dtype=jnp.float32) - c for n, c in zip(shape, centre, strict=True)]
     grids = jnp.meshgrid(*offsets, indexing="ij", sparse=True)
     low, high, weight, nearest = [], [], [], []
-    for row, size, middle in zip(matrix, shape, centre, strict=True):
+    for row, size, middle, moved in zip(matrix, shape, centre, displacement, strict=True):
         # Products and sums instead of a matrix product, which a GPU might shorten.
-        place = jnp.clip(row[0] * grids[0] + row[1] * grids[1] + row[2] * grids[2] + middle, 0, size - 1)
+        place = row[0] * grids[0] + row[1] * grids[1] + row[2] * grids[2] + middle + moved
+        place = jnp.clip(place, 0, size - 1)
         below = jnp.floor(place)
         low.append(below.astype(jnp.int32))
         high.append(jnp.minimum(low[-1] + 1, size - 1))

@@ -14,6 +14,7 @@ from mambahome_jax.data.strong_augmentation import (
     change_brightness,
     change_contrast,
     change_gamma,
+    elastic_displacement,
     mirror,
     resample,
 )
@@ -62,6 +63,47 @@ def test_any_map_is_linear_interpolation_with_the_border_repeated():
         np.testing.assert_allclose(new_image[..., channel], expected, atol=1e-4)
     nearest = [np.clip(np.floor(p + 0.5).astype(int), 0, n - 1) for p, n in zip(places, SHAPE, strict=True)]
     assert (np.asarray(new_label) == label[tuple(nearest)]).mean() > 0.999
+
+
+def test_a_displacement_is_where_the_content_comes_from():
+    image, label = _sample()
+    rng = np.random.default_rng(2)
+    moved = rng.normal(0, 1.5, (3, *SHAPE)).astype(np.float32)
+    new_image, new_label = resample(image, label, _matrix((0, 0, 0)), list(moved))
+    places = np.indices(SHAPE) + moved
+    for channel in range(2):
+        expected = ndimage.map_coordinates(image[..., channel].astype(np.float64), places, order=1, mode="nearest")
+        np.testing.assert_allclose(new_image[..., channel], expected, atol=1e-4)
+    nearest = [np.clip(np.floor(p + 0.5).astype(int), 0, n - 1) for p, n in zip(places, SHAPE, strict=True)]
+    assert (np.asarray(new_label) == label[tuple(nearest)]).mean() > 0.999
+
+
+def test_an_elastic_displacement_is_smooth_as_large_as_asked_and_the_same_in_space_along_every_axis():
+    shape, size = (64, 48, 32), (1.0, 1.0, 2.0)
+    fields = [elastic_displacement(jax.random.key(n), jnp.float32(2.0), shape, size) for n in range(20)]
+    in_space = np.array([[field * s for field, s in zip(found, size, strict=True)] for found in fields])
+    assert in_space.shape == (20, 3, *shape)
+    # Between control points the cubic averages some of it away.
+    np.testing.assert_allclose(in_space.std(axis=(0, 2, 3, 4)), 1.55, rtol=0.15)
+    for axis, spacing in enumerate(size):
+        steps = np.abs(np.diff(in_space, axis=axis + 2)) / spacing
+        assert 0.01 < steps.mean() < 0.2 and np.quantile(steps, 0.999) < 0.7
+    still = elastic_displacement(jax.random.key(0), jnp.float32(0.0), shape, size)
+    assert not np.any(still)
+
+
+def test_elastic_deformation_moves_image_and_label_alike_in_part_of_the_samples():
+    config = dataclasses.replace(OFF, elastic_probability=0.5, elastic_std=2.0)
+    label = np.zeros((16, 32, 32, 32), np.int32)
+    label[:, 8:24, 8:24, 8:24] = 1
+    image = label[..., None].astype(np.float32)
+    new_image, new_label = jax.jit(lambda k, x, y: augment(k, x, y, config))(jax.random.key(3), image, label)
+    changed = np.any(np.asarray(new_image) != image, axis=(1, 2, 3, 4))
+    assert 3 <= changed.sum() <= 13
+    np.testing.assert_array_equal(np.asarray(new_label)[~changed], label[~changed])
+    assert np.any(np.asarray(new_label) != label)
+    agree = (np.asarray(new_image)[..., 0] > 0.5) == (np.asarray(new_label) == 1)
+    assert agree.mean() > 0.97
 
 
 def test_scale_above_one_enlarges_and_voxel_size_makes_it_a_rotation_in_space():

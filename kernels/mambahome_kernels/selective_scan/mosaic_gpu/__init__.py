@@ -70,7 +70,8 @@ class _Prepared:
 
         self.x, self.dt = wide(inputs.x), wide(inputs.dt)
         self.z = None if inputs.z is None else wide(inputs.z)
-        # Every lane reads them: converting at each step costs more than a kernel that does it once, unless steps are few.
+        # Every lane reads them: converting at each step costs more than a kernel that does it once, unless there are
+        # few steps.
         few = s.tiles <= _FEW_TILES
         self.B, self.C = (_pad(a if few else a.astype(F32), s.d_state) for a in (inputs.B, inputs.C))
         self.rates = self.states(inputs.A.astype(F32)[None] * LOG2E, s)[0]
