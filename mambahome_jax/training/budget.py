@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 # The first validation, which tells how long one takes, comes no later than this part of the budget or these seconds;
 # after that they take about a tenth of the time together.
-FIRST_VALIDATION_PART, FIRST_VALIDATION_SECONDS = 0.5, 600.0
+FIRST_VALIDATION_PART, FIRST_VALIDATION_SECONDS = 0.2, 600.0
 STEPS_PER_VALIDATION_TIME = 9.0
 # On top of what validation and saving took before, and for the end of the program.
 SAFETY, MARGIN_SECONDS, MARGIN_PART = 1.15, 1.0, 0.005

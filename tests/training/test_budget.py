@@ -59,8 +59,8 @@ def _run(
 def test_the_run_ends_in_time_with_a_validation_of_its_last_step(tmp_path):
     end, rates, validated, progressed = _run(tmp_path, seconds=1000, compile_time=100)
     assert 930 <= end <= 1000
-    # The first one at half of the time, the last at the end; 40 s each.
-    assert len(validated) == 2 and 500 <= validated[0] <= 560 and validated[-1] == end
+    # The first one at a fifth of the time, the last at the end; 40 s each.
+    assert len(validated) >= 2 and 200 <= validated[0] <= 260 and validated[-1] == end
     assert progressed.validated_until == progressed.step == len(rates)
     for name in ("best", "last"):
         config = read_checkpoint_config(tmp_path / name)
@@ -69,12 +69,12 @@ def test_the_run_ends_in_time_with_a_validation_of_its_last_step(tmp_path):
 
 
 def test_the_rate_follows_the_time_spent(tmp_path):
-    _, rates, validated, _ = _run(tmp_path, seconds=1000, compile_time=100, validation=20)
+    _, rates, _, _ = _run(tmp_path, seconds=1000, compile_time=100, validation=20, val_every=10_000)
     # The rate of step n is set when the step before has been started, 10 s each and 100 s more for the first.
-    times = np.array([0, *(100 + 10 * np.arange(1, 30))])
+    times = np.array([0, *(100 + 10 * np.arange(1, 60))])
     expected = 1e-2 * (1 + np.cos(np.pi * times / 1000)) / 2
-    np.testing.assert_allclose(rates[:30], expected, rtol=1e-5)
-    assert rates[-1] < 1e-2 * 0.03 and len(validated) >= 2
+    np.testing.assert_allclose(rates[:60], expected, rtol=1e-5)
+    assert rates[-1] < 1e-2 * 0.03
 
 
 def test_a_resumed_run_goes_on_with_the_time_already_spent(tmp_path):
