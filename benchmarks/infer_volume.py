@@ -1,4 +1,4 @@
-"""Time the whole path of a synthetic CT through inference, file to file, by part, with the peak of host memory.
+"""Time the whole path of a synthetic CT through inference, file to file, by part, with the peaks of memory.
 
 python benchmarks/infer_volume.py --model MambaHoME --precision bf16 --json infer_volume.json
 
@@ -91,9 +91,10 @@ def main() -> None:
             seconds = segment_file(model, source, Path(folder) / "labels.nii.gz", settings)
             total = sum(seconds.values())
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            rows.append(seconds | {"total": total, "host_peak_gib": peak})
+            on_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", float("nan")) / 2**30
+            rows.append(seconds | {"total": total, "host_peak_gib": peak, "device_peak_gib": on_device})
             shares = ", ".join(f"{part} {value:.1f} ({value / total:.0%})" for part, value in seconds.items())
-            print(f"{total:.1f}: {shares}; host memory at most {peak:.1f} GiB", flush=True)
+            print(f"{total:.1f}: {shares}; memory at most {peak:.1f} GiB, device {on_device:.1f} GiB", flush=True)
     if args.json:
         about = {"device": device, "jax": jax.__version__, **{k: str(v) for k, v in vars(args).items()}}
         args.json.write_text(json.dumps({"about": about, "runs": rows}, indent=1))
