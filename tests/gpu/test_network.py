@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mambahome_jax.model.weights import load_model
 from tests.conftest import REDUCED, golden_path
@@ -18,7 +19,9 @@ def test_logits(precision, bound):
     with np.load(REDUCED / "mambahome_tiny_expected.npz") as archive:
         x, exact = (np.moveaxis(archive[f"input_b/{name}"], 1, -1) for name in ("x", "logits"))
     model = load_model(golden_path("mambahome_tiny.pth"), precision=precision)
-    logits = np.asarray(jax.jit(model)(jnp.asarray(x, jnp.float32)), np.float64)
+    graphdef, params = nnx.split(model)
+    run = jax.jit(lambda params, x: nnx.merge(graphdef, params)(x))
+    logits = np.asarray(run(params, jnp.asarray(x, jnp.float32)), np.float64)
     error = np.linalg.norm(logits - exact) / np.linalg.norm(exact)
     print(precision, f"{error:.1e}")
     assert error < bound
