@@ -113,16 +113,17 @@ class DataProperties:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A size that `--model` picks, with the learning rate and the Adam epsilon that suit it."""
+    """A size that `--model` picks: learning rate and Adam epsilon as published, and the rate of the strong recipe."""
 
     model: ModelConfig
     lr: float
     eps: float
+    strong_lr: float
     patch_size: tuple[int, int, int]
 
 
 MODEL_SIZES = {
-    "MambaHoME": ModelSize(ModelConfig(), lr=1e-4, eps=1e-4, patch_size=(96, 96, 96)),
+    "MambaHoME": ModelSize(ModelConfig(), lr=1e-4, eps=1e-4, strong_lr=3e-4, patch_size=(96, 96, 96)),
     "MambaHoME_small": ModelSize(
         ModelConfig(
             depths=(1, 1, 2, 1),
@@ -133,6 +134,7 @@ MODEL_SIZES = {
         ),
         lr=3e-4,
         eps=1e-8,
+        strong_lr=1e-3,
         patch_size=(96, 96, 96),
     ),
     "MambaHoME_tiny": ModelSize(
@@ -146,6 +148,7 @@ MODEL_SIZES = {
         ),
         lr=2e-3,
         eps=1e-8,
+        strong_lr=2e-3,
         patch_size=(48, 48, 48),
     ),
 }

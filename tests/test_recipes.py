@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from mambahome_jax import cli
-from mambahome_jax.config import TrainConfig
+from mambahome_jax.config import MODEL_SIZES, TrainConfig
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.recipes import RECIPES, Ingredients, RecipeFlags, resolve
 
 
 def _resolve(**flags):
-    return resolve(TrainConfig(Path("data"), **flags), size_lr=1e-4, size_eps=1e-4)
+    return resolve(TrainConfig(Path("data"), **flags), size_lr=1e-4, size_eps=1e-4, strong_lr=3e-4)
 
 
 def test_every_ingredient_has_a_flag_and_every_flag_is_an_ingredient():
@@ -31,12 +31,15 @@ def test_the_default_is_the_published_recipe():
 
 def test_the_strong_recipe_and_flags_that_win_over_it():
     found = _resolve(recipe="strong")
-    assert (found.lr, found.eps, found.weight_decay) == (3e-4, 1e-8, 1e-2)
-    assert found.ema_decay == 0.999 and found.affine_probability == 0.5 and found.mirror == ("LR",)
+    assert (found.lr, found.eps, found.weight_decay) == (3e-4, 1e-8, 0.05)
+    assert found.ema_decay == 0.999 and found.mirror == ("LR",)
+    assert found.affine_probability == 0.7 and found.elastic_probability == 0.5
     given = _resolve(recipe="strong", lr=1e-3, ema_decay=0.0, mirror=("none",), class_balanced=False)
     assert (given.lr, given.ema_decay, given.mirror, given.class_balanced) == (1e-3, 0.0, ("none",), False)
     assert given.eps == RECIPES["strong"].eps
-    assert resolve(TrainConfig(Path("data"), recipe="strong"), size_lr=2e-3, size_eps=1e-8).lr == 2e-3
+    size = MODEL_SIZES["MambaHoME_small"]
+    small = resolve(TrainConfig(Path("data"), recipe="strong"), size.lr, size.eps, size.strong_lr)
+    assert small.lr == 1e-3 and small.deep_supervision
 
 
 def test_flags_on_the_command_line():
@@ -54,6 +57,7 @@ def test_flags_on_the_command_line():
         ({"momentum": 1.0}, "--momentum 1.0"),
         ({"clip_norm": -1.0}, "--clip_norm -1.0"),
         ({"affine_scale": (1.2, 0.8)}, "--affine_scale 1.2 0.8"),
+        ({"elastic_std": 4.0}, "--elastic_std 4.0; expected 0 to 3"),
         ({"eps": 0.0}, "--eps 0.0"),
     ],
 )

@@ -74,7 +74,7 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
     if not 0 <= config.overlap < 1:
         raise ConfigError(f"--overlap {config.overlap}; expected at least 0 and below 1")
     size = MODEL_SIZES[config.model]
-    ingredients = resolve(config, size.lr, size.eps)
+    ingredients = resolve(config, size.lr, size.eps, size.strong_lr)
     store = Store(prepared.store)
     train, val = _cases(config, prepared, prepared_val)
     patch = choose_patch(config, [store.entry(case).shape for case in train])

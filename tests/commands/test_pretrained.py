@@ -77,7 +77,9 @@ def test_another_network_is_refused_field_by_field(weights):
 def test_a_run_starts_from_published_weights_and_says_what_it_took(tmp_path, monkeypatch, capsys, weights):
     size = MODEL_SIZES["MambaHoME_tiny"]
     monkeypatch.setitem(
-        MODEL_SIZES, "MambaHoME_tiny", ModelSize(weights.config, size.lr, size.eps, patch_size=(32, 16, 16))
+        MODEL_SIZES,
+        "MambaHoME_tiny",
+        ModelSize(weights.config, size.lr, size.eps, size.strong_lr, patch_size=(32, 16, 16)),
     )
     # Training itself is tested elsewhere; this network takes long to compile.
     monkeypatch.setattr(command, "train", lambda state, *_: started.append(state))

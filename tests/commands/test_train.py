@@ -49,7 +49,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(command, "MambaHoME", StandIn)
     size = MODEL_SIZES["MambaHoME_tiny"]
     monkeypatch.setitem(
-        MODEL_SIZES, "MambaHoME_tiny", ModelSize(size.model, lr=1e-2, eps=1e-8, patch_size=(32, 16, 16))
+        MODEL_SIZES, "MambaHoME_tiny", ModelSize(size.model, lr=1e-2, eps=1e-8, strong_lr=1e-2, patch_size=(32, 16, 16))
     )
 
 
@@ -240,10 +240,12 @@ def test_faults_of_data_and_flags_are_told_before_training(tmp_path):
 
 
 def test_the_strong_recipe_trains_and_its_average_is_the_checkpoint(tmp_path, capsys):
-    config = _config(_dataset(tmp_path / "data"), tmp_path / "run", steps=2, recipe="strong", warmup_steps=4, lr=1e-3)
+    # The stand-in for the network has no levels to supervise.
+    flags = {"recipe": "strong", "warmup_steps": 4, "lr": 1e-3, "deep_supervision": False}
+    config = _config(_dataset(tmp_path / "data"), tmp_path / "run", steps=2, **flags)
     assert command.run(config) == 0
     text = capsys.readouterr().out
-    assert "recipe strong: AdamW, lr 0.001, weight decay 0.01, eps 1e-08, warmup_steps 4, clip_norm 1.0" in text
+    assert "recipe strong: AdamW, lr 0.001, weight decay 0.05, eps 1e-08, warmup_steps 4, clip_norm 1.0" in text
     assert "mirrored along axis 0, 0 pairs" in text
     written = read_checkpoint_config(tmp_path / "run" / "checkpoints" / "last")
     assert written["data"]["mirror"] == ["LR"]

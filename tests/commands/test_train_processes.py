@@ -37,7 +37,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(command, "MambaHoME", StandIn)
     size = MODEL_SIZES["MambaHoME_tiny"]
     monkeypatch.setitem(
-        MODEL_SIZES, "MambaHoME_tiny", ModelSize(size.model, lr=1e-2, eps=1e-8, patch_size=(32, 16, 16))
+        MODEL_SIZES, "MambaHoME_tiny", ModelSize(size.model, lr=1e-2, eps=1e-8, strong_lr=1e-2, patch_size=(32, 16, 16))
     )
 
 

@@ -15,7 +15,7 @@ def main() -> int:
 
     command.MambaHoME = StandIn
     MODEL_SIZES["MambaHoME_tiny"] = ModelSize(
-        MODEL_SIZES["MambaHoME_tiny"].model, lr=1e-2, eps=1e-8, patch_size=(32, 16, 16)
+        MODEL_SIZES["MambaHoME_tiny"].model, lr=1e-2, eps=1e-8, strong_lr=1e-2, patch_size=(32, 16, 16)
     )
     fetch, count = loop._Run.fetch, [0]
 
