@@ -11,7 +11,7 @@ from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom import holds_slices
-from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem
+from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem, suffix_of
 
 # Folders that hold the scans when the folder itself holds none: of the Decathlon, of preprocess.py.
 SCAN_FOLDERS = ("imagesTs", "images")
@@ -41,7 +41,7 @@ def find_scans(data_path: Path) -> tuple[Path, list[Scan], list[dict[str, str]]]
     Raises DatasetError: nothing there, or no visible scan.
     """
     if data_path.is_file():
-        if not data_path.name.endswith(SCAN_SUFFIXES):
+        if not suffix_of(data_path.name):
             found, action = "not a scan by its name", "For DICOM, name the folder of the slices."
             raise DatasetError(found, file=data_path, expected=alternatives(SCAN_SUFFIXES), action=action)
         return data_path, [Scan(scan_stem(data_path), data_path)], []
@@ -50,7 +50,7 @@ def find_scans(data_path: Path) -> tuple[Path, list[Scan], list[dict[str, str]]]
     for folder in (data_path, *(data_path / name for name in SCAN_FOLDERS)):
         files: dict[str, list[Path]] = {}
         for path in listing(folder)[1].values():
-            if path.name.endswith(SCAN_SUFFIXES):
+            if suffix_of(path.name):
                 files.setdefault(scan_stem(path), []).append(path)
         if files:
             modalities = _modalities(folder)
@@ -118,7 +118,7 @@ def _with_siblings(scans: list[Scan]) -> list[Scan]:
     found = _CHANNEL.fullmatch(scans[0].case)
     if not found:
         return scans
-    beside = [path for path in listing(scans[0].path.parent)[1].values() if path.name.endswith(SCAN_SUFFIXES)]
+    beside = [path for path in listing(scans[0].path.parent)[1].values() if suffix_of(path.name)]
     name = re.compile(rf"{re.escape(found[1])}_\d{{4}}")
     return [*(Scan(scan_stem(path), path) for path in beside if name.fullmatch(scan_stem(path))), *scans]
 

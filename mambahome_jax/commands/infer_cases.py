@@ -18,7 +18,7 @@ from mambahome_jax.config import InferConfig
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.label_map import read_image
 from mambahome_jax.errors import DatasetError, OutputError, naming
-from mambahome_jax.imaging.files import NIFTI_SUFFIXES
+from mambahome_jax.imaging.files import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels, read_volume, write_volume
 from mambahome_jax.inference.postprocess import postprocess, volumes_ml
 from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
@@ -102,7 +102,7 @@ def read_ahead(plan: Plan, scans: Sequence[Scan], held_bytes: int = HELD_BYTES) 
 def _nbytes(scan: Scan) -> int:
     files = scan.channels or (scan.path,)
     try:
-        if scan.path.name.endswith(NIFTI_SUFFIXES) and scan.path.is_file():
+        if suffix_of(scan.path.name, NIFTI_SUFFIXES) and scan.path.is_file():
             return 4 * len(files) * math.prod(read_geometry(scan.path)[0])
         listed = [file for path in files for file in (path.iterdir() if path.is_dir() else [path])]
         # Compressed CT takes about two bytes a voxel or less.

@@ -110,7 +110,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises DatasetError: missing, not readable, not JSON, not an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise DatasetError("no such file", file=path) from error
     except OSError as error:

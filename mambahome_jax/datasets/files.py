@@ -1,12 +1,13 @@
 """Names in folders, fast enough for tens of thousands of cases: one os.scandir a folder, no scan is opened."""
 
+import codecs
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.files import NIFTI_SUFFIXES, suffix_of
 
-SUFFIXES = (".nii.gz", ".nii")
 # Bytes of a case's name: a file's has 255, of which suffixes and what marks a file as unfinished take some.
 LONGEST = 200
 # A folder with more subfolders than this has one a case, so a layout with few folders need not be looked for below it.
@@ -54,16 +55,31 @@ def nifti_files(folder: Path) -> dict[str, Path]:
 def nifti_of(files: dict[str, Path]) -> dict[str, Path]:
     """The NIfTI files among {name: path}, by name without suffix, sorted."""
     found: dict[str, Path] = {}
-    for name in sorted(files):
-        if name.endswith(SUFFIXES):
+    for name in sorted(files, key=str.lower):
+        if suffix := suffix_of(name, NIFTI_SUFFIXES):
             # Sorted, a.nii comes before a.nii.gz, which replaces it.
-            found[name.removesuffix(".gz").removesuffix(".nii")] = files[name]
+            found[name.removesuffix(suffix)] = files[name]
     return dict(sorted(found.items()))
+
+
+def read_table(file: Path) -> list[str]:
+    """Lines of a text file as spreadsheets and editors write it: UTF-8 or UTF-16 with or without its mark, else Latin.
+
+    Raises OSError: the file cannot be read.
+    """
+    content = file.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", errors="replace").splitlines()
+    try:
+        return content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        # What a spreadsheet in Western Europe saves; where it is something else, names in it are not found.
+        return content.decode("cp1252", errors="replace").splitlines()
 
 
 def nifti_stem(path: Path) -> str:
     """File name without .nii or .nii.gz."""
-    return path.name.removesuffix(".gz").removesuffix(".nii")
+    return path.name.removesuffix(suffix_of(path.name, NIFTI_SUFFIXES))
 
 
 def twins_note(used: Iterable[Path]) -> tuple[str, ...]:
@@ -72,7 +88,7 @@ def twins_note(used: Iterable[Path]) -> tuple[str, ...]:
     folders = {folder: listing(folder)[1] for folder in {path.parent for path in paths}}
     pairs = []
     for path in sorted(paths):
-        other = path.name.removesuffix(".gz") if path.name.endswith(".gz") else f"{path.name}.gz"
+        other = path.name[:-3] if path.name.lower().endswith(".gz") else f"{path.name}.gz"
         if other in folders[path.parent] and path.parent / other not in paths:
             pairs.append(f"{path} is used, {other} is not")
     count = f"{len(pairs)} files are there" if len(pairs) != 1 else "a file is there"

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, modality_of, nifti_files, optional_description, unlabelled_note
+from mambahome_jax.datasets.files import listing
 from mambahome_jax.errors import DatasetError
 
 NAME = "images_labels"
@@ -16,8 +17,8 @@ _LABEL_ENDING = re.compile(r"[-_. ](labels?|seg|segmentation|mask|gt|dseg)$", re
 
 
 def detect(folder: Path) -> bool:
-    """Whether the folder has images/ or labels/."""
-    return (folder / "images").is_dir() or (folder / "labels").is_dir()
+    """Whether the folder has images/ or labels/, however they are capitalised."""
+    return any(name.lower() in ("images", "labels") for name in listing(folder)[0])
 
 
 def load(folder: Path) -> Dataset:
@@ -27,7 +28,7 @@ def load(folder: Path) -> Dataset:
     labels and channels come from an optional dataset.json beside the two folders.
     Raises DatasetError: one of the folders is missing or holds no NIfTI file.
     """
-    images, labels = _files(folder / "images"), _files(folder / "labels")
+    images, labels = _files(folder, "images"), _files(folder, "labels")
     names, channels = optional_description(folder)
     modality = modality_of(channels)
     by_key: dict[str, list[str]] = {}
@@ -47,7 +48,9 @@ def load(folder: Path) -> Dataset:
     return Dataset(folder.resolve().name, channels or ("image",), names, tuple(cases), skipped, unlabelled_note(cases))
 
 
-def _files(folder: Path) -> dict[str, Path]:
+def _files(root: Path, name: str) -> dict[str, Path]:
+    spelt = {other.lower(): path for other, path in listing(root)[0].items()} | listing(root)[0]
+    folder = spelt.get(name, root / name)
     files = nifti_files(folder)
     if not files:
         found = "the folder holds no .nii.gz or .nii file" if folder.is_dir() else "the folder is missing"

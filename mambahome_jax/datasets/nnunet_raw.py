@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, modality_of, nifti_files, read_json
-from mambahome_jax.datasets.files import SUFFIXES
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.files import NIFTI_SUFFIXES
 
 NAME = "nnunet_raw"
 LOOKS_FOR = 'nnU-Net raw: imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz and dataset.json with "channel_names"'
@@ -38,7 +38,7 @@ def load(folder: Path) -> Dataset:
     file = folder / "dataset.json"
     content = read_json(file)
     ending = content.get("file_ending", ".nii.gz")
-    if ending not in SUFFIXES:
+    if ending not in NIFTI_SUFFIXES:
         action = "Convert the files to .nii.gz, labels too."
         raise DatasetError(f'"file_ending" is {ending!r}', file=file, expected=".nii.gz or .nii", action=action)
     channels = _channels(content, file)
@@ -134,7 +134,7 @@ def _first_fold(folder: Path) -> set[str]:
     if not file.is_file():
         return set()
     try:
-        return set(json.loads(file.read_text(encoding="utf-8"))[0]["val"])
+        return set(json.loads(file.read_text(encoding="utf-8-sig"))[0]["val"])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         expected = '[{"train": [case, ...], "val": [case, ...]}, ...]'
         raise DatasetError(f"damaged ({type(error).__name__}: {error})", file=file, expected=expected) from error

@@ -29,11 +29,12 @@ HINT = (
 
 _IMAGE = re.compile(r"((\d{6})_\d{5})_0000")
 _LABEL = re.compile(r"\d{6}_\d{5}")
-_DEPTH = 2
+# Unpacked side by side, each batch may have a folder of its own around it: images/batch_1/batch_1/.
+_DEPTH = 3
 
 
 def detect(folder: Path) -> bool:
-    """Whether such scans lie in the folder or up to two folders below."""
+    """Whether such scans lie in the folder or up to three folders below."""
     return any(_IMAGE.fullmatch(stem) for _, _, files in walk(folder, _DEPTH) for stem in nifti_of(files))
 
 
@@ -77,9 +78,13 @@ def _commit(folder: Path) -> str | None:
     for home in (folder, folder.parent):
         try:
             head = (home / ".git/HEAD").read_text().strip()
-            if not head.startswith("ref: "):
+            name = head.removeprefix("ref: ")
+            if name == head:
                 return head
-            return (home / ".git" / head.removeprefix("ref: ")).read_text().strip()
-        except OSError:
+            if (home / ".git" / name).is_file():
+                return (home / ".git" / name).read_text().strip()
+            packed = (line.split() for line in (home / ".git/packed-refs").read_text().splitlines())
+            return next((words[0] for words in packed if words[1:] == [name]), None)
+        except (OSError, UnicodeDecodeError):
             continue
     return None

@@ -21,6 +21,9 @@ _SYNONYMS = {
     "suprarenal_gland": "adrenal_gland",
     "pancreatic_parenchyma": "pancreas_parenchyma",
 }
+# Layouts in which anybody's data may lie: a patient "01" of one folder is not that of another. Two folders of one
+# published dataset are parts or versions of it, and a patient may have scans in both.
+_ANYBODYS = frozenset({"prepared", "nnunet_raw", "decathlon", "csv", "images_labels", "published", ""})
 _SIDES = {"left": "left", "l": "left", "right": "right", "r": "right"}
 
 
@@ -99,8 +102,10 @@ def read_label_map(file: Path) -> dict[str, list[int | str]]:
 def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
     """Several datasets as one, with one label table: structures of one `structure_key` are one label.
 
-    Ids and patients get the name of their dataset in front. Every case says which of the joint values its dataset
-    labels, so that a structure that it never labelled can be left out of the loss.
+    Ids and patients get the name of their dataset in front; patients of several folders of one published dataset that
+    of its layout, so that they stay together. A case that only one such folder lacks a file for is not skipped. Every
+    case says which of the joint values its dataset labels, so that a structure that it never labelled can be left out
+    of the loss.
     Raises DatasetError: another number of channels, a dataset whose labels have no names.
     """
     names = _distinct_names(datasets)
@@ -115,13 +120,18 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
     labels = dict(enumerate(keys, start=1))
     value_of = {key: value for value, key in labels.items()}
     cases: list[Case] = []
+    skipped: list[tuple[str, str]] = []
     for dataset, prefix in zip(datasets, names, strict=True):
+        parts = [other for other in datasets if other.layout == dataset.layout not in _ANYBODYS]
+        elsewhere = {case.id for part in parts if part is not dataset for case in part.cases}
+        skipped += [(f"{prefix}_{case}", reason) for case, reason in dataset.skipped if case not in elsewhere]
+        family = dataset.layout if len(parts) > 1 else prefix
         values = {old: value_of[structure_key(name)] for old, name in dataset.labels.items()}
         for case in _relabel(dataset, values, labels).cases:
             labelled = tuple(sorted(set(values.values()))) if case.labelled is None else case.labelled
             cases.append(
                 dataclasses.replace(
-                    case, id=f"{prefix}_{case.id}", patient=f"{prefix}_{case.patient}", labelled=labelled
+                    case, id=f"{prefix}_{case.id}", patient=f"{family}_{case.patient}", labelled=labelled
                 )
             )
     channels = {dataset.channels for dataset in datasets}
@@ -130,7 +140,7 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
         channels=datasets[0].channels if len(channels) == 1 else ("image",) * len(datasets[0].channels),
         labels=labels,
         cases=tuple(cases),
-        skipped=tuple((f"{n}_{case}", why) for d, n in zip(datasets, names, strict=True) for case, why in d.skipped),
+        skipped=tuple(skipped),
         notes=tuple(f"{n}: {note}" for d, n in zip(datasets, names, strict=True) for note in d.notes),
         hint=" ".join(dict.fromkeys(dataset.hint for dataset in datasets if dataset.hint)),
         layout="+".join(dataset.layout for dataset in datasets),

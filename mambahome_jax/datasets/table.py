@@ -6,8 +6,9 @@ from pathlib import Path
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset, Split, modality_of, optional_description, unlabelled_note
-from mambahome_jax.datasets.files import SUFFIXES, listing, nifti_stem
+from mambahome_jax.datasets.files import listing, nifti_stem, read_table
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.files import NIFTI_SUFFIXES, alternatives, suffix_of
 
 NAME = "csv"
 LOOKS_FOR = (
@@ -59,11 +60,11 @@ def load(path: Path) -> Dataset:
 def _rows(file: Path) -> list[tuple[int, dict[str, str]]]:
     """(line, {column: text}) of each row; separated by commas, semicolons or tabs."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_table(file)
     except FileNotFoundError as error:
         raise DatasetError("no such file", file=file, expected=LOOKS_FOR) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"cannot be read ({error})", file=file) from error
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=file) from error
     head = lines[0] if lines else ""
     # A semicolon may separate channels within a field, so it counts only where the names of the columns use it.
     reader = csv.DictReader(lines, delimiter=max(",;\t", key=head.count), skipinitialspace=True)
@@ -82,13 +83,14 @@ def _rows(file: Path) -> list[tuple[int, dict[str, str]]]:
 def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | None) -> Case:
     """Raises DatasetError: what is wrong with the row."""
     where = f"{file}, line {number}"
-    images = [file.parent / part.strip() for part in row["image"].split(";") if part.strip()]
-    label = file.parent / row["label"] if row.get("label") else None
+    images = [_located(file.parent, part.strip()) for part in row["image"].split(";") if part.strip()]
+    label = _located(file.parent, row["label"]) if row.get("label") else None
     if not images:
         raise DatasetError("no image", file=where, expected="a path")
     for path in [*images, *([label] if label else [])]:
-        if not path.name.endswith(SUFFIXES):
-            raise DatasetError(f"{path} is no NIfTI file by its name", file=where, expected=".nii.gz or .nii")
+        if not suffix_of(path.name, NIFTI_SUFFIXES):
+            expected = alternatives(NIFTI_SUFFIXES)
+            raise DatasetError(f"{path} is no NIfTI file by its name", file=where, expected=expected)
         if not path.is_file():
             raise DatasetError(f"{path} not found", file=where, expected="a path relative to the CSV file")
     split, modality = row.get("split", "").lower(), row.get("modality", "").lower()
@@ -104,3 +106,9 @@ def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | N
     several = tuple(images) if len(images) > 1 else ()
     chosen = _MODALITIES[modality] or default
     return Case(name, images[0], label, _SPLITS[split], chosen, row.get("patient", ""), images=several)
+
+
+def _located(folder: Path, text: str) -> Path:
+    """The file that a path in the table means, which may be written as on Windows."""
+    path = folder / text
+    return path if path.exists() or "\\" not in text else folder / text.replace("\\", "/")

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, Split, unlabelled_note
-from mambahome_jax.datasets.files import listing, nifti_of, walk
+from mambahome_jax.datasets.files import listing, nifti_of, read_table, walk
 from mambahome_jax.errors import DatasetError
 
 NAME = "totalsegmentator_mri"
@@ -93,9 +93,9 @@ def table_of(found: set[str]) -> tuple[str, ...]:
 def _read_splits(file: Path) -> dict[str, Split | None]:
     """Split of each case by meta.csv, whose separator is a semicolon, a comma or a tab."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"cannot be read ({error})", file=file) from error
+        lines = read_table(file)
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=file) from error
     head = lines[0] if lines else ""
     rows = csv.DictReader(lines, delimiter=max(";,\t", key=head.count))
     if not {"image_id", "split"} <= set(rows.fieldnames or ()):

@@ -13,7 +13,7 @@ import numpy as np
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging import itk
-from mambahome_jax.imaging.files import SCAN_SUFFIXES
+from mambahome_jax.imaging.files import suffix_of
 
 SUFFIXES = (".dcm", ".ima")
 # Share of the distance between slices by which one may lie elsewhere than evenly between the outermost ones: positions
@@ -89,7 +89,7 @@ def _files(folder: Path) -> list[Path]:
         return sorted(
             path
             for path in folder.iterdir()
-            if path.name[0] not in "._" and not path.name.endswith(SCAN_SUFFIXES) and path.is_file()
+            if path.name[0] not in "._" and not suffix_of(path.name) and path.is_file()
         )
     except OSError as error:
         raise DatasetError(f"cannot be read: {error.strerror or error}", file=folder) from error

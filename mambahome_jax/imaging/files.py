@@ -15,10 +15,15 @@ SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
 WRITTEN_SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".nrrd")
 
 
+def suffix_of(name: str, suffixes: tuple[str, ...] = SCAN_SUFFIXES) -> str:
+    """The one of `suffixes` that a file's name ends in, as the name spells it (.NII.GZ too); empty without."""
+    lower = name.lower()
+    return next((name[-len(suffix) :] for suffix in suffixes if lower.endswith(suffix)), "")
+
+
 def scan_stem(path: Path) -> str:
     """File name without the suffix of a scan."""
-    suffix = next((suffix for suffix in SCAN_SUFFIXES if path.name.endswith(suffix)), "")
-    return path.name.removesuffix(suffix)
+    return path.name.removesuffix(suffix_of(path.name))
 
 
 def alternatives(suffixes: tuple[str, ...]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mambahome_jax.errors import DatasetError, OutputError
-from mambahome_jax.imaging.files import META_SUFFIXES, written_whole
+from mambahome_jax.imaging.files import META_SUFFIXES, suffix_of, written_whole
 
 INSTALL = "pip install mambahome-jax[formats]"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -151,7 +151,7 @@ def _packed(path: Path) -> tuple[Path | None, int]:
     """The file with the compressed voxels of `path` and where in it they start; no file where they are not packed."""
     with path.open("rb") as file:
         head = file.read(_HEADER)
-    if path.name.endswith(META_SUFFIXES):
+    if suffix_of(path.name, META_SUFFIXES):
         data = _META_DATA.search(head)
         if data is None or not _META_PACKED.search(head[: data.end()]):
             return None, 0
@@ -163,4 +163,4 @@ def _packed(path: Path) -> tuple[Path | None, int]:
 
 def _format(path: Path) -> str:
     """The reader is chosen by name, as ITK would otherwise try whatever it finds inside."""
-    return "MetaImageIO" if path.name.endswith(META_SUFFIXES) else "NrrdImageIO"
+    return "MetaImageIO" if suffix_of(path.name, META_SUFFIXES) else "NrrdImageIO"

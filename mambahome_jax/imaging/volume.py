@@ -13,7 +13,14 @@ from nibabel.spatialimages import HeaderDataError
 
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging import dicom, itk, nifti
-from mambahome_jax.imaging.files import ITK_SUFFIXES, NIFTI_SUFFIXES, WRITTEN_SUFFIXES, alternatives, written_whole
+from mambahome_jax.imaging.files import (
+    ITK_SUFFIXES,
+    NIFTI_SUFFIXES,
+    WRITTEN_SUFFIXES,
+    alternatives,
+    suffix_of,
+    written_whole,
+)
 
 _COMMENT = 6  # kind of a NIfTI header extension: plain text
 _SLICES = 16  # written at a time; as many values share a cache line where the last axis is the contiguous one
@@ -159,7 +166,7 @@ def write_volume(
 
 def _stored(path: Path, channels: int | None) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Voxels as they are stored, affine, and what they are to be multiplied by and added to."""
-    if path.is_dir() or path.name.endswith(ITK_SUFFIXES):
+    if path.is_dir() or suffix_of(path.name, ITK_SUFFIXES):
         raw, affine = dicom.read(path) if path.is_dir() else itk.read(path)
         return (
             raw.reshape(nifti.checked_shape(path, raw.shape, channels), order="F"),

@@ -87,3 +87,10 @@ def test_a_model_of_one_channel_takes_each_file_by_itself(tmp_path):
     touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz")
     assert joined(tmp_path, 1) == ({"a_0000": [], "a_0001": []}, {})
     assert joined(tmp_path / "a_0000.nii.gz", 1) == ({"a_0000": []}, {})
+
+
+def test_capitals_in_suffixes(tmp_path):
+    for name in ("a.NII.GZ", "b.Nii", "c.MHA"):
+        (tmp_path / name).touch()
+    assert [scan.case for scan in find_scans(tmp_path)[1]] == ["a", "b", "c"]
+    assert find_scans(tmp_path / "a.NII.GZ")[1][0].case == "a"
