@@ -1,6 +1,5 @@
 """check on small datasets with one fault each: the finding, its severity and the exit code."""
 
-import gzip
 import json
 import subprocess
 import sys
@@ -16,11 +15,10 @@ from mambahome_jax.commands.preprocess import run as preprocess
 from mambahome_jax.config import CheckConfig, PreprocessConfig
 from mambahome_jax.data.pool import WorkerDied
 from mambahome_jax.errors import DatasetError, OutputError
+from tests.commands import odd_cases as odd
 from tests.commands import test_preprocess_faults as faults
 from tests.commands.scans import AFFINE, scan, write
 from tests.datasets.miniatures import MINIATURES
-
-LABELS = {"1": "liver", "2": "spleen"}
 
 
 @pytest.fixture
@@ -108,24 +106,8 @@ def test_several_faults_of_one_case_are_all_named(folder):
     assert [(item["kind"], item["case"]) for item in errors] == [("grid", "b"), ("image file", "b"), ("label", "b")]
 
 
-def damaged_files(folder: Path) -> None:
-    paths = [folder / f"images/{name}.nii.gz" for name in "abcdef"]
-    paths[0].write_bytes(b"")
-    paths[1].write_bytes(b"no scan at all")
-    paths[2].write_bytes(gzip.compress(b"short"))
-    content = bytearray(gzip.decompress(paths[3].read_bytes()))
-    content[40:56] = np.array([3, 30000, 30000, 30000, 1, 1, 1, 1], "<i2").tobytes()
-    paths[3].write_bytes(gzip.compress(bytes(content)))
-    content = bytearray(paths[4].read_bytes())
-    content[len(content) // 2] ^= 255
-    paths[4].write_bytes(bytes(content))
-    content = bytearray(gzip.decompress(paths[5].read_bytes()))
-    content[70:72] = np.array([9999], "<i2").tobytes()
-    paths[5].write_bytes(gzip.compress(bytes(content)))
-
-
 def test_no_damaged_file_stops_it_and_nothing_usable_is_2(folder, capsys):
-    damaged_files(folder)
+    odd.damaged_files(folder)
     content = report(folder)
     assert (content["exit_code"], content["usable"]) == (2, 0)
     assert sorted({item["case"] for item in content["findings"] if item["severity"] == "error"}) == list("abcdef")
@@ -133,98 +115,22 @@ def test_no_damaged_file_stops_it_and_nothing_usable_is_2(folder, capsys):
     assert "Traceback" not in capsys.readouterr().out
 
 
-def constant(folder: Path) -> None:
-    write(folder / "images/b.nii.gz", np.full((12, 16, 8), 7, np.int16))
-
-
-def no_air(folder: Path) -> None:
-    (folder / "dataset.json").write_text(json.dumps({"labels": LABELS, "channels": ["CT"]}))
-    write(folder / "images/b.nii.gz", scan(seed=1)[0] + np.int16(1024))
-
-
-def empty_label(folder: Path) -> None:
-    write(folder / "labels/b.nii.gz", np.zeros((12, 16, 8), np.uint8))
-
-
-def no_background(folder: Path) -> None:
-    write(folder / "labels/b.nii.gz", np.maximum(scan()[1], 1))
-
-
-def no_label(folder: Path) -> None:
-    (folder / "labels/b.nii.gz").unlink()
-
-
-def same_voxels(folder: Path) -> None:
-    """Case a once more, uncompressed, as floats and with another affine."""
-    (folder / "images/b.nii.gz").unlink()
-    image = scan(seed=0)[0].astype(np.float32)
-    write(folder / "images/b.nii", image)
-
-
-def sheared(folder: Path) -> None:
-    affine = AFFINE.copy()
-    affine[0, 1] = 0.1
-    for kind, array in zip(("images", "labels"), scan(seed=1), strict=True):
-        image = nib.Nifti1Image(array, affine)
-        image.set_qform(None, code=0)
-        nib.save(image, folder / f"{kind}/b.nii.gz")
-
-
-def forms_disagree(folder: Path) -> None:
-    image = nib.Nifti1Image(scan(seed=1)[0], AFFINE)
-    moved = AFFINE.copy()
-    moved[2, 3] += 6
-    image.set_sform(AFFINE, code=1)
-    image.set_qform(moved, code=1)
-    nib.save(image, folder / "images/b.nii.gz")
-
-
-def pixdim_disagrees(folder: Path) -> None:
-    image = nib.Nifti1Image(scan(seed=1)[0], AFFINE)
-    image.set_qform(None, code=0)
-    image.header["pixdim"][1:4] = 1
-    nib.save(image, folder / "images/b.nii.gz")
-
-
-def no_form(folder: Path) -> None:
-    for kind, array in zip(("images", "labels"), scan(seed=1), strict=True):
-        image = nib.Nifti1Image(array, None)
-        image.header["pixdim"][1:4] = 2, 1, 3
-        nib.save(image, folder / f"{kind}/b.nii.gz")
-    (folder / "labels/b.nii.gz").unlink()
-
-
-def coarse(folder: Path) -> None:
-    affine = AFFINE @ np.diag([1, 1, 8, 1])
-    for kind, array in zip(("images", "labels"), scan(seed=1), strict=True):
-        write(folder / f"{kind}/b.nii.gz", array, affine)
-
-
-def long(folder: Path) -> None:
-    for kind, array in zip(("images", "labels"), scan((12, 16, 40), seed=1), strict=True):
-        write(folder / f"{kind}/b.nii.gz", array)
-
-
-def structure_in_no_case(folder: Path) -> None:
-    (folder / "dataset.json").write_text(json.dumps({"labels": LABELS | {"7": "pancreas"}}))
-
-
 @pytest.mark.parametrize(
     ("break_case", "kind", "words"),
     [
-        (constant, "intensity", "all voxels are 7"),
-        (no_air, "intensity", "values from 24 to"),
-        (empty_label, "label", "every voxel is background"),
-        (no_background, "label", "no voxel is background"),
-        (no_label, "missing", "no label map"),
-        (same_voxels, "duplicate", "the same image as a"),
-        (sheared, "affine", "5.7 degrees off a right angle"),
-        (forms_disagree, "header", "sform and qform lie up to 6 mm (2 voxels) apart"),
-        (pixdim_disagrees, "header", "pixdim 1 x 1 x 1 mm, but spacing 2 x 1 x 3 mm in the sform"),
-        (no_form, "header", "neither sform nor qform"),
-        (coarse, "spacing", "spacing 2 x 1 x 24 mm, far off along S-I"),
-        (long, "shape", "shape 12 x 16 x 40 voxels, far off along S-I"),
-        (structure_in_no_case, "structure", "label 3 (pancreas) occurs in none of 6 label maps"),
+        (odd.constant, "intensity", "all voxels are 7"),
+        (odd.no_air, "intensity", "values from 24 to"),
+        (odd.empty_label, "label", "every voxel is background"),
+        (odd.no_background, "label", "no voxel is background"),
+        (odd.no_label, "missing", "no label map"),
+        (odd.same_voxels, "duplicate", "the same image as a"),
+        (odd.sheared, "affine", "5.7 degrees off a right angle"),
+        (odd.forms_disagree, "header", "sform and qform lie up to 6 mm (2 voxels) apart"),
+        (odd.pixdim_disagrees, "header", "pixdim 1 x 1 x 1 mm, but spacing 2 x 1 x 3 mm in the sform"),
+        (odd.no_form, "header", "neither sform nor qform"),
+        (odd.coarse, "spacing", "spacing 2 x 1 x 24 mm, far off along S-I"),
+        (odd.long, "shape", "shape 12 x 16 x 40 voxels, far off along S-I"),
+        (odd.structure_in_no_case, "structure", "label 3 (pancreas) occurs in none of 6 label maps"),
     ],
 )
 def test_what_is_worth_a_look_is_a_warning(folder, break_case, kind, words):
@@ -236,30 +142,12 @@ def test_what_is_worth_a_look_is_a_warning(folder, break_case, kind, words):
     assert all(item["action"] for item in findings)
 
 
-def oblique(folder: Path) -> None:
-    c, s = np.cos(0.2), np.sin(0.2)
-    affine = np.array([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]) @ AFFINE
-    for kind, array in zip(("images", "labels"), scan(seed=1), strict=True):
-        write(folder / f"{kind}/b.nii.gz", array, affine)
-
-
-def mirrored(folder: Path) -> None:
-    for kind, array in zip(("images", "labels"), scan(seed=1), strict=True):
-        write(folder / f"{kind}/b.nii.gz", array[::-1], AFFINE @ np.diag([-1, 1, 1, 1]))
-
-
-def little_off(folder: Path) -> None:
-    affine = AFFINE.copy()
-    affine[0, 3] += 0.05
-    write(folder / "labels/b.nii.gz", scan(seed=1)[1], affine)
-
-
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
-        (oblique, "oblique", "turned by 11.5 degrees"),
-        (mirrored, "orientation", "stored as RPS, of the other handedness; 5 of 6 scans are LPS"),
-        (little_off, "shift", "0.05 mm (0.025 voxels)"),
+        (odd.oblique, "oblique", "turned by 11.5 degrees"),
+        (odd.mirrored, "orientation", "stored as RPS, of the other handedness; 5 of 6 scans are LPS"),
+        (odd.little_off, "shift", "0.05 mm (0.025 voxels)"),
     ],
 )
 def test_what_needs_no_mending_is_a_note(folder, change, kind, words):
@@ -276,8 +164,8 @@ def test_what_needs_no_mending_is_a_note(folder, change, kind, words):
         (faults.four_dimensions, "4D volume"),
         (faults.other_shape, "grid of"),
         (faults.shifted, "1.5 mm"),
-        (forms_disagree, "sform"),
-        (coarse, "24 mm"),
+        (odd.forms_disagree, "sform"),
+        (odd.coarse, "24 mm"),
     ],
 )
 def test_fast_finds_what_headers_show(folder, break_case, words):

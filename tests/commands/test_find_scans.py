@@ -7,6 +7,7 @@ from mambahome_jax.commands.preprocess import run
 from mambahome_jax.config import PreprocessConfig
 from mambahome_jax.errors import DatasetError
 from tests.datasets import miniatures
+from tests.datasets.drawn import draw, write
 
 
 def test_each_scan_of_a_mixed_dataset_has_its_own_modality(tmp_path):
@@ -29,7 +30,7 @@ def test_scans_in_a_folder_a_case_are_found(tmp_path):
 
 
 def test_a_plain_folder_need_not_be_a_dataset(tmp_path):
-    miniatures.write(tmp_path / "images/a.nii.gz", miniatures.draw([1]))
+    write(tmp_path / "images/a.nii.gz", draw([1]))
     assert [(scan.case, scan.modality) for scan in find_scans(tmp_path)[1]] == [("a", None)]
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match=r"no \.nii\.gz, \.nii, \.mha, \.mhd, \.nrrd or DICOM file"):

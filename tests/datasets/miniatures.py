@@ -6,18 +6,15 @@ a grid in RAS and stored in the axes of the published files, so that bringing th
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 
 from mambahome_jax.datasets.abdomenatlas import STRUCTURES as ATLAS
 from mambahome_jax.datasets.totalsegmentator_mri import STRUCTURES as TOTAL
-
-SHAPE = (24, 20, 16)
-AFFINE = np.array([[1.5, 0, 0, -17.25], [0, 1.5, 0, -14.25], [0, 0, 2.0, -15], [0, 0, 0, 1]])
+from tests.datasets.drawn import draw, first_voxel, scan, write
 
 
 @dataclass(frozen=True)
@@ -44,59 +41,6 @@ class Miniature:
     remarks: Mapping[str, str] = field(default_factory=dict)
 
 
-def draw(values: Iterable[int], shift: int = 0) -> np.ndarray:
-    """Label map with a block of 3 x 3 x 3 voxels for each value, in one of 90 places that differ by value."""
-    label = np.zeros(SHAPE, np.uint8)
-    for value in values:
-        place = (value + shift) % 90
-        i, j, k = 4 * (place % 6), 4 * (place // 6 % 5), 5 * (place // 30)
-        label[i : i + 3, j : j + 3, k : k + 3] = value
-    return label
-
-
-def scan(label: np.ndarray, modality: str, seed: int = 0) -> np.ndarray:
-    """Image in which each structure has its own grey value, in the units of the modality."""
-    low, step, noise = {"ct": (-1000, 30, 5.0), "mr": (20, 15, 1.0), "us": (0, 80, 2.0)}[modality]
-    inside = low + (label > 0) * (1000 if modality == "ct" else 0) + step * label.astype(float)
-    image = inside + np.random.default_rng(seed).normal(0, noise, label.shape)
-    image[0, 0, 0] = low - (24 if modality == "ct" else 0)
-    return np.clip(image, 0, 255) if modality == "us" else image
-
-
-def write(path: Path, array: np.ndarray, axes: str = "RAS", dtype: str = "int16", forms: str = "both") -> None:
-    """Write an array drawn in RAS (channels last) with its axes stored as `axes`.
-
-    forms: "both", "qform" (all-zero sform of code 0) or "zero sform" (all zero with code 1).
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    transform = nib.orientations.ornt_transform(
-        nib.orientations.io_orientation(AFFINE), nib.orientations.axcodes2ornt(axes)
-    )
-    stored = nib.orientations.apply_orientation(array, transform)
-    affine = AFFINE @ nib.orientations.inv_ornt_aff(transform, SHAPE)
-    image = nib.Nifti1Image(np.round(stored).astype(dtype) if dtype[0] != "f" else stored.astype(dtype), affine)
-    image.set_qform(affine, code=1)
-    image.set_sform(affine, code=1)
-    if forms != "both":
-        for row in ("srow_x", "srow_y", "srow_z"):
-            image.header[row] = 0
-        image.header["sform_code"] = int(forms == "zero sform")
-        # nibabel fills the forms in again from the affine, so the bytes are written as they are.
-        path.write_bytes(_bytes(image))
-        return
-    nib.save(image, path)
-
-
-def _bytes(image: nib.Nifti1Image) -> bytes:
-    import gzip
-
-    header = image.header.copy()
-    header["vox_offset"], header["magic"] = 352, b"n+1"
-    header.set_slope_inter(1, 0)
-    voxels = np.asarray(image.dataobj).astype(header.get_data_dtype())
-    return gzip.compress(header.binaryblock + bytes(4) + voxels.tobytes(order="F"), 1)
-
-
 def abdomenatlas(root: Path) -> Miniature:
     """Two usable cases, one of them with masks alone; one without its scan, one that nobody labelled."""
     labels = dict(enumerate(ATLAS, start=1))
@@ -110,12 +54,12 @@ def abdomenatlas(root: Path) -> Miniature:
             mask = drawn == value
             if name == "liver":
                 # One voxel of the aorta: the later of the table has it.
-                mask = mask | _first_voxel(drawn == 1)
+                mask = mask | first_voxel(drawn == 1)
             axes, dtype = ("LPS", "uint8") if case == "BDMAP_00000001" else ("RAS", "float64")
             write(root / f"{case}/segmentations/{name}.nii.gz", mask, axes, dtype)
     write(root / "BDMAP_00000007/ct.nii.gz", scan(whole, "ct", 2), "LPS")
     write(root / "BDMAP_00000007/combined_labels.nii.gz", whole * 0, "LPS", "uint8")
-    merged = np.where(_first_voxel(masks == 1), 5, masks)
+    merged = np.where(first_voxel(masks == 1), 5, masks)
     cases = {
         name: Expected(label, None, "ct", name)
         for name, label in (("BDMAP_00000001", whole), ("BDMAP_00000002", merged))
@@ -352,9 +296,3 @@ MINIATURES: dict[str, Callable[[Path], Miniature]] = {
         *(decathlon, nnunet_raw, images_labels, published, table),
     )
 }
-
-
-def _first_voxel(mask: np.ndarray) -> np.ndarray:
-    first = np.zeros_like(mask)
-    first[tuple(np.argwhere(mask)[0])] = True
-    return first

@@ -12,7 +12,8 @@ from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.registry import detect_layouts
 from tests.datasets import miniatures
-from tests.datasets.miniatures import MINIATURES, SHAPE, Miniature
+from tests.datasets.drawn import SHAPE
+from tests.datasets.miniatures import MINIATURES, Miniature
 
 
 def preprocess(miniature: Miniature, out: Path, **flags) -> tuple[int, dict]:

@@ -8,13 +8,14 @@ from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.structures import join_datasets
 from mambahome_jax.imaging.volume import read_volume
 from tests.datasets import miniatures
+from tests.datasets.drawn import draw, write
 from tests.datasets.test_layouts import touch
 
 STUDY = "100000_00001"
 
 
 def test_capitals_in_suffixes_and_folders(tmp_path):
-    miniatures.write(tmp_path / "Images/a.NII.GZ", miniatures.draw([1]))
+    write(tmp_path / "Images/a.NII.GZ", draw([1]))
     touch(tmp_path, "Images/b.Nii", "LABELS/a.nii.gz", "LABELS/b.NII", "LABELS/b.nii.gz")
     dataset = load_dataset(tmp_path)
     assert [(case.id, case.image.name, case.label.name) for case in dataset.cases] == [
