@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.evaluation_config import EvaluateConfig as EvaluateConfig
@@ -186,10 +186,11 @@ class PreprocessConfig:
 class CheckConfig:
     """Look through a dataset before any work: list what is wrong with it and suggest settings."""
 
-    folder: Positional[Annotated[Path, arg(metavar="FOLDER")]]
-    """Folder of the dataset as downloaded, or a CSV file of paths, as preprocess takes it."""
-    dataset: str | None = None
-    """Layout of the dataset (default: recognised)."""
+    folder: Positional[Annotated[Path | tuple[Path, ...], arg(metavar="FOLDER [FOLDER ...]")]]
+    """Folder of the dataset as downloaded, or a CSV file of paths, as preprocess takes it; several are looked at as
+    the one dataset that preprocess makes of them."""
+    dataset: UseAppendAction[tuple[str, ...]] = ()
+    """Layout of the dataset (default: recognised); given several times, one for each FOLDER."""
     fast: bool = False
     """Read headers only: geometry and duplicates, but no voxels."""
     json: Path | None = None

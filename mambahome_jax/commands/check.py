@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from mambahome_jax.commands.open_dataset import read_datasets, several
 from mambahome_jax.config import CheckConfig
 from mambahome_jax.data.pool import count_workers, run_jobs
-from mambahome_jax.datasets import Dataset, load_dataset
+from mambahome_jax.datasets import Dataset
 from mambahome_jax.datasets.check import CaseFacts, Finding, Severity, dataset_findings
 from mambahome_jax.datasets.examine import PERCENTILES, ExamineJob, examine_case
 from mambahome_jax.datasets.prepared import write_json
@@ -36,11 +37,13 @@ _THREAD_BELOW = 8  # cases for which starting processes takes longer than the wo
 def run(config: CheckConfig) -> int:
     """Check config.folder; returns the exit code: 0 clean or notes only, 1 findings, 2 no usable case.
 
-    Raises DatasetError: the folder as a whole cannot be read. OutputError: the JSON file cannot be written.
+    Raises DatasetError: a folder as a whole cannot be read, or several cannot be joined. ConfigError: an unknown
+    layout. OutputError: the JSON file cannot be written.
     """
     console = Console()
     started = time.perf_counter()
-    dataset = consecutive(load_dataset(config.folder, config.dataset))
+    folders = several(config.folder)
+    dataset = consecutive(read_datasets(folders, config.dataset))
     _say(console, f"Dataset: {dataset.name}, layout {dataset.layout}, {len(dataset.cases)} cases")
     facts = examine(dataset, config, console)
     findings = sorted(
@@ -50,14 +53,14 @@ def run(config: CheckConfig) -> int:
     summary = summarise(dataset, facts)
     usable = sum(fact.usable for fact in facts)
     code = 2 if not usable else int(any(finding.severity != "note" for finding in findings))
-    _print_findings(findings, config, console)
+    _print_findings(findings, folders, config.show, console)
     _print_summary(dataset, summary, console)
     _print_verdict(findings, usable, len(facts), console)
     if config.json is not None:
         counts = {severity: sum(finding.severity == severity for finding in findings) for severity in _SEVERITIES}
         content = {
             "version": _VERSION,
-            "folder": str(config.folder),
+            "folder": str(folders[0]) if len(folders) == 1 else [str(folder) for folder in folders],
             "name": dataset.name,
             "layout": dataset.layout,
             "fast": config.fast,
@@ -135,13 +138,13 @@ def _peak_bytes(job: ExamineJob) -> int:
     return _BYTES_A_VOXEL * len(job.case.image_files) * int(np.prod(shape, dtype=float))
 
 
-def _print_findings(findings: Sequence[Finding], config: CheckConfig, console: Console) -> None:
-    """One table for each kind; of a long one the first lines."""
+def _print_findings(findings: Sequence[Finding], folders: Sequence[Path], show: int, console: Console) -> None:
+    """One table for each kind; of a long one the first `show` lines, all for 0."""
     groups: dict[tuple[Severity, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.severity, finding.kind), []).append(finding)
     for (severity, kind), group in groups.items():
-        shown = group[: config.show] if config.show else group
+        shown = group[:show] if show else group
         colour = _COLOURS[severity]
         title = f"[{colour}]{severity}[/{colour}]: {kind} ({len(group)})"
         table = Table(title=title, title_justify="left", title_style="bold")
@@ -149,7 +152,7 @@ def _print_findings(findings: Sequence[Finding], config: CheckConfig, console: C
         for name in columns:
             table.add_column(name, overflow="fold")
         for finding in shown:
-            values = asdict(finding) | {"file": _below(config.folder, finding.file)}
+            values = asdict(finding) | {"file": _below(folders, finding.file)}
             table.add_row(*(escape(values[name]) for name in columns))
         console.print(table)
         if len(shown) < len(group):
@@ -199,10 +202,13 @@ def _print_verdict(findings: Sequence[Finding], usable: int, cases: int, console
     _say(console, f"{usable} of {cases} cases can be preprocessed; {listed or 'nothing found'}")
 
 
-def _below(folder: Path, file: str) -> str:
-    """File as seen from the folder, where it lies in it."""
+def _below(folders: Sequence[Path], file: str) -> str:
+    """File as seen from the folder that it lies in; of several folders, with that one's name."""
     path = Path(file)
-    return str(path.relative_to(folder)) if file and path.is_relative_to(folder) else file
+    for folder in folders if file else ():
+        if path.is_relative_to(folder):
+            return str(path.relative_to(folder if len(folders) == 1 else folder.parent))
+    return file
 
 
 def _ml(ml: Range | None) -> str:

@@ -15,9 +15,25 @@ from mambahome_jax.datasets.structures import (
 from mambahome_jax.errors import ConfigError, DatasetError
 
 
-def input_paths(config: PreprocessConfig) -> tuple[Path, ...]:
-    """Every folder or file of --input_path."""
-    return config.input_path if isinstance(config.input_path, tuple) else (config.input_path,)
+def several(paths: Path | tuple[Path, ...]) -> tuple[Path, ...]:
+    """The paths of a flag that takes one or several."""
+    return paths if isinstance(paths, tuple) else (paths,)
+
+
+def read_datasets(paths: tuple[Path, ...], layouts: tuple[str, ...]) -> Dataset:
+    """The dataset of a folder or a CSV file; of several, all of them joined by the names of their structures.
+
+    layouts: none, to recognise them, one for all, or one for each path.
+    Raises DatasetError: a folder that cannot be read, datasets that cannot be joined. ConfigError: no path, an unknown
+    layout, another number of them.
+    """
+    if not paths:
+        raise ConfigError("no folder is named; expected that of a dataset, or a CSV file")
+    if len(layouts) not in (0, 1, len(paths)):
+        raise ConfigError(f"--dataset has {len(layouts)} names for {len(paths)} folders; expected 1 or {len(paths)}")
+    names = layouts if len(layouts) == len(paths) else (layouts[0] if layouts else None,) * len(paths)
+    found = [load_dataset(path, name) for path, name in zip(paths, names, strict=True)]
+    return join_datasets(found) if len(found) > 1 else found[0]
 
 
 def open_dataset(config: PreprocessConfig) -> Dataset:
@@ -27,16 +43,10 @@ def open_dataset(config: PreprocessConfig) -> Dataset:
     Raises DatasetError: a folder, a label map or a name of a structure that does not work. ConfigError: flags that
     contradict each other.
     """
-    paths, layouts = input_paths(config), config.dataset
-    if not paths:
-        raise ConfigError("--input_path names no folder")
-    if len(layouts) not in (0, 1, len(paths)):
-        raise ConfigError(f"--dataset has {len(layouts)} names for {len(paths)} folders; expected 1 or {len(paths)}")
+    paths = several(config.input_path)
     if config.labels and config.label_map is not None:
         raise ConfigError("--labels and --label_map both choose structures; give one of them")
-    names = layouts if len(layouts) == len(paths) else (layouts[0] if layouts else None,) * len(paths)
-    found = [load_dataset(path, name) for path, name in zip(paths, names, strict=True)]
-    dataset = join_datasets(found) if len(found) > 1 else found[0]
+    dataset = read_datasets(paths, config.dataset)
     if config.only is not None:
         cases = tuple(case for case in dataset.cases if case.modality == config.only)
         if not cases:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mambahome_jax.commands.open_dataset import input_paths, open_dataset
+from mambahome_jax.commands.open_dataset import open_dataset, several
 from mambahome_jax.commands.outputs import locked
 from mambahome_jax.config import Modality, PreprocessConfig
 from mambahome_jax.data.pool import count_workers, run_jobs
@@ -53,7 +53,7 @@ def run(config: PreprocessConfig) -> int:
     Raises DatasetError: the folder as a whole cannot be read. ConfigError, OutputError: see `prepare`.
     """
     console = Console()
-    if config.output_path.resolve() in {path.resolve() for path in input_paths(config)}:
+    if config.output_path.resolve() in {path.resolve() for path in several(config.input_path)}:
         raise ConfigError(f"{config.output_path}: input_path and output_path are the same folder; name another output")
     dataset = open_dataset(config)
     named = f"{len(dataset.labels)} structures" if dataset.labels else "labels without names"

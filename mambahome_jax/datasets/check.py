@@ -274,12 +274,15 @@ def _leaks(facts: list[CaseFacts]) -> list[Finding]:
 
 
 def _rare_structures(dataset: Dataset, facts: list[CaseFacts]) -> list[Finding]:
-    seen = [fact for fact in facts if fact.volumes_ml is not None]
-    if not seen:
-        return []
+    labelled = {case.id: case.labelled for case in dataset.cases}
+    maps = [fact for fact in facts if fact.volumes_ml is not None]
     findings = []
-    modalities = sorted({str(fact.modality) for fact in seen})
     for value, name in dataset.labels.items():
+        # Where a case's own dataset never labels a structure, its absence says nothing.
+        seen = [fact for fact in maps if value in (labelled.get(fact.id) or dataset.labels)]
+        modalities = sorted({str(fact.modality) for fact in seen})
+        if not seen:
+            continue
         ids = [fact.id for fact in seen if value in (fact.volumes_ml or {})]
         title = f"label {value} ({name})"
         if not ids:

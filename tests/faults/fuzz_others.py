@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-from mambahome_jax.config import CheckConfig
 from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.examine import ExamineJob, examine_case
 from mambahome_jax.datasets.structures import consecutive
@@ -105,7 +104,7 @@ def _damage_member(path: Path, name: str, seed: int) -> None:
 
 
 def _check(folder: Path) -> None:
-    dataset = consecutive(load_dataset(folder, CheckConfig(folder).dataset))
+    dataset = consecutive(load_dataset(folder))
     for case in dataset.cases[:3]:
         examine_case(ExamineJob(case, len(dataset.channels), dict(dataset.labels), dataset.hint, None, False))
 
