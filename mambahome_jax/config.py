@@ -19,6 +19,8 @@ from mambahome_jax.inference_config import ConvertConfig as ConvertConfig
 from mambahome_jax.inference_config import InferConfig as InferConfig
 from mambahome_jax.recipes import RecipeFlags
 from mambahome_jax.values import AnatomicalAxis as AnatomicalAxis
+from mambahome_jax.values import CtIntensity as CtIntensity
+from mambahome_jax.values import CtScale as CtScale
 from mambahome_jax.values import Modality as Modality
 from mambahome_jax.values import Precision as Precision
 from mambahome_jax.values import converted, entries, integers, one_of, text, three
@@ -85,6 +87,8 @@ class DataProperties:
     patch_size: tuple[int, int, int] | None = None
     mirror: tuple[str, ...] = ()
     """Anatomical axes (LR, AP, IS) along which scans were mirrored in training."""
+    ct_scale: CtScale | None = None
+    """How CT is normalised, where that is not by the published window."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "DataProperties":
@@ -103,6 +107,7 @@ class DataProperties:
                 lambda v: tuple(one_of(name, get_args(AnatomicalAxis)) for name in entries(v)),
                 "axes of LR, AP, IS",
             ),
+            "ct_scale": (lambda v: None if v is None else CtScale.from_json(v), "low, high, mean and std, or null"),
         }
         return cls(**{name: converted(name, values[name], *form) for name, form in forms.items() if name in values})
 
@@ -168,6 +173,9 @@ class PreprocessConfig:
     """Direction of the array axes after reading, as three of the letters R L A P S I."""
     modality: Modality | None = None
     """What the scans are, where the dataset does not say; decides how intensities are normalised."""
+    ct_intensity: CtIntensity = "window"
+    """CT: window -175 to 250 HU to [0, 1]; or clipped to the 0.5 and 99.5 percentiles of the labelled voxels of all
+    cases but test ones, then brought to their mean 0 and deviation 1. Training and inference then do the same."""
     dataset: tuple[str, ...] = ()
     """Layout of the dataset (default: recognised): one name, or one for each folder of --input_path."""
     labels: tuple[str, ...] = ()

@@ -1,7 +1,9 @@
 """Values of JSON that anybody may have written, into the types that the configuration needs, or a typed error."""
 
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from mambahome_jax.errors import ConfigError
@@ -10,13 +12,40 @@ Modality = Literal["ct", "mr", "us"]
 Precision = Literal["fp32", "tf32", "bf16"]
 # Axes of the body; each is named by the two letters that an orientation such as "RAS" has for it.
 AnatomicalAxis = Literal["LR", "AP", "IS"]
+# "window": -175 to 250 HU, as published; "percentiles": by the labelled voxels of the dataset, see `CtScale`.
+CtIntensity = Literal["window", "percentiles"]
+
+
+@dataclass(frozen=True)
+class CtScale:
+    """How a dataset's own values bring its CT to the network: clipped to [low, high], then (x - mean) / std.
+
+    In HU, one entry a channel: the 0.5 and 99.5 percentiles, mean and standard deviation of its labelled voxels.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "CtScale":
+        """From {"low": [...], ...}. Raises TypeError, ValueError or KeyError: anything else, or numbers of no use."""
+        columns = [tuple(float(value) for value in entries(values[field.name])) for field in fields(cls)]
+        if not columns[0] or len({len(column) for column in columns}) != 1:
+            raise ValueError("not as many entries in each as there are channels")
+        scale = cls(*columns)
+        ordered = all(low <= high for low, high in zip(scale.low, scale.high, strict=True))
+        if not all(map(math.isfinite, sum(columns, ()))) or min(scale.std) <= 0 or not ordered:
+            raise ValueError("numbers that cannot be")
+        return scale
 
 
 def converted(name: str, value: Any, convert: Callable[[Any], Any], expected: str) -> Any:
     """convert(value). Raises ConfigError where it cannot be: the value is of another type or form."""
     try:
         return convert(value)
-    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{name} is {value!r}; expected {expected}") from error
 
 

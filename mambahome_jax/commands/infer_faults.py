@@ -34,7 +34,8 @@ def check_settings(settings: SegmentSettings) -> None:
     window_starts((1, 1, 1), (1, 1, 1), settings.overlap)
     if settings.sw_batch_size < 1:
         raise ConfigError(f"--sw_batch_size {settings.sw_batch_size}; expected 1 or more")
-    corner = Volume(np.zeros((1, 1, 1, 1), np.float32), np.eye(4))
+    channels = 1 if settings.ct_scale is None else len(settings.ct_scale.mean)
+    corner = Volume(np.zeros((1, 1, 1, channels), np.float32), np.eye(4))
     prepare(corner, settings)
 
 

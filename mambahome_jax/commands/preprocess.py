@@ -1,9 +1,9 @@
 """preprocess: a folder of scans becomes resampled NIfTI files and the patch store that training reads."""
 
-import os
-import shutil
 import traceback
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +14,18 @@ from rich.table import Table
 
 from mambahome_jax.commands.open_dataset import open_dataset, several
 from mambahome_jax.commands.outputs import locked
-from mambahome_jax.config import Modality, PreprocessConfig
-from mambahome_jax.data.pool import count_workers, run_jobs
+from mambahome_jax.commands.preprocess_jobs import choose_workers, make_jobs, open_output
+from mambahome_jax.config import CtIntensity, CtScale, Modality, PreprocessConfig
+from mambahome_jax.data.ct_scale import ct_scale
+from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.data.prepare import CaseJob, prepare_case, up_to_date
 from mambahome_jax.data.store import StoreEntry, remove_index, write_index
 from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, write_prepared
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
-from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
+from mambahome_jax.imaging.volume import Volume
 
-_LEFTOVERS = (".*.partial", ".*.partial.*", ".*.old", ".*.probe")
-_SAMPLED = 3
 _SHOWN = 20
-_HU_BELOW = -500.0
-# Of the scan before and after resampling together: 9 measured for an int16 CT, more for stored float64.
-_BYTES_A_VOXEL = 16
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,7 @@ def run(config: PreprocessConfig) -> int:
             modality=config.modality,
             num_workers=config.num_workers,
             overwrite=config.overwrite,
+            ct_intensity=config.ct_intensity,
             console=console,
         )
     _print_summary(summary, console)
@@ -83,25 +81,40 @@ def prepare(
     num_workers: int | None = None,
     overwrite: bool = False,
     nifti: bool = True,
+    ct_intensity: CtIntensity = "window",
     console: Console | None = None,
 ) -> Summary:
     """Bring every case of a dataset to one orientation and spacing and write OUT/images, labels, store, dataset.json.
 
     spacing: mm an axis of the reoriented volume, 0 or below keeps an axis, None keeps all. modality: instead of what
-    the dataset says. nifti: False writes the store only, and dataset.json names the files of the dataset itself. What
-    is there from the same files with the same settings is kept, unless `overwrite`. A case that fails is reported and
-    the others go on.
-    Raises OutputError: the output folder cannot be written. ConfigError: an orientation or spacing that cannot work.
+    the dataset says. nifti: False writes the store only, and dataset.json names the files of the dataset itself.
+    ct_intensity: how training and inference are to normalise CT; the voxels in the store stay in HU. What is there from
+    the same files with the same settings is kept, unless `overwrite`. A case that fails is reported and the others go
+    on.
+    Raises OutputError: the output folder cannot be written. ConfigError: an orientation or spacing that cannot work,
+    percentiles of CT without a labelled CT.
     """
     console = console or Console()
     output = Path(output_path)
     reorient(Volume(np.zeros((1, 1, 1)), np.eye(4)), orientation)
     if spacing is not None:
         resampled_grid(np.eye(4), (1, 1, 1), spacing)
-    _open_output(output, nifti)
+    open_output(output, nifti)
     for note in dataset.notes:
         _say(console, f"Note: {note}")
-    jobs = _jobs(dataset, output, spacing, orientation.upper(), modality, nifti, console)
+    percentiles = ct_intensity == "percentiles"
+    jobs = make_jobs(
+        dataset,
+        output,
+        spacing=spacing,
+        orientation=orientation.upper(),
+        asked=modality,
+        nifti=nifti,
+        sampled=percentiles,
+        say=partial(_say, console),
+    )
+    if percentiles and not _of_scale(jobs):
+        raise ConfigError("--ct_intensity percentiles, but there is no CT with a label that is not of the test split")
     failed = list(dataset.skipped)
     for case, reason in failed[:_SHOWN]:
         _say(console, f"Skipped {case}: {reason}")
@@ -139,63 +152,29 @@ def prepare(
         labels=dict(dataset.labels) or _labels_found([entry for _, entry in ordered]),
         cases=tuple(_prepared_case(job, entry) for job, entry in ordered),
         skipped=tuple(failed),
+        ct_scale=_scale(output / "store", [job for job, _ in ordered], console) if percentiles else None,
     )
     write_prepared(prepared)
     done = tuple(job.case.id for job, _ in ordered if job.case.id not in kept)
     return Summary(prepared, tuple(entry for _, entry in ordered), done, kept, tuple(failed))
 
 
-def choose_modality(dataset: Dataset, asked: Modality | None) -> tuple[Modality, str]:
-    """Modality of the cases that do not name their own, and why: asked for, or by the values of a few scans."""
-    if asked is not None:
-        return asked, "as asked for by --modality"
-    lowest: list[float] = []
-    for index in np.random.default_rng(0).permutation(len(dataset.cases)):
-        case = dataset.cases[index]
-        if case.modality is None and len(lowest) < _SAMPLED:
-            try:
-                lowest.append(float(read_volume(case.image).array.min()))
-            except DatasetError:
-                # Reported when the case's turn comes.
-                continue
-    values = ", ".join(f"{value:g}" for value in lowest) or "unknown"
-    if lowest and np.median(lowest) < _HU_BELOW:
-        return "ct", f"guessed from the lowest values of {len(lowest)} scans ({values}): Hounsfield units of air"
-    return "mr", f"guessed from the lowest values of {len(lowest)} scans ({values}): no Hounsfield units of air"
+def _of_scale(jobs: Iterable[CaseJob]) -> list[str]:
+    """Ids of the cases whose labelled voxels say how CT is normalised."""
+    return [job.case.id for job in jobs if job.modality == "ct" and job.case.has_label and job.case.split != "test"]
 
 
-def _jobs(
-    dataset: Dataset,
-    output: Path,
-    spacing: tuple[float, float, float] | None,
-    orientation: str,
-    asked: Modality | None,
-    nifti: bool,
-    console: Console,
-) -> list[CaseJob]:
-    silent: Modality | None = None
-    if asked is not None or any(case.modality is None for case in dataset.cases):
-        silent, reason = choose_modality(dataset, asked)
-        override = "" if asked else "; --modality ct|mr|us overrides"
-        _say(console, f"Modality: {silent}, {reason}{override}")
-    else:
-        named = sorted({str(case.modality) for case in dataset.cases})
-        _say(console, f"Modality: {', '.join(named)}, as the dataset says; --modality ct|mr|us overrides")
-    return [
-        CaseJob(
-            case=case,
-            output=output,
-            channels=len(dataset.channels),
-            labels=dict(dataset.labels),
-            spacing=spacing,
-            orientation=orientation,
-            modality=asked or case.modality or silent or "ct",
-            # A label map that is made here, or channels put together, are in no file of the dataset's own.
-            nifti=nifti or bool(case.masks or case.images or case.values),
-            hint=dataset.hint,
-        )
-        for case in dataset.cases
-    ]
+def _scale(store: Path, jobs: Iterable[CaseJob], console: Console) -> CtScale | None:
+    found = ct_scale(store, _of_scale(jobs))
+    if found is None:
+        _say(console, "Note: no voxel of a CT is labelled, so CT is normalised by the window of -175 to 250 HU")
+        return None
+    numbers = "; ".join(
+        f"{low:.4g} to {high:.4g} HU, mean {mean:.4g}, deviation {std:.4g}"
+        for low, high, mean, std in zip(found.low, found.high, found.mean, found.std, strict=True)
+    )
+    _say(console, f"CT is normalised by its labelled voxels: {numbers}")
+    return found
 
 
 def _work(
@@ -206,7 +185,7 @@ def _work(
     Raises OutputError when the first result cannot be written; later, the rest is given up and reported.
     """
     failed: list[tuple[str, str]] = []
-    workers = _workers(todo, num_workers, console)
+    workers = choose_workers(todo, num_workers, partial(_say, console))
     columns = (TextColumn("Preprocessing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not todo) as progress:
         bar = progress.add_task("", total=len(todo))
@@ -231,25 +210,6 @@ def _work(
     return failed
 
 
-def _workers(todo: list[CaseJob], asked: int | None, console: Console) -> int:
-    """Processes to use: as many as asked for or cores are there, as far as memory holds that many of the largest."""
-    wanted, workers = count_workers(asked, todo, _peak_bytes)
-    if workers < wanted:
-        _say(console, f"{workers} processes instead of {wanted}: memory for more of the largest scan is not free")
-    return workers
-
-
-def _peak_bytes(job: CaseJob) -> int:
-    """Memory that a case takes at its peak, judged by its header; little where the header is damaged."""
-    try:
-        shape, affine = read_geometry(job.case.image)
-    except DatasetError:
-        return 1
-    oriented = reorient(Volume(np.broadcast_to(np.uint8(0), shape), affine), job.orientation)
-    new = oriented.shape if job.spacing is None else resampled_grid(oriented.affine, oriented.shape, job.spacing)[1]
-    return _BYTES_A_VOXEL * job.channels * int(np.prod(oriented.shape, dtype=float) + np.prod(new, dtype=float))
-
-
 def _reason(error: BaseException, console: Console) -> str:
     if isinstance(error, MambaHomeError):
         return str(error)
@@ -259,22 +219,6 @@ def _reason(error: BaseException, console: Console) -> str:
         # A fault of ours: the other cases go on, but its traceback is needed to mend it.
         _say(console, "".join(traceback.format_exception(error)))
     return f"{type(error).__name__}: {error}"
-
-
-def _open_output(output: Path, nifti: bool) -> None:
-    """Make the output folders, see that they can be written, and clear what an interrupted run left behind."""
-    try:
-        for folder in [output / "store", *([output / "images", output / "labels"] if nifti else [])]:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".{os.getpid()}.probe"
-            probe.write_bytes(b"")
-            probe.unlink()
-        for folder in (output, output / "store", output / "images", output / "labels"):
-            for leftover in (path for pattern in _LEFTOVERS for path in folder.glob(pattern)):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-    except OSError as error:
-        found = f"{error.filename or output}: cannot be written: {error.strerror or error}"
-        raise OutputError(f"{found}. Free some space or name another --output_path") from error
 
 
 def _labels_found(entries: list[StoreEntry]) -> dict[int, str]:

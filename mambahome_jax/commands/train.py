@@ -168,7 +168,8 @@ def _train(
     if setup.val_cases:
         val_store = Store(setup.prepared_val.store) if setup.prepared_val else store
         validation = ValidationSettings(
-            setup.val_cases, setup.structures, setup.patch_size, config.overlap, config.modality, config.batch_size
+            *(setup.val_cases, setup.structures, setup.patch_size, config.overlap, config.modality, config.batch_size),
+            ct_scale=setup.properties.ct_scale,
         )
         here = next(device for device in devices if device.process_index == jax.process_index())
         validate = make_validate(graphdef, val_store, validation, here)
@@ -217,6 +218,7 @@ def _batches(config: TrainConfig, setup: Setup, store: Store, data_state: dict[s
         num_workers=setup.num_workers,
         class_balanced=setup.ingredients.class_balanced,
         modality=config.modality,
+        ct_scale=setup.properties.ct_scale,
         share=(jax.process_index(), jax.process_count()),
     )
     iterator = iter(loader)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mambahome_jax.config import Modality
+from mambahome_jax.config import CtScale, Modality
 from mambahome_jax.data.store import Store
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.metrics import dice
@@ -28,7 +28,8 @@ from mambahome_jax.training.sharding import copy_to
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """Cases and windows. `labels`: value -> name of the structures scored; modality: instead of each case's own."""
+    """Cases and windows. `labels`: value -> name of the structures scored; modality: instead of each case's own;
+    ct_scale: see `normalise`."""
 
     cases: Sequence[str]
     labels: Mapping[int, str]
@@ -36,6 +37,7 @@ class ValidationSettings:
     overlap: float
     modality: Modality | None = None
     sw_batch_size: int = 2
+    ct_scale: CtScale | None = None
 
 
 def make_validate(
@@ -65,7 +67,8 @@ def make_validate(
                 break
             entry = store.entry(case)
             try:
-                image = normalise(store.read_image(case), settings.modality or entry.modality, entry.statistics)
+                modality = settings.modality or entry.modality
+                image = normalise(store.read_image(case), modality, entry.statistics, settings.ct_scale)
                 reference = store.read_label(case)
             except DatasetError as error:
                 failures[case] = str(error)

@@ -9,7 +9,7 @@ import numpy as np
 from absl import flags
 from numpy.typing import ArrayLike
 
-from mambahome_jax.config import Modality
+from mambahome_jax.config import CtScale, Modality
 from mambahome_jax.data.store import Store, StoreEntry
 from mambahome_jax.data.watch import Reading, Watched, heed_the_parent
 from mambahome_jax.errors import ConfigError, DatasetError
@@ -29,6 +29,7 @@ def make_loader(
     positive_fraction: float = 0.75,
     class_balanced: bool = False,
     modality: Modality | None = None,
+    ct_scale: CtScale | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> "grain.IterDataset | Watching":
     """Endless batches of random patches.
@@ -44,8 +45,9 @@ def make_loader(
 
     cases: ids in `store`, all with a label. positive_fraction: share of patches centred on a foreground voxel; the
     rest lie evenly in the box around the body. class_balanced: the foreground class is drawn evenly instead of by its
-    voxels. modality: instead of each case's own. share: (n, of so many): each batch is the n-th of so many equal parts
-    of the batch of `batch_size` patches; only its patches are read, and the state is that of the whole.
+    voxels. modality: instead of each case's own. ct_scale: see `normalise`.
+    share: (n, of so many): each batch is the n-th of so many equal parts of the batch of `batch_size` patches; only its
+    patches are read, and the state is that of the whole.
     A worker that dies or hangs ends the iteration with a TrainingError.
     Raises DatasetError: no cases, an unknown case, one without a label. ConfigError: a size that is not positive, a
     batch that cannot be divided.
@@ -60,7 +62,7 @@ def make_loader(
     if unlabelled:
         raise DatasetError(f"{len(unlabelled)} cases have no label", case=unlabelled[0], file=store.root)
     reading = Reading() if num_workers else None
-    patch = RandomPatch(store, tuple(cases), size, positive_fraction, class_balanced, modality, reading)
+    patch = RandomPatch(store, tuple(cases), size, positive_fraction, class_balanced, modality, ct_scale, reading)
     dataset = (
         grain.MapDataset.source(range(len(cases)))
         .seed(seed)
@@ -105,6 +107,7 @@ class RandomPatch(grain.transforms.RandomMap):
     positive_fraction: float
     class_balanced: bool
     modality: Modality | None
+    ct_scale: CtScale | None = None
     reading: Reading | None = None
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -112,7 +115,7 @@ class RandomPatch(grain.transforms.RandomMap):
         case = self.cases[index]
         with contextlib.nullcontext() if self.reading is None else self.reading.of(case):
             centre = draw_centre(self.store, case, rng, self.positive_fraction, self.class_balanced)
-            image, label = read_patch(self.store, case, centre, self.size, self.modality)
+            image, label = read_patch(self.store, case, centre, self.size, self.modality, self.ct_scale)
         return {"image": image, "label": label, "case": np.asarray(index, np.int32)}
 
 
@@ -138,7 +141,12 @@ def patch_start(centre: ArrayLike, size: ArrayLike, shape: ArrayLike) -> np.ndar
 
 
 def read_patch(
-    store: Store, case: str, centre: ArrayLike, size: Sequence[int], modality: Modality | None = None
+    store: Store,
+    case: str,
+    centre: ArrayLike,
+    size: Sequence[int],
+    modality: Modality | None = None,
+    ct_scale: CtScale | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Image (*size, channels) float32, normalised, and label (*size) int32; zeros outside the volume."""
     entry: StoreEntry = store.entry(case)
@@ -146,7 +154,7 @@ def read_patch(
     stop = start + np.asarray(size)
     image = store.read_image(case, tuple(start), tuple(stop))
     label = store.read_label(case, tuple(start), tuple(stop))
-    image = normalise(image, modality or entry.modality, entry.statistics)
+    image = normalise(image, modality or entry.modality, entry.statistics, ct_scale)
     inside = tuple(slice(max(-first, 0), max(-first, 0) + n) for first, n in zip(start, label.shape, strict=True))
     patch_image = np.zeros((*size, image.shape[3]), np.float32)
     patch_label = np.zeros(size, np.int32)

@@ -31,6 +31,7 @@ class CaseJob:
 
     spacing: None keeps each scan's own. labels: the values that may occur, empty for any. nifti: write images/ and
     labels/ too, not only the store. hint: what to do about a label value that the table does not have.
+    sampled: values of the labelled voxels of a CT are needed, which stores of earlier versions lack.
     """
 
     case: Case
@@ -42,6 +43,7 @@ class CaseJob:
     modality: Modality
     nifti: bool
     hint: str = ""
+    sampled: bool = False
 
     @property
     def image_path(self) -> Path:
@@ -89,8 +91,10 @@ def up_to_date(job: CaseJob) -> store.StoreEntry | None:
     entry = store.read_case(job.output / "store", job.case.id)
     if entry is None or dict(entry.fingerprint) != fingerprint(job):
         return None
-    expected = [job.image_path] + ([job.label_path] if job.case.has_label else [])
-    return entry if not job.nifti or all(path.is_file() for path in expected) else None
+    expected = [job.image_path] + ([job.label_path] if job.case.has_label else []) if job.nifti else []
+    if job.sampled and job.modality == "ct" and job.case.has_label:
+        expected.append(job.output / "store" / job.case.id / store.INTENSITIES)
+    return entry if all(path.is_file() for path in expected) else None
 
 
 def prepare_case(job: CaseJob) -> store.StoreEntry:

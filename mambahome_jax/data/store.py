@@ -15,6 +15,7 @@ import numpy as np
 import tensorstore as ts
 
 from mambahome_jax.config import Modality
+from mambahome_jax.data.foreground import foreground_positions, foreground_sample
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.label_map import count_values
 from mambahome_jax.datasets.prepared import write_json
@@ -22,7 +23,8 @@ from mambahome_jax.errors import DatasetError, OutputError, why_not_written
 from mambahome_jax.imaging.intensity import IntensityStatistics
 
 VERSION = 1
-MAX_POSITIONS = 20_000
+# Values of labelled voxels of a CT, (n, channels) float32: what `ct_scale` is made of.
+INTENSITIES = "intensities.npy"
 
 _CHUNK = 64
 _CACHE_BYTES = 256 * 2**20
@@ -78,6 +80,8 @@ def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarr
             positions = foreground_positions(label)
             arrays: dict[str, Any] = {str(value): index for value, index in positions.items()}
             np.savez(partial / "foreground.npz", **arrays)
+            if entry.modality == "ct":
+                np.save(partial / INTENSITIES, foreground_sample(image, label))
         else:
             entry = dataclasses.replace(entry, class_counts=None)
         write_json(partial / "case.json", _to_json(entry), indent=None)
@@ -117,25 +121,6 @@ def remove_case(root: Path, case: str) -> None:
 def remove_entry(root: Path, case: str) -> None:
     """Mark a case as not done, before what it was made into changes. Raises OutputError."""
     _remove(Path(root) / case / "case.json")
-
-
-def foreground_positions(label: np.ndarray, limit: int = MAX_POSITIONS) -> dict[int, np.ndarray]:
-    """Up to `limit` voxel positions of each class but the background, int32 (n, 3), in C order.
-
-    label (D, H, W) uint8. Of a larger class an even sample without replacement, always the same for the same label.
-    """
-    flat = label.ravel()
-    where = np.flatnonzero(flat)
-    # One stable sort by value instead of a pass over the volume for each class.
-    where = where[np.argsort(flat[where], kind="stable")]
-    values, starts = np.unique(flat[where], return_index=True)
-    rng = np.random.default_rng(0)
-    positions = {}
-    for value, members in zip(values, np.split(where, starts[1:]), strict=False):
-        if len(members) > limit:
-            members = np.sort(rng.choice(members, limit, replace=False))
-        positions[int(value)] = np.stack(np.unravel_index(members, label.shape), axis=1).astype(np.int32)
-    return positions
 
 
 class Store:

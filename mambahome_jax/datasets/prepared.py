@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mambahome_jax.config import Modality
+from mambahome_jax.config import CtScale, Modality
 from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, read_json
 from mambahome_jax.datasets.files import fault_of_name
 from mambahome_jax.errors import DatasetError
@@ -55,7 +55,8 @@ class Prepared:
     """A preprocessed dataset.
 
     spacing: (3,) mm that was asked for, None where every scan kept its own; 0 or below keeps an axis. orientation: of
-    the array axes, such as "RAS". labels: value -> name, without the background.
+    the array axes, such as "RAS". labels: value -> name, without the background. ct_scale: how CT is normalised, None
+    for the published window.
     """
 
     root: Path
@@ -66,6 +67,7 @@ class Prepared:
     labels: Mapping[int, str]
     cases: tuple[PreparedCase, ...]
     skipped: tuple[tuple[str, str], ...] = field(default=())
+    ct_scale: CtScale | None = None
 
     @property
     def store(self) -> Path:
@@ -116,7 +118,7 @@ def read_prepared(folder: Path) -> Prepared:
         found, action = f"version {content.get('version')!r}", "Run preprocess.py again."
         raise DatasetError(found, file=file, expected=f"version {VERSION} of {LOOKS_FOR}", action=action)
     try:
-        spacing = content["spacing"]
+        spacing, ct_scale = content["spacing"], content.get("ct_scale")
         return Prepared(
             root=folder,
             name=str(content["name"]),
@@ -126,6 +128,7 @@ def read_prepared(folder: Path) -> Prepared:
             labels=label_names(content["labels"], file),
             cases=tuple(_case(entry) for entry in content["cases"]),
             skipped=tuple((entry["id"], entry["reason"]) for entry in content["skipped"]),
+            ct_scale=None if ct_scale is None else CtScale.from_json(ct_scale),
         )
     except (KeyError, TypeError, ValueError) as error:
         found = f"damaged ({type(error).__name__}: {error})"
@@ -144,6 +147,8 @@ def write_prepared(prepared: Prepared) -> None:
         "cases": [_entry(case) for case in prepared.cases],
         "skipped": [{"id": case, "reason": reason} for case, reason in prepared.skipped],
     }
+    if prepared.ct_scale is not None:
+        content["ct_scale"] = asdict(prepared.ct_scale)
     write_json(prepared.root / "dataset.json", content)
 
 

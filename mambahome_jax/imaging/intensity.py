@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mambahome_jax.config import Modality
+from mambahome_jax.config import CtScale, Modality
 from mambahome_jax.errors import ConfigError
 
 CT_WINDOW = (-175.0, 250.0)  # HU, as published
@@ -72,13 +72,23 @@ def display_range(array: np.ndarray, modality: Modality | None = None) -> tuple[
     return float(low), float(high if high > low else low + 1)
 
 
-def normalise(array: np.ndarray, modality: Modality, stats: IntensityStatistics | None) -> np.ndarray:
+def normalise(
+    array: np.ndarray, modality: Modality, stats: IntensityStatistics | None, ct_scale: CtScale | None = None
+) -> np.ndarray:
     """What the network sees of an array (..., C): float32, same shape.
 
-    ct: window -175 to 250 HU to [0, 1], clipped. mr: z-score by the volume's statistics, zeros stay zero.
-    us: the volume's minimum and maximum to [0, 1]. Raises ConfigError for another modality.
+    ct: window -175 to 250 HU to [0, 1], clipped, or what ct_scale says. mr: z-score by the volume's statistics, zeros
+    stay zero. us: the volume's minimum and maximum to [0, 1].
     stats: None for ct, which needs none.
+    Raises ConfigError: another modality, a ct_scale of another number of channels.
     """
+    if modality == "ct" and ct_scale is not None:
+        if len(ct_scale.mean) != array.shape[-1]:
+            raise ConfigError(f"intensities of {len(ct_scale.mean)} channels for a scan of {array.shape[-1]}")
+        low, high, mean, std = (
+            np.asarray(column, np.float32) for column in (ct_scale.low, ct_scale.high, ct_scale.mean, ct_scale.std)
+        )
+        return (np.clip(array.astype(np.float32), low, high) - mean) / std
     if modality == "ct":
         return scale_range(array, *CT_WINDOW, 0.0, 1.0, clip=True)
     if stats is None:

@@ -65,5 +65,6 @@ def _traits(model: Any) -> dict[str, Any]:
         "spacing": spacing,
         "orientation": data.orientation,
         "modality": data.modality,
+        "intensities of CT": data.ct_scale or "by the window",
         "preparation of scans": "published" if bare else "trained",
     }

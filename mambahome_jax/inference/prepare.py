@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from mambahome_jax.config import Mirror, Modality
+from mambahome_jax.config import CtScale, Mirror, Modality
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.geometry import Box, reorient, resample_to, resampled_grid
 from mambahome_jax.imaging.intensity import IntensityStatistics, normalise, statistics_of_parts
@@ -28,7 +28,7 @@ class SegmentSettings:
     chain: "trained" resamples first and normalises what came out, as preprocess.py and train.py do, and blends windows
     by a Gaussian. "published" is what the published inference script does: intensity window first, equal weights, zeros
     beyond the border, nearest logits on the way back.
-    mirrors: axes along which each window is mirrored too, see `with_mirrors`.
+    mirrors: axes along which each window is mirrored too, see `with_mirrors`. ct_scale: see `normalise`.
     """
 
     spacing: Sequence[float] | None
@@ -39,6 +39,7 @@ class SegmentSettings:
     sw_batch_size: int = 4
     chain: Literal["trained", "published"] = "trained"
     mirrors: tuple[Mirror, ...] = ()
+    ct_scale: CtScale | None = None
 
     def __post_init__(self) -> None:
         if self.modality not in ("ct", "mr", "us"):
@@ -91,7 +92,8 @@ class NetworkInput:
         box = tuple(slice(start, stop) if a == axis else slice(0, n) for a, n in enumerate(self.shape))
         if self.kept is not None:
             return self.kept[box]
-        return self._box((box[0], box[1], box[2]), lambda values: normalise(values, self.settings.modality, self.stats))
+        modality, scale = self.settings.modality, self.settings.ct_scale
+        return self._box((box[0], box[1], box[2]), lambda values: normalise(values, modality, self.stats, scale))
 
     def _box(self, box: Box, then: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """A part of the image, `then` done to it where its settings normalise."""

@@ -115,6 +115,7 @@ def settings_for(model: Any, **changes: Any) -> SegmentSettings:
         "spacing": data.spacing,
         "orientation": data.orientation,
         "modality": data.modality,
+        "ct_scale": data.ct_scale,
         "roi_size": data.patch_size or PUBLISHED_ROI,
         "chain": "published" if bare else "trained",
     }
