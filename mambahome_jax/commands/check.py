@@ -31,6 +31,8 @@ _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 _BYTES_A_VOXEL = 24
 _ENDS = {0.0: "min", 100.0: "max"}
 _SMALL_FILE = 1 << 20  # bytes; thousands of them are not opened only to know how little memory they take
+_BATCH = 16  # cases of small files that a process is given at a time
+_BATCHES = 4  # that each process gets at least, so that none waits long for another one's last
 _THREAD_BELOW = 8  # cases for which starting processes takes longer than the work
 
 
@@ -79,15 +81,9 @@ def run(config: CheckConfig) -> int:
 
 def examine(dataset: Dataset, config: CheckConfig, console: Console) -> list[CaseFacts]:
     """Facts of every case, in the dataset's order, from several processes; a case that fails is a finding of it."""
+    channels, labels = len(dataset.channels), dict(dataset.labels)
     jobs = [
-        ExamineJob(
-            case,
-            len(dataset.channels),
-            dict(dataset.labels),
-            dataset.hint,
-            config.modality or case.modality,
-            config.fast,
-        )
+        ExamineJob(case, channels, labels, dataset.hint, config.modality or case.modality, config.fast)
         for case in dataset.cases
     ]
     wanted, workers = count_workers(config.num_workers, jobs, _peak_bytes)
@@ -97,7 +93,10 @@ def examine(dataset: Dataset, config: CheckConfig, console: Console) -> list[Cas
     columns = (TextColumn("Checking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not jobs) as progress:
         bar = progress.add_task("", total=len(jobs))
-        for job, result in run_jobs(examine_case, jobs, workers, threads=workers == 1 or len(jobs) < _THREAD_BELOW):
+        alone = workers == 1 or len(jobs) < _THREAD_BELOW
+        many = len(jobs) >= _BATCHES * _BATCH * workers
+        small = many and all(_peak_bytes(job) == 1 for job in jobs[:: len(jobs) // _BATCH])
+        for job, result in run_jobs(examine_case, jobs, workers, threads=alone, batch=_BATCH if small else 1):
             progress.advance(bar)
             found[job.case.id] = result if isinstance(result, CaseFacts) else _failed(job, result, console)
     return [found[job.case.id] for job in jobs]

@@ -146,7 +146,7 @@ def training_settings(config: TrainConfig, setup: Setup) -> dict[str, Any]:
         "steps_per_period": optimizer.steps_per_period,
         "t_max": optimizer.t_max,
         "modality": config.modality,
-        "ct_scale": setup.properties.ct_scale,
+        "ct_scale": setup.properties.to_json()["ct_scale"],
         "precision": setup.precision,
         "labelled": None if setup.labelled is None else _digest(tuple(map(str, setup.labelled.tolist()))),
         "freeze_encoder": config.freeze_encoder,

@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from mambahome_jax.errors import ConfigError, MambaHomeError
 
@@ -27,14 +28,18 @@ class WorkerDied(MambaHomeError):
 
 
 def run_jobs(
-    function: Callable[[J], R], jobs: Iterable[J], workers: int, *, threads: bool = False
+    function: Callable[[J], R], jobs: Iterable[J], workers: int, *, threads: bool = False, batch: int = 1
 ) -> Iterator[tuple[J, R | BaseException]]:
     """Yield (job, result or exception) as jobs finish, in no fixed order.
 
     function: importable by name, as the processes are spawned. threads: run in one thread of this process instead,
     where starting a process is not worth its second. When a process is killed, nobody knows by which of the running
-    jobs, so each of them is tried again alone; one that kills its process again yields WorkerDied.
+    jobs, so each of them is tried again alone; one that kills its process again yields WorkerDied. batch: jobs that a
+    process is given at a time, more than one where handing them over takes longer than doing them.
     """
+    if batch > 1 and not threads:
+        yield from _run_batches(function, list(jobs), workers, batch)
+        return
     waiting = deque(jobs)
     while waiting:
         suspects: list[J] = []
@@ -79,6 +84,36 @@ def count_workers(asked: int | None, jobs: Sequence[J], peak_bytes: Callable[[J]
         return wanted, wanted
     fitting = max(int(0.9 * available / max(map(peak_bytes, jobs), default=1)), 1)
     return wanted, min(wanted, fitting)
+
+
+def _run_batches(
+    function: Callable[[J], R], jobs: Sequence[J], workers: int, size: int
+) -> Iterator[tuple[J, R | BaseException]]:
+    groups = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    for group, results in run_jobs(_Each(function), groups, workers):
+        if isinstance(results, WorkerDied) and len(group) > 1:
+            # One of them did it; the others have a result.
+            yield from run_jobs(function, group, workers)
+        elif isinstance(results, BaseException):
+            yield from ((job, results) for job in group)
+        else:
+            yield from zip(group, results, strict=True)
+
+
+@dataclass(frozen=True)
+class _Each(Generic[J, R]):
+    """A function of one job as one of several, of which none stops the others."""
+
+    function: Callable[[J], R]
+
+    def __call__(self, jobs: Sequence[J]) -> list[R | BaseException]:
+        results: list[R | BaseException] = []
+        for job in jobs:
+            try:
+                results.append(self.function(job))
+            except Exception as error:  # noqa: BLE001
+                results.append(error)
+        return results
 
 
 def _run_until_broken(

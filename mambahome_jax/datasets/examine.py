@@ -15,7 +15,7 @@ from mambahome_jax.datasets.label_map import count_values, read_image, read_labe
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.geometry import orientation_of
 from mambahome_jax.imaging.grids import grid_shift, require_same_grid
-from mambahome_jax.imaging.volume import Volume, read_forms, read_geometry
+from mambahome_jax.imaging.volume import Volume, read_forms
 
 PERCENTILES = (0.0, 0.5, 5.0, 50.0, 95.0, 99.5, 100.0)
 
@@ -88,7 +88,7 @@ def _headers(job: ExamineJob) -> tuple[CaseFacts, list[Finding], Volume | None]:
 def _header(case: str, kind: str, file: Path, channels: int, forms: bool) -> tuple[Volume | None, list[Finding]]:
     """A volume of the file's grid without voxels, None where it cannot be read, and what its header shows."""
     try:
-        shape, affine = read_geometry(file)
+        shape, affine, forms_of = read_forms(file)
         found = shape[3] if len(shape) == 4 else 1
         if found != channels:
             expected = "a 3D volume" if channels == 1 else f"{channels} channels as the fourth axis"
@@ -99,7 +99,7 @@ def _header(case: str, kind: str, file: Path, channels: int, forms: bool) -> tup
     if forms:
         findings += check.affine_findings(case, str(file), affine)
         try:
-            findings += check.form_findings(case, str(file), shape, *read_forms(file), grid_shift)
+            findings += check.form_findings(case, str(file), shape, *forms_of(), grid_shift)
         except DatasetError as error:
             # The scan can be read all the same, by its sform.
             findings.append(replace(check.error_finding(case, "header", error), severity="warning"))
@@ -154,10 +154,18 @@ def _percentiles(channels: np.ndarray, mask: np.ndarray | None = None) -> tuple[
         # Transposed, since files have their first axis fastest: a view then, and a walk in the order of memory.
         channel = channels[..., c].T
         values = channel.ravel() if mask is None else channel[mask.T]
-        sample = values[:: max(values.size // _SAMPLE, 1)]
-        inner = np.percentile(sample, PERCENTILES[1:-1])
-        rows.append((float(values.min()), *(float(value) for value in inner), float(values.max())))
+        ordered = np.sort(values[:: max(values.size // _SAMPLE, 1)])
+        inner = (_quantile(ordered, percentile / 100) for percentile in PERCENTILES[1:-1])
+        rows.append((float(values.min()), *inner, float(values.max())))
     return tuple(rows)
+
+
+def _quantile(ordered: np.ndarray, share: float) -> float:
+    """As numpy.quantile of a sorted vector, which takes a quarter of a millisecond to begin with."""
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    low, high = float(ordered[below]), float(ordered[min(below + 1, len(ordered) - 1)])
+    return low + (high - low) * (place - below)
 
 
 def _digest(array: np.ndarray) -> str:

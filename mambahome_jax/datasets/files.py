@@ -1,6 +1,7 @@
 """Names in folders, fast enough for tens of thousands of cases: one os.scandir a folder, no scan is opened."""
 
 import codecs
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -84,15 +85,36 @@ def nifti_stem(path: Path) -> str:
 
 def twins_note(used: Iterable[Path]) -> tuple[str, ...]:
     """A note that names the files which lie beside a used one of the same name as .nii and .nii.gz; empty without."""
-    paths = set(used)
-    folders = {folder: listing(folder)[1] for folder in {path.parent for path in paths}}
+    by_folder: dict[str, set[str]] = {}
+    for path in used:
+        folder, name = os.path.split(path)
+        by_folder.setdefault(folder, set()).add(name)
     pairs = []
-    for path in sorted(paths):
-        other = path.name[:-3] if path.name.lower().endswith(".gz") else f"{path.name}.gz"
-        if other in folders[path.parent] and path.parent / other not in paths:
-            pairs.append(f"{path} is used, {other} is not")
+    for folder, names in by_folder.items():
+        with contextlib.suppress(OSError):
+            unused = set(os.listdir(folder or ".")) - names  # noqa: PTH208
+            for name in names if unused else ():
+                other = name[:-3] if name.lower().endswith(".gz") else f"{name}.gz"
+                if other in unused and name[0] not in "._":
+                    pairs.append(f"{os.path.join(folder, name)} is used, {other} is not")  # noqa: PTH118
+    pairs.sort()
     count = f"{len(pairs)} files are there" if len(pairs) != 1 else "a file is there"
     return (f"{count} as .nii and as .nii.gz: {listed(pairs)}",) if pairs else ()
+
+
+def outside_of(home: Path, paths: Iterable[Path]) -> list[str]:
+    """Those of `paths` that lie outside of a folder once links are followed, in their order."""
+    root = os.path.realpath(home)
+    beneath: dict[str, bool] = {}
+    found = []
+    for path in map(str, paths):
+        # A link by itself, else with its folder: following every part of every path takes longer than listing them.
+        place = path if os.path.islink(path) else os.path.dirname(path)  # noqa: PTH114, PTH120
+        if place not in beneath:
+            beneath[place] = Path(os.path.realpath(place)).is_relative_to(root)
+        if not beneath[place]:
+            found.append(path)
+    return found
 
 
 def fault_of_name(name: str) -> str:

@@ -55,11 +55,12 @@ def read_label_map(
 def count_values(label: np.ndarray) -> dict[int, int]:
     """Voxels of each value that occurs in a label map of uint8 or uint16, by value."""
     flat = label.ravel(order="K")
-    counts = np.zeros(65536, np.int64)
+    counts = np.zeros(1, np.int64)
     # bincount widens what it is given to int64: eight times a label map, were it not for the slabs.
     for start in range(0, flat.size, _SLAB):
-        found = np.bincount(flat[start : start + _SLAB])
-        counts[: len(found)] += found
+        found = np.bincount(flat[start : start + _SLAB], minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
     return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 

@@ -20,7 +20,7 @@ from mambahome_jax.datasets import (
     totalsegmentator_mri,
 )
 from mambahome_jax.datasets.base import Case, Dataset
-from mambahome_jax.datasets.files import fault_of_name, listed, listing, twins_note
+from mambahome_jax.datasets.files import fault_of_name, listed, listing, outside_of, twins_note
 from mambahome_jax.errors import ConfigError, DatasetError
 
 
@@ -100,13 +100,12 @@ def _load(name: str, folder: Path) -> Dataset:
         elif first.setdefault(case.id, case) is not case:
             again.append((case.id, f"{case.image}: a second case of this id; the first is {first[case.id].image}"))
     used = [path for case in first.values() for path in (*case.image_files, *case.label_files)]
-    # Not Path.resolve, which raises where links run in a circle.
-    home = os.path.realpath(folder if folder.is_dir() else folder.parent)
+    home = folder if folder.is_dir() else folder.parent
     # A folder that preprocess.py wrote may name the files of another one, as it says itself.
-    outside = [
-        str(path) for path in used if name != prepared.NAME and not Path(os.path.realpath(path)).is_relative_to(home)
-    ]
-    elsewhere = (f"{len(outside)} files lie outside of {Path(home).name}: {listed(outside)}",) if outside else ()
+    outside = outside_of(home, used) if name != prepared.NAME else []
+    # Not Path.resolve, which raises where links run in a circle.
+    home_name = Path(os.path.realpath(home)).name
+    elsewhere = (f"{len(outside)} files lie outside of {home_name}: {listed(outside)}",) if outside else ()
     return dataclasses.replace(
         dataset,
         cases=tuple(first.values()),

@@ -26,6 +26,11 @@ _PARALLEL = 1e-4  # voxels by which sampling axis by axis may miss a position
 
 def orientation_of(affine: np.ndarray) -> str:
     """Direction in which each voxel axis runs, as three letters of R L A P S I: "RAS", "LPS", "PSR" ..."""
+    rows, columns = np.nonzero(affine[:3, :3])
+    if rows.tolist() == [0, 1, 2] and len(set(columns.tolist())) == 3:
+        # Along the patient's axes there is nothing to weigh, and thousands of scans are soon done.
+        letters = np.where(affine[rows, columns] < 0, list("LPI"), list("RAS"))
+        return "".join(letters[np.argsort(columns)])
     return "".join(orientations.ornt2axcodes(orientations.io_orientation(affine)))
 
 

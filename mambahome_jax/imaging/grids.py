@@ -8,7 +8,7 @@ from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.volume import Volume
 
 TOLERANCE = 0.1
-
+_CORNERS = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)])
 
 MEND_LABEL = "Bring the label map onto the grid of its image first."
 
@@ -26,7 +26,9 @@ def require_same_grid(image: Volume, label: Volume, file: Path, action: str = ME
 
 def grid_shift(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float]:
     """How far apart two grids of one shape lie at the corner that differs most: voxels of the first, and mm."""
-    corners = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)]) * [*(np.array(shape[:3]) - 1), 1]
+    if np.array_equal(affine, other):
+        return 0.0, 0.0
+    corners = _CORNERS * [*(n - 1 for n in shape[:3]), 1]
     shift_mm = (corners @ (other - affine).T)[:, :3]
     shift = np.abs(shift_mm @ np.linalg.inv(affine[:3, :3]).T).max()
     return float(shift), float(np.linalg.norm(shift_mm, axis=1).max())

@@ -5,6 +5,7 @@ can hold, and makes every fault a `DatasetError` that names the file.
 """
 
 import contextlib
+import functools
 import gzip
 import math
 import os
@@ -42,13 +43,16 @@ def read(path: Path, channels: int | None) -> tuple[nib.Nifti1Header, np.ndarray
     return header, np.frombuffer(content, dtype, count=math.prod(shape), offset=offset).reshape(shape, order="F")
 
 
-def read_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape and affine (4, 4), from the header and the size of the file. Raises DatasetError as `read`."""
+def read_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray, nib.Nifti1Header]:
+    """Shape and affine (4, 4), from the header and the size of the file; and the header. Raises DatasetError as `read`.
+
+    Headers are not to be changed: files with the same one share it.
+    """
     with _opened(path) as (file, stream):
         header = _header_of(path, stream.read(_HEADER))
         shape, dtype, offset = _layout(path, header, None)
         _require_held(path, _most(file, stream), offset, offset + math.prod(shape) * dtype.itemsize)
-    return shape, affine_of(path, header)
+    return shape, affine_of(path, header), header
 
 
 def read_header(path: Path) -> nib.Nifti1Header:
@@ -94,12 +98,18 @@ def _header_of(path: Path, content: bytes) -> nib.Nifti1Header:
     if size is None or len(content) < size:
         raise DatasetError("not a NIfTI file", file=path, expected=".nii or .nii.gz")
     try:
-        header = _HEADERS[size](content[:size])
+        header = _parsed(content[:size])
     except (HeaderDataError, ValueError, OverflowError) as error:
         raise DatasetError(f"damaged NIfTI header ({error})", file=path) from error
     if not header["magic"].item().startswith(b"n+"):
         raise DatasetError("an Analyze file or half of a NIfTI pair", file=path, expected="one .nii or .nii.gz file")
     return header
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(content: bytes) -> nib.Nifti1Header:
+    """nibabel tests every field, which takes longer than reading a small file; masks of a case share their header."""
+    return _HEADERS[len(content)](content)
 
 
 def _shape_of(path: Path, header: nib.Nifti1Header, channels: int | None) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import json
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from mambahome_jax.imaging.files import (
     written_whole,
 )
 
+Forms = tuple[np.ndarray | None, np.ndarray | None, np.ndarray]
 _COMMENT = 6  # kind of a NIfTI header extension: plain text
 _SLICES = 16  # written at a time; as many values share a cache line where the last axis is the contiguous one
 
@@ -106,18 +107,22 @@ def read_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
 
     Raises DatasetError as `read_volume`, as far as the header shows it.
     """
-    return nifti.read_geometry(Path(path))
+    return nifti.read_geometry(Path(path))[:2]
 
 
-def read_forms(path: str | Path) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray]:
-    """What a NIfTI header says of the geometry in its three ways, of which the affine is one.
+def read_forms(path: str | Path) -> tuple[tuple[int, ...], np.ndarray, Callable[[], Forms]]:
+    """`read_geometry`, and a function that gives what the NIfTI header says of the geometry in its three ways.
 
-    Returns sform and qform, (4, 4) float64, voxel to RAS mm, None where the form's code or the sform's numbers are 0;
-    pixdim (3,) in mm.
-    Raises DatasetError as `read_volume`, and for a qform whose numbers are no rotation.
+    Forms are sform and qform, (4, 4) float64, voxel to RAS mm, None where the form's code or the sform's numbers are 0;
+    and pixdim (3,) in mm.
+    Raises DatasetError as `read_volume`; the function does for a qform whose numbers are no rotation.
     """
     path = Path(path)
-    header = nifti.read_header(path)
+    shape, affine, header = nifti.read_geometry(path)
+    return shape, affine, lambda: _forms(path, header)
+
+
+def _forms(path: Path, header: nib.Nifti1Header) -> Forms:
     try:
         qform = header.get_qform(coded=True)[0]
     except (HeaderDataError, ValueError) as error:

@@ -13,6 +13,7 @@ from mambahome_jax.commands import check
 from mambahome_jax.commands.check import run
 from mambahome_jax.commands.preprocess import run as preprocess
 from mambahome_jax.config import CheckConfig, PreprocessConfig
+from mambahome_jax.data import pool
 from mambahome_jax.data.pool import WorkerDied
 from mambahome_jax.errors import DatasetError, OutputError
 from tests.commands import odd_cases as odd
@@ -200,8 +201,25 @@ def test_several_processes_find_the_same(folder):
     assert len(alone["findings"]) == 2
 
 
+def test_many_small_cases_are_handed_over_in_batches(folder, monkeypatch):
+    alone = report(folder)
+    asked = []
+
+    def run_jobs(function, jobs, workers, *, threads, batch):
+        asked.append(batch)
+        return pool.run_jobs(function, jobs, workers, threads=threads, batch=batch)
+
+    monkeypatch.setattr(check, "run_jobs", run_jobs)
+    monkeypatch.setattr(check, "_THREAD_BELOW", 2)
+    monkeypatch.setattr(check, "_BATCH", 3)
+    monkeypatch.setattr(check, "_BATCHES", 1)
+    run(CheckConfig(folder, json=folder.parent / "batches.json", num_workers=2))
+    assert {**alone, "seconds": 0} == {**json.loads((folder.parent / "batches.json").read_text()), "seconds": 0}
+    assert asked == [3]
+
+
 def test_a_case_whose_process_died_is_a_finding(folder, monkeypatch):
-    def run_jobs(function, jobs, workers, threads):
+    def run_jobs(function, jobs, workers, **_):
         results = {"a": WorkerDied("its process was killed"), "b": MemoryError("3 GiB"), "c": ZeroDivisionError("x")}
         for job in jobs:
             yield job, results.get(job.case.id) or function(job)

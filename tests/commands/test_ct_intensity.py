@@ -99,7 +99,9 @@ def test_training_and_inference_see_the_same(config):
     prepared = read_prepared(config.output_path)
     flags = TrainConfig(config.output_path, model="MambaHoME_tiny", steps=3)
     setup = make_setup(flags, prepared, None, devices=1)
-    assert setup.properties.ct_scale == prepared.ct_scale == training_settings(flags, setup)["ct_scale"]
+    assert setup.properties.ct_scale == prepared.ct_scale
+    resumed = json.loads(json.dumps(training_settings(flags, setup)))
+    assert CtScale.from_json(resumed["ct_scale"]) == prepared.ct_scale
     properties = DataProperties.from_json(json.loads(json.dumps(setup.properties.to_json())))
     assert properties == setup.properties
     settings = settings_for(Trained(properties))

@@ -22,6 +22,10 @@ def square(job: int) -> int:
     return job * job
 
 
+def unsendable(job: int):
+    return (lambda: job) if job == 2 else job
+
+
 def thread_limit(_: int) -> str | None:
     return os.environ.get("OMP_NUM_THREADS")
 
@@ -38,6 +42,18 @@ def test_a_killed_process_costs_only_its_own_job():
     died = found.pop(5)
     assert isinstance(died, WorkerDied) and "killed" in str(died)
     assert found == {job: job * job for job in (0, 1, 2, 4, 6, 7, 8)}
+
+
+def test_in_batches_too():
+    found = dict(run_jobs(square, range(9), 2, batch=4))
+    assert isinstance(found.pop(3), ValueError) and isinstance(found.pop(5), WorkerDied)
+    assert found == {job: job * job for job in (0, 1, 2, 4, 6, 7, 8)}
+    assert list(run_jobs(square, [], 2, batch=4)) == []
+
+
+def test_a_batch_whose_results_cannot_be_sent_fails_in_all_its_jobs():
+    found = dict(run_jobs(unsendable, [1, 2, 3], 1, batch=2))
+    assert all(isinstance(found[job], Exception) for job in (1, 2)) and found[3] == 3
 
 
 def test_processes_get_one_thread_and_the_environment_is_restored(monkeypatch):

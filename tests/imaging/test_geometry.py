@@ -1,10 +1,13 @@
 """Orientation, resampling, cropping: equal to MONAI, and true to the world."""
 
+import itertools
+
 import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from nibabel import orientations
 from scipy import ndimage
 
 from mambahome_jax.errors import ConfigError, DatasetError
@@ -220,3 +223,12 @@ def test_a_scan_of_many_metres_is_refused_before_anything_is_allocated(millimetr
     with pytest.raises(DatasetError, match=r"mm, which are .* voxels of 1 x 1 x 1 mm; expected at most 512 times"):
         resample(volume, (1, 1, 1))
     assert resample(volume, (0, 1, 1)).shape == (12, 16, 22)
+
+
+def test_orientation_along_the_axes_as_nibabel():
+    for axes in itertools.permutations(range(3)):
+        for signs in itertools.product((0.5, -2.0), repeat=3):
+            affine = np.diag([0.0, 0, 0, 1])
+            affine[axes, range(3)] = signs
+            expected = orientations.ornt2axcodes(orientations.io_orientation(affine))
+            assert orientation_of(affine) == "".join(expected), affine
