@@ -67,7 +67,7 @@ def _channels(content: dict[str, Any], file: Path) -> tuple[str, ...]:
 
 
 def _images_of(entries: object, file: Path) -> list[str]:
-    """Image paths of a case list, whose entries are {"image": path, "label": path} or plain paths."""
+    """Image paths of a case list, whose entries are {"image": path, "label": path} or plain paths, / between."""
     if entries is None:
         return []
     paths = (
@@ -79,4 +79,4 @@ def _images_of(entries: object, file: Path) -> list[str]:
         raise DatasetError(
             '"training" has entries without an image', file=file, expected='{"image": path, "label": path}'
         )
-    return [str(path) for path in paths]
+    return [str(path).replace("\\", "/") for path in paths]

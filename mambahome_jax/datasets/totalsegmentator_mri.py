@@ -98,6 +98,7 @@ def _read_splits(file: Path) -> dict[str, Split | None]:
         raise DatasetError(f"cannot be read: {error.strerror or error}", file=file) from error
     head = lines[0] if lines else ""
     rows = csv.DictReader(lines, delimiter=max(";,\t", key=head.count))
-    if not {"image_id", "split"} <= set(rows.fieldnames or ()):
+    rows.fieldnames = [(name or "").strip().lower() for name in rows.fieldnames or ()]
+    if not {"image_id", "split"} <= set(rows.fieldnames):
         raise DatasetError(f"columns {head!r}", file=file, expected="image_id and split among them")
     return {(row["image_id"] or "").strip(): _SPLITS.get((row["split"] or "").strip().lower()) for row in rows}

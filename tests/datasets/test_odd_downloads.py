@@ -32,6 +32,23 @@ def test_json_with_the_mark_of_utf_8(tmp_path):
     assert len(load_dataset(tmp_path).cases) == 3
 
 
+def test_paths_of_windows_in_a_decathlon_task(tmp_path):
+    miniatures.decathlon(tmp_path)
+    file = tmp_path / "dataset.json"
+    content = json.loads(file.read_text())
+    content["training"] = [{"image": entry["image"].replace("/", "\\")} for entry in content["training"]]
+    file.write_text(json.dumps(content))
+    dataset = load_dataset(tmp_path)
+    assert [case.split for case in dataset.cases] == ["train", "train", "test"] and not dataset.skipped
+
+
+def test_columns_of_meta_csv_in_another_spelling(tmp_path):
+    miniatures.totalsegmentator_mri(tmp_path)
+    file = tmp_path / "meta.csv"
+    file.write_text(file.read_text().replace("image_id", "Image_ID ").replace("split", " Split"))
+    assert {case.split for case in load_dataset(tmp_path).cases} == {"train", "test"}
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
 def test_csv_of_a_spreadsheet(tmp_path, encoding, separator):
