@@ -37,8 +37,8 @@ class InferConfig:
     published inference script has them (default: the latter for published weights)."""
     precision: Precision | None = None
     """Matrix products and convolutions (default: bf16 on a GPU, fp32 on a CPU)."""
-    output_format: Literal["nii.gz", "nii", "mha", "nrrd"] = "nii.gz"
-    """Format of the label maps, whatever that of the scans."""
+    output_format: Literal["nii.gz", "nii", "mha", "nrrd", "dcm"] = "nii.gz"
+    """Format of the label maps, whatever that of the scans; dcm is DICOM SEG, for folders of DICOM slices."""
     num_workers: int = 1
     """Threads that read scans ahead and write results."""
     num_devices: int | None = None

@@ -1,6 +1,7 @@
 """infer: scans in, label maps on the same grids out, with previews and a report of the run."""
 
 import dataclasses
+import importlib.util
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,14 +16,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mambahome_jax.commands.find_scans import Scan, find_scans, join_channels
 from mambahome_jax.commands.infer_cases import HELD_BYTES, Plan, Reading, input_of, read_ahead, result_of, write_case
-from mambahome_jax.commands.infer_faults import changed_flags, check_settings, reason_of
+from mambahome_jax.commands.infer_faults import (
+    changed_flags,
+    check_format,
+    check_settings,
+    only_writable,
+    reason_of,
+)
 from mambahome_jax.commands.infer_volumes import volumes_by_structure, volumes_table, write_volumes
 from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.commands.run_report import device, plain, versions
 from mambahome_jax.config import InferConfig
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import ConfigError, MambaHomeError, OutputError
-from mambahome_jax.imaging import itk
 from mambahome_jax.inference.ensemble import check_members
 from mambahome_jax.inference.segment import (
     channels_of,
@@ -36,6 +42,7 @@ from mambahome_jax.model.weights import load_model
 from mambahome_jax.training.sharding import choose_devices
 
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
+FORMATS = ("SimpleITK", "highdicom", "pydicom")  # where they are installed
 # What a damaged scan, a full disk or a device that is too small can raise; anything else is a fault of ours.
 CASE_ERRORS = (MambaHomeError, OSError, MemoryError, jax.errors.JaxRuntimeError)
 
@@ -60,19 +67,19 @@ def run(config: InferConfig) -> int:
     """
     console = Console()
     started = time.perf_counter()
-    if config.output_format in ("mha", "nrrd") and not itk.installed():
-        raise ConfigError(f"--output_format {config.output_format} needs SimpleITK. Run: {itk.INSTALL}")
+    check_format(config.output_format)
     if config.gpu and jax.default_backend() != "gpu":
         action = "Install the extra [cuda] and check nvidia-smi, or leave --gpu out."
         raise ConfigError(f"--gpu was given, but JAX sees only {jax.devices()[0].platform} devices. {action}")
     folder, scans, failures = find_scans(config.data_path)
+    scans, unfit = only_writable(config.output_format, scans)
     if folder != config.data_path:
         _say(console, f"Using the scans in {folder}")
     taken = {folder.parent} if folder.is_file() else {folder, config.data_path}
     if config.output_dir.resolve() in {path.resolve() for path in taken}:
         raise ConfigError(f"{config.output_dir}: --output_dir holds the scans themselves. Name another folder")
     with locked(config.output_dir, "infer"):
-        return _segment_all(config, scans, failures, started, console)
+        return _segment_all(config, scans, [*failures, *unfit], started, console)
 
 
 def _segment_all(
@@ -120,7 +127,7 @@ def _segment_all(
         "configuration": configuration,
         "settings": plain(dataclasses.asdict(settings)),
         "labels": {str(value): name for value, name in plan.kept_names.items()},
-        "versions": versions((*PACKAGES, "SimpleITK") if itk.installed() else PACKAGES),
+        "versions": versions((*PACKAGES, *(name for name in FORMATS if importlib.util.find_spec(name)))),
         "device": device(),
         "seconds": round(time.perf_counter() - started, 3),
         "cases": outcome.cases,

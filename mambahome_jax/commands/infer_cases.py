@@ -14,10 +14,12 @@ import jax
 import numpy as np
 
 from mambahome_jax.commands.find_scans import Scan
+from mambahome_jax.commands.infer_faults import DICOM_SEG
 from mambahome_jax.config import InferConfig
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.label_map import read_image
 from mambahome_jax.errors import DatasetError, OutputError, naming
+from mambahome_jax.imaging import dicomseg
 from mambahome_jax.imaging.files import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels, read_volume, write_volume
 from mambahome_jax.inference.postprocess import postprocess, volumes_ml
@@ -132,7 +134,8 @@ def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
     if not path.is_file() or (plan.config.save_probabilities and not whole_probabilities(_shares(plan.config, scan))):
         return None
     try:
-        volume_ml = volumes_ml(read_labels(path), plan.names)
+        seg = plan.config.output_format == DICOM_SEG
+        labels = dicomseg.read(path, scan.path, plan.kept_names) if seg else read_labels(path)
     except DatasetError:
         return None
     return {
@@ -140,7 +143,7 @@ def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
         "input": input_of(plan.config, scan),
         "output": path.name,
         "kept": True,
-        "volume_ml": volume_ml,
+        "volume_ml": volumes_ml(labels, plan.names),
     }
 
 
@@ -160,7 +163,10 @@ def write_case(
     result = postprocess(result, plan.only, plan.largest)
     for values, affine in shares:
         write_probabilities(_shares(config, scan), values, affine, plan.names)
-    write_volume(path, result, names=names)
+    if config.output_format == DICOM_SEG:
+        dicomseg.write(path, result, scan.path, names)
+    else:
+        write_volume(path, result, names=names)
     preview, remarks = config.output_dir / "previews" / f"{scan.case}.png", {}
     try:
         if config.previews:

@@ -6,18 +6,44 @@ from typing import Any
 
 import numpy as np
 
+from mambahome_jax.commands.find_scans import Scan
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
+from mambahome_jax.imaging import dicomseg, itk
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.prepare import SegmentSettings, prepare
 from mambahome_jax.inference.sliding_window import window_starts
 from mambahome_jax.model.network import MULTIPLE
 
+DICOM_SEG = "dcm"  # --output_format
 # Flags on which the labels do not depend.
 _WITHOUT_EFFECT = {
     *("data_path", "output_dir", "save_probabilities", "previews", "skip_existing", "overwrite"),
     *("num_workers", "num_devices", "sw_batch_size", "gpu"),
 }
+
+
+def check_format(ending: str) -> None:
+    """Raises ConfigError where what writes results of this --output_format is not installed."""
+    if ending in ("mha", "nrrd") and not itk.installed():
+        raise ConfigError(f"--output_format {ending} needs SimpleITK. Run: {itk.INSTALL}")
+    if ending == DICOM_SEG and not dicomseg.installed():
+        raise ConfigError(f"--output_format {ending} needs highdicom and SimpleITK. Run: {dicomseg.INSTALL}")
+
+
+def only_writable(ending: str, scans: list[Scan]) -> tuple[list[Scan], list[dict[str, str]]]:
+    """Scans whose results can have this --output_format, and failures: those that are no DICOM slices, for a DICOM SEG.
+
+    Raises ConfigError: none of them can.
+    """
+    if ending != DICOM_SEG:
+        return scans, []
+    usable = [scan for scan in scans if scan.path.is_dir() and not scan.channels]
+    needs = f"--output_format {ending} is DICOM SEG, which refers to DICOM slices"
+    if scans and not usable:
+        raise ConfigError(f"{scans[0].path}: {needs}; this scan is of another format. Name another --output_format")
+    others = [scan for scan in scans if scan not in usable]
+    return usable, [{"id": scan.case, "reason": f"{scan.path}: {needs}; this scan has none"} for scan in others]
 
 
 def check_settings(settings: SegmentSettings) -> None:

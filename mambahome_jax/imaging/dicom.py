@@ -35,7 +35,7 @@ _BESIDE = re.compile(r"1\.2\.840\.10008\.(1\.3\.10$|5\.1\.4\.1\.1\.(66|11|88|481
 
 
 @dataclass(frozen=True, eq=False)
-class _Slice:
+class Slice:
     """Header of a file. size: (columns, rows). position: (3,) of its first pixel; steps: (3, 2), a step to the next
     column and to the next row; both in LPS mm. thickness: mm, or None."""
 
@@ -64,6 +64,16 @@ def read(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     frames in a file, slices of several sizes, directions or pixel spacings, two at one place, missing or uneven ones,
     colours.
     """
+    slices, step = sorted_slices(folder)
+    array = np.empty((*slices[0].size, len(slices)), np.float32, order="F")
+    for k, one in enumerate(slices):
+        array[:, :, k] = _pixels(one)
+    return array, affine_of(slices, step)
+
+
+def sorted_slices(folder: Path) -> tuple[list[Slice], np.ndarray]:
+    """The slices of the one series of a folder along the normal of their plane, from their headers alone, and (3,) LPS
+    mm from one to the next. Raises DatasetError as `read`, but for what only shows in pixels."""
     itk.simpleitk(folder)
     paths = [path for path in _files(folder) if _is_dicom(path) and not _BESIDE.match(_sop_class(path))]
     if not paths:
@@ -76,11 +86,12 @@ def read(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     normal = np.cross(slices[0].steps[:, 0], slices[0].steps[:, 1])
     normal /= np.linalg.norm(normal)
     slices.sort(key=lambda one: float(one.position @ normal))
-    step = _step(slices, normal)
-    array = np.empty((*slices[0].size, len(slices)), np.float32, order="F")
-    for k, one in enumerate(slices):
-        array[:, :, k] = _pixels(one)
-    return array, itk.affine_from(np.column_stack([slices[0].steps, step]), slices[0].position)
+    return slices, _step(slices, normal)
+
+
+def affine_of(slices: list[Slice], step: np.ndarray) -> np.ndarray:
+    """(4, 4) float64, voxel to RAS mm, of what `sorted_slices` gives."""
+    return itk.affine_from(np.column_stack([slices[0].steps, step]), slices[0].position)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -158,7 +169,7 @@ def _reader(path: Path) -> Any:
     return reader
 
 
-def _header(path: Path) -> _Slice:
+def _header(path: Path) -> Slice:
     _require_whole(path)
     reader = _reader(path)
     try:
@@ -174,7 +185,7 @@ def _header(path: Path) -> _Slice:
     orientation = _numbers(path, reader, "0020|0037", 6, "ImageOrientationPatient")
     spacing = _numbers(path, reader, "0028|0030", 2, "PixelSpacing")
     between = _text(reader, "0018|0088") or _text(reader, "0018|0050")
-    return _Slice(
+    return Slice(
         path,
         series=_text(reader, "0020|000e"),
         kind=re.sub(r"\W", "", _text(reader, "0008|0060")) or "no modality",
@@ -202,8 +213,8 @@ def _numbers(path: Path, reader: Any, tag: str, count: int, name: str) -> np.nda
     return values
 
 
-def _one_series(folder: Path, slices: list[_Slice]) -> list[_Slice]:
-    series: dict[str, list[_Slice]] = {}
+def _one_series(folder: Path, slices: list[Slice]) -> list[Slice]:
+    series: dict[str, list[Slice]] = {}
     for one in slices:
         series.setdefault(one.series, []).append(one)
     if len(series) > 1:
@@ -217,7 +228,7 @@ def _one_series(folder: Path, slices: list[_Slice]) -> list[_Slice]:
     return slices
 
 
-def _require_alike(slices: list[_Slice]) -> None:
+def _require_alike(slices: list[Slice]) -> None:
     first = slices[0]
     action = f"Is it a localizer, or of another series than {first.path.name}? Put it into another folder."
     for one in slices[1:]:
@@ -235,7 +246,7 @@ def _require_alike(slices: list[_Slice]) -> None:
         raise DatasetError(f"row and column steps {_listed(first.steps)}", file=first.path, expected=expected)
 
 
-def _step(slices: list[_Slice], normal: np.ndarray) -> np.ndarray:
+def _step(slices: list[Slice], normal: np.ndarray) -> np.ndarray:
     """(3,) LPS mm from a slice to the next, of slices in order."""
     if len(slices) == 1:
         if not slices[0].thickness:
@@ -261,7 +272,7 @@ def _step(slices: list[_Slice], normal: np.ndarray) -> np.ndarray:
     return step
 
 
-def _pixels(one: _Slice) -> np.ndarray:
+def _pixels(one: Slice) -> np.ndarray:
     """(columns, rows) of real values."""
     try:
         image = _reader(one.path).Execute()

@@ -9,9 +9,10 @@ import pytest
 import SimpleITK as sitk
 
 from mambahome_jax.commands import infer
+from mambahome_jax.commands.find_scans import Scan
 from mambahome_jax.config import DataProperties, InferConfig
-from mambahome_jax.errors import ConfigError
-from mambahome_jax.imaging import itk
+from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.imaging import dicomseg, itk
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
 from tests.imaging.dicom_files import PATIENT, write_slice
 from tests.inference.models import Levels
@@ -125,6 +126,51 @@ def test_channels_in_files_of_their_own(tmp_path, levels):
     single = config(tmp_path, data_path=tmp_path / "in/a_0001.mha", output_dir=tmp_path / "single")
     assert infer.run(single) == 0
     assert (tmp_path / "single/a.nii.gz").read_bytes() == (tmp_path / "out/a.nii.gz").read_bytes()
+
+
+def test_dicom_seg_for_dicom_slices(tmp_path, levels, capsys):
+    write_dicom(tmp_path / "in/case")
+    write_dicom(tmp_path / "in/other")
+    assert infer.run(config(tmp_path, output_format="dcm", keep_largest=("all",), save_probabilities=True)) == 0
+    labels = dicomseg.read(tmp_path / "out/case.dcm", tmp_path / "in/case", {1: "liver", 2: "spleen"})
+    np.testing.assert_array_equal(labels.array, labels_of()[:, :, ::-1])
+    found = report(tmp_path)
+    assert [case["output"] for case in found["cases"]] == ["case.dcm", "other.dcm"]
+    # Only the SEG says whose it is.
+    for path in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
+        assert (PATIENT.encode() in path.read_bytes()) == (path.suffix == ".dcm"), path
+    assert PATIENT not in capsys.readouterr().out
+    content = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.dcm")}
+    (tmp_path / "out/other.dcm").write_bytes(content["other.dcm"][:-9])
+    again = config(tmp_path, output_format="dcm", skip_existing=True, keep_largest=("all",))
+    assert infer.run(again) == 0
+    kept, made = report(tmp_path)["cases"]
+    assert kept["kept"] and kept["volume_ml"] == found["cases"][0]["volume_ml"] and "kept" not in made
+    assert (tmp_path / "out/case.dcm").read_bytes() == content["case.dcm"] != content["other.dcm"]
+    # A folder of results is no folder of scans.
+    with pytest.raises(DatasetError, match="without DICOM slices"):
+        read_volume(tmp_path / "out")
+
+
+def test_dicom_seg_of_other_scans_is_refused_before_any_work(tmp_path, levels, monkeypatch):
+    write_volume(tmp_path / "in/a.nii.gz", scan())
+    with pytest.raises(
+        ConfigError, match=r"a\.nii\.gz: --output_format dcm is DICOM SEG, which refers to DICOM slices"
+    ):
+        infer.run(config(tmp_path, output_format="dcm"))
+    with monkeypatch.context() as without:
+        without.setattr(dicomseg, "installed", lambda: False)
+        with pytest.raises(ConfigError, match=r'needs highdicom .*Run: pip install "mambahome-jax\[dicomseg\]"'):
+            infer.run(config(tmp_path, output_format="dcm"))
+    assert not (tmp_path / "out").exists()
+    # Scans of a dataset may be of both kinds.
+    write_dicom(tmp_path / "dicom")
+    scans = [Scan("a", tmp_path / "in/a.nii.gz"), Scan("b", tmp_path / "dicom")]
+    monkeypatch.setattr(infer, "find_scans", lambda path: (path, scans, []))
+    assert infer.run(config(tmp_path, output_format="dcm")) == 1
+    found = report(tmp_path)
+    assert [case["output"] for case in found["cases"]] == ["b.dcm"]
+    assert "this scan has none" in found["failures"][0]["reason"]
 
 
 def test_without_simpleitk(tmp_path, levels, monkeypatch):

@@ -1,0 +1,286 @@
+"""A label map as DICOM SEG, beside the series that it was made from, through highdicom (extra [dicomseg]).
+
+One binary segment a structure, numbered in order of label value. A frame is kept where the structure has voxels, at the
+position of the slice that it lies on and with a reference to it, so that a PACS shows both together. Unlike any other
+result such a file names the patient: attributes of patient and study are those of the series, as the standard demands.
+highdicom and pydicom are imported at first use.
+"""
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.imaging import dicom, itk
+from mambahome_jax.imaging.files import written_whole
+from mambahome_jax.imaging.volume import Volume
+
+INSTALL = 'pip install "mambahome-jax[dicomseg]"'
+# Of the first slice everything but its pixels is read, of the others what places them and what they are called.
+_PLACING = (
+    *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "Modality"),
+    *("Rows", "Columns", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"),
+)
+# What a SEG must have, if empty, and scanners leave out.
+_MAY_BE_EMPTY = (
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID"),
+    *("StudyDate", "StudyTime", "ReferringPhysicianName"),
+)
+# Of these, what highdicom refuses where it is no date or time.
+_DATES = {"PatientBirthDate": "DA", "StudyDate": "DA", "StudyTime": "TM"}
+# What a slice must say to be referred to. Names of its standard, which hold nothing of a patient.
+_NEEDED = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID")
+_SIDES = {"left": "Left", "l": "Left", "right": "Right", "r": "Right"}
+# Words of a structure's name without its side -> keyword of its SNOMED code; others are tissue.
+_ORGANS = {
+    **{
+        name: name.capitalize() for name in ("liver", "spleen", "kidney", "pancreas", "stomach", "gallbladder", "aorta")
+    },
+    **{name: name.capitalize() for name in ("esophagus", "duodenum", "colon", "prostate", "uterus", "bladder")},
+    **{name: name.capitalize() for name in ("heart", "lung", "trachea", "brain", "hippocampus")},
+    **{"gall bladder": "Gallbladder", "oesophagus": "Esophagus", "urinary bladder": "Bladder"},
+    **{"adrenal gland": "AdrenalGland", "portal vein": "PortalVein", "small bowel": "SmallIntestine"},
+    **{"inferior vena cava": "InferiorVenaCava", "postcava": "InferiorVenaCava", "ivc": "InferiorVenaCava"},
+}
+_LONGEST_LABEL = 64
+
+
+def installed() -> bool:
+    """Whether highdicom and SimpleITK, which reads the series, can be imported."""
+    return importlib.util.find_spec("highdicom") is not None and itk.installed()
+
+
+def write(path: Path, labels: Volume, series: Path, names: Mapping[int, str]) -> None:
+    """Write a label map to a DICOM SEG file, whole or not at all.
+
+    labels: (columns, rows, slices) integers on the grid of the series, as `dicom.read` gives it. series: the folder of
+    its slices. names: value -> structure, a segment each even if it has no voxel; other values are label_<value>.
+    Raises OutputError: highdicom is not installed, a folder that cannot be written, a full disk. DatasetError: the
+    series cannot be read or is another than that of the labels; what a SEG must repeat is missing or wrong in it.
+    """
+    highdicom = _highdicom(path)
+    slices = _slices(series, labels.shape)
+    values = {value: names.get(value, f"label_{value}") for value in sorted({*names, *_values(labels.array)})}
+    if not values:
+        raise OutputError(f"{path}: a DICOM SEG needs at least one structure, and the label map names none")
+    planes = _numbered(labels.array, list(values)).transpose(2, 1, 0)
+    version = _version()
+    with _as_they_are(series):
+        sources = _headers(slices)
+        place: dict[str, Any] = {}
+        if not planes.any():
+            # highdicom would keep every frame of every structure; one of each says the same.
+            planes, place["plane_positions"] = planes[:1], [_position(highdicom, sources[0])]
+        spacing = [float(value) for value in sources[0].PixelSpacing]
+        between = float(labels.spacing[2])
+        measures = highdicom.PixelMeasuresSequence(
+            pixel_spacing=spacing,
+            slice_thickness=float(sources[0].get("SliceThickness") or between),
+            spacing_between_slices=between,
+        )
+        # As the source writes it: sixteen characters would not hold every number that a float can be.
+        measures[0].PixelSpacing = sources[0].PixelSpacing
+        segmentation = highdicom.seg.Segmentation(
+            source_images=sources,
+            pixel_array=planes,
+            segmentation_type="BINARY",
+            segment_descriptions=_descriptions(highdicom, values.values(), version),
+            series_instance_uid=highdicom.UID(),
+            series_number=1000,
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer="mambahome-jax",
+            manufacturer_model_name="mambahome-jax",
+            software_versions=version,
+            device_serial_number=version,
+            content_label="SEGMENTATION",
+            content_description="Automatic segmentation",
+            series_description="Automatic segmentation",
+            specific_character_set="ISO_IR 192",
+            pixel_measures=measures,
+            **place,
+        )
+        with written_whole(path) as partial:
+            segmentation.save_as(partial)
+
+
+def read(path: Path, series: Path, names: Mapping[int, str]) -> Volume:
+    """What `write` wrote: label map (columns, rows, slices) on the grid of the series, uint8, or uint16 beyond 255.
+
+    names: as they were given to `write`.
+    Raises DatasetError: highdicom is not installed, a file that is damaged, no SEG, of another series or other
+    structures; the series cannot be read.
+    """
+    if not path.is_file():
+        raise DatasetError("no such file", file=path)
+    try:
+        highdicom = _highdicom(path)
+    except OutputError as error:
+        raise DatasetError("highdicom is not installed", file=path, action=f"Run: {INSTALL}") from error
+    slices, step = dicom.sorted_slices(series)
+    pydicom = importlib.import_module("pydicom")
+    tags = ["SOPInstanceUID"]
+    with _as_they_are(path):
+        uids = [
+            pydicom.dcmread(one.path, specific_tags=tags, stop_before_pixels=True, force=True).SOPInstanceUID
+            for one in slices
+        ]
+        segmentation = highdicom.seg.segread(path)
+        referred = segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence
+        if {item.ReferencedSOPInstanceUID for item in referred} != set(uids):
+            raise DatasetError("a DICOM SEG of other slices", file=path, expected=f"one of those in {series}")
+        found = [str(segmentation.get_segment_description(n).segment_label) for n in segmentation.segment_numbers]
+        known = {_label(name): value for value, name in names.items()}
+        values = [known.get(name, _number_of(name)) for name in found]
+        if None in values or not set(known) <= set(found):
+            expected = ", ".join(known)
+            raise DatasetError(f"segments {', '.join(found)}", file=path, expected=expected, action="Segment it again.")
+        planes = segmentation.get_pixels_by_source_instance(
+            uids, combine_segments=True, assert_missing_frames_are_empty=True, skip_overlap_checks=True, dtype=np.uint16
+        )
+    table = np.array([0, *(value for value in values if value is not None)], np.uint16)
+    table = table.astype(np.uint8) if table.max() <= 255 else table
+    return Volume(table[planes].transpose(2, 1, 0), dicom.affine_of(slices, step))
+
+
+def _highdicom(path: Path) -> Any:
+    try:
+        return importlib.import_module("highdicom")
+    except ImportError as error:
+        raise OutputError(f"{path}: highdicom, which writes it, is not installed. Run: {INSTALL}") from error
+
+
+def _slices(series: Path, shape: Sequence[int]) -> list[dicom.Slice]:
+    slices, _ = dicom.sorted_slices(series)
+    found = (*slices[0].size, len(slices))
+    if found != tuple(shape):
+        action = "Has the folder changed meanwhile? Segment it again."
+        raise DatasetError(f"{found} voxels", file=series, expected=f"{tuple(shape)}", action=action)
+    return slices
+
+
+def _headers(slices: Sequence[dicom.Slice]) -> list[Any]:
+    """Headers of the slices, in their order, the first whole, with empty values where it lacks what may be empty."""
+    pydicom = importlib.import_module("pydicom")
+    headers: list[Any] = []
+    for one in slices:
+        tags = list(_PLACING) if headers else None
+        header = pydicom.dcmread(one.path, stop_before_pixels=True, specific_tags=tags, force=True)
+        missing = [name for name in _NEEDED if not header.get(name)]
+        if missing:
+            expected = "a slice that can be referred to"
+            action = "Name another --output_format."
+            raise DatasetError(f"no {' and no '.join(missing)}", file=one.path, expected=expected, action=action)
+        headers.append(header)
+    for name in _MAY_BE_EMPTY:
+        if name not in headers[0]:
+            setattr(headers[0], name, None)
+    if headers[0].PatientSex not in ("M", "F", "O"):
+        headers[0].PatientSex = None
+    for name, kind in _DATES.items():
+        try:
+            getattr(pydicom.valuerep, kind)(getattr(headers[0], name))
+        except ValueError:
+            setattr(headers[0], name, None)
+    frame = headers[0].get("FrameOfReferenceUID") or pydicom.uid.generate_uid()
+    for header in headers:
+        header.FrameOfReferenceUID = frame
+    return headers
+
+
+def _position(highdicom: Any, header: Any) -> Any:
+    return highdicom.PlanePositionSequence("PATIENT", image_position=list(header.ImagePositionPatient))
+
+
+def _descriptions(highdicom: Any, names: Any, version: str) -> list[Any]:
+    codes = importlib.import_module("pydicom.sr.codedict").codes
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name="Mamba-HoME", family=codes.DCM.ArtificialIntelligence, version=version
+    )
+    described = []
+    for number, name in enumerate(names, start=1):
+        words = [word for word in re.split(r"[\W_]+", name.lower()) if word]
+        organ = _ORGANS.get(" ".join(word for word in words if word not in _SIDES))
+        kind = highdicom.sr.CodedConcept.from_code(getattr(codes.SCT, organ or "Tissue"))
+        sides = [_SIDES[word] for word in words if word in _SIDES]
+        if organ and sides:
+            side = highdicom.sr.CodedConcept.from_code(getattr(codes.SCT, sides[0]))
+            kind.SegmentedPropertyTypeModifierCodeSequence = [side]
+        description = highdicom.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=_label(name),
+            segmented_property_category=codes.SCT.AnatomicalStructure if organ else codes.SCT.Tissue,
+            segmented_property_type=kind,
+            algorithm_type="AUTOMATIC",
+            algorithm_identification=algorithm,
+        )
+        described.append(description)
+    return described
+
+
+def _label(name: str) -> str:
+    """A name as a segment's label may be: 64 characters, no backslash, no control characters, no space around."""
+    return re.sub(r"[\\\x00-\x1f\x7f]", "/", name)[:_LONGEST_LABEL].strip() or "unnamed"
+
+
+def _number_of(name: str) -> int | None:
+    found = re.fullmatch(r"label_(\d+)", name)
+    return int(found[1]) if found else None
+
+
+def _values(array: np.ndarray) -> list[int]:
+    """Label values that occur, without 0; slice by slice, as counting widens what it counts."""
+    found: set[int] = set()
+    for k in range(array.shape[2]):
+        found |= set(np.flatnonzero(np.bincount(array[:, :, k].ravel())).tolist())
+    return sorted(found - {0})
+
+
+def _numbered(array: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """The array with each value replaced by its place in `values`, from 1; itself where that changes nothing."""
+    if list(values) == list(range(1, len(values) + 1)) and array.dtype in (np.uint8, np.uint16):
+        return array
+    table = np.zeros(max(values) + 1, np.uint8 if len(values) <= 255 else np.uint16)
+    table[list(values)] = np.arange(1, len(values) + 1)
+    return table[array]
+
+
+@contextlib.contextmanager
+def _as_they_are(file: Path) -> Iterator[None]:
+    """Values of headers are taken as they are, without a word of them in a warning or a message.
+
+    Raises DatasetError: what highdicom and pydicom raise, by its kind alone, as its text may quote a patient's data.
+    """
+    pydicom = importlib.import_module("pydicom")
+    try:
+        with warnings.catch_warnings(), pydicom.config.disable_value_validation():
+            warnings.simplefilter("ignore")
+            yield
+    except (DatasetError, OutputError):
+        raise
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        pydicom.errors.InvalidDicomError,
+    ) as error:
+        found = f"headers that no DICOM SEG can be made of or read from ({type(error).__name__})"
+        action = "Export the series again, or name another --output_format."
+        raise DatasetError(found, file=file, expected="values as the standard has them", action=action) from error
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("mambahome-jax")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
