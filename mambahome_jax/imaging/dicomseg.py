@@ -78,7 +78,8 @@ def write(path: Path, labels: Volume, series: Path, names: Mapping[int, str]) ->
         place: dict[str, Any] = {}
         if not planes.any():
             # highdicom would keep every frame of every structure; one of each says the same.
-            planes, place["plane_positions"] = planes[:1], [_position(highdicom, sources[0])]
+            planes, place = planes[:1], {"plane_positions": [_position(highdicom, sources[0])]}
+            place["omit_empty_frames"] = False
         spacing = [float(value) for value in sources[0].PixelSpacing]
         between = float(labels.spacing[2])
         measures = highdicom.PixelMeasuresSequence(

@@ -109,7 +109,7 @@ def test_a_segment_for_every_structure_with_its_code(tmp_path):
         ((0, 0), {4: "liver"}, np.uint8),
     ],
 )
-def test_any_values_and_names(tmp_path, values, names, dtype):
+def test_any_values_and_names(tmp_path, capfd, values, names, dtype):
     volume = series(tmp_path / "in")
     labels = labels_on(volume, values, dtype)
     dicomseg.write(tmp_path / "a.dcm", labels, tmp_path / "in", names)
@@ -117,6 +117,7 @@ def test_any_values_and_names(tmp_path, values, names, dtype):
     np.testing.assert_array_equal(again.array, labels.array)
     assert (by_position(tmp_path / "a.dcm", volume) > 0).sum() == (labels.array > 0).sum()
     assert (tmp_path / "a.dcm").stat().st_size < 20_000
+    assert capfd.readouterr() == ("", "")
 
 
 def test_headers_as_hospitals_write_them(tmp_path):
