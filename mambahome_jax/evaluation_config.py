@@ -9,9 +9,9 @@ class EvaluateConfig:
     """Compare label maps with references: Dice, HD95, ASSD, NSD, volume difference a case and structure."""
 
     predictions: Path
-    """Folder with the label maps to judge (.nii.gz)."""
+    """Folder with the label maps to judge (.nii.gz, .nii, .mha, .mhd, .nrrd)."""
     references: Path
-    """Folder with the reference label maps of the same names."""
+    """Folder with the reference label maps of the same names, in any of these formats."""
     output_dir: Path
     """Folder for metrics.csv and summary.json."""
     compare: Path | None = None

@@ -18,6 +18,7 @@ from mambahome_jax.data.pool import count_workers, run_jobs
 from mambahome_jax.datasets import Dataset
 from mambahome_jax.datasets.check import CaseFacts, Finding, Severity, dataset_findings
 from mambahome_jax.datasets.examine import PERCENTILES, ExamineJob, examine_case
+from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.datasets.summary import Range, Summary, summarise
@@ -129,7 +130,7 @@ def _peak_bytes(job: ExamineJob) -> int:
     if job.fast:
         return 1
     try:
-        if job.case.image.stat().st_size < _SMALL_FILE:
+        if sum(part.stat().st_size for part in parts(job.case.image)) < _SMALL_FILE:
             return 1
         shape, _ = read_geometry(job.case.image)
     except (DatasetError, OSError):

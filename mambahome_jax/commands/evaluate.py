@@ -14,7 +14,7 @@ from mambahome_jax.commands.evaluate_tables import comparison_table, results_tab
 from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.config import EvaluateConfig
 from mambahome_jax.data.pool import run_jobs
-from mambahome_jax.datasets.base import label_names, nifti_files, nifti_stem, read_json
+from mambahome_jax.datasets.base import label_names, read_json, scan_files
 from mambahome_jax.datasets.files import twins_note
 from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
@@ -30,6 +30,7 @@ from mambahome_jax.evaluation.files import Evaluation, read_evaluation, write_js
 from mambahome_jax.evaluation.paired import compare_runs
 from mambahome_jax.evaluation.scores import Score
 from mambahome_jax.evaluation.statistics import describe
+from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem
 
 # Starting a process takes about as long as a handful of small cases; files below this many bytes are small.
 SMALL_BYTES = 20_000_000
@@ -111,14 +112,14 @@ def find_pairs(
     Raises DatasetError: a folder is missing or without label maps, or no name is in both.
     """
     if predictions.is_file() and references.is_file():
-        return [Pair(nifti_stem(predictions), predictions, references, names, tolerance_mm)], []
+        return [Pair(scan_stem(predictions), predictions, references, names, tolerance_mm)], []
     found = {}
     for folder in (predictions, references):
         if not folder.is_dir():
             raise DatasetError("no such folder", file=folder)
-        found[folder] = nifti_files(folder)
+        found[folder] = scan_files(folder)
         if not found[folder]:
-            raise DatasetError("no .nii or .nii.gz file", file=folder, expected="label maps")
+            raise DatasetError(f"no {alternatives(SCAN_SUFFIXES)} file", file=folder, expected="label maps")
     ours, theirs = found[predictions], found[references]
     pairs = [Pair(case, ours[case], theirs[case], names, tolerance_mm) for case in ours if case in theirs]
     alone = [(case, f"no prediction in {predictions}") for case in theirs if case not in ours]

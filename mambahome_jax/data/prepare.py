@@ -13,6 +13,7 @@ import numpy as np
 from mambahome_jax.config import Modality
 from mambahome_jax.data import store
 from mambahome_jax.datasets.base import Case
+from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.label_map import read_image, read_label_map
 from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.imaging.geometry import reorient, resample
@@ -62,7 +63,7 @@ def fingerprint(job: CaseJob) -> dict[str, Any]:
     Raises DatasetError: a file is missing.
     """
     case = job.case
-    files = [*case.image_files, *case.label_files]
+    files = [part for path in (*case.image_files, *case.label_files) for part in parts(path)]
     try:
         # Compared, never read: where a file lies, and whose name may be in that, is nobody else's business.
         places = [hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest() for path in files]

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, unlabelled_note
-from mambahome_jax.datasets.files import listed, listing, nifti_of, walk
+from mambahome_jax.datasets.files import listed, listing, scans_of, walk
 from mambahome_jax.errors import DatasetError
 
 NAME = "abdomenatlas"
@@ -40,14 +40,14 @@ def load(folder: Path) -> Dataset:
         for name in filter(_CASE.fullmatch, folders):
             files, masks = contents.setdefault(name, ({}, {}))
             files |= listing(folders[name])[1]
-            masks |= nifti_of(listing(folders[name] / "segmentations")[1])
+            masks |= scans_of(listing(folders[name] / "segmentations")[1])
     with_masks = [set(masks) for _, masks in contents.values() if masks]
     old = bool(with_masks) and all(found == set(OF_VERSION_1_0) for found in with_masks)
     labels = dict(enumerate(OF_VERSION_1_0 if old else STRUCTURES, start=1))
     unknown = sorted(set().union(*with_masks) - set(labels.values()))
     cases, skipped = [], []
     for name, (files, masks) in sorted(contents.items()):
-        scans = nifti_of(files)
+        scans = scans_of(files)
         if "ct" not in scans:
             reason = f"{name}/ct.nii.gz not found; cases 5196 to 9262 of version 1.1 are published without their scans"
             skipped.append((name, reason))

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, read_json, unlabelled_note
-from mambahome_jax.datasets.files import nifti_files, nifti_stem
+from mambahome_jax.datasets.files import scan_files
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.files import scan_stem
 
 NAME = "amos"
 LOOKS_FOR = "AMOS 2022: imagesTr, labelsTr, imagesVa, labelsVa, imagesTs with amos_####.nii.gz"
@@ -24,7 +25,7 @@ _PARTS: tuple[tuple[str, Split], ...] = (("Tr", "train"), ("Va", "val"), ("Ts", 
 
 def detect(folder: Path) -> bool:
     """Whether imagesTr, imagesVa or imagesTs has a file amos_####.nii.gz."""
-    return any(_CASE.fullmatch(stem) for part, _ in _PARTS for stem in nifti_files(folder / f"images{part}"))
+    return any(_CASE.fullmatch(stem) for part, _ in _PARTS for stem in scan_files(folder / f"images{part}"))
 
 
 def load(folder: Path) -> Dataset:
@@ -41,7 +42,7 @@ def load(folder: Path) -> Dataset:
     cases: list[Case] = []
     skipped: list[tuple[str, str]] = []
     for part, split in _PARTS:
-        images, maps = nifti_files(folder / f"images{part}"), nifti_files(folder / f"labels{part}")
+        images, maps = scan_files(folder / f"images{part}"), scan_files(folder / f"labels{part}")
         for stem, image in images.items():
             if maps and stem not in maps and split != "test":
                 skipped.append((stem, f"labels{part}/{stem}.nii.gz not found"))
@@ -52,7 +53,7 @@ def load(folder: Path) -> Dataset:
     for part, key in (("Tr", "training"), ("Va", "validation")):
         named = content.get(key)
         entries = [entry["image"] for entry in named if isinstance(entry, dict) and "image" in entry] if named else []
-        missing = [stem for stem in (nifti_stem(Path(entry)) for entry in entries) if stem not in known]
+        missing = [stem for stem in (scan_stem(Path(entry)) for entry in entries) if stem not in known]
         skipped += [(stem, f"images{part}/{stem}.nii.gz not found, which dataset.json lists") for stem in missing]
     if not cases:
         raise DatasetError("no scan with its label", file=folder, expected=LOOKS_FOR)

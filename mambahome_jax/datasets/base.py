@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mambahome_jax.config import Modality
-from mambahome_jax.datasets.files import listed, nifti_files, nifti_stem
+from mambahome_jax.datasets.files import listed, scan_files
 from mambahome_jax.errors import DatasetError
 
 Split = Literal["train", "val", "test"]
@@ -19,10 +19,9 @@ __all__ = [
     "Split",
     "label_names",
     "modality_of",
-    "nifti_files",
-    "nifti_stem",
     "optional_description",
     "read_json",
+    "scan_files",
     "unlabelled_note",
 ]
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from mambahome_jax.datasets.base import Case, Dataset, label_names, modality_of, nifti_files, nifti_stem, read_json
+from mambahome_jax.datasets.base import Case, Dataset, label_names, modality_of, read_json, scan_files
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.files import scan_stem
 
 NAME = "decathlon"
 COVERS: tuple[str, ...] = ()
@@ -30,8 +31,8 @@ def load(folder: Path) -> Dataset:
     if not (folder / "labelsTr").is_dir():
         raise DatasetError("the folder is missing", file=folder / "labelsTr", expected=LOOKS_FOR)
 
-    images, label_files = nifti_files(folder / "imagesTr"), nifti_files(folder / "labelsTr")
-    listed = [nifti_stem(Path(path)) for path in _images_of(content.get("training"), file)]
+    images, label_files = scan_files(folder / "imagesTr"), scan_files(folder / "labelsTr")
+    listed = [scan_stem(Path(path)) for path in _images_of(content.get("training"), file)]
     listed = [stem for stem in listed if stem[0] not in "._"] or sorted(images | label_files)
     cases, skipped = [], []
     for stem in dict.fromkeys(listed):
@@ -44,7 +45,7 @@ def load(folder: Path) -> Dataset:
             skipped.append((stem, f"{' and '.join(missing)} not found"))
         else:
             cases.append(Case(stem, images[stem], label_files[stem], "train", modality))
-    test = nifti_files(folder / "imagesTs")
+    test = scan_files(folder / "imagesTs")
     cases += [Case(stem, path, None, "test", modality) for stem, path in test.items() if stem not in images]
     if not cases:
         found = f"no case with both files ({len(listed)} named)"

@@ -11,11 +11,13 @@ from mambahome_jax.config import Modality
 from mambahome_jax.datasets import check
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.check import CaseFacts, Finding
+from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.label_map import count_values, read_image, read_label_map
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.files import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.geometry import orientation_of
 from mambahome_jax.imaging.grids import grid_shift, require_same_grid
-from mambahome_jax.imaging.volume import Volume, read_forms
+from mambahome_jax.imaging.volume import Volume, read_forms, read_geometry
 
 PERCENTILES = (0.0, 0.5, 5.0, 50.0, 95.0, 99.5, 100.0)
 
@@ -88,7 +90,9 @@ def _headers(job: ExamineJob) -> tuple[CaseFacts, list[Finding], Volume | None]:
 def _header(case: str, kind: str, file: Path, channels: int, forms: bool) -> tuple[Volume | None, list[Finding]]:
     """A volume of the file's grid without voxels, None where it cannot be read, and what its header shows."""
     try:
-        shape, affine, forms_of = read_forms(file)
+        # Only NIfTI says where it lies in several ways.
+        nifti = bool(suffix_of(file.name, NIFTI_SUFFIXES))
+        shape, affine, forms_of = read_forms(file) if nifti else (*read_geometry(file), None)
         found = shape[3] if len(shape) == 4 else 1
         if found != channels:
             expected = "a 3D volume" if channels == 1 else f"{channels} channels as the fourth axis"
@@ -98,6 +102,7 @@ def _header(case: str, kind: str, file: Path, channels: int, forms: bool) -> tup
     findings = []
     if forms:
         findings += check.affine_findings(case, str(file), affine)
+    if forms and forms_of is not None:
         try:
             findings += check.form_findings(case, str(file), shape, *forms_of(), grid_shift)
         except DatasetError as error:
@@ -178,7 +183,7 @@ def _digest(array: np.ndarray) -> str:
 def _quick_digest(paths: Sequence[Path]) -> str:
     """Equal for equal files, by their size and three blocks; the last one of a .gz holds the checksum of it all."""
     content = hashlib.sha256()
-    for path in paths:
+    for path in (part for whole in paths for part in parts(whole)):
         size = path.stat().st_size
         content.update(str(size).encode())
         with path.open("rb") as file:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, unlabelled_note
-from mambahome_jax.datasets.files import listing, nifti_of, walk
+from mambahome_jax.datasets.files import listing, scans_of, walk
 from mambahome_jax.errors import DatasetError
 
 NAME = "feta"
@@ -55,4 +55,4 @@ def load(folder: Path) -> Dataset:
 def _files(subject: Path) -> dict[str, Path]:
     """NIfTI files of anat/, also below the sessions ses-*."""
     homes = [subject, *(path for name, path in listing(subject)[0].items() if name.startswith("ses-"))]
-    return {stem: path for home in homes for stem, path in nifti_of(listing(home / "anat")[1]).items()}
+    return {stem: path for home in homes for stem, path in scans_of(listing(home / "anat")[1]).items()}

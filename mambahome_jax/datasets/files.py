@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.files import NIFTI_SUFFIXES, suffix_of
+from mambahome_jax.imaging.dicom import holds_slices
+from mambahome_jax.imaging.files import SCAN_SUFFIXES, scan_stem, suffix_of
 
 # Bytes of a case's name: a file's has 255, of which suffixes and what marks a file as unfinished take some.
 LONGEST = 200
@@ -48,19 +49,37 @@ def _kind(entry: os.DirEntry) -> str | None:
         return "file"
 
 
-def nifti_files(folder: Path) -> dict[str, Path]:
-    """Visible NIfTI files of a folder by name without suffix, sorted; .nii.gz before a .nii of the same name."""
-    return nifti_of(listing(folder)[1])
+def scan_files(folder: Path) -> dict[str, Path]:
+    """Visible scan files of a folder by name without suffix, sorted; of one name in several formats the first of
+    SCAN_SUFFIXES."""
+    return scans_of(listing(folder)[1])
 
 
-def nifti_of(files: dict[str, Path]) -> dict[str, Path]:
-    """The NIfTI files among {name: path}, by name without suffix, sorted."""
+def scans_of(files: dict[str, Path]) -> dict[str, Path]:
+    """The scan files among {name: path}, by name without suffix, sorted."""
     found: dict[str, Path] = {}
-    for name in sorted(files, key=str.lower):
-        if suffix := suffix_of(name, NIFTI_SUFFIXES):
-            # Sorted, a.nii comes before a.nii.gz, which replaces it.
-            found[name.removesuffix(suffix)] = files[name]
+    ranks: dict[str, int] = {}
+    for name, path in files.items():
+        if suffix := suffix_of(name):
+            stem, rank = name.removesuffix(suffix), SCAN_SUFFIXES.index(suffix.lower())
+            if rank < ranks.get(stem, len(SCAN_SUFFIXES)):
+                found[stem], ranks[stem] = path, rank
     return dict(sorted(found.items()))
+
+
+def scans_in(folder: Path) -> dict[str, Path]:
+    """`scan_files`, and subfolders of DICOM slices by their names, sorted."""
+    slices = {name: path for name, path in listing(folder)[0].items() if holds_slices(path)}
+    return dict(sorted((slices | scan_files(folder)).items()))
+
+
+def parts(path: Path) -> list[Path]:
+    """The files that a scan consists of, sorted: those of a folder of slices; a .mhd with its voxels, which lie beside
+    it. Raises DatasetError: a folder that cannot be read."""
+    if path.is_dir():
+        return list(listing(path)[1].values())
+    voxels = [path.with_suffix(suffix) for suffix in (".raw", ".zraw")] if path.suffix.lower() == ".mhd" else []
+    return [path, *(file for file in voxels if file.is_file())]
 
 
 def read_table(file: Path) -> list[str]:
@@ -78,13 +97,8 @@ def read_table(file: Path) -> list[str]:
         return content.decode("cp1252", errors="replace").splitlines()
 
 
-def nifti_stem(path: Path) -> str:
-    """File name without .nii or .nii.gz."""
-    return path.name.removesuffix(suffix_of(path.name, NIFTI_SUFFIXES))
-
-
 def twins_note(used: Iterable[Path]) -> tuple[str, ...]:
-    """A note that names the files which lie beside a used one of the same name as .nii and .nii.gz; empty without."""
+    """A note that names the files which lie beside a used one of the same name in another format; empty without."""
     by_folder: dict[str, set[str]] = {}
     for path in used:
         folder, name = os.path.split(path)
@@ -93,13 +107,15 @@ def twins_note(used: Iterable[Path]) -> tuple[str, ...]:
     for folder, names in by_folder.items():
         with contextlib.suppress(OSError):
             unused = set(os.listdir(folder or ".")) - names  # noqa: PTH208
-            for name in names if unused else ():
-                other = name[:-3] if name.lower().endswith(".gz") else f"{name}.gz"
-                if other in unused and name[0] not in "._":
-                    pairs.append(f"{os.path.join(folder, name)} is used, {other} is not")  # noqa: PTH118
+            stems = {scan_stem(Path(name)): name for name in names} if unused else {}
+            for other in unused:
+                suffix = suffix_of(other)
+                twin = stems.get(other.removesuffix(suffix)) if suffix and other[0] not in "._" else None
+                if twin:
+                    pairs.append(f"{os.path.join(folder, twin)} is used, {other} is not")  # noqa: PTH118
     pairs.sort()
     count = f"{len(pairs)} files are there" if len(pairs) != 1 else "a file is there"
-    return (f"{count} as .nii and as .nii.gz: {listed(pairs)}",) if pairs else ()
+    return (f"{count} in two formats: {listed(pairs)}",) if pairs else ()
 
 
 def outside_of(home: Path, paths: Iterable[Path]) -> list[str]:

@@ -1,15 +1,16 @@
-"""images/<case>.nii.gz with labels/<case>.nii.gz: what the published converter reads."""
+"""images/<case>.nii.gz with labels/<case>.nii.gz: what the published converter reads; other formats too."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from mambahome_jax.datasets.base import Case, Dataset, modality_of, nifti_files, optional_description, unlabelled_note
-from mambahome_jax.datasets.files import listing
+from mambahome_jax.datasets.base import Case, Dataset, modality_of, optional_description, scan_files, unlabelled_note
+from mambahome_jax.datasets.files import listing, scans_in
 from mambahome_jax.errors import DatasetError
 
 NAME = "images_labels"
 COVERS: tuple[str, ...] = ()
-LOOKS_FOR = "images/<case>.nii.gz with labels/<case>.nii.gz"
+LOOKS_FOR = "images/<case>.nii.gz with labels/<case>.nii.gz"  # or another format of scans
 
 # The published converter pairs by sorted order, so its users' names may differ in such an ending.
 _IMAGE_ENDING = re.compile(r"[-_. ](0000|image|img|scan|ct|mr|mri|us|volume|vol)$", re.IGNORECASE)
@@ -26,9 +27,10 @@ def load(folder: Path) -> Dataset:
 
     An image without a label is kept as unlabelled, and noted; a label without its image is skipped. Names of
     labels and channels come from an optional dataset.json beside the two folders.
-    Raises DatasetError: one of the folders is missing or holds no NIfTI file.
+    An image may also be a folder of DICOM slices, images/<case>/.
+    Raises DatasetError: one of the folders is missing or holds no scan.
     """
-    images, labels = _files(folder, "images"), _files(folder, "labels")
+    images, labels = _files(folder, "images", scans_in), _files(folder, "labels", scan_files)
     names, channels = optional_description(folder)
     modality = modality_of(channels)
     by_key: dict[str, list[str]] = {}
@@ -48,11 +50,11 @@ def load(folder: Path) -> Dataset:
     return Dataset(folder.resolve().name, channels or ("image",), names, tuple(cases), skipped, unlabelled_note(cases))
 
 
-def _files(root: Path, name: str) -> dict[str, Path]:
+def _files(root: Path, name: str, files_of: Callable[[Path], dict[str, Path]]) -> dict[str, Path]:
     spelt = {other.lower(): path for other, path in listing(root)[0].items()} | listing(root)[0]
     folder = spelt.get(name, root / name)
-    files = nifti_files(folder)
+    files = files_of(folder)
     if not files:
-        found = "the folder holds no .nii.gz or .nii file" if folder.is_dir() else "the folder is missing"
+        found = "the folder holds no scan" if folder.is_dir() else "the folder is missing"
         raise DatasetError(found, file=folder, expected=LOOKS_FOR)
     return files

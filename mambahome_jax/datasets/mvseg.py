@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, Split, unlabelled_note
-from mambahome_jax.datasets.files import nifti_of, walk
+from mambahome_jax.datasets.files import scans_of, walk
 from mambahome_jax.errors import DatasetError
 
 NAME = "mvseg"
@@ -17,7 +17,7 @@ _SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 
 def detect(folder: Path) -> bool:
     """Whether the folder, or one up to two folders below, holds a <case>-US.nii.gz."""
-    return any(stem.endswith("-US") for _, _, files in walk(folder, 2) for stem in nifti_of(files))
+    return any(stem.endswith("-US") for _, _, files in walk(folder, 2) for stem in scans_of(files))
 
 
 def load(folder: Path) -> Dataset:
@@ -27,7 +27,7 @@ def load(folder: Path) -> Dataset:
     """
     cases, skipped = [], []
     for home, _, content in walk(folder, 2):
-        files = nifti_of(content)
+        files = scans_of(content)
         stems = {stem.removesuffix(end) for stem in files for end in ("-US", "-label") if stem.endswith(end)}
         for stem in sorted(stems):
             split = _SPLITS.get(home.name.lower()) or _SPLITS.get(re.split(r"[-_]", stem.lower())[0])

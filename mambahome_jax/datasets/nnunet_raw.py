@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, modality_of, nifti_files, read_json
+from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, modality_of, read_json, scan_files
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.files import NIFTI_SUFFIXES
+from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives
 
 NAME = "nnunet_raw"
 LOOKS_FOR = 'nnU-Net raw: imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz and dataset.json with "channel_names"'
@@ -25,7 +25,7 @@ def detect(folder: Path) -> bool:
     content = read_json(file)
     if "channel_names" in content:
         return True
-    return "modality" in content and any(stem.endswith("_0000") for stem in nifti_files(folder / "imagesTr"))
+    return "modality" in content and any(stem.endswith("_0000") for stem in scan_files(folder / "imagesTr"))
 
 
 def load(folder: Path) -> Dataset:
@@ -33,14 +33,16 @@ def load(folder: Path) -> Dataset:
 
     A case lacking a channel or its label is skipped. Regions are read as nnU-Net writes them: each value of
     "regions_class_order" under the name of its region. The label "ignore" is not in the table.
-    Raises DatasetError: damaged dataset.json, files of another kind than NIfTI, no case.
+    Raises DatasetError: damaged dataset.json, files that are no scans, no case.
     """
     file = folder / "dataset.json"
     content = read_json(file)
     ending = content.get("file_ending", ".nii.gz")
-    if ending not in NIFTI_SUFFIXES:
+    if ending not in SCAN_SUFFIXES:
         action = "Convert the files to .nii.gz, labels too."
-        raise DatasetError(f'"file_ending" is {ending!r}', file=file, expected=".nii.gz or .nii", action=action)
+        raise DatasetError(
+            f'"file_ending" is {ending!r}', file=file, expected=alternatives(SCAN_SUFFIXES), action=action
+        )
     channels = _channels(content, file)
     labels, notes, hint = _labels(content, file)
     val = _first_fold(folder)
@@ -74,7 +76,7 @@ _Files = tuple[list[Path], Path | None, list[str]]
 
 def _listed(folder: Path, part: str, channels: tuple[str, ...]) -> dict[str, _Files]:
     """Images in order of channel, label and what is missing, of each case of imagesTr or imagesTs."""
-    images, labels = nifti_files(folder / f"images{part}"), nifti_files(folder / f"labels{part}")
+    images, labels = scan_files(folder / f"images{part}"), scan_files(folder / f"labels{part}")
     names = {found[1] for found in map(_CHANNEL.fullmatch, images) if found} | set(labels)
     result: dict[str, _Files] = {}
     for name in sorted(names):

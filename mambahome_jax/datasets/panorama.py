@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, unlabelled_note
-from mambahome_jax.datasets.files import listing, nifti_of, walk
+from mambahome_jax.datasets.files import listing, scans_of, walk
 from mambahome_jax.errors import DatasetError
 
 NAME = "panorama"
@@ -35,7 +35,7 @@ _DEPTH = 3
 
 def detect(folder: Path) -> bool:
     """Whether such scans lie in the folder or up to three folders below."""
-    return any(_IMAGE.fullmatch(stem) for _, _, files in walk(folder, _DEPTH) for stem in nifti_of(files))
+    return any(_IMAGE.fullmatch(stem) for _, _, files in walk(folder, _DEPTH) for stem in scans_of(files))
 
 
 def load(folder: Path) -> Dataset:
@@ -51,7 +51,7 @@ def load(folder: Path) -> Dataset:
     beside = [path for name, path in neighbours.items() if name.startswith(REPOSITORY)]
     for root in [folder, *beside]:
         for home, _, files in walk(root, _DEPTH):
-            for stem, path in nifti_of(files).items():
+            for stem, path in scans_of(files).items():
                 if found := _IMAGE.fullmatch(stem):
                     images.setdefault(found[1], path)
                 elif _LABEL.fullmatch(stem) and (stem not in labels or "manual" in home.name):

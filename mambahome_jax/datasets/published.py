@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mambahome_jax.datasets.base import Case, Dataset, nifti_files, optional_description
+from mambahome_jax.datasets.base import Case, Dataset, optional_description, scan_files
 from mambahome_jax.datasets.files import listing
 from mambahome_jax.errors import DatasetError
 
@@ -55,7 +55,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 def _files(subfolder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """Images and label maps of one subfolder, by stem."""
-    files = nifti_files(subfolder)
+    files = scan_files(subfolder)
     labels = {stem: path for stem, path in files.items() if "labels" in stem.lower()}
     images = {stem: path for stem, path in files.items() if "ct" in stem.lower() and stem not in labels}
     return images, labels

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset, Split, modality_of, optional_description, unlabelled_note
-from mambahome_jax.datasets.files import listing, nifti_stem, read_table
+from mambahome_jax.datasets.files import listing, read_table
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.files import NIFTI_SUFFIXES, alternatives, suffix_of
+from mambahome_jax.imaging.dicom import holds_slices
+from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem, suffix_of
 
 NAME = "csv"
 LOOKS_FOR = (
@@ -88,9 +89,11 @@ def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | N
     if not images:
         raise DatasetError("no image", file=where, expected="a path")
     for path in [*images, *([label] if label else [])]:
-        if not suffix_of(path.name, NIFTI_SUFFIXES):
-            expected = alternatives(NIFTI_SUFFIXES)
-            raise DatasetError(f"{path} is no NIfTI file by its name", file=where, expected=expected)
+        if path != label and path.is_dir() and holds_slices(path):
+            continue
+        if not suffix_of(path.name):
+            expected = f"{alternatives(SCAN_SUFFIXES)}; of an image also a folder of DICOM slices"
+            raise DatasetError(f"{path} is no scan by its name", file=where, expected=expected)
         if not path.is_file():
             raise DatasetError(f"{path} not found", file=where, expected="a path relative to the CSV file")
     split, modality = row.get("split", "").lower(), row.get("modality", "").lower()
@@ -98,7 +101,7 @@ def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | N
         raise DatasetError(f"split {split!r}", file=where, expected="train, val, test or nothing")
     if modality not in _MODALITIES:
         raise DatasetError(f"modality {modality!r}", file=where, expected="ct, mr, us or nothing")
-    name = row.get("id") or nifti_stem(images[0])
+    name = row.get("id") or scan_stem(images[0])
     if name[0] in "._" or set(name) & set('/\\:*?"<>|'):
         raise DatasetError(
             f"id {name!r}", file=where, expected="a name that a file can have, not beginning with . or _"

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, Split, unlabelled_note
-from mambahome_jax.datasets.files import listing, nifti_of, read_table, walk
+from mambahome_jax.datasets.files import listing, read_table, scans_of, walk
 from mambahome_jax.errors import DatasetError
 
 NAME = "totalsegmentator_mri"
@@ -36,7 +36,7 @@ def detect(folder: Path) -> bool:
         for name, path in folders.items():
             if _CASE.fullmatch(name):
                 below, files = listing(path)
-                if "mri" in nifti_of(files):
+                if "mri" in scans_of(files):
                     return True
                 if "segmentations" not in below:
                     break
@@ -54,12 +54,12 @@ def load(folder: Path) -> Dataset:
     for _, folders, files in walk(folder, 1):
         homes += [path for name, path in folders.items() if _CASE.fullmatch(name)]
         tables += [files["meta.csv"]] if "meta.csv" in files else []
-    masks = {home.name: nifti_of(listing(home / "segmentations")[1]) for home in homes}
+    masks = {home.name: scans_of(listing(home / "segmentations")[1]) for home in homes}
     labels = dict(enumerate(table_of(set().union(*masks.values())), start=1))
     splits = _read_splits(tables[0]) if tables else {}
     cases, skipped = [], []
     for home in homes:
-        scan = nifti_of(listing(home)[1]).get("mri")
+        scan = scans_of(listing(home)[1]).get("mri")
         if scan is None:
             skipped.append((home.name, f"{home.name}/mri.nii.gz not found"))
             continue

@@ -89,6 +89,12 @@ def sorted_slices(folder: Path) -> tuple[list[Slice], np.ndarray]:
     return slices, _step(slices, normal)
 
 
+def read_geometry(folder: Path) -> tuple[tuple[int, int, int], np.ndarray]:
+    """Shape and affine of what `read` gives. Raises DatasetError as `sorted_slices`."""
+    slices, step = sorted_slices(folder)
+    return (*slices[0].size, len(slices)), affine_of(slices, step)
+
+
 def affine_of(slices: list[Slice], step: np.ndarray) -> np.ndarray:
     """(4, 4) float64, voxel to RAS mm, of what `sorted_slices` gives."""
     return itk.affine_from(np.column_stack([slices[0].steps, step]), slices[0].position)

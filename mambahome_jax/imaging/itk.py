@@ -4,12 +4,13 @@ ITK's world is LPS (x to the patient's left, y to the back), ours RAS. Of a head
 what a scanner wrote about a patient does not reach a result. SimpleITK is imported at first use.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +52,43 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises DatasetError: SimpleITK is not installed; a missing, truncated or damaged file; less than three axes; complex
     numbers.
     """
+    reader = _reader(path)
+    with _damaged(path):
+        image = reader.Execute()
+    _require_checksum(path)
+    return voxels(path, image), affine_of(image)
+
+
+def read_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
+    """Shape (D0, D1, D2[, C]) and affine (4, 4) of what `read` gives, from the header alone. Raises DatasetError."""
+    reader = _reader(path)
+    with _damaged(path):
+        reader.ReadImageInformation()
+    if reader.GetDimension() < 3:
+        raise _too_few_axes(path, reader)
+    channels = reader.GetNumberOfComponents()
+    return (*reader.GetSize(), *([channels] if channels > 1 else [])), affine_of(reader)
+
+
+def _reader(path: Path) -> Any:
     sitk = simpleitk(path)
     if not path.is_file():
         raise DatasetError("cannot be read: not a regular file" if path.exists() else "no such file", file=path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(_format(path))
     reader.SetFileName(str(path))
+    return reader
+
+
+@contextlib.contextmanager
+def _damaged(path: Path) -> Iterator[None]:
+    """Raises DatasetError where ITK cannot read the file."""
     try:
-        image = reader.Execute()
+        yield
     except RuntimeError as error:
         # MetaImageIO adds whatever reason the system gave for something else.
         reason = reason_of(error, without_system=True)
         raise DatasetError(f"truncated or damaged ({reason})", file=path, action=_AGAIN) from error
-    _require_checksum(path)
-    return voxels(path, image), affine_of(image)
 
 
 def write(path: Path, array: np.ndarray, affine: np.ndarray, names: Mapping[int, str] | None = None) -> None:
@@ -104,8 +128,12 @@ def voxels(path: Path, image: Any) -> np.ndarray:
         found = f"voxels of type {image.GetPixelIDTypeAsString()}"
         raise DatasetError(found, file=path, expected="one integer or real number a voxel")
     if dimension < 3:
-        raise DatasetError(f"{dimension} axes {image.GetSize()}", file=path, expected="three spatial axes")
+        raise _too_few_axes(path, image)
     return array.transpose(*reversed(range(dimension)), *range(dimension, array.ndim))
+
+
+def _too_few_axes(path: Path, image: Any) -> DatasetError:
+    return DatasetError(f"{image.GetDimension()} axes {image.GetSize()}", file=path, expected="three spatial axes")
 
 
 def affine_of(image: Any) -> np.ndarray:

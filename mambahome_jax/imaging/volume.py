@@ -103,11 +103,15 @@ def read_labels(path: str | Path) -> Volume:
 
 
 def read_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape (trailing axes of length 1 beyond the third dropped) and affine (4, 4) float64, from a NIfTI header alone.
+    """Shape (trailing axes of length 1 beyond the third dropped) and affine (4, 4) float64, from headers alone.
 
-    Raises DatasetError as `read_volume`, as far as the header shows it.
+    Raises DatasetError as `read_volume`, as far as headers show it.
     """
-    return nifti.read_geometry(Path(path))[:2]
+    path = Path(path)
+    if not path.is_dir() and not suffix_of(path.name, ITK_SUFFIXES):
+        return nifti.read_geometry(path)[:2]
+    shape, affine = dicom.read_geometry(path) if path.is_dir() else itk.read_geometry(path)
+    return nifti.checked_shape(path, shape, None), nifti.usable_affine(path, affine)
 
 
 def read_forms(path: str | Path) -> tuple[tuple[int, ...], np.ndarray, Callable[[], Forms]]:

@@ -123,7 +123,7 @@ def test_where_names_come_from(folders):
     ("changes", "error", "message"),
     [
         ({"predictions": "nowhere"}, DatasetError, "no such folder"),
-        ({"references": "empty"}, DatasetError, r"no \.nii or \.nii\.gz file"),
+        ({"references": "empty"}, DatasetError, r"no \.nii\.gz, \.nii, .* file"),
         ({"predictions": "others"}, DatasetError, "no file name is in both"),
         ({"labels": "nowhere.json"}, DatasetError, "no such file"),
         ({"tolerance_mm": -1.0}, ConfigError, "tolerance_mm"),

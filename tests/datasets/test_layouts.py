@@ -161,7 +161,7 @@ def test_published_layout_does_not_shift_pairs_after_a_missing_file(tmp_path):
         (("scan.nii.gz",), r"unknown layout \(it holds scan.nii.gz\)"),
         (("images/a.nii.gz",), "labels: the folder is missing"),
         (("labels/a.nii.gz",), "images: the folder is missing"),
-        (("images/a.txt", "labels/a.nii.gz"), "images: the folder holds no .nii.gz or .nii file"),
+        (("images/a.txt", "labels/a.nii.gz"), "images: the folder holds no scan"),
         (("a/ct.nii.gz",), "no scan with its labels"),
     ],
 )
@@ -205,4 +205,4 @@ def test_a_file_in_both_forms_is_used_once_and_noted(tmp_path):
     dataset = load_dataset(tmp_path)
     assert [case.image.name for case in dataset.cases] == ["a.nii.gz", "b.nii.gz"]
     used = tmp_path / "images/b.nii.gz"
-    assert dataset.notes == (f"a file is there as .nii and as .nii.gz: {used} is used, b.nii is not",)
+    assert dataset.notes == (f"a file is there in two formats: {used} is used, b.nii is not",)

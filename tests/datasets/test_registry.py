@@ -107,8 +107,8 @@ def test_nnunet_regions_and_ignore(tmp_path):
 
 
 def test_nnunet_faults(tmp_path):
-    with pytest.raises(DatasetError, match=r"\"file_ending\" is '.nrrd'; expected .nii.gz or .nii. Convert"):
-        load_dataset(nnunet(tmp_path, file_ending=".nrrd"))
+    with pytest.raises(DatasetError, match=r"\"file_ending\" is '.tif'; expected .nii.gz, .*Convert"):
+        load_dataset(nnunet(tmp_path, file_ending=".tif"))
     with pytest.raises(DatasetError, match='"channel_names" is'):
         load_dataset(nnunet(tmp_path, channel_names={"1": "CT"}))
     (nnunet(tmp_path) / "splits_final.json").write_text("[]")
@@ -142,7 +142,7 @@ def test_csv_rows(tmp_path):
     assert any("1 files lie outside of " in note for note in dataset.notes)
     reasons = [reason for _, reason in dataset.skipped]
     for words, reason in zip(
-        ("second time", "id 'x/y'", "no NIfTI file", "no image", "modality 'pet'"), reasons, strict=True
+        ("second time", "id 'x/y'", "no scan by its name", "no image", "modality 'pet'"), reasons, strict=True
     ):
         assert words in reason
     (tmp_path / "in/list.csv").write_text("scan,label\n")

@@ -112,7 +112,7 @@ def test_a_table_with_ids_and_paths_that_lead_elsewhere(tmp_path):
     assert [case.id for case in dataset.cases] == ["fine"]
     reasons = dict(dataset.skipped)
     assert "a name that a file can have" in reasons["../up"] and "300 bytes" in reasons["x" * 300]
-    assert "no NIfTI file by its name" in reasons["/etc"]
+    assert "no scan by its name" in reasons["/etc"]
     assert "1 files lie outside of" in dataset.notes[1]
 
 
