@@ -23,6 +23,7 @@ from mambahome_jax.values import CtIntensity as CtIntensity
 from mambahome_jax.values import CtScale as CtScale
 from mambahome_jax.values import Modality as Modality
 from mambahome_jax.values import Precision as Precision
+from mambahome_jax.values import Surface as Surface
 from mambahome_jax.values import converted, entries, integers, one_of, text, three
 
 Strategy = Literal["ddp", "fsdp"]

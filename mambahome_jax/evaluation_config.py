@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from mambahome_jax.values import Surface
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -21,6 +23,8 @@ class EvaluateConfig:
     """dataset.json or run.json with the names of the structures (default: looked for beside both folders)."""
     tolerance_mm: float = 1.0
     """Distance in mm up to which surfaces count as equal in NSD."""
+    surface: Surface = "voxels"
+    """What HD95, ASSD and NSD count: voxels of the surface, as MONAI does, or its area, as surface-distance does."""
     num_workers: int | None = None
     """Processes that work side by side (default: one a core)."""
 

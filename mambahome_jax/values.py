@@ -10,6 +10,8 @@ from mambahome_jax.errors import ConfigError
 
 Modality = Literal["ct", "mr", "us"]
 Precision = Literal["fp32", "tf32", "bf16"]
+# What metrics of distance count: voxels of the surface, or its area.
+Surface = Literal["voxels", "area"]
 # Axes of the body; each is named by the two letters that an orientation such as "RAS" has for it.
 AnatomicalAxis = Literal["LR", "AP", "IS"]
 # "window": -175 to 250 HU, as published; "percentiles": by the labelled voxels of the dataset, see `CtScale`.

@@ -20,6 +20,7 @@ from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.evaluation.evaluate import (
     DEFINITIONS,
+    DEFINITIONS_BY_AREA,
     Pair,
     evaluate_case,
     summarise,
@@ -56,7 +57,9 @@ def run(config: EvaluateConfig) -> int:
         names, values = reconcile_names(config.predictions, config.references, names)
     labelled = labelled_values(config.references)
     pairs = [
-        dataclasses.replace(pair, names=names, reference_values=values, labelled=labelled.get(pair.case))
+        dataclasses.replace(
+            pair, names=names, reference_values=values, labelled=labelled.get(pair.case), surface=config.surface
+        )
         for pair in pairs
     ]
     if values is not None:
@@ -81,7 +84,8 @@ def run(config: EvaluateConfig) -> int:
             "reference_values": None if values is None else {str(old): new for old, new in values.items()},
             "predictions": str(config.predictions),
             "references": str(config.references),
-            "definitions": DEFINITIONS,
+            "surface": config.surface,
+            "definitions": DEFINITIONS | (DEFINITIONS_BY_AREA if config.surface == "area" else {}),
         }
         console.print(results_table(summary, console.width))
         for case, reason in failures[:SHOWN]:
@@ -188,8 +192,8 @@ def _tables(folder: Path) -> Iterator[tuple[dict[int, str], Path]]:
 def _other_run(config: EvaluateConfig, cases: set[str]) -> Evaluation | None:
     """The evaluation to compare with, looked at before the work: None where none was asked for.
 
-    Raises DatasetError: no evaluation, or none of `cases` in it. ConfigError: NSD at another tolerance, or the
-    evaluation would be overwritten.
+    Raises DatasetError: no evaluation, or none of `cases` in it. ConfigError: NSD at another tolerance, other
+    definitions of distance, or the evaluation would be overwritten.
     """
     if config.compare is None:
         return None
@@ -202,6 +206,10 @@ def _other_run(config: EvaluateConfig, cases: set[str]) -> Evaluation | None:
             f"--compare {config.compare}: NSD was taken at {tolerance} mm there; expected {config.tolerance_mm:g} mm"
         )
         raise ConfigError(f"{found}. Pass --tolerance_mm {tolerance}, or evaluate the other run again")
+    surface = other.summary.get("surface", "voxels")
+    if surface != config.surface:
+        found = f"--compare {config.compare}: distances were taken of {surface} there; expected {config.surface}"
+        raise ConfigError(f"{found}. Pass --surface {surface}, or evaluate the other run again")
     theirs = sorted({row.case for row in other.scores})
     if not cases & set(theirs):
         expected = f"some of the cases of --predictions, such as {min(cases)}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from mambahome_jax.config import Surface
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.files import write_json
 from mambahome_jax.evaluation.metrics import compare
@@ -26,6 +27,12 @@ DEFINITIONS = {
     "volume_difference_ml": "prediction minus reference",
     "nsd": "share of surface voxels within the tolerance; 0 where one mask is empty, nan where both are",
 }
+# What is else with surface="area".
+DEFINITIONS_BY_AREA = {
+    "hd95": "mm; larger of both directions' distances that 95 % of the area is within; inf where a mask is empty",
+    "assd": "mm; mean of both directions' distances by area; inf where one mask is empty, nan where both are",
+    "nsd": "share of the surfaces' area within the tolerance; 0 where one mask is empty, nan where both are",
+}
 # Share of a voxel by which the corners of two grids may differ and still count as the same place.
 SAME_PLACE = 0.05
 
@@ -34,6 +41,7 @@ SAME_PLACE = 0.05
 class Pair:
     """A label map to judge and its reference, both files; names: label value -> structure, judged in any case.
 
+    surface: what distances are taken of, see `metrics`.
     reference_values: what to replace the reference's values by (others become background), None for nothing.
     labelled: values that the reference labels wherever they occur, None for all; the others are not judged.
     """
@@ -43,6 +51,7 @@ class Pair:
     reference: Path
     names: Mapping[int, str]
     tolerance_mm: float = 1.0
+    surface: Surface = "voxels"
     reference_values: Mapping[int, int] | None = None
     labelled: tuple[int, ...] | None = None
 
@@ -58,7 +67,7 @@ def evaluate_case(pair: Pair) -> list[Score]:
     if not labels:
         return []
     voxel_ml = abs(float(np.linalg.det(reference.affine[:3, :3]))) / 1000
-    comparisons = compare(prediction.array, reference.array, labels, reference.spacing)
+    comparisons = compare(prediction.array, reference.array, labels, reference.spacing, surface=pair.surface)
     return [
         Score(
             case=pair.case,

@@ -92,6 +92,16 @@ def test_faulty_cases_are_reported_and_the_rest_is_scored(folders, capsys):
     assert all(f"Not scored: {case}" in printed for case in reasons)
 
 
+def test_surface_reaches_the_distances(folders):
+    assert run(config(folders)) == 0
+    by_voxels = summary_of(folders)
+    assert run(config(folders, surface="area")) == 0
+    by_area = summary_of(folders)
+    assert (by_voxels["surface"], by_area["surface"]) == ("voxels", "area")
+    assert by_area["mean"]["dice"] == by_voxels["mean"]["dice"] and by_area["mean"]["nsd"] != by_voxels["mean"]["nsd"]
+    assert "area" in by_area["definitions"]["hd95"] and "area" not in by_voxels["definitions"]["hd95"]
+
+
 def test_nothing_could_be_scored(folders):
     for file in (folders / "PRED").iterdir():
         file.write_bytes(b"no scan")
@@ -238,6 +248,11 @@ def test_two_runs_are_compared_case_by_case(folders, capsys):
     [
         ({"compare": "nowhere"}, DatasetError, r"metrics\.csv: no such file; expected an evaluation"),
         ({"compare": "EVAL"}, ConfigError, "is the --output_dir itself"),
+        (
+            {"compare": "BEFORE", "surface": "area"},
+            ConfigError,
+            "of voxels there; expected area. Pass --surface voxels",
+        ),
         ({"compare": "BEFORE", "tolerance_mm": 2.0}, ConfigError, r"at 1\.0 mm there; expected 2 mm"),
         ({"compare": "OTHERS"}, DatasetError, "other cases, such as x; expected some of the cases"),
     ],
