@@ -19,6 +19,16 @@ def members_of(model: Any) -> tuple[Any, ...]:
     return members
 
 
+def metadata_of(model: Any) -> DataProperties | None:
+    """What a model says of its training; of an ensemble, the first network. None where it says nothing."""
+    return getattr(members_of(model)[0], "metadata", None)
+
+
+def is_published(model: Any) -> bool:
+    """Whether a network says nothing of its training, as one of published weights; a callable that is none is not."""
+    return isinstance(members_of(model)[0], nnx.Module) and metadata_of(model) is None
+
+
 def check_members(members: Sequence[Any], names: Sequence[str] | None = None) -> None:
     """Refuse networks that cannot vote together: other classes, labels, channels, or scans prepared in another way.
 
@@ -54,9 +64,7 @@ def joined(members: Sequence[jax.Array]) -> jax.Array:
 def _traits(model: Any) -> dict[str, Any]:
     """What must be equal, in words; None where the model does not say."""
     config = getattr(model, "config", None)
-    metadata = getattr(model, "metadata", None)
-    data = metadata or DataProperties()
-    bare = isinstance(model, nnx.Module) and metadata is None
+    data = metadata_of(model) or DataProperties()
     spacing = "of the scan" if data.spacing is None else " x ".join(f"{s:g}" for s in data.spacing) + " mm"
     return {
         "classes": getattr(config, "out_chans", None),
@@ -66,5 +74,5 @@ def _traits(model: Any) -> dict[str, Any]:
         "orientation": data.orientation,
         "modality": data.modality,
         "intensities of CT": data.ct_scale or "by the window",
-        "preparation of scans": "published" if bare else "trained",
+        "preparation of scans": "published" if is_published(model) else "trained",
     }

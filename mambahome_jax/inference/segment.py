@@ -18,7 +18,7 @@ from mambahome_jax.datasets.mirror import AXES
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.geometry import Order, orientation_of, reorient
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.ensemble import check_members, members_of
+from mambahome_jax.inference.ensemble import check_members, is_published, members_of, metadata_of
 from mambahome_jax.inference.mirrors import mirrored, mirrors_for
 from mambahome_jax.inference.postprocess import ALL, postprocess, values_named
 from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
@@ -108,16 +108,14 @@ def settings_for(model: Any, **changes: Any) -> SegmentSettings:
     A network without metadata, which is one of published weights, gets the published values and chain. Of an ensemble,
     here and below, the first network speaks for all.
     """
-    model = members_of(model)[0]
-    bare = isinstance(model, nnx.Module) and getattr(model, "metadata", None) is None
-    data = getattr(model, "metadata", None) or DataProperties()
+    data = metadata_of(model) or DataProperties()
     trained: dict[str, Any] = {
         "spacing": data.spacing,
         "orientation": data.orientation,
         "modality": data.modality,
         "ct_scale": data.ct_scale,
         "roi_size": data.patch_size or PUBLISHED_ROI,
-        "chain": "published" if bare else "trained",
+        "chain": "published" if is_published(model) else "trained",
     }
     return SegmentSettings(**(trained | {key: value for key, value in changes.items() if value is not None}))
 
@@ -135,7 +133,7 @@ def with_mirrors(model: Any, settings: SegmentSettings) -> tuple[SegmentSettings
 
 def _mirrored_in_training(network: nnx.Module) -> tuple[str, ...]:
     """Nothing for bare weights: the published training mirrors nothing."""
-    data = getattr(network, "metadata", None)
+    data = metadata_of(network)
     return () if data is None else data.mirror
 
 
@@ -162,7 +160,7 @@ def classes_of(model: Any) -> int | None:
 
 def label_names_of(model: Any) -> dict[int, str]:
     """Label value -> name of the structures that a model was trained on; empty where it does not say."""
-    data = getattr(members_of(model)[0], "metadata", None)
+    data = metadata_of(model)
     return dict(data.labels) if data is not None else {}
 
 
