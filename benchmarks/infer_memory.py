@@ -1,6 +1,6 @@
 """Peak memory of infer.py on a synthetic CT of any size, int16 in .nii.gz, with random weights.
 
-python benchmarks/infer_memory.py --size 512 512 1000 --spacing 1.5 1.5 2 --overlap 0.25
+python benchmarks/infer_memory.py --shape 512 512 1000 --spacing 1.5 1.5 2 --overlap 0.25
 
 Host: VmHWM of the process, the most that it ever had in memory. GPU, where nvidia-smi is there: the most that the first
 one ever had in use, sampled twice a second without JAX's allocation ahead, so that it must be idle otherwise.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from figures import tell
 from flax import nnx
-from infer_volume import make_scan
+from infer_volume import make_scan, scan_arguments
 
 from mambahome_jax.config import MODEL_SIZES, DataProperties
 from mambahome_jax.model.checkpoint import write_checkpoint
@@ -54,19 +54,12 @@ def used_gpu_gib() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="MambaHoME_tiny", choices=list(MODEL_SIZES))
-    parser.add_argument("--classes", type=int, default=16)
-    parser.add_argument("--size", nargs=3, type=int, default=[512, 512, 1000])
-    parser.add_argument("--voxel", nargs=3, type=float, default=[0.8, 0.8, 1.0], help="of the scan, mm")
-    parser.add_argument("--spacing", nargs=3, type=float, default=[1.5, 1.5, 2.0], help="of the network, mm")
-    parser.add_argument("--roi_size", nargs=3, type=int, default=[96, 96, 96])
-    parser.add_argument("--overlap", type=float, default=0.5)
-    parser.add_argument("--sw_batch_size", type=int, default=4)
-    parser.add_argument("--json", type=Path)
+    small = {"spacing": [1.5, 1.5, 2.0], "roi_size": [96, 96, 96]}
+    scan_arguments(parser, model="MambaHoME_tiny", shape=[512, 512, 1000], **small)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_scan(folder / "scan.nii.gz", tuple(args.size), tuple(args.voxel))
+        make_scan(folder / "scan.nii.gz", tuple(args.shape), tuple(args.voxel))
         write_model(folder / "model", args.model, args.classes, args.spacing, args.roi_size)
         command = [sys.executable, str(ROOT / "infer.py"), "--data_path", str(folder / "scan.nii.gz")]
         command += ["--model_path", str(folder / "model"), "--output_dir", str(folder / "out")]

@@ -36,6 +36,20 @@ def make_scan(path: Path, shape: tuple[int, int, int], spacing: tuple[float, flo
     write_volume(path, Volume(array, np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])))
 
 
+def scan_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Flags that say what is segmented by what; `defaults` in the place of those of this program."""
+    parser.add_argument("--model", default="MambaHoME", choices=list(MODEL_SIZES))
+    parser.add_argument("--classes", type=int, default=16)
+    parser.add_argument("--shape", nargs=3, type=int, default=[512, 512, 400], help="of the scan, voxels")
+    parser.add_argument("--voxel", nargs=3, type=float, default=[0.8, 0.8, 1.0], help="of the scan, mm")
+    parser.add_argument("--spacing", nargs=3, type=float, default=[0.8, 0.8, 3.0], help="of the network, mm")
+    parser.add_argument("--roi_size", nargs=3, type=int, default=[192, 192, 48])
+    parser.add_argument("--overlap", type=float, default=0.5)
+    parser.add_argument("--sw_batch_size", type=int, default=4)
+    parser.add_argument("--json", type=Path)
+    parser.set_defaults(**defaults)
+
+
 def segment_file(model: Any, source: Path, result: Path, settings: Any) -> dict[str, float]:
     """Seconds of each part."""
     seconds: dict[str, float] = {}
@@ -57,17 +71,9 @@ def segment_file(model: Any, source: Path, result: Path, settings: Any) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="MambaHoME", choices=list(MODEL_SIZES))
+    scan_arguments(parser)
     parser.add_argument("--precision", default=None, choices=["bf16", "tf32", "fp32"])
-    parser.add_argument("--classes", type=int, default=16)
-    parser.add_argument("--shape", nargs=3, type=int, default=[512, 512, 400])
-    parser.add_argument("--voxel", nargs=3, type=float, default=[0.8, 0.8, 1.0], help="of the scan, mm")
-    parser.add_argument("--spacing", nargs=3, type=float, default=[0.8, 0.8, 3.0], help="of the network, mm")
-    parser.add_argument("--roi_size", nargs=3, type=int, default=[192, 192, 48])
-    parser.add_argument("--overlap", type=float, default=0.5)
-    parser.add_argument("--sw_batch_size", type=int, default=4)
     parser.add_argument("--runs", type=int, default=2)
-    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     config = MODEL_SIZES[args.model].model.replace(in_chans=1, out_chans=args.classes)
     precision = args.precision or default_precision()
