@@ -119,9 +119,8 @@ def _read(plan: Plan, scan: Scan) -> tuple[Volume, NetworkInput] | dict[str, Any
     if kept is not None:
         return kept
     if scan.channels:
-        volume = read_image(
-            Case(scan.case, scan.path, images=scan.channels), channels_of(plan.models) or len(scan.channels)
-        )
+        case = Case(scan.case, scan.path, images=scan.channels)
+        volume = read_image(case, channels_of(plan.models) or len(scan.channels), as_stored=True)
     else:
         volume = read_volume(scan.path, as_stored=True)
     with naming(scan.path):

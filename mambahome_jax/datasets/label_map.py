@@ -13,23 +13,35 @@ from mambahome_jax.imaging.volume import Volume, read_labels, read_volume
 _SLAB = 1 << 20
 
 
-def read_image(case: Case, channels: int) -> Volume:
+def read_image(case: Case, channels: int, *, as_stored: bool = False) -> Volume:
     """Image (D0, D1, D2[, C]) float32; the channels stacked where each has its own file.
 
+    as_stored: as `read_volume` takes it; channels of several types become one that holds them all.
     Raises DatasetError: as read_volume; files of different grids.
     """
     if not case.images:
-        return read_volume(case.image, channels=channels)
+        return read_volume(case.image, channels=channels, as_stored=as_stored)
     if len(case.images) != channels:
         raise DatasetError(f"{len(case.images)} files", file=case.image, expected=f"{channels}, a file a channel")
-    first = read_volume(case.image, channels=1)
-    stack = np.empty((*first.shape, channels), np.float32, order="F")
+    first = read_volume(case.image, channels=1, as_stored=as_stored)
+    stack = np.empty((*first.shape, channels), first.array.dtype, order="F")
     stack[..., 0] = first.array
+    # Of the first only the grid is needed from here on.
+    first = Volume(stack[..., 0], first.affine)
     for number, path in enumerate(case.images[1:], start=1):
-        volume = read_volume(path, channels=1)
+        volume = read_volume(path, channels=1, as_stored=as_stored)
         require_same_grid(first, volume, path, f"Bring it onto the grid of {case.image.name} first.")
+        if not np.can_cast(volume.array.dtype, stack.dtype):
+            first = Volume(np.broadcast_to(np.uint8(0), first.shape), first.affine)
+            stack = stack.astype(_holding(stack.dtype, volume.array.dtype), order="F")
         stack[..., number] = volume.array
     return Volume(stack, first.affine)
+
+
+def _holding(first: np.dtype, second: np.dtype) -> np.dtype:
+    """A type that holds the values of both, float32 at most: what it rounds, the network would see rounded too."""
+    both = np.result_type(first, second)
+    return np.dtype(np.float32) if both.itemsize > 4 else both
 
 
 def read_label_map(

@@ -85,3 +85,23 @@ def test_channels_in_files_of_their_own(tmp_path):
     save(files[1], np.zeros((5, 4, 2), np.float32))
     with pytest.raises(DatasetError, match="grid of 5 x 4 x 2 voxels"):
         read_image(case, 2)
+
+
+@pytest.mark.parametrize(
+    ("types", "expected"),
+    [
+        (("int16", "int16"), "int16"),
+        (("int16", "uint8"), "int16"),
+        (("uint8", "int16"), "int16"),
+        (("int16", "float32"), "float32"),
+        (("uint32", "int16"), "float32"),
+        (("int32", "float32"), "float32"),
+    ],
+)
+def test_channels_as_stored_have_the_values_of_float32(tmp_path, types, expected):
+    rng = np.random.default_rng(0)
+    files = tuple(save(tmp_path / f"{n}.nii", rng.integers(0, 200, SHAPE).astype(kind)) for n, kind in enumerate(types))
+    case = Case("a", files[0], images=files)
+    stored = read_image(case, 2, as_stored=True)
+    assert stored.array.dtype == expected
+    np.testing.assert_array_equal(stored.array.astype(np.float32), read_image(case, 2).array)
