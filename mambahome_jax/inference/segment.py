@@ -23,11 +23,12 @@ from mambahome_jax.inference.mirrors import mirrored, mirrors_for
 from mambahome_jax.inference.postprocess import ALL, postprocess, values_named
 from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
 from mambahome_jax.inference.probabilities import write_probabilities
-from mambahome_jax.inference.restore import labels_on_grid, positions_on
+from mambahome_jax.inference.restore import positions_on
+from mambahome_jax.inference.sheared import ShearedLabels
 from mambahome_jax.inference.sliding_window import PADDING_MODE
 from mambahome_jax.inference.stitch import Copy, Stitching, stitch
 from mambahome_jax.inference.targets import Labels, Whole
-from mambahome_jax.inference.tiles import Tiling, logits_of_tile, probabilities_of_tile
+from mambahome_jax.inference.tiles import Tiling, probabilities_of_tile
 from mambahome_jax.model.network import MULTIPLE
 
 Progress = Callable[[int, int], None]
@@ -68,7 +69,7 @@ def segment(
     devices: to spread the windows over; None takes the one where the model is.
 
     Memory is needed for the scan and for a window's depth of the logits, not for the logits of a whole volume, save
-    where `save_probabilities` asks for them or the axes of the scan are sheared.
+    where `save_probabilities` asks for them.
 
     Returns the label map, uint8 (uint16 above 256 classes), with the shape and affine of `volume`.
     Raises DatasetError (NaN or infinite voxels, wrong number of channels), ConfigError (settings that cannot work,
@@ -191,17 +192,16 @@ def label(
         device_bytes=device_bytes,
     )
     order: Order = "nearest" if published else "linear"
-    positions = positions_on(prepared.affine, prepared.shape, prepared.oriented_affine, prepared.oriented_shape)
+    grid = (prepared.affine, prepared.shape)
+    positions = positions_on(*grid, prepared.oriented_affine, prepared.oriented_shape)
     made: list[Any] = []
 
     def targets(tiling: Tiling, before: Sequence[int]) -> list[Any]:
-        # Where the scan's axes are sheared, no tile has all that a voxel's logits are interpolated from.
-        first = (
-            Whole(tiling, before, prepared.shape, logits_of_tile)
+        made.append(
+            ShearedLabels(tiling, before, *grid, prepared.oriented_affine, prepared.oriented_shape, order)
             if positions is None
             else Labels(tiling, before, positions, order)
         )
-        made.append(first)
         if with_probabilities is not None:
             made.append(Whole(tiling, before, prepared.shape, probabilities_of_tile))
         return made
@@ -209,9 +209,6 @@ def label(
     networks = [copies(member, settings.mirrors, devices) for member in members_of(model)]
     stitch(networks, prepared.slab, prepared.shape, how, targets, progress)
     labels = made[0].result
-    if positions is None:
-        grids = (prepared.affine, prepared.oriented_affine, prepared.oriented_shape)
-        labels = labels_on_grid(labels, *grids, order)
     if with_probabilities is not None:
         with_probabilities(made[1].result)
     back = reorient(Volume(labels, prepared.oriented_affine), orientation_of(prepared.file_affine))

@@ -18,8 +18,10 @@ from mambahome_jax.inference.windows import Slab, Windows
 _PENDING = 64
 
 Slices = tuple[slice, ...]
+# A box, or the indices of single voxels along each axis.
+Place = tuple[slice, ...] | tuple[np.ndarray, ...]
 # Where values go, which of the tile's they are, and the values with whether those of each network are finite.
-Part = tuple[Slices, Slices, tuple[jax.Array, jax.Array]]
+Part = tuple[Place, Slices, tuple[jax.Array, jax.Array]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Target(Protocol):
     def begin(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
         """Start what a tile contributes, the sums of each network given."""
 
-    def store(self, place: Slices, values: np.ndarray) -> None:
+    def store(self, place: Place, values: np.ndarray) -> None:
         """Put values where `begin` said."""
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from mambahome_jax.imaging.geometry import Order
-from mambahome_jax.inference.stitch import Part, Slices
+from mambahome_jax.inference.stitch import Part, Place
 from mambahome_jax.inference.tiles import Index, Sums, Tiling, label_tile
 
 # Rows of the target along an axis, and the share (edge, edge + 1) that each voxel of the tile has in them.
@@ -41,7 +41,7 @@ class Labels:
                     inside = tuple(slice(0, rows.stop - rows.start) for rows in (a, b, c))
                     yield (a, b, c), inside, label_tile(sums, (share_a, share_b, share_c), self.result.dtype)
 
-    def store(self, place: Slices, values: np.ndarray) -> None:
+    def store(self, place: Place, values: np.ndarray) -> None:
         """See `stitch.Target`."""
         assert self.result is not None
         self.result[place] = values
@@ -76,7 +76,7 @@ class Whole:
                 self.result = np.empty((*self.shape, values.shape[-1]), values.dtype)
             yield place, inside, (values, finite)
 
-    def store(self, place: Slices, values: np.ndarray) -> None:
+    def store(self, place: Place, values: np.ndarray) -> None:
         """See `stitch.Target`."""
         assert self.result is not None
         self.result[place] = values

@@ -139,11 +139,20 @@ def probabilities_of_tile(sums):
     return jax.nn.softmax(joined(means)[:-1, :-1, :-1], axis=-1).astype(jnp.float16), finite
 
 
-@jax.jit
-def logits_of_tile(sums):
-    """The logits of a tile, without the planes that it shares with the next ones."""
+@partial(jax.jit, static_argnames="dtype")
+def label_points(sums, low, share, dtype):
+    """As `label_tile`, of single points in a tile.
+
+    low: (n, 3), the voxel below each point along every axis. share: (n, 3), what that above it counts.
+    """
     means, finite = _means(sums)
-    return joined(means)[:-1, :-1, :-1], finite
+    tile = joined(means)
+    logits = jnp.zeros((low.shape[0], tile.shape[-1]), tile.dtype)
+    for corner in product((0, 1), repeat=3):
+        at = low + jnp.array(corner)
+        weight = jnp.where(jnp.array(corner) == 1, share, 1 - share).prod(axis=1)
+        logits += weight[:, None] * tile[at[:, 0], at[:, 1], at[:, 2]]
+    return jnp.argmax(logits, axis=-1).astype(dtype), finite
 
 
 def _means(sums: Sequence[Sums]) -> tuple[list[jax.Array], jax.Array]:

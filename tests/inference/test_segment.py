@@ -13,7 +13,6 @@ from mambahome_jax.imaging.geometry import crop, orientation_of, reorient, resam
 from mambahome_jax.imaging.intensity import foreground_box, scale_range
 from mambahome_jax.imaging.volume import Volume, read_volume
 from mambahome_jax.inference.prepare import SegmentSettings, prepare
-from mambahome_jax.inference.restore import labels_on_grid
 from mambahome_jax.inference.segment import label_names_of, segment, settings_for
 from mambahome_jax.inference.sliding_window import sliding_window
 from tests.conftest import golden_path, load_golden
@@ -125,25 +124,6 @@ def test_settings_come_from_the_model_then_from_the_caller():
     assert settings_for(model, modality="us", spacing=(1, 2, 3)) == SegmentSettings(
         (1, 2, 3), "LPS", "us", (48, 48, 32)
     )
-
-
-@pytest.mark.parametrize("order", ["linear", "nearest"])
-@pytest.mark.parametrize("slab_bytes", [1, 20_000, 1 << 30])
-@pytest.mark.parametrize("turn", [0, 0.3])
-def test_labels_by_slabs_are_those_of_all_at_once(order, slab_bytes, turn):
-    logits = np.random.default_rng(0).normal(size=(11, 9, 7, 4)).astype(np.float32)
-    source, target = oriented_affine("RAS", (1.7, 1.3, 2.9), turn), oriented_affine("RAS", (0.9, 2.1, 1.0))
-    expected = resample_to(Volume(logits, source), target, (23, 6, 19), order).array
-    labels = labels_on_grid(logits, source, target, (23, 6, 19), order, slab_bytes=slab_bytes)
-    np.testing.assert_array_equal(labels, expected.argmax(-1))
-
-
-def test_many_classes_need_two_bytes():
-    logits = np.zeros((1, 1, 2, 300), np.float32)
-    logits[0, 0, :, 299] = 1
-    labels = labels_on_grid(logits, np.eye(4), np.eye(4), (1, 1, 2))
-    assert labels.dtype == np.uint16
-    assert labels.max() == 299
 
 
 def golden_chain(name):

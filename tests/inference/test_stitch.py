@@ -8,6 +8,7 @@ from scipy.special import softmax
 from mambahome_jax.config import DataProperties
 from mambahome_jax.imaging.geometry import orientation_of, reorient, resample_to
 from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.inference import sheared
 from mambahome_jax.inference.mirrors import mirrored
 from mambahome_jax.inference.prepare import SegmentSettings, prepare
 from mambahome_jax.inference.segment import label
@@ -93,14 +94,44 @@ def test_labels_and_probabilities(volume, spacing, overlap, members, mirrors, ch
     np.testing.assert_array_equal(slabbed.array, result.array)
 
 
-def test_sheared_axes():
-    sheared = scan((24, 25, 26))
-    affine = sheared.affine.copy()
-    affine[:3, 1] += 0.3 * affine[:3, 0]
-    volume, settings = Volume(sheared.array, affine), SegmentSettings((1.3, 1.3, 1.3), "RAS", "ct", ROI)
+@pytest.mark.parametrize("chain", ["trained", "published"])
+@pytest.mark.parametrize(
+    ("orientation", "spacing", "shear", "points"),
+    [
+        ("RAS", (1.3, 1.3, 1.3), [(0, 1, 0.3)], None),
+        ("LPS", (1.3, 1.1, 4.0), [(1, 2, 0.8)], None),  # as a tilted gantry has it
+        ("PSR", (0.6, 0.7, 1.2), [(0, 1, -0.4), (0, 2, 0.5), (2, 1, 0.2)], None),
+        ("RAS", (2.9, 3.1, 3.3), [(2, 0, -0.6)], (150, 700)),  # a voxel of the network has many of the scan
+    ],
+)
+def test_sheared_axes(monkeypatch, chain, orientation, spacing, shear, points):
+    if points is not None:
+        if chain == "published":
+            pytest.skip("an odd size puts voxels halfway between two, where the nearest one is up to rounding")
+        monkeypatch.setattr(sheared, "_POINTS", points[0])
+        monkeypatch.setattr(sheared, "_LOOKED", points[1])
+    straight = scan((24, 25, 26), orientation, turn=0.2)
+    affine = straight.affine.copy()
+    for axis, along, share in shear:
+        affine[:3, along] += share * affine[:3, axis]
+    volume, settings = Volume(straight.array, affine), SegmentSettings(spacing, "RAS", "ct", ROI, 0.5, 2, chain)
     prepared = prepare(volume, settings)
-    _, logits = from_whole_arrays([network(0)], prepared, settings)
-    assert_same_labels(label(network(0), prepared, settings).array, logits)
+    models = [network(0), network(1)]
+    _, logits = from_whole_arrays(models, prepared, settings)
+    found = label(models, prepared, settings)
+    assert found.shape == volume.shape and found.array.dtype == np.uint8
+    assert_same_labels(found.array, logits)
+
+
+@pytest.mark.parametrize("share", [0, 0.4])
+def test_many_classes_need_two_bytes(share):
+    affine = np.eye(4)
+    affine[0, 1] = share
+    prepared = prepare(
+        Volume(scan((16, 17, 18)).array, affine), settings := SegmentSettings((1.5, 1.5, 1.5), "RAS", "ct", ROI)
+    )
+    found = label(network(0, 300), prepared, settings)
+    assert found.array.dtype == np.uint16 and found.array.max() > 255
 
 
 @pytest.mark.parametrize("modality", ["ct", "mr", "us"])
