@@ -56,10 +56,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     small = {"spacing": [1.5, 1.5, 2.0], "roi_size": [96, 96, 96]}
     scan_arguments(parser, model="MambaHoME_tiny", shape=[512, 512, 1000], **small)
+    parser.add_argument(
+        "--shear", type=float, default=0, help="of the scan: mm to the back in a mm along the last axis"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_scan(folder / "scan.nii.gz", tuple(args.shape), tuple(args.voxel))
+        make_scan(folder / "scan.nii.gz", tuple(args.shape), tuple(args.voxel), args.shear)
         write_model(folder / "model", args.model, args.classes, args.spacing, args.roi_size)
         command = [sys.executable, str(ROOT / "infer.py"), "--data_path", str(folder / "scan.nii.gz")]
         command += ["--model_path", str(folder / "model"), "--output_dir", str(folder / "out")]

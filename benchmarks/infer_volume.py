@@ -25,15 +25,20 @@ from mambahome_jax.inference.segment import label, settings_for
 from mambahome_jax.model.network import MambaHoME, default_precision
 
 
-def make_scan(path: Path, shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> None:
-    """A body of soft tissue with noise in air, int16 HU, axes L, P, S, as .nii.gz."""
+def make_scan(path: Path, shape: tuple[int, int, int], spacing: tuple[float, float, float], shear: float = 0) -> None:
+    """A body of soft tissue with noise in air, int16 HU, axes L, P, S, as .nii.gz.
+
+    shear: mm to the back that the last axis goes in a mm, as of a tilted gantry.
+    """
     i, j, _ = np.ogrid[tuple(slice(-1, 1, n * 1j) for n in shape)]
     body = np.where(i**2 + 2 * j**2 < 0.8, np.int16(40), np.int16(-1000))
     rng = np.random.default_rng(0)
     array = np.empty(shape, np.int16)
     for k in range(shape[2]):  # by slices, so that making it takes less memory than what is measured
         array[:, :, k] = body[:, :, 0] + rng.integers(-60, 60, shape[:2], np.int16)
-    write_volume(path, Volume(array, np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])))
+    affine = np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
+    affine[1, 2] = -shear * spacing[2]
+    write_volume(path, Volume(array, affine))
 
 
 def scan_arguments(parser: argparse.ArgumentParser, **defaults: Any) -> None:
