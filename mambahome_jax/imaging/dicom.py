@@ -13,6 +13,7 @@ import numpy as np
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging import itk
+from mambahome_jax.imaging.dicom_elements import fits
 from mambahome_jax.imaging.files import suffix_of
 
 SUFFIXES = (".dcm", ".ima")
@@ -22,9 +23,6 @@ UNEVEN = 0.1
 # Largest difference of direction cosines, and of mm between pixels, that counts as rounding.
 _ROUNDING = 1e-3
 _TRANSFER = re.compile(rb"\x02\x00\x10\x00UI..([0-9.]+)", re.DOTALL)
-# Kinds of elements whose length has four bytes, and the length of one that ends by a mark.
-_LONG = (b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
-_UNKNOWN = 0xFFFFFFFF
 _UNPACKED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", "")
 # Pixels that a byte of a file may stand for at most: one bit each, or as well packed as an empty picture is.
 _MOST_UNPACKED, _MOST_PACKED = 8, 10_000
@@ -140,32 +138,14 @@ def _require_held(path: Path, size: tuple[int, int]) -> None:
 
 
 def _require_whole(path: Path) -> None:
-    """Raises DatasetError where an element claims more bytes than follow: GDCM would make room for them, up to 4 GB.
-
-    Elements are followed up to the first one of unknown length; what is behind that, or spelled otherwise, is GDCM's.
-    """
-    found = _TRANSFER.search(_head(path, 1024))
-    implicit = found is not None and found[1] == b"1.2.840.10008.1.2"
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if file.read(132)[128:] != b"DICM":
-            return
-        while len(head := file.read(8)) == 8:
-            group, kind = int.from_bytes(head[:2], "little"), head[4:6]
-            if group != 2 and implicit:
-                length = int.from_bytes(head[4:], "little")
-            elif kind in _LONG:
-                length = int.from_bytes(file.read(4), "little")
-            elif kind.isalpha() and kind.isupper():
-                length = int.from_bytes(head[6:], "little")
-            else:
-                return
-            if length == _UNKNOWN:
-                return
-            if file.tell() + length > size:
-                expected, action = "a whole DICOM slice", "Copy or export it again, or remove it if it is no slice."
-                raise DatasetError("truncated or damaged", file=path, expected=expected, action=action)
-            file.seek(length, 1)
+    """Raises DatasetError where an element claims more bytes than follow: GDCM would make room for them, up to 4 GB."""
+    try:
+        whole = fits(path)
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
+    if not whole:
+        expected, action = "a whole DICOM slice", "Copy or export it again, or remove it if it is no slice."
+        raise DatasetError("truncated or damaged", file=path, expected=expected, action=action)
 
 
 def _reader(path: Path) -> Any:
