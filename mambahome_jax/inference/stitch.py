@@ -11,7 +11,7 @@ import numpy as np
 
 from mambahome_jax.errors import CheckpointError, ConfigError
 from mambahome_jax.inference.sliding_window import Mode, PaddingMode, Predict, importance_map, window_starts
-from mambahome_jax.inference.tiles import Index, Sums, Tiles, Tiling
+from mambahome_jax.inference.tiles import COARSE, FINE, Index, Sums, Tiles, Tiling
 from mambahome_jax.inference.windows import Slab, Windows
 
 # Results of tiles that may be on their way to the host while the device goes on.
@@ -75,7 +75,7 @@ def stitch(
     """
     padded = tuple(max(n, r) for n, r in zip(shape, how.roi, strict=True))
     before = tuple((p - n) // 2 for p, n in zip(padded, shape, strict=True))
-    tiling = Tiling(padded, how.roi)
+    tiling = Tiling(padded, how.roi, parts_for(networks[0][0].device))
     chosen = targets(tiling, before)
     pending: deque[tuple[Target, Part]] = deque()
     for index, sums in _whole_tiles(
@@ -86,6 +86,11 @@ def stitch(
             _finish(*pending.popleft())
     while pending:
         _finish(*pending.popleft())
+
+
+def parts_for(device: jax.Device | None) -> tuple[int, int]:
+    """How finely volumes are cut for a device, see `tiles.FINE`. None: the default one."""
+    return FINE if (jax.default_backend() if device is None else device.platform) == "cpu" else COARSE
 
 
 def _finish(target: Target, part: Part) -> None:

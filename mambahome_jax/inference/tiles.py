@@ -21,6 +21,11 @@ from mambahome_jax.inference.sliding_window import budget
 # A window's depth of the last axis may have so many voxels, 1 GiB of 16 classes, before the axis is taken that is
 # longest in windows, which needs least memory. The last mostly is, and another means another shape of tiles to compile.
 FEW_VOXELS = 1 << 24
+# Tiles in a window's length, along the axis in whose order windows come and along the others. On a CPU little memory
+# counts: halves fit the windows where these overlap by half, and quarters keep what is alive little deeper than a
+# window. On a GPU each tile that a window touches is a program to start, some 45 of them with the fine parts, and the
+# starts took as long as the network.
+FINE, COARSE = (4, 2), (2, 1)
 
 Index = tuple[int, int, int]
 Sums = tuple[jax.Array, jax.Array]
@@ -30,15 +35,17 @@ class Tiling:
     """How a volume is cut.
 
     shape: of the volume in voxels, no axis shorter than `roi`, the window. axis: along which windows come in order.
-    edge: voxels from one tile to the next; a tile holds one more along each axis. few: see FEW_VOXELS.
+    edge: voxels from one tile to the next; a tile holds one more along each axis. parts: FINE or COARSE. few: see
+    FEW_VOXELS.
     """
 
-    def __init__(self, shape: Sequence[int], roi: Sequence[int], few: int = FEW_VOXELS) -> None:
+    def __init__(
+        self, shape: Sequence[int], roi: Sequence[int], parts: tuple[int, int] = FINE, few: int = FEW_VOXELS
+    ) -> None:
         self.shape, self.roi = tuple(shape), tuple(roi)
         longest = max(range(3), key=lambda a: shape[a] / roi[a])
         self.axis = 2 if math.prod(shape[:2]) * roi[2] <= few else longest
-        # Halves fit the windows where these overlap by half; quarters keep what is alive little deeper than a window.
-        self.edge = tuple(-(-r // (4 if a == self.axis else 2)) for a, r in enumerate(roi))
+        self.edge = tuple(-(-r // parts[a != self.axis]) for a, r in enumerate(roi))
         self.count = tuple(-(-n // e) for n, e in zip(shape, self.edge, strict=True))
 
     def start(self, index: Index) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from scipy.special import softmax
 from mambahome_jax.config import DataProperties
 from mambahome_jax.imaging.geometry import orientation_of, reorient, resample_to
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference import sheared
+from mambahome_jax.inference import sheared, stitch, tiles
 from mambahome_jax.inference.mirrors import mirrored
 from mambahome_jax.inference.prepare import SegmentSettings, prepare
 from mambahome_jax.inference.segment import label
@@ -65,6 +65,13 @@ def assert_same_labels(found, logits):
     np.testing.assert_array_equal(found[clear], logits.argmax(axis=-1)[clear])
 
 
+@pytest.fixture(params=[tiles.FINE, tiles.COARSE], ids=["fine", "coarse"])
+def parts(request, monkeypatch):
+    """Tiles as on a CPU, and as on a GPU."""
+    monkeypatch.setattr(stitch, "parts_for", lambda device: request.param)
+
+
+@pytest.mark.usefixtures("parts")
 @pytest.mark.parametrize("chain", ["trained", "published"])
 @pytest.mark.parametrize(
     ("volume", "spacing", "overlap", "members", "mirrors"),
@@ -171,7 +178,6 @@ def test_the_network_is_not_asked_for_more_than_a_slab():
 
 def test_few_tiles_are_alive(monkeypatch):
     most = []
-    from mambahome_jax.inference import tiles
 
     add = tiles.Tiles.add
 
@@ -194,6 +200,8 @@ def test_large_volumes_are_walked_along_their_longest_axis():
     assert Tiling((400, 100, 100), (96, 96, 96)).axis == 2
     large = Tiling((1000, 512, 512), (96, 96, 96))
     assert large.axis == 0 and large.edge == (24, 48, 48)
+    coarse = Tiling((512, 512, 333), (192, 192, 48), tiles.COARSE)
+    assert coarse.edge == (192, 192, 24) and coarse.bytes_alive(16) < 2.5 * 2**30
     # 16 classes need less than half of a bound of 6 GiB.
     assert large.bytes_alive(16) < 3 * 2**30
     assert Tiling((20, 60, 40), ROI, few=0).axis == 1
