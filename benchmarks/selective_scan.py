@@ -163,7 +163,8 @@ def measure_mamba_ssm(inputs: ScanInputs, runs: int) -> dict[str, float]:
     dy = torch.randn_like(t["x"])
     with torch.no_grad():
         ms = timed(call)
-    return {"forward": ms, "both": timed(lambda: call().backward(dy))}
+    leaves = list(t.values())
+    return {"forward": ms, "both": timed(lambda: torch.autograd.grad(call(), leaves, dy))}
 
 
 def measure_stage(stage: int, dtype: str, backend: str, args: argparse.Namespace, bandwidth: float, compiled):
@@ -206,8 +207,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     backends = list(args.backends)
-    if importlib.util.find_spec("mamba_ssm") and "mamba_ssm" not in backends:
+    theirs = all(importlib.util.find_spec(name) for name in ("torch", "mamba_ssm"))
+    if theirs and "mamba_ssm" not in backends:
         backends.append("mamba_ssm")
+    if "mamba_ssm" in backends and not theirs:
+        parser.error("--backends mamba_ssm needs torch and mamba_ssm, which are not both installed")
     device = jax.devices()[0]
     bandwidth = copy_bandwidth()
     print(f"{device.device_kind}, JAX {jax.__version__}, Python {platform.python_version()}, batch {args.batch}")

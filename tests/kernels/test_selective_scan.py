@@ -111,6 +111,68 @@ def test_xla_is_reference(batch, length, d_inner, d_state, softplus, extras, x64
 
 
 @pytest.mark.parametrize("softplus", [True, False])
+@pytest.mark.parametrize("narrow", [("dt",), ("x", "dt", "z"), ("B", "C"), ("x", "C")])
+def test_inputs_of_several_widths(softplus, narrow):
+    """Computed as wide as the state: what is rounded are the inputs, and each result to its own type."""
+    wide = _random(3, 2, 70, 5, 16, dtype=np.float32)
+    wide |= {k: jnp.abs(wide[k]) * 0.1 for k in ("dt", "dt_bias")}
+    inputs = {k: v.astype(jnp.bfloat16) if k in narrow else v for k, v in wide.items()}
+    wide = {k: v.astype(jnp.float32) for k, v in inputs.items()}
+    (y, last), gradients = _value_and_gradients(inputs, softplus, "xla")
+    (exact, exact_last), wanted = _value_and_gradients(wide, softplus, "reference")
+    assert y.dtype == inputs["x"].dtype and last.dtype == jnp.float32
+    assert _relative(y, np.asarray(exact)) < (1e-2 if "x" in narrow else 1e-5)
+    assert _relative(last, np.asarray(exact_last)) < 1e-5
+    for name, value in gradients.items():
+        assert value.dtype == inputs[name].dtype
+        # The gradient of y is rounded to the type of x before it comes back.
+        bound = 2e-2 if name in narrow or "x" in narrow else 1e-5
+        assert _relative(value, np.asarray(wanted[name])) < bound, name
+
+
+def test_numbers_that_are_not_floating_are_refused():
+    inputs = _random(0, 1, 4, 3, 2, dtype=np.float32)
+    for name, kind in (("x", jnp.int32), ("A", jnp.complex64), ("dt", jnp.bool_)):
+        with pytest.raises(ValueError, match=f"{name} is {jnp.dtype(kind)}; expected float32"):
+            selective_scan(**inputs | {name: inputs[name].astype(kind)})
+    with pytest.raises(ValueError, match="A 0 states"):
+        no_states = {"A": jnp.zeros((3, 0)), "B": jnp.zeros((1, 4, 0)), "C": jnp.zeros((1, 4, 0))}
+        selective_scan(**inputs | no_states | {"initial_state": None})
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="there is only one device to split the batch over")
+def test_explicit_and_checked_sharding_are_refused_with_what_to_do():
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    inputs = _random(0, 2, 6, 3, 2, dtype=np.float32)
+    for kind, message in ((AxisType.Auto, None), (AxisType.Explicit, r"AxisType\.Auto")):
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
+        split = inputs | {k: jax.device_put(inputs[k], NamedSharding(mesh, PartitionSpec("data"))) for k in BY_TIME}
+        if message is None:
+            y, _ = jax.jit(lambda inputs: selective_scan(**inputs, backend="xla"))(split)
+            assert y.sharding.is_equivalent_to(split["x"].sharding, 3)
+        else:
+            with pytest.raises(ValueError, match=message):
+                jax.jit(lambda inputs: selective_scan(**inputs, backend="xla"))(split)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    by_batch = {k: PartitionSpec("data" if k in BY_TIME or k == "initial_state" else None) for k in inputs}
+
+    def run(check):
+        scan = jax.shard_map(
+            lambda inputs: selective_scan(**inputs, backend="xla")[0],
+            mesh=mesh,
+            in_specs=(by_batch,),
+            out_specs=PartitionSpec("data"),
+            check_vma=check,
+        )
+        return jax.jit(scan)(inputs)
+
+    np.testing.assert_allclose(run(False), selective_scan(**inputs, backend="reference")[0], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="check_vma=False"):
+        run(True)
+
+
+@pytest.mark.parametrize("softplus", [True, False])
 @pytest.mark.parametrize("extras", [True, False])
 def test_short_sequences_on_a_gpu_are_reference(softplus, extras, x64, monkeypatch):
     monkeypatch.setattr(xla_short, "is_short", lambda inputs: True)

@@ -4,6 +4,7 @@ import functools
 import logging
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mambahome_kernels.selective_scan import reference, xla
@@ -58,6 +59,9 @@ def choose_backend(inputs: ScanInputs, name: str | None = None) -> str:
 
 def _check(inputs: ScanInputs) -> None:
     x, A = inputs.x, inputs.A
+    for name, value in inputs._asdict().items():
+        if value is not None and not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"{name} is {value.dtype}; expected float32, bfloat16 or float64")
     if x.ndim != 3:
         raise ValueError(f"x has shape {x.shape}; expected (batch, length, d_inner)")
     if A.ndim != 2:
@@ -78,8 +82,22 @@ def _check(inputs: ScanInputs) -> None:
         value = getattr(inputs, name)
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} is {value.shape}; expected {shape} where x is {x.shape} and A is {A.shape}")
-    if length == 0:
-        raise ValueError("x has length 0; expected at least one step")
+    if length == 0 or d_state == 0:
+        raise ValueError(f"x has length {length} and A {d_state} states; expected at least one of each")
+
+
+def _check_sharding(inputs: ScanInputs) -> None:
+    """What JAX's loops and Pallas would refuse somewhere within, in words of their own."""
+    for name, value in inputs._asdict().items():
+        if value is None:
+            continue
+        kind = jax.typeof(value)
+        if kind.manual_axis_type.varying:
+            axes = ", ".join(sorted(kind.manual_axis_type.varying))
+            raise ValueError(f"{name} varies over {axes} in a shard_map that checks this; give it check_vma=False")
+        if any(axis is not None for axis in kind.sharding.spec):
+            action = "Make the mesh with axis_types=(jax.sharding.AxisType.Auto,) an axis."
+            raise ValueError(f"{name} is sharded as {kind.sharding.spec} over explicit axes of a mesh. {action}")
 
 
 @functools.cache
@@ -124,7 +142,8 @@ def selective_scan(
         y_t   = (sum over states of C_t h_t + D x_t) silu(z_t)
 
     Args:
-        x, dt, z: (batch, length, d_inner), float32, bfloat16 or float64. Without z there is no gate.
+        x, dt, z: (batch, length, d_inner), float32, bfloat16 or float64. Without z there is no gate. The batch may be
+            split over a mesh whose axes are Auto, or by a shard_map with check_vma=False.
         A: (d_inner, d_state). B, C: (batch, length, d_state). D, dt_bias: (d_inner,).
         initial_state: (batch, d_inner, d_state), zeros where absent.
         backend: "reference" (one step after another), "xla" (chunks side by side), "mosaic_gpu" (a Pallas kernel for
@@ -135,8 +154,12 @@ def selective_scan(
         any argument is.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown backend. Unsupported: a named backend that cannot run here.
+        ValueError: shapes that do not fit, numbers that are not floating, explicit sharding, or an unknown backend.
+            Unsupported: a named backend that cannot run here.
     """
-    inputs = ScanInputs(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    inputs = jax.tree.map(jnp.asarray, ScanInputs(x, dt, A, B, C, D, z, dt_bias, initial_state))
     _check(inputs)
-    return _scan(softplus, choose_backend(inputs, backend))(inputs)
+    chosen = choose_backend(inputs, backend)
+    if chosen != "reference":
+        _check_sharding(inputs)
+    return _scan(softplus, chosen)(inputs)

@@ -189,11 +189,13 @@ def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True):
 
 
 def _prepare(inputs: ScanInputs, softplus: bool) -> tuple[_Plan, ScanInputs, _Chunked]:
-    """A bias without softplus is folded into dt, since padding could not undo it."""
+    """A bias without softplus is folded into dt, since padding could not undo it; as wide as the state, not to be
+    rounded to dt's type."""
     batch, length, d_inner = inputs.x.shape
     plan = _plan(batch, length, d_inner, inputs.A.shape[1])
     if not softplus and inputs.dt_bias is not None:
-        inputs = inputs._replace(dt=inputs.dt + inputs.dt_bias.astype(inputs.dt.dtype), dt_bias=None)
+        dt, bias = (a.astype(state_dtype(inputs)) for a in (inputs.dt, inputs.dt_bias))
+        inputs = inputs._replace(dt=dt + bias, dt_bias=None)
     return plan, inputs, _chunked(inputs, plan, softplus)
 
 

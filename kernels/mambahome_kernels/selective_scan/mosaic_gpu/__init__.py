@@ -46,8 +46,14 @@ def sizes_of(inputs: ScanInputs, softplus: bool, chunk: int | None = None) -> Si
     return Sizes(batch, length, d_inner, d_state, tiles, chunks, softplus, inputs.z is not None, span)
 
 
+def _device() -> jax.Device:
+    """That of jax.default_device, else the first."""
+    chosen = getattr(jax.config, "jax_default_device", None)
+    return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
+
+
 def _cores() -> int:
-    return getattr(jax.devices()[0], "core_count", None) or 132
+    return getattr(_device(), "core_count", None) or 132
 
 
 def _pad(a: jax.Array, width: int, value: float = 0.0) -> jax.Array:
@@ -180,11 +186,17 @@ def _why_not(inputs: ScanInputs) -> str | None:
             return f"{name} is {value.dtype}; the kernel takes float32 and bfloat16"
     if inputs.A.dtype != jnp.float32:
         return f"A is {inputs.A.dtype}; the kernel takes float32"
+    for name in ("D", "dt_bias", "initial_state"):
+        value = getattr(inputs, name)
+        if value is not None and value.dtype == jnp.float64:
+            return f"{name} is float64; the kernel computes in float32"
+    if inputs.x.shape[0] == 0:
+        return "the batch is empty"
     if inputs.A.shape[1] > _MAX_STATES:
         return f"d_state is {inputs.A.shape[1]}; the kernel holds at most {_MAX_STATES} in registers"
     if interpreting():
         return None
-    device = jax.devices()[0]
+    device = _device()
     if device.platform != "gpu":
         return f"it needs an NVIDIA GPU, and the default device is {device.platform}"
     capability = float(getattr(device, "compute_capability", "0") or 0)

@@ -87,8 +87,8 @@ def ends(sizes: Sizes, x, dt, B, rates, bias, options: Options):
 def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Options, keep: bool):
     """y as x, and with `keep` the state before every tile (batch, tiles of the sequence, d_state, channels).
 
-    Those states are bfloat16 where x, dt and z are: only the gradients see them, and those of x, dt, z, B and C are
-    rounded to bfloat16 as well. The state that runs through the sequence is float32.
+    Those states are bfloat16 where x, dt and z are: only the gradients see them, most of which are rounded to bfloat16
+    as well (that of a float32 C is then as exact as bfloat16). The state that runs through the sequence is float32.
     """
     s, n, slots, span = sizes, sizes.d_state, options.slots, sizes.span
     wide = [x, dt] + ([z] if s.gated else [])

@@ -16,8 +16,8 @@ def over_batch(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]
     """function(shared, batched), which XLA's partitioner could only run with the whole batch on every device.
 
     The first axis of every array in `batched` and of every result is the batch, and no entry depends on another.
-    Within `shard_map` and on one device it is the function itself. Under `vmap` the mapped axis becomes part of the
-    batch, unless something shared is mapped too: then one after another.
+    Within `shard_map` (with check_vma=False) and on one device it is the function itself. Under `vmap` the mapped axis
+    becomes part of the batch, unless something shared is mapped too: then one after another.
     """
 
     if interpreting():  # whose callbacks can be carried by neither; it maps and splits nothing
