@@ -1,6 +1,8 @@
-"""Losses of one device against eight (ddp and fsdp) with the same batches: MambaHoME_tiny, fp32, augmentation included.
+"""Losses of one device against eight (ddp and fsdp) with the same batches and each size's published learning rate.
 
-python benchmarks/device_equality.py --steps 20 --json equality.json
+python benchmarks/device_equality.py --model MambaHoME_small --steps 20 --json equality.json
+
+In fp32, augmentation included.
 
 Runs on a CPU split into host devices. Exit code 1 where a loss differs by more than --tolerance, relative.
 """
@@ -17,6 +19,10 @@ DEVICES = 8
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="MambaHoME_tiny", choices=["MambaHoME", "MambaHoME_small", "MambaHoME_tiny"])
+    parser.add_argument("--lr", type=float, help="learning rate (default: the size's)")
+    parser.add_argument("--eps", type=float, help="epsilon of AdamW (default: the size's)")
+    parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp"], choices=["ddp", "fsdp"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--patch", nargs=3, type=int, default=[32, 32, 32])
     parser.add_argument("--classes", type=int, default=3)
@@ -38,7 +44,7 @@ def main() -> int:
     from mambahome_jax.training.sharding import make_mesh, put_batch
     from mambahome_jax.training.step import init_state, make_train_step
 
-    size = MODEL_SIZES["MambaHoME_tiny"]
+    size = MODEL_SIZES[args.model]
     config = size.model.replace(out_chans=args.classes)
     shape = (DEVICES, *args.patch)
 
@@ -53,7 +59,7 @@ def main() -> int:
 
     def train(devices: int, strategy) -> tuple[list[float], float]:
         mesh = make_mesh(jax.devices()[:devices])
-        optimizer = make_optimizer(OptimizerConfig(lr=size.lr, eps=size.eps, t_max=args.steps))
+        optimizer = make_optimizer(OptimizerConfig(lr=args.lr or size.lr, eps=args.eps or size.eps, t_max=args.steps))
         graphdef, params = nnx.split(MambaHoME(config, rngs=nnx.Rngs(0), precision="fp32"))
         state = init_state(nnx.to_pure_dict(params), optimizer, mesh, strategy)
         step = make_train_step(graphdef, optimizer, dice_ce, mesh, 0, AugmentationConfig(), strategy)
@@ -66,7 +72,7 @@ def main() -> int:
     one, seconds = train(1, "ddp")
     print(f"1 device: loss {one[0]:.6f} to {one[-1]:.6f}, {seconds:.0f} s", flush=True)
     rows = []
-    for strategy in ("ddp", "fsdp"):
+    for strategy in args.strategies:
         losses, seconds = train(DEVICES, strategy)
         differences = [abs(a - b) / abs(b) for a, b in zip(losses, one, strict=True)]
         print(" ".join(f"{difference:.1e}" for difference in differences), flush=True)
@@ -76,7 +82,7 @@ def main() -> int:
             flush=True,
         )
     if args.json:
-        about = {"jax": jax.__version__, "python": platform.python_version(), "steps": args.steps, "patch": args.patch}
+        about = {"jax": jax.__version__, "python": platform.python_version(), **vars(args), "json": None}
         args.json.write_text(json.dumps({"about": about, "one": one, "rows": rows}, indent=1))
     return int(any(row["largest"] > args.tolerance for row in rows))
 
