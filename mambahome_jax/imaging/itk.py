@@ -22,6 +22,7 @@ from mambahome_jax.imaging.itk_headers import AGAIN, META_DATA, NRRD_END, head_o
 
 INSTALL = "pip install mambahome-jax[formats]"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_LONGEST_REASON = 200
 _META_PACKED = re.compile(rb"^CompressedData\s*=\s*True", re.MULTILINE | re.IGNORECASE)
 _NRRD_PACKED = re.compile(rb"^encoding:\s*gz", re.MULTILINE | re.IGNORECASE)
 
@@ -154,7 +155,9 @@ def reason_of(error: Exception, *, without_system: bool = False) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if without_system:
         lines = [line for line in lines if not line.startswith("Reason:")] or lines
-    return re.sub(r"^(ITK ERROR: )?(\w+\(0x[0-9a-f]+\): )?(Reason: )?", "", lines[-1]) if lines else "no reason given"
+    reason = re.sub(r"^(ITK ERROR: )?(\w+\(0x[0-9a-f]+\): )?(Reason: )?", "", lines[-1]) if lines else "no reason given"
+    # Some repeat what a header says, however long it is.
+    return reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]}..."
 
 
 def _require_checksum(path: Path) -> None:

@@ -12,6 +12,9 @@ from mambahome_jax.imaging.files import META_SUFFIXES, suffix_of
 
 # Tables of segments, as Slicer writes them, take some hundred kilobytes.
 LONGEST = 1 << 22
+# Of a line: what is longer overflows the buffers of NRRD's messages, but for the texts that they never hold.
+_LONGEST_LINE = 500
+_TEXT = re.compile(rb"#|content: |[^:\n]*:=")
 AGAIN = "Copy or download it again, with the file of voxels that its header may name."
 META_DATA = re.compile(rb"^[ \t]*ElementDataFile[ \t]*[=:][ \t]*(.*?)[ \t\r]*\n", re.MULTILINE)
 _META_AXES = re.compile(rb"^[ \t]*NDims[ \t]*[=:][ \t]*([1-9]|10)[ \t\r]*\n", re.MULTILINE)
@@ -58,6 +61,8 @@ def _require_harmless_nrrd(path: Path, head: bytes) -> None:
     header = head[: end.start()] if end else head
     if not all(re.fullmatch(rb"[1-9]|10", axes) for axes in _NRRD_AXES.findall(header)):
         raise _damaged(path, "a dimension that is not 1 to 10")
+    if any(len(line) > _LONGEST_LINE and not _TEXT.match(line) for line in header.split(b"\n")):
+        raise _damaged(path, f"a line of more than {_LONGEST_LINE} bytes")
     for name in _NRRD_DATA.findall(header):
         _require_beside(path, name)
 

@@ -67,6 +67,11 @@ def test_headers_that_would_end_the_process_or_lead_elsewhere_are_refused_by_nam
     for new in NRRD:
         paths.append(folder / f"{len(paths)}.nrrd")
         paths[-1].write_bytes(header + b"\ndata file: " + new.encode() + b"\n\n")
+    for field in (b"sizes: ", b"space: ", b"labels: ", b"bogus: ", b"space: :="):
+        paths.append(folder / f"{len(paths)}.nrrd")
+        paths[-1].write_bytes(header + b"\n" + field + b"A" * 4000 + b"\n\n")
+    paths.append(folder / f"{len(paths)}.nrrd")
+    paths[-1].write_bytes(whole_nrrd.replace(b"type: short", b"type: " + b"A" * 490, 1))
     found = answers(paths)
     assert found[:2] == ["read", "read"]
     for path, answer in zip(paths[2:], found[2:], strict=True):
