@@ -32,6 +32,9 @@ def why_not_written(error: Exception) -> str:
     return next((reason for reason in known if reason in text), text.partition("\n")[0] or type(error).__name__)
 
 
+_LONGEST = 2000
+
+
 class DatasetError(MambaHomeError):
     """A scan, a label map or a folder that is not what it should be.
 
@@ -53,7 +56,9 @@ class DatasetError(MambaHomeError):
     def message(self) -> str:
         """One line: `case: file: found; expected ...; what to do`."""
         head = ": ".join(str(part) for part in (self.case, self.file) if part is not None)
-        text = f"{head}: {self.found}" if head else self.found
+        # What was found may be what a damaged or hostile file says, at any length.
+        found = self.found if len(self.found) <= _LONGEST else f"{self.found[:_LONGEST]}..."
+        text = f"{head}: {found}" if head else found
         if self.expected:
             text += f"; expected {self.expected}"
         return f"{text}. {self.action}" if self.action else text

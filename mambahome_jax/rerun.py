@@ -1,11 +1,11 @@
 """The flags of an earlier run, out of its run.json, to run it again. Nothing here imports jax."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.jsontext import parse_json
 
 # Of where and how a run was started, not of what it computes.
 _NOT_AGAIN = ("config", "resume", "load_checkpoint", "coordinator_address", "num_processes", "process_id")
@@ -35,7 +35,7 @@ def with_earlier_flags(command: str, arguments: Sequence[str], names: Sequence[s
 def _configuration(path: Path, command: str, names: Sequence[str]) -> dict[str, Any]:
     expected = f"run.json of a run of `mambahome {command}`"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read: {error.strerror or error}; expected {expected}") from error
     except ValueError as error:

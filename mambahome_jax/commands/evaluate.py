@@ -15,7 +15,7 @@ from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.config import EvaluateConfig
 from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.datasets.base import label_names, read_json, scan_files
-from mambahome_jax.datasets.files import twins_note
+from mambahome_jax.datasets.files import fault_of_name, twins_note
 from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.evaluation.evaluate import (
@@ -116,6 +116,8 @@ def find_pairs(
     Raises DatasetError: a folder is missing or without label maps, or no name is in both.
     """
     if predictions.is_file() and references.is_file():
+        if not scan_stem(predictions).isprintable():
+            raise DatasetError(fault_of_name(scan_stem(predictions)), file=repr(str(predictions)))
         return [Pair(scan_stem(predictions), predictions, references, names, tolerance_mm)], []
     found = {}
     for folder in (predictions, references):
@@ -125,13 +127,22 @@ def find_pairs(
         if not found[folder]:
             raise DatasetError(f"no {alternatives(SCAN_SUFFIXES)} file", file=folder, expected="label maps")
     ours, theirs = found[predictions], found[references]
-    pairs = [Pair(case, ours[case], theirs[case], names, tolerance_mm) for case in ours if case in theirs]
-    alone = [(case, f"no prediction in {predictions}") for case in theirs if case not in ours]
-    alone += [(case, f"no reference in {references}") for case in ours if case not in theirs]
+    both = [case for case in ours if case in theirs]
+    # A table of lines, in UTF-8, cannot have them.
+    unfit = [(_shown(case), fault_of_name(case)) for case in both if not case.isprintable()]
+    pairs = [Pair(case, ours[case], theirs[case], names, tolerance_mm) for case in both if case.isprintable()]
+    alone = unfit + [(_shown(case), f"no prediction in {predictions}") for case in theirs if case not in ours]
+    alone += [(_shown(case), f"no reference in {references}") for case in ours if case not in theirs]
+    if not pairs and unfit:
+        raise DatasetError(f"{unfit[0][0]}: {unfit[0][1]}", file=predictions)
     if not pairs:
         example = f"{next(iter(ours.values())).name} in the one, {next(iter(theirs.values())).name} in the other"
         raise DatasetError("no file name is in both folders", file=predictions, expected="equal names", action=example)
     return pairs, sorted(alone)
+
+
+def _shown(case: str) -> str:
+    return case if case.isprintable() else repr(case)[1:-1]
 
 
 def find_names(predictions: Path, references: Path, given: Path | None = None) -> tuple[dict[int, str], Path | None]:
@@ -174,7 +185,9 @@ def labelled_values(references: Path) -> dict[str, tuple[int, ...]]:
     cases = read_json(file).get("cases") if file.is_file() else None
     entries = cases if isinstance(cases, list) else []
     return {
-        entry["id"]: tuple(entry["labelled"]) for entry in entries if isinstance(entry, dict) and "labelled" in entry
+        str(entry.get("id")): tuple(value for value in entry["labelled"] if isinstance(value, int))
+        for entry in entries
+        if isinstance(entry, dict) and isinstance(entry.get("labelled"), list)
     }
 
 

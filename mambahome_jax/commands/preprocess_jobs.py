@@ -88,13 +88,14 @@ def choose_workers(todo: list[CaseJob], asked: int | None, say: Callable[[str], 
 
 
 def _peak_bytes(job: CaseJob) -> int:
-    """Memory that a case takes at its peak, judged by its header; little where the header is damaged."""
+    """Memory that a case takes at its peak, judged by its header; little where it is damaged or its grid refused."""
     try:
         shape, affine = read_geometry(job.case.image)
+        oriented = reorient(Volume(np.broadcast_to(np.uint8(0), shape), affine), job.orientation)
+        new = oriented.shape if job.spacing is None else resampled_grid(oriented.affine, oriented.shape, job.spacing)[1]
     except DatasetError:
+        # Reported when the case's turn comes.
         return 1
-    oriented = reorient(Volume(np.broadcast_to(np.uint8(0), shape), affine), job.orientation)
-    new = oriented.shape if job.spacing is None else resampled_grid(oriented.affine, oriented.shape, job.spacing)[1]
     return _BYTES_A_VOXEL * job.channels * int(np.prod(oriented.shape, dtype=float) + np.prod(new, dtype=float))
 
 

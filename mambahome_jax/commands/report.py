@@ -151,7 +151,7 @@ def _folders(config: ReportConfig, evaluation: Evaluation) -> list[Path]:
     """Every folder that a message may name."""
     given = [config.evaluation, config.predictions, config.references, config.images]
     noted = [evaluation.summary.get(key) for key in ("predictions", "references")]
-    return [Path(folder) for folder in (*given, *noted) if folder]
+    return [Path(folder) for folder in (*given, *noted) if isinstance(folder, str | Path) and folder]
 
 
 def _failures(summary: Mapping[str, Any], folders: Iterable[Path]) -> list[tuple[str, str]]:

@@ -1,6 +1,5 @@
 """What a dataset is once its layout no longer matters: cases with their files, names of the labels and channels."""
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.files import listed, scan_files
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.jsontext import parse_json
 
 Split = Literal["train", "val", "test"]
 
@@ -109,7 +109,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises DatasetError: missing, not readable, not JSON, not an object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise DatasetError("no such file", file=path) from error
     except OSError as error:

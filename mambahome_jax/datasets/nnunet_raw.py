@@ -1,6 +1,5 @@
 """nnU-Net raw: imagesTr/<case>_0000.nii.gz (a file a channel), labelsTr/<case>.nii.gz, imagesTs and dataset.json."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, modality_of, read_json, scan_files
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives
+from mambahome_jax.jsontext import parse_json
 
 NAME = "nnunet_raw"
 LOOKS_FOR = 'nnU-Net raw: imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz and dataset.json with "channel_names"'
@@ -136,7 +136,7 @@ def _first_fold(folder: Path) -> set[str]:
     if not file.is_file():
         return set()
     try:
-        return set(json.loads(file.read_text(encoding="utf-8-sig"))[0]["val"])
+        return set(parse_json(file.read_text(encoding="utf-8-sig"))[0]["val"])
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         expected = '[{"train": [case, ...], "val": [case, ...]}, ...]'
         raise DatasetError(f"damaged ({type(error).__name__}: {error})", file=file, expected=expected) from error

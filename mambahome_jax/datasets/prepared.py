@@ -130,7 +130,7 @@ def read_prepared(folder: Path) -> Prepared:
             skipped=tuple((entry["id"], entry["reason"]) for entry in content["skipped"]),
             ct_scale=None if ct_scale is None else CtScale.from_json(ct_scale),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         found = f"damaged ({type(error).__name__}: {error})"
         raise DatasetError(found, file=file, expected=LOOKS_FOR, action="Run preprocess.py again.") from error
 
@@ -186,6 +186,8 @@ def _entry(case: PreparedCase) -> dict[str, Any]:
 
 def _case(entry: dict[str, Any]) -> PreparedCase:
     values = {key: entry[key] for key in _KEYS}
+    if not isinstance(entry["id"], str):
+        raise TypeError(f"case {entry['id']!r}")
     fault = fault_of_name(entry["id"])
     if fault:
         raise ValueError(f"case {entry['id']!r}: {fault}")

@@ -1,7 +1,7 @@
 """A CSV file of paths, for data in any other form: columns id, image, label, split, modality, patient."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mambahome_jax.config import Modality
@@ -69,15 +69,20 @@ def _rows(file: Path) -> list[tuple[int, dict[str, str]]]:
     head = lines[0] if lines else ""
     # A semicolon may separate channels within a field, so it counts only where the names of the columns use it.
     reader = csv.DictReader(lines, delimiter=max(",;\t", key=head.count), skipinitialspace=True)
-    columns = [(name or "").strip().lower() for name in reader.fieldnames or ()]
-    if "image" not in columns:
-        raise DatasetError(f"columns {head!r}", file=file, expected='a first line that names a column "image"')
-    reader.fieldnames = columns
     rows = []
-    for row in reader:
-        texts = {name: (text or "").strip() for name, text in row.items() if isinstance(text, str | None) and name}
-        if any(texts.values()):
-            rows.append((reader.line_num, texts))
+    try:
+        columns = [(name or "").strip().lower() for name in reader.fieldnames or ()]
+        if "image" not in columns:
+            raise DatasetError(f"columns {head!r}", file=file, expected='a first line that names a column "image"')
+        reader.fieldnames = columns
+        for row in reader:
+            texts = {name: (text or "").strip() for name, text in row.items() if isinstance(text, str | None) and name}
+            if any(texts.values()):
+                rows.append((reader.line_num, texts))
+    except csv.Error as error:
+        # A quotation mark that nothing closes makes one field of all that follows.
+        found = f"damaged near line {reader.line_num} ({error})"
+        raise DatasetError(found, file=file, expected="a CSV file") from error
     return rows
 
 
@@ -89,12 +94,12 @@ def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | N
     if not images:
         raise DatasetError("no image", file=where, expected="a path")
     for path in [*images, *([label] if label else [])]:
-        if path != label and path.is_dir() and holds_slices(path):
+        if path != label and _is(path, Path.is_dir) and holds_slices(path):
             continue
         if not suffix_of(path.name):
             expected = f"{alternatives(SCAN_SUFFIXES)}; of an image also a folder of DICOM slices"
             raise DatasetError(f"{path} is no scan by its name", file=where, expected=expected)
-        if not path.is_file():
+        if not _is(path):
             raise DatasetError(f"{path} not found", file=where, expected="a path relative to the CSV file")
     split, modality = row.get("split", "").lower(), row.get("modality", "").lower()
     if split not in _SPLITS:
@@ -114,4 +119,12 @@ def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | N
 def _located(folder: Path, text: str) -> Path:
     """The file that a path in the table means, which may be written as on Windows."""
     path = folder / text
-    return path if path.exists() or "\\" not in text else folder / text.replace("\\", "/")
+    return path if "\\" not in text or _is(path, Path.exists) else folder / text.replace("\\", "/")
+
+
+def _is(path: Path, kind: Callable[[Path], bool] = Path.is_file) -> bool:
+    try:
+        return kind(path)
+    except OSError:
+        # A name that is longer than any file's.
+        return False

@@ -11,6 +11,7 @@ from typing import Any
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.scores import METRICS, Score
 from mambahome_jax.imaging.files import write_text
+from mambahome_jax.jsontext import parse_json
 
 _NUMBERS = (*METRICS, "volume_ml", "reference_volume_ml")
 
@@ -71,7 +72,7 @@ def without_nan(value: Any) -> Any:
 
 def _read_summary(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except OSError as error:

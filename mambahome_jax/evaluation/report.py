@@ -161,7 +161,9 @@ def _comparison(comparison: Mapping[str, Any] | None) -> str:
 
 def _how(report: Report) -> str:
     summary = report.evaluation.summary
-    rows = [(f"definition: {key}", str(text)) for key, text in (summary.get("definitions") or {}).items()]
+    definitions = summary.get("definitions")
+    entries = definitions.items() if isinstance(definitions, Mapping) else ()
+    rows = [(f"definition: {key}", str(text)) for key, text in entries]
     if "tolerance_mm" in summary:
         rows.insert(0, ("NSD tolerance, mm", str(summary["tolerance_mm"])))
     run = [*report.run] or [("run.json", "not given: the predictions' run is not known")]

@@ -21,6 +21,7 @@ _SAME = 1e-3  # spacings and affines closer than this count as equal (MONAI's AF
 _CORNER = 1e-8  # a corner of the old grid counts as the new grid's first voxel up to here
 _FINER = 512  # eight times as fine along each axis
 _FEW = 1 << 22  # voxels that any scan may become
+_WIDE = 16  # voxels of an axis that the network works on at least
 _PARALLEL = 1e-4  # voxels by which sampling axis by axis may miss a position
 
 
@@ -72,7 +73,9 @@ def resampled_grid(
     new_corners = corners @ to_new.T
     low, high = new_corners.min(axis=0), new_corners.max(axis=0)
     new_size = np.round(high - low + 1)
-    if not new_size.prod() <= max(_FINER * size.prod(), _FEW):
+    # A needle of a million voxels is a file's worth of memory, but days of windows.
+    held = new_size.prod() <= max(_FINER * size.prod(), _FEW)
+    if not held or np.maximum(new_size, _WIDE).prod() > max(_FINER * np.maximum(size, _WIDE).prod(), _FEW):
         extent, voxels = (" x ".join(f"{value:.4g}" for value in values) for values in (present * size, new_size))
         found = f"{extent} mm, which are {voxels} voxels of {' x '.join(f'{mm:.4g}' for mm in target)} mm"
         action = "Mend the spacing in its header, or choose a coarser --spacing."

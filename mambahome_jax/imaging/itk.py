@@ -18,12 +18,11 @@ import numpy as np
 
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.files import META_SUFFIXES, suffix_of, written_whole
+from mambahome_jax.imaging.itk_headers import AGAIN, META_DATA, NRRD_END, head_of, require_harmless
 
 INSTALL = "pip install mambahome-jax[formats]"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_AGAIN = "Copy or download it again, with the file of voxels that its header may name."
-_HEADER = 1 << 16
-_META_DATA = re.compile(rb"^ElementDataFile\s*=\s*(.*?)\s*?\n", re.MULTILINE)
+_LONGEST_REASON = 200
 _META_PACKED = re.compile(rb"^CompressedData\s*=\s*True", re.MULTILINE | re.IGNORECASE)
 _NRRD_PACKED = re.compile(rb"^encoding:\s*gz", re.MULTILINE | re.IGNORECASE)
 
@@ -49,8 +48,8 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (D0, D1, D2[, C]) as stored, first axis fastest in memory, and affine (4, 4), voxel to RAS mm.
 
     A fourth axis and several values a voxel both become C.
-    Raises DatasetError: SimpleITK is not installed; a missing, truncated or damaged file; less than three axes; complex
-    numbers.
+    Raises DatasetError: SimpleITK is not installed; a missing, truncated or damaged file; voxels in several files or in
+    one elsewhere; less than three axes; complex numbers.
     """
     reader = _reader(path)
     with _damaged(path):
@@ -74,6 +73,7 @@ def _reader(path: Path) -> Any:
     sitk = simpleitk(path)
     if not path.is_file():
         raise DatasetError("cannot be read: not a regular file" if path.exists() else "no such file", file=path)
+    require_harmless(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(_format(path))
     reader.SetFileName(str(path))
@@ -88,7 +88,7 @@ def _damaged(path: Path) -> Iterator[None]:
     except RuntimeError as error:
         # MetaImageIO adds whatever reason the system gave for something else.
         reason = reason_of(error, without_system=True)
-        raise DatasetError(f"truncated or damaged ({reason})", file=path, action=_AGAIN) from error
+        raise DatasetError(f"truncated or damaged ({reason})", file=path, action=AGAIN) from error
 
 
 def write(path: Path, array: np.ndarray, affine: np.ndarray, names: Mapping[int, str] | None = None) -> None:
@@ -155,7 +155,9 @@ def reason_of(error: Exception, *, without_system: bool = False) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if without_system:
         lines = [line for line in lines if not line.startswith("Reason:")] or lines
-    return re.sub(r"^(ITK ERROR: )?(\w+\(0x[0-9a-f]+\): )?(Reason: )?", "", lines[-1]) if lines else "no reason given"
+    reason = re.sub(r"^(ITK ERROR: )?(\w+\(0x[0-9a-f]+\): )?(Reason: )?", "", lines[-1]) if lines else "no reason given"
+    # Some repeat what a header says, however long it is.
+    return reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]}..."
 
 
 def _require_checksum(path: Path) -> None:
@@ -170,22 +172,21 @@ def _require_checksum(path: Path) -> None:
             while not unpacker.eof and (part := source.read(1 << 20)):
                 unpacker.decompress(part)
     except (OSError, zlib.error) as error:
-        raise DatasetError(f"truncated or damaged ({error})", file=path, action=_AGAIN) from error
+        raise DatasetError(f"truncated or damaged ({error})", file=path, action=AGAIN) from error
     if not unpacker.eof:
-        raise DatasetError("truncated or damaged (no end of its voxels)", file=path, action=_AGAIN)
+        raise DatasetError("truncated or damaged (no end of its voxels)", file=path, action=AGAIN)
 
 
 def _packed(path: Path) -> tuple[Path | None, int]:
     """The file with the compressed voxels of `path` and where in it they start; no file where they are not packed."""
-    with path.open("rb") as file:
-        head = file.read(_HEADER)
+    head = head_of(path)
     if suffix_of(path.name, META_SUFFIXES):
-        data = _META_DATA.search(head)
+        data = META_DATA.search(head)
         if data is None or not _META_PACKED.search(head[: data.end()]):
             return None, 0
         other = path.parent / data[1].decode(errors="replace")
         return (path, data.end()) if data[1] == b"LOCAL" else (other if other.is_file() else None, 0)
-    end = re.search(rb"\r?\n\r?\n", head)
+    end = NRRD_END.search(head)
     return (path, end.end()) if end and _NRRD_PACKED.search(head[: end.end()]) else (None, 0)
 
 

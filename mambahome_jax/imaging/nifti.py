@@ -7,6 +7,7 @@ can hold, and makes every fault a `DatasetError` that names the file.
 import contextlib
 import functools
 import gzip
+import logging
 import math
 import os
 import zlib
@@ -23,6 +24,8 @@ from mambahome_jax.imaging.unpack import GZIP_MAGIC, unpacked
 
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _LONGEST = 1e12  # mm
+# nibabel tells what it mends in a header, but not in the header of which file.
+_SILENT = logging.Logger("nibabel", logging.CRITICAL + 1)
 _HEADER = 544  # bytes of the longer of the two, with those that announce extensions
 
 
@@ -109,7 +112,9 @@ def _header_of(path: Path, content: bytes) -> nib.Nifti1Header:
 @functools.lru_cache(maxsize=64)
 def _parsed(content: bytes) -> nib.Nifti1Header:
     """nibabel tests every field, which takes longer than reading a small file; masks of a case share their header."""
-    return _HEADERS[len(content)](content)
+    header = _HEADERS[len(content)](content, check=False)
+    header.check_fix(logger=_SILENT)
+    return header
 
 
 def _shape_of(path: Path, header: nib.Nifti1Header, channels: int | None) -> tuple[int, ...]:
@@ -135,11 +140,13 @@ def checked_shape(path: Path, shape: tuple[int, ...], channels: int | None) -> t
 def affine_of(path: Path, header: nib.Nifti1Header) -> np.ndarray:
     """(4, 4) float64, voxel to RAS mm: sform, else qform, else made from the spacing. Raises DatasetError."""
     try:
-        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-        if not affine[:3, :3].any():
-            # An all-zero sform says nothing, whatever its code.
-            coded = header.get_qform(coded=True)[0]
-            affine = np.asarray(header.get_base_affine() if coded is None else coded, dtype=np.float64)
+        # What is not finite is refused below, by name; NumPy's warnings tell no name.
+        with np.errstate(all="ignore"):
+            affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+            if not affine[:3, :3].any():
+                # An all-zero sform says nothing, whatever its code.
+                coded = header.get_qform(coded=True)[0]
+                affine = np.asarray(header.get_base_affine() if coded is None else coded, dtype=np.float64)
     except (HeaderDataError, ValueError) as error:
         raise DatasetError(f"no usable affine ({error})", file=path) from error
     return usable_affine(path, affine)

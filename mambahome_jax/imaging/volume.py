@@ -128,7 +128,8 @@ def read_forms(path: str | Path) -> tuple[tuple[int, ...], np.ndarray, Callable[
 
 def _forms(path: Path, header: nib.Nifti1Header) -> Forms:
     try:
-        qform = header.get_qform(coded=True)[0]
+        with np.errstate(all="ignore"):
+            qform = header.get_qform(coded=True)[0]
     except (HeaderDataError, ValueError) as error:
         raise DatasetError(f"damaged qform ({error})", file=path, expected="a rotation") from error
     sform = header.get_sform(coded=True)[0]

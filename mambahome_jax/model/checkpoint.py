@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
+from mambahome_jax.jsontext import parse_json
 
 CONFIG_FILE, MODEL_ITEM = "config.json", "model"
 PARTIAL, PREVIOUS, EARLIER = ".partial", ".previous", "step_"
@@ -55,7 +56,7 @@ def read_checkpoint_config(folder: Path | str) -> dict[str, Any]:
     """
     path = find_checkpoint(folder) / CONFIG_FILE
     try:
-        config = json.loads(path.read_text())
+        config = parse_json(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}; expected JSON. The checkpoint is damaged, use another") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
@@ -177,7 +178,7 @@ def finish_checkpoint(folder: Path, config: dict[str, Any], keep: int = 1) -> No
         folder.replace(previous)
     partial.replace(folder)
     if keep > 1 and previous.exists():
-        step = json.loads((previous / CONFIG_FILE).read_text())["step"]
+        step = parse_json((previous / CONFIG_FILE).read_text())["step"]
         kept = folder.with_name(f"{EARLIER}{step:08d}")
         shutil.rmtree(kept, ignore_errors=True)
         previous.replace(kept)

@@ -2,6 +2,7 @@
 
 import math
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 # What numpy and zipfile raise for a file that is damaged, or no .npz file at all.
 NPZ_ERRORS = (
     *(OSError, ValueError, EOFError, KeyError, TypeError, MemoryError, OverflowError, RuntimeError, SyntaxError),
-    *(NotImplementedError, struct.error, zlib.error, zipfile.BadZipFile),
+    *(NotImplementedError, RecursionError, struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile),
 )
 _DEFLATE = 1032  # bytes that one can stand for at most
 

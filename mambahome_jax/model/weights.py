@@ -17,6 +17,7 @@ from flax import nnx
 
 from mambahome_jax.config import DataProperties, ModelConfig, Precision
 from mambahome_jax.errors import CheckpointError, ConfigError, OutputError
+from mambahome_jax.jsontext import parse_json
 from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params, write_checkpoint
 from mambahome_jax.model.names import config_of_shapes, dotted, official_shape, targets
 from mambahome_jax.model.network import MambaHoME, default_precision
@@ -118,7 +119,7 @@ def _from_official(source: Path, tensors: Mapping[str, np.ndarray], config: Mode
 def _json_object(text: str, path: Path) -> dict[str, Any]:
     """The configuration that a file of weights carries. Raises CheckpointError: no JSON object."""
     try:
-        values = json.loads(text)
+        values = parse_json(text)
     except ValueError as error:
         raise CheckpointError(f"{path}: its configuration cannot be read ({error}); expected JSON") from error
     if not isinstance(values, dict):
@@ -168,7 +169,7 @@ def _config_beside(path: Path) -> tuple[dict[str, Any], Path]:
     for candidate in (path.with_suffix(".json"), path.with_name("config.json")):
         if candidate.is_file():
             try:
-                values = json.loads(candidate.read_text())
+                values = parse_json(candidate.read_text())
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{candidate}: cannot be read ({error}); expected JSON") from error
             if isinstance(values, dict):
@@ -313,7 +314,7 @@ def write_weights(path: Path | str, weights: Weights, *, overwrite: bool = False
             elif path.suffix == ".safetensors":
                 safetensors.numpy.save_file(tensors, partial, metadata={"config": text})
             else:
-                write_pth(partial, tensors, json.loads(text))
+                write_pth(partial, tensors, parse_json(text))
             partial.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise OutputError(f"{path}: cannot be written ({error}). Is the disk full or read-only?") from error

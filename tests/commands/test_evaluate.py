@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 
 import numpy as np
 import pytest
@@ -100,6 +101,24 @@ def test_surface_reaches_the_distances(folders):
     assert (by_voxels["surface"], by_area["surface"]) == ("voxels", "area")
     assert by_area["mean"]["dice"] == by_voxels["mean"]["dice"] and by_area["mean"]["nsd"] != by_voxels["mean"]["nsd"]
     assert "area" in by_area["definitions"]["hd95"] and "area" not in by_voxels["definitions"]["hd95"]
+
+
+@pytest.mark.parametrize("name", ["line\nbreak", os.fsdecode(b"latin\xff")])
+def test_a_name_that_no_table_can_hold_is_reported_and_the_rest_is_scored(folders, name):
+    for folder in ("PRED", "OUT/labels"):
+        write(folders / folder / f"{name}.nii.gz")
+    assert run(config(folders)) == 1
+    [failure] = summary_of(folders)["failures"]
+    assert failure["case"] == repr(name)[1:-1] and "control characters" in failure["reason"]
+    with (folders / "EVAL/metrics.csv").open() as file:
+        assert {row["case"] for row in csv.DictReader(file)} == {"a", "b"}
+
+
+@pytest.mark.parametrize("entry", [{"id": "a", "labelled": 5}, {"labelled": [1]}, {"id": ["a"], "labelled": None}, 3])
+def test_cases_of_a_damaged_table_count_as_labelled_throughout(folders, entry):
+    table = json.loads((folders / "OUT/dataset.json").read_text()) | {"cases": [entry]}
+    (folders / "OUT/dataset.json").write_text(json.dumps(table))
+    assert run(config(folders)) == 0
 
 
 def test_nothing_could_be_scored(folders):

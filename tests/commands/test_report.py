@@ -78,6 +78,14 @@ def test_a_case_without_a_picture_is_named_and_the_rest_is_drawn(home, capsys):
     assert f"No picture of b: {home / 'pred/b.nii.gz'}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("entry", [{"definitions": "x"}, {"predictions": [1]}, {"references": {"a": 1.5}}])
+def test_a_summary_with_entries_of_another_kind_still_gives_a_page(home, entry):
+    path = home / "eval/summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    assert run(config(home)) == 1  # as without: one case has no scan
+    assert (home / "eval/report.html").is_file()
+
+
 def test_a_scan_on_another_grid_is_brought_to_that_of_the_reference(home):
     scan = Volume(np.zeros((20, 20, 20), np.float32), np.eye(4))
     write_volume(home / "out/images/a.nii.gz", scan)

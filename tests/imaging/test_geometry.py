@@ -225,6 +225,12 @@ def test_a_scan_of_many_metres_is_refused_before_anything_is_allocated(millimetr
     assert resample(volume, (0, 1, 1)).shape == (12, 16, 22)
 
 
+def test_a_needle_of_a_kilometre_is_refused_before_days_of_windows():
+    volume = Volume(np.zeros((24, 24, 24), np.float32), np.diag([5e4, 1e-4, 1e-4, 1]))
+    with pytest.raises(DatasetError, match="expected at most 512 times"):
+        resample(volume, (1, 1, 1))
+
+
 def test_orientation_along_the_axes_as_nibabel():
     for axes in itertools.permutations(range(3)):
         for signs in itertools.product((0.5, -2.0), repeat=3):

@@ -1,8 +1,10 @@
 """Reading and writing NIfTI: equal to MONAI's loader, and every fault named."""
 
+import contextlib
 import gzip
 import json
 import shutil
+import struct
 
 import nibabel as nib
 import numpy as np
@@ -298,3 +300,16 @@ def test_as_stored_refuses_nan_as_well(tmp_path):
     write_volume(tmp_path / "a.nii", Volume(np.full((2, 2, 2), np.nan, np.float32), np.eye(4)))
     with pytest.raises(DatasetError, match="8 voxels are NaN"):
         read_volume(tmp_path / "a.nii", as_stored=True)
+
+
+@pytest.mark.parametrize(("offset", "form", "value"), [(108, "<f", 353.0), (252, "<h", 77), (80, "<f", np.inf)])
+def test_a_header_that_nibabel_mends_or_doubts_is_read_without_a_word_of_its_own(tmp_path, caplog, offset, form, value):
+    path = tmp_path / "scan.nii"
+    nib.save(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.diag([2.0, 2.0, 2.0, 1.0])), path)
+    content = bytearray(path.read_bytes() + b"\0" * 16)
+    struct.pack_into("<2h", content, 252, 1, 0)
+    struct.pack_into(form, content, offset, value)
+    path.write_bytes(content)
+    with contextlib.suppress(DatasetError):
+        read_volume(path)
+    assert not caplog.records

@@ -149,3 +149,13 @@ def test_parameters_that_are_not_in_their_files(tmp_path):
     _require_held(tmp_path, {"a": jax.ShapeDtypeStruct((1000,), np.float32)})
     with pytest.raises(ValueError, match="4000000000000 bytes of parameters in files of 1000 bytes"):
         _require_held(tmp_path, {"a": jax.ShapeDtypeStruct((10**6, 10**6), np.float32)})
+
+
+@pytest.mark.parametrize("header", ["{", "(" * 5000, "{'descr': '<f4'", ""])
+def test_headers_in_an_npz_that_are_no_python(tmp_path, header):
+    path = tmp_path / "a.npz"
+    text = header.encode() + b"\n"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.npy", b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + b"\0" * 64)
+    with pytest.raises(CheckpointError, match=r"a\.npz: cannot be read"):
+        read_weights(path)
