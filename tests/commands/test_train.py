@@ -107,6 +107,7 @@ def test_a_run_writes_what_the_design_promises(tmp_path, capsys):
         "channels": ["ct"],
         "patch_size": [32, 16, 16],
         "mirror": [],
+        "ct_scale": None,
     }
     assert config["model"]["out_chans"] == 2 and config["training"]["lr"] == 1e-2
     report = json.loads((tmp_path / "run" / "run.json").read_text())
