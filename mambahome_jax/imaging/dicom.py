@@ -13,8 +13,8 @@ import numpy as np
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging import itk
-from mambahome_jax.imaging.dicom_elements import fits
-from mambahome_jax.imaging.files import suffix_of
+from mambahome_jax.imaging.dicom_elements import fits, transfer_syntax
+from mambahome_jax.imaging.files import head_of, suffix_of
 
 SUFFIXES = (".dcm", ".ima")
 # Share of the distance between slices by which one may lie elsewhere than evenly between the outermost ones: positions
@@ -22,8 +22,7 @@ SUFFIXES = (".dcm", ".ima")
 UNEVEN = 0.1
 # Largest difference of direction cosines, and of mm between pixels, that counts as rounding.
 _ROUNDING = 1e-3
-_TRANSFER = re.compile(rb"\x02\x00\x10\x00UI..([0-9.]+)", re.DOTALL)
-_UNPACKED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", "")
+_UNPACKED = (b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.1", b"1.2.840.10008.1.2.2", b"")
 # Pixels that a byte of a file may stand for at most: one bit each, or as well packed as an empty picture is.
 _MOST_UNPACKED, _MOST_PACKED = 8, 10_000
 _SOP_CLASS = re.compile(rb"\x02\x00\x02\x00UI..([0-9.]+)", re.DOTALL)
@@ -110,28 +109,19 @@ def _files(folder: Path) -> list[Path]:
         raise DatasetError(f"cannot be read: {error.strerror or error}", file=folder) from error
 
 
-def _head(path: Path, size: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(size)
-    except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
-
-
 def _is_dicom(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES or _head(path, 132)[128:] == b"DICM"
+    return path.suffix.lower() in SUFFIXES or head_of(path, 132)[128:] == b"DICM"
 
 
 def _sop_class(path: Path) -> str:
     """What kind of object a file is by its meta header; empty where it has none."""
-    found = _SOP_CLASS.search(_head(path, 1024))
+    found = _SOP_CLASS.search(head_of(path, 1024))
     return found[1].decode() if found else ""
 
 
 def _require_held(path: Path, size: tuple[int, int]) -> None:
     """Raises DatasetError where a file claims more pixels than it can hold: they would be allocated before reading."""
-    found = _TRANSFER.search(_head(path, 1024))
-    most = _MOST_UNPACKED if (found[1].decode() if found else "") in _UNPACKED else _MOST_PACKED
+    most = _MOST_UNPACKED if transfer_syntax(head_of(path, 1024)) in _UNPACKED else _MOST_PACKED
     if size[0] * size[1] > most * path.stat().st_size:
         claimed = f"truncated or damaged ({size[0]} x {size[1]} pixels in {path.stat().st_size} bytes)"
         raise DatasetError(claimed, file=path, expected="a whole DICOM slice", action="Copy or export it again.")
@@ -144,8 +134,12 @@ def _require_whole(path: Path) -> None:
     except OSError as error:
         raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
     if not whole:
-        expected, action = "a whole DICOM slice", "Copy or export it again, or remove it if it is no slice."
-        raise DatasetError("truncated or damaged", file=path, expected=expected, action=action)
+        raise _damaged(path)
+
+
+def _damaged(path: Path) -> DatasetError:
+    expected, action = "a whole DICOM slice", "Copy or export it again, or remove it if it is no slice."
+    return DatasetError("truncated or damaged", file=path, expected=expected, action=action)
 
 
 def _reader(path: Path) -> Any:
@@ -161,8 +155,7 @@ def _header(path: Path) -> Slice:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        expected, action = "a whole DICOM slice", "Copy or export it again, or remove it if it is no slice."
-        raise DatasetError("truncated or damaged", file=path, expected=expected, action=action) from error
+        raise _damaged(path) from error
     if int(np.prod(reader.GetSize()[2:])) != 1 or "MOSAIC" in _text(reader, "0008|0008"):
         found = "several slices in one file (enhanced DICOM or a mosaic)"
         action = "Convert the series to NIfTI, for example with dcm2niix."

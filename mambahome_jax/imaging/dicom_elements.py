@@ -29,6 +29,12 @@ class _Element(NamedTuple):
     length: int
 
 
+def transfer_syntax(head: bytes) -> bytes:
+    """How a file is spelled, a UID of PS3.5 chapter 10, by its first kilobyte; empty where that does not say."""
+    found = _TRANSFER.search(head)
+    return found[1] if found else b""
+
+
 def fits(path: Path) -> bool:
     """False where an element, at any depth, claims more bytes than what it lies in has left.
 
@@ -38,8 +44,7 @@ def fits(path: Path) -> bool:
     size = path.stat().st_size
     with path.open("rb") as file:
         head = file.read(1024)
-        found = _TRANSFER.search(head)
-        syntax = found[1] if found else None
+        syntax = transfer_syntax(head)
         if syntax == _DEFLATED:
             return True
         marked = head[128:132] == b"DICM"

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from mambahome_jax.errors import OutputError
+from mambahome_jax.errors import DatasetError, OutputError
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 META_SUFFIXES = (".mha", ".mhd")
@@ -29,6 +29,15 @@ def scan_stem(path: Path) -> str:
 def alternatives(suffixes: tuple[str, ...]) -> str:
     """Suffixes for a message: ".nii.gz, .nii or .mha"."""
     return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
+
+
+def head_of(path: Path, size: int) -> bytes:
+    """The first `size` bytes of a file, or all of a shorter one. Raises DatasetError: it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from mambahome_jax.errors import DatasetError, OutputError
-from mambahome_jax.imaging.files import META_SUFFIXES, suffix_of, written_whole
-from mambahome_jax.imaging.itk_headers import AGAIN, META_DATA, NRRD_END, head_of, require_harmless
+from mambahome_jax.imaging.files import META_SUFFIXES, head_of, suffix_of, written_whole
+from mambahome_jax.imaging.itk_headers import AGAIN, LONGEST, META_DATA, NRRD_END, require_harmless
 
 INSTALL = "pip install mambahome-jax[formats]"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -179,7 +179,7 @@ def _require_checksum(path: Path) -> None:
 
 def _packed(path: Path) -> tuple[Path | None, int]:
     """The file with the compressed voxels of `path` and where in it they start; no file where they are not packed."""
-    head = head_of(path)
+    head = head_of(path, LONGEST)
     if suffix_of(path.name, META_SUFFIXES):
         data = META_DATA.search(head)
         if data is None or not _META_PACKED.search(head[: data.end()]):

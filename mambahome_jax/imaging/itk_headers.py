@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.files import META_SUFFIXES, suffix_of
+from mambahome_jax.imaging.files import META_SUFFIXES, head_of, suffix_of
 
 # Tables of segments, as Slicer writes them, take some hundred kilobytes.
 LONGEST = 1 << 22
@@ -23,19 +23,10 @@ _NRRD_DATA = re.compile(rb"^[ \t]*data[ \t]*file[ \t]*:(?!=)[ \t]*(.*?)[ \t\r]*$
 _NRRD_AXES = re.compile(rb"^[ \t]*dimension[ \t]*:(?!=)[ \t]*(.*?)[ \t\r]*$", re.IGNORECASE | re.MULTILINE)
 
 
-def head_of(path: Path) -> bytes:
-    """The bytes of a file that its header lies in. Raises DatasetError: it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return file.read(LONGEST)
-    except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
-
-
 def require_harmless(path: Path) -> None:
     """Raises DatasetError: a header without an end, of another number of axes, or that names other than one plain file
     beside it."""
-    head = head_of(path)
+    head = head_of(path, LONGEST)
     if suffix_of(path.name, META_SUFFIXES):
         _require_harmless_meta(path, head)
     else:
