@@ -7,14 +7,15 @@ from itertools import product
 import numpy as np
 
 from mambahome_jax.imaging.geometry import Order
-from mambahome_jax.inference.stitch import Part, Place
+from mambahome_jax.inference.stitch import Part
+from mambahome_jax.inference.targets import OnHost, no_labels
 from mambahome_jax.inference.tiles import Index, Sums, Tiling, label_points
 
 # Voxels that are labelled in one call, at most and at least, and looked through at a time for those in a tile.
 _POINTS, _FEW, _LOOKED = 1 << 17, 1 << 12, 1 << 20
 
 
-class ShearedLabels:
+class ShearedLabels(OnHost):
     """As `targets.Labels`, for a grid of any axes: a tile labels the voxels whose lower neighbour is one of its own.
 
     affine, shape: of the logits' grid, (4, 4) and (D, H, W). target_affine, target_shape: of the grid to label. Beyond
@@ -33,7 +34,6 @@ class ShearedLabels:
     ) -> None:
         self.tiling, self.before, self.order = tiling, before, order
         self.source, self.shape = tuple(shape), tuple(target_shape)
-        self.result: np.ndarray | None = None
         self._matrix = np.linalg.inv(affine) @ target_affine
         self._back = np.linalg.inv(self._matrix)
         corners = np.array(list(product(*((0, n - 1) for n in self.shape))))
@@ -43,7 +43,7 @@ class ShearedLabels:
     def begin(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
         """See `stitch.Target`."""
         if self.result is None:
-            self.result = np.zeros(self.shape, np.uint8 if sums[0][0].shape[-1] <= 256 else np.uint16)
+            self.result = no_labels(self.shape, sums)
         start = np.array(self.tiling.start(index)) - self.before
         for voxels, low, share in self._inside(start):
             for first in range(0, len(low), _POINTS):
@@ -54,11 +54,6 @@ class ShearedLabels:
                 values = label_points(sums, np.pad(low[part], filled), np.pad(share[part], filled), self.result.dtype)
                 place = tuple(axis[part] for axis in voxels)
                 yield place, (slice(0, part.stop - part.start),), values
-
-    def store(self, place: Place, values: np.ndarray) -> None:
-        """See `stitch.Target`."""
-        assert self.result is not None
-        self.result[place] = values
 
     def _inside(self, start: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]]:
         """Voxels of the target that a tile labels, a part at a time: their indices, (n,) an axis; the lower neighbour

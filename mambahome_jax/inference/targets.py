@@ -13,7 +13,23 @@ from mambahome_jax.inference.tiles import Index, Sums, Tiling, label_tile
 _Rows = tuple[slice, np.ndarray]
 
 
-class Labels:
+class OnHost:
+    """A target that is one array on the host: `result`, None before the first tile."""
+
+    result: np.ndarray | None = None
+
+    def store(self, place: Place, values: np.ndarray) -> None:
+        """See `stitch.Target`."""
+        assert self.result is not None
+        self.result[place] = values
+
+
+def no_labels(shape: Sequence[int], sums: Sequence[Sums]) -> np.ndarray:
+    """Zeros of a type that holds every class of the sums: uint8, or uint16 for more than 256."""
+    return np.zeros(shape, np.uint8 if sums[0][0].shape[-1] <= 256 else np.uint16)
+
+
+class Labels(OnHost):
     """Class of the largest interpolated logit at each voxel of a grid whose axes run along the tiles'.
 
     tiling, before: of the tiles, and the voxels in them that lie in front of the logits' grid along each axis.
@@ -24,7 +40,6 @@ class Labels:
 
     def __init__(self, tiling: Tiling, before: Sequence[int], positions: Sequence[np.ndarray], order: Order) -> None:
         self.shape = tuple(len(position) for position in positions)
-        self.result: np.ndarray | None = None
         self.rows = [
             [_rows_of(position, order, i * edge - b, edge) for i in range(count)]
             for position, b, edge, count in zip(positions, before, tiling.edge, tiling.count, strict=True)
@@ -33,7 +48,7 @@ class Labels:
     def begin(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
         """See `stitch.Target`."""
         if self.result is None:
-            self.result = np.zeros(self.shape, np.uint8 if sums[0][0].shape[-1] <= 256 else np.uint16)
+            self.result = no_labels(self.shape, sums)
         first, second, third = (rows[i] for rows, i in zip(self.rows, index, strict=True))
         for a, share_a in first:
             for b, share_b in second:
@@ -41,13 +56,8 @@ class Labels:
                     inside = tuple(slice(0, rows.stop - rows.start) for rows in (a, b, c))
                     yield (a, b, c), inside, label_tile(sums, (share_a, share_b, share_c), self.result.dtype)
 
-    def store(self, place: Place, values: np.ndarray) -> None:
-        """See `stitch.Target`."""
-        assert self.result is not None
-        self.result[place] = values
 
-
-class Whole:
+class Whole(OnHost):
     """What `of_tile` makes of the voxels of each tile, as one array on the host.
 
     of_tile: sums of each network -> ((*edge, classes), finite). shape: of the logits' grid.
@@ -62,7 +72,6 @@ class Whole:
         of_tile: Callable[[Sequence[Sums]], tuple[jax.Array, jax.Array]],
     ) -> None:
         self.tiling, self.before, self.shape, self.of_tile = tiling, before, tuple(shape), of_tile
-        self.result: np.ndarray | None = None
 
     def begin(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
         """See `stitch.Target`."""
@@ -75,11 +84,6 @@ class Whole:
             if self.result is None:
                 self.result = np.empty((*self.shape, values.shape[-1]), values.dtype)
             yield place, inside, (values, finite)
-
-    def store(self, place: Place, values: np.ndarray) -> None:
-        """See `stitch.Target`."""
-        assert self.result is not None
-        self.result[place] = values
 
 
 def _rows_of(position: np.ndarray, order: Order, start: int, edge: int) -> list[_Rows]:
