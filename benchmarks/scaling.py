@@ -21,18 +21,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from profiling import kernel_times
+from train_step import make_step
 
 from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.data.loader import make_loader
 from mambahome_jax.data.store import Store
-from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.training.distributed import is_first, join_processes
-from mambahome_jax.training.losses import dice_ce
-from mambahome_jax.training.optimizer import OptimizerConfig, make_optimizer
-from mambahome_jax.training.sharding import make_mesh, put_batch
-from mambahome_jax.training.step import init_state, make_train_step
+from mambahome_jax.training.sharding import put_batch
 
 COLLECTIVES = ("nccl", "all-reduce", "all-gather", "reduce-scatter", "allreduce", "allgather", "reducescatter")
 
@@ -67,11 +63,7 @@ class Step:
         config = replace(
             MODEL_SIZES[args.model].model, in_chans=1, out_chans=args.classes, use_checkpoint=args.use_checkpoint
         )
-        graphdef, params = nnx.split(MambaHoME(config, rngs=nnx.Rngs(0), precision=args.precision))
-        self.mesh = make_mesh(devices)
-        optimizer = make_optimizer(OptimizerConfig())
-        self.state = init_state(nnx.to_pure_dict(params), optimizer, self.mesh, strategy)
-        step = make_train_step(graphdef, optimizer, dice_ce, self.mesh, seed=0, strategy=strategy)
+        step, self.state, self.mesh = make_step(config, args.precision, len(devices), strategy)
         begun = time.perf_counter()
         self.compiled = step.lower(self.state, put_batch(batch, self.mesh)).compile()
         self.compile_s = time.perf_counter() - begun

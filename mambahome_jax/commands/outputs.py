@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mambahome_jax.errors import OutputError
+from mambahome_jax.imaging.files import not_written
 
 LOCK = ".mambahome.lock"
 
@@ -28,7 +29,7 @@ def open_output(folder: Path, files: Iterable[str] = ()) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-        raise _cannot_write(folder, error, "--output_dir") from error
+        raise not_written(folder, error, "--output_dir") from error
     for name in files:
         if (folder / name).is_dir():
             reason = f"{folder / name}: cannot be written: a folder has its name"
@@ -50,7 +51,7 @@ def locked(folder: Path, command: str, flag: str = "--output_dir") -> Iterator[N
     except BlockingIOError as error:
         raise OutputError(f"{folder}: {_holder(folder / LOCK)}. Wait for its end, or name another {flag}") from error
     except OSError as error:
-        raise _cannot_write(folder, error, flag) from error
+        raise not_written(folder, error, flag) from error
     try:
         # What a killed run was writing: nobody else writes here now.
         for leftover in (*folder.glob(".*.partial*"), *folder.glob("previews/.*.partial*"), *folder.glob(".*.probe")):
@@ -109,8 +110,3 @@ def _holder(path: Path) -> str:
         # It has taken the lock, but not yet said who it is.
         who = "another process"
     return f"{who} is writing to it"
-
-
-def _cannot_write(folder: Path, error: OSError, flag: str) -> OutputError:
-    reason = f"{folder}: cannot be written: {error.strerror or error}"
-    return OutputError(f"{reason}. Free some space or name another {flag}")

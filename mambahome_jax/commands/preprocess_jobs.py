@@ -11,7 +11,8 @@ from mambahome_jax.config import Modality
 from mambahome_jax.data.pool import count_workers
 from mambahome_jax.data.prepare import CaseJob
 from mambahome_jax.datasets import Dataset
-from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.files import not_written
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
 
@@ -111,5 +112,4 @@ def open_output(output: Path, nifti: bool) -> None:
             for leftover in (path for pattern in _LEFTOVERS for path in folder.glob(pattern)):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     except OSError as error:
-        found = f"{error.filename or output}: cannot be written: {error.strerror or error}"
-        raise OutputError(f"{found}. Free some space or name another --output_path") from error
+        raise not_written(error.filename or output, error, "--output_path") from error

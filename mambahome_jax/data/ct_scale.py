@@ -20,7 +20,7 @@ def ct_scale(root: Path, cases: Sequence[str]) -> CtScale | None:
     root: the store; cases: ids. Every case counts the same, whatever its size. None where nothing is labelled.
     Raises DatasetError: a case without its sample, or with a damaged one.
     """
-    step, parts = 1, []
+    parts = []
     for case in cases:
         file = root / case / INTENSITIES
         try:

@@ -81,5 +81,11 @@ def write_text(path: Path, text: str, elsewhere: str = "output folder", *, paren
         with beside(path) as partial:
             partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        reason = f"{path}: cannot be written: {error.strerror or error}"
-        raise OutputError(f"{reason}. Free some space or name another {elsewhere}") from error
+        raise not_written(path, error, elsewhere) from error
+
+
+def not_written(path: Path | str, error: OSError, elsewhere: str) -> OutputError:
+    """What to raise where a file or folder cannot be written. elsewhere: what to name another of."""
+    return OutputError(
+        f"{path}: cannot be written: {error.strerror or error}. Free some space or name another {elsewhere}"
+    )

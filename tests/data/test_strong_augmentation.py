@@ -32,6 +32,16 @@ def _matrix(degrees, scale=1.0, voxel_size=(1.0, 1.0, 1.0)):
     return affine_matrix(jnp.deg2rad(jnp.asarray(degrees, jnp.float32)), jnp.float32(scale), voxel_size)
 
 
+def assert_sampled_at(places, sample, resampled):
+    """places: (3, *SHAPE), where the content of each voxel comes from."""
+    (image, label), (new_image, new_label) = sample, resampled
+    for channel in range(2):
+        expected = ndimage.map_coordinates(image[..., channel].astype(np.float64), places, order=1, mode="nearest")
+        np.testing.assert_allclose(new_image[..., channel], expected, atol=1e-4)
+    nearest = [np.clip(np.floor(p + 0.5).astype(int), 0, n - 1) for p, n in zip(places, SHAPE, strict=True)]
+    assert (np.asarray(new_label) == label[tuple(nearest)]).mean() > 0.999
+
+
 def test_the_identity_changes_no_bit():
     image, label = _sample()
     new_image, new_label = jax.jit(resample)(image, label, _matrix((0, 0, 0)))
@@ -58,11 +68,7 @@ def test_any_map_is_linear_interpolation_with_the_border_repeated():
     centre = (np.array(SHAPE) - 1) / 2
     grid = np.indices(SHAPE).reshape(3, -1)
     places = (np.asarray(matrix, np.float64) @ (grid - centre[:, None]) + centre[:, None]).reshape(3, *SHAPE)
-    for channel in range(2):
-        expected = ndimage.map_coordinates(image[..., channel].astype(np.float64), places, order=1, mode="nearest")
-        np.testing.assert_allclose(new_image[..., channel], expected, atol=1e-4)
-    nearest = [np.clip(np.floor(p + 0.5).astype(int), 0, n - 1) for p, n in zip(places, SHAPE, strict=True)]
-    assert (np.asarray(new_label) == label[tuple(nearest)]).mean() > 0.999
+    assert_sampled_at(places, (image, label), (new_image, new_label))
 
 
 def test_a_displacement_is_where_the_content_comes_from():
@@ -71,11 +77,7 @@ def test_a_displacement_is_where_the_content_comes_from():
     moved = rng.normal(0, 1.5, (3, *SHAPE)).astype(np.float32)
     new_image, new_label = resample(image, label, _matrix((0, 0, 0)), list(moved))
     places = np.indices(SHAPE) + moved
-    for channel in range(2):
-        expected = ndimage.map_coordinates(image[..., channel].astype(np.float64), places, order=1, mode="nearest")
-        np.testing.assert_allclose(new_image[..., channel], expected, atol=1e-4)
-    nearest = [np.clip(np.floor(p + 0.5).astype(int), 0, n - 1) for p, n in zip(places, SHAPE, strict=True)]
-    assert (np.asarray(new_label) == label[tuple(nearest)]).mean() > 0.999
+    assert_sampled_at(places, (image, label), (new_image, new_label))
 
 
 def test_an_elastic_displacement_is_smooth_as_large_as_asked_and_the_same_in_space_along_every_axis():
