@@ -55,8 +55,10 @@ def elastic_displacement(
 def resample(
     image: jax.Array, label: jax.Array, matrix: jax.Array, displacement: Sequence[jax.Array | float] = (0.0, 0.0, 0.0)
 ) -> tuple[jax.Array, jax.Array]:
-    """Image (D, H, W, C) trilinearly and label (D, H, W) by the nearest voxel at
-    matrix @ (voxel - centre) + centre + displacement.
+    """Image (D, H, W, C) and label (D, H, W) at matrix @ (voxel - centre) + centre + displacement.
+
+    The image is interpolated trilinearly; the label is that of the eight voxels around whose shares in it are largest
+    together, so that borders do not get the steps that the nearest voxel's would.
 
     displacement: (D, H, W) for each axis, in voxels. Outside the volume the nearest voxel of its border counts. The
     identity changes no bit.
@@ -65,7 +67,7 @@ def resample(
     centre = [(n - 1) / 2 for n in shape]
     offsets = [jnp.arange(n, dtype=jnp.float32) - c for n, c in zip(shape, centre, strict=True)]
     grids = jnp.meshgrid(*offsets, indexing="ij", sparse=True)
-    low, high, weight, nearest = [], [], [], []
+    low, high, weight = [], [], []
     for row, size, middle, moved in zip(matrix, shape, centre, displacement, strict=True):
         # Products and sums instead of a matrix product, which a GPU might shorten.
         place = row[0] * grids[0] + row[1] * grids[1] + row[2] * grids[2] + middle + moved
@@ -73,15 +75,30 @@ def resample(
         below = jnp.floor(place)
         low.append(below.astype(jnp.int32))
         high.append(jnp.minimum(low[-1] + 1, size - 1))
-        weight.append((place - below).astype(image.dtype))
-        nearest.append(jnp.floor(place + 0.5).astype(jnp.int32))
+        weight.append(place - below)
     total = jnp.zeros_like(image)
+    shares, labels = [], []
     for corner in range(8):
         above = [corner >> axis & 1 for axis in range(3)]
         index = tuple(high[a] if up else low[a] for a, up in enumerate(above))
-        share = [weight[a] if up else 1 - weight[a] for a, up in enumerate(above)]
-        total = total + (share[0] * share[1] * share[2])[..., None] * image[index]
-    return total, label[tuple(nearest)]
+        first, second, third = (weight[a] if up else 1 - weight[a] for a, up in enumerate(above))
+        shares.append(first * second * third)
+        labels.append(label[index])
+        total = total + shares[-1].astype(image.dtype)[..., None] * image[index]
+    return total, _most(shares, labels)
+
+
+def _most(shares: Sequence[jax.Array], labels: Sequence[jax.Array]) -> jax.Array:
+    """The label with the largest sum of shares; of equal ones the first."""
+    most, chosen = jnp.full_like(shares[0], -1), labels[0]
+    for candidate in labels:
+        total = sum(
+            (jnp.where(label == candidate, share, 0) for share, label in zip(shares, labels, strict=True)),
+            start=jnp.zeros_like(most),
+        )
+        chosen = jnp.where(total > most, candidate, chosen)
+        most = jnp.maximum(total, most)
+    return chosen
 
 
 def mirror(

@@ -38,8 +38,8 @@ def assert_sampled_at(places, sample, resampled):
     for channel in range(2):
         expected = ndimage.map_coordinates(image[..., channel].astype(np.float64), places, order=1, mode="nearest")
         np.testing.assert_allclose(new_image[..., channel], expected, atol=1e-4)
-    nearest = [np.clip(np.floor(p + 0.5).astype(int), 0, n - 1) for p, n in zip(places, SHAPE, strict=True)]
-    assert (np.asarray(new_label) == label[tuple(nearest)]).mean() > 0.999
+    shares = [ndimage.map_coordinates((label == k).astype(np.float64), places, order=1, mode="nearest") for k in range(5)]
+    assert (np.asarray(new_label) == np.argmax(shares, axis=0)).mean() > 0.999
 
 
 def test_the_identity_changes_no_bit():
@@ -105,7 +105,7 @@ def test_elastic_deformation_moves_image_and_label_alike_in_part_of_the_samples(
     np.testing.assert_array_equal(np.asarray(new_label)[~changed], label[~changed])
     assert np.any(np.asarray(new_label) != label)
     agree = (np.asarray(new_image)[..., 0] > 0.5) == (np.asarray(new_label) == 1)
-    assert agree.mean() > 0.97
+    assert agree.mean() > 0.9999
 
 
 def test_scale_above_one_enlarges_and_voxel_size_makes_it_a_rotation_in_space():
