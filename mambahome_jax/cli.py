@@ -95,6 +95,8 @@ def run_command(command: str, argv: Sequence[str], prog: str) -> int:
     # Compiled programs are kept between runs: a second start then takes seconds.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambahome" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    # JAX keeps those alone that took a second; the hundreds of small ones take ten seconds on a GPU together.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         settings = parse(command, argv, prog)

@@ -1,5 +1,6 @@
 """The command line: published spellings, instant help, messages without tracebacks, exit codes."""
 
+import os
 import subprocess
 import sys
 import time
@@ -103,3 +104,18 @@ def test_mistakes_give_a_message_and_exit_code_2(arguments, message, tmp_path, m
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
+
+
+def test_every_compiled_program_is_kept_in_the_users_cache_folder_unless_the_user_says_otherwise(tmp_path, monkeypatch):
+    names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "TF_CPP_MIN_LOG_LEVEL")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    arguments = ["--data_path", str(tmp_path / "none"), "--model_path", "none", "--output_dir", str(tmp_path / "out")]
+    assert cli.run_command("infer", arguments, "infer") == 2
+    assert [os.environ[name] for name in names[:2]] == [str(tmp_path / "mambahome" / "xla"), "0"]
+    monkeypatch.setenv(names[0], "mine")
+    monkeypatch.setenv(names[1], "3")
+    assert cli.run_command("infer", arguments, "infer") == 2
+    assert [os.environ[name] for name in names[:2]] == ["mine", "3"]
