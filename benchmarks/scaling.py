@@ -6,10 +6,11 @@ srun --ntasks-per-node=8 python benchmarks/scaling.py --devices 8           # a 
 
 Each device has --batch patches, whatever their number, and every strategy is compared with one device of the same run.
 "equal losses": largest relative difference, over --equal_steps steps, to one device with the same global batch, on
-patches of --equal_patch so that one device can hold it.
+patches of --equal_patch so that one device can hold it. On one device the strategies do the same: it is measured once.
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -63,10 +64,16 @@ class Step:
         config = replace(
             MODEL_SIZES[args.model].model, in_chans=1, out_chans=args.classes, use_checkpoint=args.use_checkpoint
         )
-        step, self.state, self.mesh = make_step(config, args.precision, len(devices), strategy)
+        self.make = functools.partial(make_step, config, args.precision, len(devices), strategy)
+        step, self.state, self.mesh = self.make()
         begun = time.perf_counter()
         self.compiled = step.lower(self.state, put_batch(batch, self.mesh)).compile()
         self.compile_s = time.perf_counter() - begun
+
+    def begin_again(self) -> None:
+        """The state from before the first step."""
+        self.state = None
+        self.state = self.make()[1]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         self.state, metrics = self.compiled(self.state, put_batch(batch, self.mesh))
@@ -102,7 +109,7 @@ def share_of_collectives(step: Step, batch: dict[str, np.ndarray]) -> float:
     return sum(ms for ms, _, name in times if any(c in name.lower() for c in COLLECTIVES)) / total if total else 0.0
 
 
-def measure(args: argparse.Namespace, devices: list[jax.Device], strategy: str) -> dict[str, Any]:
+def measure(args: argparse.Namespace, devices: list[jax.Device], strategy: str) -> tuple[dict[str, Any], Step]:
     local = sum(device.process_index == jax.process_index() for device in devices)
     total, batches = args.batch * len(devices), synthetic(args, args.patch, args.batch * local)
     step = Step(args, devices, strategy, next(batches))
@@ -127,11 +134,11 @@ def measure(args: argparse.Namespace, devices: list[jax.Device], strategy: str) 
             row["images_per_s_real"] = total / statistics.mean(seconds_a_step(step, real, args))
         finally:
             iterator.close()
-    return row
+    return row, step
 
 
-def losses(args: argparse.Namespace, devices: list[jax.Device], strategy: str, total: int) -> np.ndarray:
-    step = Step(args, devices, strategy, next(drawn(args, args.equal_patch, total)))
+def losses(args: argparse.Namespace, total: int, step: Step) -> np.ndarray:
+    step.begin_again()
     return np.array([float(step(batch)["loss"]) for batch in drawn(args, args.equal_patch, total)])
 
 
@@ -161,15 +168,24 @@ def main() -> None:
     say(f"{len(found)} x {about['device']}, JAX {about['jax']}, {args.batch} x {args.patch} each, {args.precision}")
     say("strategy devices       ms (range)   images/s  efficiency  GiB each  collectives  compile s  equal losses")
     rows: list[dict[str, Any]] = []
+    alone: dict[int, np.ndarray] = {}
     for strategy in args.strategies:
         for number in numbers:
-            row = measure(args, found[:number], strategy)
+            if number == 1 and rows:
+                continue
+            row, step = measure(args, found[:number], strategy)
             single = next((r for r in rows if r["devices"] == 1), row)
             row["efficiency"] = row["images_per_s"] / number / (single["images_per_s"] / single["devices"])
             if args.equal_steps and number > 1 and jax.process_count() == 1:
-                alone = losses(args, found[:1], "ddp", args.batch * number)
-                several = losses(args, found[:number], strategy, args.batch * number)
-                row["equal_losses"] = float(np.max(np.abs(several - alone) / np.abs(alone)))
+                total = args.batch * number
+                first = next(drawn(args, args.equal_patch, total))
+                if args.equal_patch != args.patch:
+                    step = Step(args, found[:number], strategy, first)
+                several = losses(args, total, step)
+                if total not in alone:
+                    alone[total] = losses(args, total, Step(args, found[:1], "ddp", first))
+                row["equal_losses"] = float(np.max(np.abs(several - alone[total]) / np.abs(alone[total])))
+            del step
             rows.append(row)
             say(
                 f"{strategy:8s} {number:7d} {row['ms']:8.1f} ({row['fastest_ms']:.1f}-{row['slowest_ms']:.1f})"
