@@ -1,6 +1,6 @@
 """Every fault, as `make faults` has it: python -m tests.faults [--json FILE] [NAME ...]
 
-Runs the programs below, two at a time, and says for each how long it took and whether it found a fault. Exit code 0: none.
+Runs the programs below, two at a time, and says how long each took and whether it found a fault. Exit code 0: none did.
 """
 
 import argparse
