@@ -162,16 +162,17 @@ def write_case(
     result = postprocess(result, plan.only, plan.largest)
     for values, affine in shares:
         write_probabilities(_shares(config, scan), values, affine, plan.names)
-    if config.output_format == DICOM_SEG:
-        dicomseg.write(path, result, scan.path, names)
-    else:
-        write_volume(path, result, names=names)
     preview, remarks = config.output_dir / "previews" / f"{scan.case}.png", {}
     try:
         if config.previews:
             write_preview(preview, volume, result, names, scan.modality or settings.modality, scan.case)
     except OutputError as error:
         remarks = {"remarks": [f"without preview: {error}"]}
+    # Last: a case with a label map is done, and one that was killed before it is not kept as whole without the rest.
+    if config.output_format == DICOM_SEG:
+        dicomseg.write(path, result, scan.path, names)
+    else:
+        write_volume(path, result, names=names)
     return {
         "id": scan.case,
         "input": input_of(config, scan),

@@ -1,7 +1,5 @@
 """What infer says of its results when it is done: volumes.csv, and a table of the structures."""
 
-import csv
-import io
 import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from mambahome_jax.csvtext import csv_name
 from mambahome_jax.imaging.files import write_text
 
 COLUMNS = ("case", "structure", "volume_ml")
@@ -18,14 +17,14 @@ COLUMNS = ("case", "structure", "volume_ml")
 def write_volumes(path: Path, cases: Iterable[Mapping[str, Any]]) -> None:
     """Write a line for each case and structure (COLUMNS), whole or not at all.
 
-    cases: entries of run.json; those without "volume_ml" have no lines. Raises OutputError: it cannot be written.
+    cases: entries of run.json; those without "volume_ml" have no lines. Names are as `csv_name` makes them.
+    Raises OutputError: it cannot be written.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    lines = [",".join(COLUMNS)]
     for case in cases:
-        writer.writerows((case["id"], name, ml) for name, ml in case.get("volume_ml", {}).items())
-    write_text(path, text.getvalue())
+        volumes = case.get("volume_ml", {}).items()
+        lines += [f"{csv_name(case['id'])},{csv_name(name)},{ml}" for name, ml in volumes]
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def volumes_by_structure(cases: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:

@@ -185,8 +185,9 @@ def _train(
         ingredients.ema_decay,
         config.freeze_encoder,
     )
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     with (
-        MetricsLog(folder, progressed.step) if is_first() else NoLog() as log,
+        MetricsLog(folder, progressed.step, say) if is_first() else NoLog() as log,
         Display(console, plan.total_steps, progressed.step, setup.global_batch, budget) as display,
         _batches(config, setup, store, data_state) as batches,
     ):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from mambahome_jax.config import CtScale
-from mambahome_jax.data.store import INTENSITIES
+from mambahome_jax.data.store import INTENSITIES, NUMPY_ERRORS
 from mambahome_jax.errors import DatasetError
 
 PERCENTILES = (0.5, 99.5)
@@ -24,8 +24,9 @@ def ct_scale(root: Path, cases: Sequence[str]) -> CtScale | None:
     for case in cases:
         file = root / case / INTENSITIES
         try:
-            values = np.load(file, allow_pickle=False)
-        except (OSError, ValueError) as error:
+            with file.open("rb") as opened:
+                values = np.load(opened, allow_pickle=False)
+        except NUMPY_ERRORS as error:
             action = "Run preprocess.py again with --overwrite."
             raise DatasetError(f"cannot be read ({error})", case=case, file=file, action=action) from error
         step = max(-(-values.size * len(cases) // _MOST), 1)

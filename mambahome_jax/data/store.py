@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import threading
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +27,8 @@ from mambahome_jax.imaging.intensity import IntensityStatistics
 VERSION = 1
 # Values of labelled voxels of a CT, (n, channels) float32: what `ct_scale` is made of.
 INTENSITIES = "intensities.npy"
+# What NumPy raises for files that are missing, cut short or damaged.
+NUMPY_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 _CHUNK = 64
 _CACHE_BYTES = 256 * 2**20
@@ -223,9 +227,13 @@ class Store:
         try:
             # One thread at a time: NumPy parses the header as Python source, which CPython 3.11 does not do in two
             # threads at once (SystemError: AST constructor recursion depth mismatch).
-            with self._headers, np.load(self.root / case / "foreground.npz", allow_pickle=False) as archive:
+            with (
+                self._headers,
+                (self.root / case / "foreground.npz").open("rb") as file,
+                np.load(file, allow_pickle=False) as archive,
+            ):
                 return archive[str(value)]
-        except (KeyError, OSError, ValueError) as error:
+        except NUMPY_ERRORS as error:
             raise self._damaged(case, "foreground.npz", error) from error
 
     def _damaged(self, case: str, name: str, error: Exception) -> DatasetError:

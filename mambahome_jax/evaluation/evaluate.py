@@ -1,7 +1,5 @@
 """Label maps against references, case by case, and what comes of all cases together."""
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from mambahome_jax.config import Surface
+from mambahome_jax.csvtext import csv_name
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.files import write_json
 from mambahome_jax.evaluation.metrics import compare
@@ -125,14 +124,15 @@ def summarise(scores: Iterable[Score]) -> dict[str, Any]:
 
 
 def write_metrics(path: Path, scores: Iterable[Score]) -> None:
-    """Write metrics.csv (COLUMNS; undefined values as nan and inf), whole or not at all. Raises OutputError."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
+    """Write metrics.csv (COLUMNS; undefined values as nan and inf), whole or not at all. Raises OutputError.
+
+    Names are as `csv_name` makes them.
+    """
+    lines = [",".join(COLUMNS)]
     for row in scores:
-        values = (getattr(row, name) for name in COLUMNS[2:])
-        writer.writerow([row.case, row.structure, *(f"{value:.6g}" for value in values)])
-    write_text(path, text.getvalue(), "--output_dir", parents=True)
+        values = (f"{getattr(row, name):.6g}" for name in COLUMNS[2:])
+        lines.append(",".join((csv_name(row.case), csv_name(row.structure), *values)))
+    write_text(path, "\n".join(lines) + "\n", "--output_dir", parents=True)
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:

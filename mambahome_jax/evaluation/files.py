@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mambahome_jax.csvtext import read_name
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.scores import METRICS, Score
 from mambahome_jax.imaging.files import write_text
@@ -39,8 +40,10 @@ def read_evaluation(folder: Path) -> Evaluation:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 numbers = {name: float(row[name]) for name in _NUMBERS}
-                name = row["structure"]
-                scores.append(Score(row["case"], order.setdefault(name, len(order) + 1), name, **numbers))
+                if None in (row["case"], row["structure"]):
+                    raise ValueError("a row that ends early")
+                case, name = read_name(row["case"]), read_name(row["structure"])
+                scores.append(Score(case, order.setdefault(name, len(order) + 1), name, **numbers))
     except FileNotFoundError as error:
         raise DatasetError("no such file", file=path, expected="an evaluation", action=action) from error
     except OSError as error:

@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,10 @@ from mambahome_jax.imaging.itk_headers import AGAIN, LONGEST, META_DATA, NRRD_EN
 INSTALL = "pip install mambahome-jax[formats]"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _LONGEST_REASON = 200
-_META_PACKED = re.compile(rb"^CompressedData\s*=\s*True", re.MULTILINE | re.IGNORECASE)
+# As MetaIO takes them: its values of truth begin with T, t or 1.
+_META_PACKED = re.compile(rb"^[ \t]*CompressedData[ \t]*[=:][ \t]*[Tt1]", re.MULTILINE)
+_META_BINARY = re.compile(rb"^[ \t]*BinaryData[ \t]*[=:][ \t]*[Tt1]", re.MULTILINE)
+_META_PACKED_SIZE = re.compile(rb"^[ \t]*CompressedDataSize[ \t]*[=:][ \t]*([0-9]{1,18})\b", re.MULTILINE)
 _NRRD_PACKED = re.compile(rb"^encoding:\s*gz", re.MULTILINE | re.IGNORECASE)
 
 
@@ -52,9 +56,9 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     one elsewhere; less than three axes; complex numbers.
     """
     reader = _reader(path)
+    _require_whole(path, reader)
     with _damaged(path):
         image = reader.Execute()
-    _require_checksum(path)
     return voxels(path, image), affine_of(image)
 
 
@@ -160,34 +164,73 @@ def reason_of(error: Exception, *, without_system: bool = False) -> str:
     return reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]}..."
 
 
-def _require_checksum(path: Path) -> None:
-    """Raises DatasetError where compressed voxels are not whole; ITK takes them as they come."""
-    file, start = _packed(path)
+def _require_whole(path: Path, reader: Any) -> None:
+    """Raises DatasetError where there are other voxels than the header says, or packed ones that are damaged.
+
+    ITK fills up what is missing with whatever the memory holds, and says so on the terminal, if at all, past Python and
+    without a file's name: so this comes before it reads them.
+    """
+    file, start, packed = _data_of(path)
     if file is None:
         return
-    unpacker = zlib.decompressobj(32 + zlib.MAX_WBITS)
+    found, taken = _unpacked_bytes(path, file, start) if packed else (file.stat().st_size - start, 0)
+    if not suffix_of(path.name, META_SUFFIXES):
+        return
+    with _damaged(path):
+        reader.ReadImageInformation()
+    channels = reader.GetNumberOfComponents()
+    one = simpleitk(path).Image([1] * 3, reader.GetPixelID(), channels)
+    needed = math.prod(reader.GetSize()) * channels * one.GetSizeOfPixelComponent()
+    reason = f"{found} bytes of voxels, {needed} by its header" if found < needed or (packed and found > needed) else ""
+    if packed:
+        claimed = _META_PACKED_SIZE.search(head_of(path, start or LONGEST))
+        # Without this line MetaIO takes a file of voxels to its end, but a single file for more than there is.
+        if (claimed is None and file == path) or (claimed and int(claimed[1]) != taken):
+            reason = f"{taken} bytes of packed voxels, CompressedDataSize {int(claimed[1]) if claimed else 'missing'}"
+    if reason:
+        raise DatasetError(f"truncated or damaged ({reason})", file=path, action=AGAIN)
+
+
+def _unpacked_bytes(path: Path, file: Path, start: int) -> tuple[int, int]:
+    """Bytes of the voxels that are packed in `file` from `start` on, and bytes that they take there.
+
+    Raises DatasetError: damaged, or without an end.
+    """
+    unpacker, found = zlib.decompressobj(32 + zlib.MAX_WBITS), 0
     try:
         with file.open("rb") as source:
             source.seek(start)
-            while not unpacker.eof and (part := source.read(1 << 20)):
-                unpacker.decompress(part)
+            while not unpacker.eof:
+                part = unpacker.unconsumed_tail or source.read(1 << 20)
+                # By pieces: a megabyte of packed zeros is a gigabyte of them.
+                size = len(unpacker.decompress(part, 1 << 24))
+                found += size
+                if not size and not part:
+                    break
+            taken = source.tell() - start - len(unpacker.unused_data)
     except (OSError, zlib.error) as error:
         raise DatasetError(f"truncated or damaged ({error})", file=path, action=AGAIN) from error
     if not unpacker.eof:
         raise DatasetError("truncated or damaged (no end of its voxels)", file=path, action=AGAIN)
+    return found, taken
 
 
-def _packed(path: Path) -> tuple[Path | None, int]:
-    """The file with the compressed voxels of `path` and where in it they start; no file where they are not packed."""
+def _data_of(path: Path) -> tuple[Path | None, int, bool]:
+    """The file with the voxels of `path`, where in it they start, and whether they are packed; no file where what it
+    holds tells nothing of their number."""
     head = head_of(path, LONGEST)
     if suffix_of(path.name, META_SUFFIXES):
         data = META_DATA.search(head)
-        if data is None or not _META_PACKED.search(head[: data.end()]):
-            return None, 0
+        header = head[: data.end()] if data else b""
+        packed = _META_PACKED.search(header) is not None
+        if data is None or not (packed or _META_BINARY.search(header)):
+            return None, 0, False
+        if data[1].upper() == b"LOCAL":
+            return path, data.end(), packed
         other = path.parent / data[1].decode(errors="replace")
-        return (path, data.end()) if data[1] == b"LOCAL" else (other if other.is_file() else None, 0)
+        return (other if other.is_file() else None), 0, packed
     end = NRRD_END.search(head)
-    return (path, end.end()) if end and _NRRD_PACKED.search(head[: end.end()]) else (None, 0)
+    return (path, end.end(), True) if end and _NRRD_PACKED.search(head[: end.end()]) else (None, 0, False)
 
 
 def _format(path: Path) -> str:

@@ -10,7 +10,9 @@ import glob
 import json
 import logging
 import math
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,10 @@ _PACKED = 10_000
 # What Orbax and TensorStore raise for files that are missing, cut short or of another kind.
 READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError)
 WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+# Folders are made before any thread begins to write: where one cannot be made, the threads wait ten minutes for it.
+WRITING = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+# What a checkpoint takes beside its arrays: some 50 small files and folders, each of a block.
+_MORE_BYTES, _FILES = 1 << 20, 100
 
 
 def sibling(folder: Path, suffix: str) -> Path:
@@ -115,7 +121,7 @@ def write_checkpoint(folder: Path | str, params: Any, config: dict[str, Any], *,
     partial = prepare_partial(folder)
     try:
         require_space(folder.parent, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params)))
-        with _without_absl(), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with quiet_orbax(), ocp.Checkpointer(writing_handler()) as checkpointer:
             checkpointer.save(partial, args=ocp.args.Composite(**{MODEL_ITEM: ocp.args.PyTreeSave(params)}))
         finish_checkpoint(folder, config)
     except WRITE_ERRORS as error:
@@ -127,10 +133,14 @@ def write_checkpoint(folder: Path | str, params: Any, config: dict[str, Any], *,
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raises OSError where fewer than `needed` bytes are free: told before the writer's threads fail one by one."""
-    free = shutil.disk_usage(folder).free
+    """Raises OSError where arrays of `needed` bytes find no room: told before the writer's threads fail one by one."""
+    free, needed = shutil.disk_usage(folder).free, needed + _MORE_BYTES
     if free < needed:
         raise OSError(f"{needed / 1e6:.3g} MB needed, {free / 1e6:.3g} MB free")
+    files = os.statvfs(folder) if hasattr(os, "statvfs") else None
+    # Some file systems make room for files as they come, and know no number.
+    if files is not None and files.f_files and files.f_favail < _FILES:
+        raise OSError(f"{_FILES} files needed, the file system has room for {files.f_favail}")
 
 
 def remove_partial(folder: Path) -> None:
@@ -139,16 +149,35 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def writing_handler() -> ocp.CompositeCheckpointHandler:
+    """What writes the items of a checkpoint."""
+    return ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=WRITING))
+
+
 @contextlib.contextmanager
-def _without_absl() -> Iterator[None]:
-    """Orbax logs each failure with its traceback before it raises it; the message is ours to give."""
-    logger = logging.getLogger("absl")
+def quiet_orbax() -> Iterator[None]:
+    """Orbax logs each failure with its traceback before it raises it, tasks of its own tell theirs when they are
+    collected, and TensorStore where a loop that waited for it is closed; the message is ours to give."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
+
+    def unraisable(args: Any) -> None:
+        if "Event loop is closed" not in str(args.exc_value):
+            hook(args)
+
     logger.setLevel(logging.CRITICAL + 1)
+    # It stays: tasks may be collected at any later time.
+    logging.getLogger("asyncio").addFilter(_not_of_orbax)
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
         logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.getMessage()
 
 
 def prepare_partial(folder: Path) -> Path:

@@ -22,13 +22,16 @@ from mambahome_jax.model.checkpoint import (
     PARTIAL,
     READ_ERRORS,
     WRITE_ERRORS,
+    WRITING,
     find_checkpoint,
     finish_checkpoint,
     prepare_partial,
+    quiet_orbax,
     read_checkpoint_config,
     remove_partial,
     require_space,
     sibling,
+    writing_handler,
 )
 from mambahome_jax.training.distributed import is_first
 from mambahome_jax.training.sharding import tree_sharding
@@ -41,7 +44,9 @@ class CheckpointWriter:
     """Writes checkpoints one after the other while training goes on. Has to be closed; a context manager does it."""
 
     def __init__(self) -> None:
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(quiet_orbax())
+        self._checkpointer = ocp.AsyncCheckpointer(writing_handler(), async_options=WRITING)
         self._swapper = ThreadPoolExecutor(1)
         self._swap: Future | None = None
         self._folder = Path()
@@ -97,6 +102,7 @@ class CheckpointWriter:
             # A failure that was told already would come again, as Orbax has it, in the place of our message.
             with contextlib.suppress(*WRITE_ERRORS):
                 self._checkpointer.close()
+            self._quiet.close()
 
     def __enter__(self) -> "CheckpointWriter":
         return self

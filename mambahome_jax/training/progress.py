@@ -1,10 +1,11 @@
 """What a person sees of a training, and what is kept of it: progress bar or lines, metrics.csv, TensorBoard."""
 
 import csv
+import io
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from mambahome_jax.errors import OutputError
+from mambahome_jax.imaging.files import beside
+from mambahome_jax.training.board import Board
 from mambahome_jax.training.budget import TimeBudget
 
 COLUMNS = (
@@ -32,26 +34,30 @@ COLUMNS = (
 )
 # Without a terminal: a line after this many seconds, and one for about each hundredth of the way if that is slower.
 LINE_SECONDS = 10.0
+# Without a validation or checkpoint, who watches sees nothing new for so long.
+FLUSH_SECONDS = 120.0
 
 
 class MetricsLog:
     """RUN/metrics.csv, one row a step, and RUN/tensorboard. Has to be closed; a context manager does it.
 
-    On a resume after `start` steps the rows beyond are dropped: the steps are done again. Raises OutputError where
-    nothing can be written.
+    On a resume after `start` steps the rows beyond are dropped: the steps are done again. say: called with what
+    happened to a file that somebody removed. Raises OutputError where nothing can be written.
     """
 
-    def __init__(self, folder: Path, start: int = 0):
-        self._path = folder / "metrics.csv"
+    def __init__(self, folder: Path, start: int = 0, say: Callable[[str], None] = print):
+        self._path, self._say, self._flush_due = folder / "metrics.csv", say, 0.0
         try:
-            kept = _rows_up_to(self._path, start)
-            self._file = self._path.open("w", newline="", encoding="utf-8")
-            self._writer = csv.DictWriter(self._file, COLUMNS)
-            self._writer.writeheader()
-            self._writer.writerows(kept)
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1 if start else None)
+            self._open(start)
         except OSError as error:
             raise self._failure(error) from error
+
+    def _open(self, start: int) -> None:
+        _keep_rows(self._path, start)
+        # A row reaches the file whole or not at all, also where the process is killed.
+        self._file = self._path.open("a", newline="", encoding="utf-8", buffering=1)
+        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._board = Board(self._path.with_name("tensorboard"), start + 1 if start else None)
 
     def write(self, row: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
         """Keep the values of a step, named as in COLUMNS; `extra` goes to TensorBoard alone."""
@@ -59,22 +65,31 @@ class MetricsLog:
             self._writer.writerow({name: _text(row.get(name)) for name in COLUMNS})
             for name, value in {**row, **(extra or {})}.items():
                 if name not in ("step", "epoch") and value is not None:
-                    self._board.add_scalar(name, value, row["step"])
+                    self._board.scalar(name, value, row["step"])
+            if time.monotonic() >= self._flush_due:
+                self._flush_due = time.monotonic() + FLUSH_SECONDS
+                self.flush()
         except OSError as error:
             raise self._failure(error) from error
 
     def picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """An RGB picture (rows, columns, 3) uint8 for TensorBoard."""
         try:
-            self._board.add_image(name, picture, step, dataformats="HWC")
+            self._board.picture(name, picture, step)
         except OSError as error:
             raise self._failure(error) from error
 
     def flush(self) -> None:
-        """Bring everything to the disk, for who watches."""
+        """Bring everything to the disk, for who watches; into new files where they were removed meanwhile."""
         try:
             self._file.flush()
             self._board.flush()
+            if not self._path.exists():
+                self._file.close()
+                self._board.close()
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._open(0)
+                self._say(f"{self._path} is gone, and the values so far with it; a new one goes on from here")
         except OSError as error:
             raise self._failure(error) from error
 
@@ -113,11 +128,21 @@ class NoLog(MetricsLog):
         pass
 
 
+def _keep_rows(path: Path, step: int) -> None:
+    """Write the header and the rows up to a step in the place of the file: a run that is killed here has either."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(_rows_up_to(path, step))
+    with beside(path) as partial:
+        partial.write_bytes(text.getvalue().encode())
+
+
 def _rows_up_to(path: Path, step: int) -> list[dict[str, str]]:
     if step == 0 or not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        # A killed process may leave half a row at the end.
+        # A full disk may leave half a row at the end.
         rows = [row for row in csv.DictReader(file) if set(row) == set(COLUMNS) and None not in row.values()]
     return [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step]
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from mambahome_jax.commands import infer
+from mambahome_jax.commands import infer, infer_cases
 from mambahome_jax.config import DataProperties, InferConfig
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.volume import read_labels, read_volume
@@ -114,6 +114,17 @@ def test_whole_results_are_skipped_and_counted(tmp_path, capsys):
     for damaged in ("[]", "{", '{"configuration": 1}'):
         (tmp_path / "out" / "run.json").write_text(damaged)
         assert infer.run(config(tmp_path, skip_existing=True, keep_largest=("all",))) == 0
+
+
+def test_a_case_that_was_stopped_at_its_preview_is_not_kept_without_one(tmp_path, monkeypatch):
+    def stopped(*arguments):
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(infer_cases, "write_preview", stopped)
+        infer.run(config(tmp_path, previews=True))
+    assert infer.run(config(tmp_path, previews=True, skip_existing=True)) == 0
+    assert {path.stem for path in (tmp_path / "out/previews").iterdir()} == {"one", "two"}
 
 
 def test_what_does_not_fit_is_refused_before_the_first_scan(tmp_path):

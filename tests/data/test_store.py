@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mambahome_jax.data import store as store_module
+from mambahome_jax.data.ct_scale import ct_scale
 from mambahome_jax.data.store import (
     Store,
     StoreEntry,
@@ -231,6 +232,29 @@ def test_damaged_index_and_case(tmp_path):
     (tmp_path / "index.json").write_text(json.dumps(content | {"cases": [{"id": "a"}]}))
     with pytest.raises(DatasetError, match=r"damaged \(KeyError"):
         Store(tmp_path)
+
+
+def _cut(content):
+    return content[: len(content) // 2]
+
+
+def _flipped(content):
+    return content[:200] + bytes([content[200] ^ 0xFF]) + content[201:]
+
+
+@pytest.mark.parametrize("damage", [_cut, _flipped, lambda _: b"", lambda _: b"PK\3\4 nothing"])
+@pytest.mark.parametrize("name", ["foreground.npz", "intensities.npy"])
+def test_damaged_arrays_of_a_case_are_named(tmp_path, name, damage):
+    entry, *_ = make_case(tmp_path, "a")
+    write_index(tmp_path, [entry])
+    file = tmp_path / "a" / name
+    if name == "intensities.npy":
+        np.save(file, np.ones((200, 1), np.float32))
+        if damage is _flipped:
+            pytest.skip("a file without a checksum")
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(DatasetError, match=rf"^a: .*{name}: cannot be read .*Run preprocess"):
+        Store(tmp_path).foreground("a") if name == "foreground.npz" else ct_scale(tmp_path, ["a"])
 
 
 def test_fingerprint_survives_json(tmp_path):

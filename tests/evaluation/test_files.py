@@ -26,6 +26,14 @@ def test_comes_back_as_written(tmp_path):
     assert [row.label for row in read_evaluation(tmp_path).scores] == [1, 2]
 
 
+def test_names_that_are_formulas_come_back_too(tmp_path):
+    names = ["=1+1", "-a", "'b", "c"]
+    write_metrics(tmp_path / "metrics.csv", [Score(name, 1, f"@{name}", 1, 1, 1, 1, 1, 1) for name in names])
+    read = read_evaluation(tmp_path).scores
+    assert [(row.case, row.structure) for row in read] == [(name, f"@{name}") for name in names]
+    assert not [line for line in (tmp_path / "metrics.csv").read_text().splitlines() if line.startswith(("=", "-"))]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -37,6 +45,11 @@ def test_comes_back_as_written(tmp_path):
             "damaged",
         ),
         ("metrics.csv", "case,structure,dice,hd95,assd,nsd,volume_ml,reference_volume_ml\na,b,1\n", "damaged"),
+        (
+            "metrics.csv",
+            "dice,hd95,assd,nsd,volume_ml,reference_volume_ml,case,structure\n1,1,1,1,1,1,a\n",
+            "damaged .a row that ends early",
+        ),
         ("metrics.csv", "case,structure\n", "no case was scored"),
         ("summary.json", "{", "not valid JSON"),
         ("summary.json", "[]", "a JSON list"),

@@ -155,6 +155,35 @@ def test_bad_files_are_named_with_what_was_found(tmp_path, make, suffix, capfd):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value) and "0x" not in str(caught.value)
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (b"DimSize = 4 3 2", b"DimSize = 4 3 20"),
+        (b"MET_SHORT", b"MET_FLOAT"),
+        (b"CompressedDataSize = ", b"CompressedDataSize = 9"),
+        # MetaIO then reads beyond the end, and gives whatever was in memory.
+        (b"CompressedDataSize", b"CompressedSize"),
+    ],
+)
+def test_metaimage_with_other_voxels_than_its_header_says(tmp_path, capfd, before, after, packed):
+    path = cut(tmp_path / "a.mha", np.arange(24, dtype=np.int16).reshape(2, 3, 4), None, useCompression=packed)
+    content = path.read_bytes()
+    if before not in content:
+        pytest.skip("not in a file without compression")
+    path.write_bytes(content.replace(before, after))
+    with pytest.raises(DatasetError, match=r"truncated or damaged .* bytes of (packed )?voxels"):
+        read_volume(path)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("make", [truncated, truncated_zip, one_wrong_byte])
+def test_metaimage_says_nothing_beside_the_error(tmp_path, capfd, make):
+    with pytest.raises(DatasetError):
+        read_volume(make(tmp_path / "a.mha")[0])
+    assert capfd.readouterr().err == ""
+
+
 def test_complex_numbers_are_refused(tmp_path):
     with pytest.raises(DatasetError, match="voxels of type complex"):
         read_volume(cut(tmp_path / "a.nrrd", np.zeros((3, 3, 3), np.complex64), None))

@@ -4,6 +4,8 @@ import contextlib
 import os
 import shutil
 import subprocess
+import threading
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -148,11 +150,37 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+def test_a_disk_that_is_read_only_says_so_and_leaves_no_thread_that_waits(small_disk):
+    state, before = _state(), {thread.name for thread in threading.enumerate()}
+    with CheckpointWriter() as writer:
+        writer.save(small_disk / "last", state, CONFIG, data={"at": 1})
+        writer.wait()
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+        with pytest.raises(OutputError, match=r"Read-only file system.*is kept"):
+            writer.save(small_disk / "last", _changed(state), CONFIG, data={"at": 2})
+            writer.wait()
+    # They kept the process from its end for ten minutes.
+    left = [thread for thread in threading.enumerate() if thread.name not in before and not thread.daemon]
+    assert not left
+    assert restore_state(small_disk / "last", state, make_mesh(jax.devices()[:1]))[1] == {"at": 1}
+
+
+def test_a_disk_without_room_for_files_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    found = os.statvfs(tmp_path)
+    names = [name for name in dir(found) if name.startswith("f_")]
+    full = SimpleNamespace(**{name: getattr(found, name) for name in names} | {"f_files": 1000, "f_favail": 3})
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    needed = pytest.raises(OutputError, match=r"100 files needed, the file system has room for 3")
+    with CheckpointWriter() as writer, needed:
+        writer.save(tmp_path / "last", _state(), CONFIG, data={})
+    assert not list(tmp_path.iterdir())
+
+
 # Orbax' threads fail one by one, and some after their event loop.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("foreseen", [True, False])
-def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(small_disk, monkeypatch, foreseen):
+def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(small_disk, monkeypatch, caplog, foreseen):
     state = _changed(_state(width=1024))
     with CheckpointWriter() as writer:
         writer.save(small_disk / "last", state, CONFIG, data={"at": 1})
@@ -171,6 +199,8 @@ def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(small_disk, monkey
         found, data = restore_state(small_disk / "last", jax.eval_shape(lambda: state), make_mesh(jax.devices()[:1]))
         _assert_equal(found, state)
         assert data == {"at": 1}
+    # The message is ours to give: no page of a traceback for each of those threads.
+    assert not [record for record in caplog.records if record.name == "absl"]
     filler.unlink()
     with CheckpointWriter() as writer:
         writer.save(small_disk / "last", _changed(state), CONFIG, data={"at": 2})

@@ -1,0 +1,59 @@
+"""metrics.csv and TensorBoard of a run that is killed, and on a disk that is full."""
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from mambahome_jax.errors import OutputError
+from mambahome_jax.training.progress import MetricsLog
+
+
+def _lines(folder):
+    return (folder / "metrics.csv").read_bytes().decode().splitlines()
+
+
+def test_rows_are_in_the_file_before_anything_is_flushed_or_closed(tmp_path):
+    log = MetricsLog(tmp_path)
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": 0.5})
+    assert [line.split(",")[0] for line in _lines(tmp_path)] == ["step", "1", "2", "3"]
+    # As a run that is killed right after it was resumed from step 2.
+    again = MetricsLog(tmp_path, start=2)
+    assert [line.split(",")[0] for line in _lines(tmp_path)] == ["step", "1", "2"]
+    again.write({"step": 3, "loss": 0.25})
+    assert _lines(tmp_path)[-1].startswith("3,") and not list(tmp_path.glob(".*"))
+    for opened in (log, again):
+        opened.__exit__()
+
+
+def test_a_folder_that_was_removed_is_made_again_and_told(tmp_path):
+    said = []
+    (tmp_path / "run").mkdir()
+    log = MetricsLog(tmp_path / "run", say=said.append)
+    log.write({"step": 1, "loss": 0.5})
+    log.flush()
+    shutil.rmtree(tmp_path / "run")
+    log.write({"step": 2, "loss": 0.5})
+    log.flush()
+    log.write({"step": 3, "loss": 0.5})
+    log.__exit__()
+    assert [line.split(",")[0] for line in _lines(tmp_path / "run")] == ["step", "3"]
+    assert said == [f"{tmp_path}/run/metrics.csv is gone, and the values so far with it; a new one goes on from here"]
+    assert len(list((tmp_path / "run/tensorboard").iterdir())) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+def test_a_full_disk_is_told_and_nobody_waits_for_it(tmp_path):
+    threads = threading.active_count()
+    log = MetricsLog(tmp_path)
+    log.write({"step": 1, "loss": 0.5})
+    records = log._board._writer._py_recordio_writer
+    records.close()
+    with Path("/dev/full").open("wb", buffering=0) as records._writer:
+        for step in range(2, 30):
+            with pytest.raises(OutputError, match=r"metrics\.csv: cannot be written: No space left on device"):
+                log.write({"step": step, "loss": 0.5})
+    log._file.close()
+    assert threading.active_count() == threads
