@@ -28,7 +28,8 @@ def unpacked(packed: bytes, size: int) -> tuple[bytearray, int]:
                 unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS)
             continue
         part = unpacker.decompress(piece, 16 * _PIECE)
-        position += len(piece) - len(unpacker.unconsumed_tail) - len(unpacker.unused_data)
+        # At its end zlib counts what follows among the unconsumed as well.
+        position += len(piece) - len(unpacker.unused_data if unpacker.eof else unpacker.unconsumed_tail)
         if not part and not piece and not unpacker.eof:
             raise EOFError("Compressed file ended before the end-of-stream marker was reached")
         kept = min(len(part), max(size - found, 0))
