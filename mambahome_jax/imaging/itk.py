@@ -19,6 +19,7 @@ import numpy as np
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.files import META_SUFFIXES, head_of, suffix_of, written_whole
 from mambahome_jax.imaging.itk_headers import AGAIN, LONGEST, META_DATA, NRRD_END, require_harmless
+from mambahome_jax.imaging.unpack import DamagedError, Packed, inflated
 
 INSTALL = "pip install mambahome-jax[formats]"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -165,16 +166,13 @@ def _require_checksum(path: Path) -> None:
     file, start = _packed(path)
     if file is None:
         return
-    unpacker = zlib.decompressobj(32 + zlib.MAX_WBITS)
     try:
         with file.open("rb") as source:
             source.seek(start)
-            while not unpacker.eof and (part := source.read(1 << 20)):
-                unpacker.decompress(part)
-    except (OSError, zlib.error) as error:
+            for _ in inflated(Packed(source), wbits=32 + zlib.MAX_WBITS):
+                pass
+    except (OSError, EOFError, DamagedError) as error:
         raise DatasetError(f"truncated or damaged ({error})", file=path, action=AGAIN) from error
-    if not unpacker.eof:
-        raise DatasetError("truncated or damaged (no end of its voxels)", file=path, action=AGAIN)
 
 
 def _packed(path: Path) -> tuple[Path | None, int]:
