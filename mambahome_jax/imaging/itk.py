@@ -20,6 +20,7 @@ import numpy as np
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.files import META_SUFFIXES, head_of, suffix_of, written_whole
 from mambahome_jax.imaging.itk_headers import AGAIN, LONGEST, META_DATA, NRRD_END, require_harmless
+from mambahome_jax.imaging.unpack import DamagedError, Packed, inflated
 
 INSTALL = "pip install mambahome-jax[formats]"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -196,23 +197,14 @@ def _unpacked_bytes(path: Path, file: Path, start: int) -> tuple[int, int]:
 
     Raises DatasetError: damaged, or without an end.
     """
-    unpacker, found = zlib.decompressobj(32 + zlib.MAX_WBITS), 0
     try:
         with file.open("rb") as source:
             source.seek(start)
-            while not unpacker.eof:
-                part = unpacker.unconsumed_tail or source.read(1 << 20)
-                # By pieces: a megabyte of packed zeros is a gigabyte of them.
-                size = len(unpacker.decompress(part, 1 << 24))
-                found += size
-                if not size and not part:
-                    break
-            taken = source.tell() - start - len(unpacker.unused_data)
-    except (OSError, zlib.error) as error:
+            packed = Packed(source)
+            found = sum(len(part) for part in inflated(packed, wbits=32 + zlib.MAX_WBITS))
+            return found, source.tell() - start - packed.left
+    except (OSError, EOFError, DamagedError) as error:
         raise DatasetError(f"truncated or damaged ({error})", file=path, action=AGAIN) from error
-    if not unpacker.eof:
-        raise DatasetError("truncated or damaged (no end of its voxels)", file=path, action=AGAIN)
-    return found, taken
 
 
 def _data_of(path: Path) -> tuple[Path | None, int, bool]:

@@ -6,21 +6,19 @@ can hold, and makes every fault a `DatasetError` that names the file.
 
 import contextlib
 import functools
-import gzip
 import logging
 import math
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.unpack import GZIP_MAGIC, unpacked
+from mambahome_jax.imaging.unpack import GZIP_MAGIC, DamagedError, unpacked, unpacked_head
 
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _LONGEST = 1e12  # mm
@@ -35,13 +33,13 @@ def read(path: Path, channels: int | None) -> tuple[nib.Nifti1Header, np.ndarray
     No more is allocated than the file can hold, whatever its header claims.
     Raises DatasetError: as `read_header`; a truncated or damaged file; another number of axes or channels.
     """
-    with _opened(path) as (file, stream):
-        header = _header_of(path, stream.read(_HEADER))
+    with _opened(path) as (file, packed):
+        header = _header_of(path, _head(file, packed))
         shape, dtype, offset = _layout(path, header, channels)
         end = offset + math.prod(shape) * dtype.itemsize
-        _require_held(path, _most(file, stream), offset, end)
+        _require_held(path, _most(file, packed), offset, end)
         file.seek(0)
-        content, held = (file.read(end), end) if stream is file else unpacked(file.read(), end)
+        content, held = unpacked(file, end) if packed else (file.read(end), end)
         _require_held(path, min(held, len(content)), offset, end)
     return header, np.frombuffer(content, dtype, count=math.prod(shape), offset=offset).reshape(shape, order="F")
 
@@ -51,23 +49,27 @@ def read_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray, nib.Nifti1He
 
     Headers are not to be changed: files with the same one share it.
     """
-    with _opened(path) as (file, stream):
-        header = _header_of(path, stream.read(_HEADER))
+    with _opened(path) as (file, packed):
+        header = _header_of(path, _head(file, packed))
         shape, dtype, offset = _layout(path, header, None)
-        _require_held(path, _most(file, stream), offset, offset + math.prod(shape) * dtype.itemsize)
+        _require_held(path, _most(file, packed), offset, offset + math.prod(shape) * dtype.itemsize)
     return shape, affine_of(path, header), header
 
 
 def read_header(path: Path) -> nib.Nifti1Header:
     """The header alone. Raises DatasetError: missing, damaged, no NIfTI file, or half of a pair."""
-    with _opened(path) as (_, stream):
-        return _header_of(path, stream.read(_HEADER))
+    with _opened(path) as (file, packed):
+        return _header_of(path, _head(file, packed))
 
 
-def _most(file: BinaryIO, stream: Any) -> int:
+def _head(file: BinaryIO, packed: bool) -> bytes:
+    return unpacked_head(file, _HEADER) if packed else file.read(_HEADER)
+
+
+def _most(file: BinaryIO, packed: bool) -> int:
     """Bytes that a file can hold at most: deflate packs no more than 1032 into one."""
     size = os.fstat(file.fileno()).st_size
-    return size if stream is file else 1032 * size
+    return 1032 * size if packed else size
 
 
 def _require_held(path: Path, held: int, offset: int, end: int) -> None:
@@ -77,8 +79,8 @@ def _require_held(path: Path, held: int, offset: int, end: int) -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
-    """The file, and what its header is to be read from: itself, or what unpacks it. Raises DatasetError."""
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
+    """The file, and whether it is gzip. Raises DatasetError, also where reading it fails afterwards."""
     if path.exists() and not path.is_file():
         # Opening a pipe would wait for its writer for ever.
         raise DatasetError("cannot be read: not a regular file", file=path, expected=".nii or .nii.gz")
@@ -86,10 +88,10 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Any]]:
         with path.open("rb") as file:
             packed = file.read(2) == GZIP_MAGIC
             file.seek(0)
-            yield file, gzip.GzipFile(fileobj=file) if packed else file
+            yield file, packed
     except FileNotFoundError as error:
         raise DatasetError("no such file", file=path) from error
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, DamagedError) as error:
         found, action = f"truncated or damaged ({error})", "Copy or download it again."
         raise DatasetError(found, file=path, expected="a whole gzip", action=action) from error
     except OSError as error:

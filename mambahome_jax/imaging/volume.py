@@ -1,9 +1,9 @@
 """Scans and label maps as they are on disk: read through nifti, itk and dicom; NIfTI is written here."""
 
+import contextlib
 import json
 import struct
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from mambahome_jax.imaging.files import (
     suffix_of,
     written_whole,
 )
+from mambahome_jax.imaging.pack import fortran_bytes, gzipped, parts_of
 
 Forms = tuple[np.ndarray | None, np.ndarray | None, np.ndarray]
 _COMMENT = 6  # kind of a NIfTI header extension: plain text
-_SLICES = 16  # written at a time; as many values share a cache line where the last axis is the contiguous one
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +144,8 @@ def write_volume(
     """Write a Volume to .nii, .nii.gz, .mha or .nrrd, whole or not at all: beside its place first, then renamed.
 
     dtype: stored type (default: the array's own; bool as uint8, int64 as int32, any float as float32). In NIfTI the
-    affine goes into the sform, and into the qform too unless it is sheared, both with code 1. Same volume, same bytes.
+    affine goes into the sform, and into the qform too unless it is sheared, both with code 1. Same volume, same bytes,
+      however many cores pack it; those of .nii.gz differ with and without isal, and may between kinds of processor.
     names: of label values, kept in a NIfTI header as a comment extension: the JSON text {"labels": {"1": "liver"}}.
     Raises OutputError: a folder that cannot be written, a full disk, a wrong suffix, values that `dtype` cannot hold,
     SimpleITK not installed where .mha or .nrrd needs it.
@@ -163,15 +164,12 @@ def write_volume(
     content = bytes(header.binaryblock) + extension
     with written_whole(path) as partial, partial.open("wb") as file:
         if path.name.endswith(".gz"):
-            # Level 1 packs a noisy CT to within a few percent of level 6 at three times its speed. Noisy floats
-            # have no repeats to find, only runs: the same size, at more than twice the speed again.
-            strategy = zlib.Z_RLE if array.dtype.kind == "f" else zlib.Z_DEFAULT_STRATEGY
-            packer = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS, 9, strategy)
-            for part in _stored_parts(content, array):
-                file.write(packer.compress(part))
-            file.write(packer.flush())
+            # A disk that is full must not leave threads behind.
+            with contextlib.closing(gzipped(content, array)) as pieces:
+                file.writelines(pieces)
         else:
-            file.writelines(_stored_parts(content, array))
+            file.write(content)
+            file.writelines(map(fortran_bytes, parts_of(array)))
 
 
 def _stored(path: Path, channels: int | None) -> tuple[np.ndarray, np.ndarray, float, float]:
@@ -244,16 +242,3 @@ def _names_extension(names: Mapping[int, str]) -> bytes:
     # Four bytes that announce it, then size and kind as int32 and the text, padded so that the size divides by 16.
     size = -(-(8 + len(text)) // 16) * 16
     return b"\x01\0\0\0" + struct.pack("<ii", size, _COMMENT) + text.ljust(size - 8, b"\0")
-
-
-def _stored_parts(head: bytes, array: np.ndarray) -> Iterator[bytes]:
-    """The bytes of the file: header, then voxels with the first axis fastest."""
-    yield head
-    for channel in np.moveaxis(array, 3, 0) if array.ndim == 4 else [array]:
-        for k in range(0, channel.shape[2], _SLICES):
-            source = channel[:, :, k : k + _SLICES]
-            part = np.empty(source.shape, array.dtype, order="F")
-            # Row by row, so that a transposition of memory order stays within the cache.
-            for j in range(source.shape[1]):
-                part[:, j] = source[:, j]
-            yield part.tobytes(order="F")
