@@ -1,4 +1,4 @@
-# `make faults` damages files, kills and starves the commands: half an hour to an hour.
+# `make faults` damages files, kills and starves the commands: twenty minutes.
 # `make demo` and `make test` build .venv when it is missing, with any Python >= 3.11 that is found.
 # PYTHON=/path/to/python picks one.
 
