@@ -27,9 +27,11 @@ from mambahome_jax.model.network import MambaHoME
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def write_model(folder: Path, size: str, classes: int, spacing: tuple[float, ...], roi: tuple[int, ...]) -> None:
+def write_model(
+    folder: Path, size: str, classes: int, spacing: tuple[float, ...], roi: tuple[int, ...], channels: int = 1
+) -> None:
     """A checkpoint folder of random weights; its logits say nothing, but take the time and memory of any."""
-    config = MODEL_SIZES[size].model.replace(in_chans=1, out_chans=classes)
+    config = MODEL_SIZES[size].model.replace(in_chans=channels, out_chans=classes)
     data = DataProperties(spacing=(spacing[0], spacing[1], spacing[2]), patch_size=(roi[0], roi[1], roi[2]))
     params = nnx.to_pure_dict(nnx.state(MambaHoME(config, rngs=nnx.Rngs(0), precision="fp32"), nnx.Param))
     write_checkpoint(folder, params, {"model": vars(config), "data": data.to_json()})
@@ -59,12 +61,17 @@ def main() -> None:
     parser.add_argument(
         "--shear", type=float, default=0, help="of the scan: mm to the back in a mm along the last axis"
     )
+    parser.add_argument("--channels", type=int, default=1, help="of the scan, above 1 each in a file of its own")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_scan(folder / "scan.nii.gz", tuple(args.shape), tuple(args.voxel), args.shear)
-        write_model(folder / "model", args.model, args.classes, args.spacing, args.roi_size)
-        command = [sys.executable, str(ROOT / "infer.py"), "--data_path", str(folder / "scan.nii.gz")]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        scans = folder / "scans"
+        names = ["scan.nii.gz"] if args.channels == 1 else [f"scan_{n:04}.nii.gz" for n in range(args.channels)]
+        make_scan(scans / names[0], tuple(args.shape), tuple(args.voxel), args.shear)
+        for name in names[1:]:
+            shutil.copy(scans / names[0], scans / name)
+        write_model(folder / "model", args.model, args.classes, args.spacing, args.roi_size, args.channels)
+        command = [sys.executable, str(ROOT / "infer.py"), "--data_path", str(scans)]
         command += ["--model_path", str(folder / "model"), "--output_dir", str(folder / "out")]
         command += ["--overlap", str(args.overlap), "--sw_batch_size", str(args.sw_batch_size)]
         begun, host, gpu = time.perf_counter(), 0.0, 0.0
