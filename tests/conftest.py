@@ -14,6 +14,11 @@ os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# The same examples at every run, and as much time as a busy machine needs for each.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

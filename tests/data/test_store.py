@@ -82,7 +82,7 @@ def test_regions_are_cut_to_the_volume(two_cases):
     assert store.read_label("a", (-9, 0, 0), (-2, 5, 5)).shape == (0, 5, 5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_any_region_equals_the_slice(tmp_path_factory, data):
     root = tmp_path_factory.getbasetemp() / "any_region"

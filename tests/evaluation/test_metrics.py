@@ -52,7 +52,7 @@ def test_equals_monai_with_a_tolerance_for_each_class(order):
             np.testing.assert_allclose(result, golden[name][sample], rtol=0, atol=tolerance, err_msg=name)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(LABEL_MAPS, LABEL_MAPS)
 def test_symmetric_and_bounded(a, b):
     spacing = (0.7, 1.1, 2.5)
@@ -68,7 +68,7 @@ def test_symmetric_and_bounded(a, b):
         np.testing.assert_array_equal(hd95(a, a, present, spacing), 0)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(LABEL_MAPS, LABEL_MAPS)
 def test_tree_and_distance_transform_agree(a, b):
     if not (a == 1).any() or not (b == 1).any():

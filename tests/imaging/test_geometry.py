@@ -80,7 +80,7 @@ def inside(affine: np.ndarray, shape, grid: Volume) -> np.ndarray:
     return ((position > -1e-6) & (position < np.array(shape) - 1 + 1e-6)).all(axis=-1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(affine=affines(), orientation=st.sampled_from(ORIENTATIONS))
 def test_reorientation_moves_nothing_in_the_world_and_can_be_undone(affine, orientation):
     shape = (5, 6, 7)
@@ -93,7 +93,7 @@ def test_reorientation_moves_nothing_in_the_world_and_can_be_undone(affine, orie
     np.testing.assert_allclose(back.affine, affine, atol=1e-9)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(affine=affines(shear=0.3), spacing=st.tuples(*[st.floats(0.6, 3.5)] * 3))
 def test_a_ramp_in_world_coordinates_stays_a_ramp(affine, spacing):
     shape = (9, 8, 7)
@@ -105,7 +105,7 @@ def test_a_ramp_in_world_coordinates_stays_a_ramp(affine, spacing):
         np.testing.assert_allclose(result.spacing, spacing, atol=1e-9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(source=affines(shear=0.2), target=affines(shear=0.2))
 def test_a_ramp_survives_onto_any_other_grid(source, target):
     shape = (9, 8, 7)
@@ -116,7 +116,7 @@ def test_a_ramp_survives_onto_any_other_grid(source, target):
     np.testing.assert_allclose(result.array[known], world(target, (5, 4, 6))[known], atol=2e-3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     affine=affines(),
     spacing=st.tuples(*[st.floats(0.6, 3.5)] * 3),
@@ -192,7 +192,7 @@ def test_order_that_is_none_is_refused():
         resample_to(Volume(np.zeros((2, 2, 2)), np.eye(4)), np.eye(4), (2, 2, 2), "cubic")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     affine=affines(),
     start=st.tuples(*[st.integers(-4, 8)] * 3),

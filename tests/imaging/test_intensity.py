@@ -64,7 +64,7 @@ def test_no_foreground_gives_an_empty_box(golden):
     assert start == tuple(golden["allzero/start"]) and end == tuple(golden["allzero/end"])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     low=st.tuples(*[st.integers(0, 7)] * 3),
     margin=st.integers(0, 3),

@@ -27,7 +27,7 @@ def engine(request, monkeypatch):
     return request.param
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=3, max_size=4),
     axes=st.permutations(range(4)),

@@ -89,7 +89,7 @@ FILES = st.lists(st.tuples(members(), st.sampled_from([0, 1, 700])), min_size=1,
 STEPS = st.sampled_from([4, 5, 64, 1000, 1 << 20])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(packed=FILES, step=STEPS, beyond=st.sampled_from([-1, 0, 5]))
 @pytest.mark.parametrize("module", ENGINES)
 def test_whole_files_are_read_however_they_are_cut(module, packed, step, beyond):
@@ -125,7 +125,7 @@ def _changed(packed: bytes, kind: str, where: float, value: int) -> bytes:
 KINDS = st.sampled_from(["byte", "bit", "cut", "left out", "put in", "behind", "twice"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(packed=FILES, kind=KINDS, where=st.floats(0, 1), value=st.integers(0, 255), step=STEPS)
 @pytest.mark.parametrize("module", ENGINES)
 def test_what_zlib_refuses_is_refused_and_nothing_else(module, packed, kind, where, value, step):

@@ -66,7 +66,7 @@ def test_written_volume_reads_back_exactly(tmp_path, suffix, dtype):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     shape=st.tuples(*[st.integers(1, 5)] * 3, st.integers(2, 3)),
     axes=st.permutations(range(3)),

@@ -44,7 +44,7 @@ def blocks(shape, seed=0):
     return coarse[tuple(slice(0, n) for n in shape)]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     st.sampled_from(["RAS", "LPS", "PSR", "AIL", "SRP"]),
     st.tuples(*[st.integers(9, 21)] * 3),

@@ -100,7 +100,7 @@ def test_gaussian_maps(number):
     np.testing.assert_allclose(result, golden[f"map{number}/importance"], rtol=1e-5)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     st.tuples(*[st.integers(1, 12)] * 3),
     st.tuples(*[st.integers(-1, 9)] * 3),
