@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mambahome_jax.commands.evaluate_tables import comparison_table, results_table
 from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.config import EvaluateConfig
+from mambahome_jax.cores import usable_cores
 from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.datasets.base import label_names, read_json, scan_files
 from mambahome_jax.datasets.files import fault_of_name, twins_note
@@ -250,8 +250,7 @@ def _compare(scores: list[Score], other: Evaluation, console: Console) -> dict[s
 
 
 def _score(pairs: list[Pair], num_workers: int | None, console: Console) -> tuple[list[Score], list[tuple[str, str]]]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(cores if num_workers is None else num_workers, len(pairs))
+    workers = min(usable_cores() if num_workers is None else num_workers, len(pairs))
     small = sum(pair.reference.stat().st_size for pair in pairs) < SMALL_BYTES
     scores: list[Score] = []
     failed: list[tuple[str, str]] = []

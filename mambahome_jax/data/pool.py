@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from mambahome_jax.cores import usable_cores
 from mambahome_jax.errors import ConfigError, MambaHomeError
 
 J = TypeVar("J")
@@ -77,8 +78,7 @@ def count_workers(asked: int | None, jobs: Sequence[J], peak_bytes: Callable[[J]
     """
     if asked is not None and asked < 0:
         raise ConfigError(f"num_workers is {asked}; expected 0 or more")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    wanted = max(min(cores if asked is None else asked, len(jobs)), 1)
+    wanted = max(min(usable_cores() if asked is None else asked, len(jobs)), 1)
     available = available_memory()
     if wanted == 1 or available is None:
         return wanted, wanted

@@ -1,7 +1,6 @@
 """Packing voxels as gzip in several threads, into the same bytes however many there are."""
 
 import multiprocessing
-import os
 import struct
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -10,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from mambahome_jax.cores import usable_cores
 from mambahome_jax.imaging import deflate
 
 P = TypeVar("P")
@@ -67,8 +67,7 @@ def threads() -> int:
     """How many pack: one a core, and one alone in a worker process, which shares the cores with others."""
     if multiprocessing.parent_process() is not None:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, _MOST_THREADS)
+    return min(usable_cores(), _MOST_THREADS)
 
 
 def _in_order(function: Callable[[P], R], parts: Sequence[P]) -> Iterator[R]:
