@@ -12,8 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mambahome_jax.errors import OutputError
-from mambahome_jax.imaging.files import beside
+from mambahome_jax.imaging.files import beside, not_written
 
 ENTRIES = ("probabilities", "affine", "labels")
 
@@ -34,8 +33,7 @@ def write_probabilities(path: Path, values: np.ndarray, affine: np.ndarray, name
                 with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                     np.lib.format.write_array(entry, array, allow_pickle=False)
     except OSError as error:
-        reason = f"{path}: cannot be written: {error.strerror or error}"
-        raise OutputError(f"{reason}. Free some space or name another folder") from error
+        raise not_written(path, error, "folder") from error
 
 
 def whole_probabilities(path: Path) -> bool:
