@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from mambahome_jax.config import CtScale
-from mambahome_jax.data.store import INTENSITIES, NUMPY_ERRORS
+from mambahome_jax.data.store import INTENSITIES
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.npz import NPZ_ERRORS
 
 PERCENTILES = (0.5, 99.5)
 
@@ -26,7 +27,7 @@ def ct_scale(root: Path, cases: Sequence[str]) -> CtScale | None:
         try:
             with file.open("rb") as opened:
                 values = np.load(opened, allow_pickle=False)
-        except NUMPY_ERRORS as error:
+        except NPZ_ERRORS as error:
             action = "Run preprocess.py again with --overwrite."
             raise DatasetError(f"cannot be read ({error})", case=case, file=file, action=action) from error
         step = max(-(-values.size * len(cases) // _MOST), 1)

@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import threading
-import zipfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -23,12 +21,11 @@ from mambahome_jax.datasets.label_map import count_values
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import DatasetError, OutputError, why_not_written
 from mambahome_jax.imaging.intensity import IntensityStatistics
+from mambahome_jax.npz import NPZ_ERRORS
 
 VERSION = 1
 # Values of labelled voxels of a CT, (n, channels) float32: what `ct_scale` is made of.
 INTENSITIES = "intensities.npy"
-# What NumPy raises for files that are missing, cut short or damaged.
-NUMPY_ERRORS = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 _CHUNK = 64
 _CACHE_BYTES = 256 * 2**20
@@ -233,7 +230,7 @@ class Store:
                 np.load(file, allow_pickle=False) as archive,
             ):
                 return archive[str(value)]
-        except NUMPY_ERRORS as error:
+        except NPZ_ERRORS as error:
             raise self._damaged(case, "foreground.npz", error) from error
 
     def _damaged(self, case: str, name: str, error: Exception) -> DatasetError:

@@ -21,8 +21,8 @@ from mambahome_jax.jsontext import parse_json
 from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params, write_checkpoint
 from mambahome_jax.model.names import config_of_shapes, dotted, official_shape, targets
 from mambahome_jax.model.network import MambaHoME, default_precision
-from mambahome_jax.model.npz import NPZ_ERRORS, require_held
 from mambahome_jax.model.pth import read_pth, write_pth
+from mambahome_jax.npz import NPZ_ERRORS, require_held
 
 FORMATS = (".pth", ".pt", ".npz", ".safetensors")
 # Wrappers that data-parallel training puts around the names.

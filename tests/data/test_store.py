@@ -234,6 +234,10 @@ def test_damaged_index_and_case(tmp_path):
         Store(tmp_path)
 
 
+def _half_a_header(content):
+    return b"\x93NUMPY\x01\x00\x0b\x00{'descr': (\n"
+
+
 def _cut(content):
     return content[: len(content) // 2]
 
@@ -242,7 +246,7 @@ def _flipped(content):
     return content[:200] + bytes([content[200] ^ 0xFF]) + content[201:]
 
 
-@pytest.mark.parametrize("damage", [_cut, _flipped, lambda _: b"", lambda _: b"PK\3\4 nothing"])
+@pytest.mark.parametrize("damage", [_cut, _flipped, lambda _: b"", lambda _: b"PK\3\4 nothing", _half_a_header])
 @pytest.mark.parametrize("name", ["foreground.npz", "intensities.npy"])
 def test_damaged_arrays_of_a_case_are_named(tmp_path, name, damage):
     entry, *_ = make_case(tmp_path, "a")

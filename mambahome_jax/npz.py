@@ -1,4 +1,5 @@
-"""Whether a .npz file can hold the arrays that it claims, looked at before numpy makes room for them."""
+"""Damaged files of NumPy's: what reading them raises, and whether a .npz can hold the arrays that it claims, looked at
+before numpy makes room for them."""
 
 import math
 import struct
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-# What numpy and zipfile raise for a file that is damaged, or no .npz file at all.
+# What numpy and zipfile raise for a .npy or .npz file that is missing or damaged, or none at all.
 NPZ_ERRORS = (
     *(OSError, ValueError, EOFError, KeyError, TypeError, MemoryError, OverflowError, RuntimeError, SyntaxError),
     *(NotImplementedError, RecursionError, struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile),
