@@ -1,5 +1,6 @@
 """A run that has to end in time, on a clock that the test moves."""
 
+import contextlib
 import io
 
 import jax
@@ -27,9 +28,17 @@ class Clock:
 
 
 def _run(
-    folder, seconds, step=10.0, compile_time=0.0, validation=40.0, spent_before=0.0, progressed=None, val_every=None
+    folder,
+    seconds,
+    step=10.0,
+    compile_time=0.0,
+    validation=40.0,
+    saving=0.0,
+    spent_before=0.0,
+    progressed=None,
+    val_every=None,
 ):
-    """A run in which each step and validation takes so long; returns clock, rates, times of validations, progress."""
+    """A run in which each step, validation, saving takes so long: clock, rates, times of validations, progress."""
     folder.mkdir(exist_ok=True)
     clock, rates, validated = Clock(5.0), [], []
 
@@ -47,7 +56,14 @@ def _run(
         validated.append(clock.now - 5.0)
         return Validation(0.5, {"box": 0.5})
 
-    budget = TimeBudget(seconds, 5.0, spent_before, own_validations=val_every is None, clock=clock)
+    class SlowDisk(TimeBudget):
+        @contextlib.contextmanager
+        def saving(self):
+            with super().saving():
+                yield
+                clock.now += saving
+
+    budget = SlowDisk(seconds, 5.0, spent_before, own_validations=val_every is None, clock=clock)
     progressed = progressed or Progressed()
     plan = Plan(None, steps_per_epoch=2, val_every=val_every, budget=budget)
     with MetricsLog(folder) as log, Display(Console(file=io.StringIO()), None, budget=budget) as display:
@@ -66,6 +82,14 @@ def test_the_run_ends_in_time_with_a_validation_of_its_last_step(tmp_path):
         config = read_checkpoint_config(tmp_path / name)
         assert config["seconds_spent"] <= 1000
     assert read_checkpoint_config(tmp_path / "last")["step"] == len(rates)
+
+
+def test_checkpoints_that_take_longer_than_the_validations_leave_the_time_to_the_steps(tmp_path):
+    """With ten cases to validate on, each step of a run was once followed by a validation of 0.1 s and 1 s of saving."""
+    end, rates, validated, _ = _run(tmp_path, seconds=1000, step=2.0, validation=0.4, saving=3.0)
+    assert 960 <= end <= 1000
+    assert len(rates) * 2.0 >= 0.9 * end
+    assert len(validated) >= 6
 
 
 def test_the_rate_follows_the_time_spent(tmp_path):
