@@ -134,19 +134,20 @@ def _train(
     }
     require_same("The configuration", settings)
     last = folder / "checkpoints" / "last"
-    graphdef, _ = _split(nnx.eval_shape(lambda: _new_model(config, setup)))
-    trained_graphdef, abstract = _split(nnx.eval_shape(lambda: _with_heads(_new_model(config, setup), config, setup)))
+    graphdef, trained_graphdef, params = _networks(config, setup, None if resume else report, console)
     ingredients = setup.ingredients
     ema = ingredients.ema_decay > 0
+    abstract = abstract_state(params, optimizer, ema)
     data_state, spent = None, 0.0
     if resume:
         found = check_settings(last, settings)
-        state, data_state = restore_state(last, abstract_state(abstract, optimizer, ema), mesh, config.strategy)
+        state, data_state = restore_state(last, abstract, mesh, config.strategy)
         progressed.step, progressed.best = int(state.step), found["best"]
         progressed.validated_until = found["validated_until"]
         spent = found.get("seconds_spent", 0.0)
     else:
-        state = init_state(_initial_params(config, setup, report, console), optimizer, mesh, config.strategy, ema)
+        state = init_state(params, optimizer, mesh, config.strategy, ema)
+    del params  # or they stay in the device's memory beside the state
     budget = None
     if config.max_minutes is not None:
         budget = TimeBudget(config.max_minutes * 60, begun, spent, own_validations=setup.val_every is None)
@@ -161,7 +162,7 @@ def _train(
     # Not before: a run that cannot be continued with these flags keeps its report.
     report["status"] = "running"
     write_report(folder, report)
-    say_start(setup, abstract, devices, plan, progressed.step, console, config.recipe)
+    say_start(setup, abstract.params, devices, plan, progressed.step, console, config.recipe)
 
     store = Store(setup.prepared.store)
     validate = None
@@ -231,36 +232,32 @@ def _batches(config: TrainConfig, setup: Setup, store: Store, data_state: dict[s
         iterator.close()
 
 
-def _new_model(config: TrainConfig, setup: Setup) -> MambaHoME:
-    return MambaHoME(setup.model, rngs=nnx.Rngs(config.seed), precision=setup.precision, metadata=setup.properties)
+def _networks(
+    config: TrainConfig, setup: Setup, report: dict[str, Any] | None, console: Console
+) -> tuple[nnx.GraphDef, nnx.GraphDef, Any]:
+    """The network's structure, that of what is trained (with heads for deep supervision), and the latter's parameters.
 
-
-def _with_heads(model: MambaHoME, config: TrainConfig, setup: Setup) -> nnx.Module:
-    """What is trained: the network, with auxiliary heads beside it for deep supervision."""
+    report: of a new run, which lists what --use_pretrained loaded; None for one that goes on with its own parameters.
+    Raises CheckpointError where the weights to start from are of another network.
+    """
+    # Not traced by nnx.eval_shape where values are not needed: that takes longer than to draw them.
+    model = MambaHoME(setup.model, rngs=nnx.Rngs(config.seed), precision=setup.precision, metadata=setup.properties)
+    graphdef, params = _split(model)
+    if report is not None and config.use_pretrained not in ("", "False"):
+        weights = read_weights(config.use_pretrained)
+        params, found = transfer(weights, params, setup.model, setup.properties, config.use_pretrained)
+        console.print(f"{config.use_pretrained}: {found}", markup=False, highlight=False, soft_wrap=True)
+        report["pretrained"] = {"path": config.use_pretrained, **plain(dataclasses.asdict(found))}
+        model = nnx.merge(graphdef, params)
     if not setup.ingredients.deep_supervision:
-        return model
-    return DeepSupervision(model, rngs=nnx.Rngs(config.seed + 1), precision=setup.precision)
+        return graphdef, graphdef, params
+    trained = DeepSupervision(model, rngs=nnx.Rngs(config.seed + 1), precision=setup.precision)
+    return graphdef, *_split(trained)
 
 
 def _split(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
-
-
-def _initial_params(config: TrainConfig, setup: Setup, report: dict[str, Any], console: Console) -> Any:
-    """Fresh parameters, or those of --use_pretrained as far as they fit, which `report` then lists.
-
-    Raises CheckpointError where these are of another network.
-    """
-    model = _new_model(config, setup)
-    if config.use_pretrained not in ("", "False"):
-        graphdef, fresh = _split(model)
-        weights = read_weights(config.use_pretrained)
-        params, found = transfer(weights, fresh, setup.model, setup.properties, config.use_pretrained)
-        console.print(f"{config.use_pretrained}: {found}", markup=False, highlight=False, soft_wrap=True)
-        report["pretrained"] = {"path": config.use_pretrained, **plain(dataclasses.asdict(found))}
-        model = nnx.merge(graphdef, params)
-    return _split(_with_heads(model, config, setup))[1]
 
 
 def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:

@@ -54,7 +54,8 @@ def drawn(
     key_data = jax.random.key_data(rngs.params())
     if isinstance(key_data, jax.core.Tracer):
         return jax.pure_callback(on_host, jax.ShapeDtypeStruct(shape, dtype), key_data)
-    return jnp.asarray(on_host(np.asarray(key_data)))
+    # jnp.asarray would compile a program for every shape.
+    return jax.device_put(on_host(np.asarray(key_data)))
 
 
 def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.Param:

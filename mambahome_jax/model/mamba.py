@@ -59,7 +59,7 @@ class Mamba(nnx.Module):
 
         self.dt_bias = nnx.Param(drawn(rngs, (d_inner,), param_dtype, inverse_softplus_of_dt))
         states = np.tile(np.log(np.arange(1, D_STATE + 1)), (d_inner, 1))
-        self.A_log = nnx.Param(jnp.asarray(states, param_dtype))
+        self.A_log = nnx.Param(jax.device_put(states.astype(param_dtype)))
         self.D = nnx.Param(jnp.ones(d_inner, param_dtype))
         self.out_proj = linear(d_inner, d_model)
 

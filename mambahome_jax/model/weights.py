@@ -77,8 +77,15 @@ def export_official(tree: Any) -> dict[str, np.ndarray]:
     return official
 
 
-def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: MambaHoME(config, rngs=nnx.Rngs(0))))
+class _OneKey(nnx.Rngs):
+    """For shapes alone: nnx.Rngs counts its keys, which takes seconds where the constructor is traced."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+def _abstract(config: ModelConfig, **arguments: Any) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: MambaHoME(config, rngs=_OneKey(0), **arguments)))
 
 
 @functools.lru_cache(maxsize=8)
@@ -263,10 +270,7 @@ def build_model(
     if precision is None:
         precision = "fp32" if dtype == jnp.float64 else default_precision()
     config = weights.config.replace(use_checkpoint=use_checkpoint)
-    model = nnx.eval_shape(
-        lambda: MambaHoME(config, rngs=nnx.Rngs(0), param_dtype=dtype, precision=precision, metadata=weights.data)
-    )
-    graphdef, state = nnx.split(model)
+    graphdef, state = _abstract(config, param_dtype=dtype, precision=precision, metadata=weights.data)
     arrays = {path: jnp.asarray(weights.params[dotted(path)], dtype) for path in _leaves(state)}
     nnx.replace_by_pure_dict(state, _nest(arrays))
     return nnx.merge(graphdef, state)
