@@ -15,14 +15,20 @@ _OPTIONS: dict[str, dict[str, str | bool]] = {
     "gpu": {"xla_gpu_force_conv_nhwc": True, "xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": "2"},
 }
 
+# The scheduler that hides the time of collectives keeps much more in memory for it: two GPUs with split parameters took
+# 12.8 GiB and 118.5 ms a step with it, 7.9 GiB and 120.4 ms without (docs/performance.md).
+_LESS_MEMORY: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": False}}
+
 
 @functools.cache
-def compiler_options() -> dict[str, str | bool]:
+def compiler_options(less_memory: bool = False) -> dict[str, str | bool]:
     """The `compiler_options` of jax.jit on the default backend.
 
     Without those that this jaxlib does not know, and without those that the user has set in XLA_FLAGS.
+    less_memory: at the cost of some time, on several devices.
     """
-    wanted = _OPTIONS.get(jax.default_backend(), {})
+    backend = jax.default_backend()
+    wanted = _OPTIONS.get(backend, {}) | (_LESS_MEMORY.get(backend, {}) if less_memory else {})
     users = {flag.lstrip("-").split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
     return {name: value for name, value in wanted.items() if name not in users and _known({name: value})}
 

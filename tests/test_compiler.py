@@ -28,3 +28,11 @@ def test_what_the_user_sets_stays(monkeypatch):
 def test_no_options_where_there_are_none(monkeypatch):
     monkeypatch.setattr(compiler, "_OPTIONS", {"gpu": {"xla_no_such_option": True}})
     assert compiler.compiler_options() == {}
+
+
+def test_less_memory_is_a_matter_of_those_who_ask_for_it(monkeypatch):
+    monkeypatch.setattr(compiler, "_OPTIONS", {"cpu": {"xla_backend_optimization_level": "1"}})
+    monkeypatch.setattr(compiler, "_LESS_MEMORY", {"cpu": {"xla_gpu_enable_latency_hiding_scheduler": False}})
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert compiler.compiler_options() == {"xla_backend_optimization_level": "1"}
+    assert compiler.compiler_options(less_memory=True)["xla_gpu_enable_latency_hiding_scheduler"] is False

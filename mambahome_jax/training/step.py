@@ -123,7 +123,9 @@ def make_train_step(
         }
         return new, jax.lax.with_sharding_constraint(metrics, replicated(mesh))
 
-    return jax.jit(train_step, donate_argnums=0, compiler_options=compiler_options())
+    # Who splits the parameters does so for the memory.
+    options = compiler_options(less_memory=strategy == "fsdp")
+    return jax.jit(train_step, donate_argnums=0, compiler_options=options)
 
 
 def average_decay(decay: float, updates: jax.Array) -> jax.Array:
