@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambahome_jax.commands.find_scans import Scan, find_scans, join_channels
-from mambahome_jax.commands.infer_cases import HELD_BYTES, Plan, Reading, input_of, read_ahead, result_of, write_case
+from mambahome_jax.commands.infer_cases import Plan, Reading, held_bytes, input_of, read_ahead, result_of, write_case
 from mambahome_jax.commands.infer_faults import (
     changed_flags,
     check_format,
@@ -228,7 +228,8 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
             shares = [(values, prepared.affine) for values in found]
             written.append((scan, writer.submit(write_case, plan, scan, volume, result, shares, begun)))
 
-        for scan, reading in read_ahead(plan, todo):
+        held = held_bytes()
+        for scan, reading in read_ahead(plan, todo, held):
             if full:
                 fail(scan, OutputError("not begun, as the output folder cannot be written"))
                 continue
@@ -237,7 +238,7 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
             except CASE_ERRORS as error:
                 fail(scan, error)
             # One result may wait for the disk where it is small; more would pile up in memory.
-            while len(written) > (1 if reading.nbytes <= HELD_BYTES else 0) and not full:
+            while len(written) > (1 if reading.nbytes <= held else 0) and not full:
                 full = not finish(*written.popleft())
         while written:
             finish(*written.popleft())

@@ -16,6 +16,7 @@ import numpy as np
 from mambahome_jax.commands.find_scans import Scan
 from mambahome_jax.commands.infer_faults import DICOM_SEG
 from mambahome_jax.config import InferConfig
+from mambahome_jax.data.pool import available_memory
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.label_map import read_image
 from mambahome_jax.errors import DatasetError, OutputError, naming
@@ -28,9 +29,10 @@ from mambahome_jax.inference.preview import write_preview
 from mambahome_jax.inference.probabilities import whole_probabilities, write_probabilities
 from mambahome_jax.inference.segment import channels_of
 
-# What the scans that are read ahead may take together, in bytes of float32: 512 x 512 x 512 voxels. A larger scan is
-# read when the one before it is done.
+# What the scans that are read ahead may take together, in bytes of float32: 512 x 512 x 512 voxels anywhere, and a part
+# of the memory where it is plentiful, up to four of 512 x 512 x 1000. A larger one is read when the last one is done.
 HELD_BYTES = 512 << 20
+MOST_HELD_BYTES, HELD_PART = 4 << 30, 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +58,11 @@ class Plan:
         return {value: name for value, name in self.names.items() if self.only is None or value in self.only}
 
 
+def held_bytes() -> int:
+    """What scans that are read ahead may take together on this machine as it is now, in bytes of float32."""
+    return min(max(HELD_BYTES, (available_memory() or 0) // HELD_PART), MOST_HELD_BYTES)
+
+
 class Reading:
     """A scan that is being read, and what it will take in memory.
 
@@ -78,8 +85,8 @@ class Reading:
             self._future.cancel()
 
 
-def read_ahead(plan: Plan, scans: Sequence[Scan], held_bytes: int = HELD_BYTES) -> Iterator[tuple[Scan, Reading]]:
-    """Each scan with its reading: at most `num_workers` beyond the one in use, and no more than `held_bytes` of them.
+def read_ahead(plan: Plan, scans: Sequence[Scan], held: int) -> Iterator[tuple[Scan, Reading]]:
+    """Each scan with its reading: at most `num_workers` beyond the one in use, and no more than `held` bytes of them.
 
     A scan that takes more by itself is read when the one before it is done with.
     """
@@ -89,7 +96,7 @@ def read_ahead(plan: Plan, scans: Sequence[Scan], held_bytes: int = HELD_BYTES) 
         try:
             for scan in scans:
                 nbytes = _nbytes(scan)
-                while waiting and sum(reading.nbytes for _, reading in waiting) + nbytes > held_bytes:
+                while waiting and sum(reading.nbytes for _, reading in waiting) + nbytes > held:
                     yield waiting.popleft()
                 waiting.append((scan, Reading(readers.submit(_read, plan, scan), nbytes)))
                 if len(waiting) > threads:

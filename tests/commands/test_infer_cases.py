@@ -46,11 +46,17 @@ def test_no_more_is_read_ahead_than_fits(tmp_path, monkeypatch, num_workers, hel
     assert begun == list("abcdef") if num_workers == 1 else sorted(begun) == list("abcdef")
 
 
+@pytest.mark.parametrize(
+    ("available", "held"), [(None, 512 << 20), (2 << 30, 512 << 20), (64 << 30, 2 << 30), (1 << 40, 4 << 30)]
+)
+def test_more_is_read_ahead_where_memory_is_plentiful(monkeypatch, available, held):
+    monkeypatch.setattr(infer_cases, "available_memory", lambda: available)
+    assert infer_cases.held_bytes() == held
+
+
 def test_a_large_scan_is_let_go_before_the_next_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(infer, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
-    monkeypatch.setattr(infer, "HELD_BYTES", 0)
-    ahead = infer.read_ahead
-    monkeypatch.setattr(infer, "read_ahead", lambda plan, scans: ahead(plan, scans, 0))
+    monkeypatch.setattr(infer, "held_bytes", lambda: 0)
     alive, read = [], infer_cases.read_volume
 
     def watched(path, **options):

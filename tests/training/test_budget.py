@@ -85,7 +85,7 @@ def test_the_run_ends_in_time_with_a_validation_of_its_last_step(tmp_path):
 
 
 def test_checkpoints_that_take_longer_than_the_validations_leave_the_time_to_the_steps(tmp_path):
-    """With ten cases to validate on, each step of a run was once followed by a validation of 0.1 s and 1 s of saving."""
+    """With ten cases to validate on, every step was once followed by a validation of 0.1 s and 1 s of saving."""
     end, rates, validated, _ = _run(tmp_path, seconds=1000, step=2.0, validation=0.4, saving=3.0)
     assert 960 <= end <= 1000
     assert len(rates) * 2.0 >= 0.9 * end
