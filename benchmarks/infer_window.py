@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flops import matrix_flops, peak_tflops
 from profiling import print_kernel_times
 
 from mambahome_jax.config import MODEL_SIZES
@@ -34,7 +35,8 @@ def measure(args: argparse.Namespace, precision: str, windows: int, size: tuple[
     shape = tuple(n // args.shrink for n in size)
     x = jax.device_put(np.random.default_rng(0).standard_normal((windows, *shape, 1), dtype=np.float32))
     start = time.perf_counter()
-    compiled = compiled_network().lower(graphdef, params, x).compile()
+    traced = compiled_network().trace(graphdef, params, x)
+    compiled = traced.lower().compile()
     compile_s = time.perf_counter() - start
     analysis = compiled.memory_analysis()
     planned = (analysis.temp_size_in_bytes + analysis.argument_size_in_bytes) / 2**30 if analysis else float("nan")
@@ -47,11 +49,15 @@ def measure(args: argparse.Namespace, precision: str, windows: int, size: tuple[
     samples.sort()
     if args.profile:
         print_kernel_times(lambda: compiled(params, x))
+    ms = statistics.median(samples)
+    tflops = matrix_flops(traced.jaxpr) / ms / 1e9
     return {
         "precision": precision,
         "windows": windows,
         "size": size,
-        "ms": statistics.median(samples),
+        "ms": ms,
+        "tflops": tflops,
+        "of_peak": tflops / peak_tflops(precision),
         "fastest": samples[0],
         "slowest": samples[-1],
         "planned_gib": planned,
@@ -71,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     device = jax.devices()[0]
     print(f"{device.device_kind}, JAX {jax.__version__}, Python {platform.python_version()}, {args.model}")
-    print("precision  windows                  ms (range)     published  planned GiB  compile s")
+    print("precision  windows                  ms (range)     published  planned GiB  compile s  TFLOP/s  of peak")
     rows = []
     for precision in args.precision:
         for windows, size, published in CASES:
@@ -79,7 +85,8 @@ def main() -> None:
             rows.append(row | {"published_ms": published[precision]})
             print(
                 f"{precision:9s} {windows} x {size!s:16s} {row['ms']:9.1f} ({row['fastest']:.1f}-{row['slowest']:.1f})"
-                f" {published[precision]:9d} ms {row['planned_gib']:9.1f} {row['compile_s']:9.1f}",
+                f" {published[precision]:9d} ms {row['planned_gib']:9.1f} {row['compile_s']:9.1f}"
+                f" {row['tflops']:8.0f} {row['of_peak']:8.0%}",
                 flush=True,
             )
     if args.json:
