@@ -16,6 +16,8 @@ FIRST_VALIDATION_PART, FIRST_VALIDATION_SECONDS = 0.2, 600.0
 STEPS_PER_VALIDATION_TIME = 19.0
 # On top of what validation and saving took before, and for the end of the program.
 SAFETY, MARGIN_SECONDS, MARGIN_PART = 1.15, 1.0, 0.005
+# On top of that for the last validation, which may be shorter than what one step differs from another.
+SLACK_SECONDS, SLACK_PART = 1.0, 0.005
 
 
 class Decision(NamedTuple):
@@ -102,6 +104,7 @@ class TimeBudget:
         """What comes after the step that has been started; the same on every host."""
         step = max(self._steps, default=0.0)
         reserve = SAFETY * (self._validation_seconds + self._saving_seconds) + self.margin()
+        reserve += min(SLACK_SECONDS, SLACK_PART * self.seconds)
         # The step under way ends first, and one more has to fit.
         last = self.left() - reserve < 2 * step
         decision = np.array([last, self._validation_due(reserve), self.fraction()], np.float32)
