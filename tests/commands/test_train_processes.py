@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def two_processes(data, cache, tmp_path):
     """Function that trains into tmp_path/two with two processes of one device each: their (exit code, output)."""
     started = []
 
-    def run(*flags, second=None):
+    def run(*flags, second=None, settings=SETTINGS):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -55,7 +56,7 @@ def two_processes(data, cache, tmp_path):
         environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
         arguments = [sys.executable, "-m", "tests.commands.train_process", "--data_train", data]
         arguments += ["--output_dir", tmp_path / "two", "--coordinator_address", address, "--num_processes", 2, *flags]
-        arguments += [word for name, value in SETTINGS.items() for word in (f"--{name}", value)]
+        arguments += [word for name, value in settings.items() for word in (f"--{name}", value)]
         for number, extra in enumerate(({}, second or {})):
             started.append(
                 subprocess.Popen(
@@ -111,6 +112,19 @@ def test_a_stop_of_one_process_stops_all_and_one_process_can_go_on(data, two_pro
     assert command.run(TrainConfig(data, output_dir=tmp_path / "two", resume=True, **settings)) == 0
     assert command.run(TrainConfig(data, output_dir=tmp_path / "one", **settings)) == 0
     _assert_same_training(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_processes_end_in_the_time_given(two_processes, tmp_path):
+    """Process 0 decides by its clock after which step both end, and neither waits for the other for ever."""
+    settings = {"model": "MambaHoME_tiny", "max_minutes": 0.4, "batch_size": 2}
+    begun = time.monotonic()
+    (code, text), (other_code, other_text) = two_processes(settings=settings)
+    assert (code, other_code) == (0, 0), text + other_text
+    assert time.monotonic() - begun < 24 + 15, "the imports of processes that share cores come before their clock"
+    steps = [int(row["step"]) for row in _rows(tmp_path / "two")]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > 6
+    assert read_checkpoint_config(tmp_path / "two" / "checkpoints" / "last")["step"] == len(steps)
 
 
 @pytest.mark.slow
