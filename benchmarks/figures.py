@@ -1,8 +1,11 @@
-"""What the benchmarks that start a whole program print: one line of JSON, and a file of it on request."""
+"""What benchmarks write of what they measured."""
 
 import argparse
 import json
+import math
 import platform
+from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -14,3 +17,32 @@ def tell(args: argparse.Namespace, **measured: object) -> None:
     print(json.dumps(found))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
+
+
+def planned_gib(compiled: Any) -> float:
+    """What a compiled function takes on each device, arguments and results included; nan where XLA does not say."""
+    found = compiled.memory_analysis()
+    if found is None:
+        return math.nan
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    return (found.temp_size_in_bytes + found.argument_size_in_bytes + results) / 2**30
+
+
+def write_rows(path: Path | None, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """A table as JSON, {"about": device, versions and arguments, "rows": ...}; what was not measured is null."""
+    if path is None:
+        return
+    given = {name: value for name, value in vars(args).items() if name != "json"}
+    versions = {"jax": jax.__version__, "python": platform.python_version()}
+    about = {"device": jax.devices()[0].device_kind, **versions, **given}
+    path.write_text(json.dumps(_plain({"about": about, "rows": rows}), indent=1))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -22,7 +22,10 @@ def peak_tflops(precision: str) -> float:
 
 
 def matrix_flops(jaxpr: Any) -> float:
-    """Two for each multiplication and addition; loops count as often as they run, as far as their length is known."""
+    """Two for each multiplication and addition.
+
+    A loop counts as often as it runs, once where its length depends on values; of the branches of a cond the largest.
+    """
     return sum(map(_equation_flops, getattr(jaxpr, "jaxpr", jaxpr).eqns))
 
 
@@ -37,6 +40,8 @@ def _equation_flops(equation: Any) -> float:
         (contracted, _), _ = parameters["dimension_numbers"]
         left = equation.invars[0].aval.shape
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+    if equation.primitive.name == "cond":
+        return max(map(matrix_flops, parameters["branches"]))
     times = parameters.get("length", 1) if equation.primitive.name == "scan" else 1
     return times * sum(map(matrix_flops, _inner(parameters.values())))
 

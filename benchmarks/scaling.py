@@ -4,6 +4,9 @@ python benchmarks/scaling.py --json scaling.json                      # 1, 2, 4,
 python benchmarks/scaling.py --strategies ddp --store READY           # the real loader beside synthetic batches
 srun --ntasks-per-node=8 python benchmarks/scaling.py --devices 8           # a process each GPU; see docs/clusters.md
 
+Where one device is not among --devices there is nothing to compare with, and the efficiency is nan. "real loader": of
+all steps together, beside medians of synthetic batches.
+
 Each device has --batch patches, whatever their number, and every strategy is compared with one device of the same run.
 "equal losses": largest relative difference, over --equal_steps steps, to one device with the same global batch, on
 patches of --equal_patch so that one device can hold it. On one device the strategies do the same: it is measured once.
@@ -11,8 +14,7 @@ patches of --equal_patch so that one device can hold it. On one device the strat
 
 import argparse
 import functools
-import json
-import platform
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from figures import planned_gib, write_rows
 from profiling import kernel_times
 from train_step import make_step
 
@@ -79,11 +82,6 @@ class Step:
         self.state, metrics = self.compiled(self.state, put_batch(batch, self.mesh))
         return metrics
 
-    @property
-    def planned_gib(self) -> float:
-        found = self.compiled.memory_analysis()
-        return (found.temp_size_in_bytes + found.argument_size_in_bytes) / 2**30 if found else float("nan")
-
 
 def seconds_a_step(step: Step, batches: Iterator[dict[str, np.ndarray]], args: argparse.Namespace) -> list[float]:
     """Sorted: of single steps, each begun when the one before it is half done, as in training."""
@@ -121,7 +119,7 @@ def measure(args: argparse.Namespace, devices: list[jax.Device], strategy: str) 
         "fastest_ms": samples[0] * 1e3,
         "slowest_ms": samples[-1] * 1e3,
         "images_per_s": total / statistics.median(samples),
-        "planned_gib": step.planned_gib,
+        "planned_gib": planned_gib(step.compiled),
         "compile_s": step.compile_s,
         "collectives": share_of_collectives(step, next(batches)) if devices[0].platform == "gpu" else float("nan"),
     }
@@ -131,6 +129,7 @@ def measure(args: argparse.Namespace, devices: list[jax.Device], strategy: str) 
         iterator = iter(make_loader(store, store.cases, args.patch, total, num_workers=args.workers, share=share))
         try:
             real = ({name: batch[name] for name in ("image", "label")} for batch in iterator)
+            # Of all steps together: the median would not see one in ten that waits.
             row["images_per_s_real"] = total / statistics.mean(seconds_a_step(step, real, args))
         finally:
             iterator.close()
@@ -162,8 +161,8 @@ def main() -> None:
     args = parser.parse_args()
     join_processes()
     found = jax.devices()
-    numbers = args.devices or [n for n in (1, 2, 4, 8) if n <= len(found)]
-    about = {"device": found[0].device_kind, "jax": jax.__version__, "python": platform.python_version()}
+    numbers = sorted(args.devices or [n for n in (1, 2, 4, 8) if n <= len(found)])
+    about = {"device": found[0].device_kind, "jax": jax.__version__}
     say = print if is_first() else lambda *_, **__: None
     say(f"{len(found)} x {about['device']}, JAX {about['jax']}, {args.batch} x {args.patch} each, {args.precision}")
     say("strategy devices       ms (range)   images/s  efficiency  GiB each  collectives  compile s  equal losses")
@@ -174,8 +173,8 @@ def main() -> None:
             if number == 1 and rows:
                 continue
             row, step = measure(args, found[:number], strategy)
-            single = next((r for r in rows if r["devices"] == 1), row)
-            row["efficiency"] = row["images_per_s"] / number / (single["images_per_s"] / single["devices"])
+            single = next((r["images_per_s"] for r in [*rows, row] if r["devices"] == 1), math.nan)
+            row["efficiency"] = row["images_per_s"] / number / single
             if args.equal_steps and number > 1 and jax.process_count() == 1:
                 total = args.batch * number
                 first = next(drawn(args, args.equal_patch, total))
@@ -194,8 +193,8 @@ def main() -> None:
                 + (f"   real loader {row['images_per_s_real']:.2f} images/s" if "images_per_s_real" in row else ""),
                 flush=True,
             )
-            if args.json and is_first():
-                args.json.write_text(json.dumps({"about": about | {"batch": args.batch}, "rows": rows}, indent=1))
+            if is_first():
+                write_rows(args.json, args, rows)
 
 
 if __name__ == "__main__":

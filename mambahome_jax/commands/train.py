@@ -140,6 +140,7 @@ def _train(
     abstract = abstract_state(params, optimizer, ema)
     data_state, spent = None, 0.0
     if resume:
+        del params  # or they lie in the device's memory beside the state
         found = check_settings(last, settings)
         state, data_state = restore_state(last, abstract, mesh, config.strategy)
         progressed.step, progressed.best = int(state.step), found["best"]
@@ -147,7 +148,7 @@ def _train(
         spent = found.get("seconds_spent", 0.0)
     else:
         state = init_state(params, optimizer, mesh, config.strategy, ema)
-    del params  # or they stay in the device's memory beside the state
+        del params
     budget = None
     if config.max_minutes is not None:
         budget = TimeBudget(config.max_minutes * 60, begun, spent, own_validations=setup.val_every is None)

@@ -57,7 +57,7 @@ def init_state(
         return _start(params, optimizer, ema)
 
     shardings = tree_sharding(abstract_state(params, optimizer, ema), mesh, strategy)
-    # From the host the arrays go straight to where they belong.
+    # Split before the state is made of them: no device holds a whole one.
     params = put_tree(params, shardings.params)
     return jax.jit(start, out_shardings=shardings)(params)
 
