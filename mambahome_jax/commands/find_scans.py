@@ -36,7 +36,8 @@ class Scan:
 def find_scans(data_path: Path) -> tuple[Path, list[Scan], list[dict[str, str]]]:
     """The file or folder with the scans, the scans by name, and failures: those whose results would collide.
 
-    A folder without scan files in it or in one of SCAN_FOLDERS is a scan itself where it holds DICOM slices; else each
+    Subfolders of DICOM slices beside scan files are scans too; slices that lie among them are a failure. A folder
+    without scan files in it or in one of SCAN_FOLDERS is a scan itself where it holds DICOM slices; else each
     of its subfolders that does is one; else it is read as a dataset, so that scans in a folder a case are found too.
     Raises DatasetError: nothing there, or no visible scan.
     """
@@ -55,6 +56,13 @@ def find_scans(data_path: Path) -> tuple[Path, list[Scan], list[dict[str, str]]]
         if files:
             modalities = _modalities(folder)
             scans, failures = [], []
+            for scan in _series(folder):
+                files.setdefault(scan.case, []).append(scan.path)
+            if holds_slices(folder):
+                reason = (
+                    f"{folder}: DICOM slices lie among other scans. Move those of each series to a folder of its own"
+                )
+                failures.append({"id": folder.resolve().name, "reason": reason})
             for case, paths in files.items():
                 if fault_of_name(case):
                     failures.append({"id": repr(case)[1:-1], "reason": f"{str(paths[0])!r}: {fault_of_name(case)}"})
@@ -127,6 +135,10 @@ def _dicom(folder: Path) -> list[Scan]:
     """The folder as one scan, or its subfolders as one each, where they hold DICOM slices."""
     if holds_slices(folder):
         return [Scan(folder.resolve().name, folder)]
+    return _series(folder)
+
+
+def _series(folder: Path) -> list[Scan]:
     return [Scan(name, path) for name, path in listing(folder)[0].items() if holds_slices(path)]
 
 

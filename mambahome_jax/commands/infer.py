@@ -20,6 +20,7 @@ from mambahome_jax.commands.infer_faults import (
     changed_flags,
     check_format,
     check_settings,
+    made_with,
     only_writable,
     reason_of,
 )
@@ -99,14 +100,14 @@ def _segment_all(
         chain=config.chain,
     )
     check_settings(settings)
+    if config.num_workers < 0:
+        raise ConfigError(f"--num_workers {config.num_workers}; expected 0 or more")
     if config.tta:
         settings, remarks = with_mirrors(models, settings)
         for remark in remarks:
             _say(console, f"Note: {remark}")
     configuration = plain(dataclasses.asdict(config))
-    changed = changed_flags(config.output_dir / "run.json", configuration) if config.skip_existing else []
-    if changed:
-        _say(console, f"Note: results that are kept were made by another {', '.join(changed)}")
+    earlier = made_with(config.output_dir / "run.json")
     only, largest = chosen_values(models, config.labels, config.keep_largest)
     plan = Plan(config, models, settings, label_names_of(models), only, largest, devices if len(devices) > 1 else None)
     scans, incomplete = join_channels(config.data_path, scans, channels_of(models) or 1)
@@ -120,6 +121,13 @@ def _segment_all(
     else:
         scans = [dataclasses.replace(scan, modality=None) for scan in scans]
     _work(plan, scans, outcome, console)
+    changed: dict[str, None] = {}
+    for case in outcome.cases:
+        if case.get("kept") and case["id"] in earlier:
+            case["configuration"] = earlier[case["id"]]
+            changed |= dict.fromkeys(changed_flags(earlier[case["id"]], configuration))
+    if changed:
+        _say(console, f"Note: some of those that are kept were made by another {', '.join(changed)}")
     order = {scan.case: number for number, scan in enumerate(scans)}
     outcome.cases.sort(key=lambda entry: order[entry["id"]])
     report = {
@@ -237,7 +245,7 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
                 begin(scan, reading)
             except CASE_ERRORS as error:
                 fail(scan, error)
-            # One result may wait for the disk where it is small; more would pile up in memory.
+            # One result may wait for the disk where scans are read ahead too; more would pile up in memory.
             while len(written) > (1 if reading.nbytes <= held else 0) and not full:
                 full = not finish(*written.popleft())
         while written:

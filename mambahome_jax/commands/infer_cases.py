@@ -34,6 +34,9 @@ from mambahome_jax.inference.segment import channels_of
 HELD_BYTES = 512 << 20
 MOST_HELD_BYTES, HELD_PART = 4 << 30, 32
 
+# By which affines of a scan and of its label map differ that were rounded to float32 or written as text.
+SAME_GRID_MM = 1e-3
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -135,14 +138,18 @@ def _read(plan: Plan, scan: Scan) -> tuple[Volume, NetworkInput] | dict[str, Any
 
 
 def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
-    """The entry of run.json for a result that an earlier run wrote; None where it is missing or damaged."""
+    """The entry of run.json for a result that an earlier run wrote; None where it is missing, damaged, or of a scan on
+    another grid."""
     path = result_of(plan.config, scan)
     if not path.is_file() or (plan.config.save_probabilities and not whole_probabilities(_shares(plan.config, scan))):
         return None
     try:
         seg = plan.config.output_format == DICOM_SEG
         labels = dicomseg.read(path, scan.path, plan.kept_names) if seg else read_labels(path)
+        shape, affine = read_geometry(scan.path)
     except DatasetError:
+        return None
+    if labels.shape != shape[:3] or not np.allclose(labels.affine, affine, atol=SAME_GRID_MM):
         return None
     return {
         "id": scan.case,

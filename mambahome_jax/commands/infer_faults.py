@@ -1,5 +1,6 @@
 """What infer refuses before the first scan, and what it says of a case that failed."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ def check_settings(settings: SegmentSettings) -> None:
         raise ConfigError(
             f"--roi_size is {MULTIPLE} along every axis; expected {2 * MULTIPLE} or more along at least one"
         )
+    if settings.spacing is not None and not all(0 <= step < np.inf for step in settings.spacing):
+        spacing = " ".join(str(step) for step in settings.spacing)
+        raise ConfigError(f"--spacing {spacing}; expected mm above 0, or 0 for an axis that keeps its own")
     window_starts((1, 1, 1), (1, 1, 1), settings.overlap)
     if settings.sw_batch_size < 1:
         raise ConfigError(f"--sw_batch_size {settings.sw_batch_size}; expected 1 or more")
@@ -71,19 +75,29 @@ def reason_of(error: BaseException) -> str:
         return "out of memory. Close other programs, or segment at a coarser --spacing"
     if "RESOURCE_EXHAUSTED" in str(error):
         return "out of device memory. Try a smaller --sw_batch_size or --roi_size"
-    return str(error) if isinstance(error, MambaHomeError) else f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, MambaHomeError) else f"{type(error).__name__}: {error}"
+    return re.sub(r"([:;,])?\s*\n\s*", lambda found: f"{found[1] or ';'} ", text.strip())
 
 
-def changed_flags(report: Path, configuration: Mapping[str, Any]) -> list[str]:
-    """Flags that decide the labels and differ from those of the earlier run that wrote `report` (run.json).
+def made_with(report: Path) -> dict[str, Mapping[str, Any]]:
+    """{case: configuration it was made with} by the run.json of an earlier run, which may have kept what others made.
 
-    configuration: of this run, as run.json has it. Empty where there is no such report, or none that can be read.
+    Empty where there is no such report, or none that can be read.
     """
     try:
-        earlier = read_json(report).get("configuration", {}) if report.is_file() else {}
+        earlier = read_json(report) if report.is_file() else {}
     except DatasetError:
-        return []
-    if not isinstance(earlier, dict):
-        return []
+        return {}
+    cases = earlier.get("cases", []) if isinstance(earlier, dict) else []
+    found: dict[str, Mapping[str, Any]] = {}
+    for case in cases if isinstance(cases, list) else []:
+        configuration = case.get("configuration", earlier.get("configuration")) if isinstance(case, dict) else None
+        if isinstance(configuration, dict) and isinstance(case.get("id"), str):
+            found[case["id"]] = configuration
+    return found
+
+
+def changed_flags(earlier: Mapping[str, Any], configuration: Mapping[str, Any]) -> list[str]:
+    """Flags that decide the labels and differ between two configurations, as run.json has them."""
     compared = [name for name in configuration if name in earlier and name not in _WITHOUT_EFFECT]
     return [f"--{name}" for name in compared if earlier[name] != configuration[name]]

@@ -56,9 +56,14 @@ class Report:
 
 
 def worst_first(scores: Sequence[Score]) -> list[str]:
-    """Cases by their mean Dice over structures, the worst first; those without any Dice last."""
-    cases = sorted({row.case for row in scores})
-    means = finite_mean(score_matrix(scores, "dice", cases, structures_of(scores)), axis=1)
+    """Cases by their mean Dice over structures, the worst first; those without any Dice last.
+
+    A structure that is in the prediction alone has no Dice; here, where errors are looked for, it counts as 0.
+    """
+    cases, structures = sorted({row.case for row in scores}), structures_of(scores)
+    dice = score_matrix(scores, "dice", cases, structures)
+    invented = np.isnan(dice) & (score_matrix(scores, "nsd", cases, structures) == 0)
+    means = finite_mean(np.where(invented, 0.0, dice), axis=1)
     return [cases[number] for number in np.argsort(means, kind="stable")]
 
 

@@ -79,6 +79,7 @@ SCRIPT = """
   }
   const table = document.getElementById("cases"), select = document.getElementById("metric");
   const data = JSON.parse(document.getElementById("data").textContent);
+  let shown = data[select.value];
   select.addEventListener("change", () => {
     const metric = data[select.value];
     for (const row of table.tBodies[0].rows) {
@@ -92,8 +93,13 @@ SCRIPT = """
     }
     table.caption.textContent = metric.label;
     for (const head of table.tHead.rows[0].cells) {
-      if (head.getAttribute("aria-sort") !== "none") sort(head, head.getAttribute("aria-sort"));
+      const before = head.getAttribute("aria-sort");
+      if (before === "none" || before === null) continue;
+      // Of shares the least is the worst, of distances the most: what was worst first stays so.
+      const flips = head.cellIndex > 0 && metric.share !== shown.share;
+      sort(head, flips ? (before === "ascending" ? "descending" : "ascending") : before);
     }
+    shown = metric;
     status.textContent = "Showing " + metric.label;
   });
 })();

@@ -86,6 +86,6 @@ def write_text(path: Path, text: str, elsewhere: str = "output folder", *, paren
 
 def not_written(path: Path | str, error: OSError, elsewhere: str) -> OutputError:
     """What to raise where a file or folder cannot be written. elsewhere: what to name another of."""
-    return OutputError(
-        f"{path}: cannot be written: {error.strerror or error}. Free some space or name another {elsewhere}"
-    )
+    in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
+    action = "Move the file that has its name" if in_the_way else "Free some space"
+    return OutputError(f"{path}: cannot be written: {error.strerror or error}. {action} or name another {elsewhere}")

@@ -154,7 +154,7 @@ def affine_of(path: Path, header: nib.Nifti1Header) -> np.ndarray:
     return usable_affine(path, affine)
 
 
-def usable_affine(path: Path, affine: np.ndarray) -> np.ndarray:
+def usable_affine(path: Path | None, affine: np.ndarray) -> np.ndarray:
     """The affine (4, 4) itself. Raises DatasetError: not finite, singular, or of no size on earth."""
     # What lies beyond cannot be millimetres, and its squares and products would overflow.
     small = bool(np.isfinite(affine).all()) and np.abs(affine).max() <= _LONGEST

@@ -11,6 +11,7 @@ from mambahome_jax.config import CtScale, Mirror, Modality
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.geometry import Box, reorient, resample_to, resampled_grid
 from mambahome_jax.imaging.intensity import IntensityStatistics, normalise, statistics_of_parts
+from mambahome_jax.imaging.nifti import usable_affine
 from mambahome_jax.imaging.volume import Volume
 
 # An image of the network that takes more than this is made slab by slab when its windows are due: float32 of
@@ -117,7 +118,8 @@ def prepare(
     """Reorient, resample and normalise a scan (D0, D1, D2[, C]). NumPy only, so that threads can do it ahead.
 
     whole_bytes: an image that takes more is made slab by slab when it is asked for; its values are the same.
-    Raises DatasetError for voxels that are not finite and for another number of `channels`.
+    Raises DatasetError for voxels that are not finite or not real, for another number of `channels` and for an affine
+    that places no voxels.
     """
     array = volume.array if volume.array.ndim == 4 else volume.array[..., None]
     if channels is not None and array.shape[-1] != channels:
@@ -127,6 +129,9 @@ def prepare(
         raise DatasetError(f"{array.shape[-1]} channels or time points", expected=expected, action=action)
     if 0 in array.shape:
         raise DatasetError(f"empty volume {array.shape}", expected="at least one voxel")
+    if array.dtype.kind not in "biuf":
+        raise DatasetError(f"voxels of type {array.dtype}", expected="real numbers")
+    usable_affine(None, volume.affine)
     if array.dtype.kind == "f" and not np.isfinite(array.sum(dtype=np.float64)):
         count = int(np.count_nonzero(~np.isfinite(array)))
         raise DatasetError(f"{count} voxels are NaN or infinite", expected="finite numbers")

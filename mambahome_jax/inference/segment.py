@@ -15,7 +15,7 @@ from flax import nnx
 from mambahome_jax.compiler import compiler_options
 from mambahome_jax.config import DataProperties, Mirror, Modality
 from mambahome_jax.datasets.mirror import AXES
-from mambahome_jax.errors import ConfigError
+from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.geometry import Order, orientation_of, reorient
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.ensemble import check_members, is_published, members_of, metadata_of
@@ -72,11 +72,17 @@ def segment(
     where `save_probabilities` asks for them.
 
     Returns the label map, uint8 (uint16 above 256 classes), with the shape and affine of `volume`.
-    Raises DatasetError (NaN or infinite voxels, wrong number of channels), ConfigError (settings that cannot work,
+    Raises DatasetError (no Volume, voxels that are not finite or not real, wrong number of channels, an affine that
+    places no voxels), ConfigError (settings that cannot work,
     structures that there are not, models that do not fit together), CheckpointError (logits that are not finite) and
     OutputError (probabilities that cannot be written).
     """
     check_members(members_of(model))
+    if not isinstance(volume, Volume):
+        action = "Give the affine of its voxels too, np.diag([*spacing, 1]) where nothing else is known."
+        raise DatasetError(f"volume is a {type(volume).__name__}", expected="Volume(array, affine)", action=action)
+    if sw_batch_size < 1:
+        raise ConfigError(f"sw_batch_size is {sw_batch_size}; expected 1 or more")
     if save_probabilities is not None and Path(save_probabilities).suffix != ".npz":
         raise ConfigError(f"save_probabilities is {save_probabilities}; expected a file name that ends in .npz")
     only, largest = chosen_values(model, labels, keep_largest)

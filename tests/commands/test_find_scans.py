@@ -65,6 +65,19 @@ def test_a_folder_of_slices_is_a_scan_and_so_are_its_subfolders(tmp_path):
     assert [(scan.case, scan.path) for scan in scans] == [(name, folder / name) for name in ("one", "three", "two")]
 
 
+def test_dicom_beside_other_scans_is_not_left_out_silently(tmp_path):
+    touch(tmp_path / "in", "a.nii.gz", "c.nii.gz")
+    touch(tmp_path / "in/b", "1.dcm", "2.dcm")
+    touch(tmp_path / "in/c", "1.dcm")
+    touch(tmp_path / "in/notes", "notes.txt")
+    _, scans, failures = find_scans(tmp_path / "in")
+    assert {scan.case: scan.path.name for scan in scans} == {"a": "a.nii.gz", "b": "b"}
+    assert [failure["id"] for failure in failures] == ["c"] and "c.nii.gz and c" in failures[0]["reason"]
+    touch(tmp_path / "in", "1.dcm")
+    _, scans, failures = find_scans(tmp_path / "in")
+    assert len(scans) == 2 and "DICOM slices lie among other scans" in failures[-1]["reason"] + failures[0]["reason"]
+
+
 def joined(data_path, channels):
     scans, failures = join_channels(data_path, find_scans(data_path)[1], channels)
     return {scan.case: [path.name for path in scan.channels] for scan in scans}, {

@@ -8,7 +8,9 @@ import pytest
 from mambahome_jax.commands import infer, infer_cases
 from mambahome_jax.commands.find_scans import Scan
 from mambahome_jax.commands.infer_cases import Plan, read_ahead
+from mambahome_jax.commands.infer_faults import reason_of
 from mambahome_jax.config import DataProperties, InferConfig
+from mambahome_jax.errors import DatasetError
 from mambahome_jax.inference.prepare import SegmentSettings
 from tests.commands.scans import write
 from tests.inference.models import Levels
@@ -75,3 +77,8 @@ def test_a_scan_whose_header_cannot_be_read_counts_by_its_file(tmp_path):
     (tmp_path / "a.nrrd").write_bytes(bytes(100))
     assert infer_cases._nbytes(Scan("a", tmp_path / "a.nrrd")) == 400
     assert infer_cases._nbytes(Scan("b", tmp_path / "b.nii.gz")) == 0
+
+
+def test_a_failure_is_one_line():
+    assert reason_of(DatasetError("series:\n  1: 3 slices\n  2: 4 slices\n")) == "series: 1: 3 slices; 2: 4 slices"
+    assert reason_of(ValueError("a\nb")) == "ValueError: a; b"

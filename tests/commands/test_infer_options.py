@@ -9,7 +9,7 @@ import pytest
 from mambahome_jax.commands import infer, infer_cases
 from mambahome_jax.config import DataProperties, InferConfig
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.imaging.volume import read_labels, read_volume
+from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
 from mambahome_jax.inference.segment import segment
 from tests.commands.scans import write
 from tests.inference.models import Levels
@@ -110,10 +110,31 @@ def test_whole_results_are_skipped_and_counted(tmp_path, capsys):
     assert (tmp_path / "out" / "one.npz").exists()
     capsys.readouterr()
     assert infer.run(config(tmp_path, skip_existing=True, keep_largest=("all",), num_workers=2)) == 0
-    assert "Note: results that are kept were made by another --keep_largest" in capsys.readouterr().out
-    for damaged in ("[]", "{", '{"configuration": 1}'):
+    assert "Note: some of those that are kept were made by another --keep_largest" in capsys.readouterr().out
+    # Who made them is not forgotten by a run that only kept them.
+    assert infer.run(config(tmp_path, skip_existing=True, keep_largest=("all",))) == 0
+    assert "made by another --keep_largest" in capsys.readouterr().out
+    assert infer.run(settings) == 0
+    assert "made by another" not in capsys.readouterr().out
+    for damaged in ("[]", "{", '{"configuration": 1}', '{"cases": 1}', '{"cases": [1, {"id": 1}, {"id": "one"}]}'):
         (tmp_path / "out" / "run.json").write_text(damaged)
         assert infer.run(config(tmp_path, skip_existing=True, keep_largest=("all",))) == 0
+
+
+@pytest.mark.parametrize("change", ["shape", "affine"])
+def test_a_result_on_another_grid_than_its_scan_is_not_kept(tmp_path, change):
+    settings = config(tmp_path, skip_existing=True)
+    assert infer.run(settings) == 0
+    scan = tmp_path / "in" / "one.nii.gz"
+    volume = read_volume(scan)
+    shift = np.array([[0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]) if change == "affine" else 0
+    array = volume.array[1:] if change == "shape" else volume.array
+    write_volume(scan, Volume(array, volume.affine + shift))
+    assert infer.run(settings) == 0
+    result = read_labels(tmp_path / "out" / "one.nii.gz")
+    assert result.shape == array.shape and np.allclose(result.affine, volume.affine + shift)
+    cases = json.loads((tmp_path / "out/run.json").read_text())["cases"]
+    assert [(case["id"], case.get("kept", False)) for case in cases] == [("one", False), ("two", True)]
 
 
 def test_a_case_that_was_stopped_at_its_preview_is_not_kept_without_one(tmp_path, monkeypatch):
@@ -134,6 +155,9 @@ def test_what_does_not_fit_is_refused_before_the_first_scan(tmp_path):
         infer.run(config(tmp_path, model_path=(tmp_path / "a", tmp_path / "coarse")))
     with pytest.raises(ConfigError, match=r"--labels heart: .* expected some of liver, spleen"):
         infer.run(config(tmp_path, labels=("heart",)))
+    for changes in ({"num_workers": -2}, {"spacing": (-1.0, 1.0, 1.0)}, {"spacing": (np.nan, 1.0, 1.0)}):
+        with pytest.raises(ConfigError, match=f"--{next(iter(changes))} .*expected"):
+            infer.run(config(tmp_path, **changes))
     with pytest.raises(ConfigError, match="--keep_largest heart"):
         infer.run(config(tmp_path, keep_largest=("heart",)))
     assert not (tmp_path / "out").exists()

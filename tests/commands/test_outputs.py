@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mambahome_jax.commands import evaluate, infer, preprocess, train
-from mambahome_jax.commands.outputs import LOCK, locked
+from mambahome_jax.commands.outputs import LOCK, locked, open_output
 from mambahome_jax.config import EvaluateConfig, InferConfig, PreprocessConfig, TrainConfig
 from mambahome_jax.errors import OutputError
 from tests.commands.scans import scan, write
@@ -73,3 +73,9 @@ def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path):
     with pytest.raises(OutputError, match="cannot be written"), locked(tmp_path / "out", "infer"):
         pass
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_file_in_the_place_of_the_output_folder_is_named_as_what_it_is(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(OutputError, match=r"cannot be written.* Move the file that has its name or name another"):
+        open_output(tmp_path / "out")

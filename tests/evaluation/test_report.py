@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import re
@@ -94,6 +95,9 @@ def test_headings_are_buttons_and_say_how_they_are_sorted():
 def test_cases_come_worst_first_and_the_json_has_the_same_order():
     scores = [row("a", 1, 0.9), row("b", 1, 0.3), row("c", 1, math.nan), row("b", 2, 0.1), row("a", 2, math.nan)]
     assert worst_first(scores) == ["b", "a", "c"]
+    # A structure in the prediction alone, which the mean Dice leaves out, is a mistake to be looked at.
+    invented = dataclasses.replace(row("d", 2, math.nan), nsd=0.0)
+    assert worst_first([*scores, row("d", 1, 1.0), invented]) == ["b", "d", "a", "c"]
     found = page(scores)
     content = "".join(text for tag, text in found.texts if tag == "script").split("\n")[0]
     data = json.loads(content)

@@ -51,7 +51,8 @@ def test_sorting_and_choice_of_metric(tmp_path):
         "start": [["case 9", "case 10", EVIL, "none"], ["0.250", "0.500", "0.750", "–"]],
         "up": [["0.250", "0.500", "0.750", "–"], "none", "ascending"],
         "down": [["0.750", "0.500", "0.250", "–"], "descending", "Sorted by liver, descending"],
-        "hd95": [["case 10", "none", "case 9", EVIL], ["4.00", "2.00", "1.00", "–"]],
+        # The best came first, and does of distances too.
+        "hd95": [["case 9", "none", "case 10", EVIL], ["1.00", "2.00", "4.00", "–"]],
         "names": [EVIL, "case 9", "case 10", "none"],
         "title": "Evaluation of 4 cases",
     }

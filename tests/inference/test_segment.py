@@ -203,11 +203,22 @@ def test_nifti_header_of_the_scan_is_met_exactly(tmp_path):
         (np.zeros((4, 4, 4), np.float32), {"spacing": (1, 1)}, ConfigError, "expected three numbers"),
         (np.zeros((4, 4, 4), np.float32), {"overlap": 1}, ConfigError, "overlap is 1"),
         (np.zeros((4, 4, 4), np.float32), {"roi_size": (16, 16)}, ConfigError, "roi_size is"),
+        (np.zeros((4, 4, 4), np.complex64), {}, DatasetError, "voxels of type complex64"),
+        (np.zeros((4, 4, 4), np.float32), {"sw_batch_size": 0}, ConfigError, "sw_batch_size is 0"),
     ],
 )
 def test_says_what_is_wrong(array, options, error, message):
     with pytest.raises(error, match=message):
         segment(Levels(LEVELS), Volume(array, np.eye(4)), **({"roi_size": (16, 16, 16)} | options))
+
+
+def test_a_scan_without_a_usable_place_is_refused():
+    array = np.zeros((4, 4, 4), np.float32)
+    with pytest.raises(DatasetError, match=r"volume is a ndarray; expected Volume\(array, affine\)"):
+        segment(Levels(LEVELS), array, roi_size=(16, 16, 16))
+    for affine in (np.diag([1.0, 1, 0, 1]), np.full((4, 4), np.nan)):
+        with pytest.raises(DatasetError, match="singular affine"):
+            segment(Levels(LEVELS), Volume(array, affine), roi_size=(16, 16, 16))
 
 
 def test_logits_that_are_not_finite_are_refused():
