@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ WRITE_ERRORS = (OSError, ValueError, RuntimeError)
 WRITING = ocp.options.AsyncOptions(create_directories_asynchronously=False)
 # What a checkpoint takes beside its arrays: some 50 small files and folders, each of a block.
 _MORE_BYTES, _FILES = 1 << 20, 100
+# Tries to remove what a failed write left, a tenth of a second between them.
+_REMOVALS = 20
 
 
 def sibling(folder: Path, suffix: str) -> Path:
@@ -144,9 +147,19 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a failed write left beside `folder`; Orbax writes under the partial name with more behind it."""
-    for leftover in folder.parent.glob(f"{glob.escape(folder.name)}{PARTIAL}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Remove what a failed write left beside `folder`; Orbax writes under the partial name with more behind it.
+
+    More than once where it has to be: of the arrays that are written at once the first to fail tells, and the others
+    may still bring files into what is being removed.
+    """
+    for attempt in range(_REMOVALS):
+        leftovers = list(folder.parent.glob(f"{glob.escape(folder.name)}{PARTIAL}*"))
+        if attempt and leftovers:
+            time.sleep(0.1)
+        for leftover in leftovers:
+            shutil.rmtree(leftover, ignore_errors=True)
+        if not leftovers:
+            return
 
 
 def writing_handler() -> ocp.CompositeCheckpointHandler:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mambahome_jax.errors import CheckpointError, ConfigError, OutputError
-from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params
+from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params, remove_partial
 from mambahome_jax.training import checkpoints
 from mambahome_jax.training.checkpoints import CheckpointWriter, check_settings, restore_state
 from mambahome_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -205,3 +205,19 @@ def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(small_disk, monkey
     with CheckpointWriter() as writer:
         writer.save(small_disk / "last", _changed(state), CONFIG, data={"at": 2})
     assert read_checkpoint_config(small_disk / "last") == CONFIG
+
+
+def test_what_a_failed_write_left_goes_though_others_still_write_into_it(tmp_path, monkeypatch):
+    """Seen once of some thousand runs: Orbax' folder stayed beside the checkpoint."""
+    leftover, remove, writes = tmp_path / "last.partial.orbax-checkpoint-tmp", shutil.rmtree, iter((True, True, False))
+
+    def removed_in_vain(path, **options):
+        remove(path, **options)
+        if next(writes):
+            (path / "model").mkdir(parents=True)
+
+    leftover.mkdir()
+    (tmp_path / "last").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", removed_in_vain)
+    remove_partial(tmp_path / "last")
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
