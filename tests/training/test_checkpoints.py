@@ -208,7 +208,7 @@ def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(small_disk, monkey
 
 
 def test_what_a_failed_write_left_goes_though_others_still_write_into_it(tmp_path, monkeypatch):
-    """Seen once of some thousand runs: Orbax' folder stayed beside the checkpoint."""
+    """Seen once: Orbax' folder stayed beside the checkpoint."""
     leftover, remove, writes = tmp_path / "last.partial.orbax-checkpoint-tmp", shutil.rmtree, iter((True, True, False))
 
     def removed_in_vain(path, **options):
