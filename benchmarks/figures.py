@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 
+from mambahome_jax.commands.run_report import plain
+from mambahome_jax.evaluation.files import without_nan
+
 
 def tell(args: argparse.Namespace, **measured: object) -> None:
     """Print what was measured, with versions and arguments; write it to `args.json` where that is given."""
-    given = {name: value for name, value in vars(args).items() if name != "json"}
-    found = measured | {"jax": jax.__version__, "python": platform.python_version()} | given
+    found = measured | _made_with(args)
     print(json.dumps(found))
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
@@ -32,17 +34,11 @@ def write_rows(path: Path | None, args: argparse.Namespace, rows: list[dict[str,
     """A table as JSON, {"about": device, versions and arguments, "rows": ...}; what was not measured is null."""
     if path is None:
         return
+    about = {"device": jax.devices()[0].device_kind} | _made_with(args)
+    path.write_text(json.dumps(without_nan(plain({"about": about, "rows": rows})), indent=1))
+
+
+def _made_with(args: argparse.Namespace) -> dict[str, Any]:
+    """Versions and arguments."""
     given = {name: value for name, value in vars(args).items() if name != "json"}
-    versions = {"jax": jax.__version__, "python": platform.python_version()}
-    about = {"device": jax.devices()[0].device_kind, **versions, **given}
-    path.write_text(json.dumps(_plain({"about": about, "rows": rows}), indent=1))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, Path):
-        return str(value)
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return {"jax": jax.__version__, "python": platform.python_version()} | given

@@ -20,14 +20,13 @@ from profiling import print_kernel_times
 
 from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.inference.segment import compiled_network
-from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.model.network import MULTIPLE, MambaHoME
 
 # (windows, size, published ms by precision): patched published code on one H200.
 CASES = (
     (4, (192, 192, 48), {"fp32": 427, "tf32": 210, "bf16": 182}),
     (1, (128, 128, 128), {"fp32": 228, "tf32": 163, "bf16": 161}),
 )
-MULTIPLE = 16
 
 
 def measure(args: argparse.Namespace, precision: str, windows: int, size: tuple[int, ...]) -> dict[str, Any]:

@@ -162,9 +162,9 @@ def main() -> None:
     join_processes()
     found = jax.devices()
     numbers = sorted(args.devices or [n for n in (1, 2, 4, 8) if n <= len(found)])
-    about = {"device": found[0].device_kind, "jax": jax.__version__}
     say = print if is_first() else lambda *_, **__: None
-    say(f"{len(found)} x {about['device']}, JAX {about['jax']}, {args.batch} x {args.patch} each, {args.precision}")
+    kind = found[0].device_kind
+    say(f"{len(found)} x {kind}, JAX {jax.__version__}, {args.batch} x {args.patch} each, {args.precision}")
     say("strategy devices       ms (range)   images/s  efficiency  GiB each  collectives  compile s  equal losses")
     rows: list[dict[str, Any]] = []
     alone: dict[int, np.ndarray] = {}
