@@ -22,6 +22,7 @@ from mambahome_jax.datasets.label_map import read_image
 from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.imaging import dicomseg
 from mambahome_jax.imaging.files import NIFTI_SUFFIXES, suffix_of
+from mambahome_jax.imaging.grids import grid_shift
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels, read_volume, write_volume
 from mambahome_jax.inference.postprocess import postprocess, volumes_ml
 from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
@@ -34,7 +35,7 @@ from mambahome_jax.inference.segment import channels_of
 HELD_BYTES = 512 << 20
 MOST_HELD_BYTES, HELD_PART = 4 << 30, 32
 
-# By which affines of a scan and of its label map differ that were rounded to float32 or written as text.
+# By how much the grids of a scan and of its label map differ where affines were rounded to float32 or written as text.
 SAME_GRID_MM = 1e-3
 
 
@@ -145,11 +146,12 @@ def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
         return None
     try:
         seg = plan.config.output_format == DICOM_SEG
+        # Of a DICOM SEG this looks itself whether it is of these slices.
         labels = dicomseg.read(path, scan.path, plan.kept_names) if seg else read_labels(path)
-        shape, affine = read_geometry(scan.path)
+        shape, affine = (labels.shape, labels.affine) if seg else read_geometry(scan.path)
     except DatasetError:
         return None
-    if labels.shape != shape[:3] or not np.allclose(labels.affine, affine, atol=SAME_GRID_MM):
+    if labels.shape != shape[:3] or grid_shift(affine, labels.affine, shape)[1] > SAME_GRID_MM:
         return None
     return {
         "id": scan.case,
