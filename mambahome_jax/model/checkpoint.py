@@ -152,14 +152,14 @@ def remove_partial(folder: Path) -> None:
     More than once where it has to be: of the arrays that are written at once the first to fail tells, and the others
     may still bring files into what is being removed.
     """
-    for attempt in range(_REMOVALS):
+    for _ in range(_REMOVALS):
         leftovers = list(folder.parent.glob(f"{glob.escape(folder.name)}{PARTIAL}*"))
-        if attempt and leftovers:
-            time.sleep(0.1)
-        for leftover in leftovers:
-            shutil.rmtree(leftover, ignore_errors=True)
         if not leftovers:
             return
+        for leftover in leftovers:
+            shutil.rmtree(leftover, ignore_errors=True)
+        if any(leftover.exists() for leftover in leftovers):
+            time.sleep(0.1)
 
 
 def writing_handler() -> ocp.CompositeCheckpointHandler:
