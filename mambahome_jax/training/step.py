@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -80,6 +82,7 @@ def make_train_step(
         loss_fn: (logits, labels (b, D, H, W) integer) -> scalar, a mean over the batch; a batch with "labelled"
             (b, classes) gives it that as the third argument.
         seed: of the augmentation; its key is fold_in(key(seed), step), so that nothing but the step is to be stored.
+            An argument of the compiled program, so that the compilation cache has it for every seed.
         augmentation: None for none.
         ema_decay: of the moving average, in a state that has one; less in the first steps, see `average_decay`.
         freeze_encoder: no gradient reaches the parameters under "encoder", whose backward pass is left out.
@@ -90,12 +93,13 @@ def make_train_step(
     """
 
     def train_step(
-        state: TrainState, batch: Batch, fraction: jax.Array | None = None
+        state: TrainState, batch: Batch, fraction: jax.Array | None = None, *, seeded: jax.Array | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         image, label = batch["image"], batch["label"]
         labelled: tuple[jax.Array, ...] = (batch["labelled"],) if "labelled" in batch else ()
         if augmentation is not None:
-            key = jax.random.fold_in(jax.random.key(seed), state.step)
+            assert seeded is not None
+            key = jax.random.fold_in(jax.random.wrap_key_data(seeded), state.step)
             image, label = augment(key, image, label, augmentation)
             labelled = tuple(augment_labelled(key, rows, augmentation) for rows in labelled)
 
@@ -125,7 +129,11 @@ def make_train_step(
 
     # Who splits the parameters does so for the memory.
     options = compiler_options(less_memory=strategy == "fsdp")
-    return jax.jit(train_step, donate_argnums=0, compiler_options=options)
+    compiled = jax.jit(train_step, donate_argnums=0, compiler_options=options)
+    if augmentation is None:
+        return compiled
+    seeded = put_tree(np.asarray(jax.random.key_data(jax.random.key(seed))), replicated(mesh))
+    return partial(compiled, seeded=seeded)
 
 
 def average_decay(decay: float, updates: jax.Array) -> jax.Array:
