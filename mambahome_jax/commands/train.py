@@ -21,6 +21,8 @@ from mambahome_jax.commands.train_report import (
     earlier_report,
     new_report,
     say_end,
+    say_ensemble,
+    say_member,
     say_start,
     scores_of,
     write_report,
@@ -47,6 +49,8 @@ from mambahome_jax.training.progress import Display, MetricsLog, NoLog
 from mambahome_jax.training.sharding import choose_devices, make_mesh
 from mambahome_jax.training.step import abstract_state, init_state, make_train_step
 
+SIGNALLED = 128
+
 
 def run(config: TrainConfig, begun: float | None = None) -> int:
     """Train as `config` says; returns the exit code. `begun`: time.monotonic() at the start of the program.
@@ -58,13 +62,37 @@ def run(config: TrainConfig, begun: float | None = None) -> int:
     """
     begun = time.monotonic() if begun is None else begun
     join_processes(config.coordinator_address, config.num_processes, config.process_id)
-    with ending_together():
-        return _run(config, begun)
-
-
-def _run(config: TrainConfig, begun: float) -> int:
     console = Console(quiet=not is_first(), force_terminal=None if is_first() else False)
     folder = config.output_dir or Path("runs") / (config.checkpoint_name or config.model)
+    with ending_together():
+        if config.members == 1:
+            return _run(folder, config, begun, console)
+        return _run_members(folder, config, begun, console)
+
+
+def _run_members(folder: Path, config: TrainConfig, begun: float, console: Console) -> int:
+    """One network after the other, each a run of its own with a seed of its own, in equal parts of the time."""
+    if config.members < 1:
+        raise ConfigError(f"--members {config.members}; expected 1 or more")
+    if _checkpoint_in(folder):
+        raise ConfigError(f"{folder} holds the run of one network already. Name another --output_dir")
+    code, best = 0, []
+    for number in range(config.members):
+        minutes = None if config.max_minutes is None else config.max_minutes / config.members
+        home = folder / f"member_{number}"
+        member = dataclasses.replace(
+            config, members=1, seed=config.seed + number, max_minutes=minutes, output_dir=home, checkpoint_name=""
+        )
+        say_member(number, config.members, member.seed, home, console)
+        code = max(code, _run(home, member, begun if number == 0 else time.monotonic(), console))
+        if code > SIGNALLED:
+            return code
+        best.append(home / "checkpoints" / "best")
+    say_ensemble(best, console)
+    return code
+
+
+def _run(folder: Path, config: TrainConfig, begun: float, console: Console) -> int:
     # The other processes of the same run write to it too.
     with locked(folder, "train") if is_first() else contextlib.nullcontext():
         return _run_in(folder, config, begun, console)
@@ -89,7 +117,7 @@ def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console) -
         _train(config, setup, folder, resume, devices, progressed, console, begun, report)
         status, code = "finished", int(bool(skipped or progressed.failures))
         if progressed.signal is not None:
-            status, code = "stopped by a signal", 128 + progressed.signal
+            status, code = "stopped by a signal", SIGNALLED + progressed.signal
     except TrainingError as error:
         console.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
         status, code = str(error), 1

@@ -161,6 +161,18 @@ def say_end(folder: Path, report: dict[str, Any], code: int, console: Console) -
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def say_member(number: int, members: int, seed: int, folder: Path, console: Console) -> None:
+    """Print which network of an ensemble is about to be trained."""
+    line = f"Network {number + 1} of {members}, seed {seed}, in {folder}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_ensemble(checkpoints: Sequence[Path], console: Console) -> None:
+    """Print what to type to segment with all networks together."""
+    line = f"All together: python infer.py --data_path SCANS --model_path {' '.join(map(str, checkpoints))}"
+    console.print(f"{line} --output_dir PRED", markup=False, highlight=False, soft_wrap=True)
+
+
 def scores_of(validation: Validation | None) -> dict[str, float | None] | None:
     """Dice of each structure, None where no case had it."""
     if validation is None:
