@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from mambahome_jax.commands.train_report import (
 )
 from mambahome_jax.commands.train_setup import Setup, make_setup, training_settings
 from mambahome_jax.commands.validation import ValidationSettings, make_validate
-from mambahome_jax.config import TrainConfig
+from mambahome_jax.config import AugmentationConfig, TrainConfig
 from mambahome_jax.data.loader import make_loader
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import prepared as prepared_layout
@@ -47,9 +47,11 @@ from mambahome_jax.training.losses import LossFunction, dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.progress import Display, MetricsLog, NoLog
 from mambahome_jax.training.sharding import choose_devices, make_mesh
-from mambahome_jax.training.step import abstract_state, init_state, make_train_step
+from mambahome_jax.training.step import abstract_state, init_state, make_train_step, with_seed
 
 SIGNALLED = 128
+# Compiled training steps by structure of the network and augmentation, for the other networks of an ensemble.
+Programs = dict[tuple[nnx.GraphDef, AugmentationConfig | None], Callable]
 
 
 def run(config: TrainConfig, begun: float | None = None) -> int:
@@ -66,7 +68,7 @@ def run(config: TrainConfig, begun: float | None = None) -> int:
     folder = config.output_dir or Path("runs") / (config.checkpoint_name or config.model)
     with ending_together():
         if config.members == 1:
-            return _run(folder, config, begun, console)
+            return _run(folder, config, begun, console, {})
         return _run_members(folder, config, begun, console)
 
 
@@ -77,6 +79,7 @@ def _run_members(folder: Path, config: TrainConfig, begun: float, console: Conso
     if _checkpoint_in(folder):
         raise ConfigError(f"{folder} holds the run of one network already. Name another --output_dir")
     code, best = 0, []
+    programs: Programs = {}
     for number in range(config.members):
         minutes = None if config.max_minutes is None else config.max_minutes / config.members
         home = folder / f"member_{number}"
@@ -84,7 +87,7 @@ def _run_members(folder: Path, config: TrainConfig, begun: float, console: Conso
             config, members=1, seed=config.seed + number, max_minutes=minutes, output_dir=home, checkpoint_name=""
         )
         say_member(number, config.members, member.seed, home, console)
-        code = max(code, _run(home, member, begun if number == 0 else time.monotonic(), console))
+        code = max(code, _run(home, member, begun if number == 0 else time.monotonic(), console, programs))
         if code > SIGNALLED:
             return code
         best.append(home / "checkpoints" / "best")
@@ -92,13 +95,13 @@ def _run_members(folder: Path, config: TrainConfig, begun: float, console: Conso
     return code
 
 
-def _run(folder: Path, config: TrainConfig, begun: float, console: Console) -> int:
+def _run(folder: Path, config: TrainConfig, begun: float, console: Console, programs: Programs) -> int:
     # The other processes of the same run write to it too.
     with locked(folder, "train") if is_first() else contextlib.nullcontext():
-        return _run_in(folder, config, begun, console)
+        return _run_in(folder, config, begun, console, programs)
 
 
-def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console) -> int:
+def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console, programs: Programs) -> int:
     resume = _may_start(config, folder, console)
     devices = choose_devices(config.parallel, config.num_devices)
     prepared, skipped = _open_data(config.data_train, folder / "data", config, console)
@@ -114,7 +117,7 @@ def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console) -
         report["pretrained"] = earlier["pretrained"]
     progressed = Progressed()
     try:
-        _train(config, setup, folder, resume, devices, progressed, console, begun, report)
+        _train(config, setup, folder, resume, devices, progressed, console, begun, report, programs)
         status, code = "finished", int(bool(skipped or progressed.failures))
         if progressed.signal is not None:
             status, code = "stopped by a signal", SIGNALLED + progressed.signal
@@ -152,6 +155,7 @@ def _train(
     console: Console,
     begun: float,
     report: dict[str, Any],
+    programs: Programs,
 ) -> None:
     mesh, optimizer = make_mesh(devices), make_optimizer(setup.optimizer)
     settings = {
@@ -204,24 +208,29 @@ def _train(
         here = next(device for device in devices if device.process_index == jax.process_index())
         validate = make_validate(graphdef, val_store, validation, here)
     loss_fn: LossFunction = partial(dice_ce, label_smoothing=ingredients.label_smoothing)
-    train_step = make_train_step(
-        trained_graphdef,
-        optimizer,
-        at_all_levels(loss_fn) if ingredients.deep_supervision else loss_fn,
-        mesh,
-        config.seed,
-        setup.augmentation,
-        config.strategy,
-        ingredients.ema_decay,
-        config.freeze_encoder,
-    )
+    # JAX's own cache would not know the program of an earlier network again: Pallas numbers the kernels of a process.
+    program = (trained_graphdef, setup.augmentation)
+    compiles = program not in programs
+    if compiles:
+        programs[program] = make_train_step(
+            trained_graphdef,
+            optimizer,
+            at_all_levels(loss_fn) if ingredients.deep_supervision else loss_fn,
+            mesh,
+            config.seed,
+            setup.augmentation,
+            config.strategy,
+            ingredients.ema_decay,
+            config.freeze_encoder,
+        )
+    train_step = with_seed(programs[program], config.seed, mesh)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     with (
         MetricsLog(folder, progressed.step, say) if is_first() else NoLog() as log,
         Display(console, plan.total_steps, progressed.step, setup.global_batch, budget) as display,
         _batches(config, setup, store, data_state) as batches,
     ):
-        if plan.goes_on_after(progressed.step):
+        if compiles and plan.goes_on_after(progressed.step):
             display.say("Compiling the training step, once; the first step follows")
         parts = Parts(
             train_step,

@@ -132,8 +132,15 @@ def make_train_step(
     compiled = jax.jit(train_step, donate_argnums=0, compiler_options=options)
     if augmentation is None:
         return compiled
+    return with_seed(partial(compiled), seed, mesh)
+
+
+def with_seed(train_step: Callable, seed: int, mesh: Mesh) -> Callable:
+    """A step of make_train_step, compiled or not, with another seed; one without augmentation as it is."""
+    if not isinstance(train_step, partial):
+        return train_step
     seeded = put_tree(np.asarray(jax.random.key_data(jax.random.key(seed))), replicated(mesh))
-    return partial(compiled, seeded=seeded)
+    return partial(train_step.func, seeded=seeded)
 
 
 def average_decay(decay: float, updates: jax.Array) -> jax.Array:

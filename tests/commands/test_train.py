@@ -168,7 +168,9 @@ def test_a_run_of_given_minutes_ends_by_itself_and_tells_the_time_spent(tmp_path
     assert spent > 3 and report["status"] == "finished" and report["step"] >= 1 and report["best"] is not None
 
 
-def test_members_are_runs_of_their_own_that_infer_takes_together(tmp_path, capsys):
+def test_members_are_runs_of_their_own_that_infer_takes_together(tmp_path, capsys, monkeypatch):
+    made, make = [], command.make_train_step
+    monkeypatch.setattr(command, "make_train_step", lambda *args: made.append(1) or make(*args))
     data, out = _dataset(tmp_path / "data", val=()), tmp_path / "run"
     config = _config(data, out, steps=2, members=2, seed=5)
     assert command.run(config) == 0
@@ -176,6 +178,7 @@ def test_members_are_runs_of_their_own_that_infer_takes_together(tmp_path, capsy
     best = [out / f"member_{number}" / "checkpoints" / "best" for number in range(2)]
     assert "Network 2 of 2, seed 6" in text and f"--model_path {best[0]} {best[1]} --output_dir PRED" in text
     reports = [json.loads((out / f"member_{number}" / "run.json").read_text()) for number in range(2)]
+    assert len(made) == 1, "the second network compiles its step again"
     assert [report["seed"] for report in reports] == [5, 6] and {report["status"] for report in reports} == {"finished"}
     # Each by itself is what the same flags give without the other.
     assert command.run(_config(data, tmp_path / "alone", steps=2, seed=6)) == 0
@@ -197,7 +200,7 @@ def test_members_are_runs_of_their_own_that_infer_takes_together(tmp_path, capsy
 def test_members_share_the_time_and_a_signal_ends_them_all(tmp_path, monkeypatch):
     shares, codes = [], iter((1, 143))
 
-    def one(folder, config, begun, console):
+    def one(folder, config, begun, console, programs):
         shares.append((folder.name, config.max_minutes, config.seed, begun))
         return next(codes)
 
