@@ -170,20 +170,22 @@ def _train(
     ingredients = setup.ingredients
     ema = ingredients.ema_decay > 0
     abstract = abstract_state(params, optimizer, ema)
-    data_state, spent = None, 0.0
+    data_state, spent, to_first_step = None, 0.0, None
     if resume:
         del params  # or they lie in the device's memory beside the state
         found = check_settings(last, settings)
         state, data_state = restore_state(last, abstract, mesh, config.strategy)
         progressed.step, progressed.best = int(state.step), found["best"]
         progressed.validated_until = found["validated_until"]
-        spent = found.get("seconds_spent", 0.0)
+        spent, to_first_step = found.get("seconds_spent", 0.0), found.get("seconds_to_first_step", 0.0)
     else:
         state = init_state(params, optimizer, mesh, config.strategy, ema)
         del params
     budget = None
     if config.max_minutes is not None:
-        budget = TimeBudget(config.max_minutes * 60, begun, spent, own_validations=setup.val_every is None)
+        budget = TimeBudget(
+            config.max_minutes * 60, begun, spent, to_first_step, own_validations=setup.val_every is None
+        )
     plan = Plan(
         setup.total_steps,
         setup.steps_per_epoch,

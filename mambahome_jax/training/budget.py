@@ -21,7 +21,10 @@ SLACK_SECONDS, SLACK_PART = 1.0, 0.005
 
 
 class Decision(NamedTuple):
-    """After a step: whether it was the last, whether a validation is due, and the part of the time that is spent."""
+    """After a step: whether it was the last, whether a validation is due, and the part of the time that is spent.
+
+    The part is of the time for training, which is what the compilation of the first step has left.
+    """
 
     last: bool
     validate: bool
@@ -35,6 +38,7 @@ class TimeBudget:
         seconds: the budget.
         started: value of `clock` at the start of the program.
         spent_before: by the runs that this one continues.
+        to_first_step: of that, the part until the first step was done, compilation included.
         own_validations: say when to validate, where the user did not.
     """
 
@@ -43,11 +47,13 @@ class TimeBudget:
         seconds: float,
         started: float,
         spent_before: float = 0.0,
+        to_first_step: float | None = None,
         own_validations: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.seconds, self.own_validations = seconds, own_validations
         self._clock, self._origin = clock, started - spent_before
+        self.to_first_step = to_first_step
         self._steps: deque[float] = deque(maxlen=8)
         self._step_ended: float | None = None
         self._validated: float | None = None
@@ -62,12 +68,17 @@ class TimeBudget:
         return self.seconds - self.spent()
 
     def fraction(self) -> float:
-        """Part of the budget that is spent, 0 to 1."""
-        return min(max(self.spent() / self.seconds, 0.0), 1.0)
+        """Part of the budget that is spent, 0 to 1, counted from the end of the first step on."""
+        if self.to_first_step is None:
+            return 0.0
+        training = self.seconds - self.to_first_step
+        return min((self.spent() - self.to_first_step) / training, 1.0) if training > 0 else 1.0
 
     def step_ended(self) -> None:
         """Measure: a step has just ended."""
         now = self.spent()
+        if self.to_first_step is None:
+            self.to_first_step = now
         if self._step_ended is not None:
             self._steps.append(now - self._step_ended)
         self._step_ended = now

@@ -309,7 +309,14 @@ class _Run:
             "epoch": step // self.plan.steps_per_epoch,
             "best": self.progressed.best,
             "validated_until": self.progressed.validated_until,
-        } | ({} if self.plan.budget is None else {"seconds_spent": self.plan.budget.spent()})
+        } | _time_spent(self.plan.budget)
+
+
+def _time_spent(budget: TimeBudget | None) -> dict[str, Any]:
+    """What a run of a given time has to know of itself to be continued."""
+    if budget is None:
+        return {}
+    return {"seconds_spent": budget.spent(), "seconds_to_first_step": budget.to_first_step}
 
 
 def _finite(value: float) -> float | None:

@@ -35,6 +35,7 @@ def _run(
     validation=40.0,
     saving=0.0,
     spent_before=0.0,
+    to_first_step=None,
     progressed=None,
     val_every=None,
 ):
@@ -63,7 +64,8 @@ def _run(
                 yield
                 clock.now += saving
 
-    budget = SlowDisk(seconds, 5.0, spent_before, own_validations=val_every is None, clock=clock)
+    own = val_every is None
+    budget = SlowDisk(seconds, 5.0, spent_before, to_first_step, own_validations=own, clock=clock)
     progressed = progressed or Progressed()
     plan = Plan(None, steps_per_epoch=2, val_every=val_every, budget=budget)
     with MetricsLog(folder) as log, Display(Console(file=io.StringIO()), None, budget=budget) as display:
@@ -92,21 +94,29 @@ def test_checkpoints_that_take_longer_than_the_validations_leave_the_time_to_the
     assert len(validated) >= 6
 
 
-def test_the_rate_follows_the_time_spent(tmp_path):
-    _, rates, _, _ = _run(tmp_path, seconds=1000, compile_time=100, validation=20, val_every=10_000)
-    # The rate of step n is set when the step before has been started, 10 s each and 100 s more for the first.
-    times = np.array([0, *(100 + 10 * np.arange(1, 60))])
-    expected = 1e-2 * (1 + np.cos(np.pi * times / 1000)) / 2
-    np.testing.assert_allclose(rates[:60], expected, rtol=1e-5)
+def test_the_rate_follows_the_time_that_compilation_leaves(tmp_path):
+    """Half of three minutes went by before the first step, which then began with half of the learning rate."""
+    _, rates, _, _ = _run(tmp_path, seconds=1000, compile_time=500, validation=20, val_every=10_000)
+    # The rate of step n is set when the step before has been started, 10 s each; the first is seen to end after 520 s.
+    times = np.array([0, 0, *(10 * np.arange(38))])
+    expected = 1e-2 * (1 + np.cos(np.pi * times / 480)) / 2
+    np.testing.assert_allclose(rates[:40], expected, rtol=1e-5)
     assert rates[-1] < 1e-2 * 0.03
+    assert read_checkpoint_config(tmp_path / "last")["seconds_to_first_step"] == 520
 
 
 def test_a_resumed_run_goes_on_with_the_time_already_spent(tmp_path):
-    end, rates, validated, _ = _run(tmp_path, seconds=1000, spent_before=700)
+    end, rates, validated, _ = _run(tmp_path, seconds=1000, spent_before=700, to_first_step=200)
     assert end <= 300 and validated[-1] == end
-    np.testing.assert_allclose(rates[0], 1e-2 * (1 + np.cos(np.pi * 0.7)) / 2, rtol=1e-5)
-    again, rates, _, _ = _run(tmp_path, seconds=1000, spent_before=1000)
+    np.testing.assert_allclose(rates[0], 1e-2 * (1 + np.cos(np.pi * 500 / 800)) / 2, rtol=1e-5)
+    again, rates, _, _ = _run(tmp_path, seconds=1000, spent_before=1000, to_first_step=200)
     assert again == 0 and rates == []
+
+
+def test_no_time_is_left_for_training(tmp_path):
+    end, rates, _, _ = _run(tmp_path, seconds=100, compile_time=200)
+    assert end == 210 and len(rates) == 1 and read_checkpoint_config(tmp_path / "last")["step"] == len(rates)
+    assert TimeBudget(100, 0.0, 150.0, 120.0, clock=Clock()).fraction() == 1
 
 
 def test_a_validation_that_does_not_fit_is_given_up_and_checkpoints_are_there(tmp_path):
