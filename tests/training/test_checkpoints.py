@@ -1,6 +1,7 @@
 """Checkpoints of a training: bit-exact, whole or not at all, on any number of devices."""
 
 import contextlib
+import gc
 import os
 import shutil
 import subprocess
@@ -201,6 +202,9 @@ def test_a_full_disk_says_so_and_leaves_the_checkpoint_before(small_disk, monkey
         assert data == {"at": 1}
     # The message is ours to give: no page of a traceback for each of those threads.
     assert not [record for record in caplog.records if record.name == "absl"]
+    # Here, where it is expected, and not in whatever test comes next: what Orbax' futures failed with.
+    with contextlib.suppress(SystemError):
+        gc.collect()
     filler.unlink()
     with CheckpointWriter() as writer:
         writer.save(small_disk / "last", _changed(state), CONFIG, data={"at": 2})
