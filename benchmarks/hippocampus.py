@@ -4,9 +4,9 @@ python benchmarks/hippocampus.py --data TASK04 --output_dir OUT
 python benchmarks/hippocampus.py --data TASK04 --output_dir OUT --runs ingredients --weights last --at_once 4
 python benchmarks/hippocampus.py --data TASK04 --output_dir OUT --runs strong "mine: --recipe strong --steps 900"
 
-Every fifth case by name, from the third on, is taken out before preprocess.py and scored by infer.py and `mambahome
-evaluate`. The differences are from the first run, over the cases, with bootstrap 95 % intervals. Runs that are in OUT
-already are not repeated.
+Every fifth case by name, from the third on (--fold 2), is taken out before preprocess.py and scored by infer.py and
+`mambahome evaluate`. The differences are from the first run, over the cases, with bootstrap 95 % intervals. Runs that
+are in OUT already are not repeated.
 """
 
 import argparse
@@ -44,10 +44,10 @@ INGREDIENTS = {
 }
 
 
-def split(data: Path, folder: Path) -> None:
+def split(data: Path, folder: Path, fold: int) -> None:
     """Links to the scans: folder/train and folder/test, each with images and labels."""
     for number, case in enumerate(sorted(load_dataset(data).cases, key=lambda case: case.id)):
-        part = folder / ("test" if number % 5 == 2 else "train")
+        part = folder / ("test" if number % 5 == fold else "train")
         for kind, path in (("images", case.image), ("labels", case.label)):
             link = part / kind / f"{case.id}.nii.gz"
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the dataset as downloaded, or images and labels")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", default=["commands"], help='commands, ingredients, names, "NAME: FLAGS"')
+    parser.add_argument("--fold", type=int, default=2, choices=range(5), help="which fifth is not trained on")
     parser.add_argument("--weights", default="best", choices=["best", "last"])
     parser.add_argument("--at_once", type=int, default=1, help="runs on the device at the same time")
     args = parser.parse_args()
@@ -118,7 +119,7 @@ def main() -> None:
         chosen |= {"commands": COMMANDS, "ingredients": INGREDIENTS}.get(word) or {
             name: flags if colon else known[name]
         }
-    split(args.data, args.output_dir)
+    split(args.data, args.output_dir, args.fold)
     if not (args.output_dir / "ready" / "dataset.json").exists():
         flags = ["--input_path", args.output_dir / "train", "--output_path", args.output_dir / "ready"]
         flags += ["--spacing", "1", "1", "1", "--modality", "mr"]
