@@ -277,7 +277,7 @@ class TrainConfig(RecipeFlags):
     """Wall-clock minutes from start to end, compilation and last validation included, instead of --epochs."""
     members: int = 1
     """Networks to train one after the other for infer.py to use together, in member_0, member_1, ... with seeds that
-    count on from --seed. --max_minutes is shared equally; --steps and --epochs are of each."""
+    count on from --seed. --max_minutes is of all together; --steps and --epochs are of each."""
     scheduler: Literal["CALR"] = "CALR"
     """Cosine annealing of the learning rate to 0, a step every --skip_val epochs (every epoch with --steps)."""
     schedule_step: Literal["epoch", "published"] = "epoch"

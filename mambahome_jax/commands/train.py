@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,20 +16,19 @@ from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.commands.preprocess import prepare
 from mambahome_jax.commands.pretrained import transfer
 from mambahome_jax.commands.run_report import plain, versions
+from mambahome_jax.commands.train_members import SIGNALLED, Shared, holds_run, member_folder, run_members
 from mambahome_jax.commands.train_report import (
     PACKAGES,
     earlier_report,
     new_report,
     say_end,
-    say_ensemble,
-    say_member,
     say_start,
     scores_of,
     write_report,
 )
 from mambahome_jax.commands.train_setup import Setup, make_setup, training_settings
 from mambahome_jax.commands.validation import ValidationSettings, make_validate
-from mambahome_jax.config import AugmentationConfig, TrainConfig
+from mambahome_jax.config import TrainConfig
 from mambahome_jax.data.loader import make_loader
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import prepared as prepared_layout
@@ -49,10 +48,6 @@ from mambahome_jax.training.progress import Display, MetricsLog, NoLog
 from mambahome_jax.training.sharding import choose_devices, make_mesh
 from mambahome_jax.training.step import abstract_state, init_state, make_train_step, with_seed
 
-SIGNALLED = 128
-# Compiled training steps by structure of the network and augmentation, for the other networks of an ensemble.
-Programs = dict[tuple[nnx.GraphDef, AugmentationConfig | None], Callable]
-
 
 def run(config: TrainConfig, begun: float | None = None) -> int:
     """Train as `config` says; returns the exit code. `begun`: time.monotonic() at the start of the program.
@@ -67,57 +62,41 @@ def run(config: TrainConfig, begun: float | None = None) -> int:
     console = Console(quiet=not is_first(), force_terminal=None if is_first() else False)
     folder = config.output_dir or Path("runs") / (config.checkpoint_name or config.model)
     with ending_together():
-        if config.members == 1:
-            return _run(folder, config, begun, console, {})
-        return _run_members(folder, config, begun, console)
+        if config.members != 1:
+            with locked(folder, "train") if is_first() else contextlib.nullcontext():
+                return run_members(folder, config, begun, console, _run)
+        if holds_run(member_folder(folder, 0)):
+            raise ConfigError(f"{folder} holds several networks. Say --members, or name another --output_dir")
+        return _run(folder, config, begun, console, Shared(folder))
 
 
-def _run_members(folder: Path, config: TrainConfig, begun: float, console: Console) -> int:
-    """One network after the other, each a run of its own with a seed of its own, in equal parts of the time."""
-    if config.members < 1:
-        raise ConfigError(f"--members {config.members}; expected 1 or more")
-    if _checkpoint_in(folder):
-        raise ConfigError(f"{folder} holds the run of one network already. Name another --output_dir")
-    code, best = 0, []
-    programs: Programs = {}
-    for number in range(config.members):
-        minutes = None if config.max_minutes is None else config.max_minutes / config.members
-        home = folder / f"member_{number}"
-        member = dataclasses.replace(
-            config, members=1, seed=config.seed + number, max_minutes=minutes, output_dir=home, checkpoint_name=""
-        )
-        say_member(number, config.members, member.seed, home, console)
-        code = max(code, _run(home, member, begun if number == 0 else time.monotonic(), console, programs))
-        if code > SIGNALLED:
-            return code
-        best.append(home / "checkpoints" / "best")
-    say_ensemble(best, console)
-    return code
-
-
-def _run(folder: Path, config: TrainConfig, begun: float, console: Console, programs: Programs) -> int:
+def _run(folder: Path, config: TrainConfig, begun: float, console: Console, shared: Shared) -> int:
     # The other processes of the same run write to it too.
     with locked(folder, "train") if is_first() else contextlib.nullcontext():
-        return _run_in(folder, config, begun, console, programs)
+        return _run_in(folder, config, begun, console, shared)
 
 
-def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console, programs: Programs) -> int:
+def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console, shared: Shared) -> int:
     resume = _may_start(config, folder, console)
     devices = choose_devices(config.parallel, config.num_devices)
-    prepared, skipped = _open_data(config.data_train, folder / "data", config, console)
+    prepared, skipped = _open_data(config.data_train, "data", config, console, shared)
     prepared_val = None
     if config.data_val is not None:
-        prepared_val, more = _open_data(config.data_val, folder / "data_val", config, console)
+        prepared_val, more = _open_data(config.data_val, "data_val", config, console, shared)
         skipped += more
     setup = make_setup(config, prepared, prepared_val, len(devices))
     started = time.perf_counter()
     earlier = earlier_report(folder) if resume else {}
+    if config.max_minutes is not None and _finished_in(earlier, config.max_minutes):
+        # What it had kept free for its end would be time again.
+        console.print(f"{folder}: finished already", markup=False, highlight=False, soft_wrap=True)
+        return earlier["exit_code"]
     report = new_report(config, setup, skipped)
     if "pretrained" in earlier:
         report["pretrained"] = earlier["pretrained"]
     progressed = Progressed()
     try:
-        _train(config, setup, folder, resume, devices, progressed, console, begun, report, programs)
+        _train(config, setup, folder, resume, devices, progressed, console, begun, report, shared)
         status, code = "finished", int(bool(skipped or progressed.failures))
         if progressed.signal is not None:
             status, code = "stopped by a signal", SIGNALLED + progressed.signal
@@ -155,7 +134,7 @@ def _train(
     console: Console,
     begun: float,
     report: dict[str, Any],
-    programs: Programs,
+    shared: Shared,
 ) -> None:
     mesh, optimizer = make_mesh(devices), make_optimizer(setup.optimizer)
     settings = {
@@ -170,21 +149,26 @@ def _train(
     ingredients = setup.ingredients
     ema = ingredients.ema_decay > 0
     abstract = abstract_state(params, optimizer, ema)
-    data_state, spent, to_first_step = None, 0.0, None
+    data_state, found = None, dict[str, Any]()
     if resume:
         del params  # or they lie in the device's memory beside the state
         found = check_settings(last, settings)
         state, data_state = restore_state(last, abstract, mesh, config.strategy)
         progressed.step, progressed.best = int(state.step), found["best"]
         progressed.validated_until = found["validated_until"]
-        spent, to_first_step = found.get("seconds_spent", 0.0), found.get("seconds_to_first_step", 0.0)
     else:
         state = init_state(params, optimizer, mesh, config.strategy, ema)
         del params
     budget = None
     if config.max_minutes is not None:
+        given = config.max_minutes * 60 if shared.seconds is None else shared.seconds
         budget = TimeBudget(
-            config.max_minutes * 60, begun, spent, to_first_step, own_validations=setup.val_every is None
+            found.get("seconds_in_all", given),
+            begun,
+            found.get("seconds_spent", 0.0),
+            found.get("seconds_to_first_step", 0.0) if resume else None,
+            parts=1 if resume else shared.parts,
+            own_validations=setup.val_every is None,
         )
     plan = Plan(
         setup.total_steps,
@@ -210,11 +194,10 @@ def _train(
         here = next(device for device in devices if device.process_index == jax.process_index())
         validate = make_validate(graphdef, val_store, validation, here)
     loss_fn: LossFunction = partial(dice_ce, label_smoothing=ingredients.label_smoothing)
-    # JAX's own cache would not know the program of an earlier network again: Pallas numbers the kernels of a process.
-    program = (trained_graphdef, setup.augmentation)
-    compiles = program not in programs
+    program = (trained_graphdef, setup.augmentation, setup.optimizer)
+    compiles = program not in shared.programs
     if compiles:
-        programs[program] = make_train_step(
+        shared.programs[program] = make_train_step(
             trained_graphdef,
             optimizer,
             at_all_levels(loss_fn) if ingredients.deep_supervision else loss_fn,
@@ -225,7 +208,7 @@ def _train(
             ingredients.ema_decay,
             config.freeze_encoder,
         )
-    train_step = with_seed(programs[program], config.seed, mesh)
+    train_step = with_seed(shared.programs[program], config.seed, mesh)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     with (
         MetricsLog(folder, progressed.step, say) if is_first() else NoLog() as log,
@@ -302,7 +285,7 @@ def _split(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
 
 def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
     """Whether to resume. Raises where a new run would destroy an earlier one, or the folder cannot be written."""
-    there = _checkpoint_in(folder)
+    there = holds_run(folder)
     # Before the first process can write one, so that all of them see the same.
     require_same(f"Whether {folder} holds a checkpoint", there)
     open_output(folder)
@@ -316,12 +299,21 @@ def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
     return False
 
 
-def _checkpoint_in(folder: Path) -> bool:
-    return any((folder / "checkpoints" / name).is_dir() for name in ("last", "last.previous"))
+def _finished_in(report: dict[str, Any], minutes: float) -> bool:
+    """Whether a run came to its end in the same time."""
+    return report.get("status") == "finished" and report.get("configuration", {}).get("max_minutes") == minutes
 
 
-def _open_data(data: Path, work: Path, config: TrainConfig, console: Console) -> tuple[Prepared, list[tuple[str, str]]]:
+def _open_data(
+    data: Path, name: str, config: TrainConfig, console: Console, shared: Shared
+) -> tuple[Prepared, list[tuple[str, str]]]:
     """A preprocessed folder as it is; any other layout brought into a patch store of its own, at its own spacing."""
+    if data not in shared.data:
+        shared.data[data] = _opened(data, shared.folder / name, config, console)
+    return shared.data[data][0], list(shared.data[data][1])
+
+
+def _opened(data: Path, work: Path, config: TrainConfig, console: Console) -> tuple[Prepared, list[tuple[str, str]]]:
     if data.is_dir() and prepared_layout.detect(data):
         return read_prepared(data), []
     if jax.process_count() > 1:

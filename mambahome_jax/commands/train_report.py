@@ -49,6 +49,8 @@ def say_plan(plan: Plan) -> str:
     length = f"{plan.total_steps} steps"
     if plan.budget is not None:
         length = f"{duration(plan.budget.seconds)}, of which {duration(plan.budget.spent())} are spent"
+        if plan.budget.parts > 1:
+            length = f"1/{plan.budget.parts} of what the first step leaves of {length}"
     validation = "validation as time allows" if plan.val_every is None else f"validation every {plan.val_every} steps"
     return f"{length}; {plan.steps_per_epoch} steps an epoch; {validation}"
 
@@ -161,16 +163,19 @@ def say_end(folder: Path, report: dict[str, Any], code: int, console: Console) -
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def say_member(number: int, members: int, seed: int, folder: Path, console: Console) -> None:
-    """Print which network of an ensemble is about to be trained."""
-    line = f"Network {number + 1} of {members}, seed {seed}, in {folder}"
+def say_member(number: int, members: int, seed: int, folder: Path, finished: bool, console: Console) -> None:
+    """Print which of several networks is about to be trained, or has been."""
+    line = f"Network {number + 1} of {members}, seed {seed}, in {folder}" + (": finished already" if finished else "")
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def say_ensemble(checkpoints: Sequence[Path], console: Console) -> None:
-    """Print what to type to segment with all networks together."""
-    line = f"All together: python infer.py --data_path SCANS --model_path {' '.join(map(str, checkpoints))}"
-    console.print(f"{line} --output_dir PRED", markup=False, highlight=False, soft_wrap=True)
+def say_ensemble(checkpoints: Sequence[Path], members: int, console: Console) -> None:
+    """Print what to type to segment with all networks together, as far as they came to a checkpoint."""
+    line = f"{len(checkpoints)} of {members} networks have a checkpoint. "
+    line = "All together: " if len(checkpoints) == members else line
+    if checkpoints:
+        line += f"python infer.py --data_path SCANS --model_path {' '.join(map(str, checkpoints))} --output_dir PRED"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def scores_of(validation: Validation | None) -> dict[str, float | None] | None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# The first validation, which tells how long one takes, comes no later than this part of the budget or these seconds;
+# The first validation, which tells how long one takes, comes after this part of the time for training or these seconds;
 # after that they take, with the checkpoints that follow them, about a twentieth of the time together.
 FIRST_VALIDATION_PART, FIRST_VALIDATION_SECONDS = 0.2, 600.0
 STEPS_PER_VALIDATION_TIME = 19.0
@@ -35,7 +35,7 @@ class TimeBudget:
     """Time of a run in seconds, measured from the start of the program; a resumed run goes on with what was spent.
 
     Args:
-        seconds: the budget.
+        seconds: the budget; what is left of it when the first step is done is cut to one part in `parts`.
         started: value of `clock` at the start of the program.
         spent_before: by the runs that this one continues.
         to_first_step: of that, the part until the first step was done, compilation included.
@@ -48,10 +48,11 @@ class TimeBudget:
         started: float,
         spent_before: float = 0.0,
         to_first_step: float | None = None,
+        parts: int = 1,
         own_validations: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.seconds, self.own_validations = seconds, own_validations
+        self.seconds, self.parts, self.own_validations = seconds, parts, own_validations
         self._clock, self._origin = clock, started - spent_before
         self.to_first_step = to_first_step
         self._steps: deque[float] = deque(maxlen=8)
@@ -79,6 +80,8 @@ class TimeBudget:
         now = self.spent()
         if self.to_first_step is None:
             self.to_first_step = now
+            # The networks after this one do not compile, and shall have as much time to train.
+            self.seconds, self.parts = now + max(self.seconds - now, 0.0) / self.parts, 1
         if self._step_ended is not None:
             self._steps.append(now - self._step_ended)
         self._step_ended = now
@@ -129,7 +132,8 @@ class TimeBudget:
             return False
         spent = self.spent()
         if self._validated is None:
-            return spent >= min(FIRST_VALIDATION_PART * self.seconds, FIRST_VALIDATION_SECONDS)
+            trained = 0.0 if self.to_first_step is None else spent - self.to_first_step
+            return self.fraction() >= FIRST_VALIDATION_PART or trained >= FIRST_VALIDATION_SECONDS
         # With few cases the checkpoints take longer than the validation.
         pause = STEPS_PER_VALIDATION_TIME * (self._validation_seconds + self._saving_seconds)
         # Not so late that the last one follows at once.

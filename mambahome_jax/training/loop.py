@@ -316,7 +316,11 @@ def _time_spent(budget: TimeBudget | None) -> dict[str, Any]:
     """What a run of a given time has to know of itself to be continued."""
     if budget is None:
         return {}
-    return {"seconds_spent": budget.spent(), "seconds_to_first_step": budget.to_first_step}
+    return {
+        "seconds_in_all": budget.seconds,
+        "seconds_spent": budget.spent(),
+        "seconds_to_first_step": budget.to_first_step,
+    }
 
 
 def _finite(value: float) -> float | None:

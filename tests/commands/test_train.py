@@ -168,50 +168,6 @@ def test_a_run_of_given_minutes_ends_by_itself_and_tells_the_time_spent(tmp_path
     assert spent > 3 and report["status"] == "finished" and report["step"] >= 1 and report["best"] is not None
 
 
-def test_members_are_runs_of_their_own_that_infer_takes_together(tmp_path, capsys, monkeypatch):
-    made, make = [], command.make_train_step
-    monkeypatch.setattr(command, "make_train_step", lambda *args: made.append(1) or make(*args))
-    data, out = _dataset(tmp_path / "data", val=()), tmp_path / "run"
-    config = _config(data, out, steps=2, members=2, seed=5)
-    assert command.run(config) == 0
-    text = capsys.readouterr().out
-    best = [out / f"member_{number}" / "checkpoints" / "best" for number in range(2)]
-    assert "Network 2 of 2, seed 6" in text and f"--model_path {best[0]} {best[1]} --output_dir PRED" in text
-    reports = [json.loads((out / f"member_{number}" / "run.json").read_text()) for number in range(2)]
-    assert len(made) == 1, "the second network compiles its step again"
-    assert [report["seed"] for report in reports] == [5, 6] and {report["status"] for report in reports} == {"finished"}
-    # Each by itself is what the same flags give without the other.
-    assert command.run(_config(data, tmp_path / "alone", steps=2, seed=6)) == 0
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        read_checkpoint_params(best[1]),
-        read_checkpoint_params(tmp_path / "alone" / "checkpoints" / "best"),
-    )
-    with pytest.raises(ConfigError, match="member_0 holds a run already"):
-        command.run(config)
-    assert command.run(dataclasses.replace(config, resume=True)) == 0
-    assert "Network 2 of 2" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="alone holds the run of one network already"):
-        command.run(dataclasses.replace(config, output_dir=tmp_path / "alone"))
-    with pytest.raises(ConfigError, match="--members 0; expected 1 or more"):
-        command.run(dataclasses.replace(config, members=0))
-
-
-def test_members_share_the_time_and_a_signal_ends_them_all(tmp_path, monkeypatch):
-    shares, codes = [], iter((1, 143))
-
-    def one(folder, config, begun, console, programs):
-        shares.append((folder.name, config.max_minutes, config.seed, begun))
-        return next(codes)
-
-    monkeypatch.setattr(command, "_run", one)
-    config = _config(tmp_path, tmp_path / "run", steps=None, max_minutes=6.0, members=3)
-    assert command.run(config, begun=7.0) == 143
-    assert [share[:3] for share in shares] == [("member_0", 2.0, 0), ("member_1", 2.0, 1)]
-    # The first one's share has the start of the program in it.
-    assert shares[0][3] == 7.0 and shares[1][3] != 7.0
-
-
 def test_without_held_out_cases_the_last_weights_are_the_best(tmp_path, capsys):
     data = _dataset(tmp_path / "data", val=())
     assert command.run(_config(data, tmp_path / "run", hold_out=0)) == 0

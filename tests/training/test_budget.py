@@ -77,8 +77,8 @@ def _run(
 def test_the_run_ends_in_time_with_a_validation_of_its_last_step(tmp_path):
     end, rates, validated, progressed = _run(tmp_path, seconds=1000, compile_time=100)
     assert 930 <= end <= 1000
-    # The first one at a fifth of the time, the last at the end; 40 s each.
-    assert len(validated) >= 2 and 200 <= validated[0] <= 260 and validated[-1] == end
+    # The first one at a fifth of the time for training, the last at the end; 40 s each.
+    assert len(validated) >= 2 and 300 <= validated[0] <= 360 and validated[-1] == end
     assert progressed.validated_until == progressed.step == len(rates)
     for name in ("best", "last"):
         config = read_checkpoint_config(tmp_path / name)
@@ -111,6 +111,18 @@ def test_a_resumed_run_goes_on_with_the_time_already_spent(tmp_path):
     np.testing.assert_allclose(rates[0], 1e-2 * (1 + np.cos(np.pi * 500 / 800)) / 2, rtol=1e-5)
     again, rates, _, _ = _run(tmp_path, seconds=1000, spent_before=1000, to_first_step=200)
     assert again == 0 and rates == []
+
+
+def test_the_first_of_several_networks_takes_its_part_of_what_its_first_step_leaves():
+    clock = Clock()
+    budget = TimeBudget(480, 0.0, parts=3, clock=clock)
+    clock.now = 90.0
+    assert budget.fraction() == 0 and budget.left() == 390
+    budget.step_ended()
+    assert budget.seconds == 90 + 390 / 3 and budget.parts == 1
+    clock.now = 155.0
+    budget.step_ended()
+    assert budget.fraction() == 0.5 and budget.seconds == 220
 
 
 def test_no_time_is_left_for_training(tmp_path):
