@@ -19,6 +19,8 @@ from mambahome_jax.model.checkpoint import read_checkpoint_config
 from mambahome_jax.training.optimizer import OptimizerConfig
 
 SIGNALLED = 128
+# Of how a run was started; it may be another way of starting that finds it finished.
+OF_THE_START = {"config", "resume", "load_checkpoint", "coordinator_address", "num_processes", "process_id"}
 Program = tuple[nnx.GraphDef, AugmentationConfig | None, OptimizerConfig]
 
 
@@ -80,7 +82,6 @@ def run_members(
     left = None if minutes is None else minutes * 60
     for number, home in enumerate(homes):
         earlier = earlier_report(home) if resume else {}
-        finished = holds_run(home) and earlier.get("status") == "finished"
         member = dataclasses.replace(
             config,
             members=1,
@@ -89,6 +90,7 @@ def run_members(
             output_dir=home,
             checkpoint_name="",
         )
+        finished = holds_run(home) and earlier.get("status") == "finished" and _same_flags(earlier, member)
         say_member(number, config.members, member.seed, home, finished, console)
         shared.seconds, shared.parts = left, config.members - number
         try:
@@ -109,3 +111,9 @@ def run_members(
     status = "stopped by a signal" if code > SIGNALLED else "finished"
     write_report(folder, report | {"status": status, "exit_code": code})
     return code
+
+
+def _same_flags(report: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether a run was made with these flags; with others it says itself what of them does not fit."""
+    before, now = report.get("configuration"), plain(dataclasses.asdict(config))
+    return isinstance(before, dict) and all(before.get(name) == now[name] for name in now if name not in OF_THE_START)

@@ -68,6 +68,8 @@ def test_resume_leaves_finished_networks_as_they_are(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "member_0: finished already" in text and text.count("to train on") == 1 and "Compiling" in text
     assert (tmp_path / "run" / "member_0" / "run.json").read_bytes() == before
+    with pytest.raises(ConfigError, match=r"lr was 0\.01, now 0\.1"):
+        command.run(dataclasses.replace(config, resume=True, lr=0.1))
     # Without the flag it would begin a network beside them.
     with pytest.raises(ConfigError, match=r"holds several networks\. Say --members"):
         command.run(dataclasses.replace(config, members=1, resume=True))
