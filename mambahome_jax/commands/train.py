@@ -16,7 +16,7 @@ from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.commands.preprocess import prepare
 from mambahome_jax.commands.pretrained import transfer
 from mambahome_jax.commands.run_report import plain, versions
-from mambahome_jax.commands.train_members import SIGNALLED, Shared, holds_run, member_folder, run_members
+from mambahome_jax.commands.train_members import SIGNALLED, Shared, holds_run, is_finished, member_folder, run_members
 from mambahome_jax.commands.train_report import (
     PACKAGES,
     earlier_report,
@@ -87,7 +87,7 @@ def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console, s
     setup = make_setup(config, prepared, prepared_val, len(devices))
     started = time.perf_counter()
     earlier = earlier_report(folder) if resume else {}
-    if config.max_minutes is not None and _finished_in(earlier, config.max_minutes):
+    if config.max_minutes is not None and is_finished(earlier, config):
         # What it had kept free for its end would be time again.
         console.print(f"{folder}: finished already", markup=False, highlight=False, soft_wrap=True)
         return earlier["exit_code"]
@@ -297,11 +297,6 @@ def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
     if there:
         raise ConfigError(f"{folder} holds a run already. Continue it with --resume, or name another --output_dir")
     return False
-
-
-def _finished_in(report: dict[str, Any], minutes: float) -> bool:
-    """Whether a run came to its end in the same time."""
-    return report.get("status") == "finished" and report.get("configuration", {}).get("max_minutes") == minutes
 
 
 def _open_data(

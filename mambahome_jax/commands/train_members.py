@@ -20,7 +20,10 @@ from mambahome_jax.training.optimizer import OptimizerConfig
 
 SIGNALLED = 128
 # Of how a run was started; it may be another way of starting that finds it finished.
-OF_THE_START = {"config", "resume", "load_checkpoint", "coordinator_address", "num_processes", "process_id"}
+OF_THE_START = {
+    *("config", "resume", "load_checkpoint", "output_dir", "checkpoint_name"),
+    *("coordinator_address", "num_processes", "process_id"),
+}
 Program = tuple[nnx.GraphDef, AugmentationConfig | None, OptimizerConfig]
 
 
@@ -90,7 +93,7 @@ def run_members(
             output_dir=home,
             checkpoint_name="",
         )
-        finished = holds_run(home) and earlier.get("status") == "finished" and _same_flags(earlier, member)
+        finished = holds_run(home) and is_finished(earlier, member)
         say_member(number, config.members, member.seed, home, finished, console)
         shared.seconds, shared.parts = left, config.members - number
         try:
@@ -113,7 +116,8 @@ def run_members(
     return code
 
 
-def _same_flags(report: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether a run was made with these flags; with others it says itself what of them does not fit."""
+def is_finished(report: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether run.json tells of a run with these flags that came to its end; one with others says what does not fit."""
     before, now = report.get("configuration"), plain(dataclasses.asdict(config))
-    return isinstance(before, dict) and all(before.get(name) == now[name] for name in now if name not in OF_THE_START)
+    same = isinstance(before, dict) and all(before.get(name) == now[name] for name in now if name not in OF_THE_START)
+    return same and report.get("status") == "finished"
