@@ -40,6 +40,9 @@ class RecipeFlags:
     """Validate and save a moving average of the weights with this decay, 0 for none (published: 0; strong: 0.999)."""
     label_smoothing: float | None = None
     """Share of the target that cross entropy spreads over all classes (published: 0; strong: 0)."""
+    dropout: float | None = None
+    """Share of the channels of the encoder's and the decoder's volumes that each step of training drops (published: 0;
+    strong: 0.1)."""
     deep_supervision: bool | None = None
     """Loss at half and quarter resolution too (published: False; strong: True)."""
     class_balanced: bool | None = None
@@ -88,6 +91,7 @@ class Ingredients:
     clip_norm: float = 0.0
     ema_decay: float = 0.0
     label_smoothing: float = 0.0
+    dropout: float = 0.0
     deep_supervision: bool = False
     class_balanced: bool = False
     augment: bool = True
@@ -113,6 +117,7 @@ RECIPES: Mapping[str, Ingredients] = {
         warmup_steps=100,
         clip_norm=1.0,
         ema_decay=0.999,
+        dropout=0.1,
         deep_supervision=True,
         class_balanced=True,
         zoom_probability=0.0,
@@ -128,7 +133,6 @@ RECIPES: Mapping[str, Ingredients] = {
     ),
 }
 _PARTS = (
-    "ema_decay",
     "label_smoothing",
     "zoom_probability",
     "rotate90_probability",
@@ -166,11 +170,11 @@ def _check(found: Ingredients) -> None:
     for name in _PARTS:
         if not 0 <= getattr(found, name) <= 1:
             raise ConfigError(f"--{name} {getattr(found, name)}; expected 0 to 1")
-    if not 0 <= found.momentum < 1 or found.warmup_steps < 0 or found.clip_norm < 0 or found.ema_decay == 1:
-        raise ConfigError(
-            f"--momentum {found.momentum}, --warmup_steps {found.warmup_steps}, --clip_norm {found.clip_norm}, "
-            f"--ema_decay {found.ema_decay}; expected 0 or more, and momentum and ema_decay below 1"
-        )
+    for name in ("momentum", "ema_decay", "dropout"):
+        if not 0 <= getattr(found, name) < 1:
+            raise ConfigError(f"--{name} {getattr(found, name)}; expected 0 or more, and below 1")
+    if found.warmup_steps < 0 or found.clip_norm < 0:
+        raise ConfigError(f"--warmup_steps {found.warmup_steps}, --clip_norm {found.clip_norm}; expected 0 or more")
     low, high = found.affine_scale
     if not 0 <= found.elastic_std <= MOST_ELASTIC_STD:
         found_std = f"--elastic_std {found.elastic_std}"

@@ -24,7 +24,7 @@ def test_the_default_is_the_published_recipe():
     found = _resolve()
     assert (found.optimizer, found.lr, found.eps, found.weight_decay) == ("AdamW", 1e-4, 1e-4, 1e-4)
     assert found.augment and (found.zoom_probability, found.rotate90_probability) == (0.3, 0.1)
-    off = ("momentum", "warmup_steps", "clip_norm", "ema_decay", "label_smoothing", "affine_probability")
+    off = ("dropout", "momentum", "warmup_steps", "clip_norm", "ema_decay", "label_smoothing", "affine_probability")
     assert all(getattr(found, name) == 0 for name in off) and found.mirror == ("none",)
     assert _resolve(optimizer="Adam").eps == 1e-8
 
@@ -32,7 +32,7 @@ def test_the_default_is_the_published_recipe():
 def test_the_strong_recipe_and_flags_that_win_over_it():
     found = _resolve(recipe="strong")
     assert (found.lr, found.eps, found.weight_decay) == (3e-4, 1e-8, 0.05)
-    assert found.ema_decay == 0.999 and found.mirror == ("LR",)
+    assert found.ema_decay == 0.999 and found.dropout == 0.1 and found.mirror == ("LR",)
     assert found.affine_probability == 0.7 and found.elastic_probability == 0.5
     given = _resolve(recipe="strong", lr=1e-3, ema_decay=0.0, mirror=("none",), class_balanced=False)
     assert (given.lr, given.ema_decay, given.mirror, given.class_balanced) == (1e-3, 0.0, ("none",), False)
@@ -53,6 +53,8 @@ def test_flags_on_the_command_line():
     ("flags", "message"),
     [
         ({"ema_decay": 1.0}, "--ema_decay 1.0"),
+        ({"dropout": 1.0}, "--dropout 1.0; expected 0 or more"),
+        ({"dropout": -0.1}, "--dropout -0.1; expected 0 or more"),
         ({"gamma_probability": 1.5}, "--gamma_probability 1.5; expected 0 to 1"),
         ({"momentum": 1.0}, "--momentum 1.0"),
         ({"clip_norm": -1.0}, "--clip_norm -1.0"),

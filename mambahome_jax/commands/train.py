@@ -207,6 +207,7 @@ def _train(
             config.strategy,
             ingredients.ema_decay,
             config.freeze_encoder,
+            ingredients.dropout,
         )
     train_step = with_seed(shared.programs[program], config.seed, mesh)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from flax import nnx
 
 from mambahome_jax.config import ModelConfig, Precision
 from mambahome_jax.model.blocks import ResidualBlock, UpBlock
+from mambahome_jax.model.dropout import ChannelDropout
 from mambahome_jax.model.layers import Conv3d
 from mambahome_jax.model.remat import remat
 
@@ -30,12 +31,19 @@ class Decoder(nnx.Module):
     def __call__(self, x: jax.Array, stages: list[jax.Array]) -> jax.Array:
         return self.with_levels(x, stages)[0]
 
-    def with_levels(self, x: jax.Array, stages: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-        """Logits, and the volumes at 1/2, 1/4 and 1/8 of the grid that they come from."""
+    def with_levels(
+        self, x: jax.Array, stages: list[jax.Array], dropout: ChannelDropout | None = None
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """Logits, and the volumes at 1/2, 1/4 and 1/8 of the grid that they come from.
+
+        `dropout` acts on what each of the four steps up gives, from place 4 on.
+        """
         skips = [remat(self.use_checkpoint, block, v) for block, v in zip(self.skips, (x, *stages), strict=True)]
         y = skips.pop()
         levels: list[jax.Array] = []
-        for up in self.ups:
+        for number, up in enumerate(self.ups, len(stages)):
             y = remat(self.use_checkpoint, up, y, skips.pop())
+            if dropout is not None:
+                y = dropout(y, number)
             levels.insert(0, y)
         return self.out(remat(self.use_checkpoint, self.last, y)), levels[1:]

@@ -5,6 +5,7 @@ from flax import nnx
 
 from mambahome_jax.config import ModelConfig, Precision
 from mambahome_jax.model.blocks import GatedSpatialConv
+from mambahome_jax.model.dropout import ChannelDropout
 from mambahome_jax.model.home import HoME
 from mambahome_jax.model.layers import Conv3d
 from mambahome_jax.model.mamba import Mamba
@@ -67,10 +68,13 @@ class Encoder(nnx.Module):
         common = {"rngs": rngs, "param_dtype": param_dtype, "precision": precision}
         self.stages = nnx.List([Stage(config, stage, **common) for stage in range(4)])
 
-    def __call__(self, x: jax.Array) -> list[jax.Array]:
+    def __call__(self, x: jax.Array, dropout: ChannelDropout | None = None) -> list[jax.Array]:
+        """`dropout` acts on each of the four, places 0 to 3, before the next stage takes it."""
         # Each stage but the first begins with the instance norm of the volume before: the decoder takes the same one.
         outputs = []
-        for stage in self.stages:
+        for number, stage in enumerate(self.stages):
             x = instance_norm(stage(x))
+            if dropout is not None:
+                x = dropout(x, number)
             outputs.append(x)
         return outputs

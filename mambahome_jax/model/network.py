@@ -7,6 +7,7 @@ from flax import nnx
 from mambahome_jax.config import DataProperties, ModelConfig, Precision
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.model.decoder import Decoder
+from mambahome_jax.model.dropout import ChannelDropout
 from mambahome_jax.model.encoder import Encoder
 from mambahome_jax.model.layers import activation_dtype
 
@@ -23,6 +24,7 @@ class MambaHoME(nnx.Module):
 
     model(x): (batch, depth, height, width, in_chans) -> logits (batch, depth, height, width, out_chans), float32
     (float64 with float64 parameters). depth, height and width are multiples of 16, and not all of them 16.
+    model(x, dropout): with channels dropped, as training may have it.
 
     Args:
         config: shape of the network; the default is the published one.
@@ -48,14 +50,14 @@ class MambaHoME(nnx.Module):
         self.encoder = Encoder(config, **common)
         self.decoder = Decoder(config, **common)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.with_levels(x)[0]
+    def __call__(self, x: jax.Array, dropout: ChannelDropout | None = None) -> jax.Array:
+        return self.with_levels(x, dropout)[0]
 
-    def with_levels(self, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    def with_levels(self, x: jax.Array, dropout: ChannelDropout | None = None) -> tuple[jax.Array, list[jax.Array]]:
         """Logits, and the decoder's volumes at 1/2, 1/4 and 1/8 of the grid, feat_size[1], [2] and [3] channels."""
         check_input(x.shape, self.config)
         x = x.astype(self.dtype)
-        logits, levels = self.decoder.with_levels(x, self.encoder(x))
+        logits, levels = self.decoder.with_levels(x, self.encoder(x, dropout), dropout)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), levels
 
 

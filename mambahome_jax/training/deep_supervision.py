@@ -9,6 +9,7 @@ import jax
 from flax import nnx
 
 from mambahome_jax.config import Precision
+from mambahome_jax.model.dropout import ChannelDropout
 from mambahome_jax.model.layers import Conv3d
 from mambahome_jax.training.losses import LossFunction
 
@@ -33,8 +34,8 @@ class DeepSupervision(nnx.Module):
             ]
         )
 
-    def __call__(self, x: jax.Array) -> list[jax.Array]:
-        logits, levels = self.network.with_levels(x)
+    def __call__(self, x: jax.Array, *dropout: ChannelDropout) -> list[jax.Array]:
+        logits, levels = self.network.with_levels(x, *dropout)
         return [logits, *(head(level) for head, level in zip(self.heads, levels[:HEADS], strict=True))]
 
 

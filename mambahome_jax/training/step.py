@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from mambahome_jax.compiler import compiler_options
 from mambahome_jax.config import AugmentationConfig, Strategy
 from mambahome_jax.data.augmentation import augment, augment_labelled
+from mambahome_jax.model.dropout import ChannelDropout
 from mambahome_jax.training.deep_supervision import network_params
 from mambahome_jax.training.grouping import group
 from mambahome_jax.training.losses import LossFunction
@@ -22,6 +23,7 @@ from mambahome_jax.training.optimizer import Optimizer, is_encoder
 from mambahome_jax.training.sharding import put_tree, replicated, tree_sharding
 
 Batch = dict[str, jax.Array]
+_DROPOUT_KEY = 1 << 30  # beyond any sample of a batch, from whose numbers augmentation draws
 
 
 @jax.tree_util.register_dataclass
@@ -74,6 +76,7 @@ def make_train_step(
     strategy: Strategy = "ddp",
     ema_decay: float = 0.0,
     freeze_encoder: bool = False,
+    dropout: float = 0.0,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """jit of (state, batch, fraction=None) -> (state, metrics): batch split over `data`, state donated.
 
@@ -81,11 +84,12 @@ def make_train_step(
         graphdef: of the model, `nnx.split(model)[0]`; model((b, D, H, W, in)) -> logits (b, D, H, W, classes).
         loss_fn: (logits, labels (b, D, H, W) integer) -> scalar, a mean over the batch; a batch with "labelled"
             (b, classes) gives it that as the third argument.
-        seed: of the augmentation; its key is fold_in(key(seed), step), so that nothing but the step is to be stored.
-            An argument of the compiled program, so that the compilation cache has it for every seed.
+        seed: of augmentation and dropout; their key is fold_in(key(seed), step), so that nothing but the step is to be
+            stored. An argument of the compiled program, so that the compilation cache has it for every seed.
         augmentation: None for none.
         ema_decay: of the moving average, in a state that has one; less in the first steps, see `average_decay`.
         freeze_encoder: no gradient reaches the parameters under "encoder", whose backward pass is left out.
+        dropout: rate of a ChannelDropout that the model is called with; 0: called without one.
 
     With `fraction`, float32 scalar, the part of a time budget that is spent, the learning rate follows that instead of
     the step. The batch is {"image": (b, D, H, W, in), "label": (b, D, H, W)}. Metrics are scalars of this step: loss
@@ -97,9 +101,12 @@ def make_train_step(
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         image, label = batch["image"], batch["label"]
         labelled: tuple[jax.Array, ...] = (batch["labelled"],) if "labelled" in batch else ()
-        if augmentation is not None:
-            assert seeded is not None
+        drop: tuple[ChannelDropout, ...] = ()
+        if seeded is not None:
             key = jax.random.fold_in(jax.random.wrap_key_data(seeded), state.step)
+        if dropout:
+            drop = (ChannelDropout(jax.random.fold_in(key, _DROPOUT_KEY), dropout),)
+        if augmentation is not None:
             image, label = augment(key, image, label, augmentation)
             labelled = tuple(augment_labelled(key, rows, augmentation) for rows in labelled)
 
@@ -108,7 +115,7 @@ def make_train_step(
                 params = jax.tree_util.tree_map_with_path(
                     lambda path, leaf: jax.lax.stop_gradient(leaf) if is_encoder(path) else leaf, params
                 )
-            return loss_fn(nnx.merge(graphdef, params)(image), label, *labelled)
+            return loss_fn(nnx.merge(graphdef, params)(image, *drop), label, *labelled)
 
         loss, grads = jax.value_and_grad(objective)(state.params)
         timed = {} if fraction is None else {"fraction": fraction}
@@ -130,13 +137,13 @@ def make_train_step(
     # Who splits the parameters does so for the memory.
     options = compiler_options(less_memory=strategy == "fsdp")
     compiled = jax.jit(train_step, donate_argnums=0, compiler_options=options)
-    if augmentation is None:
+    if augmentation is None and not dropout:
         return compiled
     return with_seed(partial(compiled), seed, mesh)
 
 
 def with_seed(train_step: Callable, seed: int, mesh: Mesh) -> Callable:
-    """A step of make_train_step, compiled or not, with another seed; one without augmentation as it is."""
+    """A step of make_train_step, compiled or not, with another seed; one that draws nothing as it is."""
     if not isinstance(train_step, partial):
         return train_step
     seeded = put_tree(np.asarray(jax.random.key_data(jax.random.key(seed))), replicated(mesh))

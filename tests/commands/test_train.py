@@ -247,6 +247,7 @@ def test_the_strong_recipe_trains_and_its_average_is_the_checkpoint(tmp_path, ca
     assert command.run(config) == 0
     text = capsys.readouterr().out
     assert "recipe strong: AdamW, lr 0.001, weight decay 0.05, eps 1e-08, warmup_steps 4, clip_norm 1.0" in text
+    assert "dropout 0.1" in text
     assert "mirrored along axis 0, 0 pairs" in text
     written = read_checkpoint_config(tmp_path / "run" / "checkpoints" / "last")
     assert written["data"]["mirror"] == ["LR"]
@@ -257,6 +258,8 @@ def test_the_strong_recipe_trains_and_its_average_is_the_checkpoint(tmp_path, ca
     np.testing.assert_allclose(rates, [1e-3 / 4, 1e-3 / 2], rtol=1e-6)
     with pytest.raises(ConfigError, match=r"ema_decay was 0.999, now 0.0"):
         command.run(dataclasses.replace(config, ema_decay=0.0, resume=True))
+    with pytest.raises(ConfigError, match=r"dropout was 0.1, now None"):
+        command.run(dataclasses.replace(config, dropout=0.0, resume=True))
     assert command.run(dataclasses.replace(config, resume=True)) == 0
 
 

@@ -3,6 +3,8 @@
 import jax
 from flax import nnx
 
+from mambahome_jax.model.dropout import ChannelDropout
+
 
 class SmallNet(nnx.Module):
     """(b, D, H, W, 1) -> (b, D, H, W, classes)."""
@@ -13,8 +15,10 @@ class SmallNet(nnx.Module):
         self.middle = nnx.List([nnx.Linear(width, 4 * width, rngs=rngs), nnx.Linear(4 * width, width, rngs=rngs)])
         self.last = nnx.Conv(width, classes, (1, 1, 1), rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, dropout: ChannelDropout | None = None) -> jax.Array:
         x = jax.nn.relu(self.first(x))
+        if dropout is not None:
+            x = dropout(x, 0)
         for layer in self.middle:
             x = jax.nn.relu(layer(x))
         return self.last(x)

@@ -24,13 +24,13 @@ BATCHES = [
 ]
 
 
-def _train(devices, strategy="ddp", steps=20, augmentation=None, seed=0):
+def _train(devices, strategy="ddp", steps=20, augmentation=None, seed=0, **settings):
     """SmallNet, whose arrays are split from 1024 elements on."""
     mesh = make_mesh(jax.devices()[:devices])
     graphdef, params = nnx.split(SmallNet())
     optimizer = make_optimizer(OptimizerConfig(lr=1e-2, steps_per_period=5, t_max=4))
     state = init_state(nnx.to_pure_dict(params), optimizer, mesh, strategy)
-    train_step = make_train_step(graphdef, optimizer, dice_ce, mesh, seed, augmentation, strategy)
+    train_step = make_train_step(graphdef, optimizer, dice_ce, mesh, seed, augmentation, strategy, **settings)
     metrics = []
     for step in range(steps):
         batch = put_batch(BATCHES[step % len(BATCHES)], mesh)
@@ -77,6 +77,23 @@ def test_augmentation_depends_on_seed_and_step_and_not_on_devices():
     first, again, other = (_train(d, steps=2, augmentation=config, seed=s)[1] for d, s in ((1, 5), (8, 5), (1, 6)))
     np.testing.assert_allclose(first["loss"], again["loss"], rtol=1e-5)
     assert abs(first["loss"] - other["loss"]).max() > 1e-3
+
+
+def test_dropout_depends_on_seed_and_step_and_not_on_devices():
+    given = {"steps": 2, "dropout": 0.5}
+    first, again, other = (_train(d, seed=s, **given)[1] for d, s in ((1, 5), (8, 5), (1, 6)))
+    np.testing.assert_allclose(first["loss"], again["loss"], rtol=1e-5)
+    assert abs(first["loss"] - other["loss"]).max() > 1e-3
+    # The same batch and weights that do not move: only what is dropped differs from step to step.
+    mesh, optimizer = make_mesh(jax.devices()[:1]), make_optimizer(OptimizerConfig(lr=1e-30))
+    graphdef, params = nnx.split(SmallNet())
+    state = init_state(nnx.to_pure_dict(params), optimizer, mesh)
+    step = make_train_step(graphdef, optimizer, dice_ce, mesh, 0, dropout=0.5)
+    losses = []
+    for _ in range(2):
+        state, metrics = step(state, put_batch(BATCHES[0], mesh))
+        losses.append(float(metrics["loss"]))
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_parameters_given_stay_usable():

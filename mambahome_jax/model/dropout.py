@@ -1,0 +1,23 @@
+"""Dropout of whole channels, which training alone asks for: no part of the network and none of its parameters."""
+
+from dataclasses import dataclass
+
+import jax
+
+
+@dataclass(frozen=True)
+class ChannelDropout:
+    """dropout(x, number): each channel of each sample of (batch, ..., channels) 0 with probability `rate`, the others
+    divided by 1 - rate (spatial dropout, Tompson et al., CVPR 2015); dtype and shape stay.
+
+    key: from jax.random.key, another at each step. number: of the place in the network, so that each draws its own.
+    """
+
+    key: jax.Array
+    rate: float
+
+    def __call__(self, x: jax.Array, number: int) -> jax.Array:
+        batch, channels = x.shape[0], x.shape[-1]
+        kept = jax.random.bernoulli(jax.random.fold_in(self.key, number), 1 - self.rate, (batch, channels))
+        factor = (kept / (1 - self.rate)).astype(x.dtype)
+        return x * factor.reshape(batch, *[1] * (x.ndim - 2), channels)
