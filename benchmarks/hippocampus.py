@@ -2,7 +2,8 @@
 
 python benchmarks/hippocampus.py --data TASK04 --output_dir OUT
 python benchmarks/hippocampus.py --data TASK04 --output_dir OUT --runs ingredients --weights last --at_once 4
-python benchmarks/hippocampus.py --data TASK04 --output_dir OUT --runs strong "mine: --recipe strong --steps 900"
+python benchmarks/hippocampus.py --data TASK04 --output_dir OUT --runs strong "mine: --recipe strong --steps 900" \
+    --infer "--tta_affine 8"
 
 Every fifth case by name, from the third on (--fold 2), is taken out before preprocess.py and scored by infer.py and
 `mambahome evaluate`. The differences are from the first run, over the cases, with bootstrap 95 % intervals. Runs that
@@ -28,7 +29,9 @@ COMMANDS = {
     "--max_minutes 8",
     "published": "--recipe published --patch_size 32 48 32 --batch_size 8 --hold_out 20 --max_minutes 8",
 }
-BASE = "--recipe strong --model MambaHoME_small --batch_size 8 --hold_out 20 --val_every 500 --steps 1800"
+# Of infer.py, where --infer gives none.
+INFER = {"strong": "--tta_affine 8"}
+BASE = "--recipe strong --model MambaHoME_small --batch_size 8 --hold_out 20 --val_every 500 --steps 1800 --dropout 0"
 INGREDIENTS = {
     "base": BASE,
     "not mirrored": f"{BASE} --mirror none",
@@ -38,6 +41,7 @@ INGREDIENTS = {
     "not class-balanced": f"{BASE} --class_balanced False",
     "no deep supervision": f"{BASE} --deep_supervision False",
     "intensities unchanged": f"{BASE} --gamma_probability 0 --contrast_probability 0 --brightness_probability 0",
+    "dropout": f"{BASE} --dropout 0.1",
     "SGD": f"{BASE} --optimizer SGD --lr 0.01 --weight_decay 3e-5",
     "published, moved": "--recipe published --batch_size 8 --hold_out 20 --val_every 500 --steps 1334 --lr 3e-4 "
     "--affine_probability 0.5 --zoom_probability 0 --rotate90_probability 0",
@@ -55,6 +59,10 @@ def split(data: Path, folder: Path, fold: int) -> None:
             link.symlink_to(Path(path).resolve())
 
 
+def infer_flags(name: str, given: str | None) -> str:
+    return INFER.get(name, "") if given is None else given
+
+
 def command(log: Path, *words: str | Path, **environment: str) -> None:
     """Run one of the project's commands; what it prints goes into a file."""
     with log.open("w") as file:
@@ -67,10 +75,11 @@ def command(log: Path, *words: str | Path, **environment: str) -> None:
         )
 
 
-def run(name: str, flags: str, folder: Path, weights: str, at_once: int) -> Path:
+def run(name: str, flags: str, infer: str, folder: Path, weights: str, at_once: int) -> Path:
     """Train, infer, evaluate; the folder of the evaluation."""
     home = folder / name.replace(" ", "_").replace(",", "")
-    evaluation = home / f"evaluation_{weights}"
+    which = "_".join([weights, *infer.replace("--", "").split()])
+    evaluation = home / f"evaluation_{which}"
     if (evaluation / "metrics.csv").exists():
         return evaluation
     home.mkdir(parents=True, exist_ok=True)
@@ -81,8 +90,9 @@ def run(name: str, flags: str, folder: Path, weights: str, at_once: int) -> Path
         command(home / "train.log", ROOT / "train.py", *flags, **share)
     # One network, or those of --members.
     models = sorted(training.glob(f"**/checkpoints/{weights}"))
-    predictions = home / f"predictions_{weights}"
+    predictions = home / f"predictions_{which}"
     flags = ["--data_path", folder / "test" / "images", "--output_dir", predictions, "--previews", "False"]
+    flags += shlex.split(infer)
     command(home / "infer.log", ROOT / "infer.py", *flags, "--model_path", *models, **share)
     flags = ["--predictions", predictions, "--references", folder / "test" / "labels", "--output_dir", evaluation]
     command(home / "evaluate.log", "-m", "mambahome_jax", "evaluate", *flags, JAX_PLATFORMS="cpu")
@@ -109,6 +119,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", default=["commands"], help='commands, ingredients, names, "NAME: FLAGS"')
     parser.add_argument("--fold", type=int, default=2, choices=range(5), help="which fifth is not trained on")
+    parser.add_argument("--infer", help="flags of infer.py (default: those that docs/training.md has for a command)")
     parser.add_argument("--weights", default="best", choices=["best", "last"])
     parser.add_argument("--at_once", type=int, default=1, help="runs on the device at the same time")
     args = parser.parse_args()
@@ -126,7 +137,8 @@ def main() -> None:
         command(args.output_dir / "preprocess.log", ROOT / "preprocess.py", *flags, JAX_PLATFORMS="cpu")
     with ThreadPoolExecutor(args.at_once) as pool:
         started = [
-            pool.submit(run, name, flags, args.output_dir, args.weights, args.at_once) for name, flags in chosen.items()
+            pool.submit(run, name, flags, infer_flags(name, args.infer), args.output_dir, args.weights, args.at_once)
+            for name, flags in chosen.items()
         ]
         print_table([*chosen], [future.result() for future in started])
 
