@@ -3,7 +3,7 @@
 python benchmarks/hippocampus.py --data TASK04 --output_dir OUT
 python benchmarks/hippocampus.py --data TASK04 --output_dir OUT --runs ingredients --weights last --at_once 4
 python benchmarks/hippocampus.py --data TASK04 --output_dir OUT --runs strong "mine: --recipe strong --steps 900" \
-    --infer "--tta_affine 8"
+    --infer="--tta_affine 8"
 
 Every fifth case by name, from the third on (--fold 2), is taken out before preprocess.py and scored by infer.py and
 `mambahome evaluate`. The differences are from the first run, over the cases, with bootstrap 95 % intervals. Runs that
@@ -12,6 +12,7 @@ are in OUT already are not repeated.
 
 import argparse
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def split(data: Path, folder: Path, fold: int) -> None:
 
 
 def infer_flags(name: str, given: str | None) -> str:
+    """Those given, else those of the command that docs/training.md has by this name."""
     return INFER.get(name, "") if given is None else given
 
 
@@ -78,7 +80,7 @@ def command(log: Path, *words: str | Path, **environment: str) -> None:
 def run(name: str, flags: str, infer: str, folder: Path, weights: str, at_once: int) -> Path:
     """Train, infer, evaluate; the folder of the evaluation."""
     home = folder / name.replace(" ", "_").replace(",", "")
-    which = "_".join([weights, *infer.replace("--", "").split()])
+    which = "_".join([weights, *re.findall(r"\w+", infer)])
     evaluation = home / f"evaluation_{which}"
     if (evaluation / "metrics.csv").exists():
         return evaluation
@@ -119,7 +121,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", default=["commands"], help='commands, ingredients, names, "NAME: FLAGS"')
     parser.add_argument("--fold", type=int, default=2, choices=range(5), help="which fifth is not trained on")
-    parser.add_argument("--infer", help="flags of infer.py (default: those that docs/training.md has for a command)")
+    parser.add_argument("--infer", help="flags of infer.py, as --infer='--tta_affine 8' (default: as docs/training.md)")
     parser.add_argument("--weights", default="best", choices=["best", "last"])
     parser.add_argument("--at_once", type=int, default=1, help="runs on the device at the same time")
     args = parser.parse_args()

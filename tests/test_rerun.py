@@ -60,3 +60,10 @@ def test_what_is_no_report_of_a_training_is_refused(tmp_path, changes, words, ca
         assert cli.run_command("train", ["--config", name], "train.py") == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3 and "not valid JSON" in said[0] and "No such file" in said[1]
+
+
+def test_a_report_from_before_there_was_dropout_is_of_a_run_without(tmp_path):
+    configuration = plain(vars(CONFIG))
+    assert cli.parse("train", ["--config", _report(tmp_path)], "mambahome").dropout is None
+    del configuration["dropout"]
+    assert cli.parse("train", ["--config", _report(tmp_path, configuration=configuration)], "mambahome").dropout == 0

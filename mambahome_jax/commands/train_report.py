@@ -32,8 +32,8 @@ def say_ingredients(setup: Setup) -> str:
     parts = [f"{optimizer.name}, lr {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}"]
     if optimizer.name != "SGD":
         parts.append(f"eps {optimizer.eps:g}")
-    names = ["warmup_steps", "clip_norm", "ema_decay", "label_smoothing", "dropout", "deep_supervision"]
-    names.append("class_balanced")
+    names = ["warmup_steps", "clip_norm", "ema_decay", "label_smoothing", "dropout"]
+    names += ["deep_supervision", "class_balanced"]
     if optimizer.momentum:
         names.insert(0, "momentum")
     parts += [f"{name} {getattr(used, name)}" for name in names if getattr(used, name)]

@@ -134,16 +134,13 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
 def training_settings(config: TrainConfig, setup: Setup) -> dict[str, Any]:
     """The settings that change the result of a run: a resumed one has to agree with them."""
     optimizer = setup.optimizer
-    ingredients = dataclasses.asdict(setup.ingredients)
-    if not setup.ingredients.dropout:
-        del ingredients["dropout"]  # as in checkpoints from before there was one
     return {
         "train_cases": f"{len(setup.train_cases)} with digest {_digest(setup.train_cases)}",
         "patch_size": setup.patch_size,
         "global_batch": setup.global_batch,
         "total_steps": setup.total_steps,
         "max_minutes": config.max_minutes,
-        **ingredients,
+        **dataclasses.asdict(setup.ingredients),
         "mirror": () if setup.augmentation is None else setup.augmentation.mirror,
         "schedule_step": optimizer.schedule_step,
         "steps_per_period": optimizer.steps_per_period,

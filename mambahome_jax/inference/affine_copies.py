@@ -39,7 +39,8 @@ def moved(predict: Predict, count: int, voxel_size: Sequence[float]) -> Predict:
 
     predict: windows (n, *roi, in) -> logits (n, *roi, classes), called with the same shapes as without copies. The
     result is the logarithm of the mean of the softmax probabilities, trilinear on the way there and back; beyond a
-    window's border its outermost voxels count, as in training.
+    window's border its outermost voxels count, as in training. The mean at a voxel is that over the copies in which it
+    lies within the window, which it does in the first.
     """
     if count == 1:
         return predict
@@ -47,11 +48,14 @@ def moved(predict: Predict, count: int, voxel_size: Sequence[float]) -> Predict:
     back = np.linalg.inv(matrices)
 
     def mean(windows: jax.Array) -> jax.Array:
-        total = _softmax(jnp.asarray(predict(windows)))
+        logits = jnp.asarray(predict(windows))
+        if logits.ndim != 5 or logits.shape[:4] != windows.shape[:4]:
+            return logits  # no answer to these windows, of which the caller tells
+        total, copies = _softmax(logits), jnp.ones((*windows.shape[1:4], 1), jnp.float32)
         for matrix, shift, inverse in zip(matrices[1:], shifts[1:], back[1:], strict=True):
             logits = jnp.asarray(predict(_warp(jnp.asarray(windows), matrix, shift)))
-            total = total + _warp(_softmax(logits), inverse, -(inverse @ shift))
-        return _log(total / count)
+            total, copies = _add_back(total, copies, logits, inverse, -(inverse @ shift))
+        return _log_mean(total, copies)
 
     return mean
 
@@ -59,14 +63,7 @@ def moved(predict: Predict, count: int, voxel_size: Sequence[float]) -> Predict:
 @jax.jit
 def _warp(volumes: jax.Array, matrix: jax.Array, shift: jax.Array) -> jax.Array:
     """(n, D, H, W, C), each at matrix @ (voxel - centre) + centre + shift, linear."""
-    centre = [(n - 1) / 2 for n in volumes.shape[1:4]]
-    offsets = [jnp.arange(n, dtype=jnp.float32) - c for n, c in zip(volumes.shape[1:4], centre, strict=True)]
-    grids = jnp.meshgrid(*offsets, indexing="ij", sparse=True)
-    # Products and sums instead of a matrix product, which a GPU might shorten.
-    places = [
-        matrix[row, 0] * grids[0] + matrix[row, 1] * grids[1] + matrix[row, 2] * grids[2] + centre[row] + shift[row]
-        for row in range(3)
-    ]
+    places = _places(volumes.shape[1:4], matrix, shift)
 
     def one(volume: jax.Array) -> jax.Array:
         return map_coordinates(volume, places, order=1, mode="nearest")
@@ -74,12 +71,37 @@ def _warp(volumes: jax.Array, matrix: jax.Array, shift: jax.Array) -> jax.Array:
     return jax.vmap(jax.vmap(one, -1, -1))(volumes)
 
 
+def _places(shape: Sequence[int], matrix: jax.Array, shift: jax.Array) -> list[jax.Array]:
+    centre = [(n - 1) / 2 for n in shape]
+    offsets = [jnp.arange(n, dtype=jnp.float32) - c for n, c in zip(shape, centre, strict=True)]
+    grids = jnp.meshgrid(*offsets, indexing="ij", sparse=True)
+    # Products and sums instead of a matrix product, which a GPU might shorten.
+    return [
+        matrix[row, 0] * grids[0] + matrix[row, 1] * grids[1] + matrix[row, 2] * grids[2] + centre[row] + shift[row]
+        for row in range(3)
+    ]
+
+
+@jax.jit
+def _add_back(
+    total: jax.Array, copies: jax.Array, logits: jax.Array, matrix: jax.Array, shift: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sum of probabilities, and in how many copies each voxel lies, with those of one more copy."""
+    shape = logits.shape[1:4]
+    within = [(at >= 0) & (at <= n - 1) for at, n in zip(_places(shape, matrix, shift), shape, strict=True)]
+    inside = (within[0] & within[1] & within[2])[..., None]
+    return total + jnp.where(inside, _warp(_softmax(logits), matrix, shift), 0), copies + inside
+
+
 @jax.jit
 def _softmax(logits: jax.Array) -> jax.Array:
-    return jax.nn.softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
+    """Not a number where a logit is not finite, which softmax would make 0 or 1 of."""
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    finite = jnp.isfinite(logits).all(axis=-1, keepdims=True)
+    return jnp.where(finite, jax.nn.softmax(logits, axis=-1), jnp.nan)
 
 
 @jax.jit
-def _log(probabilities: jax.Array) -> jax.Array:
-    """Finite where they are 0, which float32's softmax may give; not where they are not finite."""
-    return jnp.log(jnp.maximum(probabilities, jnp.finfo(probabilities.dtype).tiny))
+def _log_mean(total: jax.Array, copies: jax.Array) -> jax.Array:
+    """Finite where a probability is 0, which float32's softmax may give."""
+    return jnp.log(jnp.maximum(total / copies, jnp.finfo(total.dtype).tiny))

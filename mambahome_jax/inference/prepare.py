@@ -49,8 +49,8 @@ class SegmentSettings:
             raise ConfigError(f"modality is {self.modality!r}; expected ct, mr or us")
         if self.chain not in ("trained", "published"):
             raise ConfigError(f"chain is {self.chain!r}; expected trained or published")
-        if self.tta_affine < 1:
-            raise ConfigError(f"tta_affine is {self.tta_affine}; expected 1 or more")
+        if not isinstance(self.tta_affine, int) or self.tta_affine < 1:
+            raise ConfigError(f"tta_affine is {self.tta_affine!r}; expected an integer, 1 or more")
         if len(self.roi_size) != 3:
             raise ConfigError(f"roi_size is {tuple(self.roi_size)}; expected three numbers of voxels")
 

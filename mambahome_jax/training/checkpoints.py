@@ -38,6 +38,8 @@ from mambahome_jax.training.sharding import tree_sharding
 from mambahome_jax.training.step import TrainState, deployed_params
 
 OPTIMIZER_ITEM, DATA_ITEM = "optimizer", "data"
+# Settings that a checkpoint from before there were such does not name, as they were then.
+_BEFORE = {"dropout": 0.0}
 
 
 class CheckpointWriter:
@@ -206,7 +208,8 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         ("model", CheckpointError, "Resume with the same network, or name another --output_dir"),
         ("training", ConfigError, "Resume with the same settings, or start anew with --use_pretrained"),
     ):
-        before, now = config.get(entry, {}), settings[entry]
+        now = settings[entry]
+        before = {name: value for name, value in _BEFORE.items() if name in now} | config.get(entry, {})
         differ = [
             f"{name} was {before.get(name)}, now {now.get(name)}"
             for name in sorted({*before, *now})

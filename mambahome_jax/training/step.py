@@ -81,7 +81,8 @@ def make_train_step(
     """jit of (state, batch, fraction=None) -> (state, metrics): batch split over `data`, state donated.
 
     Args:
-        graphdef: of the model, `nnx.split(model)[0]`; model((b, D, H, W, in)) -> logits (b, D, H, W, classes).
+        graphdef: of the model, `nnx.split(model)[0]`; model((b, D, H, W, in)) -> logits (b, D, H, W, classes), with
+            dropout model(x, ChannelDropout).
         loss_fn: (logits, labels (b, D, H, W) integer) -> scalar, a mean over the batch; a batch with "labelled"
             (b, classes) gives it that as the third argument.
         seed: of augmentation and dropout; their key is fold_in(key(seed), step), so that nothing but the step is to be
@@ -89,7 +90,7 @@ def make_train_step(
         augmentation: None for none.
         ema_decay: of the moving average, in a state that has one; less in the first steps, see `average_decay`.
         freeze_encoder: no gradient reaches the parameters under "encoder", whose backward pass is left out.
-        dropout: rate of a ChannelDropout that the model is called with; 0: called without one.
+        dropout: rate of the ChannelDropout; 0: the model is called without one.
 
     With `fraction`, float32 scalar, the part of a time budget that is spent, the learning rate follows that instead of
     the step. The batch is {"image": (b, D, H, W, in), "label": (b, D, H, W)}. Metrics are scalars of this step: loss
@@ -102,7 +103,8 @@ def make_train_step(
         image, label = batch["image"], batch["label"]
         labelled: tuple[jax.Array, ...] = (batch["labelled"],) if "labelled" in batch else ()
         drop: tuple[ChannelDropout, ...] = ()
-        if seeded is not None:
+        if augmentation is not None or dropout:
+            assert seeded is not None
             key = jax.random.fold_in(jax.random.wrap_key_data(seeded), state.step)
         if dropout:
             drop = (ChannelDropout(jax.random.fold_in(key, _DROPOUT_KEY), dropout),)

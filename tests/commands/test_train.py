@@ -258,7 +258,7 @@ def test_the_strong_recipe_trains_and_its_average_is_the_checkpoint(tmp_path, ca
     np.testing.assert_allclose(rates, [1e-3 / 4, 1e-3 / 2], rtol=1e-6)
     with pytest.raises(ConfigError, match=r"ema_decay was 0.999, now 0.0"):
         command.run(dataclasses.replace(config, ema_decay=0.0, resume=True))
-    with pytest.raises(ConfigError, match=r"dropout was 0.1, now None"):
+    with pytest.raises(ConfigError, match=r"dropout was 0.1, now 0.0"):
         command.run(dataclasses.replace(config, dropout=0.0, resume=True))
     assert command.run(dataclasses.replace(config, resume=True)) == 0
 

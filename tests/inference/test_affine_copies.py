@@ -55,21 +55,43 @@ def test_the_mean_is_that_of_scipy():
             moved[n, ..., c] = ndimage.affine_transform(volumes[n, ..., c], matrix, offset, order=1, mode="nearest")
         return moved
 
-    expected = np.zeros((2, *shape, 3))
+    voxels = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    centre, last = (np.array(shape) - 1) / 2, np.array(shape) - 1
+    expected, copies = np.zeros((2, *shape, 3)), np.zeros((*shape, 1))
     for matrix, shift in zip(*small_affines(4, size), strict=True):
         there = warp(windows.astype(np.float64), matrix.astype(np.float64), shift)
         inverse = np.linalg.inv(matrix.astype(np.float64))
-        expected += warp(special.softmax(predict(there), axis=-1), inverse, -(inverse @ shift)) / 4
+        back = (voxels - centre - shift) @ inverse.T + centre
+        seen = ((back > -1e-9) & (back < last + 1e-9)).all(axis=-1, keepdims=True)
+        expected += seen * warp(special.softmax(predict(there), axis=-1), inverse, -(inverse @ shift))
+        copies += seen
+    assert copies.min() == 1 and copies.max() == 4
+    expected /= copies
     found = np.exp(moved(predict, 4, size)(jnp.asarray(windows)))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
     # What is moved there and not back would be another thing.
     assert abs(found - special.softmax(predict(windows), axis=-1)).max() > 0.1
 
 
+def test_borders_are_where_they_are():
+    """A perfect network keeps what lies at a window's border, which some copies do not see."""
+    shape = (64, 64, 24)
+    place = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
+    depth = np.minimum(place, np.array(shape) - 1 - place).min(axis=-1)
+    for band in ((depth >= 3) & (depth < 6), depth < 4):
+        image = jnp.asarray(band[None, ..., None], jnp.float32)
+        found = moved(lambda x: jnp.concatenate([(0.5 - x) * 12, (x - 0.5) * 12], axis=-1), 4, (1.0, 1.0, 2.0))(image)
+        labels = np.asarray(found[0]).argmax(axis=-1) == 1
+        assert 2 * (labels & band).sum() / (labels.sum() + band.sum()) > 0.99
+
+
 def test_certain_voxels_stay_finite_and_broken_ones_broken():
     logits = jnp.asarray([0.0, 1e4, -1e4]) * jnp.ones((1, 4, 4, 4, 3))
     assert np.isfinite(moved(lambda x: logits, 2, (1, 1, 1))(logits)).all()
     broken = logits.at[0, 1, 1, 1, 0].set(jnp.nan)
+    assert np.isnan(moved(lambda x: broken, 2, (1, 1, 1))(logits)).any()
+    # Infinite, which softmax alone would make 0 of.
+    broken = logits.at[0, 1, 1, 1, 0].set(-jnp.inf)
     assert np.isnan(moved(lambda x: broken, 2, (1, 1, 1))(logits)).any()
 
 
@@ -86,5 +108,8 @@ def test_segment_takes_copies_and_refuses_none():
     assert plain[3, 4, 5] == 1 and averaged[3, 4, 5] == 0
     overlap = (plain & averaged).sum() * 2 / (plain.sum() + averaged.sum())
     assert 0.98 < overlap < 1
-    with pytest.raises(ConfigError, match="tta_affine is 0; expected 1 or more"):
-        segment(model, volume, tta_affine=0, **options)
+    for wrong in (0, 1.5, "4"):
+        with pytest.raises(ConfigError, match=rf"tta_affine is {wrong!r}; expected an integer, 1 or more"):
+            segment(model, volume, tta_affine=wrong, **options)
+    with pytest.raises(ConfigError, match="predict gave shape"):
+        segment(lambda windows: windows[..., 0], volume, tta_affine=2, modality="us", **options)

@@ -122,6 +122,11 @@ def test_settings_that_differ_are_all_named(tmp_path):
         check_settings(tmp_path / "last", {**CONFIG, "training": {"lr": 1e-2, "seed": 2}})
     with pytest.raises(CheckpointError, match="classes was 2, now 3"):
         check_settings(tmp_path / "last", {**CONFIG, "model": {"width": 8, "classes": 3}})
+    # Written before there was dropout: without.
+    training = CONFIG["training"] | {"dropout": 0.0}
+    check_settings(tmp_path / "last", {**CONFIG, "training": training})
+    with pytest.raises(ConfigError, match=r"dropout was 0.0, now 0.1"):
+        check_settings(tmp_path / "last", {**CONFIG, "training": training | {"dropout": 0.1}})
 
 
 @pytest.mark.parametrize(("keep", "kept"), [(1, []), (3, ["step_00000002", "step_00000003"])])
