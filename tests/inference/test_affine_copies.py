@@ -75,12 +75,12 @@ def test_the_mean_is_that_of_scipy():
 
 def test_borders_are_where_they_are():
     """A perfect network keeps what lies at a window's border, which some copies do not see."""
-    shape = (64, 64, 24)
+    shape = (96, 96, 24)
     place = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1)
     depth = np.minimum(place, np.array(shape) - 1 - place).min(axis=-1)
     for band in ((depth >= 3) & (depth < 6), depth < 4):
         image = jnp.asarray(band[None, ..., None], jnp.float32)
-        found = moved(lambda x: jnp.concatenate([(0.5 - x) * 12, (x - 0.5) * 12], axis=-1), 4, (1.0, 1.0, 2.0))(image)
+        found = moved(lambda x: jnp.concatenate([(0.5 - x) * 12, (x - 0.5) * 12], axis=-1), 2, (1.0, 1.0, 1.0))(image)
         labels = np.asarray(found[0]).argmax(axis=-1) == 1
         assert 2 * (labels & band).sum() / (labels.sum() + band.sum()) > 0.99
 
