@@ -7,7 +7,7 @@ python benchmarks/hippocampus.py --data TASK04 --output_dir OUT --runs strong "m
 
 Every fifth case by name, from the third on (--fold 2), is taken out before preprocess.py and scored by infer.py and
 `mambahome evaluate`. The differences are from the first run, over the cases, with bootstrap 95 % intervals. Runs that
-are in OUT already are not repeated.
+are in OUT/fold_N already are not repeated, those that were stopped go on; the same name with other flags is refused.
 """
 
 import argparse
@@ -82,14 +82,16 @@ def run(name: str, flags: str, infer: str, folder: Path, weights: str, at_once: 
     home = folder / name.replace(" ", "_").replace(",", "")
     which = "_".join([weights, *re.findall(r"\w+", infer)])
     evaluation = home / f"evaluation_{which}"
-    if (evaluation / "metrics.csv").exists():
-        return evaluation
     home.mkdir(parents=True, exist_ok=True)
     share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.88 / at_once:.2f}"}
     training = home / "run"
-    if not training.exists():
-        flags = ["--data_train", folder / "ready", "--output_dir", training, *shlex.split(flags)]
-        command(home / "train.log", ROOT / "train.py", *flags, **share)
+    asked = home / "flags"
+    if asked.exists() and asked.read_text() != flags:
+        sys.exit(f"{home} is of other flags: {asked.read_text()}. Take another name or another --output_dir")
+    asked.write_text(flags)
+    # Nothing is done where the run is finished.
+    flags = ["--data_train", folder / "ready", "--output_dir", training, "--resume", *shlex.split(flags)]
+    command(home / "train.log", ROOT / "train.py", *flags, **share)
     # One network, or those of --members.
     models = sorted(training.glob(f"**/checkpoints/{weights}"))
     predictions = home / f"predictions_{which}"
@@ -128,10 +130,13 @@ def main() -> None:
     chosen: dict[str, str] = {}
     for word in args.runs:
         name, colon, flags = word.partition(":")
+        if not colon and name not in {"commands", "ingredients", *COMMANDS, *INGREDIENTS}:
+            parser.error(f"no run {name!r}; expected commands, ingredients, {', '.join(COMMANDS | INGREDIENTS)}")
         known = COMMANDS | INGREDIENTS
         chosen |= {"commands": COMMANDS, "ingredients": INGREDIENTS}.get(word) or {
             name: flags if colon else known[name]
         }
+    args.output_dir /= f"fold_{args.fold}"
     split(args.data, args.output_dir, args.fold)
     if not (args.output_dir / "ready" / "dataset.json").exists():
         flags = ["--input_path", args.output_dir / "train", "--output_path", args.output_dir / "ready"]

@@ -8,19 +8,22 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from mambahome_jax.config import CtScale, Modality
-from mambahome_jax.data.store import Store
-from mambahome_jax.errors import DatasetError
+from mambahome_jax.data.store import Store, StoreEntry
+from mambahome_jax.errors import CheckpointError, DatasetError
 from mambahome_jax.evaluation.metrics import dice
 from mambahome_jax.imaging.intensity import normalise
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.preview import render
 from mambahome_jax.inference.segment import apply_network
-from mambahome_jax.inference.sliding_window import PADDING_MODE, sliding_window
+from mambahome_jax.inference.sliding_window import PADDING_MODE, window_size
+from mambahome_jax.inference.stitch import Copy, Stitching, stitch
+from mambahome_jax.inference.targets import Labels
+from mambahome_jax.inference.tiles import Tiling
+from mambahome_jax.inference.windows import Slab
 from mambahome_jax.training.distributed import gather
 from mambahome_jax.training.loop import Validation
 from mambahome_jax.training.sharding import copy_to
@@ -48,10 +51,8 @@ def make_validate(
     With several processes each takes every so-manieth case, and all get the same result; device: one of this process.
 
     Each structure's Dice is its mean over the cases that have it, the overall one the mean over structures. A case that
-    cannot be read counts as a failure and the others go on.
+    cannot be read, or of which the network makes what is not finite, counts as a failure and the others go on.
     """
-
-    most_likely = jax.jit(lambda logits: jnp.argmax(logits, axis=-1).astype(jnp.uint8))
     values = sorted(settings.labels)
 
     def validate(params: Any, stop: Callable[[], bool]) -> Validation | None:
@@ -68,22 +69,16 @@ def make_validate(
             entry = store.entry(case)
             try:
                 modality = settings.modality or entry.modality
-                image = normalise(store.read_image(case), modality, entry.statistics, settings.ct_scale)
+                image = store.read_image(case)
                 reference = store.read_label(case)
-            except DatasetError as error:
+                to_unit = partial(normalise, modality=modality, stats=entry.statistics, ct_scale=settings.ct_scale)
+                network = Copy(device, partial(apply_network, graphdef, params))
+                prediction = _predict(network, _slabs(image, to_unit), image.shape[:3], settings)
+            except (DatasetError, CheckpointError) as error:
                 failures[case] = str(error)
                 continue
-            logits = sliding_window(
-                partial(apply_network, graphdef, params),
-                image,
-                settings.patch_size,
-                settings.overlap,
-                sw_batch_size=settings.sw_batch_size,
-                padding_mode=PADDING_MODE,
-            )
-            prediction = np.asarray(most_likely(logits))
             if picture is None:
-                picture = _picture(store, case, prediction, reference, settings)
+                picture = _picture(entry, image, prediction, reference, settings)
             found = dice(prediction, reference, values)
             scores[case] = [None if math.isnan(score) else float(score) for score in found]
             first_ended = first_ended or time.perf_counter()
@@ -103,19 +98,53 @@ def make_validate(
     return validate
 
 
+def _slabs(image: np.ndarray, to_unit: Callable[[np.ndarray], np.ndarray]) -> Slab:
+    """Planes of an image, normalised when they are asked for: a whole float32 one would be one more in memory."""
+
+    def slab(axis: int, start: int, stop: int) -> np.ndarray:
+        planes = [slice(None)] * image.ndim
+        planes[axis] = slice(start, stop)
+        return to_unit(image[tuple(planes)])
+
+    return slab
+
+
+def _predict(network: Copy, slab: Slab, shape: Sequence[int], settings: ValidationSettings) -> np.ndarray:
+    """Labels (D, H, W). The logits of a window's depth exist at a time."""
+    made: list[Labels] = []
+
+    def targets(tiling: Tiling, before: Sequence[int]) -> list[Labels]:
+        made.append(Labels(tiling, before, [np.arange(n, dtype=np.float64) for n in shape], "nearest"))
+        return made
+
+    roi = window_size(shape, settings.patch_size)
+    how = Stitching(roi, settings.overlap, "gaussian", PADDING_MODE, settings.sw_batch_size)
+    stitch([[network]], slab, shape, how, targets)
+    assert made[0].result is not None
+    return made[0].result
+
+
 def _time_again(first_ended: float | None, ended: float, scored: int) -> float | None:
     """Seconds for all cases once more, without what only the first one took."""
     return None if first_ended is None or scored < 2 else (ended - first_ended) * scored / (scored - 1)
 
 
 def _picture(
-    store: Store, case: str, prediction: np.ndarray, reference: np.ndarray, settings: ValidationSettings
+    entry: StoreEntry, image: np.ndarray, prediction: np.ndarray, reference: np.ndarray, settings: ValidationSettings
 ) -> np.ndarray:
-    """Prediction above reference on the same scan, RGB (rows, columns, 3) uint8."""
-    entry = store.entry(case)
-    image = Volume(store.read_image(case), np.array(entry.affine))
+    """Prediction above reference on the same slices, those of the reference; RGB (rows, columns, 3) uint8."""
+    scan = Volume(image, np.array(entry.affine))
     rows = [
-        np.asarray(render(image, Volume(labels, image.affine), settings.labels, entry.modality, f"{case}: {what}"))
+        np.asarray(
+            render(
+                scan,
+                Volume(labels, scan.affine),
+                settings.labels,
+                entry.modality,
+                f"{entry.id}: {what}",
+                slices_of=reference,
+            )
+        )
         for what, labels in (("prediction", prediction), ("reference", reference))
     ]
     width = max(row.shape[1] for row in rows)

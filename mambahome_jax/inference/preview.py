@@ -42,19 +42,29 @@ def colour_of(label: int) -> tuple[int, int, int]:
     return COLOURS[(label - 1) % len(COLOURS)]
 
 
-def render(image: Volume, labels: Volume, names: Mapping[int, str], modality: Modality, title: str = "") -> Image.Image:
+def render(
+    image: Volume,
+    labels: Volume,
+    names: Mapping[int, str],
+    modality: Modality,
+    title: str = "",
+    *,
+    slices_of: np.ndarray | None = None,
+) -> Image.Image:
     """Axial, coronal and sagittal slice with contours and a legend, as an RGB picture.
 
     image: (D0, D1, D2[, C]), of which the first channel is shown; labels: (D0, D1, D2) integers on the same grid;
-    names: label value -> structure. Each slice is the one with the most foreground (the middle one where there is
-    none), in radiological display (the patient's right on the left) and with millimetres of equal length.
+    names: label value -> structure. Each slice is the one with the most foreground in `slices_of`, a label map like
+    labels.array and by default that one (the middle slice where there is none), in radiological display (the patient's
+    right on the left) and with millimetres of equal length.
     """
     scan = reorient(image, "LPS")
     label_map = reorient(Volume(np.asarray(labels.array), image.affine), "LPS").array
     array = scan.array[..., 0] if scan.array.ndim == 4 else scan.array
     low, high = display_range(array, modality)
     scale = PANEL_PIXELS / max(n * s for n, s in zip(array.shape, scan.spacing, strict=True))
-    fullest = _fullest_slices(label_map)
+    chooses = label_map if slices_of is None else reorient(Volume(np.asarray(slices_of), image.affine), "LPS").array
+    fullest = _fullest_slices(chooses)
     panels = []
     for name, axis, flip in (("axial, R - L", 2, False), ("coronal, R - L", 1, True), ("sagittal, A - P", 0, True)):
         index = fullest[axis]
