@@ -131,7 +131,7 @@ def train(state: TrainState, batches: Iterator, parts: Parts, plan: Plan, progre
         run = _Run(parts, plan, progressed, writer, stop)
         if progressed.step and plan.validates(progressed.step) and progressed.validated_until < progressed.step:
             # The run before was stopped between this step and its validation.
-            run.validate(state)
+            run.complete(run.validate(state))
         decision = run.decide()
         fetched = run.fetch(batches) if plan.goes_on_after(progressed.step) and not decision.last else None
         running: _Running | None = None
@@ -238,9 +238,17 @@ class _Run:
         """Into metrics.csv and TensorBoard, flushed when a validation is with it."""
         if validation is None:
             self.parts.log.write(row)
-            return
+        else:
+            self._with(validation, row, self.parts.log.write)
+
+    def complete(self, validation: Validation | None) -> None:
+        """Into the row of a step that an earlier run wrote without its validation."""
+        if validation is not None:
+            self._with(validation, {"step": self.progressed.step}, self.parts.log.complete)
+
+    def _with(self, validation: Validation, row: dict[str, Any], write: Callable[..., None]) -> None:
         extra = {f"val_dice/{name}": value for name, value in validation.structures.items() if math.isfinite(value)}
-        self.parts.log.write(row | {"val_dice": _finite(validation.dice)}, extra)
+        write(row | {"val_dice": _finite(validation.dice)}, extra)
         if validation.picture is not None:
             self.parts.log.picture("validation", validation.picture, row["step"])
         self.parts.log.flush()

@@ -72,6 +72,20 @@ class MetricsLog:
         except OSError as error:
             raise self._failure(error) from error
 
+    def complete(self, values: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
+        """Add to the row of `values["step"]`, the last one that is kept; `extra` goes to TensorBoard alone."""
+        try:
+            self._file.close()
+            added = {name: _text(values[name]) for name in COLUMNS if name in values}
+            _keep_rows(self._path, values["step"], added)
+            self._file = self._path.open("a", newline="", encoding="utf-8", buffering=1)
+            self._writer = csv.DictWriter(self._file, COLUMNS)
+            for name, value in {**values, **(extra or {})}.items():
+                if name != "step" and value is not None:
+                    self._board.scalar(name, value, values["step"])
+        except OSError as error:
+            raise self._failure(error) from error
+
     def picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """An RGB picture (rows, columns, 3) uint8 for TensorBoard."""
         try:
@@ -118,6 +132,9 @@ class NoLog(MetricsLog):
     def write(self, row: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
         """Nothing."""
 
+    def complete(self, values: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
+        """Nothing."""
+
     def picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Nothing."""
 
@@ -128,12 +145,13 @@ class NoLog(MetricsLog):
         pass
 
 
-def _keep_rows(path: Path, step: int) -> None:
-    """Write the header and the rows up to a step in the place of the file: a run that is killed here has either."""
+def _keep_rows(path: Path, step: int, added: Mapping[str, str] | None = None) -> None:
+    """Write the header and the rows up to a step, its own with what is `added`, in the place of the file: a run that is
+    killed here has either."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
-    writer.writerows(_rows_up_to(path, step))
+    writer.writerows({**row, **(added or {})} if row["step"] == str(step) else row for row in _rows_up_to(path, step))
     with beside(path) as partial:
         partial.write_bytes(text.getvalue().encode())
 

@@ -178,6 +178,9 @@ def test_validation_is_made_up_for_when_a_stop_prevented_it(tmp_path):
     assert progressed.step == 2 and progressed.best is None
     _, progressed, _ = _resume(tmp_path / "run", validate=validate, val_every=2)
     assert len(calls) == 3 and progressed.best == {"step": 2, "val_dice": 0.5}
+    rows = _rows(tmp_path / "run")
+    assert [row["val_dice"] for row in rows] == ["", "0.5", "", "0.5", "", "0.5"]
+    assert [row["step"] for row in rows] == [str(n) for n in range(1, 7)] and all(row["loss"] for row in rows)
 
 
 def test_validation_happens_at_the_end_and_best_is_written_without_cases(tmp_path):
