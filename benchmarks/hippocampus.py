@@ -88,6 +88,8 @@ def run(name: str, flags: str, infer: str, folder: Path, weights: str, at_once: 
     asked = home / "flags"
     if asked.exists() and asked.read_text() != flags:
         sys.exit(f"{home} is of other flags: {asked.read_text()}. Take another name or another --output_dir")
+    if (evaluation / "metrics.csv").exists():
+        return evaluation
     asked.write_text(flags)
     # Nothing is done where the run is finished.
     flags = ["--data_train", folder / "ready", "--output_dir", training, "--resume", *shlex.split(flags)]

@@ -53,19 +53,25 @@ class MetricsLog:
             raise self._failure(error) from error
 
     def _open(self, start: int) -> None:
-        _keep_rows(self._path, start)
+        self._open_rows(start)
+        self._board = Board(self._path.with_name("tensorboard"), start + 1 if start else None)
+
+    def _open_rows(self, step: int, added: Mapping[str, str] | None = None) -> None:
+        _keep_rows(self._path, step, added)
         # A row reaches the file whole or not at all, also where the process is killed.
         self._file = self._path.open("a", newline="", encoding="utf-8", buffering=1)
         self._writer = csv.DictWriter(self._file, COLUMNS)
-        self._board = Board(self._path.with_name("tensorboard"), start + 1 if start else None)
+
+    def _to_board(self, row: Mapping[str, Any], extra: Mapping[str, float] | None) -> None:
+        for name, value in {**row, **(extra or {})}.items():
+            if name not in ("step", "epoch") and value is not None:
+                self._board.scalar(name, value, row["step"])
 
     def write(self, row: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
         """Keep the values of a step, named as in COLUMNS; `extra` goes to TensorBoard alone."""
         try:
             self._writer.writerow({name: _text(row.get(name)) for name in COLUMNS})
-            for name, value in {**row, **(extra or {})}.items():
-                if name not in ("step", "epoch") and value is not None:
-                    self._board.scalar(name, value, row["step"])
+            self._to_board(row, extra)
             if time.monotonic() >= self._flush_due:
                 self._flush_due = time.monotonic() + FLUSH_SECONDS
                 self.flush()
@@ -76,13 +82,8 @@ class MetricsLog:
         """Add to the row of `values["step"]`, the last one that is kept; `extra` goes to TensorBoard alone."""
         try:
             self._file.close()
-            added = {name: _text(values[name]) for name in COLUMNS if name in values}
-            _keep_rows(self._path, values["step"], added)
-            self._file = self._path.open("a", newline="", encoding="utf-8", buffering=1)
-            self._writer = csv.DictWriter(self._file, COLUMNS)
-            for name, value in {**values, **(extra or {})}.items():
-                if name != "step" and value is not None:
-                    self._board.scalar(name, value, values["step"])
+            self._open_rows(values["step"], {name: _text(values[name]) for name in COLUMNS if name in values})
+            self._to_board(values, extra)
         except OSError as error:
             raise self._failure(error) from error
 
