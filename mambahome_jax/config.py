@@ -128,6 +128,8 @@ class ModelSize:
     patch_size: tuple[int, int, int]
 
 
+# Flags of training that older reports and checkpoints do not name, as they were then.
+BEFORE_THERE_WERE = {"dropout": 0.0}
 MODEL_SIZES = {
     "MambaHoME": ModelSize(ModelConfig(), lr=1e-4, eps=1e-4, strong_lr=3e-4, patch_size=(96, 96, 96)),
     "MambaHoME_small": ModelSize(

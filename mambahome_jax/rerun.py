@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mambahome_jax.config import BEFORE_THERE_WERE
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.jsontext import parse_json
 
 # Of where and how a run was started, not of what it computes.
 _NOT_AGAIN = ("config", "resume", "load_checkpoint", "coordinator_address", "num_processes", "process_id")
-# What was done where a report is older than the flag and does not name it.
-_BEFORE = {"train": {"dropout": 0.0}}
 
 
 def with_earlier_flags(command: str, arguments: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -50,7 +49,7 @@ def _configuration(path: Path, command: str, names: Sequence[str]) -> dict[str, 
     if unknown:
         action = "It is of another version; give the flags themselves"
         raise ConfigError(f"--config {path}: unknown flags {', '.join(unknown)}. {action}")
-    return _BEFORE.get(command, {}) | configuration
+    return BEFORE_THERE_WERE | configuration if command == "train" else configuration
 
 
 def _words(name: str, value: Any) -> list[str]:

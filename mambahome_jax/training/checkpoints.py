@@ -15,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from mambahome_jax.config import Strategy
+from mambahome_jax.config import BEFORE_THERE_WERE, Strategy
 from mambahome_jax.errors import CheckpointError, ConfigError, OutputError, why_not_written
 from mambahome_jax.model.checkpoint import (
     MODEL_ITEM,
@@ -38,8 +38,6 @@ from mambahome_jax.training.sharding import tree_sharding
 from mambahome_jax.training.step import TrainState, deployed_params
 
 OPTIMIZER_ITEM, DATA_ITEM = "optimizer", "data"
-# Settings that a checkpoint from before there were such does not name, as they were then.
-_BEFORE = {"dropout": 0.0}
 
 
 class CheckpointWriter:
@@ -209,7 +207,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         ("training", ConfigError, "Resume with the same settings, or start anew with --use_pretrained"),
     ):
         now = settings[entry]
-        before = {name: value for name, value in _BEFORE.items() if name in now} | config.get(entry, {})
+        before = {name: value for name, value in BEFORE_THERE_WERE.items() if name in now} | config.get(entry, {})
         differ = [
             f"{name} was {before.get(name)}, now {now.get(name)}"
             for name in sorted({*before, *now})
