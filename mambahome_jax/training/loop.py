@@ -257,12 +257,12 @@ class _Run:
         """Validate, and write `best` where that is the best so far. None without cases, and when interrupted."""
         display, step, budget = self.parts.display, self.progressed.step, self.plan.budget
         validation, before = None, self.progressed.last_validation
-        if self.parts.validate is not None:
-            begun = time.perf_counter()
-            with contextlib.ExitStack() as measured:
-                if budget is not None:
-                    measured.enter_context(budget.validating())
+        begun = time.perf_counter()
+        # Without cases too: the checkpoints that follow need their pause.
+        with contextlib.nullcontext() if budget is None else budget.validating():
+            if self.parts.validate is not None:
                 validation = self.parts.validate(deployed_params(state), self.must_stop)
+        if self.parts.validate is not None:
             self.stop.agree(at_once=True)
             display.pause()
             self.waited, self.stepped = 0.0, time.perf_counter()

@@ -39,9 +39,12 @@ def _run(
     progressed=None,
     val_every=None,
 ):
-    """A run in which each step, validation, saving takes so long: clock, rates, times of validations, progress."""
+    """A run in which each step, validation, saving takes so long: clock, rates, times of validations, progress.
+
+    validation: None: no case to validate on; the times are then those of the checkpoints.
+    """
     folder.mkdir(exist_ok=True)
-    clock, rates, validated = Clock(5.0), [], []
+    clock, rates, validated, saved = Clock(5.0), [], [], []
 
     def train_step(state, batch, fraction):
         clock.now += step + (0 if rates else compile_time)
@@ -63,15 +66,17 @@ def _run(
             with super().saving():
                 yield
                 clock.now += saving
+                saved.append(clock.now - 5.0)
 
     own = val_every is None
     budget = SlowDisk(seconds, 5.0, spent_before, to_first_step, own_validations=own, clock=clock)
     progressed = progressed or Progressed()
     plan = Plan(None, steps_per_epoch=2, val_every=val_every, budget=budget)
     with MetricsLog(folder) as log, Display(Console(file=io.StringIO()), None, budget=budget) as display:
-        parts = Parts(train_step, MESH, CASES, validate, folder, {"model": {}, "training": {}}, log, display)
+        validate_ = None if validation is None else validate
+        parts = Parts(train_step, MESH, CASES, validate_, folder, {"model": {}, "training": {}}, log, display)
         train(_state(), Batches(), parts, plan, progressed)
-    return clock.now - 5.0, rates, validated, progressed
+    return clock.now - 5.0, rates, saved if validation is None else validated, progressed
 
 
 def test_the_run_ends_in_time_with_a_validation_of_its_last_step(tmp_path):
@@ -92,6 +97,14 @@ def test_checkpoints_that_take_longer_than_the_validations_leave_the_time_to_the
     assert 960 <= end <= 1000
     assert len(rates) * 2.0 >= 0.9 * end
     assert len(validated) >= 6
+
+
+def test_without_cases_to_validate_on_checkpoints_take_a_twentieth_of_the_time(tmp_path):
+    """From a fifth of the time on, every step was once followed by a checkpoint."""
+    end, rates, saved, progressed = _run(tmp_path, seconds=1000, step=0.5, validation=None, saving=2.0)
+    assert 970 <= end <= 1000 and len(rates) > 1700
+    assert 190 <= saved[0] <= 210 and 10 <= len(saved) <= 22
+    assert progressed.best == {"step": len(rates), "val_dice": None}
 
 
 def test_the_rate_follows_the_time_that_compilation_leaves(tmp_path):
