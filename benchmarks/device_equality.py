@@ -1,4 +1,4 @@
-"""Losses of one device against eight (ddp and fsdp) with the same batches and each size's published learning rate.
+"""Losses of one device against several (ddp and fsdp) with the same batches and each size's published learning rate.
 
 python benchmarks/device_equality.py --model MambaHoME_small --steps 20 --json equality.json
 
@@ -22,6 +22,10 @@ def main() -> int:
     parser.add_argument("--model", default="MambaHoME_tiny", choices=["MambaHoME", "MambaHoME_small", "MambaHoME_tiny"])
     parser.add_argument("--lr", type=float, help="learning rate (default: the size's)")
     parser.add_argument("--eps", type=float, help="epsilon of AdamW (default: the size's)")
+    parser.add_argument("--one_program", action="store_true", help="not sample by sample, as on a GPU")
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--augment", default=True, action=argparse.BooleanOptionalAction)
     parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp"], choices=["ddp", "fsdp"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--patch", nargs=3, type=int, default=[32, 32, 32])
@@ -62,7 +66,9 @@ def main() -> int:
         optimizer = make_optimizer(OptimizerConfig(lr=args.lr or size.lr, eps=args.eps or size.eps, t_max=args.steps))
         graphdef, params = nnx.split(MambaHoME(config, rngs=nnx.Rngs(0), precision="fp32"))
         state = init_state(nnx.to_pure_dict(params), optimizer, mesh, strategy)
-        step = make_train_step(graphdef, optimizer, dice_ce, mesh, 0, AugmentationConfig(), strategy)
+        augmentation = AugmentationConfig() if args.augment else None
+        more = {"dropout": args.dropout, "by_sample": not args.one_program}
+        step = make_train_step(graphdef, optimizer, dice_ce, mesh, 0, augmentation, strategy, **more)
         losses, begun = [], time.perf_counter()
         for number in range(args.steps):
             state, metrics = step(state, put_batch(batch(number), mesh))
@@ -73,12 +79,12 @@ def main() -> int:
     print(f"1 device: loss {one[0]:.6f} to {one[-1]:.6f}, {seconds:.0f} s", flush=True)
     rows = []
     for strategy in args.strategies:
-        losses, seconds = train(DEVICES, strategy)
+        losses, seconds = train(args.devices, strategy)
         differences = [abs(a - b) / abs(b) for a, b in zip(losses, one, strict=True)]
         print(" ".join(f"{difference:.1e}" for difference in differences), flush=True)
-        rows.append({"strategy": strategy, "devices": DEVICES, "losses": losses, "largest": max(differences)})
+        rows.append({"strategy": strategy, "devices": args.devices, "losses": losses, "largest": max(differences)})
         print(
-            f"{DEVICES} devices, {strategy}: largest relative difference {max(differences):.2e}, {seconds:.0f} s",
+            f"{args.devices} devices, {strategy}: largest relative difference {max(differences):.2e}, {seconds:.0f} s",
             flush=True,
         )
     if args.json:

@@ -48,7 +48,10 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 
 def _softmax(logits: jax.Array, axis: int | tuple[int, ...], dtype) -> jax.Array:
-    return jax.nn.softmax(at_least_float32(logits), axis).astype(dtype)
+    # jax.nn.softmax divides, which XLA turns into this in some programs and not in others: on one device and on eight.
+    logits = at_least_float32(logits)
+    powers = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis, keepdims=True)))
+    return (powers * (1 / powers.sum(axis, keepdims=True))).astype(dtype)
 
 
 class GlobalSoftMoE(nnx.Module):

@@ -21,7 +21,7 @@ from tests.commands.test_train import SHAPE, _config, _dataset, _scan, _small  #
 def made(monkeypatch):
     """One entry for each training step that was made anew."""
     made, make = [], command.make_train_step
-    monkeypatch.setattr(command, "make_train_step", lambda *args: made.append(1) or make(*args))
+    monkeypatch.setattr(command, "make_train_step", lambda *args, **named: made.append(1) or make(*args, **named))
     return made
 
 
