@@ -3,7 +3,7 @@
 python benchmarks/hippocampus.py --data TASK04 --output_dir OUT
 python benchmarks/hippocampus.py --data TASK04 --output_dir OUT --runs ingredients --weights last --at_once 4
 python benchmarks/hippocampus.py --data TASK04 --output_dir OUT --runs strong "mine: --recipe strong --steps 900" \
-    --infer="--tta_affine 8"
+    --infer="--tta"
 
 Every fifth case by name, from the third on (--fold 2), is taken out before preprocess.py and scored by infer.py and
 `mambahome evaluate`. The differences are from the first run, over the cases, with bootstrap 95 % intervals. Runs that
@@ -26,12 +26,10 @@ from mambahome_jax.evaluation.paired import compare_runs
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
-    "strong": "--recipe strong --model MambaHoME_small --mirror none --batch_size 8 --hold_out 20 --members 3 "
+    "strong": "--recipe strong --model MambaHoME_small --mirror none --batch_size 8 --hold_out 0 --members 3 "
     "--max_minutes 8",
     "published": "--recipe published --patch_size 32 48 32 --batch_size 8 --hold_out 20 --max_minutes 8",
 }
-# Of infer.py, where --infer gives none.
-INFER = {"strong": "--tta_affine 8"}
 BASE = "--recipe strong --model MambaHoME_small --batch_size 8 --hold_out 20 --val_every 500 --steps 1800 --dropout 0"
 INGREDIENTS = {
     "base": BASE,
@@ -58,11 +56,6 @@ def split(data: Path, folder: Path, fold: int) -> None:
             link.parent.mkdir(parents=True, exist_ok=True)
             link.unlink(missing_ok=True)
             link.symlink_to(Path(path).resolve())
-
-
-def infer_flags(name: str, given: str | None) -> str:
-    """Those given, else those of the command that docs/training.md has by this name."""
-    return INFER.get(name, "") if given is None else given
 
 
 def command(log: Path, *words: str | Path, **environment: str) -> None:
@@ -125,7 +118,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", default=["commands"], help='commands, ingredients, names, "NAME: FLAGS"')
     parser.add_argument("--fold", type=int, default=2, choices=range(5), help="which fifth is not trained on")
-    parser.add_argument("--infer", help="flags of infer.py, as --infer='--tta_affine 8' (default: as docs/training.md)")
+    parser.add_argument("--infer", default="", help="flags of infer.py, as --infer='--tta'")
     parser.add_argument("--weights", default="best", choices=["best", "last"])
     parser.add_argument("--at_once", type=int, default=1, help="runs on the device at the same time")
     args = parser.parse_args()
@@ -146,7 +139,7 @@ def main() -> None:
         command(args.output_dir / "preprocess.log", ROOT / "preprocess.py", *flags, JAX_PLATFORMS="cpu")
     with ThreadPoolExecutor(args.at_once) as pool:
         started = [
-            pool.submit(run, name, flags, infer_flags(name, args.infer), args.output_dir, args.weights, args.at_once)
+            pool.submit(run, name, flags, args.infer, args.output_dir, args.weights, args.at_once)
             for name, flags in chosen.items()
         ]
         print_table([*chosen], [future.result() for future in started])

@@ -46,9 +46,6 @@ class InferConfig:
     tta: bool = False
     """Mean over each window and its mirrors along the axes that training mirrored (each doubles the work), left and
     right labels swapped; an axis along which a structure has no counterpart is left out."""
-    tta_affine: int = 1
-    """Mean over so many copies of each window, the first as it is, the others slightly rotated, scaled and shifted
-    (each does the work once more). For networks trained with --affine_probability, as the strong recipe does."""
     labels: tuple[str, ...] = ()
     """Names of the structures to keep; the others become background (default: all)."""
     keep_largest: tuple[str, ...] = ()

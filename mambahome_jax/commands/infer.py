@@ -98,7 +98,6 @@ def _segment_all(
         overlap=config.overlap,
         sw_batch_size=config.sw_batch_size,
         chain=config.chain,
-        tta_affine=config.tta_affine,
     )
     check_settings(settings)
     if config.num_workers < 0:

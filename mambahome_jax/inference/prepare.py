@@ -29,8 +29,8 @@ class SegmentSettings:
     chain: "trained" resamples first and normalises what came out, as preprocess.py and train.py do, and blends windows
     by a Gaussian. "published" is what the published inference script does: intensity window first, equal weights, zeros
     beyond the border, nearest logits on the way back.
-    mirrors: axes along which each window is mirrored too, see `with_mirrors`. tta_affine: copies of each window, see
-    `affine_copies`. ct_scale: see `normalise`.
+    mirrors: axes along which each window is mirrored too, see `with_mirrors`. ct_scale: see
+    `normalise`.
     """
 
     spacing: Sequence[float] | None
@@ -41,7 +41,6 @@ class SegmentSettings:
     sw_batch_size: int = 4
     chain: Literal["trained", "published"] = "trained"
     mirrors: tuple[Mirror, ...] = ()
-    tta_affine: int = 1
     ct_scale: CtScale | None = None
 
     def __post_init__(self) -> None:
@@ -49,8 +48,6 @@ class SegmentSettings:
             raise ConfigError(f"modality is {self.modality!r}; expected ct, mr or us")
         if self.chain not in ("trained", "published"):
             raise ConfigError(f"chain is {self.chain!r}; expected trained or published")
-        if not isinstance(self.tta_affine, int) or self.tta_affine < 1:
-            raise ConfigError(f"tta_affine is {self.tta_affine!r}; expected an integer, 1 or more")
         if len(self.roi_size) != 3:
             raise ConfigError(f"roi_size is {tuple(self.roi_size)}; expected three numbers of voxels")
 

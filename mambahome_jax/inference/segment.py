@@ -18,7 +18,6 @@ from mambahome_jax.datasets.mirror import AXES
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.geometry import Order, orientation_of, reorient
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.affine_copies import moved
 from mambahome_jax.inference.ensemble import check_members, is_published, members_of, metadata_of
 from mambahome_jax.inference.mirrors import mirrored, mirrors_for
 from mambahome_jax.inference.postprocess import ALL, postprocess, values_named
@@ -48,7 +47,6 @@ def segment(
     sw_batch_size: int = 4,
     chain: Literal["trained", "published"] | None = None,
     tta: bool = False,
-    tta_affine: int = 1,
     labels: Sequence[str] = (),
     keep_largest: str | Sequence[str] = (),
     save_probabilities: Path | str | None = None,
@@ -63,8 +61,6 @@ def segment(
     spacing, orientation, modality, roi_size, chain: None takes what the model was trained with, and for bare weights
       the published values and chain (see `SegmentSettings`).
     tta: mean of the logits over mirrored windows; warns of an axis that cannot be mirrored (`with_mirrors`).
-    tta_affine: mean of the probabilities over so many copies of each window, the first as it is and the others slightly
-      rotated, scaled and shifted (`affine_copies`); 1 for none but the window itself.
     labels: names of the structures to keep, the others become background; none keeps all.
     keep_largest: names of the structures of which only the largest connected part is kept, or "all".
     save_probabilities: .npz to write the probabilities of all classes to, on the network's grid, before `labels` and
@@ -99,7 +95,6 @@ def segment(
         overlap=overlap,
         sw_batch_size=sw_batch_size,
         chain=chain,
-        tta_affine=tta_affine,
     )
     prepared = prepare(volume, settings, channels_of(model))
     if tta:
@@ -217,14 +212,7 @@ def label(
             made.append(Whole(tiling, before, prepared.shape, probabilities_of_tile))
         return made
 
-    voxel_size = np.linalg.norm(prepared.affine[:3, :3], axis=0)
-    networks = [
-        [
-            Copy(copy.device, moved(copy.predict, settings.tta_affine, voxel_size))
-            for copy in copies(member, settings.mirrors, devices)
-        ]
-        for member in members_of(model)
-    ]
+    networks = [copies(member, settings.mirrors, devices) for member in members_of(model)]
     stitch(networks, prepared.slab, prepared.shape, how, targets, progress)
     labels = made[0].result
     if with_probabilities is not None:

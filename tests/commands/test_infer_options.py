@@ -64,7 +64,7 @@ def test_volumes_are_tabled_in_a_file_and_on_the_screen(tmp_path, capsys):
 
 
 def test_options_do_what_segment_does(tmp_path):
-    options = {"tta": True, "tta_affine": 2, "keep_largest": ("all",), "labels": ("spleen",)}
+    options = {"tta": True, "keep_largest": ("all",), "labels": ("spleen",)}
     paths = tuple(tmp_path / name for name in "ab")
     assert infer.run(config(tmp_path, model_path=paths, save_probabilities=True, **options)) == 0
     models = [MODELS["a"], MODELS["b"]]
@@ -86,7 +86,6 @@ def test_options_do_what_segment_does(tmp_path):
     assert report["labels"] == {"2": "spleen"}
     assert report["configuration"]["model_path"] == [str(path) for path in paths]
     assert [axis for axis, _ in report["settings"]["mirrors"]] == [0, 1, 2]
-    assert report["settings"]["tta_affine"] == 2
 
 
 def test_whole_results_are_skipped_and_counted(tmp_path, capsys):
