@@ -1,11 +1,11 @@
 """nnU-Net on the hippocampus, for comparison: default plans, 3d_fullres, on a split of benchmarks/hippocampus.py.
 
 pip install nnunetv2==2.8.1
-python benchmarks/nnunet.py --data TASK04 --output_dir OUT --fold 1 --seconds 420
+python benchmarks/nnunet.py --data SCANS --output_dir OUT --fold 1
 
 Trained on all cases of the split, with its polynomial rate over the seconds given (compilation included,
-preprocessing not) instead of over 1,000 epochs; mirrored at inference, as is its default. Then `mambahome evaluate` of
-OUT/predictions.
+preprocessing not) instead of over 1,000 epochs; mirrored at inference, as is its default. SCANS
+holds images and labels. Then `mambahome evaluate` of OUT/fold_1/predictions.
 """
 
 import argparse
@@ -21,9 +21,12 @@ CHANNEL = "_0000.nii.gz"
 
 def write_raw(data: Path, folder: Path, fold: int) -> list[Path]:
     """The split as nnU-Net wants it, in `folder`; the images that are not trained on."""
+    shutil.rmtree(folder, ignore_errors=True)
     for name in ("imagesTr", "labelsTr", "imagesTs"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     images = sorted((data / "images").glob("*.nii.gz"))
+    if not images:
+        raise SystemExit(f"{data / 'images'}: no .nii.gz; expected images and labels beside each other")
     for number, image in enumerate(images):
         case = image.name.removesuffix(".nii.gz")
         part = "imagesTs" if number % 5 == fold else "imagesTr"
@@ -46,9 +49,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder with images and labels")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--fold", type=int, default=2, choices=range(5), help="which fifth is not trained on")
-    parser.add_argument("--seconds", type=float, default=445)
+    parser.add_argument("--seconds", type=float, default=420)
     args = parser.parse_args()
-    home = args.output_dir.resolve()
+    home = (args.output_dir / f"fold_{args.fold}").resolve()
     for name in ("raw", "preprocessed", "results"):
         # Read when nnU-Net is imported.
         os.environ[f"nnUNet_{name}"] = str(home / name)

@@ -29,8 +29,8 @@ class SegmentSettings:
     chain: "trained" resamples first and normalises what came out, as preprocess.py and train.py do, and blends windows
     by a Gaussian. "published" is what the published inference script does: intensity window first, equal weights, zeros
     beyond the border, nearest logits on the way back.
-    mirrors: axes along which each window is mirrored too, see `with_mirrors`. ct_scale: see
-    `normalise`.
+    mirrors: axes along which each window is mirrored too, see `with_mirrors`.
+    ct_scale: see `normalise`.
     """
 
     spacing: Sequence[float] | None

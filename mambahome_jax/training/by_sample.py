@@ -1,4 +1,4 @@
-"""Gradients sample by sample, summed in one order: the same bits on any number of devices and processes.
+"""Gradients sample by sample, summed in one order: the same bits on one CPU device, several, and several processes.
 
 The network's gradients are sums of terms that nearly cancel, and its optimizer brings all of them to one size, so what
 one order of summation differs from another in the last bit is a thousand times as large after ten steps.
@@ -26,7 +26,8 @@ def step_by_sample(
 
     The one that takes the time knows a single sample and nothing of the devices. Two samples, then two pairs and so on
     are added, on each device first and then between them, so that the order is the same where the samples of a device
-    and the devices are powers of two; where they are not, results differ by rounding.
+    and the devices are powers of two; other numbers differ by rounding, and so do other numbers of XLA's threads. With
+    "fsdp" each device has the whole state during the update: exact, not small.
 
     Args:
         gradient: (params, step, batch, numbers, seeded) -> (loss, gradients): means over the samples of the batch,
@@ -102,7 +103,9 @@ def step_by_sample(
         while len(sums) > 1:
             (_, last), (_, before) = sums.pop(), sums.pop()
             sums.append((0, train_step_add(before, last)))
-        state, metrics = train_step_update(state, train_step_sum(sums[0][1]), samples, fraction)
+        # What was summed is not kept for the time of the update.
+        total = train_step_sum(sums.pop()[1])
+        state, metrics = train_step_update(state, total, samples, fraction)
         return state if strategy == "ddp" else split(state), metrics
 
     return train_step

@@ -1,4 +1,4 @@
-"""One training step as one compiled function: augmentation, loss, gradient, update. Knows no files."""
+"""One training step, compiled: augmentation, loss, gradient, update. Knows no files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,8 +94,8 @@ def make_train_step(
         freeze_encoder: no gradient reaches the parameters under "encoder", whose backward pass is left out.
         dropout: rate of the ChannelDropout; 0: the model is called without one.
         by_sample: gradients of each sample for itself, added in one order, so that numbers of devices that are powers
-            of two all give the same bits (by_sample.py); slower, and not one program. loss_fn has to be a mean over
-            the samples.
+            of two all give the same bits (by_sample.py); as fast on a CPU, slower on a GPU. loss_fn has to be a mean
+            over the samples, which dice_ce(batch=True) is not.
 
     With `fraction`, float32 scalar, the part of a time budget that is spent, the learning rate follows that instead of
     the step. The batch is {"image": (b, D, H, W, in), "label": (b, D, H, W)}. Metrics are scalars of this step: loss
