@@ -291,8 +291,10 @@ def dice_table(structures: Mapping[str, float], before: Mapping[str, float] | No
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 7 min, 3 h 20 min."""
+    """Seconds as a person says them: 42 s, 2 min 30 s, 17 min, 3 h 20 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
+    if seconds < 600 and (rest := round(seconds) % 60):
+        return f"{round(seconds) // 60} min {rest:02d} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mambahome_jax.errors import OutputError
-from mambahome_jax.training.progress import MetricsLog
+from mambahome_jax.training.progress import MetricsLog, duration
 
 
 def _lines(folder):
@@ -57,3 +57,19 @@ def test_a_full_disk_is_told_and_nobody_waits_for_it(tmp_path):
                 log.write({"step": step, "loss": 0.5})
     log._file.close()
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [
+        (41.6, "42 s"),
+        (150, "2 min 30 s"),
+        (119.7, "2 min"),
+        (480, "8 min"),
+        (599.8, "10 min"),
+        (1020, "17 min"),
+        (12000, "3 h 20 min"),
+    ],
+)
+def test_durations_as_a_person_says_them(seconds, expected):
+    assert duration(seconds) == expected
