@@ -25,7 +25,6 @@ def main() -> int:
     parser.add_argument("--one_program", action="store_true", help="not sample by sample, as on a GPU")
     parser.add_argument("--devices", type=int, default=8, choices=[2, 4, 8])
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--augment", default=True, action=argparse.BooleanOptionalAction)
     parser.add_argument("--strategies", nargs="+", default=["ddp", "fsdp"], choices=["ddp", "fsdp"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--patch", nargs=3, type=int, default=[32, 32, 32])
@@ -66,9 +65,8 @@ def main() -> int:
         optimizer = make_optimizer(OptimizerConfig(lr=args.lr or size.lr, eps=args.eps or size.eps, t_max=args.steps))
         graphdef, params = nnx.split(MambaHoME(config, rngs=nnx.Rngs(0), precision="fp32"))
         state = init_state(nnx.to_pure_dict(params), optimizer, mesh, strategy)
-        augmentation = AugmentationConfig() if args.augment else None
         more = {"dropout": args.dropout, "by_sample": not args.one_program}
-        step = make_train_step(graphdef, optimizer, dice_ce, mesh, 0, augmentation, strategy, **more)
+        step = make_train_step(graphdef, optimizer, dice_ce, mesh, 0, AugmentationConfig(), strategy, **more)
         losses, begun = [], time.perf_counter()
         for number in range(args.steps):
             state, metrics = step(state, put_batch(batch(number), mesh))

@@ -10,13 +10,14 @@ error in voxels, and the share of cases within half and one and a half of them; 
 import argparse
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
+
+from mambahome_jax.imaging.volume import read_labels
 
 
 def plane(path: Path) -> float:
     """Position along the second axis, in voxels; raises ValueError where a part is missing."""
-    labels = np.asarray(nib.load(path).dataobj)
+    labels = read_labels(path).array
     anterior, posterior = ((labels == value).sum(axis=(0, 2)) for value in (1, 2))
     if not anterior.any() or not posterior.any():
         raise ValueError(f"{path}: expected the labels 1 and 2")

@@ -1,11 +1,11 @@
-"""nnU-Net on the hippocampus, for comparison: default plans, 3d_fullres, on a split of benchmarks/hippocampus.py.
+"""nnU-Net on the hippocampus, for comparison: default plans, 3d_fullres, on the split of benchmarks/hippocampus.py.
 
 pip install nnunetv2==2.8.1
-python benchmarks/nnunet.py --data SCANS --output_dir OUT --fold 1
+python benchmarks/nnunet.py --data OUT/fold_1 --output_dir NNUNET
 
-Trained on all cases of the split, with its polynomial rate over the seconds given (compilation included,
-preprocessing not) instead of over 1,000 epochs; mirrored at inference, as is its default. SCANS
-holds images and labels. Then `mambahome evaluate` of OUT/fold_1/predictions.
+OUT/fold_1 is what hippocampus.py wrote. Trained on all cases of its train, with a polynomial rate over the seconds
+given (compilation included, preprocessing not), not over 1,000 epochs; mirrored at inference, as is its default.
+Then `mambahome evaluate` of NNUNET/predictions.
 """
 
 import argparse
@@ -19,20 +19,20 @@ DATASET = "Dataset004_Hippocampus"
 CHANNEL = "_0000.nii.gz"
 
 
-def write_raw(data: Path, folder: Path, fold: int) -> list[Path]:
+def write_raw(data: Path, folder: Path) -> list[Path]:
     """The split as nnU-Net wants it, in `folder`; the images that are not trained on."""
     shutil.rmtree(folder, ignore_errors=True)
-    for name in ("imagesTr", "labelsTr", "imagesTs"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    images = sorted((data / "images").glob("*.nii.gz"))
-    if not images:
-        raise SystemExit(f"{data / 'images'}: no .nii.gz; expected images and labels beside each other")
-    for number, image in enumerate(images):
-        case = image.name.removesuffix(".nii.gz")
-        part = "imagesTs" if number % 5 == fold else "imagesTr"
-        shutil.copy(image, folder / part / f"{case}{CHANNEL}")
-        if part == "imagesTr":
-            shutil.copy(data / "labels" / image.name, folder / "labelsTr")
+    for source, name, suffix in (
+        ("train/images", "imagesTr", CHANNEL),
+        ("train/labels", "labelsTr", ".nii.gz"),
+        ("test/images", "imagesTs", CHANNEL),
+    ):
+        (folder / name).mkdir(parents=True)
+        paths = sorted((data / source).glob("*.nii.gz"))
+        if not paths:
+            raise SystemExit(f"{data / source}: no .nii.gz; expected a folder that benchmarks/hippocampus.py wrote")
+        for path in paths:
+            shutil.copy(path, folder / name / (path.name.removesuffix(".nii.gz") + suffix))
     description = {
         "channel_names": {"0": "MRI"},
         "labels": {"background": 0, "anterior": 1, "posterior": 2},
@@ -46,16 +46,15 @@ def write_raw(data: Path, folder: Path, fold: int) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a folder with images and labels")
+    parser.add_argument("--data", type=Path, required=True, help="fold_N of benchmarks/hippocampus.py")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--fold", type=int, default=2, choices=range(5), help="which fifth is not trained on")
     parser.add_argument("--seconds", type=float, default=420)
     args = parser.parse_args()
-    home = (args.output_dir / f"fold_{args.fold}").resolve()
+    home = args.output_dir.resolve()
     for name in ("raw", "preprocessed", "results"):
         # Read when nnU-Net is imported.
         os.environ[f"nnUNet_{name}"] = str(home / name)
-    test = write_raw(args.data, home / "raw" / DATASET, args.fold)
+    test = write_raw(args.data, home / "raw" / DATASET)
 
     import torch
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
