@@ -4,6 +4,7 @@ Nothing here imports jax, so that `--help` and dataset checks start at once.
 """
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from mambahome_jax.values import Surface as Surface
 from mambahome_jax.values import converted, entries, integers, one_of, text, three
 
 Strategy = Literal["ddp", "fsdp"]
+Triple = tuple[int, int, int]
 # An axis of the array, and the pairs of label values that trade places where a volume is mirrored along it.
 Mirror = tuple[int, tuple[tuple[int, int], ...]]
 # Of layers and experts in a stage, and of channels anywhere: far more than any network has.
@@ -38,7 +40,8 @@ class ModelConfig:
     """Shape of the network, in the names of the published constructor (MambaHoME.py); defaults as published.
 
     One entry a stage in `depths`, `feat_size`, `experts_list` (first level), `experts_list_second` and `group_list`
-    (tokens a group, first level).
+    (tokens a group, first level). Not published, an entry an axis of the volume: `strides` of each stage, 1 or 2, and
+    `kernel_sizes` of the convolutions on each of the five grids, the full one first, 1 or 3.
     """
 
     in_chans: int = 1
@@ -51,6 +54,8 @@ class ModelConfig:
     experts_list: tuple[int, ...] = (4, 8, 12, 16)
     experts_list_second: tuple[int, ...] = (8, 16, 24, 32)
     group_list: tuple[int, ...] = (2048, 1024, 512, 256)
+    strides: tuple[Triple, ...] = ((2, 2, 2),) * 4
+    kernel_sizes: tuple[Triple, ...] = ((3, 3, 3),) * 5
     use_checkpoint: bool = False
 
     def __post_init__(self) -> None:
@@ -67,11 +72,33 @@ class ModelConfig:
             if not 1 <= converted(name, getattr(self, name), operator.index, "a positive integer") <= MOST_CHANNELS:
                 found = f"{name} is {getattr(self, name)}"
                 raise ConfigError(f"{found}; expected a positive integer, at most {MOST_CHANNELS}")
+        for name, count, choices in (("strides", 4, (1, 2)), ("kernel_sizes", 5, (1, 3))):
+            expected = f"{count} triples of {choices[0]} or {choices[1]}, an entry an axis"
+            value = converted(
+                name,
+                getattr(self, name),
+                lambda v: tuple(three(entry, operator.index) for entry in entries(v)),
+                expected,
+            )
+            object.__setattr__(self, name, value)
+            if len(value) != count or not {size for entry in value for size in entry} <= set(choices):
+                raise ConfigError(f"{name} is {value}; expected {expected}")
         if not isinstance(self.use_checkpoint, bool):
             raise ConfigError(f"use_checkpoint is {self.use_checkpoint!r}; expected true or false")
 
     def replace(self, **changes) -> "ModelConfig":
         return dataclasses.replace(self, **changes)
+
+    @property
+    def multiples(self) -> Triple:
+        """What a patch or window is a multiple of, an entry an axis."""
+        a, b, c = (math.prod(sizes) for sizes in zip(*self.strides, strict=True))
+        return a, b, c
+
+
+def said_multiples(multiples: Triple) -> str:
+    """ "16", or "16 16 2" where the axes differ."""
+    return str(multiples[0]) if len(set(multiples)) == 1 else " ".join(map(str, multiples))
 
 
 @dataclass(frozen=True)
@@ -130,6 +157,8 @@ class ModelSize:
 
 # Flags of training that older reports and checkpoints do not name, as they were then.
 BEFORE_THERE_WERE = {"dropout": 0.0}
+# The same of the network.
+PUBLISHED_GRID = {"strides": [[2, 2, 2]] * 4, "kernel_sizes": [[3, 3, 3]] * 5}
 MODEL_SIZES = {
     "MambaHoME": ModelSize(ModelConfig(), lr=1e-4, eps=1e-4, strong_lr=3e-4, patch_size=(96, 96, 96)),
     "MambaHoME_small": ModelSize(
@@ -263,6 +292,8 @@ class TrainConfig(RecipeFlags):
     """Name of the run (default: that of --model)."""
     model: Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny"] = "MambaHoME"
     """Size of the network."""
+    strides: Literal["published", "auto"] = "published"
+    """Which axes each stage halves: all; or, by the size of a voxel, thick slices later than the plane within them."""
     feature_size: int | None = None
     """Channels of the first stage; the other stages keep their proportions to it (default: the size's own)."""
     classes: int | None = None

@@ -36,6 +36,7 @@ from mambahome_jax.inference.segment import (
     chosen_values,
     label,
     label_names_of,
+    multiples_of,
     settings_for,
     with_mirrors,
 )
@@ -99,7 +100,7 @@ def _segment_all(
         sw_batch_size=config.sw_batch_size,
         chain=config.chain,
     )
-    check_settings(settings)
+    check_settings(settings, multiples_of(models))
     if config.num_workers < 0:
         raise ConfigError(f"--num_workers {config.num_workers}; expected 0 or more")
     if config.tta:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from mambahome_jax.commands.find_scans import Scan
+from mambahome_jax.config import Triple, said_multiples
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.imaging import dicomseg, itk
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.prepare import SegmentSettings, prepare
 from mambahome_jax.inference.sliding_window import window_starts
-from mambahome_jax.model.network import MULTIPLE
 
 DICOM_SEG = "dcm"  # --output_format
 # Flags on which the labels do not depend.
@@ -47,16 +47,16 @@ def only_writable(ending: str, scans: list[Scan]) -> tuple[list[Scan], list[dict
     return usable, [{"id": scan.case, "reason": f"{scan.path}: {needs}; this scan has none"} for scan in others]
 
 
-def check_settings(settings: SegmentSettings) -> None:
-    """Settings that no scan could be segmented with. Raises ConfigError before the first is read."""
-    wrong = [size for size in settings.roi_size if size > 0 and size % MULTIPLE]
-    if wrong:
-        near = [size if size <= 0 else max(round(size / MULTIPLE), 1) * MULTIPLE for size in settings.roi_size]
-        roi = " ".join(str(size) for size in settings.roi_size)
-        raise ConfigError(f"--roi_size {roi}; expected multiples of {MULTIPLE}, such as {' '.join(map(str, near))}")
-    if all(size == MULTIPLE for size in settings.roi_size):
+def check_settings(settings: SegmentSettings, multiples: Triple) -> None:
+    """Settings that no scan could be segmented with, by a network whose windows are such multiples. Raises ConfigError
+    before the first is read."""
+    roi, said = " ".join(map(str, settings.roi_size)), said_multiples(multiples)
+    near = [n if n <= 0 else max(round(n / m), 1) * m for n, m in zip(settings.roi_size, multiples, strict=True)]
+    if tuple(near) != tuple(settings.roi_size):
+        raise ConfigError(f"--roi_size {roi}; expected multiples of {said}, such as {' '.join(map(str, near))}")
+    if tuple(settings.roi_size) == multiples:
         raise ConfigError(
-            f"--roi_size is {MULTIPLE} along every axis; expected {2 * MULTIPLE} or more along at least one"
+            f"--roi_size {roi} is {said} along every axis; expected twice that or more along at least one"
         )
     if settings.spacing is not None and not all(0 <= step < np.inf for step in settings.spacing):
         spacing = " ".join(str(step) for step in settings.spacing)

@@ -10,12 +10,22 @@ from typing import Any
 import jax
 import numpy as np
 
-from mambahome_jax.config import MODEL_SIZES, AugmentationConfig, DataProperties, ModelConfig, Precision, TrainConfig
+from mambahome_jax.config import (
+    MODEL_SIZES,
+    AugmentationConfig,
+    DataProperties,
+    ModelConfig,
+    Precision,
+    TrainConfig,
+    Triple,
+    said_multiples,
+)
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets.mirror import AXES, axis_along, mirror_pairs
 from mambahome_jax.datasets.prepared import Prepared, split_cases
 from mambahome_jax.errors import ConfigError, DatasetError
-from mambahome_jax.model.network import MULTIPLE, default_precision
+from mambahome_jax.grids import grids_for, patch_and_grids
+from mambahome_jax.model.network import default_precision
 from mambahome_jax.recipes import Ingredients, resolve
 from mambahome_jax.training.optimizer import OptimizerConfig
 
@@ -77,7 +87,8 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
     ingredients = resolve(config, size.lr, size.eps, size.strong_lr)
     store = Store(prepared.store)
     train, val = _cases(config, prepared, prepared_val)
-    patch = choose_patch(config, [store.entry(case).shape for case in train])
+    shapes = [store.entry(case).shape for case in train]
+    patch, grids = choose_grids(config, shapes, _voxel_size(prepared))
     present = {value for case in train for value in store.entry(case).foreground_counts}
     names = dict(prepared.labels)
     classes = max([*names, *present, 1]) + 1
@@ -105,7 +116,7 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
         train_cases=train,
         val_cases=val,
         structures=structures or {1: "label_1"},
-        model=model_config(config, in_chans=store.entry(train[0]).channels, out_chans=classes),
+        model=model_config(config, in_chans=store.entry(train[0]).channels, out_chans=classes).replace(**grids),
         properties=DataProperties(
             spacing=prepared.spacing,
             orientation=prepared.orientation,
@@ -172,22 +183,44 @@ def model_config(config: TrainConfig, in_chans: int, out_chans: int) -> ModelCon
     return model.replace(feat_size=tuple(widths[:4]), hidden_size=widths[4])
 
 
-def choose_patch(config: TrainConfig, shapes: list[tuple[int, int, int]]) -> tuple[int, int, int]:
-    """--patch_size checked, or that of --model, cut to what covers the largest volume along each axis."""
+def choose_grids(
+    config: TrainConfig, shapes: list[Triple], spacing: tuple[float, float, float]
+) -> tuple[Triple, dict[str, Any]]:
+    """The patch, and what --strides changes of the network for it."""
+    if config.strides == "published":
+        return choose_patch(config, shapes), {}
+    if config.patch_size is None:
+        a, b, c = MODEL_SIZES[config.model].patch_size
+        median = [round(n) for n in np.median(shapes, axis=0)]
+        found = patch_and_grids(spacing, median, a * b * c)
+    else:
+        found = grids_for(spacing, config.patch_size)
+    grids: dict[str, Any] = {"strides": found.strides, "kernel_sizes": found.kernel_sizes}
+    if config.patch_size is None:
+        return found.patch_size, grids
+    return choose_patch(config, shapes, ModelConfig(**grids).multiples), grids
+
+
+def choose_patch(config: TrainConfig, shapes: list[Triple], multiples: Triple = (16, 16, 16)) -> Triple:
+    """--patch_size checked, or that of --model, cut to what covers the largest volume along each axis.
+
+    multiples: `ModelConfig.multiples` of the network.
+    """
     if config.patch_size is None:
         default = MODEL_SIZES[config.model].patch_size
         largest = [max(shape[axis] for shape in shapes) for axis in range(3)]
-        a, b, c = (min(d, -(-n // MULTIPLE) * MULTIPLE) for d, n in zip(default, largest, strict=True))
+        a, b, c = (min(d, -(-n // m) * m) for d, n, m in zip(default, largest, multiples, strict=True))
         # One voxel at the deepest stage leaves instance norm nothing to normalise.
-        return (a, b, c) if max(a, b, c) > MULTIPLE else (2 * MULTIPLE, b, c)
+        return (a, b, c) if (a, b, c) != multiples else (2 * a, b, c)
     a, b, c = config.patch_size
-    near = [max(round(n / MULTIPLE), 1) * MULTIPLE for n in config.patch_size]
-    if max(near) == MULTIPLE:
-        near[0] = 2 * MULTIPLE
+    near = [max(round(n / m), 1) * m for n, m in zip(config.patch_size, multiples, strict=True)]
+    if tuple(near) == multiples:
+        near[0] *= 2
     if (a, b, c) != tuple(near):
         given, valid = (" ".join(map(str, sizes)) for sizes in (config.patch_size, near))
+        said = said_multiples(multiples)
         raise ConfigError(
-            f"--patch_size {given}; expected multiples of {MULTIPLE}, not all of them {MULTIPLE}, such as {valid}"
+            f"--patch_size {given}; expected multiples of {said}, not all of them {said}, such as {valid}"
         )
     return a, b, c
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from mambahome_jax.compiler import compiler_options
-from mambahome_jax.config import DataProperties, Mirror, Modality
+from mambahome_jax.config import DataProperties, Mirror, Modality, ModelConfig, Triple
 from mambahome_jax.datasets.mirror import AXES
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.geometry import Order, orientation_of, reorient
@@ -29,7 +29,6 @@ from mambahome_jax.inference.sliding_window import PADDING_MODE
 from mambahome_jax.inference.stitch import Copy, Stitching, stitch
 from mambahome_jax.inference.targets import Labels, Whole
 from mambahome_jax.inference.tiles import Tiling, probabilities_of_tile
-from mambahome_jax.model.network import MULTIPLE
 
 Progress = Callable[[int, int], None]
 PUBLISHED_ROI = (192, 192, 48)
@@ -165,6 +164,14 @@ def classes_of(model: Any) -> int | None:
     return getattr(getattr(members_of(model)[0], "config", None), "out_chans", None)
 
 
+def multiples_of(model: Any) -> Triple:
+    """What a window is a multiple of along each axis, so that every network of an ensemble takes it; of a callable
+    that does not say, that of the published network."""
+    configs = [getattr(member, "config", None) or ModelConfig() for member in members_of(model)]
+    a, b, c = (max(sizes) for sizes in zip(*(config.multiples for config in configs), strict=True))
+    return a, b, c
+
+
 def label_names_of(model: Any) -> dict[int, str]:
     """Label value -> name of the structures that a model was trained on; empty where it does not say."""
     data = metadata_of(model)
@@ -188,9 +195,9 @@ def label(
       nnx.Module stays where it is. device_bytes: as in `Stitching`.
     """
     published = settings.chain == "published"
-    sizes = zip(settings.roi_size, prepared.shape, strict=True)
+    sizes = zip(settings.roi_size, prepared.shape, multiples_of(model), strict=True)
     how = Stitching(
-        roi=tuple(r if r > 0 else -(-n // MULTIPLE) * MULTIPLE for r, n in sizes),
+        roi=tuple(r if r > 0 else -(-n // multiple) * multiple for r, n, multiple in sizes),
         overlap=settings.overlap,
         mode="constant" if published else "gaussian",
         padding_mode=PADDING_MODE,

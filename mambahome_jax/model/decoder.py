@@ -22,10 +22,14 @@ class Decoder(nnx.Module):
         channels = (config.in_chans, *features, config.hidden_size)
         skips = (features[0], *features[1:], config.hidden_size)
         inputs = (channels[0], *features)
-        self.skips = nnx.List([ResidualBlock(i, o, **common) for i, o in zip(inputs, skips, strict=True)])
-        levels = (config.hidden_size, *features[::-1])
-        self.ups = nnx.List([UpBlock(i, o, **common) for i, o in itertools.pairwise(levels)])
-        self.last = ResidualBlock(features[0], features[0], **common)
+        sizes = config.kernel_sizes
+        self.skips = nnx.List(
+            [ResidualBlock(i, o, size, **common) for i, o, size in zip(inputs, skips, sizes, strict=True)]
+        )
+        levels = itertools.pairwise((config.hidden_size, *features[::-1]))
+        ups = zip(levels, config.strides[::-1], sizes[3::-1], strict=True)
+        self.ups = nnx.List([UpBlock(i, o, stride, size, **common) for (i, o), stride, size in ups])
+        self.last = ResidualBlock(features[0], features[0], sizes[0], **common)
         self.out = Conv3d(features[0], config.out_chans, 1, bias=True, **common)
 
     def __call__(self, x: jax.Array, stages: list[jax.Array]) -> jax.Array:
@@ -34,7 +38,7 @@ class Decoder(nnx.Module):
     def with_levels(
         self, x: jax.Array, stages: list[jax.Array], dropout: ChannelDropout | None = None
     ) -> tuple[jax.Array, list[jax.Array]]:
-        """Logits, and the volumes at 1/2, 1/4 and 1/8 of the grid that they come from.
+        """Logits, and the volumes on the grids of the first three stages that they come from.
 
         `dropout` acts on what each of the four steps up gives, from place 4 on.
         """

@@ -3,8 +3,8 @@
 import jax
 from flax import nnx
 
-from mambahome_jax.config import ModelConfig, Precision
-from mambahome_jax.model.blocks import GatedSpatialConv
+from mambahome_jax.config import ModelConfig, Precision, Triple
+from mambahome_jax.model.blocks import GatedSpatialConv, same
 from mambahome_jax.model.dropout import ChannelDropout
 from mambahome_jax.model.home import HoME
 from mambahome_jax.model.layers import Conv3d
@@ -37,18 +37,30 @@ class MambaHoMEBlock(nnx.Module):
         return tokens + self.home(self.home_norm(tokens))
 
 
+def stem_size(config: ModelConfig) -> Triple:
+    """7 along the axes that the first convolution halves; along the others that of the full grid's convolutions."""
+    a, b, c = (
+        7 if stride == 2 else size for stride, size in zip(config.strides[0], config.kernel_sizes[0], strict=True)
+    )
+    return a, b, c
+
+
 class Stage(nnx.Module):
-    """Halves the grid of a volume (batch, depth, height, width, channels before) and mixes it."""
+    """Coarsens the grid of a volume (batch, depth, height, width, channels before) by its stride, and mixes it."""
 
     def __init__(self, config: ModelConfig, stage: int, *, rngs: nnx.Rngs, param_dtype, precision: Precision):
         common = {"rngs": rngs, "param_dtype": param_dtype, "precision": precision}
         channels = config.feat_size[stage]
         self.first, self.use_checkpoint = stage == 0, config.use_checkpoint
+        stride = config.strides[stage]
         if self.first:
-            self.downsample = Conv3d(config.in_chans, channels, 7, stride=2, padding=3, bias=True, **common)
+            size = stem_size(config)
+            self.downsample = Conv3d(
+                config.in_chans, channels, size, stride=stride, padding=same(size), bias=True, **common
+            )
         else:
-            self.downsample = Conv3d(config.feat_size[stage - 1], channels, 2, stride=2, bias=True, **common)
-        self.gsc = GatedSpatialConv(channels, **common)
+            self.downsample = Conv3d(config.feat_size[stage - 1], channels, stride, stride=stride, bias=True, **common)
+        self.gsc = GatedSpatialConv(channels, config.kernel_sizes[stage + 1], **common)
         self.blocks = nnx.List([MambaHoMEBlock(config, stage, **common) for _ in range(config.depths[stage])])
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -62,7 +74,8 @@ class Stage(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """(batch, depth, height, width, in) -> four volumes at 1/2, 1/4, 1/8 and 1/16 of the grid, instance-normalised."""
+    """(batch, depth, height, width, in) -> four volumes, instance-normalised, each coarser by its stage's stride: with
+    the published ones at 1/2, 1/4, 1/8 and 1/16 of the grid."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, param_dtype, precision: Precision):
         common = {"rngs": rngs, "param_dtype": param_dtype, "precision": precision}

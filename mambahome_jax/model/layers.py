@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from mambahome_jax.config import Precision
+from mambahome_jax.config import Precision, Triple
 from mambahome_jax.model.remat import keep
 from mambahome_jax.model.three_products import in_float32
 
@@ -77,23 +77,36 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
-def conv3d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, precision: Precision) -> jax.Array:
+def each_axis(size: int | Triple) -> Triple:
+    """An entry an axis; one number is that of all three."""
+    return (size, size, size) if isinstance(size, int) else size
+
+
+def conv3d(
+    x: jax.Array, kernel: jax.Array, stride: int | Triple, padding: int | Triple, precision: Precision
+) -> jax.Array:
     """3-D correlation of (batch, depth, height, width, inputs) with (kd, kh, kw, inputs, outputs).
 
     Where the kernel is 1 wide, or as wide as the stride, it is one matrix product. XLA's 3-D convolution is slow on a
     CPU: there the sum of 2-D convolutions over depth-shifted slices is several times faster on large grids, and small
     float32 ones are summed in float64, since most of the network's round-off comes from these sums.
     """
+    stride, padding = each_axis(stride), each_axis(padding)
     if x.dtype == jnp.float32 and precision == "fp32" and jax.default_backend() == "cpu":
-        outputs = [(length + 2 * padding - kernel.shape[0]) // stride + 1 for length in x.shape[1:4]]
+        outputs = _output_grid(x.shape[1:4], kernel, stride, padding)
         if x.shape[0] * math.prod(outputs) * kernel.size <= _FEW_PRODUCTS:
             return _conv3d_in_float64(stride, padding, x, kernel)
     return _conv3d(x, kernel, stride, padding, lax_precision(precision))
 
 
-def _conv3d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, exact: lax.Precision) -> jax.Array:
+def _output_grid(grid: Sequence[int], kernel: jax.Array, stride: Triple, padding: Triple) -> list[int]:
+    sizes = zip(grid, kernel.shape[:3], stride, padding, strict=True)
+    return [(length + 2 * pad - size) // step + 1 for length, size, step, pad in sizes]
+
+
+def _conv3d(x: jax.Array, kernel: jax.Array, stride: Triple, padding: Triple, exact: lax.Precision) -> jax.Array:
     kd, kh, kw, inputs, outputs = kernel.shape
-    if kd == kh == kw == stride and padding == 0:
+    if (kd, kh, kw) == stride and padding == (0, 0, 0):
         batch, depth, height, width, _ = x.shape
         x = x.reshape(batch, depth // kd, kd, height // kh, kh, width // kw, kw, inputs)
         x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, depth // kd, height // kh, width // kw, -1)
@@ -103,8 +116,8 @@ def _conv3d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, exact: l
         return _conv3d_by_slices(x, kernel, stride, padding, exact)
     convolve = functools.partial(
         lax.conv_general_dilated,
-        window_strides=(stride,) * 3,
-        padding=[(padding, padding)] * 3,
+        window_strides=stride,
+        padding=[(pad, pad) for pad in padding],
         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
     )
     if exact == lax.Precision.HIGHEST and x.dtype == jnp.float32 and jax.default_backend() == "gpu":
@@ -113,24 +126,25 @@ def _conv3d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, exact: l
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _conv3d_in_float64(stride: int, padding: int, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _conv3d_in_float64(stride: Triple, padding: Triple, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """conv3d of float32, summed in float64 and rounded once, also where JAX x64 is off; gradients in float32.
 
     For each depth of the kernel a matrix product with the rows of neighbours, which are gathered one axis at a time:
     all at once takes XLA many times as long to compile.
     """
-    size, outputs = kernel.shape[0], kernel.shape[-1]
-    batch, *grid = x.shape[:4]
-    depth, height, width = ((length + 2 * padding - size) // stride + 1 for length in grid)
+    batch, outputs = x.shape[0], kernel.shape[-1]
+    depth, height, width = _output_grid(x.shape[1:4], kernel, stride, padding)
 
     def shifted(x: jax.Array, axis: int, length: int) -> list[jax.Array]:
-        return [lax.slice_in_dim(x, i, i + stride * (length - 1) + 1, stride, axis) for i in range(size)]
+        step = stride[axis - 1]
+        starts = range(kernel.shape[axis - 1])
+        return [lax.slice_in_dim(x, i, i + step * (length - 1) + 1, step, axis) for i in starts]
 
     with jax.enable_x64(True):
-        x = jnp.pad(x, ((0, 0), *[(padding, padding)] * 3, (0, 0)))
+        x = jnp.pad(x, ((0, 0), *[(pad, pad) for pad in padding], (0, 0)))
         x = jnp.concatenate(shifted(x, 3, width), axis=-1)
         x = jnp.concatenate(shifted(x, 2, height), axis=-1)
-        wide = kernel.astype(jnp.float64).reshape(size, -1, outputs)
+        wide = kernel.astype(jnp.float64).reshape(kernel.shape[0], -1, outputs)
         total = jnp.zeros((), jnp.float64)
         for taken, weights in zip(shifted(x, 1, depth), wide, strict=True):
             rows = taken.reshape(-1, taken.shape[-1]).astype(jnp.float64)
@@ -138,11 +152,13 @@ def _conv3d_in_float64(stride: int, padding: int, x: jax.Array, kernel: jax.Arra
         return total.astype(jnp.float32).reshape(batch, depth, height, width, outputs)
 
 
-def _conv3d_in_float64_forward(stride: int, padding: int, x: jax.Array, kernel: jax.Array):
+def _conv3d_in_float64_forward(stride: Triple, padding: Triple, x: jax.Array, kernel: jax.Array):
     return _conv3d_in_float64(stride, padding, x, kernel), (x, kernel)
 
 
-def _conv3d_in_float64_backward(stride: int, padding: int, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array):
+def _conv3d_in_float64_backward(
+    stride: Triple, padding: Triple, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array
+):
     _, transposed = jax.vjp(lambda x, kernel: _conv3d(x, kernel, stride, padding, lax.Precision.HIGHEST), *saved)
     return transposed(cotangent)
 
@@ -150,68 +166,76 @@ def _conv3d_in_float64_backward(stride: int, padding: int, saved: tuple[jax.Arra
 _conv3d_in_float64.defvjp(_conv3d_in_float64_forward, _conv3d_in_float64_backward)
 
 
-def _conv3d_by_slices(x: jax.Array, kernel: jax.Array, stride: int, padding: int, exact: lax.Precision) -> jax.Array:
-    batch, depth, height, width, inputs = x.shape
+def _conv3d_by_slices(
+    x: jax.Array, kernel: jax.Array, stride: Triple, padding: Triple, exact: lax.Precision
+) -> jax.Array:
+    batch, _, height, width, inputs = x.shape
     kd, outputs = kernel.shape[0], kernel.shape[-1]
-    if stride == 1:
+    if stride == (1, 1, 1):
         return _conv3d_by_depths(x, kernel, padding, exact)
-    out_depth = (depth + 2 * padding - kd) // stride + 1
-    x = jnp.pad(x, ((0, 0), (padding, padding), (0, 0), (0, 0), (0, 0)))
+    out_depth, step = _output_grid(x.shape[1:4], kernel, stride, padding)[0], stride[0]
+    x = jnp.pad(x, ((0, 0), (padding[0], padding[0]), (0, 0), (0, 0), (0, 0)))
     total = None
     for i in range(kd):
-        taken = lax.slice_in_dim(x, i, i + stride * (out_depth - 1) + 1, stride, axis=1)
-        part = _conv2d(taken.reshape(batch * out_depth, height, width, inputs), kernel[i], stride, padding, exact)
+        taken = lax.slice_in_dim(x, i, i + step * (out_depth - 1) + 1, step, axis=1)
+        taken = taken.reshape(batch * out_depth, height, width, inputs)
+        part = _conv2d(taken, kernel[i], stride[1:], padding[1:], exact)
         total = part if total is None else total + part
     assert total is not None
     return total.reshape(batch, out_depth, *total.shape[1:3], outputs)
 
 
-def _conv3d_by_depths(x: jax.Array, kernel: jax.Array, padding: int, exact: lax.Precision) -> jax.Array:
+def _conv3d_by_depths(x: jax.Array, kernel: jax.Array, padding: Triple, exact: lax.Precision) -> jax.Array:
     """Every depth of the kernel as outputs of one 2-D convolution, which are added up shifted against each other."""
     batch, depth, height, width, inputs = x.shape
     kd, kh, kw, _, outputs = kernel.shape
     wide = kernel.transpose(1, 2, 3, 0, 4).reshape(kh, kw, inputs, kd * outputs)
-    y = _conv2d(x.reshape(batch * depth, height, width, inputs), wide, 1, padding, exact)
+    y = _conv2d(x.reshape(batch * depth, height, width, inputs), wide, (1, 1), padding[1:], exact)
     y = y.reshape(batch, depth, *y.shape[1:3], kd, outputs)
-    y = jnp.pad(y, ((0, 0), (padding, padding), (0, 0), (0, 0), (0, 0), (0, 0)))
-    out_depth = depth + 2 * padding - kd + 1
+    y = jnp.pad(y, ((0, 0), (padding[0], padding[0]), (0, 0), (0, 0), (0, 0), (0, 0)))
+    out_depth = depth + 2 * padding[0] - kd + 1
     parts = [y[:, i : i + out_depth, :, :, i] for i in range(kd)]
     return functools.reduce(jnp.add, parts)
 
 
-def _conv2d(x: jax.Array, kernel: jax.Array, stride: int, padding: int, exact: lax.Precision) -> jax.Array:
-    """(batch, height, width, inputs) -> (batch, height', width', outputs); kernel (k, k, inputs, outputs)."""
-    size = kernel.shape[0]
-    if x.dtype == jnp.float64 and size == 3 and stride == 1:
+def _conv2d(
+    x: jax.Array, kernel: jax.Array, stride: tuple[int, int], padding: tuple[int, int], exact: lax.Precision
+) -> jax.Array:
+    """(batch, height, width, inputs) -> (batch, height', width', outputs); kernel (kh, kw, inputs, outputs)."""
+    kh, kw = kernel.shape[:2]
+    pads = [(pad, pad) for pad in padding]
+    if x.dtype == jnp.float64 and max(kh, kw) <= 3 and stride == (1, 1):
         # XLA has no fast float64 convolution on a CPU, and takes seconds to compile each of its plain loops.
-        padded = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-        height, width = (padded.shape[axis] - size + 1 for axis in (1, 2))
-        taps = [padded[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
+        padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+        height, width = padded.shape[1] - kh + 1, padded.shape[2] - kw + 1
+        taps = [padded[:, i : i + height, j : j + width] for i in range(kh) for j in range(kw)]
         return jnp.matmul(jnp.concatenate(taps, -1), kernel.reshape(-1, kernel.shape[-1]), precision=exact)
     numbers = ("NHWC", "HWIO", "NHWC")
-    pads = [(padding, padding)] * 2
-    return lax.conv_general_dilated(x, kernel, (stride,) * 2, pads, dimension_numbers=numbers, precision=exact)
+    return lax.conv_general_dilated(x, kernel, stride, pads, dimension_numbers=numbers, precision=exact)
 
 
 class Conv3d(nnx.Module):
-    """(batch, depth, height, width, inputs) -> (..., outputs), strided; kernel (k, k, k, inputs, outputs)."""
+    """(batch, depth, height, width, inputs) -> (..., outputs), strided; kernel (kd, kh, kw, inputs, outputs).
+
+    size, stride, padding: one number, or one an axis.
+    """
 
     def __init__(
         self,
         inputs: int,
         outputs: int,
-        size: int,
+        size: int | Triple,
         *,
-        stride: int = 1,
-        padding: int = 0,
+        stride: int | Triple = 1,
+        padding: int | Triple = 0,
         bias: bool,
         rngs: nnx.Rngs,
         param_dtype,
         precision: Precision,
     ):
         self.stride, self.padding, self.precision = stride, padding, precision
-        fan_in = inputs * size**3
-        self.kernel = uniform(rngs, (size, size, size, inputs, outputs), fan_in, param_dtype)
+        fan_in = inputs * math.prod(each_axis(size))
+        self.kernel = uniform(rngs, (*each_axis(size), inputs, outputs), fan_in, param_dtype)
         self.bias = uniform(rngs, (outputs,), fan_in, param_dtype) if bias else None
 
     def __call__(self, *parts: jax.Array) -> jax.Array:
@@ -227,23 +251,33 @@ class Conv3d(nnx.Module):
             [conv3d(x, k, self.stride, self.padding, self.precision) for x, k in zip(parts, kernels, strict=True)],
         )
         y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
-        return y if kernel.shape[0] == 1 else keep(y)
+        return y if max(kernel.shape[:3]) == 1 else keep(y)
 
 
 class Upsample(nnx.Module):
-    """Transposed convolution, kernel and stride 2, no bias: each voxel becomes 2 x 2 x 2 by one matrix product.
+    """Transposed convolution, kernel as wide as the stride, no bias: each voxel becomes stride voxels by one product.
 
-    out[2z+a, 2y+b, 2x+c, o] = sum over i of in[z, y, x, i] kernel[a, b, c, i, o].
+    With stride 2: out[2z+a, 2y+b, 2x+c, o] = sum over i of in[z, y, x, i] kernel[a, b, c, i, o].
     """
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, param_dtype, precision: Precision):
-        self.precision = precision
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int | Triple = 2,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype,
+        precision: Precision,
+    ):
+        self.precision, stride = precision, each_axis(stride)
         # torch counts the outputs as fan-in of a transposed convolution
-        self.kernel = uniform(rngs, (2, 2, 2, inputs, outputs), outputs * 8, param_dtype)
+        self.kernel = uniform(rngs, (*stride, inputs, outputs), outputs * math.prod(stride), param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, depth, height, width, inputs = x.shape
+        a, b, c = self.kernel.shape[:3]
         kernel = self.kernel[...].astype(x.dtype).transpose(3, 0, 1, 2, 4)
         y = jnp.matmul(x, kernel.reshape(inputs, -1), precision=lax_precision(self.precision))
-        y = y.reshape(batch, depth, height, width, 2, 2, 2, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-        return y.reshape(batch, 2 * depth, 2 * height, 2 * width, -1)
+        y = y.reshape(batch, depth, height, width, a, b, c, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+        return y.reshape(batch, a * depth, b * height, c * width, -1)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mambahome_jax.config import ModelConfig
+from mambahome_jax.config import ModelConfig, Triple
 from mambahome_jax.errors import CheckpointError
 
 Path = tuple[str | int, ...]
@@ -140,6 +140,9 @@ def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], extra: Mapping[str, 
             num_slots_per_expert_first=first[0] // (experts[0] * feat[0]),
             experts_list=experts,
             experts_list_second=second,
+            # encoder1 lies on the full grid, decoder2 leads to it
+            strides=tuple(_axes(shapes[f"decoder{i + 2}.transp_conv.conv.weight"]) for i in range(4)),
+            kernel_sizes=tuple(_axes(shapes[f"encoder{i + 1}.layer.conv1.conv.weight"]) for i in range(5)),
         )
     except KeyError as error:
         raise CheckpointError(f"no tensor named {error.args[0]}; expected the weights of MambaHoME") from error
@@ -147,6 +150,11 @@ def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], extra: Mapping[str, 
         raise CheckpointError(f"the tensors do not make a MambaHoME ({error}); expected its published names") from error
     known = {name: extra[name] for name in ("group_list", "use_checkpoint") if extra and name in extra}
     return config.replace(**known)
+
+
+def _axes(shape: tuple[int, ...]) -> Triple:
+    _, _, a, b, c = shape
+    return a, b, c
 
 
 def _expert_mult(feat: tuple[int, ...], hidden: tuple[int, ...]) -> int:

@@ -11,8 +11,6 @@ from mambahome_jax.model.dropout import ChannelDropout
 from mambahome_jax.model.encoder import Encoder
 from mambahome_jax.model.layers import activation_dtype
 
-MULTIPLE = 16
-
 
 def default_precision() -> Precision:
     """bf16 on a GPU, fp32 elsewhere."""
@@ -23,7 +21,8 @@ class MambaHoME(nnx.Module):
     """U-shaped network of Mamba layers and hierarchical soft mixtures of experts.
 
     model(x): (batch, depth, height, width, in_chans) -> logits (batch, depth, height, width, out_chans), float32
-    (float64 with float64 parameters). depth, height and width are multiples of 16, and not all of them 16.
+    (float64 with float64 parameters). depth, height and width are multiples of `config.multiples`, 16 as published,
+    and not all of them equal to it.
     model(x, dropout): with channels dropped, as training may have it.
 
     Args:
@@ -54,7 +53,8 @@ class MambaHoME(nnx.Module):
         return self.with_levels(x, dropout)[0]
 
     def with_levels(self, x: jax.Array, dropout: ChannelDropout | None = None) -> tuple[jax.Array, list[jax.Array]]:
-        """Logits, and the decoder's volumes at 1/2, 1/4 and 1/8 of the grid, feat_size[1], [2] and [3] channels."""
+        """Logits, and the decoder's volumes on the grids of the first three stages (1/2, 1/4 and 1/8 as published),
+        feat_size[1], [2] and [3] channels."""
         check_input(x.shape, self.config)
         x = x.astype(self.dtype)
         logits, levels = self.decoder.with_levels(x, self.encoder(x, dropout), dropout)
@@ -67,16 +67,17 @@ def check_input(shape: tuple[int, ...], config: ModelConfig) -> None:
         raise ConfigError(f"the input has shape {shape}; expected (batch, depth, height, width, channels)")
     if shape[-1] != config.in_chans:
         raise ConfigError(f"the input has {shape[-1]} channels (shape {shape}); this network takes {config.in_chans}")
-    for name, size in zip(("depth", "height", "width"), shape[1:4], strict=True):
-        if size < MULTIPLE or size % MULTIPLE:
-            below, above = size // MULTIPLE * MULTIPLE, -(-size // MULTIPLE) * MULTIPLE
+    for name, size, multiple in zip(("depth", "height", "width"), shape[1:4], config.multiples, strict=True):
+        if size < multiple or size % multiple:
+            below, above = size // multiple * multiple, -(-size // multiple) * multiple
             near = f"{below} or {above}" if below else f"{above}"
             raise ConfigError(
-                f"{name} is {size}, which 16 does not divide (shape {shape}). Pad or crop {name} to {near}, "
+                f"{name} is {size}, which {multiple} does not divide (shape {shape}). Pad or crop {name} to {near}, "
                 "or use sliding_window, which takes volumes of any size"
             )
-    if shape[1] == shape[2] == shape[3] == MULTIPLE:
+    if shape[1:4] == config.multiples:
+        found = " ".join(map(str, config.multiples))
         raise ConfigError(
-            "depth, height and width are all 16, which leaves one voxel at the deepest stage, where instance norm "
-            "would give zeros. Make at least one of them 32"
+            f"depth, height and width are {found}, which leaves one voxel at the deepest stage, where instance norm "
+            f"would give zeros. Make at least one of them twice as large"
         )

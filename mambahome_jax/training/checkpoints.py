@@ -15,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from mambahome_jax.config import BEFORE_THERE_WERE, Strategy
+from mambahome_jax.config import BEFORE_THERE_WERE, PUBLISHED_GRID, Strategy
 from mambahome_jax.errors import CheckpointError, ConfigError, OutputError, why_not_written
 from mambahome_jax.model.checkpoint import (
     MODEL_ITEM,
@@ -207,7 +207,8 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         ("training", ConfigError, "Resume with the same settings, or start anew with --use_pretrained"),
     ):
         now = settings[entry]
-        before = {name: value for name, value in BEFORE_THERE_WERE.items() if name in now} | config.get(entry, {})
+        older = BEFORE_THERE_WERE | PUBLISHED_GRID
+        before = {name: value for name, value in older.items() if name in now} | config.get(entry, {})
         differ = [
             f"{name} was {before.get(name)}, now {now.get(name)}"
             for name in sorted({*before, *now})

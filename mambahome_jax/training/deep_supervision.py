@@ -45,17 +45,18 @@ def network_params(params: Any) -> Any:
 
 
 def at_all_levels(loss_fn: LossFunction) -> LossFunction:
-    """The loss of a list of logits, each on a grid half as fine as the one before, which weighs half as much.
+    """The loss of a list of logits, each on a coarser grid than the one before, half as fine as published; it weighs
+    half as much.
 
-    The labels of a coarse grid are every second voxel along each axis. The weights sum to 1.
+    The labels of a coarse grid are every so-manieth voxel along each axis. The weights sum to 1.
     """
 
     def loss(outputs: list[jax.Array], labels: jax.Array, *more: jax.Array) -> jax.Array:
         weights = [0.5**level for level in range(len(outputs))]
         terms = []
-        for level, (logits, weight) in enumerate(zip(outputs, weights, strict=True)):
-            step = 2**level
-            terms.append(weight / sum(weights) * loss_fn(logits, labels[:, ::step, ::step, ::step], *more))
+        for logits, weight in zip(outputs, weights, strict=True):
+            a, b, c = (n // m for n, m in zip(labels.shape[1:4], logits.shape[1:4], strict=True))
+            terms.append(weight / sum(weights) * loss_fn(logits, labels[:, ::a, ::b, ::c], *more))
         return sum(terms[1:], start=terms[0])
 
     return loss

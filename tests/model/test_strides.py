@@ -1,0 +1,127 @@
+"""Strides and kernel sizes of each axis: the published ones change no bit, others train and come back from disk."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mambahome_jax.config import MODEL_SIZES, ModelConfig
+from mambahome_jax.errors import ConfigError
+from mambahome_jax.grids import grids_for, patch_and_grids
+from mambahome_jax.model.layers import conv3d
+from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.model.weights import Weights, _leaves, dotted, export_official, read_weights, write_weights
+from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
+from mambahome_jax.training.losses import dice_ce
+
+TINY = MODEL_SIZES["MambaHoME_tiny"].model.replace(out_chans=3)
+THICK = grids_for((1.5, 1.5, 10), (64, 64, 10))
+THICK_TINY = TINY.replace(strides=THICK.strides, kernel_sizes=THICK.kernel_sizes)
+
+
+def flat(model):
+    return {dotted(path): np.asarray(leaf) for path, leaf in _leaves(model).items()}
+
+
+def test_published_grids_are_the_default_and_change_no_bit():
+    named = dataclasses.replace(TINY, strides=[[2, 2, 2]] * 4, kernel_sizes=[[3, 3, 3]] * 5)
+    assert named == TINY and hash(named) == hash(TINY) and TINY.multiples == (16, 16, 16)
+    models = [MambaHoME(config, rngs=nnx.Rngs(0)) for config in (TINY, named)]
+    for name, value in flat(models[0]).items():
+        assert np.array_equal(value, flat(models[1])[name]), name
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (7, 2), (2, 2), (1, 1)])
+@pytest.mark.parametrize("shape", [(1, 8, 8, 8, 4), (1, 16, 16, 16, 8)])
+def test_a_number_is_that_of_each_axis_to_the_bit(size, stride, shape):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(size, size, size, shape[-1], 8)), jnp.float32)
+    pad = 0 if size == 2 else size // 2
+
+    def program(stride, pad):
+        return jax.jit(jax.grad(lambda x, k: jnp.sum(conv3d(x, k, stride, pad, "fp32") ** 2), (0, 1)))
+
+    one, three = program(stride, pad), program((stride,) * 3, (pad,) * 3)
+    assert one.lower(x, kernel).as_text() == three.lower(x, kernel).as_text()
+    for a, b in zip(one(x, kernel), three(x, kernel), strict=True):
+        assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("size", [(3, 3, 1), (1, 3, 3), (7, 7, 3), (2, 2, 1), (1, 2, 2)])
+@pytest.mark.parametrize("x64", [False, True])
+def test_conv3d_of_unequal_axes_is_the_definition(size, x64):
+    with jax.enable_x64(x64):
+        rng = np.random.default_rng(0)
+        stride = tuple(2 if n in (2, 7) else 1 for n in size)
+        pad = tuple(0 if 2 in size else n // 2 for n in size)
+        for shape in ((1, 8, 6, 10, 2), (1, 20, 18, 16, 2)):
+            x = jnp.asarray(rng.normal(size=shape).astype(np.float64 if x64 else np.float32))
+            kernel = jnp.asarray(rng.normal(size=(*size, 2, 3)).astype(x.dtype))
+            expected = jax.lax.conv_general_dilated(
+                x,
+                kernel,
+                stride,
+                [(p, p) for p in pad],
+                dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+                precision="highest",
+            )
+            got = conv3d(x, kernel, stride, pad, "fp32")
+            np.testing.assert_allclose(got, expected, atol=1e-10 if x64 else 1e-4)
+
+
+def test_thick_slices_train_and_come_back_from_disk(tmp_path):
+    assert THICK_TINY.multiples == (16, 16, 2)
+    model = MambaHoME(THICK_TINY, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(DeepSupervision(model, rngs=nnx.Rngs(1)))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 64, 64, 10, 1)), jnp.float32)
+    labels = (x[..., 0] > 0).astype(jnp.int32)
+
+    @jax.jit
+    def step(state):
+        loss, grads = jax.value_and_grad(lambda s: at_all_levels(dice_ce)(nnx.merge(graphdef, s)(x), labels))(state)
+        return loss, jax.tree.map(lambda p, g: p - 1e-2 * g, state, grads)
+
+    outputs = jax.jit(lambda s: nnx.merge(graphdef, s)(x))(state)
+    assert [y.shape[1:4] for y in outputs] == [(64, 64, 10), (32, 32, 10), (16, 16, 10)]
+    first, state = step(state)
+    second, _ = step(state)
+    assert np.isfinite(first) and second < first
+    weights = Weights(flat(model), THICK_TINY, None)
+    for suffix in (".npz", ".pth", ".safetensors", ""):
+        write_weights(tmp_path / f"w{suffix}", weights)
+        back = read_weights(tmp_path / f"w{suffix}")
+        assert back.config == THICK_TINY
+        assert all(np.array_equal(back.params[name], value) for name, value in weights.params.items())
+    # Shapes alone say it.
+    np.savez(tmp_path / "bare.npz", **export_official(model))
+    assert read_weights(tmp_path / "bare.npz").config == THICK_TINY
+
+
+def test_what_cannot_be():
+    for strides in ([[2, 2, 3]] * 4, [[2, 2, 2]] * 3, [[2, 2]] * 4, "2222", None):
+        with pytest.raises(ConfigError, match="strides is"):
+            ModelConfig(strides=strides)
+    with pytest.raises(ConfigError, match="which 2 does not divide"):
+        MambaHoME(THICK_TINY, rngs=nnx.Rngs(0))(jnp.zeros((1, 64, 64, 9, 1)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "patch", "strides"),
+    [
+        ((36, 50, 35), (1, 1, 1), (48, 64, 48), "222 222 222 222"),
+        ((190, 142, 88), (0.625, 0.625, 0.625), (160, 144, 96), "222 222 222 222"),
+        ((256, 216, 10), (1.5, 1.5, 10), (256, 224, 10), "221 221 222 221"),
+        ((512, 512, 100), (0.7, 0.7, 5), (240, 240, 36), "221 221 222 222"),
+        ((240, 240, 155), (1, 1, 1), (128, 128, 128), "222 222 222 222"),
+        ((320, 320, 20), (0.6, 0.6, 3.6), (320, 320, 20), "221 221 222 222"),
+        ((512, 512, 93), (0.8, 0.8, 2.5), (192, 192, 64), "221 222 222 222"),
+    ],
+)
+def test_grids_of_known_datasets(shape, spacing, patch, strides):
+    found = patch_and_grids(spacing, shape)
+    assert found.patch_size == patch
+    assert " ".join("".join(map(str, stride)) for stride in found.strides) == strides
