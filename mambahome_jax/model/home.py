@@ -13,10 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from mambahome_jax.config import Precision
-from mambahome_jax.model.layers import Linear, lax_precision, uniform
+from mambahome_jax.model.layers import FLOAT32, Linear, Numerics, keep, uniform
 from mambahome_jax.model.norms import RMSNorm, at_least_float32
-from mambahome_jax.model.remat import keep
 
 
 class Experts(nnx.Module):
@@ -25,16 +23,16 @@ class Experts(nnx.Module):
     Hidden width int(channels * mult * 2 / 3); value * gelu(gate) with the exact GELU.
     """
 
-    def __init__(self, experts: int, channels: int, mult: int, *, rngs: nnx.Rngs, param_dtype, precision: Precision):
-        self.precision = precision
+    def __init__(self, experts: int, channels: int, mult: int, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+        self.numerics = numerics
         hidden = int(channels * mult * 2 / 3)
-        self.kernel_in = uniform(rngs, (experts, channels, 2 * hidden), channels, param_dtype)
-        self.bias_in = uniform(rngs, (experts, 2 * hidden), channels, param_dtype)
-        self.kernel_out = uniform(rngs, (experts, hidden, channels), hidden, param_dtype)
-        self.bias_out = uniform(rngs, (experts, channels), hidden, param_dtype)
+        self.kernel_in = uniform(rngs, (experts, channels, 2 * hidden), channels, numerics.param_dtype)
+        self.bias_in = uniform(rngs, (experts, 2 * hidden), channels, numerics.param_dtype)
+        self.kernel_out = uniform(rngs, (experts, hidden, channels), hidden, numerics.param_dtype)
+        self.bias_out = uniform(rngs, (experts, channels), hidden, numerics.param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        exact = lax_precision(self.precision)
+        exact = self.numerics.lax_precision
         h = keep(jnp.einsum("...esf,efh->...esh", x, self.kernel_in[...].astype(x.dtype), precision=exact))
         value, gate = jnp.split(h + self.bias_in[...].astype(x.dtype)[:, None], 2, axis=-1)
         h = value * _gelu(gate)
@@ -60,17 +58,16 @@ class GlobalSoftMoE(nnx.Module):
     Segments of as many consecutive tokens as there are experts give one slot to each expert.
     """
 
-    def __init__(self, channels: int, experts: int, mult: int, *, rngs: nnx.Rngs, param_dtype, precision: Precision):
-        self.num_experts, self.precision = experts, precision
-        self.norm = RMSNorm(channels, param_dtype=param_dtype)
-        common = {"rngs": rngs, "param_dtype": param_dtype, "precision": precision}
-        self.slot_proj = Linear(channels, experts * channels, bias=False, **common)
-        self.slot_norm = RMSNorm(channels, param_dtype=param_dtype)
-        self.experts = Experts(experts, channels, mult, **common)
+    def __init__(self, channels: int, experts: int, mult: int, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+        self.num_experts, self.numerics = experts, numerics
+        self.norm = RMSNorm(channels, param_dtype=numerics.param_dtype)
+        self.slot_proj = Linear(channels, experts * channels, bias=False, rngs=rngs, numerics=numerics)
+        self.slot_norm = RMSNorm(channels, param_dtype=numerics.param_dtype)
+        self.experts = Experts(experts, channels, mult, rngs=rngs, numerics=numerics)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, tokens, channels = x.shape
-        experts, exact = self.num_experts, lax_precision(self.precision)
+        experts, exact = self.num_experts, self.numerics.lax_precision
         # The padding is not masked, as published: zero tokens take part in the softmax over tokens.
         x = jnp.pad(self.norm(x), ((0, 0), (0, -tokens % experts), (0, 0)))
         segments = x.shape[1] // experts
@@ -99,23 +96,21 @@ class HoME(nnx.Module):
         experts_second: int,
         mult: int,
         rngs: nnx.Rngs,
-        param_dtype,
-        precision: Precision,
+        numerics: Numerics = FLOAT32,
     ):
-        self.group, self.num_experts, self.slots, self.precision = group, experts, slots, precision
-        common = {"rngs": rngs, "param_dtype": param_dtype, "precision": precision}
-        self.expert_gates = nnx.Param(jnp.ones(experts, param_dtype))
-        self.norm = RMSNorm(channels, param_dtype=param_dtype)
-        self.slot_proj = Linear(channels, experts * slots * channels, bias=False, **common)
-        self.slot_norm = RMSNorm(channels, param_dtype=param_dtype)
-        self.experts = Experts(experts, channels, mult, **common)
-        self.group_gate = Linear(channels, 1, bias=True, **common)
-        self.second = GlobalSoftMoE(channels, experts_second, mult, **common)
+        self.group, self.num_experts, self.slots, self.numerics = group, experts, slots, numerics
+        self.expert_gates = nnx.Param(jnp.ones(experts, numerics.param_dtype))
+        self.norm = RMSNorm(channels, param_dtype=numerics.param_dtype)
+        self.slot_proj = Linear(channels, experts * slots * channels, bias=False, rngs=rngs, numerics=numerics)
+        self.slot_norm = RMSNorm(channels, param_dtype=numerics.param_dtype)
+        self.experts = Experts(experts, channels, mult, rngs=rngs, numerics=numerics)
+        self.group_gate = Linear(channels, 1, bias=True, rngs=rngs, numerics=numerics)
+        self.second = GlobalSoftMoE(channels, experts_second, mult, rngs=rngs, numerics=numerics)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         batch, length, channels = tokens.shape
         groups, slots = math.ceil(length / self.group), self.num_experts * self.slots
-        exact = lax_precision(self.precision)
+        exact = self.numerics.lax_precision
         x = jnp.pad(tokens, ((0, 0), (0, groups * self.group - length), (0, 0)))
         x = x.reshape(batch, groups, self.group, channels)
         # A zero row of padding adds nothing to a slot's sum, so it needs no mask.

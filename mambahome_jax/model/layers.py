@@ -1,17 +1,22 @@
-"""Linear and convolutional layers, channels-last, with torch's initial values as the published code has them."""
+"""Linear and convolutional layers, channels-last, with torch's initial values as the published code has them.
+
+Beside them what every layer needs: its number types, and which values its backward pass keeps or computes again.
+"""
 
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from mambahome_jax.config import Precision, Triple
-from mambahome_jax.model.remat import keep
 from mambahome_jax.model.three_products import in_float32
 
 # TF32 is what XLA's default means for float32 on a GPU; bfloat16 operands have one meaning only.
@@ -22,6 +27,10 @@ _PRECISIONS: dict[Precision, lax.Precision] = {
 }
 
 
+_KEPT = "kept"
+_SCAN = "selective_scan"  # the name that the kernels give to their result and to what their gradient needs
+Tree = TypeVar("Tree")
+
 # Voxels up to which XLA's own 3-D convolution costs little even on a CPU; it compiles faster than a sum of slices.
 _SMALL_GRID = 1024
 
@@ -29,14 +38,53 @@ _SMALL_GRID = 1024
 _FEW_PRODUCTS = 2**25
 
 
-def lax_precision(precision: Precision) -> lax.Precision:
-    """The `precision` argument of matrix products and convolutions."""
-    return _PRECISIONS[precision]
+@dataclass(frozen=True)
+class Numerics:
+    """In which numbers a network computes.
+
+    param_dtype: of the parameters, float32 or float64 (with JAX x64). precision: of matrix products and convolutions
+    and the activations between them.
+    """
+
+    param_dtype: Any = jnp.float32
+    precision: Precision = "fp32"
+
+    @property
+    def lax_precision(self) -> lax.Precision:
+        """The `precision` argument of matrix products and convolutions."""
+        return _PRECISIONS[self.precision]
+
+    @property
+    def activation_dtype(self) -> jnp.dtype:
+        """bfloat16 for bf16, else that of the parameters (float32 or float64)."""
+        return jnp.dtype(jnp.bfloat16 if self.precision == "bf16" else self.param_dtype)
 
 
-def activation_dtype(precision: Precision, param_dtype) -> jnp.dtype:
-    """Type of the activations: bfloat16 for bf16, else that of the parameters (float32 or float64)."""
-    return jnp.dtype(jnp.bfloat16 if precision == "bf16" else param_dtype)
+FLOAT32 = Numerics()
+
+
+def keep(tree: Tree) -> Tree:
+    """Marks what costs much to compute for the memory it takes: results of convolutions and large products, and
+    statistics."""
+    return checkpoint_name(tree, _KEPT)
+
+
+def remat(everything: bool, module: nnx.Module, *arrays: jax.Array) -> jax.Array:
+    """module(*arrays).
+
+    With `everything` (--use_checkpoint) only the arguments are kept for the backward pass. Otherwise on a GPU, whose
+    memory is small and whose time for norms and activations is short, all but what is marked is computed again.
+    """
+    if everything:
+        return nnx.remat(_call)(module, *arrays)
+    if jax.default_backend() != "gpu":
+        return _call(module, *arrays)
+    policy = jax.checkpoint_policies.save_only_these_names(_KEPT, _SCAN)
+    return nnx.remat(_call, policy=policy)(module, *arrays)
+
+
+def _call(module: Any, *arrays: jax.Array) -> jax.Array:
+    return module(*arrays)
 
 
 def drawn(
@@ -67,13 +115,13 @@ def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.P
 class Linear(nnx.Module):
     """x @ kernel (+ bias): (..., inputs) -> (..., outputs)."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs, param_dtype, precision: Precision):
-        self.precision = precision
-        self.kernel = uniform(rngs, (inputs, outputs), inputs, param_dtype)
-        self.bias = uniform(rngs, (outputs,), inputs, param_dtype) if bias else None
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+        self.numerics = numerics
+        self.kernel = uniform(rngs, (inputs, outputs), inputs, numerics.param_dtype)
+        self.bias = uniform(rngs, (outputs,), inputs, numerics.param_dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=lax_precision(self.precision))
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=self.numerics.lax_precision)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -96,7 +144,7 @@ def conv3d(
         outputs = _output_grid(x.shape[1:4], kernel, stride, padding)
         if x.shape[0] * math.prod(outputs) * kernel.size <= _FEW_PRODUCTS:
             return _conv3d_in_float64(stride, padding, x, kernel)
-    return _conv3d(x, kernel, stride, padding, lax_precision(precision))
+    return _conv3d(x, kernel, stride, padding, _PRECISIONS[precision])
 
 
 def _output_grid(grid: Sequence[int], kernel: jax.Array, stride: Triple, padding: Triple) -> list[int]:
@@ -230,13 +278,12 @@ class Conv3d(nnx.Module):
         padding: int | Triple = 0,
         bias: bool,
         rngs: nnx.Rngs,
-        param_dtype,
-        precision: Precision,
+        numerics: Numerics = FLOAT32,
     ):
-        self.stride, self.padding, self.precision = stride, padding, precision
+        self.stride, self.padding, self.numerics = stride, padding, numerics
         fan_in = inputs * math.prod(each_axis(size))
-        self.kernel = uniform(rngs, (*each_axis(size), inputs, outputs), fan_in, param_dtype)
-        self.bias = uniform(rngs, (outputs,), fan_in, param_dtype) if bias else None
+        self.kernel = uniform(rngs, (*each_axis(size), inputs, outputs), fan_in, numerics.param_dtype)
+        self.bias = uniform(rngs, (outputs,), fan_in, numerics.param_dtype) if bias else None
 
     def __call__(self, *parts: jax.Array) -> jax.Array:
         """Of the channels of `parts` side by side. A GPU adds up the convolutions of the parts, which is as fast, and
@@ -248,7 +295,10 @@ class Conv3d(nnx.Module):
         kernels = jnp.split(kernel, ends[:-1], axis=3)
         y = functools.reduce(
             jnp.add,
-            [conv3d(x, k, self.stride, self.padding, self.precision) for x, k in zip(parts, kernels, strict=True)],
+            [
+                conv3d(x, k, self.stride, self.padding, self.numerics.precision)
+                for x, k in zip(parts, kernels, strict=True)
+            ],
         )
         y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
         return y if max(kernel.shape[:3]) == 1 else keep(y)
@@ -267,17 +317,40 @@ class Upsample(nnx.Module):
         stride: int | Triple = 2,
         *,
         rngs: nnx.Rngs,
-        param_dtype,
-        precision: Precision,
+        numerics: Numerics = FLOAT32,
     ):
-        self.precision, stride = precision, each_axis(stride)
+        self.numerics, stride = numerics, each_axis(stride)
         # torch counts the outputs as fan-in of a transposed convolution
-        self.kernel = uniform(rngs, (*stride, inputs, outputs), outputs * math.prod(stride), param_dtype)
+        self.kernel = uniform(rngs, (*stride, inputs, outputs), outputs * math.prod(stride), numerics.param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, depth, height, width, inputs = x.shape
         a, b, c = self.kernel.shape[:3]
         kernel = self.kernel[...].astype(x.dtype).transpose(3, 0, 1, 2, 4)
-        y = jnp.matmul(x, kernel.reshape(inputs, -1), precision=lax_precision(self.precision))
+        y = jnp.matmul(x, kernel.reshape(inputs, -1), precision=self.numerics.lax_precision)
         y = y.reshape(batch, depth, height, width, a, b, c, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
         return y.reshape(batch, a * depth, b * height, c * width, -1)
+
+
+@dataclass(frozen=True)
+class ChannelDropout:
+    """dropout(x, number): each channel of each sample of (batch, ..., channels) 0 with probability `rate`, the others
+    divided by 1 - rate (spatial dropout, Tompson et al., CVPR 2015); dtype and shape stay.
+
+    key: from jax.random.key, another at each step. number: of the place in the network, so that each draws its own.
+    samples: (batch,) integer, the samples' numbers in the whole batch, from which and the key they draw.
+    """
+
+    key: jax.Array
+    rate: float
+    samples: jax.Array
+
+    def __call__(self, x: jax.Array, number: int) -> jax.Array:
+        batch, channels = x.shape[0], x.shape[-1]
+        place = jax.random.fold_in(self.key, number)
+        kept = jax.vmap(
+            lambda sample: jax.random.bernoulli(jax.random.fold_in(place, sample), 1 - self.rate, (channels,))
+        )(self.samples)
+        # In float32: 1 / 0.9 in bfloat16 would raise every channel that is kept by 0.16 % too little or too much.
+        factor = (kept / (1 - self.rate)).reshape(batch, *[1] * (x.ndim - 2), channels)
+        return (x * factor).astype(x.dtype)

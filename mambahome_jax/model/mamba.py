@@ -6,9 +6,7 @@ import numpy as np
 from flax import nnx
 from mambahome_kernels import selective_scan
 
-from mambahome_jax.config import Precision
-from mambahome_jax.model.layers import Linear, drawn, uniform
-from mambahome_jax.model.remat import keep
+from mambahome_jax.model.layers import FLOAT32, Linear, Numerics, drawn, keep, uniform
 
 D_STATE = 16
 D_CONV = 4
@@ -40,15 +38,15 @@ class CausalConv(nnx.Module):
 class Mamba(nnx.Module):
     """(batch, length, d_model) -> the same shape; inner width 2 d_model, 16 states, rank ceil(d_model / 16) of dt."""
 
-    def __init__(self, d_model: int, *, rngs: nnx.Rngs, param_dtype, precision: Precision):
+    def __init__(self, d_model: int, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
         d_inner = EXPAND * d_model
         self.dt_rank = rank = -(-d_model // 16)
 
         def linear(inputs: int, outputs: int) -> Linear:
-            return Linear(inputs, outputs, bias=False, rngs=rngs, param_dtype=param_dtype, precision=precision)
+            return Linear(inputs, outputs, bias=False, rngs=rngs, numerics=numerics)
 
         self.in_proj = linear(d_model, 2 * d_inner)
-        self.conv = CausalConv(d_inner, rngs=rngs, param_dtype=param_dtype)
+        self.conv = CausalConv(d_inner, rngs=rngs, param_dtype=numerics.param_dtype)
         self.x_proj = linear(d_inner, rank + 2 * D_STATE)
         self.dt_proj = linear(rank, d_inner)
         low, high = np.log(DT_RANGE)
@@ -57,10 +55,10 @@ class Mamba(nnx.Module):
             dt = np.maximum(np.exp(rng.uniform(low, high, d_inner)), DT_FLOOR)
             return dt + np.log(-np.expm1(-dt))
 
-        self.dt_bias = nnx.Param(drawn(rngs, (d_inner,), param_dtype, inverse_softplus_of_dt))
+        self.dt_bias = nnx.Param(drawn(rngs, (d_inner,), numerics.param_dtype, inverse_softplus_of_dt))
         states = np.tile(np.log(np.arange(1, D_STATE + 1)), (d_inner, 1))
-        self.A_log = nnx.Param(jax.device_put(states.astype(param_dtype)))
-        self.D = nnx.Param(jnp.ones(d_inner, param_dtype))
+        self.A_log = nnx.Param(jax.device_put(states.astype(numerics.param_dtype)))
+        self.D = nnx.Param(jnp.ones(d_inner, numerics.param_dtype))
         self.out_proj = linear(d_inner, d_model)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:

@@ -1,15 +1,243 @@
-"""The whole network (Płotka et al., NeurIPS 2025, arXiv 2507.06363; published MambaHoME.py)."""
+"""The network (Płotka et al., NeurIPS 2025, arXiv 2507.06363), from its blocks up; published MambaHoME.py.
+
+Blocks: gated spatial convolution (Xing et al. 2024), residual and up block (as in MONAI's UNETR). Encoder: four stages
+of downsampling, gated spatial convolution, and Mamba with HoME over voxels as tokens. Decoder: skip connections
+through residual blocks, and the way back to the full grid.
+"""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mambahome_jax.config import DataProperties, ModelConfig, Precision
+from mambahome_jax.config import DataProperties, ModelConfig, Precision, Triple
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.model.decoder import Decoder
-from mambahome_jax.model.dropout import ChannelDropout
-from mambahome_jax.model.encoder import Encoder
-from mambahome_jax.model.layers import activation_dtype
+from mambahome_jax.model.home import HoME
+from mambahome_jax.model.layers import FLOAT32, ChannelDropout, Conv3d, Numerics, Upsample, each_axis, remat
+from mambahome_jax.model.mamba import Mamba
+from mambahome_jax.model.norms import DynamicTanh, instance_norm, norm_act
+
+LEAKY_SLOPE = 0.01
+
+
+def same(size: int | Triple) -> Triple:
+    """Padding with which an odd kernel of this size keeps the grid."""
+    a, b, c = (n // 2 for n in each_axis(size))
+    return a, b, c
+
+
+class GatedSpatialConv(nnx.Module):
+    """relu(IN(conv1(a + b))) + x with a from two convolutions of `size`, 3x3x3 as published, and b from a 1x1x1 one.
+
+    The biases before the norms have no effect; they are kept for the exchange of weights.
+    """
+
+    def __init__(self, channels: int, size: int | Triple = 3, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+        def conv(size: int | Triple) -> Conv3d:
+            return Conv3d(
+                channels,
+                channels,
+                size,
+                padding=same(size),
+                bias=True,
+                rngs=rngs,
+                numerics=numerics,
+            )
+
+        self.proj, self.proj2, self.proj3, self.proj4 = conv(size), conv(size), conv(1), conv(1)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        a = norm_act((self.proj(x),), slope=0)
+        a = norm_act((self.proj2(a),), slope=0)
+        b = norm_act((self.proj3(x),), slope=0)
+        return norm_act((self.proj4(a + b),), slope=0) + x
+
+
+class ResidualBlock(nnx.Module):
+    """Two convolutions of `size`, instance norm and leaky ReLU, and a shortcut (1x1x1 where the channels change)."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int | Triple = 3,
+        *,
+        rngs: nnx.Rngs,
+        numerics: Numerics = FLOAT32,
+    ):
+        def conv(inputs: int, size: int | Triple) -> Conv3d:
+            return Conv3d(
+                inputs,
+                outputs,
+                size,
+                padding=same(size),
+                bias=False,
+                rngs=rngs,
+                numerics=numerics,
+            )
+
+        self.conv1, self.conv2 = conv(inputs, size), conv(outputs, size)
+        self.conv3 = conv(inputs, 1) if inputs != outputs else None
+
+    def __call__(self, *parts: jax.Array) -> jax.Array:
+        """Of the channels of `parts` side by side."""
+        y = self.conv2(norm_act((self.conv1(*parts),), slope=LEAKY_SLOPE))
+        if self.conv3 is None:
+            return norm_act((y,), plus=jnp.concatenate(parts, -1), slope=LEAKY_SLOPE)
+        return norm_act((y, self.conv3(*parts)), slope=LEAKY_SLOPE)
+
+
+class UpBlock(nnx.Module):
+    """Refines the grid of x by `stride`, joins the skip connection behind it, and applies a residual block."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: int | Triple = 2,
+        size: int | Triple = 3,
+        *,
+        rngs: nnx.Rngs,
+        numerics: Numerics = FLOAT32,
+    ):
+        self.up = Upsample(inputs, outputs, stride, rngs=rngs, numerics=numerics)
+        self.block = ResidualBlock(2 * outputs, outputs, size, rngs=rngs, numerics=numerics)
+
+    def __call__(self, x: jax.Array, skip: jax.Array) -> jax.Array:
+        return self.block(self.up(x), skip)
+
+
+class MambaHoMEBlock(nnx.Module):
+    """t + Mamba(DyT(t)), then t + HoME(DyT(t)), on tokens (batch, length, channels)."""
+
+    def __init__(self, config: ModelConfig, stage: int, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+        channels = config.feat_size[stage]
+        self.mamba_norm = DynamicTanh(channels, param_dtype=numerics.param_dtype)
+        self.mamba = Mamba(channels, rngs=rngs, numerics=numerics)
+        self.home_norm = DynamicTanh(channels, param_dtype=numerics.param_dtype)
+        self.home = HoME(
+            channels,
+            group=config.group_list[stage],
+            experts=config.experts_list[stage],
+            slots=config.num_slots_per_expert_first,
+            experts_second=config.experts_list_second[stage],
+            mult=config.expert_mult,
+            rngs=rngs,
+            numerics=numerics,
+        )
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        tokens = tokens + self.mamba(self.mamba_norm(tokens))
+        return tokens + self.home(self.home_norm(tokens))
+
+
+def stem_size(config: ModelConfig) -> Triple:
+    """7 along the axes that the first convolution halves; along the others that of the full grid's convolutions."""
+    a, b, c = (
+        7 if stride == 2 else size for stride, size in zip(config.strides[0], config.kernel_sizes[0], strict=True)
+    )
+    return a, b, c
+
+
+class Stage(nnx.Module):
+    """Coarsens the grid of a volume (batch, depth, height, width, channels before) by its stride, and mixes it."""
+
+    def __init__(self, config: ModelConfig, stage: int, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+        channels = config.feat_size[stage]
+        self.first, self.use_checkpoint = stage == 0, config.use_checkpoint
+        stride = config.strides[stage]
+        if self.first:
+            size = stem_size(config)
+            self.downsample = Conv3d(
+                config.in_chans,
+                channels,
+                size,
+                stride=stride,
+                padding=same(size),
+                bias=True,
+                rngs=rngs,
+                numerics=numerics,
+            )
+        else:
+            self.downsample = Conv3d(
+                config.feat_size[stage - 1], channels, stride, stride=stride, bias=True, rngs=rngs, numerics=numerics
+            )
+        self.gsc = GatedSpatialConv(channels, config.kernel_sizes[stage + 1], rngs=rngs, numerics=numerics)
+        self.blocks = nnx.List(
+            [MambaHoMEBlock(config, stage, rngs=rngs, numerics=numerics) for _ in range(config.depths[stage])]
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x is normalised already, but for the network's input."""
+        x = remat(self.use_checkpoint, self.gsc, self.downsample(x))
+        batch, depth, height, width, channels = x.shape
+        tokens = x.reshape(batch, depth * height * width, channels)
+        for block in self.blocks:
+            tokens = remat(self.use_checkpoint, block, tokens)
+        return tokens.reshape(x.shape)
+
+
+class Encoder(nnx.Module):
+    """(batch, depth, height, width, in) -> four volumes, instance-normalised, each coarser by its stage's stride: with
+    the published ones at 1/2, 1/4, 1/8 and 1/16 of the grid."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+        self.stages = nnx.List([Stage(config, stage, rngs=rngs, numerics=numerics) for stage in range(4)])
+
+    def __call__(self, x: jax.Array, dropout: ChannelDropout | None = None) -> list[jax.Array]:
+        """`dropout` acts on each of the four, places 0 to 3, before the next stage takes it."""
+        # Each stage but the first begins with the instance norm of the volume before: the decoder takes the same one.
+        outputs = []
+        for number, stage in enumerate(self.stages):
+            x = instance_norm(stage(x))
+            if dropout is not None:
+                x = dropout(x, number)
+            outputs.append(x)
+        return outputs
+
+
+class Decoder(nnx.Module):
+    """Input and four encoder stages -> logits (batch, depth, height, width, classes) on the input's grid."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+        self.use_checkpoint = config.use_checkpoint
+        features = config.feat_size
+        channels = (config.in_chans, *features, config.hidden_size)
+        skips = (features[0], *features[1:], config.hidden_size)
+        inputs = (channels[0], *features)
+        sizes = config.kernel_sizes
+        self.skips = nnx.List(
+            [
+                ResidualBlock(i, o, size, rngs=rngs, numerics=numerics)
+                for i, o, size in zip(inputs, skips, sizes, strict=True)
+            ]
+        )
+        levels = itertools.pairwise((config.hidden_size, *features[::-1]))
+        ups = zip(levels, config.strides[::-1], sizes[3::-1], strict=True)
+        self.ups = nnx.List([UpBlock(i, o, stride, size, rngs=rngs, numerics=numerics) for (i, o), stride, size in ups])
+        self.last = ResidualBlock(features[0], features[0], sizes[0], rngs=rngs, numerics=numerics)
+        self.out = Conv3d(features[0], config.out_chans, 1, bias=True, rngs=rngs, numerics=numerics)
+
+    def __call__(self, x: jax.Array, stages: list[jax.Array]) -> jax.Array:
+        return self.with_levels(x, stages)[0]
+
+    def with_levels(
+        self, x: jax.Array, stages: list[jax.Array], dropout: ChannelDropout | None = None
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """Logits, and the volumes on the grids of the first three stages that they come from.
+
+        `dropout` acts on what each of the four steps up gives, from place 4 on.
+        """
+        skips = [remat(self.use_checkpoint, block, v) for block, v in zip(self.skips, (x, *stages), strict=True)]
+        y = skips.pop()
+        levels: list[jax.Array] = []
+        for number, up in enumerate(self.ups, len(stages)):
+            y = remat(self.use_checkpoint, up, y, skips.pop())
+            if dropout is not None:
+                y = dropout(y, number)
+            levels.insert(0, y)
+        return self.out(remat(self.use_checkpoint, self.last, y)), levels[1:]
 
 
 def default_precision() -> Precision:
@@ -43,11 +271,11 @@ class MambaHoME(nnx.Module):
         metadata: DataProperties | None = None,
     ):
         config = config or ModelConfig()
-        common = {"rngs": rngs, "param_dtype": param_dtype, "precision": precision}
+        numerics = Numerics(param_dtype, precision)
         self.config, self.precision, self.metadata = config, precision, metadata
-        self.dtype = activation_dtype(precision, param_dtype)
-        self.encoder = Encoder(config, **common)
-        self.decoder = Decoder(config, **common)
+        self.dtype = numerics.activation_dtype
+        self.encoder = Encoder(config, rngs=rngs, numerics=numerics)
+        self.decoder = Decoder(config, rngs=rngs, numerics=numerics)
 
     def __call__(self, x: jax.Array, dropout: ChannelDropout | None = None) -> jax.Array:
         return self.with_levels(x, dropout)[0]

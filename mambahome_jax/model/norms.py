@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from mambahome_jax.model.remat import keep
+from mambahome_jax.model.layers import keep
 
 INSTANCE_NORM_EPS = 1e-5
 RMS_NORM_FLOOR = 1e-8

@@ -9,8 +9,7 @@ import jax
 from flax import nnx
 
 from mambahome_jax.config import Precision
-from mambahome_jax.model.dropout import ChannelDropout
-from mambahome_jax.model.layers import Conv3d
+from mambahome_jax.model.layers import ChannelDropout, Conv3d, Numerics
 from mambahome_jax.training.losses import LossFunction
 
 HEADS = 2
@@ -29,7 +28,7 @@ class DeepSupervision(nnx.Module):
         self.network = network
         self.heads = nnx.List(
             [
-                Conv3d(width, config.out_chans, 1, bias=True, rngs=rngs, param_dtype="float32", precision=precision)
+                Conv3d(width, config.out_chans, 1, bias=True, rngs=rngs, numerics=Numerics(precision=precision))
                 for width in config.feat_size[1 : 1 + HEADS]
             ]
         )

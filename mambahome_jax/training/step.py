@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from mambahome_jax.compiler import compiler_options
 from mambahome_jax.config import AugmentationConfig, Strategy
 from mambahome_jax.data.augmentation import augment, augment_labelled
-from mambahome_jax.model.dropout import ChannelDropout
+from mambahome_jax.model.layers import ChannelDropout
 from mambahome_jax.training.by_sample import step_by_sample
 from mambahome_jax.training.deep_supervision import network_params
 from mambahome_jax.training.grouping import group

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from mambahome_jax.config import ModelConfig
-from mambahome_jax.model.dropout import ChannelDropout
+from mambahome_jax.model.layers import ChannelDropout
 from mambahome_jax.model.network import MambaHoME
 
 TINY = ModelConfig(

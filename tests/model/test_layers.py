@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mambahome_jax.model.blocks import GatedSpatialConv, ResidualBlock, UpBlock
 from mambahome_jax.model.home import GlobalSoftMoE, HoME
-from mambahome_jax.model.layers import conv3d
+from mambahome_jax.model.layers import Numerics, conv3d
 from mambahome_jax.model.mamba import Mamba
+from mambahome_jax.model.network import GatedSpatialConv, ResidualBlock, UpBlock
 from mambahome_jax.model.norms import DynamicTanh
 from tests.conftest import load_golden
 
@@ -49,7 +49,7 @@ class Block(nnx.Module):
 
 
 def _common(dtype):
-    return {"rngs": nnx.Rngs(0), "param_dtype": dtype, "precision": "fp32"}
+    return {"rngs": nnx.Rngs(0), "numerics": Numerics(dtype)}
 
 
 def _home(channels, group, experts, slots, second, mult):

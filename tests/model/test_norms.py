@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mambahome_jax.model.blocks import ResidualBlock, UpBlock
+from mambahome_jax.model.layers import Numerics, remat
+from mambahome_jax.model.network import ResidualBlock, UpBlock
 from mambahome_jax.model.norms import INSTANCE_NORM_EPS, norm_act
-from mambahome_jax.model.remat import remat
 
 
 def _plain(inputs, plus, slope):
@@ -92,7 +92,7 @@ def _gradients(block, arrays, backend, monkeypatch):
 @pytest.mark.parametrize("block", [ResidualBlock, UpBlock])
 def test_a_gpu_computes_again_all_but_convolutions(block, monkeypatch, x64):
     """And adds up the convolutions of joined channels: the same gradients, with no 3-D convolution run twice."""
-    made = block(4, 6, rngs=nnx.Rngs(0), param_dtype=jnp.float64, precision="fp32")
+    made = block(4, 6, rngs=nnx.Rngs(0), numerics=Numerics(jnp.float64))
     rng = np.random.default_rng(3)
     arrays = [jnp.asarray(rng.normal(size=(1, 4, 4, 4, 4)))]
     if block is UpBlock:

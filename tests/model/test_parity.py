@@ -8,8 +8,7 @@ from flax import nnx
 
 import mambahome_jax.model.weights as weights
 from mambahome_jax.config import MODEL_SIZES, ModelConfig
-from mambahome_jax.model.encoder import Stage
-from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.model.network import MambaHoME, Stage
 from tests.conftest import REDUCED, golden_path, load_golden
 
 # What float32 reaches on a CPU, as the golden's page says: these two gradients are small sums of large terms.
@@ -101,8 +100,7 @@ def test_rematerialisation_changes_no_number(x64):
             config.replace(use_checkpoint=use_checkpoint),
             2,
             rngs=nnx.Rngs(0),
-            param_dtype=jnp.float64,
-            precision="fp32",
+            numerics=Numerics(jnp.float64),
         )
         graphdef, state = nnx.split(stage)
         run = jax.jit(jax.grad(lambda state: jnp.sum(jnp.sin(nnx.merge(graphdef, state)(x)))))

@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from mambahome_jax.model.dropout import ChannelDropout
+from mambahome_jax.model.layers import ChannelDropout
 
 
 class SmallNet(nnx.Module):
