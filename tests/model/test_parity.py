@@ -8,6 +8,7 @@ from flax import nnx
 
 import mambahome_jax.model.weights as weights
 from mambahome_jax.config import MODEL_SIZES, ModelConfig
+from mambahome_jax.model.layers import Numerics
 from mambahome_jax.model.network import MambaHoME, Stage
 from tests.conftest import REDUCED, golden_path, load_golden
 
