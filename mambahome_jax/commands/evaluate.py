@@ -15,6 +15,7 @@ from mambahome_jax.config import EvaluateConfig
 from mambahome_jax.cores import usable_cores
 from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.datasets.base import label_names, read_json, scan_files
+from mambahome_jax.datasets.case_names import common_name, counterparts
 from mambahome_jax.datasets.files import fault_of_name, twins_note
 from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
@@ -58,7 +59,11 @@ def run(config: EvaluateConfig) -> int:
     labelled = labelled_values(config.references)
     pairs = [
         dataclasses.replace(
-            pair, names=names, reference_values=values, labelled=labelled.get(pair.case), surface=config.surface
+            pair,
+            names=names,
+            reference_values=values,
+            labelled=labelled.get(scan_stem(pair.reference)),
+            surface=config.surface,
         )
         for pair in pairs
     ]
@@ -111,7 +116,9 @@ def run(config: EvaluateConfig) -> int:
 def find_pairs(
     predictions: Path, references: Path, names: Mapping[int, str], tolerance_mm: float = 1.0
 ) -> tuple[list[Pair], list[tuple[str, str]]]:
-    """Pairs of the same file name in two folders (or of two files), and (case, reason) of what has no counterpart.
+    """Pairs of the same case in two folders (or of two files), and (case, reason) of what has no counterpart.
+
+    Names are equal, or differ in nnU-Net's number of a channel (`counterparts`), which is no part of the case.
 
     Raises DatasetError: a folder is missing or without label maps, or no name is in both.
     """
@@ -127,12 +134,16 @@ def find_pairs(
         if not found[folder]:
             raise DatasetError(f"no {alternatives(SCAN_SUFFIXES)} file", file=folder, expected="label maps")
     ours, theirs = found[predictions], found[references]
-    both = [case for case in ours if case in theirs]
+    both = counterparts(ours, theirs)
     # A table of lines, in UTF-8, cannot have them.
     unfit = [(_shown(case), fault_of_name(case)) for case in both if not case.isprintable()]
-    pairs = [Pair(case, ours[case], theirs[case], names, tolerance_mm) for case in both if case.isprintable()]
-    alone = unfit + [(_shown(case), f"no prediction in {predictions}") for case in theirs if case not in ours]
-    alone += [(_shown(case), f"no reference in {references}") for case in ours if case not in theirs]
+    pairs = [
+        Pair(common_name(case, other), ours[case], theirs[other], names, tolerance_mm)
+        for case, other in both.items()
+        if case.isprintable()
+    ]
+    alone = unfit + [(_shown(case), f"no prediction in {predictions}") for case in theirs.keys() - both.values()]
+    alone += [(_shown(case), f"no reference in {references}") for case in ours.keys() - both.keys()]
     if not pairs and unfit:
         raise DatasetError(f"{unfit[0][0]}: {unfit[0][1]}", file=predictions)
     if not pairs:
@@ -224,11 +235,13 @@ def _other_run(config: EvaluateConfig, cases: set[str]) -> Evaluation | None:
         found = f"--compare {config.compare}: distances were taken of {surface} there; expected {config.surface}"
         raise ConfigError(f"{found}. Pass --surface {surface}, or evaluate the other run again")
     theirs = sorted({row.case for row in other.scores})
-    if not cases & set(theirs):
+    ours = counterparts(theirs, cases)
+    if not ours:
         expected = f"some of the cases of --predictions, such as {min(cases)}"
         action = "Name the evaluation of the same cases."
         raise DatasetError(f"other cases, such as {theirs[0]}", file=config.compare, expected=expected, action=action)
-    return other
+    scores = [dataclasses.replace(row, case=ours.get(row.case, row.case)) for row in other.scores]
+    return dataclasses.replace(other, scores=scores)
 
 
 def _compare(scores: list[Score], other: Evaluation, console: Console) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case
+from mambahome_jax.datasets.case_names import CHANNEL, channels_of
 from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import DatasetError
@@ -16,7 +17,6 @@ from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem, 
 # Folders that hold the scans when the folder itself holds none: of the Decathlon, of preprocess.py.
 SCAN_FOLDERS = ("imagesTs", "images")
 DATASET_FOLDERS = (*SCAN_FOLDERS, "imagesTr", "imagesVa")
-_CHANNEL = re.compile(r"(.+)_(\d{4})")  # nnU-Net's names
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,15 @@ class Scan:
     """A scan to segment and the name of its result.
 
     path: a file, or a folder of DICOM slices. modality: None where it is that of the model. channels: all files in
-    order, where each channel has its own; `path` is then the first.
+    order, where each channel has its own; `path` is then the first. other_name: what its result was called by versions
+    that took the channel's number in <case>_0000 for a part of the case's name; empty where that is no other.
     """
 
     case: str
     path: Path
     modality: Modality | None = None
     channels: tuple[Path, ...] = ()
+    other_name: str = ""
 
 
 def find_scans(data_path: Path) -> tuple[Path, list[Scan], list[dict[str, str]]]:
@@ -85,14 +87,15 @@ def join_channels(data_path: Path, scans: list[Scan], channels: int) -> tuple[li
     """Scans as a model of so many channels takes them, and failures: those that lack a channel or have too many.
 
     <case>_0000, <case>_0001, ... become the scan <case>; a single file brings the others beside it along. Scans of
-    other names must hold all channels themselves. A model of one channel takes each file by itself, whatever its name.
+    other names must hold all channels themselves. A model of one channel takes each file by itself; where all files of
+    the folder are called <case>_0000, a case each, the scans are called <case>.
     """
     if channels < 2:
-        return scans, []
+        return _without_channel(data_path, scans), []
     groups: dict[str, dict[int, Path]] = {}
     joined = []
     for scan in _with_siblings(scans) if data_path.is_file() else scans:
-        found = None if scan.channels else _CHANNEL.fullmatch(scan.case)
+        found = None if scan.channels else CHANNEL.fullmatch(scan.case)
         if found:
             groups.setdefault(found[1], {})[int(found[2])] = scan.path
         else:
@@ -110,6 +113,16 @@ def join_channels(data_path: Path, scans: list[Scan], channels: int) -> tuple[li
     return sorted(joined, key=lambda scan: scan.case), failures
 
 
+def _without_channel(data_path: Path, scans: list[Scan]) -> list[Scan]:
+    """The scans named without the ending _0000 where it is the number of the only channel, by all files beside them."""
+    beside = listing(data_path.parent)[1].values() if data_path.is_file() else ()
+    names = [scan_stem(path) for path in beside if suffix_of(path.name)] or [scan.case for scan in scans]
+    case_of = {files[0]: case for case, files in channels_of(names).items() if len(files) == 1}
+    return [
+        replace(scan, case=case_of[scan.case], other_name=scan.case) if scan.case in case_of else scan for scan in scans
+    ]
+
+
 def _no_channels(case: str, files: dict[int, Path], channels: int, taken: bool) -> str:
     """Why files of a case by number of channel are no scan of so many; empty where they are one."""
     missing = [f"{case}_{number:04}" for number in range(channels) if number not in files]
@@ -123,7 +136,7 @@ def _no_channels(case: str, files: dict[int, Path], channels: int, taken: bool) 
 
 def _with_siblings(scans: list[Scan]) -> list[Scan]:
     """A single scan file, last, as of two forms of it the named one counts, after those of the same case beside it."""
-    found = _CHANNEL.fullmatch(scans[0].case)
+    found = CHANNEL.fullmatch(scans[0].case)
     if not found:
         return scans
     beside = [path for path in listing(scans[0].path.parent)[1].values() if suffix_of(path.name)]

@@ -15,7 +15,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambahome_jax.commands.find_scans import Scan, find_scans, join_channels
-from mambahome_jax.commands.infer_cases import Plan, Reading, held_bytes, input_of, read_ahead, result_of, write_case
+from mambahome_jax.commands.infer_cases import (
+    Plan,
+    Reading,
+    existing_result,
+    held_bytes,
+    input_of,
+    read_ahead,
+    write_case,
+)
 from mambahome_jax.commands.infer_faults import (
     changed_flags,
     check_format,
@@ -183,11 +191,16 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    todo = [scan for scan in scans if config.overwrite or not result_of(config, scan).exists()]
+    todo = [scan for scan in scans if config.overwrite or not existing_result(config, scan).exists()]
     for scan in scans:
         if scan not in todo:
             outcome.cases.append(
-                {"id": scan.case, "input": input_of(config, scan), "output": result_of(config, scan).name, "kept": True}
+                {
+                    "id": scan.case,
+                    "input": input_of(config, scan),
+                    "output": existing_result(config, scan).name,
+                    "kept": True,
+                }
             )
     if len(todo) < len(scans):
         _say(console, f"{len(scans) - len(todo)} results are there already and kept")

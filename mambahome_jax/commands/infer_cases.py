@@ -141,7 +141,7 @@ def _read(plan: Plan, scan: Scan) -> tuple[Volume, NetworkInput] | dict[str, Any
 def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
     """The entry of run.json for a result that an earlier run wrote; None where it is missing, damaged, or of a scan on
     another grid."""
-    path = result_of(plan.config, scan)
+    path = existing_result(plan.config, scan)
     if not path.is_file() or (plan.config.save_probabilities and not whole_probabilities(_shares(plan.config, scan))):
         return None
     try:
@@ -204,6 +204,13 @@ def write_case(
 def result_of(config: InferConfig, scan: Scan) -> Path:
     """Where the label map of a scan goes."""
     return config.output_dir / f"{scan.case}.{config.output_format}"
+
+
+def existing_result(config: InferConfig, scan: Scan) -> Path:
+    """Where the label map of a scan is: `result_of`, or under the other name that earlier versions gave it."""
+    path = result_of(config, scan)
+    other = path.with_name(f"{scan.other_name}.{config.output_format}")
+    return other if scan.other_name and not path.exists() and other.exists() else path
 
 
 def input_of(config: InferConfig, scan: Scan) -> str | list[str]:

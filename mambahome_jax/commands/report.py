@@ -12,6 +12,7 @@ from mambahome_jax.commands.evaluate import find_pairs, labelled_values
 from mambahome_jax.commands.find_scans import Scan, find_scans
 from mambahome_jax.config import Modality, ReportConfig
 from mambahome_jax.datasets.base import read_json
+from mambahome_jax.datasets.case_names import counterparts
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.evaluation.evaluate import Pair, read_pair
 from mambahome_jax.evaluation.files import Evaluation, read_evaluation
@@ -19,7 +20,7 @@ from mambahome_jax.evaluation.overlays import Panel, draw_planes
 from mambahome_jax.evaluation.provenance import run_rows, without_folders
 from mambahome_jax.evaluation.report import Report, Shown, render_report, worst_first
 from mambahome_jax.evaluation.scores import METRICS
-from mambahome_jax.imaging.files import write_text
+from mambahome_jax.imaging.files import scan_stem, write_text
 from mambahome_jax.imaging.geometry import resample_to
 from mambahome_jax.imaging.intensity import display_range
 from mambahome_jax.imaging.volume import Volume, read_volume
@@ -83,14 +84,19 @@ def _pictures(config: ReportConfig, evaluation: Evaluation, made: Mapping[str, A
     shown = []
     columns = (TextColumn("Drawing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     cases = worst_first(evaluation.scores)[: config.worst]
+    pair_of, scan_of = counterparts(cases, pairs), counterparts(cases, scans)
     with Progress(*columns, console=console) as progress:
         for case in progress.track(cases):
             try:
-                if case not in pairs:
+                if case not in pair_of:
                     raise DatasetError("not in both folders", case=case, expected="the folders that were evaluated")
-                if config.images and case not in scans:
+                if config.images and case not in scan_of:
                     raise DatasetError("no scan of this name", case=case, file=config.images)
-                shown.append(Shown(case, _draw(pairs[case], scans.get(case), config.window, modality)))
+                shown.append(
+                    Shown(
+                        case, _draw(pairs[pair_of[case]], scans.get(scan_of.get(case, case)), config.window, modality)
+                    )
+                )
             except (MambaHomeError, OSError, MemoryError) as error:
                 reason = str(error) or type(error).__name__
                 _say(console, f"No picture of {case}: {reason}")
@@ -113,7 +119,7 @@ def _pairs(config: ReportConfig, summary: Mapping[str, Any]) -> dict[str, Pair]:
             f"reference_values: {error}", file=file, expected=expected, action="Evaluate again."
         ) from error
     return {
-        pair.case: dataclasses.replace(pair, reference_values=values, labelled=labelled.get(pair.case))
+        pair.case: dataclasses.replace(pair, reference_values=values, labelled=labelled.get(scan_stem(pair.reference)))
         for pair in pairs
     }
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, modality_of, optional_description, scan_files, unlabelled_note
+from mambahome_jax.datasets.case_names import channels_of
 from mambahome_jax.datasets.files import listing, scans_in
 from mambahome_jax.errors import DatasetError
 
@@ -25,6 +26,7 @@ def detect(folder: Path) -> bool:
 def load(folder: Path) -> Dataset:
     """Pairs the files of images/ and labels/ by name; an ending such as _0000 or _label may differ.
 
+    Files images/<case>_0000, <case>_0001, ... are the channels of one case where all are called so (`channels_of`).
     An image without a label is kept as unlabelled, and noted; a label without its image is skipped. Names of
     labels and channels come from an optional dataset.json beside the two folders.
     An image may also be a folder of DICOM slices, images/<case>/.
@@ -36,18 +38,24 @@ def load(folder: Path) -> Dataset:
     by_key: dict[str, list[str]] = {}
     for stem in labels:
         by_key.setdefault(_LABEL_ENDING.sub("", stem), []).append(stem)
+    numbered = {} if labels.keys() & images.keys() else channels_of(images)
+    numbered = numbered if numbered.keys() & by_key.keys() else {}
+    files = {case: tuple(images[stem] for stem in stems) for case, stems in numbered.items()}
+    files = files or {stem: (path,) for stem, path in images.items()}
+    count = max(map(len, files.values()))
+    channels = channels or (("image",) if count == 1 else tuple(f"channel_{number}" for number in range(count)))
     cases, used = [], set()
-    for stem, image in images.items():
-        candidates = [stem] if stem in labels else by_key.get(_IMAGE_ENDING.sub("", stem), [])
-        label = candidates[0] if len(candidates) == 1 else None
-        used.add(label)
-        cases.append(Case(stem, image, labels[label] if label is not None else None, None, modality))
+    for case, paths in files.items():
+        candidates = [case] if case in labels else by_key.get(_IMAGE_ENDING.sub("", case), [])
+        label = labels[candidates[0]] if len(candidates) == 1 else None
+        used |= set(candidates) if label is not None else set()
+        cases.append(Case(case, paths[0], label, None, modality, images=paths if count > 1 else ()))
     skipped = tuple(
         (stem, f"labels/{path.name} has no image; expected images/{path.name}")
         for stem, path in labels.items()
         if stem not in used
     )
-    return Dataset(folder.resolve().name, channels or ("image",), names, tuple(cases), skipped, unlabelled_note(cases))
+    return Dataset(folder.resolve().name, channels, names, tuple(cases), skipped, unlabelled_note(cases))
 
 
 def _files(root: Path, name: str, files_of: Callable[[Path], dict[str, Path]]) -> dict[str, Path]:

@@ -1,11 +1,11 @@
 """nnU-Net raw: imagesTr/<case>_0000.nii.gz (a file a channel), labelsTr/<case>.nii.gz, imagesTs and dataset.json."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, modality_of, read_json, scan_files
+from mambahome_jax.datasets.case_names import CHANNEL
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives
 from mambahome_jax.jsontext import parse_json
@@ -13,8 +13,6 @@ from mambahome_jax.jsontext import parse_json
 NAME = "nnunet_raw"
 LOOKS_FOR = 'nnU-Net raw: imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz and dataset.json with "channel_names"'
 COVERS: tuple[str, ...] = ("decathlon", "panorama", "amos")
-
-_CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
 def detect(folder: Path) -> bool:
@@ -77,7 +75,7 @@ _Files = tuple[list[Path], Path | None, list[str]]
 def _listed(folder: Path, part: str, channels: tuple[str, ...]) -> dict[str, _Files]:
     """Images in order of channel, label and what is missing, of each case of imagesTr or imagesTs."""
     images, labels = scan_files(folder / f"images{part}"), scan_files(folder / f"labels{part}")
-    names = {found[1] for found in map(_CHANNEL.fullmatch, images) if found} | set(labels)
+    names = {found[1] for found in map(CHANNEL.fullmatch, images) if found} | set(labels)
     result: dict[str, _Files] = {}
     for name in sorted(names):
         stems = [f"{name}_{number:04}" for number in range(len(channels))]

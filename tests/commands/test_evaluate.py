@@ -288,3 +288,31 @@ def test_another_run_that_cannot_be_compared_is_told_before_the_work(folders, mo
     monkeypatch.setattr(evaluate, "_score", work)
     with pytest.raises(error, match=message):
         run(config(folders, **{key: folders / value if key == "compare" else value for key, value in changes.items()}))
+
+
+def test_the_number_of_a_channel_is_no_part_of_a_name(tmp_path, capsys):
+    for case in ("x_001", "x_002"):
+        write(tmp_path / f"labelsTs/{case}.nii.gz")
+        write(tmp_path / f"new/{case}.nii.gz")
+        write(tmp_path / f"old/{case}_0000.nii.gz", shift=1)
+    paths = {"references": tmp_path / "labelsTs", "predictions": tmp_path / "old", "output_dir": tmp_path / "first"}
+    assert run(EvaluateConfig(**paths)) == 0
+    paths |= {"predictions": tmp_path / "new", "output_dir": tmp_path / "second", "compare": tmp_path / "first"}
+    assert run(EvaluateConfig(**paths)) == 0
+    with (tmp_path / "first/metrics.csv").open() as file:
+        assert [row["case"] for row in csv.DictReader(file)] == ["x_001", "x_002"]
+    # An evaluation of an earlier version, with the names of the results.
+    table = (tmp_path / "first/metrics.csv").read_text().replace("x_001", "x_001_0000").replace("x_002", "x_002_0000")
+    (tmp_path / "first/metrics.csv").write_text(table)
+    assert run(EvaluateConfig(**paths)) == 0
+    compared = json.loads((tmp_path / "second/comparison.json").read_text())
+    assert compared["cases"] == ["x_001", "x_002"] and not compared["only_there"]
+
+
+def test_cases_with_numbers_of_four_digits_are_different_cases(tmp_path):
+    for number in range(3):
+        write(tmp_path / f"labels/scan_{number:04}.nii.gz", shift=number)
+        write(tmp_path / f"pred/scan_{number:04}.nii.gz", shift=number)
+    assert run(EvaluateConfig(tmp_path / "pred", tmp_path / "labels", tmp_path / "eval")) == 0
+    found = json.loads((tmp_path / "eval/summary.json").read_text())
+    assert found["cases"] == 3 and found["mean"]["dice"] == 1

@@ -103,6 +103,17 @@ def test_a_model_of_one_channel_takes_each_file_by_itself(tmp_path):
     assert joined(tmp_path / "a_0000.nii.gz", 1) == ({"a_0000": []}, {})
 
 
+def test_the_number_of_the_only_channel_is_no_part_of_a_name(tmp_path):
+    touch(tmp_path / "in", "x_001_0000.nii.gz", "x_002_0000.mha")
+    assert joined(tmp_path / "in", 1) == ({"x_001": [], "x_002": []}, {})
+    assert joined(tmp_path / "in/x_002_0000.mha", 1) == ({"x_002": []}, {})
+    # Cases with numbers of their own, and a folder with a scan of another name.
+    touch(tmp_path / "own", "scan_0000.nii.gz", "scan_0001.nii.gz")
+    assert set(joined(tmp_path / "own", 1)[0]) == {"scan_0000", "scan_0001"}
+    touch(tmp_path / "in", "y.nii.gz")
+    assert set(joined(tmp_path / "in", 1)[0]) == {"x_001_0000", "x_002_0000", "y"}
+
+
 def test_capitals_in_suffixes(tmp_path):
     for name in ("a.NII.GZ", "b.Nii", "c.MHA"):
         (tmp_path / name).touch()

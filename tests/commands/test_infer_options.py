@@ -121,6 +121,22 @@ def test_whole_results_are_skipped_and_counted(tmp_path, capsys):
         assert infer.run(config(tmp_path, skip_existing=True, keep_largest=("all",))) == 0
 
 
+def test_results_of_other_programs_and_of_earlier_versions_are_found_by_either_name(tmp_path, capsys):
+    settings = config(tmp_path, skip_existing=True)
+    for case in ("one", "two"):
+        (tmp_path / f"in/{case}.nii.gz").rename(tmp_path / f"in/{case}_0000.nii.gz")
+    assert infer.run(settings) == 0
+    (tmp_path / "out/one.nii.gz").rename(tmp_path / "out/one_0000.nii.gz")
+    capsys.readouterr()
+    assert infer.run(settings) == 0
+    cases = json.loads((tmp_path / "out/run.json").read_text())["cases"]
+    assert [(case["id"], case["output"], case.get("kept")) for case in cases] == [
+        ("one", "one_0000.nii.gz", True),
+        ("two", "two.nii.gz", True),
+    ]
+    assert not (tmp_path / "out/one.nii.gz").exists()
+
+
 @pytest.mark.parametrize("change", ["shape", "affine"])
 def test_a_result_on_another_grid_than_its_scan_is_not_kept(tmp_path, change):
     settings = config(tmp_path, skip_existing=True)

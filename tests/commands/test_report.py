@@ -140,3 +140,15 @@ def test_says_what_is_wrong(home, changes, error, message):
     with pytest.raises(error, match=message):
         run(settings)
     assert not (home / "eval/report.html").exists()
+
+
+def test_the_number_of_a_channel_is_no_part_of_a_name(tmp_path, capsys):
+    scan = np.random.default_rng(0).normal(0, 100, (16, 14, 12)).astype(np.float32)
+    for case in ("x_001", "x_002"):
+        write(tmp_path / f"labels/{case}.nii.gz")
+        write(tmp_path / f"pred/{case}_0000.nii.gz", shift=1)
+        write_volume(tmp_path / f"images/{case}_0000.nii.gz", Volume(scan, AFFINE))
+    evaluate.run(EvaluateConfig(tmp_path / "pred", tmp_path / "labels", tmp_path / "eval"))
+    paths = {"predictions": tmp_path / "pred", "references": tmp_path / "labels", "images": tmp_path / "images"}
+    assert run(ReportConfig(tmp_path / "eval", **paths)) == 0
+    assert "No picture" not in capsys.readouterr().out
