@@ -23,8 +23,12 @@ UNEVEN = 0.1
 # Largest difference of direction cosines, and of mm between pixels, that counts as rounding.
 _ROUNDING = 1e-3
 _UNPACKED = (b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.1", b"1.2.840.10008.1.2.2", b"")
+# Slices that a message names one by one.
+_NAMED = 20
 # Pixels that a byte of a file may stand for at most: one bit each, or as well packed as an empty picture is.
 _MOST_UNPACKED, _MOST_PACKED = 8, 10_000
+# Bytes in which the header of a slice usually ends.
+_HEADER = 1 << 14
 _SOP_CLASS = re.compile(rb"\x02\x00\x02\x00UI..([0-9.]+)", re.DOTALL)
 # Classes of objects that lie beside scans and hold no slices: DICOMDIR; raw data, segmentations and registrations;
 # presentation states, reports and key images; structure sets, plans and doses of radiotherapy.
@@ -208,21 +212,47 @@ def _one_series(folder: Path, slices: list[Slice]) -> list[Slice]:
 
 
 def _require_alike(slices: list[Slice]) -> None:
-    first = slices[0]
-    action = f"Is it a localizer, or of another series than {first.path.name}? Put it into another folder."
-    for one in slices[1:]:
-        if one.size != first.size:
-            found, expected = (f"{part.size[0]} x {part.size[1]} pixels" for part in (one, first))
-        elif not np.allclose(one.steps, first.steps, rtol=0, atol=_ROUNDING):
-            found = f"another direction or pixel spacing ({_listed(one.steps)})"
-            expected = f"that of {first.path.name} ({_listed(first.steps)})"
+    """Raises DatasetError where slices differ in size, spacing or direction: those unlike most of them are named."""
+    groups: list[list[Slice]] = []
+    for one in slices:
+        alike = (group for group in groups if _difference(one, group[0]) is None)
+        if (group := next(alike, None)) is None:
+            groups.append([one])
         else:
-            continue
+            group.append(one)
+    most = max(groups, key=len)
+    usual = most[0]
+    odd = [(one, _difference(one, usual) or ("", "")) for group in groups if group is not most for one in group]
+    others = f"the other {len(most)}" if len(most) > 1 else usual.path.name
+    if len(odd) == 1:
+        one, (found, expected) = odd[0]
+        action = f"Is it a localizer, or of another series than {others}? Put it into another folder."
         raise DatasetError(found, file=one.path, expected=expected, action=action)
-    cosines = first.steps / np.linalg.norm(first.steps, axis=0).clip(1e-12)
-    if abs(cosines[:, 0] @ cosines[:, 1]) > _ROUNDING or not first.steps.any(axis=0).all():
+    if odd:
+        named = ", ".join(f"{one.path.name} ({found})" for one, (found, _) in odd[:_NAMED])
+        more = f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else ""
+        found = f"{len(odd)} slices are unlike {others}: {named}{more}"
+        expected = f"{_size(usual)} and the direction and pixel spacing of {usual.path.name} ({_listed(usual.steps)})"
+        action = "Are they localizers, or of another series? Put them into another folder."
+        raise DatasetError(found, file=usual.path.parent, expected=expected, action=action)
+    cosines = usual.steps / np.linalg.norm(usual.steps, axis=0).clip(1e-12)
+    if abs(cosines[:, 0] @ cosines[:, 1]) > _ROUNDING or not usual.steps.any(axis=0).all():
         expected = "two directions at right angles, and a positive spacing"
-        raise DatasetError(f"row and column steps {_listed(first.steps)}", file=first.path, expected=expected)
+        raise DatasetError(f"row and column steps {_listed(usual.steps)}", file=usual.path, expected=expected)
+
+
+def _difference(one: Slice, usual: Slice) -> tuple[str, str] | None:
+    """What is found and expected where a slice cannot be of one volume with another; None where it can."""
+    if one.size != usual.size:
+        return _size(one), _size(usual)
+    if not np.allclose(one.steps, usual.steps, rtol=0, atol=_ROUNDING):
+        found = f"another direction or pixel spacing ({_listed(one.steps)})"
+        return found, f"that of {usual.path.name} ({_listed(usual.steps)})"
+    return None
+
+
+def _size(one: Slice) -> str:
+    return f"{one.size[0]} x {one.size[1]} pixels"
 
 
 def _step(slices: list[Slice], normal: np.ndarray) -> np.ndarray:
@@ -241,6 +271,7 @@ def _step(slices: list[Slice], normal: np.ndarray) -> np.ndarray:
         found = f"two slices at one place: {names[int(gaps.argmin())]}"
         raise DatasetError(found, file=folder, expected="one slice a place", action=action)
     step = (positions[-1] - positions[0]) / (len(slices) - 1)
+    _require_in_line(slices, positions, normal, usual)
     off = np.linalg.norm(positions - positions[0] - np.outer(np.arange(len(slices)), step), axis=1)
     if off.max() > UNEVEN * usual:
         worst = int(np.abs(gaps - usual).argmax())
@@ -251,19 +282,62 @@ def _step(slices: list[Slice], normal: np.ndarray) -> np.ndarray:
     return step
 
 
+def _require_in_line(slices: list[Slice], positions: np.ndarray, normal: np.ndarray, usual: float) -> None:
+    """Raises DatasetError where slices are shifted within their plane against most: those are named.
+
+    positions: (slices, 3) LPS mm in order. usual: mm between neighbours. A tilted gantry shifts all alike.
+    """
+    steps = np.diff(positions, axis=0)
+    along = steps @ normal
+    beside = positions - np.outer(positions @ normal, np.median(steps / along[:, None], axis=0))
+    off = np.linalg.norm(beside - np.median(beside, axis=0), axis=1)
+    odd = [one.path.name for one, distance in zip(slices, off, strict=True) if distance > UNEVEN * usual]
+    if odd and 2 * len(odd) < len(slices):
+        named = ", ".join(odd[:_NAMED]) + (f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else "")
+        found = f"slices shifted by up to {off.max():.4g} mm within their plane: {named}"
+        expected = f"the place of the other {len(slices) - len(odd)}"
+        action = "Are they of another series or stack? Put them into another folder."
+        raise DatasetError(found, file=slices[0].path.parent, expected=expected, action=action)
+
+
 def _pixels(one: Slice) -> np.ndarray:
     """(columns, rows) of real values."""
     try:
         image = _reader(one.path).Execute()
     except RuntimeError as error:
         action = "Copy or export it again."
+        if b"MONOCHROME1" in head_of(one.path, _HEADER):
+            found = f"MONOCHROME1 in a form that cannot be read ({itk.reason_of(error)})"
+            action = "Convert the series to NIfTI, for example with dcm2niix."
+            raise DatasetError(found, file=one.path, expected="MONOCHROME2", action=action) from error
         raise DatasetError(f"truncated or damaged ({itk.reason_of(error)})", file=one.path, action=action) from error
     array = itk.voxels(one.path, image)
     if array.ndim != 3:
         raise DatasetError(
             "colours", file=one.path, expected="one value a pixel", action="Is it a picture, not a scan?"
         )
-    return array[:, :, 0]
+    return _as_stored(image, array[:, :, 0])
+
+
+def _as_stored(image: Any, array: np.ndarray) -> np.ndarray:
+    """Real values of what ITK read: MONOCHROME1, which it turns over so that it looks as on a screen, turned back.
+
+    The real value of a stored one, v, is slope x v + intercept whichever way a screen shows it; ITK gives that of
+    `last` - v.
+    """
+    if _text(image, "0028|0004") != "MONOCHROME1":
+        return array
+    last = -1 if _text(image, "0028|0103") == "1" else 2 ** int(_text(image, "0028|0101")) - 1
+    slope, intercept = (_number(image, tag) for tag in ("0028|1053", "0028|1052"))
+    return (slope or 1.0) * last + 2 * intercept - array.astype(np.float64)
+
+
+def _number(image: Any, tag: str) -> float:
+    """A number of the header as ITK takes it; 0 where it is missing or empty."""
+    try:
+        return float(_text(image, tag).split("\\")[0] or 0)
+    except ValueError:
+        return 0.0
 
 
 def _listed(steps: np.ndarray) -> str:

@@ -33,6 +33,9 @@ def write_slice(
     frames: int | None = None,
     image_type: str = "ORIGINAL\\PRIMARY\\AXIAL",
     thickness: str = "2.5",
+    photometric: str = "MONOCHROME2",
+    stored: int = 16,
+    signed: bool = True,
 ) -> Path:
     """One slice. pixels: (rows, columns) int16; spacing: mm between rows, and between columns; rescale: slope and
     intercept, left out where None."""
@@ -48,11 +51,11 @@ def write_slice(
         *(element(0x20, 0xD, "UI", "1.2.3"), element(0x20, 0xE, "UI", series), element(0x20, 0x11, "IS", "7")),
         *(element(0x20, 0x13, "IS", str(number)), element(0x20, 0x32, "DS", join(position))),
         *(element(0x20, 0x37, "DS", join(orientation)), element(0x28, 2, "US", 1)),
-        element(0x28, 4, "CS", "MONOCHROME2"),
+        element(0x28, 4, "CS", photometric),
         b"" if frames is None else element(0x28, 8, "IS", str(frames)),
         *(element(0x28, 0x10, "US", rows), element(0x28, 0x11, "US", columns)),
-        *(element(0x28, 0x30, "DS", join(spacing)), element(0x28, 0x100, "US", 16), element(0x28, 0x101, "US", 16)),
-        *(element(0x28, 0x102, "US", 15), element(0x28, 0x103, "US", 1)),
+        *(element(0x28, 0x30, "DS", join(spacing)), element(0x28, 0x100, "US", 16), element(0x28, 0x101, "US", stored)),
+        *(element(0x28, 0x102, "US", stored - 1), element(0x28, 0x103, "US", int(signed))),
         b"" if rescale is None else element(0x28, 0x1052, "DS", rescale[1]) + element(0x28, 0x1053, "DS", rescale[0]),
         element(0x7FE0, 0x10, "OW", pixels.astype("<i2").tobytes()),
     ]

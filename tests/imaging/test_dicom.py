@@ -66,6 +66,24 @@ def test_each_slice_has_its_own_rescaling(tmp_path, sop_class):
     np.testing.assert_array_equal(read_volume(tmp_path).array, np.stack(expected, 2).astype(np.float32))
 
 
+@pytest.mark.parametrize("rescale", [("1", "-1024"), ("0.5", "0.25"), None])
+@pytest.mark.parametrize(("stored", "signed"), [(16, True), (16, False), (12, False), (10, False)])
+def test_values_are_those_stored_whichever_way_a_screen_shows_them(tmp_path, stored, signed, rescale):
+    pixels = np.random.default_rng(2).integers(-900 if signed else 0, 1000, (4, 5)).astype(np.int16)
+    slope, inter = map(float, rescale or (1, 0))
+    for photometric in ("MONOCHROME1", "MONOCHROME2"):
+        options = {"photometric": photometric, "stored": stored, "signed": signed, "rescale": rescale}
+        write_slice(tmp_path / photometric / "a.dcm", pixels, **options)
+        values = read_volume(tmp_path / photometric).array[:, :, 0]
+        np.testing.assert_array_equal(values, (pixels.T * slope + inter).astype(np.float32))
+
+
+def test_monochrome1_that_cannot_be_read_is_named(tmp_path):
+    write_slice(tmp_path / "a.dcm", np.arange(20, dtype=np.int16).reshape(4, 5), photometric="MONOCHROME1", stored=12)
+    with pytest.raises(DatasetError, match=r"a\.dcm: MONOCHROME1 in a form that cannot be read.*dcm2niix"):
+        read_volume(tmp_path)
+
+
 def compressed(path):
     import SimpleITK as sitk
 
@@ -149,6 +167,28 @@ def another_direction(folder):
     return "scout: another direction or pixel spacing"
 
 
+def a_scout_that_comes_first(folder):
+    write_slice(series(folder) / "AA", VOXELS[:, :, 0].T, orientation=(0, 1, 0, 0, 0, -1), spacing=(0.9, 0.7))
+    return r"AA: another direction .*expected that of IM.*than the other 6\?"
+
+
+def scouts_of_two_kinds(folder):
+    for name in ("AA", "AB"):
+        write_slice(folder / name, VOXELS[:, :, 0].T, orientation=(0, 1, 0, 0, 0, -1), spacing=(0.9, 0.7))
+    write_slice(series(folder) / "ZZ", VOXELS[:, :, 0])
+    return r"3 slices are unlike the other 6: AA \(another .*\), AB \(another .*\), ZZ \(4 x 5 pixels\); expected 5 x 4"
+
+
+def another_spacing_first(folder):
+    write_slice(series(folder) / "AA", VOXELS[:, :, 0].T, (-10, 20, 27.5), spacing=(0.8, 0.8))
+    return r"AA: another direction or pixel spacing"
+
+
+def beside_the_stack(folder):
+    write_slice(series(folder) / "AA", VOXELS[:, :, 0].T, (-10, 60, 27.5), spacing=(0.9, 0.7))
+    return r"slices shifted by up to 40 mm within their plane: AA; expected the place of the other 6"
+
+
 def truncated(folder):
     file = series(folder) / "IM10"
     file.write_bytes(file.read_bytes()[:-20])
@@ -184,6 +224,7 @@ def nothing(folder):
     "make",
     [
         *(lacking, uneven, twice, two_series, another_size, another_direction, truncated),
+        *(a_scout_that_comes_first, scouts_of_two_kinds, another_spacing_first, beside_the_stack),
         *(many_frames, mosaic, without_place, no_dicom, nothing),
     ],
 )
