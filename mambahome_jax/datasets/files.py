@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mambahome_jax.imaging.files import SCAN_SUFFIXES, scan_stem, suffix_of
 LONGEST = 200
 # A folder with more subfolders than this has one a case, so a layout with few folders need not be looked for below it.
 FEW = 32
+_ONE_KIND = re.compile(r"(images|labels)(tr|va|ts)?", re.IGNORECASE)
 
 
 def listing(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -153,6 +155,17 @@ def walk(folder: Path, depth: int, most: int | None = FEW) -> Iterator[tuple[Pat
     if depth > 0 and (most is None or len(folders) <= most):
         for below in folders.values():
             yield from walk(below, depth - 1, most)
+
+
+def of_one_kind(name: str) -> bool:
+    """Whether a folder of that name holds images alone, or label maps alone, whatever its files are called."""
+    return _ONE_KIND.fullmatch(name) is not None
+
+
+def plain(folder: Path) -> bool:
+    """Whether images/ and labels/ of a folder both hold scan files: the plain layout, whatever these are called."""
+    folders = {name.lower(): path for name, path in listing(folder)[0].items()}
+    return all(name in folders and bool(scan_files(folders[name])) for name in ("images", "labels"))
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:

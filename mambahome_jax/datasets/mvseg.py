@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, Split, unlabelled_note
-from mambahome_jax.datasets.files import scans_of, walk
+from mambahome_jax.datasets.files import plain, scans_of, walk
 from mambahome_jax.errors import DatasetError
 
 NAME = "mvseg"
@@ -17,7 +17,8 @@ _SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 
 def detect(folder: Path) -> bool:
     """Whether the folder, or one up to two folders below, holds a <case>-US.nii.gz."""
-    return any(stem.endswith("-US") for _, _, files in walk(folder, 2) for stem in scans_of(files))
+    names = (stem for _, _, files in walk(folder, 2) for stem in scans_of(files))
+    return any(stem.endswith("-US") for stem in names) and not plain(folder)
 
 
 def load(folder: Path) -> Dataset:

@@ -23,7 +23,9 @@ def detect(folder: Path) -> bool:
     content = read_json(file)
     if "channel_names" in content:
         return True
-    return "modality" in content and any(stem.endswith("_0000") for stem in scan_files(folder / "imagesTr"))
+    first = [stem for stem in scan_files(folder / "imagesTr") if stem.endswith("_0000")]
+    # Where the label map is called _0000 too, it is the number of a case.
+    return "modality" in content and bool(first) and scan_files(folder / "labelsTr").keys().isdisjoint(first)
 
 
 def load(folder: Path) -> Dataset:

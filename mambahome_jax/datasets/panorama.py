@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, unlabelled_note
-from mambahome_jax.datasets.files import listing, scans_of, walk
+from mambahome_jax.datasets.files import listing, plain, scans_of, walk
 from mambahome_jax.errors import DatasetError
 
 NAME = "panorama"
@@ -35,7 +35,8 @@ _DEPTH = 3
 
 def detect(folder: Path) -> bool:
     """Whether such scans lie in the folder or up to three folders below."""
-    return any(_IMAGE.fullmatch(stem) for _, _, files in walk(folder, _DEPTH) for stem in scans_of(files))
+    names = (stem for _, _, files in walk(folder, _DEPTH) for stem in scans_of(files))
+    return any(map(_IMAGE.fullmatch, names)) and not plain(folder)
 
 
 def load(folder: Path) -> Dataset:

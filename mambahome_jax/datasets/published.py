@@ -4,27 +4,32 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, optional_description, scan_files
-from mambahome_jax.datasets.files import listing
+from mambahome_jax.datasets.files import listing, of_one_kind
 from mambahome_jax.errors import DatasetError
 
 NAME = "published"
 COVERS: tuple[str, ...] = ()
 LOOKS_FOR = "<case>/*ct*.nii.gz with <case>/*labels*.nii.gz (the published training layout)"
 
-_ROLE = re.compile(r"[-_. ]*(ct|combined_labels|labels)[-_. ]*", re.IGNORECASE)
+# A word of its own, as in p1_ct, CT01 or scanCT, not the letters of subject or actrec.
+_CT = r"(?<![a-zA-Z])[cC][tT](?![a-zA-Z])|(?<![A-Z])CT(?![A-Z])"
+_IMAGE = re.compile(_CT)
+_ROLE = re.compile(rf"[-_. ]*({_CT}|(?i:combined_labels|labels))[-_. ]*")
 
 
 def detect(folder: Path) -> bool:
-    """Whether any direct subfolder holds a *ct*.nii.gz or *labels*.nii.gz."""
-    return any(images or labels for images, labels in map(_files, _subfolders(folder)))
+    """Whether any direct subfolder, but one of images or labels alone, holds a *ct*.nii.gz or *labels*.nii.gz."""
+    cases = [path for path in _subfolders(folder) if not of_one_kind(path.name)]
+    return any(images or labels for images, labels in map(_files, cases))
 
 
 def load(folder: Path) -> Dataset:
     """One case a subfolder, named after it; where a subfolder holds several pairs, <subfolder>_<rest of the name>.
 
     The published script pairs by sorted order over the whole dataset, which shifts all pairs after one missing file;
-    here a pair lies in one subfolder. An image without labels, or labels without an image, is skipped. The files say
-    "ct", so the modality is CT unless the user says otherwise.
+    here a pair lies in one subfolder. The letters ct count as a word of a name only (p1_ct, CT01, scanCT). An image
+    without labels, or labels without an image, is skipped. The files say "ct", so the modality is CT unless the user
+    says otherwise.
     Raises DatasetError: no complete pair at all.
     """
     cases, skipped = [], []
@@ -57,7 +62,7 @@ def _files(subfolder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """Images and label maps of one subfolder, by stem."""
     files = scan_files(subfolder)
     labels = {stem: path for stem, path in files.items() if "labels" in stem.lower()}
-    images = {stem: path for stem, path in files.items() if "ct" in stem.lower() and stem not in labels}
+    images = {stem: path for stem, path in files.items() if _IMAGE.search(stem) and stem not in labels}
     return images, labels
 
 

@@ -159,3 +159,56 @@ def test_flags_that_contradict_each_other(tmp_path):
         open_dataset(PreprocessConfig(**config, dataset=("mvseg", "feta")))
     with pytest.raises(DatasetError, match="--only ct: no such case; the dataset says us"):
         open_dataset(PreprocessConfig(**config, only="ct"))
+
+
+@pytest.mark.parametrize("name", ["ct_0{}", "subject{}", "case{}_ct", "actrec{}", "labels{}", "s000{}", "p{}-US"])
+@pytest.mark.parametrize("folders", [("images", "labels"), ("Images", "Labels")])
+def test_images_and_labels_are_the_plain_layout_whatever_their_files_are_called(tmp_path, name, folders):
+    names = [name.format(number) for number in (1, 2)]
+    touch(tmp_path, *(f"{folder}/{stem}.nii.gz" for folder in folders for stem in names))
+    assert detect_layouts(tmp_path) == ["images_labels"]
+    assert [(case.id, case.label.name) for case in load_dataset(tmp_path).cases] == [
+        (stem, f"{stem}.nii.gz") for stem in names
+    ]
+
+
+def test_names_of_published_datasets_in_the_plain_layout(tmp_path):
+    touch(tmp_path, "images/100000_00001_0000.nii.gz", "labels/100000_00001.nii.gz")
+    assert detect_layouts(tmp_path) == ["images_labels"]
+    touch(tmp_path / "us", "images/1-US.nii.gz", "labels/1-label.nii.gz")
+    assert [case.label.name for case in load_dataset(tmp_path / "us").cases] == ["1-label.nii.gz"]
+    # The scans of PANORAMA itself may lie in images/.
+    touch(tmp_path / "p", "images/batch_1/100000_00001_0000.nii.gz", "panorama_labels/x/100000_00001.nii.gz")
+    assert load_dataset(tmp_path / "p").layout == "panorama"
+
+
+@pytest.mark.parametrize("name", ["ct_0{}", "subject{}", "duct{}_ct"])
+def test_letters_in_the_names_of_a_decathlon_task_claim_no_other_layout(tmp_path, name):
+    names = [name.format(number) for number in (1, 2)]
+    touch(tmp_path, *(f"{part}/{stem}.nii.gz" for part in ("imagesTr", "labelsTr") for stem in names))
+    content = {"modality": {"0": "CT"}, "labels": {"1": "liver"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert detect_layouts(tmp_path) == ["decathlon"]
+
+
+def test_four_digits_that_number_the_cases_are_no_channel(tmp_path):
+    touch(tmp_path, *(f"{part}/scan_000{n}.nii.gz" for part in ("imagesTr", "labelsTr") for n in range(2)))
+    (tmp_path / "dataset.json").write_text(json.dumps({"modality": {"0": "MRI"}, "labels": {"1": "liver"}}))
+    assert load_dataset(tmp_path).layout == "decathlon"
+    assert [case.id for case in load_dataset(tmp_path).cases] == ["scan_0000", "scan_0001"]
+
+
+def test_ct_is_a_word_of_a_name_in_the_published_layout(tmp_path):
+    touch(tmp_path, "a/subject1_t2.nii.gz", "a/subject1_ct.nii.gz", "a/subject1_labels.nii.gz")
+    touch(tmp_path, "b/CT01.nii.gz", "b/labels01.nii.gz", "c/scanCT.nii.gz", "c/scan_labels.nii.gz")
+    touch(tmp_path, *(f"d/subject{n}_{role}.nii.gz" for n in (1, 2) for role in ("ct", "labels")))
+    dataset = load_dataset(tmp_path)
+    assert {case.id: case.image.name for case in dataset.cases} == {
+        "a": "subject1_ct.nii.gz",
+        "b": "CT01.nii.gz",
+        "c": "scanCT.nii.gz",
+        "d_subject1": "subject1_ct.nii.gz",
+        "d_subject2": "subject2_ct.nii.gz",
+    }
+    touch(tmp_path / "other", "study/actrec.nii.gz", "study/object.nii.gz")
+    assert detect_layouts(tmp_path / "other") == []
