@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "model.network": ["MambaHoME"],
         "model.weights": ["export_official", "load_model"],
         "training.losses": ["dice_ce"],
+        "version": ["__version__"],
     },
 )
 

@@ -1,0 +1,3 @@
+"""The version of this package: its one home, which pyproject.toml reads."""
+
+__version__ = "0.1.0"
