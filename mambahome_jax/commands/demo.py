@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from mambahome_jax.config import DemoConfig
+from mambahome_jax.console import command_line
 from mambahome_jax.errors import OutputError
 from mambahome_jax.imaging.phantom import write_phantoms
 
@@ -48,12 +50,11 @@ def run(config: DemoConfig) -> int:
         ["evaluate", "--predictions", str(predicted), "--references", str(references), "--output_dir", str(scored)],
     ]
     for arguments in steps:
-        script = f"python {arguments[0]}.py" if arguments[0] != "evaluate" else "mambahome evaluate"
-        console.print(f"\n[bold]$ {script} {' '.join(arguments[1:])}[/bold]")
+        console.print(f"\n[bold]$ {escape(command_line(*arguments))}[/bold]")
         code = subprocess.run([sys.executable, "-m", "mambahome_jax", *arguments], check=False).returncode
         if code:
             return code
-    mean = json.loads((scored / "summary.json").read_text())["mean"]["dice"]
+    mean = json.loads((scored / "summary.json").read_text(encoding="utf-8"))["mean"]["dice"]
     picture = sorted((predicted / "previews").glob("*.png"))[0].resolve()
     console.print(f"\nMean Dice {mean:.3f} on {config.test_cases} unseen scans.", end=" ")
     console.print(f"Everything took {time.perf_counter() - started:.0f} s.\nA picture of the first: {picture}")

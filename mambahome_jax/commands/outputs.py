@@ -104,7 +104,7 @@ def _lock(file: int) -> None:
 
 def _holder(path: Path) -> str:
     try:
-        held = json.loads(path.read_text())
+        held = json.loads(path.read_text(encoding="utf-8"))
         who = f"`mambahome {held['command']}` (process {held['pid']} on {held['host']}, since {held['since']})"
     except (OSError, ValueError, KeyError, TypeError):
         # It has taken the lock, but not yet said who it is.

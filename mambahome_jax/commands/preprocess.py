@@ -16,6 +16,7 @@ from mambahome_jax.commands.open_dataset import open_dataset, several
 from mambahome_jax.commands.outputs import locked
 from mambahome_jax.commands.preprocess_jobs import choose_workers, make_jobs, open_output
 from mambahome_jax.config import CtIntensity, CtScale, Modality, PreprocessConfig
+from mambahome_jax.console import command_line
 from mambahome_jax.data.ct_scale import ct_scale
 from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.data.prepare import CaseJob, prepare_case, up_to_date
@@ -24,6 +25,7 @@ from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, write_prepar
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
 from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.paths import local_path
 
 _SHOWN = 20
 
@@ -95,7 +97,7 @@ def prepare(
     percentiles of CT without a labelled CT.
     """
     console = console or Console()
-    output = Path(output_path)
+    output = local_path(output_path)
     reorient(Volume(np.zeros((1, 1, 1)), np.eye(4)), orientation)
     if spacing is not None:
         resampled_grid(np.eye(4), (1, 1, 1), spacing)
@@ -269,7 +271,7 @@ def _print_summary(summary: Summary, console: Console) -> None:
     if summary.failed:
         _say(console, f"{len(summary.failed)} cases failed, for the reasons above; dataset.json lists them too")
     if entries:
-        _say(console, f"Next: python train.py --data_train {prepared.root}")
+        _say(console, f"Next: {command_line('train', '--data_train', prepared.root)}")
 
 
 def _range(values: np.ndarray, form: str) -> str:

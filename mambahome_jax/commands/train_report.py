@@ -15,6 +15,7 @@ from rich.console import Console
 from mambahome_jax.commands.run_report import device, plain, versions
 from mambahome_jax.commands.train_setup import Setup, training_settings
 from mambahome_jax.config import TrainConfig
+from mambahome_jax.console import command_line
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.prepared import Prepared, write_json
@@ -157,9 +158,7 @@ def say_end(folder: Path, report: dict[str, Any], code: int, console: Console) -
     if code in (130, 143):
         lines.append("The same command with --resume continues")
     elif best is not None:
-        lines.append(
-            f"Next: python infer.py --data_path SCANS --model_path {folder / 'checkpoints' / 'best'} --output_dir PRED"
-        )
+        lines.append(f"Next: {_infer_line([folder / 'checkpoints' / 'best'])}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -175,8 +174,12 @@ def say_ensemble(checkpoints: Sequence[Path], members: int, console: Console) ->
     line = f"{len(checkpoints)} of {members} networks have a checkpoint. "
     line = "All together: " if len(checkpoints) == members else line
     if checkpoints:
-        line += f"python infer.py --data_path SCANS --model_path {' '.join(map(str, checkpoints))} --output_dir PRED"
+        line += _infer_line(checkpoints)
     console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _infer_line(checkpoints: Sequence[Path]) -> str:
+    return command_line("infer", "--data_path", "SCANS", "--model_path", *checkpoints, "--output_dir", "PRED")
 
 
 def scores_of(validation: Validation | None) -> dict[str, float | None] | None:

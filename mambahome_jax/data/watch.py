@@ -41,14 +41,14 @@ class Reading:
     def _note(self, case: str) -> None:
         # The folder is gone when the training has ended, which this process may not have heard yet.
         with contextlib.suppress(FileNotFoundError):
-            (self.folder / str(os.getpid())).write_text(case)
+            (self.folder / str(os.getpid())).write_text(case, encoding="utf-8")
 
     def cases(self) -> dict[int, str]:
         """Process -> the case that it is reading."""
         found = {}
         for path in sorted(self.folder.glob("*")):
             with contextlib.suppress(OSError):
-                found[int(path.name)] = path.read_text()
+                found[int(path.name)] = path.read_text(encoding="utf-8")
         return {process: case for process, case in found.items() if case}
 
     def since(self) -> float | None:

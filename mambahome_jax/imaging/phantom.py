@@ -63,7 +63,7 @@ def write_phantoms(folder: str | Path, count: int, seed: int = 0, first: int = 1
         "labels": {"0": "background"} | {str(value): name for value, name in LABELS.items()},
     }
     try:
-        (folder / "dataset.json").write_text(json.dumps(table, indent=2) + "\n")
+        (folder / "dataset.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{folder}: cannot write dataset.json: {error.strerror}") from error
     return names

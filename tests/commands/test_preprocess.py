@@ -57,7 +57,7 @@ def test_writes_resampled_files_and_store(config, capsys):
     shown = capsys.readouterr().out
     assert "Modality: ct, guessed from the lowest values of 3 scans" in shown and "--modality" in shown
     assert "3 done, 0 kept, 0 failed" in shown and "label_1: " in shown
-    assert f"python train.py --data_train {config.output_path}" in shown
+    assert f"Next: mambahome train --data_train {config.output_path}" in shown
 
 
 def test_resampled_voxels_lie_where_their_affine_says(config):

@@ -95,7 +95,8 @@ def test_a_run_writes_what_the_design_promises(tmp_path, capsys):
     text = capsys.readouterr().out
     assert code == 0
     assert "boxes: 4 cases to train on, 1 to validate on; ct" in text
-    assert "patches of 32 x 16 x 16, 2 a step, fp32" in text and "Compiling" in text and "Next: python infer.py" in text
+    assert "patches of 32 x 16 x 16, 2 a step, fp32" in text and "Compiling" in text
+    assert "Next: mambahome infer --data_path SCANS" in text
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoints", "metrics.csv", "run.json", "tensorboard"}
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"best", "last"}
     config = read_checkpoint_config(tmp_path / "run" / "checkpoints" / "best")

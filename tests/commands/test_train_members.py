@@ -38,7 +38,7 @@ def test_members_are_runs_of_their_own_that_infer_takes_together(tmp_path, capsy
     best = [home / "checkpoints" / "best" for home in homes]
     assert (
         "Network 2 of 2, seed 6" in text
-        and f"All together: python infer.py --data_path SCANS --model_path {best[0]} {best[1]} --output_dir PRED"
+        and f"All together: mambahome infer --data_path SCANS --model_path {best[0]} {best[1]} --output_dir PRED"
         in text
     )
     assert [_report(home)["seed"] for home in homes] == [5, 6]

@@ -1,0 +1,56 @@
+"""What commands print: in any encoding, to readers that may leave early, with command lines ready to paste."""
+
+import errno
+import io
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class _Pipe(io.FileIO):
+    """Bytes to a descriptor; silent once nobody reads them any more."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EPIPE:
+                raise
+            return memoryview(data).nbytes
+
+
+def protect_output() -> None:
+    """Have sys.stdout and sys.stderr escape what their encoding lacks, and outlive their reader (`--help | head`).
+
+    The work goes on when the reader has gone: its results are files. Streams that are not the process's own, as of a
+    notebook or a test, stay as they are.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if type(stream) is not io.TextIOWrapper or stream is not getattr(sys, f"__{name}__"):
+            continue
+        errors = "backslashreplace" if stream.errors in ("strict", "surrogateescape") else stream.errors
+        unbuffered = isinstance(stream.buffer, io.FileIO)
+        if not unbuffered and not isinstance(stream.buffer.raw, io.FileIO):
+            # The console of Windows, which is no pipe and has all letters.
+            stream.reconfigure(errors=errors)
+            continue
+        stream.flush()
+        raw = _Pipe(stream.fileno(), "w", closefd=False)
+        protected = io.TextIOWrapper(
+            raw if unbuffered else io.BufferedWriter(raw),
+            encoding=stream.encoding,
+            errors=errors,
+            line_buffering=stream.line_buffering,
+            write_through=unbuffered,
+        )
+        setattr(sys, name, protected)
+
+
+def command_line(command: str, *words: str | Path) -> str:
+    """`mambahome COMMAND ...` as a shell takes it: words with spaces and the like are quoted."""
+    line = ["mambahome", command, *map(str, words)]
+    return subprocess.list2cmdline(line) if os.name == "nt" else shlex.join(line)
