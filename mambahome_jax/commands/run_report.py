@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from mambahome_jax.program_cache import program_cache
+
 
 def plain(value: Any) -> Any:
     """As JSON takes it: paths as text."""
@@ -28,6 +30,15 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
             return "not installed"
 
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def say_versions() -> None:
+    """Print what a report of a fault needs: Python, the system, the packages, the devices, where programs are kept."""
+    print(f"system: {platform.platform()}")
+    for name, number in versions(("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")).items():
+        print(f"{name} {number}")
+    print(f"devices: {device()}")
+    print(f"compiled programs: {program_cache() or 'not kept'}")
 
 
 def device() -> str:
