@@ -11,12 +11,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from mambahome_jax import config
-from mambahome_jax.errors import MambaHomeError
+from mambahome_jax.console import protect_output
+from mambahome_jax.errors import ConfigError, MambaHomeError
+from mambahome_jax.paths import is_url, local_path
+from mambahome_jax.program_cache import program_cache
 from mambahome_jax.rerun import with_earlier_flags
+from mambahome_jax.version import __version__
 
 COMMANDS = {
     "check": config.CheckConfig,
@@ -38,6 +44,7 @@ SUMMARIES = {
     "convert": "Convert weights between .pth, .npz, .safetensors and a checkpoint folder",
     "demo": "See the whole way work on synthetic scans, in a few minutes",
 }
+_COMPILING = ("train", "infer")
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
@@ -50,6 +57,7 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
     booleans = {
         f"--{field.name}" for field in dataclasses.fields(COMMANDS[command]) if field.type in (bool, bool | None)
     }
+    paths = {f"--{field.name}" for field in dataclasses.fields(COMMANDS[command]) if "Path" in str(field.type)}
     out: list[str] = []
     arguments = list(argv)
     while arguments:
@@ -69,6 +77,8 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
             if not equals and arguments:
                 arguments.pop(0)
         else:
+            # tyro would take a path that begins with a dash for a flag.
+            value = f"./{value}" if name in paths and value.startswith("-") else value
             out += [name, value] if equals else [name]
     return out
 
@@ -80,26 +90,55 @@ def parse(command: str, argv: Sequence[str], prog: str):
     """
     names = [field.name for field in dataclasses.fields(COMMANDS[command])]
     arguments = normalise_arguments(command, argv)
-    return tyro.cli(
+    registry = ConstructorRegistry()
+    registry.primitive_rule(_path_rule)
+    settings: Any = tyro.cli(
         COMMANDS[command],
         args=with_earlier_flags(command, arguments, names) if "config" in names else arguments,
         prog=prog,
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff,),
+        registry=registry,
     )
+    weights = getattr(settings, "use_pretrained", "")
+    return dataclasses.replace(settings, use_pretrained=str(_typed_path(weights))) if weights else settings
+
+
+def _path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Every path of every command: no configuration holds one as it was typed."""
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: _typed_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
+def _typed_path(text: str) -> Path:
+    """Raises ConfigError: no text, a URL, `~` without a home."""
+    if not text:
+        # Path would take it for the working folder.
+        raise ConfigError("a path is empty text; expected a file or folder. Is a variable of the shell not set?")
+    if is_url(text):
+        action = "Copy what lies there, or mount it"
+        raise ConfigError(f"{text}: a URL; expected a file or folder of this machine. {action}")
+    return local_path(text)
 
 
 def run_command(command: str, argv: Sequence[str], prog: str) -> int:
     """Parse, run, and turn what is the user's to mend into a message on stderr and exit code 2."""
     started = time.monotonic()
-    # Compiled programs are kept between runs: a second start then takes seconds.
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mambahome" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     # JAX keeps those alone that took a second; the hundreds of small ones take ten seconds on a GPU together.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
+        if argv[:1] == ["--version"]:
+            return _say_version(verbose="--verbose" in argv)
         settings = parse(command, argv, prog)
+        _keep_programs(command)
         run = importlib.import_module(f"mambahome_jax.commands.{command}").run
         return run(settings, started) if command == "train" else run(settings)
     except MambaHomeError as error:
@@ -110,11 +149,34 @@ def run_command(command: str, argv: Sequence[str], prog: str) -> int:
         return 130
 
 
+def _keep_programs(command: str) -> None:
+    """Name JAX the folder for compiled programs, unless the user does or there is none."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = program_cache()
+    if folder is not None:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    elif command in _COMPILING:
+        text = "no home folder that can be written, so compiled programs are not kept for the next start"
+        print(f"Note: {text}; JAX_COMPILATION_CACHE_DIR names another folder", file=sys.stderr)
+
+
+def _say_version(verbose: bool) -> int:
+    print(f"mambahome {__version__}")
+    if verbose:
+        importlib.import_module("mambahome_jax.commands.run_report").say_versions()
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """`mambahome COMMAND ...`."""
+    protect_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--version"]:
+        raise SystemExit(_say_version(verbose="--verbose" in arguments))
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: mambahome COMMAND [flags]      (mambahome COMMAND --help lists the flags)\n")
+        print("  --version   Print the version; with --verbose also those of JAX and the like, and the devices")
         print("\n".join(f"  {name:<12}{text}" for name, text in SUMMARIES.items()))
         raise SystemExit(0 if arguments else 2)
     command = arguments.pop(0)
@@ -126,4 +188,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def script(command: str) -> None:
     """What preprocess.py, train.py and infer.py call."""
+    protect_output()
     raise SystemExit(run_command(command, sys.argv[1:], f"python {command}.py"))

@@ -7,6 +7,7 @@ from typing import Any
 from mambahome_jax.config import BEFORE_THERE_WERE
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.jsontext import parse_json
+from mambahome_jax.paths import local_path
 
 # Of where and how a run was started, not of what it computes.
 _NOT_AGAIN = ("config", "resume", "load_checkpoint", "coordinator_address", "num_processes", "process_id")
@@ -24,7 +25,7 @@ def with_earlier_flags(command: str, arguments: Sequence[str], names: Sequence[s
         return list(arguments)
     word = arguments[given["--config"]]
     following = arguments[given["--config"] + 1 :]
-    path = Path(word.partition("=")[2] or (following[0] if following else ""))
+    path = local_path(word.partition("=")[2] or (following[0] if following else ""))
     earlier = _configuration(path, command, names)
     wanted = {name: value for name, value in earlier.items() if f"--{name}" not in given and name not in _NOT_AGAIN}
     if not {"--output_dir", "--resume", "--load_checkpoint"} & set(given):

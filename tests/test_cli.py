@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mambahome_jax import cli
+from mambahome_jax.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -119,3 +120,18 @@ def test_every_compiled_program_is_kept_in_the_users_cache_folder_unless_the_use
     monkeypatch.setenv(names[1], "3")
     assert cli.run_command("infer", arguments, "infer") == 2
     assert [os.environ[name] for name in names[:2]] == ["mine", "3"]
+
+
+@pytest.mark.parametrize("command", [["-m", "mambahome_jax"], ["-m", "mambahome_jax", "check"], [ROOT / "train.py"]])
+def test_the_version_is_instant(command):
+    started = time.perf_counter()
+    result = subprocess.run([sys.executable, *command, "--version"], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - started < 2
+    assert result.stdout == f"mambahome {__version__}\n"
+
+
+def test_a_verbose_version_names_what_a_report_needs(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version", "--verbose"])
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("mambahome ", "python ", "jax ", "devices: ", "compiled programs: "))

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Import nothing of ours but each other.
-LEAVES = {"config", "cores", "csvtext", "errors", "grids", "jsontext", "npz"}
+LEAVES = {"config", "console", "cores", "csvtext", "errors", "grids", "jsontext", "npz", "paths", "program_cache"}
 # package -> packages of ours that it may import, beside itself and those
 ALLOWED = {
     "mambahome_kernels": set(),

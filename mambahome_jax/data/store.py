@@ -22,6 +22,7 @@ from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import DatasetError, OutputError, why_not_written
 from mambahome_jax.imaging.intensity import IntensityStatistics
 from mambahome_jax.npz import NPZ_ERRORS
+from mambahome_jax.paths import local_path
 
 VERSION = 1
 # Values of labelled voxels of a CT, (n, channels) float32: what `ct_scale` is made of.
@@ -69,7 +70,7 @@ def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarr
     image (D, H, W, C) float32; label (D, H, W) uint8 or None. Class counts are taken from `label`; returns the entry
     with them. Raises OutputError: the folder cannot be written.
     """
-    root = Path(root)
+    root = local_path(root)
     partial = root / f".{entry.id}.{os.getpid()}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -134,7 +135,7 @@ class Store:
     _headers: ClassVar = threading.Lock()
 
     def __init__(self, root: str | Path):
-        root = Path(root)
+        root = local_path(root)
         self.root = root / "store" if (root / "store").is_dir() else root
         file = self.root / "index.json"
         if not file.is_file():

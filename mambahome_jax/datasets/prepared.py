@@ -13,6 +13,7 @@ from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, read_
 from mambahome_jax.datasets.files import fault_of_name
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import write_text
+from mambahome_jax.paths import local_path
 
 NAME = "prepared"
 COVERS: tuple[str, ...] = ("images_labels", "decathlon", "nnunet_raw")
@@ -111,7 +112,7 @@ def read_prepared(folder: Path) -> Prepared:
 
     Raises DatasetError: missing, damaged, of another version, or with keys missing.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     file = folder / "dataset.json"
     content = read_json(file)
     if content.get("version") != VERSION:

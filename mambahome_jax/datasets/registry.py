@@ -22,6 +22,7 @@ from mambahome_jax.datasets import (
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.files import fault_of_name, listed, listing, outside_of, twins_note
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.paths import local_path
 
 
 class Layout(Protocol):
@@ -57,7 +58,7 @@ def load_dataset(folder: str | Path, name: str | None = None) -> Dataset:
     Raises ConfigError: no layout of that name. DatasetError: missing or empty folder, a file, an unknown layout (with
     what was looked for), several layouts at once, and what the layout's own load() finds.
     """
-    folder = Path(folder)
+    folder = local_path(folder)
     if name is not None and name not in LAYOUTS:
         raise ConfigError(f"--dataset {name}: no such layout; expected one of {', '.join(LAYOUTS)}")
     if not folder.exists():

@@ -22,6 +22,7 @@ from mambahome_jax.imaging.files import (
     written_whole,
 )
 from mambahome_jax.imaging.pack import fortran_bytes, gzipped, parts_of
+from mambahome_jax.paths import local_path
 
 Forms = tuple[np.ndarray | None, np.ndarray | None, np.ndarray]
 _COMMENT = 6  # kind of a NIfTI header extension: plain text
@@ -68,7 +69,7 @@ def read_volume(path: str | Path, *, channels: int | None = None, as_stored: boo
     Raises DatasetError: missing, truncated or damaged file, of another format than its name says, empty, wrong number
     of axes, singular affine, NaN or infinite voxels; SimpleITK not installed; what `dicom.read` refuses.
     """
-    path = Path(path)
+    path = local_path(path)
     raw, affine, slope, inter = _stored(path, channels)
     if as_stored and (slope, inter) == (1.0, 0.0) and raw.dtype.isnative and raw.dtype.itemsize <= 4:
         if raw.dtype.kind == "f":
@@ -83,7 +84,7 @@ def read_labels(path: str | Path) -> Volume:
     Returns a Volume (D0, D1, D2) of uint8, or of uint16 where a label is above 255.
     Raises DatasetError as `read_volume`, and for labels that are fractional, negative or above 65535.
     """
-    path = Path(path)
+    path = local_path(path)
     raw, affine, slope, inter = _stored(path, 1)
     if raw.dtype.kind == "f" or (slope, inter) != (1.0, 0.0):
         values = raw.astype(np.float64) * slope + inter
@@ -107,7 +108,7 @@ def read_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
 
     Raises DatasetError as `read_volume`, as far as headers show it.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_dir() and not suffix_of(path.name, ITK_SUFFIXES):
         return nifti.read_geometry(path)[:2]
     shape, affine = dicom.read_geometry(path) if path.is_dir() else itk.read_geometry(path)
@@ -121,7 +122,7 @@ def read_forms(path: str | Path) -> tuple[tuple[int, ...], np.ndarray, Callable[
     and pixdim (3,) in mm.
     Raises DatasetError as `read_volume`; the function does for a qform whose numbers are no rotation.
     """
-    path = Path(path)
+    path = local_path(path)
     shape, affine, header = nifti.read_geometry(path)
     return shape, affine, lambda: _forms(path, header)
 
@@ -150,7 +151,7 @@ def write_volume(
     Raises OutputError: a folder that cannot be written, a full disk, a wrong suffix, values that `dtype` cannot hold,
     SimpleITK not installed where .mha or .nrrd needs it.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.name.endswith(WRITTEN_SUFFIXES):
         expected = alternatives(WRITTEN_SUFFIXES)
         raise OutputError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; expected {expected}")

@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 
 from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
 from mambahome_jax.jsontext import parse_json
+from mambahome_jax.paths import local_path
 
 CONFIG_FILE, MODEL_ITEM = "config.json", "model"
 PARTIAL, PREVIOUS, EARLIER = ".partial", ".previous", "step_"
@@ -50,7 +51,7 @@ def find_checkpoint(folder: Path | str) -> Path:
 
     Raises CheckpointError when there is neither.
     """
-    folder = Path(folder).absolute()
+    folder = local_path(folder).absolute()
     for candidate in (folder, sibling(folder, PREVIOUS)):
         if (candidate / CONFIG_FILE).is_file() and (candidate / MODEL_ITEM).is_dir():
             return candidate
@@ -65,7 +66,7 @@ def read_checkpoint_config(folder: Path | str) -> dict[str, Any]:
     """
     path = find_checkpoint(folder) / CONFIG_FILE
     try:
-        config = parse_json(path.read_text())
+        config = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}; expected JSON. The checkpoint is damaged, use another") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
@@ -118,7 +119,7 @@ def write_checkpoint(folder: Path | str, params: Any, config: dict[str, Any], *,
 
     Raises OutputError when the folder exists already or cannot be written; what was there before stays.
     """
-    folder = Path(folder).absolute()
+    folder = local_path(folder).absolute()
     if folder.exists() and not overwrite:
         raise OutputError(f"{folder} exists already; expected a new folder. Choose another name or pass --overwrite")
     partial = prepare_partial(folder)
@@ -212,7 +213,7 @@ def finish_checkpoint(folder: Path, config: dict[str, Any], keep: int = 1) -> No
     The keep - 1 checkpoints before it stay as step_<number> beside it.
     """
     partial, previous = sibling(folder, PARTIAL), sibling(folder, PREVIOUS)
-    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if folder.exists():
         # A leftover of an earlier crash is needed only as long as `folder` is missing.
         if previous.exists():
@@ -220,7 +221,7 @@ def finish_checkpoint(folder: Path, config: dict[str, Any], keep: int = 1) -> No
         folder.replace(previous)
     partial.replace(folder)
     if keep > 1 and previous.exists():
-        step = parse_json((previous / CONFIG_FILE).read_text())["step"]
+        step = parse_json((previous / CONFIG_FILE).read_text(encoding="utf-8"))["step"]
         kept = folder.with_name(f"{EARLIER}{step:08d}")
         shutil.rmtree(kept, ignore_errors=True)
         previous.replace(kept)

@@ -1,0 +1,65 @@
+"""Paths as people type them, in the one form in which every library opens the same file."""
+
+import os
+import re
+import unicodedata
+from pathlib import Path
+
+from mambahome_jax.errors import ConfigError
+
+# Two letters at least: C:/ is a drive.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether a path names a place of another machine, such as s3://bucket/scans."""
+    return _URL.match(str(path)) is not None
+
+
+def one_form(name: str) -> str:
+    """A name with its letters composed (NFC), so that it equals itself however it was typed or stored."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def local_path(path: str | Path) -> Path:
+    """The path with `~` expanded and each `..` followed through links, as the operating system follows it.
+
+    What is relative without `..` stays relative to the working folder, and the last name keeps its own spelling where
+    it is a link. A name that exists in another Unicode form alone is given in that. A URL stays as it is.
+    Raises ConfigError: `~` where no home folder is known.
+    """
+    path = Path(path)
+    if is_url(path):
+        return path
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        expanded = os.path.expanduser(path)  # noqa: PTH111 (Path.expanduser raises for a folder that is named ~x)
+        if path.parts[0] == "~" and expanded == str(path):
+            raise ConfigError(f"{path}: no home folder is known. Set HOME, or write the whole path")
+        path = Path(expanded)
+    if ".." in path.parts:
+        # TensorStore takes no such parts, and behind a link they do not lead to where the name suggests.
+        last = len(path.parts) - path.parts[::-1].index("..")
+        path = Path(os.path.realpath(Path(*path.parts[:last])), *path.parts[last:])
+    return as_on_disk(path)
+
+
+def as_on_disk(path: Path) -> Path:
+    """The path, or where only another Unicode form of its names exists, that: macOS decomposes letters, others do not.
+
+    What exists in no form is composed, so that new files have one spelling.
+    """
+    if str(path).isascii() or os.path.lexists(path):
+        return path
+    place = Path(path.anchor)
+    for part in path.parts[1:] if path.anchor else path.parts:
+        place /= part if part.isascii() or os.path.lexists(place / part) else _other_form(place, part)
+    return place
+
+
+def _other_form(folder: Path, name: str) -> str:
+    composed = one_form(name)
+    try:
+        names = os.listdir(folder)  # noqa: PTH208
+    except OSError:
+        return composed
+    return next((other for other in sorted(names) if one_form(other) == composed), composed)
