@@ -17,6 +17,7 @@ from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.datasets.base import label_names, read_json, scan_files
 from mambahome_jax.datasets.case_names import common_name, counterparts
 from mambahome_jax.datasets.files import fault_of_name, twins_note
+from mambahome_jax.datasets.prepared import unlisted_files
 from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.evaluation.evaluate import (
@@ -126,14 +127,9 @@ def find_pairs(
         if not scan_stem(predictions).isprintable():
             raise DatasetError(fault_of_name(scan_stem(predictions)), file=repr(str(predictions)))
         return [Pair(scan_stem(predictions), predictions, references, names, tolerance_mm)], []
-    found = {}
-    for folder in (predictions, references):
-        if not folder.is_dir():
-            raise DatasetError("no such folder", file=folder)
-        found[folder] = scan_files(folder)
-        if not found[folder]:
-            raise DatasetError(f"no {alternatives(SCAN_SUFFIXES)} file", file=folder, expected="label maps")
-    ours, theirs = found[predictions], found[references]
+    ours, unlisted = _label_maps(predictions)
+    theirs, of_no_case = _label_maps(references)
+    unlisted |= of_no_case
     both = counterparts(ours, theirs)
     # A table of lines, in UTF-8, cannot have them.
     unfit = [(_shown(case), fault_of_name(case)) for case in both if not case.isprintable()]
@@ -144,12 +140,29 @@ def find_pairs(
     ]
     alone = unfit + [(_shown(case), f"no prediction in {predictions}") for case in theirs.keys() - both.values()]
     alone += [(_shown(case), f"no reference in {references}") for case in ours.keys() - both.keys()]
+    alone = [(case, unlisted.pop(case, reason)) for case, reason in alone] + list(unlisted.items())
     if not pairs and unfit:
         raise DatasetError(f"{unfit[0][0]}: {unfit[0][1]}", file=predictions)
     if not pairs:
         example = f"{next(iter(ours.values())).name} in the one, {next(iter(theirs.values())).name} in the other"
         raise DatasetError("no file name is in both folders", file=predictions, expected="equal names", action=example)
     return pairs, sorted(alone)
+
+
+def _label_maps(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """{case: file} of a folder, and {case: reason} of what a preprocessed folder does not name in its dataset.json.
+
+    Raises DatasetError: no such folder, no label map.
+    """
+    if not folder.is_dir():
+        raise DatasetError("no such folder", file=folder)
+    files = scan_files(folder)
+    reasons = unlisted_files(folder, [path.name for path in files.values()])
+    listed = {case: path for case, path in files.items() if path.name not in reasons}
+    if not listed:
+        found = next(iter(reasons.values()), f"no {alternatives(SCAN_SUFFIXES)} file")
+        raise DatasetError(found, file=folder, expected="label maps")
+    return listed, {_shown(case): reasons[path.name] for case, path in files.items() if path.name in reasons}
 
 
 def _shown(case: str) -> str:

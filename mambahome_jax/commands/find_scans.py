@@ -9,6 +9,7 @@ from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.case_names import CHANNEL, channels_of
 from mambahome_jax.datasets.files import fault_of_name, listed, listing
+from mambahome_jax.datasets.prepared import unlisted_files
 from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom import holds_slices
@@ -52,12 +53,16 @@ def find_scans(data_path: Path) -> tuple[Path, list[Scan], list[dict[str, str]]]
         raise DatasetError("no such file or folder", file=data_path, action="Check --data_path.")
     for folder in (data_path, *(data_path / name for name in SCAN_FOLDERS)):
         files: dict[str, list[Path]] = {}
-        for path in listing(folder)[1].values():
-            if suffix_of(path.name):
+        here = [path for path in listing(folder)[1].values() if suffix_of(path.name)]
+        # Of a folder that preprocess wrote only what its dataset.json names.
+        others = unlisted_files(folder, [path.name for path in here])
+        for path in here:
+            if path.name not in others:
                 files.setdefault(scan_stem(path), []).append(path)
         if files:
             modalities = _modalities(folder)
-            scans, failures = [], []
+            scans: list[Scan] = []
+            failures = [{"id": scan_stem(Path(name)), "reason": reason} for name, reason in others.items()]
             for scan in _series(folder):
                 files.setdefault(scan.case, []).append(scan.path)
             if holds_slices(folder):

@@ -1,5 +1,6 @@
 """preprocess: a folder of scans becomes resampled NIfTI files and the patch store that training reads."""
 
+import contextlib
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from rich.table import Table
 from mambahome_jax.commands.open_dataset import open_dataset, several
 from mambahome_jax.commands.outputs import locked
 from mambahome_jax.commands.preprocess_jobs import choose_workers, make_jobs, open_output
+from mambahome_jax.commands.preprocess_output import begun, remove_failed, remove_stale, require_own, say_foreign
 from mambahome_jax.config import CtIntensity, CtScale, Modality, PreprocessConfig
 from mambahome_jax.console import command_line
 from mambahome_jax.data.ct_scale import ct_scale
 from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.data.prepare import CaseJob, prepare_case, up_to_date
-from mambahome_jax.data.store import StoreEntry, remove_index, write_index
+from mambahome_jax.data.store import StoreEntry, write_index
 from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, write_prepared
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
@@ -101,6 +103,7 @@ def prepare(
     reorient(Volume(np.zeros((1, 1, 1)), np.eye(4)), orientation)
     if spacing is not None:
         resampled_grid(np.eye(4), (1, 1, 1), spacing)
+    require_own(output)
     open_output(output, nifti)
     for note in dataset.notes:
         _say(console, f"Note: {note}")
@@ -123,6 +126,7 @@ def prepare(
     if len(failed) > _SHOWN:
         _say(console, f"and {len(failed) - _SHOWN} more skipped; {output / 'dataset.json'} will list them all")
 
+    earlier = remove_stale(output, jobs, partial(_say, console))
     entries: dict[str, StoreEntry] = {}
     todo = []
     for job in jobs:
@@ -138,10 +142,11 @@ def prepare(
     kept = tuple(entries)
     if kept:
         _say(console, f"{len(kept)} of {len(jobs)} cases are up to date and kept (--overwrite does them again)")
-    if todo:
-        # Old entries would be read beside new voxels if this run does not reach its end.
-        remove_index(output / "store")
-    failed += _work(todo, entries, num_workers, console)
+    with begun(output, earlier, jobs) if todo else contextlib.nullcontext():
+        failing = _work(todo, entries, num_workers, console)
+    failed += failing
+    remove_failed(output, [case for case, _ in failing], earlier, partial(_say, console))
+    say_foreign(output, [job for job in jobs if job.case.id in entries], partial(_say, console))
 
     ordered = [(job, entries[job.case.id]) for job in jobs if job.case.id in entries]
     write_index(output / "store", [entry for _, entry in ordered])

@@ -27,6 +27,7 @@ from mambahome_jax.paths import local_path
 VERSION = 1
 # Values of labelled voxels of a CT, (n, channels) float32: what `ct_scale` is made of.
 INTENSITIES = "intensities.npy"
+CASE_FILE = "case.json"
 
 _CHUNK = 64
 _CACHE_BYTES = 256 * 2**20
@@ -86,7 +87,7 @@ def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarr
                 np.save(partial / INTENSITIES, foreground_sample(image, label))
         else:
             entry = dataclasses.replace(entry, class_counts=None)
-        write_json(partial / "case.json", _to_json(entry), indent=None)
+        write_json(partial / CASE_FILE, _to_json(entry), indent=None)
         _replace_folder(partial, root / entry.id)
     except OSError as error:
         reason = f"{root / entry.id}: cannot be written: {why_not_written(error)}"
@@ -99,7 +100,7 @@ def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarr
 def read_case(root: Path, case: str) -> StoreEntry | None:
     """Entry of one case, None where it is not there or cannot be read."""
     try:
-        return _from_json(read_json(Path(root) / case / "case.json"))
+        return _from_json(read_json(Path(root) / case / CASE_FILE))
     except (DatasetError, KeyError, TypeError, ValueError):
         return None
 
@@ -122,7 +123,7 @@ def remove_case(root: Path, case: str) -> None:
 
 def remove_entry(root: Path, case: str) -> None:
     """Mark a case as not done, before what it was made into changes. Raises OutputError."""
-    _remove(Path(root) / case / "case.json")
+    _remove(Path(root) / case / CASE_FILE)
 
 
 class Store:

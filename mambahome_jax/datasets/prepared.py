@@ -1,7 +1,8 @@
 """A folder that preprocess.py wrote: images/, labels/, store/ and dataset.json."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ NAME = "prepared"
 COVERS: tuple[str, ...] = ("images_labels", "decathlon", "nnunet_raw")
 LOOKS_FOR = "dataset.json with store/ (a folder that preprocess.py wrote)"
 VERSION = 1
+DESCRIPTION = "dataset.json"
 
+# Folders of the cases' files, and the keys of dataset.json that name them.
+_PARTS = {"images": "image", "labels": "label"}
 _KEYS = ("id", "image", "label", "split", "modality", "shape", "spacing", "source")
 
 
@@ -86,7 +90,7 @@ class Prepared:
 
 def detect(folder: Path) -> bool:
     """Whether preprocess.py wrote this folder."""
-    return (folder / "dataset.json").is_file() and (folder / "store").is_dir()
+    return (folder / DESCRIPTION).is_file() and (folder / "store").is_dir()
 
 
 def load(folder: Path) -> Dataset:
@@ -110,11 +114,13 @@ def load(folder: Path) -> Dataset:
 def read_prepared(folder: Path) -> Prepared:
     """Read folder/dataset.json.
 
-    Raises DatasetError: missing, damaged, of another version, or with keys missing.
+    Raises DatasetError: missing, damaged, of another version, with keys missing, or of a run that was stopped.
     """
     folder = local_path(folder)
-    file = folder / "dataset.json"
+    file = folder / DESCRIPTION
     content = read_json(file)
+    if "unfinished" in content:
+        raise DatasetError("preprocessing did not reach its end", file=file, action="Run preprocess.py again.")
     if content.get("version") != VERSION:
         found, action = f"version {content.get('version')!r}", "Run preprocess.py again."
         raise DatasetError(found, file=file, expected=f"version {VERSION} of {LOOKS_FOR}", action=action)
@@ -150,7 +156,38 @@ def write_prepared(prepared: Prepared) -> None:
     }
     if prepared.ct_scale is not None:
         content["ct_scale"] = asdict(prepared.ct_scale)
-    write_json(prepared.root / "dataset.json", content)
+    write_json(prepared.root / DESCRIPTION, content)
+
+
+def begin_prepared(root: Path, cases: Sequence[str]) -> None:
+    """Write a root/dataset.json that no reader takes, until `write_prepared` replaces it at the end of the run.
+
+    cases: ids of all that the folder may hold files of meanwhile. Raises OutputError.
+    """
+    write_json(root / DESCRIPTION, {"version": VERSION, "unfinished": list(cases)})
+
+
+def cases_around(folder: Path) -> Prepared | None:
+    """The preprocessed dataset whose images/ or labels/ a folder is, as links lead; None for any other folder.
+
+    Raises DatasetError: see `read_prepared`.
+    """
+    place = Path(os.path.realpath(folder))
+    return read_prepared(place.parent) if place.name in _PARTS and detect(place.parent) else None
+
+
+def unlisted_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """{name: why it is none} of the files that are of no case, where the folder is part of a preprocessed one.
+
+    names: of files in `folder`. Raises DatasetError: see `read_prepared`.
+    """
+    prepared = cases_around(folder)
+    if prepared is None:
+        return {}
+    key = _PARTS[Path(os.path.realpath(folder)).name]
+    known = {Path(path).name for path in (getattr(case, key) for case in prepared.cases) if path is not None}
+    reason = f"of no case in {prepared.root / DESCRIPTION}, so it is left out. Move it elsewhere"
+    return {name: f"{folder / name}: {reason}" for name in names if name not in known}
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
