@@ -28,7 +28,9 @@ _PRECISIONS: dict[Precision, lax.Precision] = {
 
 
 _KEPT = "kept"
-_SCAN = "selective_scan"  # the name that the kernels give to their result and to what their gradient needs
+# The names that the kernels give to what costs much to compute again.
+_KEPT_BY_KERNELS = ("norm_act", "selective_scan")
+
 Tree = TypeVar("Tree")
 
 # Voxels up to which XLA's own 3-D convolution costs little even on a CPU; it compiles faster than a sum of slices.
@@ -79,7 +81,7 @@ def remat(everything: bool, module: nnx.Module, *arrays: jax.Array) -> jax.Array
         return nnx.remat(_call)(module, *arrays)
     if jax.default_backend() != "gpu":
         return _call(module, *arrays)
-    policy = jax.checkpoint_policies.save_only_these_names(_KEPT, _SCAN)
+    policy = jax.checkpoint_policies.save_only_these_names(_KEPT, *_KEPT_BY_KERNELS)
     return nnx.remat(_call, policy=policy)(module, *arrays)
 
 

@@ -1,20 +1,17 @@
-"""The fused norm and activation against plain formulas and autodiff, and what the GPU's policy computes again."""
+"""Norm and activation, every backend against plain formulas and autodiff."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-
-from mambahome_jax.model.layers import Numerics, remat
-from mambahome_jax.model.network import ResidualBlock, UpBlock
-from mambahome_jax.model.norms import INSTANCE_NORM_EPS, norm_act
+from mambahome_kernels import norm_act
+from mambahome_kernels.norm_act.api import BACKENDS, EPS
 
 
 def _plain(inputs, plus, slope):
     def norm(x):
         centred = x - x.mean((1, 2, 3), keepdims=True)
-        return centred / jnp.sqrt(jnp.square(centred).mean((1, 2, 3), keepdims=True) + INSTANCE_NORM_EPS)
+        return centred / jnp.sqrt(jnp.square(centred).mean((1, 2, 3), keepdims=True) + EPS)
 
     total = sum(norm(x) for x in inputs)
     total = total if plus is None else total + plus
@@ -39,17 +36,18 @@ def _values_and_gradients(function, inputs, plus, slope):
     return y, gradients
 
 
-def _fused(inputs, plus, slope):
-    return norm_act(inputs, plus, slope=slope)
+def _by(backend):
+    return lambda inputs, plus, slope: norm_act(inputs, plus, slope=slope, backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("slope", [0.0, 0.01, 1.0])
 @pytest.mark.parametrize(("count", "added"), [(1, False), (1, True), (2, False)])
-def test_values_and_gradients_in_float64(count, added, slope, x64):
+def test_values_and_gradients_in_float64(count, added, slope, backend, x64):
     *inputs, extra = _random(count + 1, 30.0)
     plus = extra - 30 if added else None
     expected = _values_and_gradients(_plain, tuple(inputs), plus, slope)
-    got = _values_and_gradients(_fused, tuple(inputs), plus, slope)
+    got = _values_and_gradients(_by(backend), tuple(inputs), plus, slope)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), got, expected)
 
 
@@ -61,44 +59,22 @@ def test_float32_far_from_zero(backend, offset, monkeypatch):
     with jax.enable_x64(True):
         expected = _values_and_gradients(_plain, tuple(x.astype(jnp.float64) for x in inputs), None, 0.01)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    got = _values_and_gradients(_fused, inputs, None, 0.01)
+    got = _values_and_gradients(_by(None), inputs, None, 0.01)
     bound = 1e-5 if backend == "cpu" or not offset else 2e-3  # of a spread of 0.1 at 100, float32 itself loses that
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         assert a.dtype == jnp.float32
         assert np.linalg.norm(np.asarray(a) - np.asarray(b)) / np.linalg.norm(b) < bound
 
 
-def test_bfloat16_has_float32_statistics():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_has_float32_statistics(backend):
     inputs = _random(1, 3.0, jnp.bfloat16)
-    y, (gradient,) = _values_and_gradients(_fused, inputs, None, 0.01)
+    y, (gradient,) = _values_and_gradients(_by(backend), inputs, None, 0.01)
     exact, _ = _values_and_gradients(_plain, tuple(x.astype(jnp.float32) for x in inputs), None, 0.01)
     assert (y.dtype, gradient.dtype) == (jnp.bfloat16, jnp.bfloat16)
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
 
 
-def _gradients(block, arrays, backend, monkeypatch):
-    graphdef, state = nnx.split(block)
-
-    def loss(state, *arrays):
-        return jnp.sum(jnp.sin(remat(False, nnx.merge(graphdef, state), *arrays)))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(jax, "default_backend", lambda: backend)
-        gradients = jax.grad(loss, tuple(range(1 + len(arrays))))
-        jaxpr = str(jax.make_jaxpr(gradients)(state, *arrays))
-        return jaxpr.count("conv_general_dilated["), gradients(state, *arrays)
-
-
-@pytest.mark.parametrize("block", [ResidualBlock, UpBlock])
-def test_a_gpu_computes_again_all_but_convolutions(block, monkeypatch, x64):
-    """And adds up the convolutions of joined channels: the same gradients, with no 3-D convolution run twice."""
-    made = block(4, 6, rngs=nnx.Rngs(0), numerics=Numerics(jnp.float64))
-    rng = np.random.default_rng(3)
-    arrays = [jnp.asarray(rng.normal(size=(1, 4, 4, 4, 4)))]
-    if block is UpBlock:
-        arrays.append(jnp.asarray(rng.normal(size=(1, 8, 8, 8, 6))))
-    _, expected = _gradients(made, arrays, "cpu", monkeypatch)
-    convolutions, got = _gradients(made, arrays, "gpu", monkeypatch)
-    # Each of the block's 3 x 3 x 3 convolutions, of one part or two: forward, and the gradients of input and kernel.
-    assert convolutions == 3 * (2 if block is ResidualBlock else 3)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), got, expected)
+def test_an_unknown_backend_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match="expected one of reference, xla"):
+        norm_act(_random(1, 0.0, np.float32), slope=0.0, backend="cudnn")
