@@ -1,8 +1,7 @@
 """One case from the files that the user has to the files that training reads: check, reorient, resample, write."""
 
 import contextlib
-import hashlib
-import os
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from mambahome_jax.datasets.label_map import read_image, read_label_map
 from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.imaging.geometry import reorient, resample
 from mambahome_jax.imaging.intensity import statistics
+from mambahome_jax.imaging.source_record import place_of, record_of, renewed
 from mambahome_jax.imaging.volume import Volume, write_volume
 
 # Raise it when the same input would give other files: every case is then done again.
@@ -58,22 +58,20 @@ class CaseJob:
 
 
 def fingerprint(job: CaseJob) -> dict[str, Any]:
-    """What the result depends on, in values of JSON: the files' size and time, the settings, this code.
+    """What the result depends on, in values of JSON: the files' content, the settings, this code.
 
     Raises DatasetError: a file is missing.
     """
+    return {"sources": record_of(_sources(job.case))} | _settings(job)
+
+
+def _sources(case: Case) -> list[Path]:
+    return [part for path in (*case.image_files, *case.label_files) for part in parts(path)]
+
+
+def _settings(job: CaseJob) -> dict[str, Any]:
     case = job.case
-    files = [part for path in (*case.image_files, *case.label_files) for part in parts(path)]
-    try:
-        # Compared, never read: where a file lies, and whose name may be in that, is nobody else's business.
-        places = [hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest() for path in files]
-        sources = [
-            [place, path.stat().st_size, path.stat().st_mtime_ns] for place, path in zip(places, files, strict=True)
-        ]
-    except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=error.filename) from error
     return {
-        "sources": sources,
         "spacing": None if job.spacing is None else [float(mm) for mm in job.spacing],
         "orientation": job.orientation,
         "modality": job.modality,
@@ -87,15 +85,42 @@ def fingerprint(job: CaseJob) -> dict[str, Any]:
     }
 
 
+def _record_now(recorded: Any, files: list[Path]) -> Any:
+    """What an entry has to say of its sources where they are as it says; None where they changed."""
+    if not isinstance(recorded, list):
+        return renewed(recorded, files)
+    # By an earlier version, which knew of each file where it lay, its size and when it was written.
+    try:
+        found = [[place_of(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=error.filename) from error
+    return recorded if recorded == found else None
+
+
 def up_to_date(job: CaseJob) -> store.StoreEntry | None:
-    """Entry of a case that is done already from the same files with the same settings, else None."""
-    entry = store.read_case(job.output / "store", job.case.id)
-    if entry is None or dict(entry.fingerprint) != fingerprint(job):
+    """Entry of a case that is done already from the same content with the same settings, else None.
+
+    Raises DatasetError: a file is missing. OutputError: the entry cannot be written again for files that were moved.
+    """
+    root = job.output / "store"
+    entry = store.read_case(root, job.case.id)
+    if entry is None or entry.id != job.case.id:
+        return None
+    made_from = dict(entry.fingerprint)
+    recorded = made_from.pop("sources", None)
+    if made_from != _settings(job):
         return None
     expected = [job.image_path] + ([job.label_path] if job.case.has_label else []) if job.nifti else []
     if job.sampled and job.modality == "ct" and job.case.has_label:
-        expected.append(job.output / "store" / job.case.id / store.INTENSITIES)
-    return entry if all(path.is_file() for path in expected) else None
+        expected.append(root / job.case.id / store.INTENSITIES)
+    if not all(path.is_file() for path in expected):
+        return None
+    sources = _record_now(recorded, _sources(job.case))
+    if sources in (None, recorded):
+        return None if sources is None else entry
+    entry = dataclasses.replace(entry, fingerprint={"sources": sources} | made_from)
+    store.rewrite_entry(root, entry)
+    return entry
 
 
 def prepare_case(job: CaseJob) -> store.StoreEntry:

@@ -105,6 +105,11 @@ def read_case(root: Path, case: str) -> StoreEntry | None:
         return None
 
 
+def rewrite_entry(root: Path, entry: StoreEntry) -> None:
+    """Replace what a case that is there says of itself. Raises OutputError."""
+    write_json(Path(root) / entry.id / CASE_FILE, _to_json(entry), indent=None)
+
+
 def write_index(root: Path, entries: list[StoreEntry]) -> None:
     """Write root/index.json with the entries of all cases. Raises OutputError."""
     content = {"version": VERSION, "cases": [_to_json(entry) for entry in entries]}

@@ -1,7 +1,9 @@
 """preprocess from files to files: numbers, what is kept on a second run."""
 
+import hashlib
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import nibabel as nib
@@ -105,6 +107,48 @@ def test_changed_source_settings_and_lost_results_are_done_again(config, capsys)
     run(replace(config, spacing=(2, 1, 3)))
     assert "3 done, 0 kept" in capsys.readouterr().out
     assert description(config)["cases"][0]["shape"] == [12, 16, 8]
+
+
+def test_other_content_of_the_same_size_and_time_is_done_again(config, capsys):
+    source = config.input_path / "images/b.nii"
+    for name, seed in (("b", 1), ("c", 2)):
+        (config.input_path / f"images/{name}.nii.gz").unlink()
+        write(config.input_path / f"images/{name}.nii", scan(seed=seed)[0])
+    run(config)
+    before, times = Store(config.output_path).read_image("b"), source.stat()
+    write(source, scan(seed=9)[0])
+    os.utime(source, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert source.stat().st_size == times.st_size
+    capsys.readouterr()
+    run(config)
+    assert "1 done, 2 kept" in capsys.readouterr().out
+    assert not np.array_equal(Store(config.output_path).read_image("b"), before)
+
+
+def test_a_dataset_that_was_moved_or_copied_is_kept(config, tmp_path, capsys):
+    run(config)
+    shutil.copytree(config.input_path, tmp_path / "copy")
+    moved = replace(config, input_path=config.input_path.rename(tmp_path / "moved"))
+    capsys.readouterr()
+    for path in (moved.input_path, tmp_path / "copy"):
+        run(replace(config, input_path=path))
+        assert "0 done, 3 kept" in capsys.readouterr().out
+
+
+def test_what_an_earlier_version_made_is_kept_as_it_kept_it(config, capsys):
+    run(config)
+    for case in "abc":
+        file = config.output_path / f"store/{case}/case.json"
+        entry = json.loads(file.read_text())
+        paths = [config.input_path / f"{part}/{case}.nii.gz" for part in ("images", "labels")]
+        places = [hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest() for path in paths]
+        times = [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        entry["fingerprint"]["sources"] = [[place, *time] for place, time in zip(places, times, strict=True)]
+        file.write_text(json.dumps(entry))
+    os.utime(config.input_path / "images/b.nii.gz", ns=(1, 1))
+    capsys.readouterr()
+    run(config)
+    assert "1 done, 2 kept" in capsys.readouterr().out
 
 
 def test_removed_and_newly_bad_cases_leave_the_index(config):
