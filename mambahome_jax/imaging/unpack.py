@@ -20,6 +20,10 @@ class DamagedError(Exception):
     """Packed bytes that cannot be unpacked or do not agree with their checksum."""
 
 
+class TrailingError(DamagedError):
+    """Bytes that are no gzip behind the end of a whole one."""
+
+
 class Packed:
     """What a file holds from where it stands on, in pieces of about `size` bytes."""
 
@@ -65,16 +69,23 @@ class Packed:
 def unpacked(file: BinaryIO, size: int) -> tuple[bytearray, int]:
     """The first `size` bytes that a gzip file holds, and how many of them it has; zeros where it has fewer.
 
-    Several members and zeros between and behind them are read as one, as gzip does.
-    Raises EOFError: no end. DamagedError: damaged, something else behind it, or far more than `size`.
+    Several members and zeros between and behind them are read as one, as gzip does, which also leaves alone what lies
+    behind the end and is no gzip.
+    Raises EOFError: no end. DamagedError: damaged, something else behind fewer than `size` bytes, or far more than
+    `size`.
     """
     content, found = bytearray(size), 0
-    for part in _members(file, _STEP):
-        kept = min(len(part), max(size - found, 0))
-        content[found : found + kept] = part if kept == len(part) else part[:kept]
-        found += len(part)
-        if found > 2 * size + _BEYOND:
-            raise DamagedError(f"more than {found} bytes in it, {size} expected")
+    try:
+        for part in _members(file, _STEP):
+            kept = min(len(part), max(size - found, 0))
+            content[found : found + kept] = part if kept == len(part) else part[:kept]
+            found += len(part)
+            if found > 2 * size + _BEYOND:
+                raise DamagedError(f"more than {found} bytes in it, {size} expected")
+    except TrailingError:
+        # The members before it are whole by their checksums.
+        if found < size:
+            raise
     return content, min(found, size)
 
 
@@ -114,6 +125,8 @@ def _members(file: BinaryIO, step: int) -> Iterator[bytes]:
     while piece := packed.piece():
         packed.give_back(rest := piece.lstrip(b"\0"))
         if rest:
+            if not GZIP_MAGIC.startswith(rest[:2]):
+                raise TrailingError("it goes on behind its end")
             yield from _member(packed, step)
 
 

@@ -134,7 +134,7 @@ def test_what_zlib_refuses_is_refused_and_nothing_else(module, packed, kind, whe
     step = max(step, len(packed) // 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deflate, "engine", module)
-        size = len(expected) if expected is not None else 1 << 18
+        size = len(expected) if expected is not None else 1 << 20
         found = found_in(damaged, size, step)
     # ISA-L takes codes that leave some bits without a meaning; the checksum then still vouches for every voxel.
     if found != expected:
@@ -165,7 +165,7 @@ WHOLE = gzip.compress(bytes(range(256)) * 40)
         (WHOLE[:2] + b"\x07" + WHOLE[3:], DamagedError, "unknown kind of gzip"),
         (WHOLE[:3] + b"\x20" + WHOLE[4:], DamagedError, "unknown kind of gzip"),
         (WHOLE[:3] + b"\x02" + WHOLE[4:10] + bytes(2) + WHOLE[10:], DamagedError, "checksum of its header"),
-        (WHOLE + b"\0\0more", DamagedError, "goes on behind its end"),
+        (gzip.compress(bytes(10000)) + b"\0\0more", DamagedError, "goes on behind its end"),
         (WHOLE + gzip.compress(bytes(1 << 27)), DamagedError, "more than .* bytes in it, 10240 expected"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -173,6 +173,14 @@ WHOLE = gzip.compress(bytes(range(256)) * 40)
 def test_every_damage_has_the_same_words_with_either_engine(engine, packed, error, message):
     with pytest.raises(error, match=message):
         unpacked(io.BytesIO(packed), 10240)
+
+
+@pytest.mark.parametrize("behind", [b"EXTRA", b"\0\0more", b"\x1e", b"-" * 100000], ids=lambda behind: str(len(behind)))
+def test_bytes_behind_a_whole_file_are_left_alone(engine, behind):
+    assert unpacked(io.BytesIO(WHOLE + behind), 10240) == (bytes(range(256)) * 40, 10240)
+    assert unpacked(io.BytesIO(WHOLE + behind), 10000)[1] == 10000
+    with pytest.raises(DamagedError, match="goes on behind its end"):
+        unpacked(io.BytesIO(WHOLE + behind), 10241)
 
 
 def test_an_unpacker_that_stands_still_is_left(monkeypatch):
