@@ -4,6 +4,8 @@ A cell that begins with one of `_FORMULA` would be computed there, and may send 
 apostrophe before it makes it text. `read_name` takes that away again, so that names are the same on both sides.
 """
 
+from mambahome_jax.paths import one_form
+
 # The last four are = + - @ in full width, which spreadsheets set to Japanese take for the same.
 _FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 _MARK = "'"
@@ -19,5 +21,5 @@ def csv_name(name: str) -> str:
 
 
 def read_name(cell: str) -> str:
-    """The name of which `csv_name` made a cell, its quotes already removed by a reader of CSV."""
-    return cell[1:] if cell.startswith(_MARK) and cell[1:].startswith((*_FORMULA, _MARK)) else cell
+    """The name of which `csv_name` made a cell, its quotes already removed by a reader of CSV; its letters composed."""
+    return one_form(cell[1:] if cell.startswith(_MARK) and cell[1:].startswith((*_FORMULA, _MARK)) else cell)

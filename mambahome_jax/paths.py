@@ -21,6 +21,11 @@ def one_form(name: str) -> str:
     return name if name.isascii() else unicodedata.normalize("NFC", name)
 
 
+def own_name(folder: Path) -> str:
+    """Name of a folder, also of `.`; of a link its own, composed. No dataset is called by the place that a link has."""
+    return one_form(Path(os.path.abspath(local_path(folder))).name)  # noqa: PTH100 (Path.absolute keeps "..")
+
+
 def local_path(path: str | Path) -> Path:
     """The path with `~` expanded and each `..` followed through links, as the operating system follows it.
 
@@ -41,6 +46,11 @@ def local_path(path: str | Path) -> Path:
         last = len(path.parts) - path.parts[::-1].index("..")
         path = Path(os.path.realpath(Path(*path.parts[:last])), *path.parts[last:])
     return as_on_disk(path)
+
+
+def path_in(folder: Path, text: str) -> Path:
+    """The path that a file in `folder` names: from there where it is relative, else as `local_path`."""
+    return local_path(text if text.startswith("~") else folder / text)
 
 
 def as_on_disk(path: Path) -> Path:

@@ -34,6 +34,7 @@ from mambahome_jax.evaluation.paired import compare_runs
 from mambahome_jax.evaluation.scores import Score
 from mambahome_jax.evaluation.statistics import describe
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem
+from mambahome_jax.paths import one_form
 
 # Starting a process takes about as long as a handful of small cases; files below this many bytes are small.
 SMALL_BYTES = 20_000_000
@@ -209,7 +210,7 @@ def labelled_values(references: Path) -> dict[str, tuple[int, ...]]:
     cases = read_json(file).get("cases") if file.is_file() else None
     entries = cases if isinstance(cases, list) else []
     return {
-        str(entry.get("id")): tuple(value for value in entry["labelled"] if isinstance(value, int))
+        one_form(str(entry.get("id"))): tuple(value for value in entry["labelled"] if isinstance(value, int))
         for entry in entries
         if isinstance(entry, dict) and isinstance(entry.get("labelled"), list)
     }

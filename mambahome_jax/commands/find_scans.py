@@ -14,6 +14,7 @@ from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom import holds_slices
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem, suffix_of
+from mambahome_jax.paths import own_name
 
 # Folders that hold the scans when the folder itself holds none: of the Decathlon, of preprocess.py.
 SCAN_FOLDERS = ("imagesTs", "images")
@@ -69,7 +70,7 @@ def find_scans(data_path: Path) -> tuple[Path, list[Scan], list[dict[str, str]]]
                 reason = (
                     f"{folder}: DICOM slices lie among other scans. Move those of each series to a folder of its own"
                 )
-                failures.append({"id": folder.resolve().name, "reason": reason})
+                failures.append({"id": own_name(folder), "reason": reason})
             for case, paths in files.items():
                 if fault_of_name(case):
                     failures.append({"id": repr(case)[1:-1], "reason": f"{str(paths[0])!r}: {fault_of_name(case)}"})
@@ -152,7 +153,7 @@ def _with_siblings(scans: list[Scan]) -> list[Scan]:
 def _dicom(folder: Path) -> list[Scan]:
     """The folder as one scan, or its subfolders as one each, where they hold DICOM slices."""
     if holds_slices(folder):
-        return [Scan(folder.resolve().name, folder)]
+        return [Scan(own_name(folder), folder)]
     return _series(folder)
 
 

@@ -29,6 +29,7 @@ from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepa
 from mambahome_jax.inference.preview import write_preview
 from mambahome_jax.inference.probabilities import whole_probabilities, write_probabilities
 from mambahome_jax.inference.segment import channels_of
+from mambahome_jax.paths import as_on_disk
 
 # What the scans that are read ahead may take together, in bytes of float32: 512 x 512 x 512 voxels anywhere, and a part
 # of the memory where it is plentiful, up to four of 512 x 512 x 1000. A larger one is read when the last one is done.
@@ -210,7 +211,7 @@ def existing_result(config: InferConfig, scan: Scan) -> Path:
     """Where the label map of a scan is: `result_of`, or under the other name that earlier versions gave it."""
     path = result_of(config, scan)
     other = path.with_name(f"{scan.other_name}.{config.output_format}")
-    return other if scan.other_name and not path.exists() and other.exists() else path
+    return other if scan.other_name and not path.exists() and other.exists() else as_on_disk(path)
 
 
 def input_of(config: InferConfig, scan: Scan) -> str | list[str]:

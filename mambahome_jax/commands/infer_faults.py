@@ -15,6 +15,7 @@ from mambahome_jax.imaging import dicomseg, itk
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.prepare import SegmentSettings, prepare
 from mambahome_jax.inference.sliding_window import window_starts
+from mambahome_jax.paths import one_form
 
 DICOM_SEG = "dcm"  # --output_format
 # Flags on which the labels do not depend.
@@ -93,7 +94,7 @@ def made_with(report: Path) -> dict[str, Mapping[str, Any]]:
     for case in cases if isinstance(cases, list) else []:
         configuration = case.get("configuration", earlier.get("configuration")) if isinstance(case, dict) else None
         if isinstance(configuration, dict) and isinstance(case.get("id"), str):
-            found[case["id"]] = configuration
+            found[one_form(case["id"])] = configuration
     return found
 
 

@@ -22,7 +22,7 @@ from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import DatasetError, OutputError, why_not_written
 from mambahome_jax.imaging.intensity import IntensityStatistics
 from mambahome_jax.npz import NPZ_ERRORS
-from mambahome_jax.paths import local_path
+from mambahome_jax.paths import as_on_disk, local_path
 
 VERSION = 1
 # Values of labelled voxels of a CT, (n, channels) float32: what `ct_scale` is made of.
@@ -100,7 +100,7 @@ def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarr
 def read_case(root: Path, case: str) -> StoreEntry | None:
     """Entry of one case, None where it is not there or cannot be read."""
     try:
-        return _from_json(read_json(Path(root) / case / CASE_FILE))
+        return _from_json(read_json(as_on_disk(Path(root) / case / CASE_FILE)))
     except (DatasetError, KeyError, TypeError, ValueError):
         return None
 
@@ -218,7 +218,7 @@ class Store:
     def _open(self, case: str, name: str) -> ts.TensorStore:
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": str(self.root / case / name)},
+            "kvstore": {"driver": "file", "path": str(as_on_disk(self.root / case / name))},
             "recheck_cached_data": False,
             "recheck_cached_metadata": False,
         }
@@ -233,7 +233,7 @@ class Store:
             # threads at once (SystemError: AST constructor recursion depth mismatch).
             with (
                 self._headers,
-                (self.root / case / "foreground.npz").open("rb") as file,
+                as_on_disk(self.root / case / "foreground.npz").open("rb") as file,
                 np.load(file, allow_pickle=False) as archive,
             ):
                 return archive[str(value)]

@@ -6,6 +6,7 @@ from pathlib import Path
 from mambahome_jax.datasets.base import Case, Dataset, unlabelled_note
 from mambahome_jax.datasets.files import listed, listing, scans_of, walk
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.paths import own_name
 
 NAME = "abdomenatlas"
 LOOKS_FOR = "AbdomenAtlas: BDMAP_########/ct.nii.gz with combined_labels.nii.gz or segmentations/<structure>.nii.gz"
@@ -64,4 +65,4 @@ def load(folder: Path) -> Dataset:
     notes = unlabelled_note(cases)
     if unknown:
         notes += (f"masks that the table of AbdomenAtlas 1.1 does not name are left out: {listed(unknown)}",)
-    return Dataset(folder.resolve().name, ("CT",), labels, tuple(cases), tuple(skipped), notes)
+    return Dataset(own_name(folder), ("CT",), labels, tuple(cases), tuple(skipped), notes)

@@ -6,6 +6,7 @@ from typing import Any
 from mambahome_jax.datasets.base import Case, Dataset, label_names, modality_of, read_json, scan_files
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import scan_stem
+from mambahome_jax.paths import own_name
 
 NAME = "decathlon"
 COVERS: tuple[str, ...] = ()
@@ -54,7 +55,7 @@ def load(folder: Path) -> Dataset:
     notes: tuple[str, ...] = ()
     if left_out:
         notes = (f"{len(left_out)} files of imagesTr are not listed in dataset.json and left out: {left_out[0]}, ...",)
-    name = str(content.get("name") or folder.resolve().name)
+    name = str(content.get("name") or own_name(folder))
     return Dataset(name, channels, labels, tuple(cases), tuple(skipped), notes)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from mambahome_jax.datasets.base import Case, Dataset, unlabelled_note
 from mambahome_jax.datasets.files import listing, scans_of, walk
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.paths import own_name
 
 NAME = "feta"
 LOOKS_FOR = "FeTA: sub-<subject>/anat/sub-<subject>_rec-<method>_T2w.nii.gz with ..._dseg.nii.gz"
@@ -49,7 +50,7 @@ def load(folder: Path) -> Dataset:
                     cases.append(Case(stem, image, label, None, "mr", subject))
     if not cases:
         raise DatasetError("no scan", file=folder, expected=LOOKS_FOR)
-    return Dataset(folder.resolve().name, ("T2w",), LABELS, tuple(cases), tuple(skipped), unlabelled_note(cases))
+    return Dataset(own_name(folder), ("T2w",), LABELS, tuple(cases), tuple(skipped), unlabelled_note(cases))
 
 
 def _files(subject: Path) -> dict[str, Path]:

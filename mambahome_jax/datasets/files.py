@@ -4,12 +4,14 @@ import codecs
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom import holds_slices
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, scan_stem, suffix_of
+from mambahome_jax.paths import one_form
 
 # Bytes of a case's name: a file's has 255, of which suffixes and what marks a file as unfinished take some.
 LONGEST = 200
@@ -21,6 +23,8 @@ _ONE_KIND = re.compile(r"(images|labels)(tr|va|ts)?", re.IGNORECASE)
 def listing(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """Visible subfolders and visible files of a folder, {name: path} each, sorted; empty where it is no folder.
 
+    Letters of names are composed, as macOS and others store them differently; where both forms lie side by side, the
+    second keeps its own. Paths are those on the disk.
     Names that begin with . or _ are left out: macOS puts ._<name> and __MACOSX beside the files of an archive.
     Raises DatasetError: the folder cannot be read.
     """
@@ -38,7 +42,13 @@ def listing(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
         return {}, {}
     except OSError as error:
         raise DatasetError(f"cannot be read: {error.strerror or error}", file=folder) from error
-    return dict(sorted(folders.items())), dict(sorted(files.items()))
+    return _composed(folders), _composed(files)
+
+
+def _composed(paths: dict[str, Path]) -> dict[str, Path]:
+    """Paths by name, composed where that name is free, sorted."""
+    names = {name: name if name.isascii() else one_form(name) for name in paths}
+    return dict(sorted((name if new != name and new in paths else new, paths[name]) for name, new in names.items()))
 
 
 def _kind(entry: os.DirEntry) -> str | None:
@@ -112,7 +122,7 @@ def twins_note(used: Iterable[Path]) -> tuple[str, ...]:
             stems = {scan_stem(Path(name)): name for name in names} if unused else {}
             for other in unused:
                 suffix = suffix_of(other)
-                twin = stems.get(other.removesuffix(suffix)) if suffix and other[0] not in "._" else None
+                twin = stems.get(scan_stem(Path(other))) if suffix and other[0] not in "._" else None
                 if twin:
                     pairs.append(f"{os.path.join(folder, twin)} is used, {other} is not")  # noqa: PTH118
     pairs.sort()
@@ -139,9 +149,17 @@ def fault_of_name(name: str) -> str:
     """Why a case of that name cannot have files of its own in an output folder; empty where it can."""
     if not name or name in (".", "..") or set(name) & set("/\\"):
         return "a name that leads out of the folder; expected a file name"
-    if not name.isprintable():
+    encoding = sys.getfilesystemencoding()
+    try:
+        size, printable = len(os.fsencode(name)), name.isprintable()
+    except UnicodeEncodeError:
+        size, printable = 0, False
+    if not printable and encoding != "utf-8" and not name.isascii():
+        return f"a name beyond the locale's encoding, {encoding}; set PYTHONUTF8=1, or LC_ALL to a UTF-8 locale"
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        return "a name that is no UTF-8, but perhaps Latin-1; rename the file, as convmv does for whole folders"
+    if not printable:
         return "a name with line breaks or other control characters; rename the file"
-    size = len(os.fsencode(name))
     return f"a name of {size} bytes; expected at most {LONGEST}, as endings are added to it" if size > LONGEST else ""
 
 

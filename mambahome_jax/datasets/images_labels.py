@@ -8,6 +8,7 @@ from mambahome_jax.datasets.base import Case, Dataset, modality_of, optional_des
 from mambahome_jax.datasets.case_names import channels_of
 from mambahome_jax.datasets.files import listing, scans_in
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.paths import own_name
 
 NAME = "images_labels"
 COVERS: tuple[str, ...] = ()
@@ -55,7 +56,7 @@ def load(folder: Path) -> Dataset:
         for stem, path in labels.items()
         if stem not in used
     )
-    return Dataset(folder.resolve().name, channels, names, tuple(cases), skipped, unlabelled_note(cases))
+    return Dataset(own_name(folder), channels, names, tuple(cases), skipped, unlabelled_note(cases))
 
 
 def _files(root: Path, name: str, files_of: Callable[[Path], dict[str, Path]]) -> dict[str, Path]:

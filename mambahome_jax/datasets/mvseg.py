@@ -6,6 +6,7 @@ from pathlib import Path
 from mambahome_jax.datasets.base import Case, Dataset, Split, unlabelled_note
 from mambahome_jax.datasets.files import plain, scans_of, walk
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.paths import own_name
 
 NAME = "mvseg"
 LOOKS_FOR = "MVSeg: train/, val/, test/ with <case>-US.nii.gz and <case>-label.nii.gz"
@@ -39,4 +40,4 @@ def load(folder: Path) -> Dataset:
     if not cases:
         raise DatasetError("no scan", file=folder, expected=LOOKS_FOR)
     notes = unlabelled_note(case for case in cases if case.split != "test")
-    return Dataset(folder.resolve().name, ("US",), LABELS, tuple(cases), tuple(skipped), notes)
+    return Dataset(own_name(folder), ("US",), LABELS, tuple(cases), tuple(skipped), notes)

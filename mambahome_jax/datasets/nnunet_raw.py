@@ -9,6 +9,7 @@ from mambahome_jax.datasets.case_names import CHANNEL
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives
 from mambahome_jax.jsontext import parse_json
+from mambahome_jax.paths import one_form, own_name, path_in
 
 NAME = "nnunet_raw"
 LOOKS_FOR = 'nnU-Net raw: imagesTr/<case>_0000.nii.gz, labelsTr/<case>.nii.gz and dataset.json with "channel_names"'
@@ -51,7 +52,7 @@ def load(folder: Path) -> Dataset:
     skipped: list[tuple[str, str]] = []
     explicit = content.get("dataset")
     if isinstance(explicit, dict):
-        found = {name: _explicit(folder, entry, file) for name, entry in explicit.items()}
+        found = {one_form(name): _explicit(folder, entry, file) for name, entry in explicit.items()}
         parts = [("train", found)]
     else:
         parts = [(split, _listed(folder, part, channels)) for part, split in (("Tr", "train"), ("Ts", "test"))]
@@ -67,7 +68,7 @@ def load(folder: Path) -> Dataset:
     if not cases:
         reason = f" ({skipped[0][0]}: {skipped[0][1]})" if skipped else ""
         raise DatasetError(f"no complete case{reason}", file=folder, expected=LOOKS_FOR)
-    name = str(content.get("name") or folder.resolve().name)
+    name = str(content.get("name") or own_name(folder))
     return Dataset(name, channels, labels, tuple(cases), tuple(skipped), notes, hint)
 
 
@@ -93,8 +94,8 @@ def _listed(folder: Path, part: str, channels: tuple[str, ...]) -> dict[str, _Fi
 def _explicit(folder: Path, entry: Any, file: Path) -> _Files:
     """The same of an entry {"images": [path, ...], "label": path} of the optional table "dataset"."""
     try:
-        images, label = [folder / path for path in entry["images"]], folder / entry["label"]
-    except (KeyError, TypeError) as error:
+        images, label = [path_in(folder, path) for path in entry["images"]], path_in(folder, entry["label"])
+    except (KeyError, TypeError, AttributeError) as error:
         expected = '{"images": [path, ...], "label": path}'
         raise DatasetError(f'entry {entry!r} of "dataset"', file=file, expected=expected) from error
     return images, label, [str(path) for path in [*images, label] if not path.is_file()]
@@ -136,7 +137,7 @@ def _first_fold(folder: Path) -> set[str]:
     if not file.is_file():
         return set()
     try:
-        return set(parse_json(file.read_text(encoding="utf-8-sig"))[0]["val"])
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        return {one_form(name) for name in parse_json(file.read_text(encoding="utf-8-sig"))[0]["val"]}
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         expected = '[{"train": [case, ...], "val": [case, ...]}, ...]'
         raise DatasetError(f"damaged ({type(error).__name__}: {error})", file=file, expected=expected) from error

@@ -6,6 +6,7 @@ from pathlib import Path
 from mambahome_jax.datasets.base import Case, Dataset, unlabelled_note
 from mambahome_jax.datasets.files import listing, plain, scans_of, walk
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.paths import own_name
 
 NAME = "panorama"
 LOOKS_FOR = (
@@ -71,7 +72,7 @@ def load(folder: Path) -> Dataset:
     )
     commit = _commit(next(iter(labels.values())).parent)
     notes = unlabelled_note(cases) + ((f"labels of commit {commit}",) if commit else ())
-    return Dataset(folder.resolve().name, ("CT",), LABELS, cases, skipped, notes, HINT)
+    return Dataset(own_name(folder), ("CT",), LABELS, cases, skipped, notes, HINT)
 
 
 def _commit(folder: Path) -> str | None:

@@ -14,7 +14,7 @@ from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, read_
 from mambahome_jax.datasets.files import fault_of_name
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import write_text
-from mambahome_jax.paths import local_path
+from mambahome_jax.paths import as_on_disk, local_path
 
 NAME = "prepared"
 COVERS: tuple[str, ...] = ("images_labels", "decathlon", "nnunet_raw")
@@ -81,11 +81,11 @@ class Prepared:
 
     def image_path(self, case: PreparedCase) -> Path:
         """File of the case's image."""
-        return self.root / case.image
+        return as_on_disk(self.root / case.image)
 
     def label_path(self, case: PreparedCase) -> Path | None:
         """File of the case's label map, None where it has none."""
-        return None if case.label is None else self.root / case.label
+        return None if case.label is None else as_on_disk(self.root / case.label)
 
 
 def detect(folder: Path) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 from mambahome_jax.datasets.base import Case, Dataset, optional_description, scan_files
 from mambahome_jax.datasets.files import listing, of_one_kind
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.paths import own_name
 
 NAME = "published"
 COVERS: tuple[str, ...] = ()
@@ -51,7 +52,7 @@ def load(folder: Path) -> Dataset:
     if not cases:
         reason = f" ({skipped[0][1]})" if skipped else ""
         raise DatasetError(f"no scan with its labels{reason}", file=folder, expected=LOOKS_FOR)
-    return Dataset(folder.resolve().name, ("CT",), optional_description(folder)[0], tuple(cases), tuple(skipped))
+    return Dataset(own_name(folder), ("CT",), optional_description(folder)[0], tuple(cases), tuple(skipped))
 
 
 def _subfolders(folder: Path) -> list[Path]:

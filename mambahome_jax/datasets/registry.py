@@ -1,7 +1,6 @@
 """Every layout that can be read. A new one is a module with the members of `Layout`, and its name in LAYOUTS."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +21,7 @@ from mambahome_jax.datasets import (
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.files import fault_of_name, listed, listing, outside_of, twins_note
 from mambahome_jax.errors import ConfigError, DatasetError
-from mambahome_jax.paths import local_path
+from mambahome_jax.paths import local_path, one_form, own_name
 
 
 class Layout(Protocol):
@@ -94,7 +93,7 @@ def _load(name: str, folder: Path) -> Dataset:
     dataset = LAYOUTS[name].load(folder)
     first: dict[str, Case] = {}
     again = []
-    for case in dataset.cases:
+    for case in map(_composed, dataset.cases):
         fault = fault_of_name(case.id)
         if fault:
             again.append((repr(case.id)[1:-1], f"{str(case.image)!r}: {fault}"))
@@ -104,8 +103,7 @@ def _load(name: str, folder: Path) -> Dataset:
     home = folder if folder.is_dir() else folder.parent
     # A folder that preprocess.py wrote may name the files of another one, as it says itself.
     outside = outside_of(home, used) if name != prepared.NAME else []
-    # Not Path.resolve, which raises where links run in a circle.
-    home_name = Path(os.path.realpath(home)).name
+    home_name = own_name(home)
     elsewhere = (f"{len(outside)} files lie outside of {home_name}: {listed(outside)}",) if outside else ()
     return dataclasses.replace(
         dataset,
@@ -114,6 +112,13 @@ def _load(name: str, folder: Path) -> Dataset:
         notes=(*dataset.notes, *elsewhere, *twins_note(used)),
         layout=name,
     )
+
+
+def _composed(case: Case) -> Case:
+    """The case with its id composed, whatever the layout read it from; the same case where it is."""
+    if case.id.isascii() and case.patient.isascii():
+        return case
+    return dataclasses.replace(case, id=one_form(case.id), patient=one_form(case.patient))
 
 
 def _candidates(folder: Path) -> list[Path]:

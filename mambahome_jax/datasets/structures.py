@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.paths import one_form
 
 # Spellings of one organ, after sides and separators were made alike. Only what is the same region: "intestine" may hold
 # more than "small_bowel", and "prostate_uterus" is another structure than "prostate".
@@ -32,7 +33,7 @@ def structure_key(name: str) -> str:
 
     Equal keys mean the same organ on the same side.
     """
-    words = _words(name)
+    words = _words(one_form(name))
     sides = [_SIDES[word] for word in words if word in _SIDES]
     stem = "_".join(word for word in words if word not in _SIDES)
     return "_".join([_SYNONYMS.get(stem, stem), *sides])

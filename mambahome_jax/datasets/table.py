@@ -10,6 +10,7 @@ from mambahome_jax.datasets.files import listing, read_table
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom import holds_slices
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem, suffix_of
+from mambahome_jax.paths import one_form, own_name, path_in
 
 NAME = "csv"
 LOOKS_FOR = (
@@ -54,7 +55,7 @@ def load(path: Path) -> Dataset:
     notes = unlabelled_note(cases.values())
     count = max(len(case.image_files) for case in cases.values())
     channels = channels or (("image",) if count == 1 else tuple(f"channel_{n}" for n in range(count)))
-    name = file.stem if path.is_file() else path.resolve().name
+    name = file.stem if path.is_file() else own_name(path)
     return Dataset(name, channels, labels, tuple(cases.values()), tuple(skipped), notes)
 
 
@@ -106,20 +107,20 @@ def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | N
         raise DatasetError(f"split {split!r}", file=where, expected="train, val, test or nothing")
     if modality not in _MODALITIES:
         raise DatasetError(f"modality {modality!r}", file=where, expected="ct, mr, us or nothing")
-    name = row.get("id") or scan_stem(images[0])
+    name = one_form(row.get("id") or scan_stem(images[0]))
     if name[0] in "._" or set(name) & set('/\\:*?"<>|'):
         raise DatasetError(
             f"id {name!r}", file=where, expected="a name that a file can have, not beginning with . or _"
         )
     several = tuple(images) if len(images) > 1 else ()
     chosen = _MODALITIES[modality] or default
-    return Case(name, images[0], label, _SPLITS[split], chosen, row.get("patient", ""), images=several)
+    return Case(name, images[0], label, _SPLITS[split], chosen, one_form(row.get("patient", "")), images=several)
 
 
 def _located(folder: Path, text: str) -> Path:
     """The file that a path in the table means, which may be written as on Windows."""
-    path = folder / text
-    return path if "\\" not in text or _is(path, Path.exists) else folder / text.replace("\\", "/")
+    path = path_in(folder, text)
+    return path if "\\" not in text or _is(path, Path.exists) else path_in(folder, text.replace("\\", "/"))
 
 
 def _is(path: Path, kind: Callable[[Path], bool] = Path.is_file) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from mambahome_jax.datasets.base import Case, Dataset, Split, unlabelled_note
 from mambahome_jax.datasets.files import listing, read_table, scans_of, walk
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.paths import own_name
 
 NAME = "totalsegmentator_mri"
 LOOKS_FOR = "TotalSegmentator MRI: s####/mri.nii.gz with segmentations/<structure>.nii.gz, and meta.csv"
@@ -78,7 +79,7 @@ def load(folder: Path) -> Dataset:
     notes = unlabelled_note(cases)
     if not tables:
         notes += ("meta.csv is not there, so the official split is not known",)
-    return Dataset(folder.resolve().name, ("MRI",), labels, tuple(cases), tuple(skipped), notes)
+    return Dataset(own_name(folder), ("MRI",), labels, tuple(cases), tuple(skipped), notes)
 
 
 def table_of(found: set[str]) -> tuple[str, ...]:

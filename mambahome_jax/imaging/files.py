@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.paths import one_form
 
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
 META_SUFFIXES = (".mha", ".mhd")
@@ -22,8 +23,8 @@ def suffix_of(name: str, suffixes: tuple[str, ...] = SCAN_SUFFIXES) -> str:
 
 
 def scan_stem(path: Path) -> str:
-    """File name without the suffix of a scan."""
-    return path.name.removesuffix(suffix_of(path.name))
+    """File name without the suffix of a scan, its letters composed: one name on every system."""
+    return one_form(path.name.removesuffix(suffix_of(path.name)))
 
 
 def alternatives(suffixes: tuple[str, ...]) -> str:
