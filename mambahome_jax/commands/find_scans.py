@@ -12,7 +12,7 @@ from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.prepared import unlisted_files
 from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom import holds_slices
+from mambahome_jax.imaging.dicom_series import holds_slices
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem, suffix_of
 from mambahome_jax.paths import own_name
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom import holds_slices
+from mambahome_jax.imaging.dicom_series import holds_slices
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, scan_stem, suffix_of
 from mambahome_jax.paths import one_form
 

@@ -8,7 +8,7 @@ from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset, Split, modality_of, optional_description, unlabelled_note
 from mambahome_jax.datasets.files import listing, read_table
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom import holds_slices
+from mambahome_jax.imaging.dicom_series import holds_slices
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem, suffix_of
 from mambahome_jax.paths import one_form, own_name, path_in
 

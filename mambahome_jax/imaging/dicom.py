@@ -5,6 +5,7 @@ read: no name, date or free text can reach a result or a message.
 """
 
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ import numpy as np
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging import itk
 from mambahome_jax.imaging.dicom_elements import fits, transfer_syntax
-from mambahome_jax.imaging.files import head_of, suffix_of
+from mambahome_jax.imaging.dicom_series import Series, files_below, files_in, sort_out
+from mambahome_jax.imaging.files import head_of
 
-SUFFIXES = (".dcm", ".ima")
 # Share of the distance between slices by which one may lie elsewhere than evenly between the outermost ones: positions
 # are often written with one decimal only.
 UNEVEN = 0.1
@@ -29,10 +30,6 @@ _NAMED = 20
 _MOST_UNPACKED, _MOST_PACKED = 8, 10_000
 # Bytes in which the header of a slice usually ends.
 _HEADER = 1 << 14
-_SOP_CLASS = re.compile(rb"\x02\x00\x02\x00UI..([0-9.]+)", re.DOTALL)
-# Classes of objects that lie beside scans and hold no slices: DICOMDIR; raw data, segmentations and registrations;
-# presentation states, reports and key images; structure sets, plans and doses of radiotherapy.
-_BESIDE = re.compile(r"1\.2\.840\.10008\.(1\.3\.10$|5\.1\.4\.1\.1\.(66|11|88|481|104|9)(\.|$))")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +38,6 @@ class Slice:
     column and to the next row; both in LPS mm. thickness: mm, or None."""
 
     path: Path
-    series: str
     kind: str
     size: tuple[int, int]
     position: np.ndarray
@@ -49,40 +45,40 @@ class Slice:
     thickness: float | None
 
 
-def holds_slices(folder: Path) -> bool:
-    """Whether a folder has a file in it that is DICOM by its first bytes or by its name."""
-    return any(_is_dicom(path) for path in _files(folder))
-
-
-def read(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The one series of a folder: voxels (columns, rows, slices) float32, first axis fastest, with rescale slope and
-    intercept applied to each slice; and affine (4, 4), voxel to RAS mm.
+def read(folder: Path, series: Collection[str] = ()) -> tuple[np.ndarray, np.ndarray]:
+    """The one series of a folder, or of those below it where it holds no slices itself: voxels (columns, rows, slices)
+    float32, first axis fastest, with rescale slope and intercept applied to each slice; and affine (4, 4), voxel to RAS
+    mm.
 
     Slices are sorted along the normal of their plane; a tilted gantry gives an exact, sheared affine. Files that
     are no images (reports, structure sets, segmentations) and other files are passed over. Slices that lack at either
-    end leave no trace.
+    end leave no trace. series: UIDs to choose from several by.
     Raises DatasetError: SimpleITK is not installed, no slices, several series (with a list), a damaged file, several
     frames in a file, slices of several sizes, directions or pixel spacings, two at one place, missing or uneven ones,
     colours.
     """
-    slices, step = sorted_slices(folder)
+    slices, step = sorted_slices(folder, series)
     array = np.empty((*slices[0].size, len(slices)), np.float32, order="F")
     for k, one in enumerate(slices):
         array[:, :, k] = _pixels(one)
     return array, affine_of(slices, step)
 
 
-def sorted_slices(folder: Path) -> tuple[list[Slice], np.ndarray]:
+def sorted_slices(folder: Path, series: Collection[str] = ()) -> tuple[list[Slice], np.ndarray]:
     """The slices of the one series of a folder along the normal of their plane, from their headers alone, and (3,) LPS
     mm from one to the next. Raises DatasetError as `read`, but for what only shows in pixels."""
     itk.simpleitk(folder)
-    paths = [path for path in _files(folder) if _is_dicom(path) and not _BESIDE.match(_sop_class(path))]
-    if not paths:
+    contents = sort_out(files_in(folder))
+    if not contents.series:
+        contents = sort_out(files_below(folder))
+    for path, reason in contents.unreadable:
+        raise DatasetError(reason.removeprefix(f"{path}: "), file=path)
+    if not contents.series:
         expected, action = "a folder of DICOM slices, or a scan file", "Name the folder that holds the slices."
         raise DatasetError(
             "cannot be read: a folder without DICOM slices", file=folder, expected=expected, action=action
         )
-    slices = _one_series(folder, [_header(path) for path in paths])
+    slices = [_header(path) for path in _one_series(folder, contents.series, series).paths]
     _require_alike(slices)
     normal = np.cross(slices[0].steps[:, 0], slices[0].steps[:, 1])
     normal /= np.linalg.norm(normal)
@@ -90,37 +86,15 @@ def sorted_slices(folder: Path) -> tuple[list[Slice], np.ndarray]:
     return slices, _step(slices, normal)
 
 
-def read_geometry(folder: Path) -> tuple[tuple[int, int, int], np.ndarray]:
+def read_geometry(folder: Path, series: Collection[str] = ()) -> tuple[tuple[int, int, int], np.ndarray]:
     """Shape and affine of what `read` gives. Raises DatasetError as `sorted_slices`."""
-    slices, step = sorted_slices(folder)
+    slices, step = sorted_slices(folder, series)
     return (*slices[0].size, len(slices)), affine_of(slices, step)
 
 
 def affine_of(slices: list[Slice], step: np.ndarray) -> np.ndarray:
     """(4, 4) float64, voxel to RAS mm, of what `sorted_slices` gives."""
     return itk.affine_from(np.column_stack([slices[0].steps, step]), slices[0].position)
-
-
-def _files(folder: Path) -> list[Path]:
-    """Visible files that are no scans by themselves, sorted. Raises DatasetError: the folder cannot be read."""
-    try:
-        return sorted(
-            path
-            for path in folder.iterdir()
-            if path.name[0] not in "._" and not suffix_of(path.name) and path.is_file()
-        )
-    except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=folder) from error
-
-
-def _is_dicom(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES or head_of(path, 132)[128:] == b"DICM"
-
-
-def _sop_class(path: Path) -> str:
-    """What kind of object a file is by its meta header; empty where it has none."""
-    found = _SOP_CLASS.search(head_of(path, 1024))
-    return found[1].decode() if found else ""
 
 
 def _require_held(path: Path, size: tuple[int, int]) -> None:
@@ -170,7 +144,6 @@ def _header(path: Path) -> Slice:
     between = _text(reader, "0018|0088") or _text(reader, "0018|0050")
     return Slice(
         path,
-        series=_text(reader, "0020|000e"),
         kind=re.sub(r"\W", "", _text(reader, "0008|0060")) or "no modality",
         size=reader.GetSize()[:2],
         position=_numbers(path, reader, "0020|0032", 3, "ImagePositionPatient"),
@@ -196,19 +169,28 @@ def _numbers(path: Path, reader: Any, tag: str, count: int, name: str) -> np.nda
     return values
 
 
-def _one_series(folder: Path, slices: list[Slice]) -> list[Slice]:
-    series: dict[str, list[Slice]] = {}
-    for one in slices:
-        series.setdefault(one.series, []).append(one)
-    if len(series) > 1:
-        # Numbered here, as numbers and descriptions in the files are free text that people put names into.
-        listed = "".join(
-            f"\n  - {len(part)} slices of {first.size[0]} x {first.size[1]} ({first.kind}), first {first.path.name}"
-            for first, part in ((part[0], part) for part in series.values())
-        )
-        action = "Put each series into a folder of its own."
-        raise DatasetError(f"{len(series)} series:{listed}\n", file=folder, expected="one", action=action)
-    return slices
+def _one_series(folder: Path, found: Sequence[Series], asked: Collection[str]) -> Series:
+    """The series asked for, or the only one. Raises DatasetError where that is none, or several."""
+    chosen = [one for one in found if one.uid in asked] if asked else found
+    if len(chosen) == 1:
+        return chosen[0]
+    # Numbered here, as descriptions in the files are free text that people put names into.
+    listed = "".join(
+        f"\n  - UID {one.uid or 'missing'}: {len(one.paths)} slices{_form(one.paths[0])}, first {one.paths[0].name}"
+        for one in chosen or found
+    )
+    what = f"{len(chosen)} series" if chosen else f"{len(found)} series, none of them {' or '.join(asked)}"
+    action = "Choose one with --series UID, or put each series into a folder of its own."
+    raise DatasetError(f"{what}:{listed}\n", file=folder, expected="one", action=action)
+
+
+def _form(path: Path) -> str:
+    """Size and modality of a slice for a list; empty where its header cannot be read."""
+    try:
+        first = _header(path)
+    except DatasetError:
+        return ""
+    return f" of {first.size[0]} x {first.size[1]} ({first.kind})"
 
 
 def _require_alike(slices: list[Slice]) -> None:

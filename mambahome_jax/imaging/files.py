@@ -27,6 +27,11 @@ def scan_stem(path: Path) -> str:
     return one_form(path.name.removesuffix(suffix_of(path.name)))
 
 
+def hidden(name: str) -> bool:
+    """Whether a file or folder is none of the user's: dot files, and what macOS puts into archives beside the files."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def alternatives(suffixes: tuple[str, ...]) -> str:
     """Suffixes for a message: ".nii.gz, .nii or .mha"."""
     return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
