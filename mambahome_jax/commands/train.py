@@ -208,8 +208,6 @@ def _train(
             ingredients.ema_decay,
             config.freeze_encoder,
             ingredients.dropout,
-            # It costs nothing there; a GPU is faster with all samples at once.
-            by_sample=mesh.devices.flat[0].platform == "cpu",
         )
     train_step = with_seed(shared.programs[program], config.seed, mesh)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)

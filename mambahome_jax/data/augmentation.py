@@ -28,11 +28,7 @@ _ELASTIC_KEY = 200
 
 
 def augment(
-    key: jax.Array,
-    image: jax.Array,
-    label: jax.Array,
-    config: AugmentationConfig,
-    numbers: jax.Array | None = None,
+    key: jax.Array, image: jax.Array, label: jax.Array, config: AugmentationConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Zoom, quarter turns in the plane of the first two axes, intensity shift, smoothing and noise, each by its own
     probability and each sample on its own; before them mirroring, an affine map and an elastic deformation, behind them
@@ -42,30 +38,27 @@ def augment(
         key: from jax.random.key; sample n draws from fold_in(key, n), whatever the size of the batch.
         image: (batch, D, H, W, C), floating, scaled to about unit range.
         label: (batch, D, H, W), integer.
-        numbers: (batch,) integer, of these samples, where they are not 0, 1, ...
 
     Returns:
         image and label of the same shapes and dtypes. Zoom keeps the size and the centre (image linear, label nearest).
         Where D and H differ only the half turn is possible. Without `config.mirror` nothing is mirrored: left and right
         are different organs.
     """
-    keys = _sample_keys(key, image.shape[0], numbers)
+    keys = _sample_keys(key, image.shape[0])
     return jax.vmap(lambda k, x, y: _augment_sample(k, x, y, config))(keys, image, label)
 
 
-def augment_labelled(
-    key: jax.Array, labelled: jax.Array, config: AugmentationConfig, numbers: jax.Array | None = None
-) -> jax.Array:
+def augment_labelled(key: jax.Array, labelled: jax.Array, config: AugmentationConfig) -> jax.Array:
     """Which classes each sample has labels of, (batch, classes) bool, after `augment` with the same key: where it was
     mirrored, those of a pair trade places."""
-    keys = _sample_keys(key, labelled.shape[0], numbers)
+    keys = _sample_keys(key, labelled.shape[0])
     return jax.vmap(lambda k, row: mirror_labelled(jax.random.fold_in(k, _MORE_KEYS), row, config.mirror))(
         keys, labelled
     )
 
 
-def _sample_keys(key: jax.Array, batch: int, numbers: jax.Array | None) -> jax.Array:
-    return jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(batch) if numbers is None else numbers)
+def _sample_keys(key: jax.Array, batch: int) -> jax.Array:
+    return jax.vmap(lambda n: jax.random.fold_in(key, n))(jnp.arange(batch))
 
 
 def _augment_sample(
@@ -158,7 +151,7 @@ def zoom_matrix(zoom: jax.Array, size: int) -> jax.Array:
 def smoothing_matrix(sigma: jax.Array, size: int) -> jax.Array:
     """Gaussian of `sigma` voxels integrated over each voxel, rows of sum 1; (size, size) float32, identity for 0."""
     index = jnp.arange(size, dtype=jnp.float32)
-    # Multiplied, not divided: XLA makes that of some divisions, in one program and not in another (by_sample.py).
+    # Multiplied, not divided: XLA makes that of some divisions, in one program and not in another.
     scale = 1 / (jnp.sqrt(2.0) * jnp.maximum(sigma, 1e-3))
     distance = index[:, None] - index
     weight = jax.scipy.special.erf((distance + 0.5) * scale) - jax.scipy.special.erf((distance - 0.5) * scale)

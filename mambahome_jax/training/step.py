@@ -16,7 +16,6 @@ from mambahome_jax.compiler import compiler_options
 from mambahome_jax.config import AugmentationConfig, Strategy
 from mambahome_jax.data.augmentation import augment, augment_labelled
 from mambahome_jax.model.layers import ChannelDropout
-from mambahome_jax.training.by_sample import step_by_sample
 from mambahome_jax.training.deep_supervision import network_params
 from mambahome_jax.training.grouping import group
 from mambahome_jax.training.losses import LossFunction
@@ -24,7 +23,7 @@ from mambahome_jax.training.optimizer import Optimizer, is_encoder
 from mambahome_jax.training.sharding import put_tree, replicated, tree_sharding
 
 Batch = dict[str, jax.Array]
-_DROPOUT_KEY = 1 << 30  # beyond any sample of a batch, from whose numbers augmentation draws
+_DROPOUT_KEY = 1 << 30  # beyond any sample of a batch, from whose places augmentation draws
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +77,6 @@ def make_train_step(
     ema_decay: float = 0.0,
     freeze_encoder: bool = False,
     dropout: float = 0.0,
-    by_sample: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """jit of (state, batch, fraction=None) -> (state, metrics): batch split over `data`, state donated.
 
@@ -93,27 +91,24 @@ def make_train_step(
         ema_decay: of the moving average, in a state that has one; less in the first steps, see `average_decay`.
         freeze_encoder: no gradient reaches the parameters under "encoder", whose backward pass is left out.
         dropout: rate of the ChannelDropout; 0: the model is called without one.
-        by_sample: gradients of each sample for itself, added in one order, so that numbers of devices that are powers
-            of two all give the same bits (by_sample.py); as fast on a CPU, slower on a GPU. loss_fn has to be a mean
-            over the samples, which dice_ce(batch=True) is not.
 
     With `fraction`, float32 scalar, the part of a time budget that is spent, the learning rate follows that instead of
     the step. The batch is {"image": (b, D, H, W, in), "label": (b, D, H, W)}. Metrics are scalars of this step: loss
     and grad_norm before its update, update_norm, and the lr used.
     """
 
-    def gradient(params: Any, step: jax.Array, batch: Batch, numbers: jax.Array, seeded: jax.Array | None) -> Any:
+    def gradient(state: TrainState, batch: Batch, seeded: jax.Array | None) -> Any:
         image, label = batch["image"], batch["label"]
         labelled: tuple[jax.Array, ...] = (batch["labelled"],) if "labelled" in batch else ()
         drop: tuple[ChannelDropout, ...] = ()
         if augmentation is not None or dropout:
             assert seeded is not None
-            key = jax.random.fold_in(jax.random.wrap_key_data(seeded), step)
+            key = jax.random.fold_in(jax.random.wrap_key_data(seeded), state.step)
         if dropout:
-            drop = (ChannelDropout(jax.random.fold_in(key, _DROPOUT_KEY), dropout, numbers),)
+            drop = (ChannelDropout(jax.random.fold_in(key, _DROPOUT_KEY), dropout),)
         if augmentation is not None:
-            image, label = augment(key, image, label, augmentation, numbers)
-            labelled = tuple(augment_labelled(key, rows, augmentation, numbers) for rows in labelled)
+            image, label = augment(key, image, label, augmentation)
+            labelled = tuple(augment_labelled(key, rows, augmentation) for rows in labelled)
 
         def objective(params: Any) -> jax.Array:
             if freeze_encoder:
@@ -122,11 +117,12 @@ def make_train_step(
                 )
             return loss_fn(nnx.merge(graphdef, params)(image, *drop), label, *labelled)
 
-        return jax.value_and_grad(objective)(params)
+        return jax.value_and_grad(objective)(state.params)
 
-    def update(
-        state: TrainState, loss: jax.Array, grads: Any, fraction: jax.Array | None
+    def train_step(
+        state: TrainState, batch: Batch, fraction: jax.Array | None = None, *, seeded: jax.Array | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, grads = gradient(state, batch, seeded)
         timed = {} if fraction is None else {"fraction": fraction}
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **timed)
         params, average = optax.apply_updates(state.params, updates), state.ema
@@ -139,22 +135,13 @@ def make_train_step(
             "update_norm": optax.tree.norm(group(updates)),
             "lr": optimizer.schedule(state.step, fraction),
         }
-        return TrainState(state.step + 1, params, opt_state, average), metrics
-
-    def train_step(
-        state: TrainState, batch: Batch, fraction: jax.Array | None = None, *, seeded: jax.Array | None = None
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        numbers = jnp.arange(len(batch["image"]))
-        loss, grads = gradient(state.params, state.step, batch, numbers, seeded)
-        new, metrics = update(state, loss, grads, fraction)
+        new = TrainState(state.step + 1, params, opt_state, average)
         new = jax.lax.with_sharding_constraint(new, tree_sharding(new, mesh, strategy))
         return new, jax.lax.with_sharding_constraint(metrics, replicated(mesh))
 
     # Who splits the parameters does so for the memory.
     options = compiler_options(less_memory=strategy == "fsdp")
     compiled: Callable = jax.jit(train_step, donate_argnums=0, compiler_options=options)
-    if by_sample:
-        compiled = step_by_sample(gradient, update, mesh, strategy, options)
     if augmentation is None and not dropout:
         return compiled
     return with_seed(partial(compiled), seed, mesh)
