@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom_series import holds_slices
+from mambahome_jax.imaging.dicom_series import is_scan
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, scan_stem, suffix_of
 from mambahome_jax.paths import one_form
 
@@ -81,7 +81,7 @@ def scans_of(files: dict[str, Path]) -> dict[str, Path]:
 
 def scans_in(folder: Path) -> dict[str, Path]:
     """`scan_files`, and subfolders of DICOM slices by their names, sorted."""
-    slices = {name: path for name, path in listing(folder)[0].items() if holds_slices(path)}
+    slices = {name: path for name, path in listing(folder)[0].items() if is_scan(path)}
     return dict(sorted((slices | scan_files(folder)).items()))
 
 

@@ -8,7 +8,7 @@ from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset, Split, modality_of, optional_description, unlabelled_note
 from mambahome_jax.datasets.files import listing, read_table
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom_series import holds_slices
+from mambahome_jax.imaging.dicom_series import is_scan
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem, suffix_of
 from mambahome_jax.paths import one_form, own_name, path_in
 
@@ -95,7 +95,7 @@ def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | N
     if not images:
         raise DatasetError("no image", file=where, expected="a path")
     for path in [*images, *([label] if label else [])]:
-        if path != label and _is(path, Path.is_dir) and holds_slices(path):
+        if path != label and _is(path, Path.is_dir) and is_scan(path):
             continue
         if not suffix_of(path.name):
             expected = f"{alternatives(SCAN_SUFFIXES)}; of an image also a folder of DICOM slices"

@@ -38,8 +38,13 @@ class Contents:
 
 
 def holds_slices(folder: Path) -> bool:
-    """Whether a folder has a DICOM file in it, by its name or its content, or, without scan files, below it."""
-    return any(map(_is_dicom, files_in(folder))) or any(map(_is_dicom, files_below(folder)))
+    """Whether a folder has a DICOM file in it, by its name or its content."""
+    return any(map(_is_dicom, files_in(folder)))
+
+
+def is_scan(folder: Path) -> bool:
+    """Whether a folder holds DICOM slices, itself or, where no scan file lies among them, in the folders below it."""
+    return holds_slices(folder) or any(map(_is_dicom, files_below(folder)))
 
 
 def sort_out(paths: Iterable[Path]) -> Contents:

@@ -8,7 +8,7 @@ import pytest
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging import dicom
 from mambahome_jax.imaging.dicom_elements import identify
-from mambahome_jax.imaging.dicom_series import holds_slices, sort_out
+from mambahome_jax.imaging.dicom_series import holds_slices, is_scan, sort_out
 from mambahome_jax.imaging.formats import content_of
 from mambahome_jax.imaging.volume import read_volume
 from tests.imaging.dicom_files import CT, RTSTRUCT, element, write_slice
@@ -103,4 +103,4 @@ def test_slices_may_lie_in_folders_below(tmp_path):
     np.testing.assert_array_equal(dicom.read(tmp_path / "p", ["1.2.5"])[0], VOXELS + 7)
     # Beside a scan file they are a scan of their own, which is not what the folder is.
     (tmp_path / "p/study/a.nii.gz").touch()
-    assert not holds_slices(tmp_path / "p") and holds_slices(tmp_path / "p/study/two")
+    assert not is_scan(tmp_path / "p") and is_scan(tmp_path / "p/study/two")
