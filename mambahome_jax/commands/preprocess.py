@@ -160,6 +160,7 @@ def prepare(
         cases=tuple(_prepared_case(job, entry) for job, entry in ordered),
         skipped=tuple(failed),
         ct_scale=_scale(output / "store", [job for job, _ in ordered], console) if percentiles else None,
+        patients=dataset.patients,
     )
     write_prepared(prepared)
     done = tuple(job.case.id for job, _ in ordered if job.case.id not in kept)

@@ -18,6 +18,7 @@ from mambahome_jax.config import TrainConfig
 from mambahome_jax.console import command_line
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets.base import read_json
+from mambahome_jax.datasets.patients import split_notes
 from mambahome_jax.datasets.prepared import Prepared, write_json
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.training.distributed import is_first
@@ -142,10 +143,17 @@ def say_start(
         say_plan(plan),
     ]
     lines.append(f"recipe {recipe}: {say_ingredients(setup)}")
+    lines += _say_patients(setup)
     if start:
         lines.append(f"Resuming after step {start}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_patients(setup: Setup) -> tuple[str, ...]:
+    patients = {case.id: case.patient for case in setup.prepared.cases}
+    known = setup.prepared.patients is not None or any(case != patient for case, patient in patients.items())
+    return split_notes(patients, known, setup.train_cases, () if setup.prepared_val else setup.val_cases)
 
 
 def say_end(folder: Path, report: dict[str, Any], code: int, console: Console) -> None:

@@ -12,10 +12,13 @@ from mambahome_jax.errors import DatasetError
 from mambahome_jax.jsontext import parse_json
 
 Split = Literal["train", "val", "test"]
+# Who says of which patient a case is: the layout or a table, or the names of the cases.
+PatientSource = Literal["given", "names"]
 
 __all__ = [
     "Case",
     "Dataset",
+    "PatientSource",
     "Split",
     "label_names",
     "modality_of",
@@ -85,6 +88,7 @@ class Dataset:
     labels: value -> name without the background 0, after `Case.values`; empty where the dataset does not name them.
     skipped: (case id, reason) of what cannot be used. notes: what the user should know but need not mend.
     hint: what to do where a label map holds a value that the table does not. layout: NAME of the module that read it.
+    patients: who says of which patient a case is; None where each case counts as a patient of its own.
     """
 
     name: str
@@ -95,6 +99,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     hint: str = ""
     layout: str = ""
+    patients: PatientSource | None = None
 
 
 def unlabelled_note(cases: Iterable[Case]) -> tuple[str, ...]:

@@ -50,7 +50,8 @@ def load(folder: Path) -> Dataset:
                     cases.append(Case(stem, image, label, None, "mr", subject))
     if not cases:
         raise DatasetError("no scan", file=folder, expected=LOOKS_FOR)
-    return Dataset(own_name(folder), ("T2w",), LABELS, tuple(cases), tuple(skipped), unlabelled_note(cases))
+    notes = unlabelled_note(cases)
+    return Dataset(own_name(folder), ("T2w",), LABELS, tuple(cases), tuple(skipped), notes, patients="given")
 
 
 def _files(subject: Path) -> dict[str, Path]:

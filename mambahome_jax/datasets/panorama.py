@@ -72,7 +72,7 @@ def load(folder: Path) -> Dataset:
     )
     commit = _commit(next(iter(labels.values())).parent)
     notes = unlabelled_note(cases) + ((f"labels of commit {commit}",) if commit else ())
-    return Dataset(own_name(folder), ("CT",), LABELS, cases, skipped, notes, HINT)
+    return Dataset(own_name(folder), ("CT",), LABELS, cases, skipped, notes, HINT, patients="given")
 
 
 def _commit(folder: Path) -> str | None:

@@ -5,12 +5,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from mambahome_jax.config import CtScale, Modality
-from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, read_json
+from mambahome_jax.datasets.base import Case, Dataset, PatientSource, Split, label_names, read_json
 from mambahome_jax.datasets.files import fault_of_name
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import write_text
@@ -61,7 +61,7 @@ class Prepared:
 
     spacing: (3,) mm that was asked for, None where every scan kept its own; 0 or below keeps an axis. orientation: of
     the array axes, such as "RAS". labels: value -> name, without the background. ct_scale: how CT is normalised, None
-    for the published window.
+    for the published window. patients: who says of which patient a case is, None in folders of earlier versions.
     """
 
     root: Path
@@ -73,6 +73,7 @@ class Prepared:
     cases: tuple[PreparedCase, ...]
     skipped: tuple[tuple[str, str], ...] = field(default=())
     ct_scale: CtScale | None = None
+    patients: PatientSource | None = None
 
     @property
     def store(self) -> Path:
@@ -108,7 +109,14 @@ def load(folder: Path) -> Dataset:
         )
         for case in prepared.cases
     )
-    return Dataset(prepared.name, prepared.channels, dict(prepared.labels), cases, prepared.skipped)
+    return Dataset(
+        prepared.name,
+        prepared.channels,
+        dict(prepared.labels),
+        cases,
+        prepared.skipped,
+        patients=prepared.patients,
+    )
 
 
 def read_prepared(folder: Path) -> Prepared:
@@ -136,6 +144,7 @@ def read_prepared(folder: Path) -> Prepared:
             cases=tuple(_case(entry) for entry in content["cases"]),
             skipped=tuple((entry["id"], entry["reason"]) for entry in content["skipped"]),
             ct_scale=None if ct_scale is None else CtScale.from_json(ct_scale),
+            patients=_patient_source(content.get("patients")),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         found = f"damaged ({type(error).__name__}: {error})"
@@ -156,6 +165,8 @@ def write_prepared(prepared: Prepared) -> None:
     }
     if prepared.ct_scale is not None:
         content["ct_scale"] = asdict(prepared.ct_scale)
+    if prepared.patients is not None:
+        content["patients"] = prepared.patients
     write_json(prepared.root / DESCRIPTION, content)
 
 
@@ -237,6 +248,12 @@ def _case(entry: dict[str, Any]) -> PreparedCase:
         labelled=None if labelled is None else tuple(int(value) for value in labelled),
         remarks=tuple(entry.get("remarks", ())),
     )
+
+
+def _patient_source(value: Any) -> PatientSource | None:
+    if value not in (None, *get_args(PatientSource)):
+        raise ValueError(f"patients {value!r}")
+    return value
 
 
 def _three(values: Any, kind: type) -> Any:

@@ -20,6 +20,7 @@ from mambahome_jax.datasets import (
 )
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.files import fault_of_name, listed, listing, outside_of, twins_note
+from mambahome_jax.datasets.patients import with_patients
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.paths import local_path, one_form, own_name
 
@@ -89,7 +90,8 @@ def detect_layouts(folder: Path) -> list[str]:
 
 
 def _load(name: str, folder: Path) -> Dataset:
-    """The dataset, each id once and fit to be a file's name; a second form of a file, and files elsewhere, noted."""
+    """The dataset, each id once and fit to be a file's name; a second form of a file, and files elsewhere, noted;
+    each case with its patient."""
     dataset = LAYOUTS[name].load(folder)
     first: dict[str, Case] = {}
     again = []
@@ -105,13 +107,14 @@ def _load(name: str, folder: Path) -> Dataset:
     outside = outside_of(home, used) if name != prepared.NAME else []
     home_name = own_name(home)
     elsewhere = (f"{len(outside)} files lie outside of {home_name}: {listed(outside)}",) if outside else ()
-    return dataclasses.replace(
+    dataset = dataclasses.replace(
         dataset,
         cases=tuple(first.values()),
         skipped=(*dataset.skipped, *again),
         notes=(*dataset.notes, *elsewhere, *twins_note(used)),
         layout=name,
     )
+    return with_patients(dataset, home)
 
 
 def _composed(case: Case) -> Case:

@@ -145,6 +145,7 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
         notes=tuple(f"{n}: {note}" for d, n in zip(datasets, names, strict=True) for note in d.notes),
         hint=" ".join(dict.fromkeys(dataset.hint for dataset in datasets if dataset.hint)),
         layout="+".join(dataset.layout for dataset in datasets),
+        patients="given" if all(dataset.patients == "given" for dataset in datasets) else "names",
     )
 
 

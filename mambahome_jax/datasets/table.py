@@ -5,7 +5,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mambahome_jax.config import Modality
-from mambahome_jax.datasets.base import Case, Dataset, Split, modality_of, optional_description, unlabelled_note
+from mambahome_jax.datasets.base import (
+    Case,
+    Dataset,
+    PatientSource,
+    Split,
+    modality_of,
+    optional_description,
+    unlabelled_note,
+)
 from mambahome_jax.datasets.files import listing, read_table
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_series import is_scan
@@ -40,7 +48,8 @@ def load(path: Path) -> Dataset:
     labels, channels = optional_description(file.parent)
     cases: dict[str, Case] = {}
     skipped: list[tuple[str, str]] = []
-    for number, row in _rows(file):
+    rows = _rows(file)
+    for number, row in rows:
         try:
             case = _case(row, file, number, modality_of(channels))
             if case.id in cases:
@@ -56,7 +65,8 @@ def load(path: Path) -> Dataset:
     count = max(len(case.image_files) for case in cases.values())
     channels = channels or (("image",) if count == 1 else tuple(f"channel_{n}" for n in range(count)))
     name = file.stem if path.is_file() else own_name(path)
-    return Dataset(name, channels, labels, tuple(cases.values()), tuple(skipped), notes)
+    source: PatientSource | None = "given" if any(row.get("patient") for _, row in rows) else None
+    return Dataset(name, channels, labels, tuple(cases.values()), tuple(skipped), notes, patients=source)
 
 
 def _rows(file: Path) -> list[tuple[int, dict[str, str]]]:

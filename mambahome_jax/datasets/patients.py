@@ -1,0 +1,269 @@
+"""Which cases are of one patient: by a table, by the layout, or by the names of the cases.
+
+Scans of one patient resemble each other: a split that parts them gives scores that are too good.
+"""
+
+import csv
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from mambahome_jax.datasets.base import Case, Dataset, PatientSource
+from mambahome_jax.datasets.files import listed, read_table
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.files import suffix_of
+from mambahome_jax.paths import one_form
+
+TABLES = ("patients.csv", "patients.tsv", "participants.tsv")
+_CASE_COLUMNS = ("id", "case", "case_id", "image", "file", "filename", "name", "scan")
+_PATIENT_COLUMNS = ("patient", "patient_id", "participant_id", "participant", "subject", "subject_id")
+_EXPECTED = "columns id (of the case) and patient; in participants.tsv participant_id"
+
+# A DICOM UID is one name, a date is nobody's number.
+_DATE = r"(?:19|20)\d\d(?P<dash>[-_.]?)(?:0[1-9]|1[0-2])(?P=dash)(?:0[1-9]|[12]\d|3[01])(?!\d)"
+_TOKEN = re.compile(rf"(?P<date>(?<!\d){_DATE})|\d+(?:\.\d+){{3,}}|[^-_. ]+")
+_GLUED = re.compile(r"([A-Za-z]*\d+)([A-Za-z]+\d*)")  # patient001frame01, 12a
+_HASH = re.compile(r"[0-9a-f]{8,}", re.IGNORECASE)
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# What tells scans of one patient apart: when, in which state of body or contrast, by which sequence, of which side.
+_SCANS = _words(
+    "ses session visit vis time timepoint tp day week wk month mo year yr baseline base bl followup follow fu pre "
+    "post before after prior current early late study exam frame fr phase ph ed es systole diastole systolic diastolic "
+    "art arterial ven venous portal pv pvp delayed delay native nc ncct cect contrast unenhanced inhale exhale insp "
+    "exp inspiration expiration rest stress echo t1 t2 t1w t2w t1ce t1c t1gd t1n t2f flair adc dwi dti pd pdw swi bold "
+    "mr mri ct cbct pet us ax axial cor coronal sag sagittal sa la sax lax cine lge run rec acq series ser repeat "
+    "retest dir split left right lt rt lh rh"
+)
+# Such words in front of a number: it is that of a scan, not of a patient.
+_NUMBERED_SCANS = _words("ses session visit timepoint tp time frame phase day week month year run echo")
+_NO_NUMBERS = _words("t1 t2 t1w t2w t1ce t1c t1gd t1n t2f 2ch 3ch 4ch 2d 3d 4d")
+_SITES = _words(
+    "site center centre ctr hospital hosp inst institution institute clinic cohort study dataset data ds task batch "
+    "fold part group grp vendor scanner set subset collection lab release source src domain split trial project"
+)
+_PERSONS = _words("case patient pat pt subj subject sub participant person volunteer donor specimen id")
+
+
+@dataclass(frozen=True)
+class _Token:
+    """A part of a name: its text in lower case, where it ends in the name, and whether it is a date."""
+
+    text: str
+    end: int
+    date: bool = False
+
+    @cached_property
+    def word(self) -> str:
+        return self.text.rstrip("0123456789")
+
+    @property
+    def numbered(self) -> bool:
+        return not self.date and self.text[-1].isdigit()
+
+
+def patients_of(names: Collection[str]) -> dict[str, str]:
+    """The patient of each case, {name: patient}, read off the names; the name itself where it has no such part.
+
+    A patient is the shortest beginning of names that several share, ends where a part of the name ends, holds a number
+    that is neither a date's, a site's nor a sequence's, and leaves at least two groups: patient001 of
+    patient001_frame01, sub-01 of sub-01_ses-2. What may as well be a site with its cases (A1_001 to A1_050) is none.
+    """
+    tokens = {name: _tokens(name) for name in names}
+    patients = {name: name for name in names}
+    remaining = dict(tokens)
+    for length in range(1, max(map(len, tokens.values()), default=0) + 1):
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name, parts in remaining.items():
+            if len(parts) >= length and _has_patient_number(parts[:length]):
+                groups[name[: parts[length - 1].end].lower()].append(name)
+        if _are_patients(groups, tokens, length):
+            for group in groups.values():
+                patient = group[0][: tokens[group[0]][length - 1].end]
+                patients |= dict.fromkeys(group, patient)
+                for name in group:
+                    del remaining[name]
+    return patients
+
+
+def with_patients(dataset: Dataset, folder: Path) -> Dataset:
+    """The dataset with the patient of each case, and a note that says so where a patient has several cases.
+
+    A table in the folder (TABLES) wins over what the layout says, that over the names of the cases.
+    Raises DatasetError: a table that cannot be used.
+    """
+    ids = [case.id for case in dataset.cases]
+    file = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    table = None if file is None else _read(file, ids)
+    if file is not None and table:
+        missing = [name for name in ids if name not in table]
+        dataset = _replaced(dataset, table, "given")
+        notes = [_note(dataset.cases, f"by {file.name}")]
+        if missing:
+            notes.append(f"{file.name} names no patient of {len(missing)} cases: {listed(missing)}")
+    elif dataset.patients is not None or any(case.patient != case.id for case in dataset.cases):
+        dataset = dataclasses.replace(dataset, patients=dataset.patients or "given")
+        notes = [_note(dataset.cases, "as the dataset says" if dataset.patients == "given" else "by their names")]
+    else:
+        dataset = _replaced(dataset, patients_of(ids), "names")
+        notes = [_note(dataset.cases, "by their names; a table patients.csv (id,patient) in the folder wins")]
+    return dataclasses.replace(dataset, notes=(*dataset.notes, *filter(None, notes)))
+
+
+def split_notes(
+    patients: Mapping[str, str], known: bool, train: Collection[str], val: Collection[str]
+) -> tuple[str, ...]:
+    """What to say of the patients in a split: how many there are, and which of them are on both sides.
+
+    patients: {case: patient}. known: False for a folder of an earlier version, which made each case a patient of its
+    own; the names of the cases are looked at then. train, val: ids of the cases on either side.
+    """
+    patients = patients if known else patients_of(patients)
+    sides: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for side, ids in enumerate((train, val)):
+        for case in ids:
+            if case in patients:
+                sides[patients[case]][side].append(case)
+    split = {patient: ids for patient, ids in sides.items() if all(ids)}
+    count = sum(len(a) + len(b) for a, b in sides.values())
+    notes = []
+    if known and len(sides) < count:
+        notes.append(f"{len(sides)} patients in {count} cases; all cases of a patient are on one side of the split")
+    if split:
+        examples = listed((f"{patient} ({a[0]} and {b[0]})" for patient, (a, b) in split.items()), 3)
+        why = "as the dataset splits them" if known else "an earlier version preprocessed them, each case by itself"
+        action = "" if known else ". Run preprocess again: it keeps the cases and writes their patients down"
+        notes = [f"{len(split)} patients are on both sides, so scores are too good ({why}): {examples}{action}"]
+    return tuple(notes)
+
+
+def _replaced(dataset: Dataset, patients: Mapping[str, str], source: PatientSource) -> Dataset:
+    cases = tuple(dataclasses.replace(case, patient=patients.get(case.id, case.id)) for case in dataset.cases)
+    return dataclasses.replace(dataset, cases=cases, patients=source)
+
+
+def _note(cases: Sequence[Case], source: str) -> str:
+    """One line where patients have several cases; empty else."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for case in cases:
+        groups[case.patient].append(case.id)
+    several = {patient: ids for patient, ids in groups.items() if len(ids) > 1}
+    if not several:
+        return ""
+    patient, ids = next(iter(several.items()))
+    example = f"{' and '.join(ids[:2])} are of patient {patient}"
+    return f"{len(groups)} patients in {len(cases)} cases, {source}: {example}; no split made here parts them"
+
+
+def _read(file: Path, ids: Sequence[str]) -> dict[str, str]:
+    """{case: patient} of a table; cases by their names, with or without a file's ending, or by that of the patient."""
+    try:
+        lines = read_table(file)
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=file) from error
+    head = lines[0] if lines else ""
+    reader = csv.DictReader(lines, delimiter=max("\t,;", key=head.count), skipinitialspace=True)
+    try:
+        reader.fieldnames = columns = [(name or "").strip().lower() for name in reader.fieldnames or ()]
+        rows = list(reader)
+    except csv.Error as error:
+        raise DatasetError(f"damaged near line {reader.line_num} ({error})", file=file, expected=_EXPECTED) from error
+    patient_column = next((name for name in _PATIENT_COLUMNS if name in columns), None)
+    case_column = next((name for name in _CASE_COLUMNS if name in columns), None)
+    if patient_column is None:
+        action = "Correct the first line, or rename the file if it is about something else."
+        raise DatasetError(f"columns {head!r}", file=file, expected=_EXPECTED, action=action)
+    known = [one_form((row.get(patient_column) or "").strip()) for row in rows]
+    if case_column is None:
+        # A row a participant, as in BIDS: the names of the cases begin with it.
+        return {name: found for name in ids if (found := _beginning(name, known))}
+    table: dict[str, str] = {}
+    for row, patient in zip(rows, known, strict=True):
+        text = one_form(Path((row.get(case_column) or "").strip().replace("\\", "/")).name)
+        name = text.removesuffix(suffix_of(text))
+        name = name if name in ids else name.removesuffix("_0000")
+        if patient and name in ids and table.setdefault(name, patient) != patient:
+            found = f"{name} is of patient {table[name]} and of {patient}"
+            raise DatasetError(found, file=file, expected="one patient a case")
+    return table
+
+
+def _beginning(name: str, participants: Collection[str]) -> str:
+    found = [p for p in participants if p and name.startswith(p) and not name[len(p) : len(p) + 1].isalnum()]
+    return max(found, key=len, default="")
+
+
+def _tokens(name: str) -> list[_Token]:
+    tokens = []
+    for match in _TOKEN.finditer(name):
+        text = match[0]
+        glued = None if text.lower() in _NO_NUMBERS or _HASH.fullmatch(text) else _GLUED.fullmatch(text)
+        if glued:
+            tokens.append(_Token(glued[1].lower(), match.start() + len(glued[1])))
+        tokens.append(_Token((glued[2] if glued else text).lower(), match.end(), match["date"] is not None))
+    return tokens
+
+
+def _has_patient_number(tokens: Sequence[_Token]) -> bool:
+    """Whether some number in these parts may be that of a patient."""
+    for number, token in enumerate(tokens):
+        digits = any(character.isdigit() for character in token.text)
+        if not digits or token.date or token.text in _NO_NUMBERS:
+            continue
+        before = tokens[number - 1].text if number and not token.word else token.word
+        # siteA1: a letter may stand between the word and the number.
+        site = before in _SITES or token.word[:-1] in _SITES
+        if not site and before not in _NUMBERED_SCANS:
+            return True
+    return False
+
+
+def _are_patients(groups: Mapping[str, Sequence[str]], tokens: Mapping[str, Sequence[_Token]], length: int) -> bool:
+    """Whether beginnings of `length` parts, {beginning: names}, are patients rather than sites, batches or parts."""
+    several = [group for group in groups.values() if len(group) > 1]
+    numbers = {"".join(filter(str.isdigit, beginning)) for beginning in groups}
+    if not several or len(groups) < 2 or len(numbers) < 2:
+        return False
+    rests = [[tokens[name][length:] for name in group] for group in several]
+    if all(_tells_scans(rest) for group in rests for rest in group):
+        return True
+    if any(_tells_persons(rest) for group in rests for rest in group):
+        return False
+    heads = [{rest[0].text if rest else "" for rest in group} for group in rests]
+    largest = max(map(len, heads))
+    # All go on alike, so that the patient's part is longer; or there are more cases in one than groups, as of sites.
+    if largest == 1 or len(groups) < largest:
+        return False
+    every = [head for group in heads for head in group]
+    total = sum(map(len, groups.values()))
+    if all(head.isdigit() for head in every) and len(set(every)) == len(every) and 2 * len(groups) <= total:
+        # Each number occurs once: it is that of the case, as in TCGA-02-0006.
+        return False
+    letters = {re.sub(r"\d+", "", beginning) for beginning in groups}
+    # Other letters for each, as of sites (LUNG1, R01), unless they are codes of many patients.
+    return len(letters) < len(groups) or len(groups) >= 3 * largest
+
+
+def _tells_scans(rest: Sequence[_Token]) -> bool:
+    """Whether what follows a beginning tells scans of one patient apart: nothing, a known word, a date, a letter."""
+    if not rest:
+        return True
+    first = rest[0]
+    letter = len(rest) == 1 and len(first.text) == 1 and first.text.isalpha()
+    return first.date or letter or first.text in _SCANS or first.word in _SCANS
+
+
+def _tells_persons(rest: Sequence[_Token]) -> bool:
+    """Whether what follows a beginning is a person with a number, so that the beginning is a site or a part."""
+    if not rest:
+        return False
+    number = rest[0].text[len(rest[0].word) :] or (rest[1].text if len(rest) > 1 else "")
+    return number.isdigit() and (rest[0].word in _PERSONS or (rest[0].word in ("s", "p") and len(number) > 2))
