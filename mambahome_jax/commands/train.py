@@ -16,6 +16,7 @@ from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.commands.preprocess import prepare
 from mambahome_jax.commands.pretrained import transfer
 from mambahome_jax.commands.run_report import plain, versions
+from mambahome_jax.commands.train_data import data_differences, data_summary
 from mambahome_jax.commands.train_members import SIGNALLED, Shared, holds_run, is_finished, member_folder, run_members
 from mambahome_jax.commands.train_report import (
     PACKAGES,
@@ -64,7 +65,7 @@ def run(config: TrainConfig, begun: float | None = None) -> int:
     with ending_together():
         if config.members != 1:
             with locked(folder, "train") if is_first() else contextlib.nullcontext():
-                return run_members(folder, config, begun, console, _run)
+                return run_members(folder, config, begun, console, _run, _require_same_data)
         if holds_run(member_folder(folder, 0)):
             raise ConfigError(f"{folder} holds several networks. Say --members, or name another --output_dir")
         return _run(folder, config, begun, console, Shared(folder))
@@ -79,15 +80,11 @@ def _run(folder: Path, config: TrainConfig, begun: float, console: Console, shar
 def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console, shared: Shared) -> int:
     resume = _may_start(config, folder, console)
     devices = choose_devices(config.parallel, config.num_devices)
-    prepared, skipped = _open_data(config.data_train, "data", config, console, shared)
-    prepared_val = None
-    if config.data_val is not None:
-        prepared_val, more = _open_data(config.data_val, "data_val", config, console, shared)
-        skipped += more
-    setup = make_setup(config, prepared, prepared_val, len(devices))
+    setup, skipped = _set_up(config, len(devices), console, shared)
     started = time.perf_counter()
     earlier = earlier_report(folder) if resume else {}
     if config.max_minutes is not None and is_finished(earlier, config):
+        _require_same_run(folder, _checkpoint_settings(config, setup), setup)
         # What it had kept free for its end would be time again.
         console.print(f"{folder}: finished already", markup=False, highlight=False, soft_wrap=True)
         return earlier["exit_code"]
@@ -124,6 +121,22 @@ def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console, s
     return code
 
 
+def _set_up(config: TrainConfig, devices: int, console: Console, shared: Shared) -> tuple[Setup, list[tuple[str, str]]]:
+    """The setup, and (id, reason) of the cases that cannot be used."""
+    prepared, skipped = _open_data(config.data_train, "data", config, console, shared)
+    prepared_val = None
+    if config.data_val is not None:
+        prepared_val, more = _open_data(config.data_val, "data_val", config, console, shared)
+        skipped += more
+    return make_setup(config, prepared, prepared_val, devices), skipped
+
+
+def _require_same_data(folder: Path, config: TrainConfig, console: Console, shared: Shared) -> None:
+    """Raises CheckpointError, ConfigError: a finished run of another network, other settings or other data."""
+    setup, _ = _set_up(config, len(choose_devices(config.parallel, config.num_devices)), console, shared)
+    _require_same_run(folder, _checkpoint_settings(config, setup), setup)
+
+
 def _train(
     config: TrainConfig,
     setup: Setup,
@@ -137,12 +150,7 @@ def _train(
     shared: Shared,
 ) -> None:
     mesh, optimizer = make_mesh(devices), make_optimizer(setup.optimizer)
-    settings = {
-        "model": plain(dataclasses.asdict(setup.model.replace(use_checkpoint=False))),
-        "data": setup.properties.to_json(),
-        "training": plain(training_settings(config, setup)),
-        "versions": versions(PACKAGES),
-    }
+    settings = _checkpoint_settings(config, setup)
     require_same("The configuration", settings)
     last = folder / "checkpoints" / "last"
     graphdef, trained_graphdef, params = _networks(config, setup, None if resume else report, console)
@@ -152,7 +160,7 @@ def _train(
     data_state, found = None, dict[str, Any]()
     if resume:
         del params  # or they lie in the device's memory beside the state
-        found = check_settings(last, settings)
+        found = _require_same_run(folder, settings, setup)
         state, data_state = restore_state(last, abstract, mesh, config.strategy)
         progressed.step, progressed.best = int(state.step), found["best"]
         progressed.validated_until = found["validated_until"]
@@ -230,6 +238,24 @@ def _train(
             setup.labelled,
         )
         train(state, batches, parts, plan, progressed)
+
+
+def _checkpoint_settings(config: TrainConfig, setup: Setup) -> dict[str, Any]:
+    """What config.json of every checkpoint says of its run, in values of JSON."""
+    return {
+        "model": plain(dataclasses.asdict(setup.model.replace(use_checkpoint=False))),
+        "data": plain(setup.properties.to_json()),
+        "cases": data_summary(setup.digests),
+        "training": plain(training_settings(config, setup)),
+        "versions": versions(PACKAGES),
+    }
+
+
+def _require_same_run(folder: Path, settings: dict[str, Any], setup: Setup) -> dict[str, Any]:
+    """config.json of the last checkpoint. Raises CheckpointError, ConfigError: of another network, settings or data."""
+    recorded = earlier_report(folder).get("data", {}).get("digests", {})
+    changed = partial(data_differences, now=settings, recorded=recorded, digests=setup.digests)
+    return check_settings(folder / "checkpoints" / "last", settings, changed)
 
 
 @contextlib.contextmanager

@@ -59,10 +59,12 @@ def run_members(
     begun: float,
     console: Console,
     run: Callable[[Path, TrainConfig, float, Console, Shared], int],
+    require_same_data: Callable[[Path, TrainConfig, Console, Shared], None],
 ) -> int:
     """Train config.members networks, each a run of its own with a seed of its own; returns the largest exit code.
 
-    Those that an earlier run finished stay as they are. A signal ends all. Raises ConfigError, OutputError.
+    Those that an earlier run finished on the same data stay as they are. A signal ends all. Raises ConfigError,
+    OutputError.
     """
     homes = [member_folder(folder, number) for number in range(config.members)]
     resume = config.resume or config.load_checkpoint
@@ -96,6 +98,8 @@ def run_members(
         finished = holds_run(home) and is_finished(earlier, member)
         say_member(number, config.members, member.seed, home, finished, console)
         shared.seconds, shared.parts = left, config.members - number
+        if finished:
+            require_same_data(home, member, console, shared)
         try:
             code = max(code, earlier.get("exit_code") or 0 if finished else run(home, member, ended, console, shared))
         except MambaHomeError as error:

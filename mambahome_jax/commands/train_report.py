@@ -13,10 +13,10 @@ import numpy as np
 from rich.console import Console
 
 from mambahome_jax.commands.run_report import device, plain, versions
+from mambahome_jax.commands.train_data import case_digests
 from mambahome_jax.commands.train_setup import Setup, training_settings
 from mambahome_jax.config import TrainConfig
 from mambahome_jax.console import command_line
-from mambahome_jax.data.store import Store
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.patients import split_notes
 from mambahome_jax.datasets.prepared import Prepared, write_json
@@ -59,10 +59,9 @@ def say_plan(plan: Plan) -> str:
 
 
 def dataset_fingerprint(prepared: Prepared, cases: Sequence[str]) -> str:
-    """SHA-256 of what the store says of these cases (shapes, affines, intensities, voxels a class) and of the label
-    table: equal for the same data, wherever it lies."""
-    store = Store(prepared.store)
-    content = [sorted(prepared.labels.items()), [repr(store.entry(case)) for case in sorted(cases)]]
+    """SHA-256 of what the store says of these cases (see `case_digests`) and of the label table: equal for the same
+    data, wherever it lies."""
+    content = [sorted(prepared.labels.items()), sorted(case_digests(prepared, cases).items())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -95,6 +94,7 @@ def new_report(config: TrainConfig, setup: Setup, skipped: list[tuple[str, str]]
             **setup.properties.to_json(),
             "train": list(setup.train_cases),
             "val": list(setup.val_cases),
+            "digests": {part: dict(cases) for part, cases in setup.digests.items()},
             "skipped": [{"id": case, "reason": reason} for case, reason in skipped],
         },
         "training": plain(training_settings(config, setup)),

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mambahome_jax.commands.train_data import case_digests
 from mambahome_jax.config import (
     MODEL_SIZES,
     AugmentationConfig,
@@ -34,12 +35,16 @@ GPU_WORKERS = 4
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that follows from the flags once dataset and devices are known."""
+    """Everything that follows from the flags once dataset and devices are known.
+
+    val_cases: at most --max_val_cases of those held out. digests: see `case_digests`, of "train" and of all of "val".
+    """
 
     prepared: Prepared
     prepared_val: Prepared | None
     train_cases: tuple[str, ...]
     val_cases: tuple[str, ...]
+    digests: Mapping[str, Mapping[str, str]]
     structures: Mapping[int, str]
     model: ModelConfig
     properties: DataProperties
@@ -114,7 +119,8 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
         prepared=prepared,
         prepared_val=prepared_val,
         train_cases=train,
-        val_cases=val,
+        val_cases=val[: config.max_val_cases],
+        digests={"train": case_digests(prepared, train), "val": case_digests(prepared_val or prepared, val)},
         structures=structures or {1: "label_1"},
         model=model_config(config, in_chans=store.entry(train[0]).channels, out_chans=classes).replace(**grids),
         properties=DataProperties(
@@ -241,7 +247,7 @@ def _cases(
         found = f"no case to train on among {len(prepared.cases)}{skipped}"
         expected = "at least one with a label that is not marked val or test"
         raise DatasetError(found, file=prepared.root / "dataset.json", expected=expected)
-    return tuple(train), tuple(val[: config.max_val_cases])
+    return tuple(train), tuple(val)
 
 
 def labelled_classes(prepared: Prepared, cases: Sequence[str], classes: int) -> np.ndarray | None:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -43,7 +44,8 @@ class StoreEntry:
     shape (D, H, W) voxels; channels; spacing (3,) mm; affine (4, 4), voxel to RAS mm; class_counts: label value ->
     voxels, background included, None without a label; body_box: first and end (exclusive) voxel of the region in which
     patches without a foreground centre are drawn; fingerprint: what the entry was made from; labelled: the label values
-    that this case's dataset labels at all, None for all of the table; remarks: what was found and dealt with.
+    that this case's dataset labels at all, None for all of the table; remarks: what was found and dealt with;
+    checksum: of the voxels of image and label map, empty in entries of earlier versions.
     """
 
     id: str
@@ -58,6 +60,7 @@ class StoreEntry:
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     labelled: tuple[int, ...] | None = None
     remarks: tuple[str, ...] = ()
+    checksum: str = ""
 
     @property
     def foreground_counts(self) -> dict[int, int]:
@@ -68,17 +71,20 @@ class StoreEntry:
 def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarray | None) -> StoreEntry:
     """Write root/<id>/, whole or not at all; a case that is there is replaced.
 
-    image (D, H, W, C) float32; label (D, H, W) uint8 or None. Class counts are taken from `label`; returns the entry
-    with them. Raises OutputError: the folder cannot be written.
+    image (D, H, W, C) float32; label (D, H, W) uint8 or None. Class counts and checksum are taken from them; returns
+    the entry with both. Raises OutputError: the folder cannot be written.
     """
     root = local_path(root)
     partial = root / f".{entry.id}.{os.getpid()}.partial"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        _write_array(partial / "image", image.astype(np.float32, copy=False))
+        image = image.astype(np.float32, copy=False)
+        _write_array(partial / "image", image)
+        label = None if label is None else label.astype(np.uint8, copy=False)
+        entry = dataclasses.replace(entry, checksum=_checksum(image, label))
         if label is not None:
-            _write_array(partial / "label", label.astype(np.uint8, copy=False))
+            _write_array(partial / "label", label)
             entry = dataclasses.replace(entry, class_counts=count_values(label))
             positions = foreground_positions(label)
             arrays: dict[str, Any] = {str(value): index for value, index in positions.items()}
@@ -275,6 +281,13 @@ def _remove(file: Path) -> None:
         file.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"{file}: cannot be removed: {error.strerror or error}") from error
+
+
+def _checksum(image: np.ndarray, label: np.ndarray | None) -> str:
+    """Tells two states of one case apart, for which 32 bits an array do; a cryptographic digest takes several times as
+    long."""
+    arrays = [image] if label is None else [image, label]
+    return "".join(f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}" for array in arrays)
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:

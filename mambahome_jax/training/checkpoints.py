@@ -6,7 +6,7 @@ parameters that are trained where the model is their moving average, or trained 
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -192,16 +192,25 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def check_settings(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def check_settings(
+    folder: Path,
+    settings: Mapping[str, Any],
+    data_differences: Callable[[Mapping[str, Any]], list[str]] | None = None,
+) -> dict[str, Any]:
     """Configuration of a checkpoint to resume, after making sure that it was written by a run like this one.
 
     Args:
         settings: {"model": {...}, "training": {...}}, JSON values; these entries have to agree, others may differ.
+        data_differences: what differs between the data that a configuration was written of and those of today.
 
-    Raises CheckpointError for another network, ConfigError for other settings that change the result; both list every
-    field that differs.
+    Raises CheckpointError for another network, ConfigError for other data or settings that change the result; both list
+    every field that differs.
     """
     config = read_checkpoint_config(folder)
+    changed = data_differences(config) if data_differences else []
+    if changed:
+        advice = "Resume on the data that it began with, or start anew with --use_pretrained"
+        raise ConfigError(f"{folder} was trained on other data: {'; '.join(changed)}. {advice}")
     for entry, error, advice in (
         ("model", CheckpointError, "Resume with the same network, or name another --output_dir"),
         ("training", ConfigError, "Resume with the same settings, or start anew with --use_pretrained"),

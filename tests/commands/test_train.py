@@ -46,6 +46,10 @@ class StandIn(SmallNet):
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
+    small_networks(monkeypatch)
+
+
+def small_networks(monkeypatch):
     monkeypatch.setattr(command, "MambaHoME", StandIn)
     size = MODEL_SIZES["MambaHoME_tiny"]
     monkeypatch.setitem(
