@@ -20,10 +20,8 @@ from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.preview import render
 from mambahome_jax.inference.segment import apply_network
 from mambahome_jax.inference.sliding_window import PADDING_MODE, window_size
-from mambahome_jax.inference.stitch import Copy, Stitching, stitch
 from mambahome_jax.inference.targets import Labels
-from mambahome_jax.inference.tiles import Tiling
-from mambahome_jax.inference.windows import Slab
+from mambahome_jax.inference.tiled import Replica, Slab, Stitching, Tiling, predict_tiled
 from mambahome_jax.training.distributed import gather
 from mambahome_jax.training.loop import Validation
 from mambahome_jax.training.sharding import copy_to
@@ -72,7 +70,7 @@ def make_validate(
                 image = store.read_image(case)
                 reference = store.read_label(case)
                 to_unit = partial(normalise, modality=modality, stats=entry.statistics, ct_scale=settings.ct_scale)
-                network = Copy(device, partial(apply_network, graphdef, params))
+                network = Replica(device, partial(apply_network, graphdef, params))
                 prediction = _predict(network, _slabs(image, to_unit), image.shape[:3], settings)
             except (DatasetError, CheckpointError) as error:
                 failures[case] = str(error)
@@ -109,7 +107,7 @@ def _slabs(image: np.ndarray, to_unit: Callable[[np.ndarray], np.ndarray]) -> Sl
     return slab
 
 
-def _predict(network: Copy, slab: Slab, shape: Sequence[int], settings: ValidationSettings) -> np.ndarray:
+def _predict(network: Replica, slab: Slab, shape: Sequence[int], settings: ValidationSettings) -> np.ndarray:
     """Labels (D, H, W). The logits of a window's depth exist at a time."""
     made: list[Labels] = []
 
@@ -119,7 +117,7 @@ def _predict(network: Copy, slab: Slab, shape: Sequence[int], settings: Validati
 
     roi = window_size(shape, settings.patch_size)
     how = Stitching(roi, settings.overlap, "gaussian", PADDING_MODE, settings.sw_batch_size)
-    stitch([[network]], slab, shape, how, targets)
+    predict_tiled([[network]], slab, shape, how, targets)
     assert made[0].result is not None
     return made[0].result
 

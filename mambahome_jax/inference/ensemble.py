@@ -48,7 +48,7 @@ def check_members(members: Sequence[Any], names: Sequence[str] | None = None) ->
             raise ConfigError(f"{name} cannot be joined with {names[0]}: {'; '.join(differing)}")
 
 
-def joined(members: Sequence[jax.Array]) -> jax.Array:
+def log_mean_softmax(members: Sequence[jax.Array]) -> jax.Array:
     """Logits (D, H, W, classes) whose softmax is the mean of the members' softmax; of one member its own logits.
 
     As the logits of one network they may be interpolated: several members with equal logits give its labels.

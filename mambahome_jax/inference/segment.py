@@ -24,11 +24,9 @@ from mambahome_jax.inference.postprocess import ALL, postprocess, values_named
 from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
 from mambahome_jax.inference.probabilities import write_probabilities
 from mambahome_jax.inference.restore import positions_on
-from mambahome_jax.inference.sheared import ShearedLabels
 from mambahome_jax.inference.sliding_window import PADDING_MODE
-from mambahome_jax.inference.stitch import Copy, Stitching, stitch
-from mambahome_jax.inference.targets import Labels, Whole
-from mambahome_jax.inference.tiles import Tiling, probabilities_of_tile
+from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole
+from mambahome_jax.inference.tiled import Replica, Stitching, Tiling, predict_tiled, probabilities_of_tile
 
 Progress = Callable[[int, int], None]
 PUBLISHED_ROI = (192, 192, 48)
@@ -219,8 +217,8 @@ def label(
             made.append(Whole(tiling, before, prepared.shape, probabilities_of_tile))
         return made
 
-    networks = [copies(member, settings.mirrors, devices) for member in members_of(model)]
-    stitch(networks, prepared.slab, prepared.shape, how, targets, progress)
+    networks = [replicas(member, settings.mirrors, devices) for member in members_of(model)]
+    predict_tiled(networks, prepared.slab, prepared.shape, how, targets, progress)
     labels = made[0].result
     if with_probabilities is not None:
         with_probabilities(made[1].result)
@@ -229,18 +227,18 @@ def label(
     return Volume(back.array, prepared.file_affine)
 
 
-def copies(model: Any, mirrors: Sequence[Mirror] = (), devices: Sequence[jax.Device] | None = None) -> list[Copy]:
+def replicas(model: Any, mirrors: Sequence[Mirror] = (), devices: Sequence[jax.Device] | None = None) -> list[Replica]:
     """A network as a function of windows (n, *roi, in), on each device; averaged over mirrored windows.
 
     An nnx.Module is compiled, once for each shape of windows; any other callable is taken as it is, on no device.
     """
     if not isinstance(model, nnx.Module):
-        return [Copy(None, mirrored(model, mirrors))]
+        return [Replica(None, mirrored(model, mirrors))]
     graph, state = nnx.split(model)
     if devices is None:
-        return [Copy(None, mirrored(partial(apply_network, graph, state), mirrors))]
+        return [Replica(None, mirrored(partial(apply_network, graph, state), mirrors))]
     on_each = [partial(apply_network, graph, jax.device_put(state, device)) for device in devices]
-    return [Copy(device, mirrored(network, mirrors)) for device, network in zip(devices, on_each, strict=True)]
+    return [Replica(device, mirrored(network, mirrors)) for device, network in zip(devices, on_each, strict=True)]
 
 
 def apply_network(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:

@@ -1,14 +1,17 @@
 """What is made of tiles of logits: labels on another grid, or an array on their own."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 
 import jax
 import numpy as np
 
 from mambahome_jax.imaging.geometry import Order
-from mambahome_jax.inference.stitch import Part, Place
-from mambahome_jax.inference.tiles import Index, Sums, Tiling, label_tile
+from mambahome_jax.inference.tiled import Index, Part, Place, Sums, Tiling, label_points, label_tile
 
+# Voxels that are labelled in one call, at most and at least, and looked through at a time for those in a tile.
+_POINTS, _FEW, _LOOKED = 1 << 17, 1 << 12, 1 << 20
 # Rows of the target along an axis, and the share (edge, edge + 1) that each voxel of the tile has in them.
 _Rows = tuple[slice, np.ndarray]
 
@@ -19,7 +22,7 @@ class OnHost:
     result: np.ndarray | None = None
 
     def store(self, place: Place, values: np.ndarray) -> None:
-        """See `stitch.Target`."""
+        """See `tiled.Target`."""
         assert self.result is not None
         self.result[place] = values
 
@@ -46,7 +49,7 @@ class Labels(OnHost):
         ]
 
     def begin(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
-        """See `stitch.Target`."""
+        """See `tiled.Target`."""
         if self.result is None:
             self.result = no_labels(self.shape, sums)
         first, second, third = (rows[i] for rows, i in zip(self.rows, index, strict=True))
@@ -74,7 +77,7 @@ class Whole(OnHost):
         self.tiling, self.before, self.shape, self.of_tile = tiling, before, tuple(shape), of_tile
 
     def begin(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
-        """See `stitch.Target`."""
+        """See `tiled.Target`."""
         starts = [start - b for start, b in zip(self.tiling.start(index), self.before, strict=True)]
         ends = [min(s + e, n) for s, e, n in zip(starts, self.tiling.edge, self.shape, strict=True)]
         place = tuple(slice(max(s, 0), e) for s, e in zip(starts, ends, strict=True))
@@ -100,3 +103,80 @@ def _rows_of(position: np.ndarray, order: Order, start: int, edge: int) -> list[
         shares[number, low[rows] - start + 1] += weight[rows].astype(np.float32)
         found.append((rows, shares))
     return found
+
+
+class ShearedLabels(OnHost):
+    """As `Labels`, for a grid of any axes: a tile labels the voxels whose lower neighbour is one of its own.
+
+    affine, shape: of the logits' grid, (4, 4) and (D, H, W). target_affine, target_shape: of the grid to label. Beyond
+    the outermost logits their values go on. result: as of `Labels`.
+    """
+
+    def __init__(
+        self,
+        tiling: Tiling,
+        before: Sequence[int],
+        affine: np.ndarray,
+        shape: Sequence[int],
+        target_affine: np.ndarray,
+        target_shape: Sequence[int],
+        order: Order,
+    ) -> None:
+        self.tiling, self.before, self.order = tiling, before, order
+        self.source, self.shape = tuple(shape), tuple(target_shape)
+        self._matrix = np.linalg.inv(affine) @ target_affine
+        self._back = np.linalg.inv(self._matrix)
+        corners = np.array(list(product(*((0, n - 1) for n in self.shape))))
+        reached = corners @ self._matrix[:3, :3].T + self._matrix[:3, 3]
+        self._span = reached.min(axis=0), reached.max(axis=0)
+
+    def begin(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
+        """See `tiled.Target`."""
+        if self.result is None:
+            self.result = no_labels(self.shape, sums)
+        start = np.array(self.tiling.start(index)) - self.before
+        for voxels, low, share in self._inside(start):
+            for first in range(0, len(low), _POINTS):
+                part = slice(first, min(first + _POINTS, len(low)))
+                # A few sizes for all, so that little is compiled.
+                size = min(max(_FEW, 1 << (part.stop - part.start - 1).bit_length()), _POINTS)
+                filled = ((0, size - (part.stop - part.start)), (0, 0))
+                values = label_points(sums, np.pad(low[part], filled), np.pad(share[part], filled), self.result.dtype)
+                place = tuple(axis[part] for axis in voxels)
+                yield place, (slice(0, part.stop - part.start),), values
+
+    def _inside(self, start: np.ndarray) -> Iterator[tuple[tuple[np.ndarray, ...], np.ndarray, np.ndarray]]:
+        """Voxels of the target that a tile labels, a part at a time: their indices, (n,) an axis; the lower neighbour
+        (n, 3) int32, counted from the tile's first voxel; the share (n, 3) float32 of the upper one."""
+        box = self._box(start)
+        height = max(_LOOKED // max(math.prod(rows.stop - rows.start for rows in box[1:]), 1), 1)
+        for first in range(box[0].start, box[0].stop, height):
+            rows = (slice(first, min(first + height, box[0].stop)), *box[1:])
+            grid = np.ogrid[rows]
+            inside, lows, shares = np.ones([r.stop - r.start for r in rows], bool), [], []
+            for axis, edge in enumerate(self.tiling.edge):
+                steps = self._matrix[axis]
+                position = steps[0] * grid[0] + steps[1] * grid[1] + steps[2] * grid[2] + steps[3]
+                # Rounding to 1e-9 voxel makes ties exact, whatever the noise of the matrix product.
+                position = np.clip(np.round(position, 9), 0, self.source[axis] - 1)
+                low = np.floor(position + 0.5 if self.order == "nearest" else position)
+                inside &= (low >= start[axis]) & (low < start[axis] + edge)
+                lows.append(low)
+                shares.append(np.zeros_like(low) if self.order == "nearest" else position - low)
+            found = np.nonzero(inside)
+            if len(found[0]):
+                low = np.stack([each[inside] for each in lows], axis=1) - start
+                share = np.stack([each[inside] for each in shares], axis=1)
+                voxels = tuple((at + r.start).astype(np.int32) for at, r in zip(found, rows, strict=True))
+                yield voxels, low.astype(np.int32), share.astype(np.float32)
+
+    def _box(self, start: np.ndarray) -> tuple[slice, slice, slice]:
+        """The part of the target in which the voxels of a tile lie; outermost tiles have what lies beyond them too."""
+        end = start + self.tiling.edge
+        low = np.where(start <= 0, np.minimum(self._span[0], start), start) - 1
+        high = np.where(end >= self.source, np.maximum(self._span[1], end), end) + 1
+        corners = np.array(list(product(*zip(low, high, strict=True)))) @ self._back[:3, :3].T + self._back[:3, 3]
+        first = np.clip(np.floor(corners.min(axis=0)), 0, self.shape).astype(int)
+        last = np.clip(np.ceil(corners.max(axis=0)) + 1, 0, self.shape).astype(int)
+        a, b, c = (slice(int(one), int(other)) for one, other in zip(first, last, strict=True))
+        return a, b, c

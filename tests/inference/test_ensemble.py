@@ -8,7 +8,7 @@ from scipy.special import softmax
 from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import CheckpointError, ConfigError
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.ensemble import check_members, joined, members_of
+from mambahome_jax.inference.ensemble import check_members, log_mean_softmax, members_of
 from mambahome_jax.inference.segment import segment
 from tests.inference.models import Levels
 
@@ -23,19 +23,19 @@ def test_the_mean_of_probabilities():
     rng = np.random.default_rng(0)
     members = [rng.normal(scale=5, size=(4, 3, 5, 6)).astype(np.float32) for _ in range(3)]
     expected = np.mean([softmax(member.astype(np.float64), axis=-1) for member in members], axis=0)
-    found = np.asarray(joined([jnp.asarray(member) for member in members]))
+    found = np.asarray(log_mean_softmax([jnp.asarray(member) for member in members]))
     np.testing.assert_allclose(softmax(found.astype(np.float64), axis=-1), expected, rtol=0, atol=1e-6)
 
 
 def test_far_logits_do_not_overflow():
     far = jnp.asarray([[[[0.0, 1e4, -1e4]]]], jnp.float32)
-    found = softmax(np.asarray(joined([far, -far])), axis=-1)
+    found = softmax(np.asarray(log_mean_softmax([far, -far])), axis=-1)
     np.testing.assert_allclose(found, [[[[0, 0.5, 0.5]]]], atol=1e-6)
 
 
 def test_one_member_keeps_its_logits():
     logits = jnp.ones((1, 1, 1, 2))
-    assert joined([logits]) is logits
+    assert log_mean_softmax([logits]) is logits
 
 
 def test_members():

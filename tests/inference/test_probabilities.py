@@ -1,4 +1,4 @@
-"""The file that holds probabilities; their values are tested in test_stitch."""
+"""The file that holds probabilities; their values are tested in test_tiled."""
 
 import json
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.inference import tiles
+from mambahome_jax.inference import tiled
 from mambahome_jax.inference.prepare import SegmentSettings, prepare
 from mambahome_jax.inference.segment import label, segment
 from tests.inference.models import Levels
-from tests.inference.test_stitch import MIRRORS, ROI, network, scan
+from tests.inference.test_tiled import MIRRORS, ROI, network, scan
 
 
 @pytest.fixture
@@ -61,13 +61,13 @@ def test_devices_share_the_windows_and_give_the_labels_of_one(count):
 
 def test_every_device_predicts(monkeypatch):
     seen = []
-    add = tiles.Tiles.add
+    add = tiled.Tiles.add
 
     def noted(self, predicted, corners):
         seen.append((predicted.devices().pop(), self.device))
         return add(self, predicted, corners)
 
-    monkeypatch.setattr(tiles.Tiles, "add", noted)
+    monkeypatch.setattr(tiled.Tiles, "add", noted)
     devices = jax.local_devices()[1:3]
     segment(Levels((0.0, 1.0)), scan((40, 30, 30)), roi_size=(16, 16, 16), devices=devices)
     assert {device for device, _ in seen} == set(devices)

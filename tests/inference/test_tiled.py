@@ -8,12 +8,12 @@ from scipy.special import softmax
 from mambahome_jax.config import DataProperties
 from mambahome_jax.imaging.geometry import orientation_of, reorient, resample_to
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference import sheared, stitch, tiles
+from mambahome_jax.inference import targets, tiled
 from mambahome_jax.inference.mirrors import mirrored
 from mambahome_jax.inference.prepare import SegmentSettings, prepare
 from mambahome_jax.inference.segment import label
 from mambahome_jax.inference.sliding_window import sliding_window
-from mambahome_jax.inference.tiles import Tiling
+from mambahome_jax.inference.tiled import Tiling
 from tests.inference.models import Convolution, Levels
 from tests.inference.test_segment import oriented_affine
 
@@ -65,10 +65,10 @@ def assert_same_labels(found, logits):
     np.testing.assert_array_equal(found[clear], logits.argmax(axis=-1)[clear])
 
 
-@pytest.fixture(params=[tiles.FINE, tiles.COARSE], ids=["fine", "coarse"])
+@pytest.fixture(params=[tiled.FINE, tiled.COARSE], ids=["fine", "coarse"])
 def parts(request, monkeypatch):
     """Tiles as on a CPU, and as on a GPU."""
-    monkeypatch.setattr(stitch, "parts_for", lambda device: request.param)
+    monkeypatch.setattr(tiled, "parts_for", lambda device: request.param)
 
 
 @pytest.mark.usefixtures("parts")
@@ -115,8 +115,8 @@ def test_sheared_axes(monkeypatch, chain, orientation, spacing, shear, points):
     if points is not None:
         if chain == "published":
             pytest.skip("an odd size puts voxels halfway between two, where the nearest one is up to rounding")
-        monkeypatch.setattr(sheared, "_POINTS", points[0])
-        monkeypatch.setattr(sheared, "_LOOKED", points[1])
+        monkeypatch.setattr(targets, "_POINTS", points[0])
+        monkeypatch.setattr(targets, "_LOOKED", points[1])
     straight = scan((24, 25, 26), orientation, turn=0.2)
     affine = straight.affine.copy()
     for axis, along, share in shear:
@@ -179,14 +179,14 @@ def test_the_network_is_not_asked_for_more_than_a_slab():
 def test_few_tiles_are_alive(monkeypatch):
     most = []
 
-    add = tiles.Tiles.add
+    add = tiled.Tiles.add
 
     def counted(self, predicted, corners):
         done = add(self, predicted, corners)
         most.append(sum(total.nbytes + weight.nbytes for total, weight in self.alive.values()))
         return done
 
-    monkeypatch.setattr(tiles.Tiles, "add", counted)
+    monkeypatch.setattr(tiled.Tiles, "add", counted)
     settings = SegmentSettings(None, "RAS", "ct", ROI)
     label(network(0), prepare(scan((18, 20, 400)), settings), settings)
     tiling = Tiling((18, 20, 400), ROI)
@@ -200,7 +200,7 @@ def test_large_volumes_are_walked_along_their_longest_axis():
     assert Tiling((400, 100, 100), (96, 96, 96)).axis == 2
     large = Tiling((1000, 512, 512), (96, 96, 96))
     assert large.axis == 0 and large.edge == (24, 48, 48)
-    coarse = Tiling((512, 512, 333), (192, 192, 48), tiles.COARSE)
+    coarse = Tiling((512, 512, 333), (192, 192, 48), tiled.COARSE)
     assert coarse.edge == (192, 192, 24) and coarse.bytes_alive(16) < 2.5 * 2**30
     # 16 classes need less than half of a bound of 6 GiB.
     assert large.bytes_alive(16) < 3 * 2**30
