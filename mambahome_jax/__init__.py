@@ -9,7 +9,15 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "config": ["MODEL_SIZES", "DataProperties", "ModelConfig"],
-        "errors": ["CheckpointError", "ConfigError", "DatasetError", "MambaHomeError", "OutputError", "TrainingError"],
+        "errors": [
+            "CheckpointError",
+            "ConfigError",
+            "DatasetError",
+            "MambaHomeError",
+            "OutputError",
+            "ScanWarning",
+            "TrainingError",
+        ],
         "imaging.volume": ["Volume", "read_labels", "read_volume", "write_volume"],
         "imaging.geometry": ["reorient", "resample", "resample_to"],
         "evaluation.metrics": ["assd", "dice", "hd95", "nsd"],

@@ -19,11 +19,14 @@ from mambahome_jax.evaluation_config import ReportConfig as ReportConfig
 from mambahome_jax.inference_config import ConvertConfig as ConvertConfig
 from mambahome_jax.inference_config import InferConfig as InferConfig
 from mambahome_jax.recipes import RecipeFlags
+from mambahome_jax.values import SAMPLE_PERCENTILES as SAMPLE_PERCENTILES
 from mambahome_jax.values import AnatomicalAxis as AnatomicalAxis
 from mambahome_jax.values import CtIntensity as CtIntensity
 from mambahome_jax.values import CtScale as CtScale
 from mambahome_jax.values import Modality as Modality
 from mambahome_jax.values import Precision as Precision
+from mambahome_jax.values import ScanRanges as ScanRanges
+from mambahome_jax.values import StructureRange as StructureRange
 from mambahome_jax.values import Surface as Surface
 from mambahome_jax.values import converted, entries, integers, one_of, text, three
 
@@ -117,6 +120,8 @@ class DataProperties:
     """Anatomical axes (LR, AP, IS) along which scans were mirrored in training."""
     ct_scale: CtScale | None = None
     """How CT is normalised, where that is not by the published window."""
+    ranges: tuple[ScanRanges, ...] = ()
+    """What the scans were like, one entry a modality; empty where that was not noted."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "DataProperties":
@@ -136,12 +141,20 @@ class DataProperties:
                 "axes of LR, AP, IS",
             ),
             "ct_scale": (lambda v: None if v is None else CtScale.from_json(v), "low, high, mean and std, or null"),
+            "ranges": (
+                lambda v: tuple(
+                    ScanRanges.from_json(one_of(name, get_args(Modality)), entry) for name, entry in v.items()
+                ),
+                "the ranges of each modality",
+            ),
         }
         return cls(**{name: converted(name, values[name], *form) for name, form in forms.items() if name in values})
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in config.json, labels as {"1": name}."""
-        return dataclasses.asdict(self) | {"labels": {str(value): name for value, name in self.labels}}
+        """As it stands in config.json: labels as {"1": name}, ranges as {modality: ...} where there are any."""
+        content = dataclasses.asdict(self) | {"labels": {str(value): name for value, name in self.labels}}
+        del content["ranges"]
+        return content | ({"ranges": {item.modality: item.to_json() for item in self.ranges}} if self.ranges else {})
 
 
 @dataclass(frozen=True)

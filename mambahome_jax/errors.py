@@ -25,6 +25,10 @@ class OutputError(MambaHomeError):
     """A result that cannot be written (full disk, read-only folder)."""
 
 
+class ScanWarning(UserWarning):
+    """A scan whose intensities, size or result are far from those of the scans that a model is for."""
+
+
 def why_not_written(error: Exception) -> str:
     """The reason in a few words; Orbax and TensorStore wrap that of the system in a page of their own."""
     text = str(getattr(error, "strerror", None) or error)

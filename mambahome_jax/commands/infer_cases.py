@@ -28,7 +28,7 @@ from mambahome_jax.inference.postprocess import postprocess, volumes_ml
 from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
 from mambahome_jax.inference.preview import write_preview
 from mambahome_jax.inference.probabilities import whole_probabilities, write_probabilities
-from mambahome_jax.inference.segment import channels_of
+from mambahome_jax.inference.segment import case_remark, channels_of
 from mambahome_jax.paths import as_on_disk
 
 # What the scans that are read ahead may take together, in bytes of float32: 512 x 512 x 512 voxels anywhere, and a part
@@ -179,12 +179,16 @@ def write_case(
     result = postprocess(result, plan.only, plan.largest)
     for values, affine in shares:
         write_probabilities(_shares(config, scan), values, affine, plan.names)
-    preview, remarks = config.output_dir / "previews" / f"{scan.case}.png", {}
+    modality, structures_ml = scan.modality or settings.modality, volumes_ml(result, names)
+    remark = case_remark(plan.models, volume, modality, structures_ml)
+    remarks = [] if remark is None else [remark]
+    preview: Path | None = config.output_dir / "previews" / f"{scan.case}.png" if config.previews else None
     try:
-        if config.previews:
-            write_preview(preview, volume, result, names, scan.modality or settings.modality, scan.case)
+        if preview is not None:
+            write_preview(preview, volume, result, names, modality, scan.case)
     except OutputError as error:
-        remarks = {"remarks": [f"without preview: {error}"]}
+        remarks.append(f"without preview: {error}")
+        preview = None
     # Last: a case with a label map is done, and one that was killed before it is not kept as whole without the rest.
     if config.output_format == DICOM_SEG:
         dicomseg.write(path, result, scan.path, names)
@@ -193,13 +197,13 @@ def write_case(
     return {
         "id": scan.case,
         "input": input_of(config, scan),
-        "modality": scan.modality or settings.modality,
+        "modality": modality,
         "output": path.name,
-        "preview": str(preview.relative_to(config.output_dir)) if config.previews and not remarks else None,
+        "preview": None if preview is None else str(preview.relative_to(config.output_dir)),
         "shape": list(result.shape),
         "seconds": round(time.perf_counter() - begun, 3),
-        "volume_ml": volumes_ml(result, names),
-    } | remarks
+        "volume_ml": structures_ml,
+    } | ({"remarks": remarks} if remarks else {})
 
 
 def result_of(config: InferConfig, scan: Scan) -> Path:

@@ -14,11 +14,11 @@ from mambahome_jax.datasets import Dataset
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import not_written
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
+from mambahome_jax.imaging.plausibility import guessed_modality
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
 
 _LEFTOVERS = (".*.partial", ".*.partial.*", ".*.old", ".*.probe")
 _SAMPLED = 3
-_HU_BELOW = -500.0
 # Of the scan before and after resampling together: 9 measured for an int16 CT, more for stored float64.
 _BYTES_A_VOXEL = 16
 
@@ -75,7 +75,7 @@ def choose_modality(dataset: Dataset, asked: Modality | None) -> tuple[Modality,
                 # Reported when the case's turn comes.
                 continue
     values = ", ".join(f"{value:g}" for value in lowest) or "unknown"
-    if lowest and np.median(lowest) < _HU_BELOW:
+    if guessed_modality(lowest) == "ct":
         return "ct", f"guessed from the lowest values of {len(lowest)} scans ({values}): Hounsfield units of air"
     return "mr", f"guessed from the lowest values of {len(lowest)} scans ({values}): no Hounsfield units of air"
 

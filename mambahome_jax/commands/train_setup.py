@@ -21,6 +21,7 @@ from mambahome_jax.config import (
     Triple,
     said_multiples,
 )
+from mambahome_jax.data.ranges import training_ranges
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets.mirror import AXES, axis_along, mirror_pairs
 from mambahome_jax.datasets.prepared import Prepared, split_cases
@@ -132,6 +133,7 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
             patch_size=patch,
             ct_scale=prepared.ct_scale,
             mirror=tuple(name for name in AXES if axis_along(name, prepared.orientation) in mirrored),
+            ranges=training_ranges([store.entry(case) for case in train], structures, config.modality),
         ),
         patch_size=patch,
         precision=config.precision or default_precision(),

@@ -16,7 +16,8 @@ from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.label_map import read_image, read_label_map
 from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.imaging.geometry import reorient, resample
-from mambahome_jax.imaging.intensity import statistics
+from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles, statistics
+from mambahome_jax.imaging.plausibility import intensity_remark
 from mambahome_jax.imaging.source_record import place_of, record_of, renewed
 from mambahome_jax.imaging.volume import Volume, write_volume
 
@@ -131,6 +132,9 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
     made_from = fingerprint(job)
     image = read_image(job.case, job.channels)
     label, remarks = read_label_map(job.case, image, job.labels, job.hint)
+    sample = intensity_sample(image.array if image.array.ndim == 4 else image.array[..., None])
+    odd = intensity_remark(sample, job.modality)
+    remarks = (*remarks, *([str(odd)] if odd is not None else []))
     image = reorient(image, job.orientation)
     label = None if label is None else reorient(label, job.orientation)
     if job.spacing is not None:
@@ -141,7 +145,7 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
     # An entry of other settings would vouch for NIfTI files that are no longer its own, if this run ends between them.
     store.remove_entry(job.output / "store", job.case.id)
     try:
-        return _write(job, image, label, remarks, made_from)
+        return _write(job, image, label, remarks, made_from, sample_percentiles(sample))
     except OutputError:
         # Without its store entry a file would never be read, and on a full disk it takes the room of others.
         for path in (job.image_path, job.label_path) if job.nifti else ():
@@ -152,7 +156,12 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
 
 
 def _write(
-    job: CaseJob, image: Volume, label: Volume | None, remarks: tuple[str, ...], made_from: dict[str, Any]
+    job: CaseJob,
+    image: Volume,
+    label: Volume | None,
+    remarks: tuple[str, ...],
+    made_from: dict[str, Any],
+    percentiles: tuple[tuple[float, ...], ...],
 ) -> store.StoreEntry:
     if job.nifti:
         write_volume(job.image_path, image, dtype=np.float32)
@@ -172,6 +181,7 @@ def _write(
         fingerprint=made_from,
         labelled=job.case.labelled,
         remarks=remarks,
+        percentiles=percentiles,
     )
     return store.write_case(
         job.output / "store", entry, array, None if label is None else np.ascontiguousarray(label.array)

@@ -45,7 +45,8 @@ class StoreEntry:
     voxels, background included, None without a label; body_box: first and end (exclusive) voxel of the region in which
     patches without a foreground centre are drawn; fingerprint: what the entry was made from; labelled: the label values
     that this case's dataset labels at all, None for all of the table; remarks: what was found and dealt with;
-    checksum: of the voxels of image and label map, empty in entries of earlier versions.
+    checksum: of the voxels of image and label map, empty in entries of earlier versions;
+    percentiles: SAMPLE_PERCENTILES of each channel of the scan before resampling, empty in stores of earlier versions.
     """
 
     id: str
@@ -61,6 +62,7 @@ class StoreEntry:
     labelled: tuple[int, ...] | None = None
     remarks: tuple[str, ...] = ()
     checksum: str = ""
+    percentiles: tuple[tuple[float, ...], ...] = ()
 
     @property
     def foreground_counts(self) -> dict[int, int]:
@@ -350,6 +352,7 @@ def _from_json(content: dict[str, Any]) -> StoreEntry:
     values |= {
         "labelled": None if labelled is None else tuple(labelled),
         "remarks": tuple(content.get("remarks", ())),
+        "percentiles": tuple(tuple(row) for row in content.get("percentiles", ())),
         "shape": tuple(content["shape"]),
         "spacing": tuple(content["spacing"]),
         "affine": tuple(tuple(row) for row in content["affine"]),

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -10,9 +10,11 @@ import numpy as np
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Dataset, Split
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.plausibility import Remark, guessed_modality
 
 Severity = Literal["error", "warning", "note"]
 
+SCANS = "scans"  # layout of a folder that holds scans and no labels
 _AXES = ("R-L", "A-P", "S-I")
 _SHIFT_VOXELS = 1e-3  # below that, two grids differ by the rounding of float32 headers
 _FORM_VOXELS = 0.1  # what preprocessing accepts between an image and its label map
@@ -49,6 +51,7 @@ class CaseFacts:
     shape, spacing (mm): of the axes R-L, A-P and S-I, whatever the file's order. orientation: of the file's axes.
     digest: equal for equal images, "" where unknown or worthless. percentiles: (channel, percentile), see
     `examine.PERCENTILES`; foreground likewise of the labelled voxels. volumes_ml: of each label value that occurs.
+    odd: what would be odd about the intensities, were the scan of that modality.
     """
 
     id: str
@@ -65,6 +68,7 @@ class CaseFacts:
     foreground: tuple[tuple[float, ...], ...] | None = None
     volumes_ml: Mapping[int, float] | None = None
     findings: tuple[Finding, ...] = ()
+    odd: Mapping[Modality, Remark] = field(default_factory=dict)
 
     @property
     def usable(self) -> bool:
@@ -134,23 +138,6 @@ def small_shift_finding(case: str, file: str, voxels: float, mm: float) -> list[
     return [Finding("note", "shift", case, file, found, "", "Nothing: it is taken as on the image's grid.")]
 
 
-def image_findings(
-    case: str, file: str, minimum: Iterable[float], maximum: Iterable[float], modality: Modality | None
-) -> list[Finding]:
-    """Channels of one value, and CT without values of air. minimum, maximum: one entry a channel."""
-    lows, highs = tuple(minimum), tuple(maximum)
-    for channel, (low, high) in enumerate(zip(lows, highs, strict=True)):
-        if low == high:
-            where = f"channel {channel}: " if len(lows) > 1 else ""
-            action = "Export or download it again, or leave the case out."
-            return [Finding("warning", "intensity", case, file, f"{where}all voxels are {low:g}", "a scan", action)]
-    if modality == "ct" and min(lows) >= 0:
-        action = "Subtract the offset (often 1024), or give the true --modality."
-        found = f"values from {min(lows):g} to {max(highs):g}"
-        return [Finding("warning", "intensity", case, file, found, "Hounsfield units, air near -1000", action)]
-    return []
-
-
 def label_findings(case: str, file: str, counts: Mapping[int, int]) -> list[Finding]:
     """A label map without structure or without background. counts: voxels of each value."""
     if not any(value != 0 for value in counts):
@@ -169,7 +156,8 @@ def dataset_findings(dataset: Dataset, facts: list[CaseFacts]) -> list[Finding]:
     found += [Finding("note", "dataset", "", "", note, "", "") for note in dataset.notes]
     return [
         *found,
-        *_unlabelled(facts),
+        *(_unlabelled(facts) if dataset.layout != SCANS else ()),
+        *_intensities(facts),
         *_outliers(facts),
         *_orientations(facts),
         *_duplicates(facts),
@@ -186,6 +174,17 @@ def _unlabelled(facts: list[CaseFacts]) -> list[Finding]:
         found = f"none of {len(wanted)} cases has a label map"
         return [Finding("warning", "missing", "", "", found, "label maps to train on", action)]
     return [Finding("warning", "missing", fact.id, fact.image, "no label map", "", action) for fact in without]
+
+
+def _intensities(facts: list[CaseFacts]) -> list[Finding]:
+    """Scans that cannot be of their modality; where the dataset names none, of the one that most of them look like."""
+    guess = guessed_modality([row[0] for fact in facts if fact.modality is None for row in fact.percentiles or ()])
+    found = [(fact, fact.odd.get(fact.modality or guess)) for fact in facts]
+    return [
+        Finding("warning", "intensity", fact.id, fact.image, remark.found, remark.expected, remark.action)
+        for fact, remark in found
+        if remark is not None
+    ]
 
 
 def _outliers(facts: list[CaseFacts]) -> list[Finding]:
@@ -301,11 +300,6 @@ def _rare_structures(dataset: Dataset, facts: list[CaseFacts]) -> list[Finding]:
                 action = "Leave it out of the mean score of that modality."
                 findings.append(Finding("note", "structure", "", "", found, "", action))
     return findings
-
-
-def axis_order(orientation: str) -> list[int]:
-    """The file's axes in the order R-L, A-P, S-I, of an orientation such as "PSR"."""
-    return [next(i for i, letter in enumerate(orientation) if letter in pair) for pair in ("RL", "AP", "SI")]
 
 
 def _handedness(orientation: str) -> bool:

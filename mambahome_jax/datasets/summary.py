@@ -8,12 +8,12 @@ import numpy as np
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Dataset
-from mambahome_jax.datasets.check import CaseFacts
+from mambahome_jax.datasets.check import SCANS, CaseFacts
+from mambahome_jax.imaging.plausibility import guessed_modality
 
 _ANISOTROPIC = 3.0
 _PATCH_VOXELS = 96**3  # as the published patch
 _PATCH_STEP = 16
-_HU_BELOW = -500.0
 _FINER = ", of the coarsest axis the lowest tenth"
 
 
@@ -90,7 +90,8 @@ def summarise(dataset: Dataset, facts: Sequence[CaseFacts]) -> Summary:
         extent_mm=_range(spacing * shape),
         intensities=_intensities(dataset, usable),
         structures=_structures(dataset, usable),
-        suggestion=_suggest(usable, spacing, shape),
+        # Without labels there is nothing to preprocess for a training.
+        suggestion=None if dataset.layout == SCANS else _suggest(usable, spacing, shape),
     )
 
 
@@ -148,7 +149,7 @@ def _modality(usable: Sequence[CaseFacts]) -> tuple[Modality | None, str]:
     highs = [row[-1] for fact in usable for row in fact.percentiles or ()]
     if not lows:
         return None, "the headers do not tell"
-    if np.median(lows) < _HU_BELOW:
+    if guessed_modality(lows) == "ct":
         return "ct", f"guessed from the lowest values, about {np.median(lows):g}: Hounsfield units of air"
     if min(lows) >= 0 and max(highs) <= 255:
         return "mr", "guessed from the values, 0 to 255, which might as well be ultrasound (us)"

@@ -35,6 +35,11 @@ def orientation_of(affine: np.ndarray) -> str:
     return "".join(orientations.ornt2axcodes(orientations.io_orientation(affine)))
 
 
+def axis_order(orientation: str) -> list[int]:
+    """The axes of an array in the order R-L, A-P, S-I, of an orientation such as "PSR"."""
+    return [next(i for i, letter in enumerate(orientation) if letter in pair) for pair in ("RL", "AP", "SI")]
+
+
 def reorient(volume: Volume, orientation: str) -> Volume:
     """Permute and flip the spatial axes so that they run along `orientation` ("LPS", "RAS" ...), without interpolation.
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mambahome_jax.config import CtScale, Modality
+from mambahome_jax.config import SAMPLE_PERCENTILES, CtScale, Modality
 from mambahome_jax.errors import ConfigError
 
 CT_WINDOW = (-175.0, 250.0)  # HU, as published
 # Abdominal soft tissue in HU; other scans have no fixed scale and are shown between two percentiles.
 CT_DISPLAY = (-160.0, 240.0)
 DISPLAY_PERCENTILES = (0.5, 99.5)
+_SAMPLE = 200_000  # voxels at most: they are sorted within milliseconds, and show a share of 1 % to a tenth of it
 _SLAB = 1 << 22  # voxels that a reduction widens to float64 at a time
 
 
@@ -61,6 +62,36 @@ def statistics_of_parts(parts: Iterable[np.ndarray]) -> IntensityStatistics:
         minimum=tuple(running.minimum for running in found),
         maximum=tuple(running.maximum for running in found),
     )
+
+
+def intensity_sample(array: np.ndarray) -> np.ndarray:
+    """Values of up to 200,000 voxels spread over a volume (D, H, W, C): (n, C), each channel in ascending order.
+
+    The type is that of `array`. A channel is of one value only where all its voxels are.
+    """
+    step = 1
+    while math.prod(-(-n // step) for n in array.shape[:3]) > _SAMPLE:
+        step += 1
+    # A grid with a step for each axis: every n-th voxel of the flat array may be the same column of every row.
+    sample = np.sort(array[::step, ::step, ::step].reshape(-1, array.shape[3]), axis=0)
+    for channel in np.flatnonzero(sample[0] == sample[-1]) if step > 1 else ():
+        whole = array[..., channel]
+        sample[0, channel], sample[-1, channel] = whole.min(), whole.max()
+    return sample
+
+
+def sample_percentiles(sample: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    """SAMPLE_PERCENTILES of each channel of a sorted sample (n, C)."""
+    shares = [percentile / 100 for percentile in SAMPLE_PERCENTILES]
+    return tuple(tuple(sorted_quantile(channel, share) for share in shares) for channel in sample.T)
+
+
+def sorted_quantile(ordered: np.ndarray, share: float) -> float:
+    """As numpy.quantile of a sorted vector, which takes a quarter of a millisecond to begin with."""
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    low, high = float(ordered[below]), float(ordered[min(below + 1, len(ordered) - 1)])
+    return low + (high - low) * (place - below)
 
 
 def display_range(array: np.ndarray, modality: Modality | None = None) -> tuple[float, float]:

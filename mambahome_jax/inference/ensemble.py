@@ -1,5 +1,6 @@
 """Several networks as one: the mean of their softmax probabilities."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mambahome_jax.config import DataProperties
+from mambahome_jax.config import DataProperties, Modality, ScanRanges
 from mambahome_jax.errors import ConfigError
 
 
@@ -22,6 +23,16 @@ def members_of(model: Any) -> tuple[Any, ...]:
 def metadata_of(model: Any) -> DataProperties | None:
     """What a model says of its training; of an ensemble, the first network. None where it says nothing."""
     return getattr(members_of(model)[0], "metadata", None)
+
+
+def ranges_of(model: Any, modality: Modality) -> ScanRanges | None:
+    """What the scans of a modality were like in training, over all networks; None where one of them does not say."""
+    found = []
+    for member in members_of(model):
+        data = metadata_of(member)
+        found.append(next((item for item in data.ranges if item.modality == modality), None) if data else None)
+    known = [item for item in found if item is not None]
+    return functools.reduce(ScanRanges.joined, known) if len(known) == len(found) else None
 
 
 def is_published(model: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,12 +15,13 @@ from flax import nnx
 from mambahome_jax.compiler import compiler_options
 from mambahome_jax.config import DataProperties, Mirror, Modality, ModelConfig, Triple
 from mambahome_jax.datasets.mirror import AXES
-from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.errors import ConfigError, DatasetError, ScanWarning
 from mambahome_jax.imaging.geometry import Order, orientation_of, reorient
+from mambahome_jax.imaging.plausibility import scan_remark, volume_remark
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.ensemble import check_members, is_published, members_of, metadata_of
+from mambahome_jax.inference.ensemble import check_members, is_published, members_of, metadata_of, ranges_of
 from mambahome_jax.inference.mirrors import mirrored, mirrors_for
-from mambahome_jax.inference.postprocess import ALL, postprocess, values_named
+from mambahome_jax.inference.postprocess import ALL, postprocess, values_named, volumes_ml
 from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
 from mambahome_jax.inference.probabilities import write_probabilities
 from mambahome_jax.inference.restore import positions_on
@@ -68,6 +69,9 @@ def segment(
     Memory is needed for the scan and for a window's depth of the logits, not for the logits of a whole volume, save
     where `save_probabilities` asks for them.
 
+    Warns (ScanWarning) of a scan whose intensities cannot be those of its modality, or whose intensities, size or
+    structures are far from all that the model was trained on.
+
     Returns the label map, uint8 (uint16 above 256 classes), with the shape and affine of `volume`.
     Raises DatasetError (no Volume, voxels that are not finite or not real, wrong number of channels, an affine that
     places no voxels), ConfigError (settings that cannot work,
@@ -103,7 +107,26 @@ def segment(
     result = postprocess(label(model, prepared, settings, progress, take, devices=devices), only, largest)
     if save_probabilities is not None:
         write_probabilities(Path(save_probabilities), found[0], prepared.affine, label_names_of(model))
+    # A callable that says nothing of its training, called without a modality, may be for anything.
+    if modality is not None or metadata_of(model) is not None or is_published(model):
+        names = {value: name for value, name in label_names_of(model).items() if only is None or value in only}
+        odd = case_remark(model, volume, settings.modality, volumes_ml(result, names) if names else {})
+        if odd is not None:
+            warnings.warn(odd, ScanWarning, stacklevel=2)
     return result
+
+
+def case_remark(
+    model: Any, volume: Volume, modality: Modality, structures_ml: Mapping[str, float] | None = None
+) -> str | None:
+    """What is odd about a scan as it was read and about its result, in one line; None where nothing is.
+
+    structures_ml: volume of each structure in the result that was asked for, by name.
+    """
+    ranges = ranges_of(model, modality)
+    remark = scan_remark(volume.array, volume.affine, modality, ranges)
+    remark = remark or volume_remark(structures_ml or {}, ranges)
+    return None if remark is None else str(remark)
 
 
 def settings_for(model: Any, **changes: Any) -> SegmentSettings:

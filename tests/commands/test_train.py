@@ -104,6 +104,8 @@ def test_a_run_writes_what_the_design_promises(tmp_path, capsys):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoints", "metrics.csv", "run.json", "tensorboard"}
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"best", "last"}
     config = read_checkpoint_config(tmp_path / "run" / "checkpoints" / "best")
+    ranges = config["data"].pop("ranges")
+    assert list(ranges) == ["ct"] and ranges["ct"]["cases"] == 4 and list(ranges["ct"]["volumes_ml"]) == ["box"]
     assert config["data"] == {
         "spacing": [1.0, 1.0, 1.0],
         "orientation": "RAS",
