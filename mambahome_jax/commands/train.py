@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from mambahome_jax.commands.train_setup import Setup, make_setup, training_setti
 from mambahome_jax.commands.validation import ValidationSettings, make_validate
 from mambahome_jax.config import TrainConfig
 from mambahome_jax.data.loader import make_loader
+from mambahome_jax.data.shared_memory import batch_bytes, fitting_workers
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import prepared as prepared_layout
 from mambahome_jax.datasets.prepared import Prepared, read_prepared
@@ -222,7 +223,7 @@ def _train(
     with (
         MetricsLog(folder, progressed.step, say) if is_first() else NoLog() as log,
         Display(console, plan.total_steps, progressed.step, setup.global_batch, budget) as display,
-        _batches(config, setup, store, data_state) as batches,
+        _batches(config, setup, store, data_state, display.say) as batches,
     ):
         if compiles and plan.goes_on_after(progressed.step):
             display.say("Compiling the training step, once; the first step follows")
@@ -259,15 +260,21 @@ def _require_same_run(folder: Path, settings: dict[str, Any], setup: Setup) -> d
 
 
 @contextlib.contextmanager
-def _batches(config: TrainConfig, setup: Setup, store: Store, data_state: dict[str, Any] | None) -> Iterator[Any]:
+def _batches(
+    config: TrainConfig, setup: Setup, store: Store, data_state: dict[str, Any] | None, say: Callable[[str], None]
+) -> Iterator[Any]:
     """Iterator of training batches, closed at the end: its threads or processes would outlive it."""
+    size = batch_bytes(setup.global_batch // jax.process_count(), setup.patch_size, setup.model.in_chans)
+    workers = fitting_workers(setup.num_workers, size)
+    if workers.why_fewer:
+        say(f"Note: {workers.why_fewer}")
     loader = make_loader(
         store,
         setup.train_cases,
         setup.patch_size,
         setup.global_batch,
         seed=config.seed,
-        num_workers=setup.num_workers,
+        num_workers=workers.count,
         class_balanced=setup.ingredients.class_balanced,
         modality=config.modality,
         ct_scale=setup.properties.ct_scale,

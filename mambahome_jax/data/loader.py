@@ -10,6 +10,7 @@ from absl import flags
 from numpy.typing import ArrayLike
 
 from mambahome_jax.config import CtScale, Modality
+from mambahome_jax.data import shared_memory
 from mambahome_jax.data.store import Store, StoreEntry
 from mambahome_jax.data.watch import Reading, Watched, heed_the_parent
 from mambahome_jax.errors import ConfigError, DatasetError
@@ -94,6 +95,9 @@ class Watching:
     reading: Reading
 
     def __iter__(self) -> Watched:
+        """Raises ConfigError: the processes' queues have no shared memory."""
+        if reason := shared_memory.why_none():
+            raise ConfigError(f"{reason}. {shared_memory.REMEDY}")
         return Watched(iter(self.loader), self.reading)
 
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from mambahome_jax.cores import usable_cores
+from mambahome_jax.data.shared_memory import why_none
 from mambahome_jax.errors import ConfigError, MambaHomeError
 
 J = TypeVar("J")
@@ -34,10 +36,14 @@ def run_jobs(
     """Yield (job, result or exception) as jobs finish, in no fixed order.
 
     function: importable by name, as the processes are spawned. threads: run in one thread of this process instead,
-    where starting a process is not worth its second. When a process is killed, nobody knows by which of the running
-    jobs, so each of them is tried again alone; one that kills its process again yields WorkerDied. batch: jobs that a
-    process is given at a time, more than one where handing them over takes longer than doing them.
+    where starting a process is not worth its second; without room for a lock in shared memory this is so anyway. When a
+    process is killed, nobody knows by which of the running jobs, so each of them is tried again alone; one that kills
+    its process again yields WorkerDied. batch: jobs that a process is given at a time, more than one where handing them
+    over takes longer than doing them.
     """
+    if not threads and (reason := why_none()):
+        print(f"Note: {reason}; the work is done in this process, one job after the other", file=sys.stderr)
+        threads = True
     if batch > 1 and not threads:
         yield from _run_batches(function, list(jobs), workers, batch)
         return

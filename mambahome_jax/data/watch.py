@@ -14,11 +14,14 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from mambahome_jax.data import shared_memory
 from mambahome_jax.errors import MambaHomeError, TrainingError
 
 STALL_SECONDS = 45.0
 # Starting the processes, which import everything anew, perhaps from a slow disk.
 START_SECONDS = 300.0
+# What the system sends a process that writes to shared memory which is full (SIGBUS; Windows has none).
+_BUS_ERROR = int(getattr(signal, "SIGBUS", 7))
 
 
 class Reading:
@@ -78,15 +81,16 @@ class Watched:
                 self._kill()
                 raise TrainingError(f"{found}. Stopped. Is the disk or network that it lies on still there?")
         try:
-            return coming.result()
+            return _unnamed(coming.result())
         except (MambaHomeError, StopIteration):
             raise
         except Exception as error:
-            # Grain's own of a process that was killed; any other is a fault of ours and keeps its traceback.
-            if "Worker process" not in str(error):
+            reason = why_killed(error)
+            if not reason:
+                # A fault of ours, which keeps its traceback.
                 raise
-            action = "Stopped. If memory was short, try fewer --num_workers; --resume continues"
-            raise TrainingError(f"a process that reads patches was killed{self._at()}. {action}") from error
+            found = f"a process that reads patches {reason[0]}{self._at()}"
+            raise TrainingError(f"{found}. Stopped. {reason[1]}; --resume continues") from error
 
     def get_state(self) -> dict[str, Any]:
         """As that of the loader."""
@@ -112,6 +116,32 @@ class Watched:
         for process in multiprocessing.active_children():
             if str(process.pid) in known:
                 process.kill()
+
+
+def why_killed(error: Exception) -> tuple[str, str] | None:
+    """What befell a worker by the error that came of it, and what to do; None where that is a fault of the program."""
+    text = str(error)
+    # Grain's own words of a process that was killed.
+    if "Worker process" in text:
+        if f"exit code -{_BUS_ERROR}." in text:
+            return f"was killed for want of shared memory ({shared_memory.FOLDER})", shared_memory.REMEDY
+        return "was killed", "If memory was short, try fewer --num_workers"
+    if isinstance(error, OSError) and "psm_" in f"{error.filename} {text}":
+        return f"has no shared memory ({error.strerror})", shared_memory.REMEDY
+    return None
+
+
+def _unnamed(batch: Any) -> Any:
+    """The batch, its shared memory without a name: the system frees that with the batch, however this program ends.
+
+    Left to Grain, what is in use at the end is removed too late, and Python warns of leaked memory.
+    """
+    for array in batch.values() if isinstance(batch, dict) else ():
+        memory = getattr(array, "shm", None)
+        if memory is not None and getattr(array, "_unlink_on_del", False):
+            memory.unlink()
+            array._unlink_on_del = False
+    return batch
 
 
 def heed_the_parent() -> None:
