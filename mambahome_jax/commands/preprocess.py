@@ -16,7 +16,8 @@ from rich.table import Table
 from mambahome_jax.commands.open_dataset import open_dataset, several
 from mambahome_jax.commands.outputs import locked
 from mambahome_jax.commands.preprocess_jobs import choose_workers, make_jobs, open_output
-from mambahome_jax.commands.preprocess_output import begun, remove_failed, remove_stale, require_own, say_foreign
+from mambahome_jax.commands.preprocess_labels import number_structures
+from mambahome_jax.commands.preprocess_output import begin, begun, remove_failed, remove_stale, require_own, say_foreign
 from mambahome_jax.config import CtIntensity, CtScale, Modality, PreprocessConfig
 from mambahome_jax.console import command_line
 from mambahome_jax.data.ct_scale import ct_scale
@@ -24,6 +25,7 @@ from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.data.prepare import CaseJob, prepare_case, up_to_date
 from mambahome_jax.data.store import StoreEntry, write_index
 from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, write_prepared
+from mambahome_jax.datasets.label_values import describe_numbering
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
 from mambahome_jax.imaging.volume import Volume
@@ -144,6 +146,15 @@ def prepare(
         _say(console, f"{len(kept)} of {len(jobs)} cases are up to date and kept (--overwrite does them again)")
     with begun(output, earlier, jobs) if todo else contextlib.nullcontext():
         failing = _work(todo, entries, num_workers, console)
+    labels, values = dict(dataset.labels), dict(dataset.values)
+    if not labels:
+        before = partial(begin, output, earlier, jobs)
+        labels, values, errors = number_structures(jobs, entries, num_workers, before, partial(_say, console))
+        for case, error in errors:
+            failing.append((case, _reason(error, console)))
+            _say(console, f"Failed {case}: {failing[-1][1]}")
+    if values:
+        _say(console, f"Labels: {describe_numbering(values)}")
     failed += failing
     remove_failed(output, [case for case, _ in failing], earlier, partial(_say, console))
     say_foreign(output, [job for job in jobs if job.case.id in entries], partial(_say, console))
@@ -156,11 +167,12 @@ def prepare(
         spacing=spacing,
         orientation=orientation.upper(),
         channels=dataset.channels,
-        labels=dict(dataset.labels) or _labels_found([entry for _, entry in ordered]),
+        labels=labels,
         cases=tuple(_prepared_case(job, entry) for job, entry in ordered),
         skipped=tuple(failed),
         ct_scale=_scale(output / "store", [job for job, _ in ordered], console) if percentiles else None,
         patients=dataset.patients,
+        values=values,
     )
     write_prepared(prepared)
     done = tuple(job.case.id for job, _ in ordered if job.case.id not in kept)
@@ -229,17 +241,13 @@ def _reason(error: BaseException, console: Console) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _labels_found(entries: list[StoreEntry]) -> dict[int, str]:
-    values = sorted({value for entry in entries for value in entry.foreground_counts})
-    return {value: f"label_{value}" for value in values}
-
-
 def _prepared_case(job: CaseJob, entry: StoreEntry) -> PreparedCase:
     case = job.case
     image, label = str(case.image.resolve()), str(case.label.resolve()) if case.label is not None else None
     if job.nifti:
         image = job.image_path.relative_to(job.output).as_posix()
-        label = job.label_path.relative_to(job.output).as_posix() if case.has_label else None
+    if case.has_label and (job.nifti or entry.values):
+        label = job.label_path.relative_to(job.output).as_posix()
     return PreparedCase(
         *(
             case.id,

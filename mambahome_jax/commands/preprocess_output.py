@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from mambahome_jax.data.prepare import CaseJob
-from mambahome_jax.data.store import CASE_FILE, remove_index
+from mambahome_jax.data.store import CASE_FILE, read_case, remove_index
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.prepared import DESCRIPTION, begin_prepared
@@ -126,7 +126,8 @@ def _remove(paths: Iterable[Path]) -> None:
 
 def _written(job: CaseJob) -> tuple[Path, ...]:
     if not job.nifti:
-        return ()
+        entry = read_case(job.output / "store", job.case.id)
+        return (job.label_path,) if entry is not None and entry.values else ()
     return (job.image_path, job.label_path) if job.case.has_label else (job.image_path,)
 
 

@@ -13,7 +13,7 @@ from mambahome_jax.config import Modality
 from mambahome_jax.data import store
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.files import parts
-from mambahome_jax.datasets.label_map import read_image, read_label_map
+from mambahome_jax.datasets.label_map import read_counted_label_map, read_image, read_label_map
 from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.imaging.geometry import reorient, resample
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles, statistics
@@ -111,7 +111,9 @@ def up_to_date(job: CaseJob) -> store.StoreEntry | None:
     recorded = made_from.pop("sources", None)
     if made_from != _settings(job):
         return None
-    expected = [job.image_path] + ([job.label_path] if job.case.has_label else []) if job.nifti else []
+    expected = [job.image_path] if job.nifti else []
+    if job.case.has_label and (job.nifti or entry.values):
+        expected.append(job.label_path)
     if job.sampled and job.modality == "ct" and job.case.has_label:
         expected.append(root / job.case.id / store.INTENSITIES)
     if not all(path.is_file() for path in expected):
@@ -131,7 +133,7 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
     """
     made_from = fingerprint(job)
     image = read_image(job.case, job.channels)
-    label, remarks = read_label_map(job.case, image, job.labels, job.hint)
+    label, remarks, counts = read_counted_label_map(job.case, image, job.labels, job.hint)
     sample = intensity_sample(image.array if image.array.ndim == 4 else image.array[..., None])
     odd = intensity_remark(sample, job.modality)
     remarks = (*remarks, *([str(odd)] if odd is not None else []))
@@ -145,7 +147,8 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
     # An entry of other settings would vouch for NIfTI files that are no longer its own, if this run ends between them.
     store.remove_entry(job.output / "store", job.case.id)
     try:
-        return _write(job, image, label, remarks, made_from, sample_percentiles(sample))
+        counts = {} if job.labels else counts
+        return _write(job, image, label, remarks, counts, made_from, sample_percentiles(sample))
     except OutputError:
         # Without its store entry a file would never be read, and on a full disk it takes the room of others.
         for path in (job.image_path, job.label_path) if job.nifti else ():
@@ -160,13 +163,14 @@ def _write(
     image: Volume,
     label: Volume | None,
     remarks: tuple[str, ...],
+    counts: Mapping[int, int],
     made_from: dict[str, Any],
     percentiles: tuple[tuple[float, ...], ...],
 ) -> store.StoreEntry:
     if job.nifti:
         write_volume(job.image_path, image, dtype=np.float32)
         if label is not None:
-            write_volume(job.label_path, label, dtype=np.uint8, names=job.labels)
+            write_volume(job.label_path, label, names=job.labels)
     array = image.array if image.array.ndim == 4 else image.array[..., None]
     entry = store.StoreEntry(
         id=job.case.id,
@@ -182,6 +186,7 @@ def _write(
         labelled=job.case.labelled,
         remarks=remarks,
         percentiles=percentiles,
+        stored_counts=counts,
     )
     return store.write_case(
         job.output / "store", entry, array, None if label is None else np.ascontiguousarray(label.array)
@@ -189,7 +194,7 @@ def _write(
 
 
 def read_case(case: Case, channels: int, labels: Mapping[int, str], hint: str = "") -> tuple[Volume, Volume | None]:
-    """Image (D0, D1, D2[, C]) float32 and label map (D0, D1, D2) uint8 of one grid, as they are on disk.
+    """Image (D0, D1, D2[, C]) float32 and label map (D0, D1, D2) uint8 or uint16 of one grid, as they are on disk.
 
     Raises DatasetError: truncated or damaged file, NaN, another number of channels, an image and a label of different
     grids, unknown label values, nothing labelled where that means that nobody did: see `read_label_map`.

@@ -31,6 +31,7 @@ INTENSITIES = "intensities.npy"
 CASE_FILE = "case.json"
 
 _CHUNK = 64
+_CRC_LETTERS = 8
 _CACHE_BYTES = 256 * 2**20
 _CACHED_HANDLES = 512
 _CACHED_POSITIONS = 512
@@ -46,7 +47,9 @@ class StoreEntry:
     patches without a foreground centre are drawn; fingerprint: what the entry was made from; labelled: the label values
     that this case's dataset labels at all, None for all of the table; remarks: what was found and dealt with;
     checksum: of the voxels of image and label map, empty in entries of earlier versions;
-    percentiles: SAMPLE_PERCENTILES of each channel of the scan before resampling, empty in stores of earlier versions.
+    percentiles: SAMPLE_PERCENTILES of each channel of the scan before resampling, empty in stores of earlier versions;
+    values: label value -> value that the dataset's label map stores, where the two differ; stored_counts: voxels of
+    each stored value but 0 before resampling, empty where that is not known.
     """
 
     id: str
@@ -63,6 +66,9 @@ class StoreEntry:
     remarks: tuple[str, ...] = ()
     checksum: str = ""
     percentiles: tuple[tuple[float, ...], ...] = ()
+    # Not in repr, which fingerprints of datasets are made of: those of earlier versions stay what they are.
+    values: Mapping[int, int] = field(default_factory=dict, repr=False)
+    stored_counts: Mapping[int, int] = field(default_factory=dict, repr=False)
 
     @property
     def foreground_counts(self) -> dict[int, int]:
@@ -73,8 +79,8 @@ class StoreEntry:
 def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarray | None) -> StoreEntry:
     """Write root/<id>/, whole or not at all; a case that is there is replaced.
 
-    image (D, H, W, C) float32; label (D, H, W) uint8 or None. Class counts and checksum are taken from them; returns
-    the entry with both. Raises OutputError: the folder cannot be written.
+    image (D, H, W, C) float32; label (D, H, W) uint8, uint16 or None. Class counts and checksum are taken from them;
+    returns the entry with both. Raises OutputError: the folder cannot be written.
     """
     root = local_path(root)
     partial = root / f".{entry.id}.{os.getpid()}.partial"
@@ -83,7 +89,8 @@ def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarr
         partial.mkdir(parents=True)
         image = image.astype(np.float32, copy=False)
         _write_array(partial / "image", image)
-        label = None if label is None else label.astype(np.uint8, copy=False)
+        if label is not None and label.dtype != np.uint16:
+            label = label.astype(np.uint8, copy=False)
         entry = dataclasses.replace(entry, checksum=_checksum(image, label))
         if label is not None:
             _write_array(partial / "label", label)
@@ -103,6 +110,49 @@ def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarr
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return entry
+
+
+def rewrite_label(root: Path, entry: StoreEntry, label: np.ndarray, table: Mapping[int, int]) -> StoreEntry:
+    """Give a case that is there a label map of other values; returns its new entry, which is written last.
+
+    label (D, H, W) uint8 or uint16, the values of `entry` already replaced by those of `table`, one to one.
+    Raises OutputError: the folder cannot be written, and the case counts as not done.
+    """
+    root = local_path(root)
+    folder = as_on_disk(root / entry.id)
+    partial = root / f".{entry.id}.{os.getpid()}.partial"
+    counts = {table.get(value, value): count for value, count in (entry.class_counts or {}).items()}
+    # The voxels of the image stay, and with them its part.
+    checksum = entry.checksum and entry.checksum[:_CRC_LETTERS] + _crc(label)
+    entry = dataclasses.replace(entry, class_counts=counts, checksum=checksum)
+    remove_entry(root, entry.id)
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write_array(partial / "label", label)
+        with np.load(folder / "foreground.npz", allow_pickle=False) as archive:
+            arrays: dict[str, Any] = {str(table.get(int(name), int(name))): archive[name] for name in archive.files}
+        np.savez(partial / "foreground.npz", **arrays)
+        shutil.rmtree(folder / "label")
+        for name in ("label", "foreground.npz"):
+            (partial / name).replace(folder / name)
+        write_json(folder / CASE_FILE, _to_json(entry), indent=None)
+    except NPZ_ERRORS as error:
+        reason = f"{folder}: cannot be written: {why_not_written(error)}"
+        raise OutputError(f"{reason}. Free some space or name another output folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return entry
+
+
+def read_label(root: Path, case: str) -> np.ndarray:
+    """Label map of a case, (D, H, W) uint8 or uint16, whole. Raises DatasetError: damaged or missing files."""
+    path = Path(root) / case / "label"
+    try:
+        return ts.open(_spec(path), open=True, read=True).result().read().result()
+    except (ValueError, OSError) as error:
+        found = f"cannot be read ({str(error).splitlines()[0]})"
+        raise DatasetError(found, case=case, file=path, action=_ACTION) from error
 
 
 def read_case(root: Path, case: str) -> StoreEntry | None:
@@ -192,7 +242,7 @@ class Store:
     def read_label(
         self, case: str, start: tuple[int, ...] = (0, 0, 0), stop: tuple[int, ...] | None = None
     ) -> np.ndarray:
-        """Part [start, stop) of the label map, (d, h, w) uint8, cut off like `read_image`.
+        """Part [start, stop) of the label map, (d, h, w) uint8 (uint16 beyond 255), cut off like `read_image`.
 
         Raises DatasetError: no such case, no label, or damaged files.
         """
@@ -224,14 +274,8 @@ class Store:
             raise self._damaged(case, name, error) from error
 
     def _open(self, case: str, name: str) -> ts.TensorStore:
-        spec = {
-            "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": str(as_on_disk(self.root / case / name))},
-            "recheck_cached_data": False,
-            "recheck_cached_metadata": False,
-        }
         try:
-            return ts.open(spec, open=True, read=True, context=self._context).result()
+            return ts.open(_spec(self.root / case / name), open=True, read=True, context=self._context).result()
         except (ValueError, OSError) as error:
             raise self._damaged(case, name, error) from error
 
@@ -288,8 +332,20 @@ def _remove(file: Path) -> None:
 def _checksum(image: np.ndarray, label: np.ndarray | None) -> str:
     """Tells two states of one case apart, for which 32 bits an array do; a cryptographic digest takes several times as
     long."""
-    arrays = [image] if label is None else [image, label]
-    return "".join(f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):08x}" for array in arrays)
+    return _crc(image) + ("" if label is None else _crc(label))
+
+
+def _crc(array: np.ndarray) -> str:
+    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):0{_CRC_LETTERS}x}"
+
+
+def _spec(path: Path) -> dict[str, Any]:
+    return {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(as_on_disk(path))},
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+    }
 
 
 def _write_array(path: Path, array: np.ndarray) -> None:
@@ -341,6 +397,10 @@ def _to_json(entry: StoreEntry) -> dict[str, Any]:
     content = dataclasses.asdict(entry)
     if entry.class_counts is not None:
         content["class_counts"] = {str(value): count for value, count in entry.class_counts.items()}
+    for name in ("values", "stored_counts"):
+        content[name] = {str(key): value for key, value in content[name].items()}
+        if not content[name]:
+            del content[name]
     # Compared with what is read back, so tuples have to be the lists that JSON makes of them.
     return json.loads(json.dumps(content))
 
@@ -359,5 +419,9 @@ def _from_json(content: dict[str, Any]) -> StoreEntry:
         "statistics": IntensityStatistics(**{key: tuple(value) for key, value in content["statistics"].items()}),
         "body_box": tuple(tuple(corner) for corner in content["body_box"]),
         "class_counts": None if counts is None else {int(value): count for value, count in counts.items()},
+    }
+    values |= {
+        name: {int(key): int(value) for key, value in content.get(name, {}).items()}
+        for name in ("values", "stored_counts")
     }
     return StoreEntry(**values)

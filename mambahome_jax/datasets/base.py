@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,6 +89,7 @@ class Dataset:
     skipped: (case id, reason) of what cannot be used. notes: what the user should know but need not mend.
     hint: what to do where a label map holds a value that the table does not. layout: NAME of the module that read it.
     patients: who says of which patient a case is; None where each case counts as a patient of its own.
+    values: value of `labels` -> value that the label maps store, where the two differ throughout; empty elsewhere.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Dataset:
     hint: str = ""
     layout: str = ""
     patients: PatientSource | None = None
+    values: Mapping[int, int] = field(default_factory=dict)
 
 
 def unlabelled_note(cases: Iterable[Case]) -> tuple[str, ...]:
@@ -129,16 +131,17 @@ def read_json(path: Path) -> dict[str, Any]:
 def label_names(table: object, file: Path) -> dict[int, str]:
     """Label table of a dataset.json, {"1": name} or {name: 1}, as {value: name} in order of value, without background.
 
-    Raises DatasetError: another form, a value that is no whole number from 0 to 255, one value with two names.
+    Raises DatasetError: another form, a value that is no whole number from 0 to 65535, one value with two names.
     """
-    expected = '"labels": {"1": "liver", ...} with values from 0 to 255'
+    expected = '"labels": {"1": "liver", ...} with values from 0 to 65535'
     if not isinstance(table, dict):
         raise DatasetError('no table "labels"', file=file, expected=expected)
     names: dict[int, str] = {}
     for key, content in table.items():
         value, name = (key, content) if _is_integer(key) else (content, key)
-        if not _is_integer(value) or not isinstance(name, str) or not 0 <= int(value) <= 255:
-            raise DatasetError(f"label entry {key!r}: {content!r}", file=file, expected=expected)
+        if not _is_integer(value) or not isinstance(name, str) or not 0 <= int(value) <= 65535:
+            action = "Leave other values out of the table and number them by preprocess.py --label_map FILE."
+            raise DatasetError(f"label entry {key!r}: {content!r}", file=file, expected=expected, action=action)
         if names.setdefault(int(value), name) != name:
             raise DatasetError(f"label {value} is named {names[int(value)]!r} and {name!r}", file=file)
     names.pop(0, None)

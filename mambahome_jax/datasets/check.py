@@ -9,6 +9,7 @@ import numpy as np
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Dataset, Split
+from mambahome_jax.datasets.label_values import describe_numbering, numbering, stray_values
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.plausibility import Remark, guessed_modality
 
@@ -50,8 +51,8 @@ class CaseFacts:
 
     shape, spacing (mm): of the axes R-L, A-P and S-I, whatever the file's order. orientation: of the file's axes.
     digest: equal for equal images, "" where unknown or worthless. percentiles: (channel, percentile), see
-    `examine.PERCENTILES`; foreground likewise of the labelled voxels. volumes_ml: of each label value that occurs.
-    odd: what would be odd about the intensities, were the scan of that modality.
+    `examine.PERCENTILES`; foreground likewise of the labelled voxels. volumes_ml, label_voxels: of each label value
+    that occurs. odd: what would be odd about the intensities, were the scan of that modality.
     """
 
     id: str
@@ -67,6 +68,7 @@ class CaseFacts:
     percentiles: tuple[tuple[float, ...], ...] | None = None
     foreground: tuple[tuple[float, ...], ...] | None = None
     volumes_ml: Mapping[int, float] | None = None
+    label_voxels: Mapping[int, int] | None = None
     findings: tuple[Finding, ...] = ()
     odd: Mapping[Modality, Remark] = field(default_factory=dict)
 
@@ -162,6 +164,8 @@ def dataset_findings(dataset: Dataset, facts: list[CaseFacts]) -> list[Finding]:
         *_orientations(facts),
         *_duplicates(facts),
         *_leaks(facts),
+        *_numbering(dataset, facts),
+        *_strays(dataset, facts),
         *_rare_structures(dataset, facts),
     ]
 
@@ -269,6 +273,29 @@ def _leaks(facts: list[CaseFacts]) -> list[Finding]:
                 action,
             )
         )
+    return findings
+
+
+def _numbering(dataset: Dataset, facts: list[CaseFacts]) -> list[Finding]:
+    """Stored label values that are not 1, 2, 3, ..., as preprocessing numbers them."""
+    values = dataset.values
+    if not dataset.labels:
+        values = numbering(value for fact in facts if fact.usable for value in fact.label_voxels or ())
+    return [Finding("note", "label", "", "", describe_numbering(values), "", "")] if values else []
+
+
+def _strays(dataset: Dataset, facts: list[CaseFacts]) -> list[Finding]:
+    known = {fact.id: fact.label_voxels for fact in facts if fact.usable and fact.label_voxels is not None}
+    files = {case.id: str(case.label_files[0]) for case in dataset.cases if case.has_label}
+    action = "Look at it: if it is a slip, correct the label map; a structure of so few voxels cannot be learnt."
+    findings = []
+    for stray in stray_values(known):
+        stored, name = dataset.values.get(stray.value, stray.value), dataset.labels.get(stray.value)
+        title = f"label value {stored}" + (f" ({name})" if name else "")
+        expected = f"a structure of more than {len(stray.voxels)} of {len(known)} label maps"
+        for case, voxels in stray.voxels.items():
+            found = f"{title} in {voxels} voxel{'s' * (voxels != 1)}"
+            findings.append(Finding("warning", "label value", case, files[case], found, expected, action))
     return findings
 
 

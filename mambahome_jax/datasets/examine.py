@@ -13,7 +13,7 @@ from mambahome_jax.datasets import check
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.check import CaseFacts, Finding
 from mambahome_jax.datasets.files import parts
-from mambahome_jax.datasets.label_map import count_values, read_image, read_label_map
+from mambahome_jax.datasets.label_map import count_values, own_image, read_image, read_label_map
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.geometry import axis_order, orientation_of
@@ -82,6 +82,8 @@ def _headers(job: ExamineJob) -> tuple[CaseFacts, list[Finding], Volume | None]:
         if grid is None:
             continue
         label = label or grid
+        if job.fast and _quick_digest((file,)) in map(_quick_digest, ((path,) for path in case.image_files)):
+            findings.append(check.error_finding(case.id, "label", own_image(file)))
         if image is not None:
             more = _compare(case.id, image, grid, file)
             findings += more
@@ -124,7 +126,7 @@ def _compare(case: str, image: Volume, label: Volume, file: Path) -> list[Findin
 
 def _voxels(job: ExamineJob, facts: CaseFacts, grid: Volume | None) -> tuple[CaseFacts, list[Finding]]:
     case, findings = job.case, []
-    channels = label = None
+    channels = label = image = None
     try:
         image = read_image(case, job.channels)
         channels = image.array if image.array.ndim == 4 else image.array[..., None]
@@ -144,6 +146,9 @@ def _voxels(job: ExamineJob, facts: CaseFacts, grid: Volume | None) -> tuple[Cas
     if not case.has_label or grid is None:
         return facts, findings
     file = str(case.label_files[0] if case.label is not None else case.label_files[0].parent)
+    if image is not None and image.shape == grid.shape:
+        # With its voxels, of which the label map may be a copy; without them its header's grid has to do.
+        grid = Volume(image.array, grid.affine)
     try:
         label, remarks = read_label_map(case, grid, job.labels, job.hint)
     except DatasetError as error:
@@ -154,8 +159,9 @@ def _voxels(job: ExamineJob, facts: CaseFacts, grid: Volume | None) -> tuple[Cas
     counts = count_values(label.array)
     findings += check.label_findings(case.id, file, counts)
     ml = float(abs(np.linalg.det(grid.affine[:3, :3]))) / 1000
-    volumes = {value: count * ml for value, count in counts.items() if value != 0}
-    facts = replace(facts, volumes_ml=volumes)
+    voxels = {value: count for value, count in counts.items() if value != 0}
+    volumes = {value: count * ml for value, count in voxels.items()}
+    facts = replace(facts, volumes_ml=volumes, label_voxels=voxels)
     if volumes and channels is not None and channels.shape[:3] == label.shape:
         facts = replace(facts, foreground=_foreground_percentiles(channels, label.array != 0))
     return facts, findings

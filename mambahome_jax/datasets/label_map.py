@@ -1,6 +1,6 @@
 """The label map of a case as training is to see it: masks merged, values checked and replaced."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.grids import require_same_grid
+from mambahome_jax.imaging.labels import replace_values, resembles_image, same_voxels
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume
 
 _SLAB = 1 << 20
@@ -47,21 +48,31 @@ def _holding(first: np.dtype, second: np.dtype) -> np.dtype:
 def read_label_map(
     case: Case, image: Volume, labels: Mapping[int, str], hint: str = ""
 ) -> tuple[Volume, tuple[str, ...]] | tuple[None, tuple[()]]:
-    """Label map (D0, D1, D2) uint8 on the image's grid, and remarks on what was dealt with; None without a label.
+    """Label map (D0, D1, D2) uint8, or uint16 beyond 255, on the image's grid, and remarks on what was dealt with.
 
-    labels: value -> name after `Case.values`; empty allows every value up to 255. hint: what to do about others.
-    Where masks overlap, the later of `Case.masks` has the voxel, and the remark says how many there are.
-    Raises DatasetError: as read_labels; another grid than the image's; unknown values; a mask that is not binary; a
-    case of which all masks are empty, or the map is, where that means that nobody labelled it.
+    None without a label. labels: value -> name after `Case.values`; empty allows every value up to 65535. hint: what to
+    do about others. Where masks overlap, the later of `Case.masks` has the voxel, and the remark says how many there
+    are.
+    Raises DatasetError: as read_labels; another grid than the image's; the image itself; unknown values; a mask that is
+    not binary; a case of which all masks are empty, or the map is, where that means that nobody labelled it.
     """
+    label, remarks, _ = read_counted_label_map(case, image, labels, hint)
+    return (None, ()) if label is None else (label, remarks)
+
+
+def read_counted_label_map(
+    case: Case, image: Volume, labels: Mapping[int, str], hint: str = ""
+) -> tuple[Volume | None, tuple[str, ...], dict[int, int]]:
+    """As `read_label_map`, and the voxels of each value but 0 that the file stores; none for masks."""
+    counts: dict[int, int] = {}
     if case.masks and case.label is None:
         label, remarks = _merge(case, image, labels)
     elif case.label is not None:
-        label, remarks = _checked(case, case.label, image, labels, hint), ()
+        label, remarks, counts = _checked(case, case.label, image, labels, hint)
     else:
-        return None, ()
+        return None, (), {}
     # The label takes the image's affine: both are then resampled to exactly one grid.
-    return Volume(label, image.affine), remarks
+    return Volume(label, image.affine), remarks, counts
 
 
 def count_values(label: np.ndarray) -> dict[int, int]:
@@ -76,30 +87,67 @@ def count_values(label: np.ndarray) -> dict[int, int]:
     return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
-def _checked(case: Case, file: Path, image: Volume, labels: Mapping[int, str], hint: str) -> np.ndarray:
-    label = read_labels(file)
+def _checked(
+    case: Case, file: Path, image: Volume, labels: Mapping[int, str], hint: str
+) -> tuple[np.ndarray, tuple[str, ...], dict[int, int]]:
+    try:
+        label = read_labels(file, any_value=case.values is not None)
+    except DatasetError:
+        _refuse_own_image(file, image)
+        raise
     require_same_grid(image, label, file)
-    found = sorted(count_values(label.array).keys() - {0})
+    counts = _counts(label.array)
+    if counts and same_voxels(label.array, image.array):
+        raise own_image(file)
     known = labels if case.values is None else case.values
-    unknown = [value for value in found if (value not in known if known else value > 255)]
+    unknown = [value for value in counts if value not in known] if known else []
     if unknown:
         names = labels if case.values is None else {v: labels.get(new, "left out") for v, new in case.values.items()}
-        expected = ", ".join(f"{value} {name}" for value, name in sorted(names.items())) if known else "0 to 255"
+        expected = ", ".join(f"{value} {name}" for value, name in sorted(names.items()))
         action = hint or "Correct the label map, or the table of labels in dataset.json."
-        what = "unknown label values " + ", ".join(map(str, unknown[:20]))
+        what = f"unknown label values {_listed(unknown)}"
         raise DatasetError(what, file=file, expected=expected, action=action)
-    if not found and not case.may_be_empty:
+    if not counts and not case.may_be_empty:
         raise _nothing_labelled(file, "the label map is empty")
-    if case.values is None:
-        return label.array.astype(np.uint8, copy=False)
-    table = np.zeros(max([*case.values, 0]) + 1, np.uint8)
-    for stored, value in case.values.items():
-        table[stored] = value
-    return table[label.array]
+    odd = not known and resembles_image(label.array, len(counts))
+    remarks = (f"{len(counts)} label values that change from voxel to voxel: is {file.name} an image?",) if odd else ()
+    return label.array if case.values is None else replace_values(label.array, case.values), remarks, counts
+
+
+def _counts(label: np.ndarray) -> dict[int, int]:
+    """Voxels of each value but 0, of any integers."""
+    if label.dtype.kind == "u":
+        counts = count_values(label)
+    else:
+        counts = {int(value): int(count) for value, count in zip(*np.unique(label, return_counts=True), strict=True)}
+    counts.pop(0, None)
+    return counts
+
+
+def _refuse_own_image(file: Path, image: Volume) -> None:
+    """Raises DatasetError where a file that cannot be read as a label map is the image: that is the reason to tell."""
+    try:
+        voxels = read_volume(file).array
+    except DatasetError:
+        return
+    channels = voxels if voxels.ndim == 4 else voxels[..., None]
+    if any(same_voxels(channels[..., c], image.array) for c in range(channels.shape[3])):
+        raise own_image(file)
+
+
+def own_image(file: Path) -> DatasetError:
+    """The error for a label map that is a copy of its image."""
+    action = "Put the label map in its place: was the folder of images copied, or one file named twice?"
+    return DatasetError("every voxel is as in its image", file=file, expected="a label map", action=action)
+
+
+def _listed(values: Iterable[int]) -> str:
+    return ", ".join(map(str, list(values)[:20]))
 
 
 def _merge(case: Case, image: Volume, labels: Mapping[int, str]) -> tuple[np.ndarray, tuple[str, ...]]:
-    merged = np.zeros(image.shape, np.uint8, order="F")
+    most = max([*(value for value, _ in case.masks), *(case.values or {}).values()])
+    merged = np.zeros(image.shape, np.uint8 if most <= 255 else np.uint16, order="F")
     overlaps: dict[tuple[int, int], int] = {}
     empty, unread = True, []
     for stored, file in case.masks:
@@ -119,17 +167,23 @@ def _merge(case: Case, image: Volume, labels: Mapping[int, str]) -> tuple[np.nda
         raise _nothing_labelled(case.masks[0][1].parent, f"all {len(case.masks)} masks are empty")
     if not overlaps:
         return merged, ()
-    (first, second), most = max(overlaps.items(), key=lambda item: item[1])
+    (first, second), largest = max(overlaps.items(), key=lambda item: item[1])
     pair = f"{labels.get(first, first)} and {labels.get(second, second)}"
     total = sum(overlaps.values())
-    return merged, (f"{total} voxels lie in two masks (most: {most} in {pair}); the later in the table has them",)
+    return merged, (f"{total} voxels lie in two masks (most: {largest} in {pair}); the later in the table has them",)
 
 
 def _read_mask(file: Path, image: Volume) -> np.ndarray:
-    mask = read_labels(file)
+    try:
+        mask = read_labels(file)
+    except DatasetError:
+        _refuse_own_image(file, image)
+        raise
     require_same_grid(image, mask, file)
     # Counting takes longer than reading, and nearly every mask is of 0 and 1.
     values = sorted(count_values(mask.array).keys() - {0}) if mask.array.max() > 1 else []
+    if len(values) > 1 and same_voxels(mask.array, image.array):
+        raise own_image(file)
     if len(values) > 1:
         raise DatasetError(f"values {', '.join(map(str, values[:5]))}", file=file, expected="a mask of 0 and 1")
     return mask.array > 0

@@ -62,6 +62,8 @@ class Prepared:
     spacing: (3,) mm that was asked for, None where every scan kept its own; 0 or below keeps an axis. orientation: of
     the array axes, such as "RAS". labels: value -> name, without the background. ct_scale: how CT is normalised, None
     for the published window. patients: who says of which patient a case is, None in folders of earlier versions.
+    values: value of `labels` -> value that the dataset's label maps store and infer writes, written only where the two
+    differ.
     """
 
     root: Path
@@ -74,6 +76,7 @@ class Prepared:
     skipped: tuple[tuple[str, str], ...] = field(default=())
     ct_scale: CtScale | None = None
     patients: PatientSource | None = None
+    values: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def store(self) -> Path:
@@ -116,6 +119,7 @@ def load(folder: Path) -> Dataset:
         cases,
         prepared.skipped,
         patients=prepared.patients,
+        values=dict(prepared.values),
     )
 
 
@@ -145,8 +149,9 @@ def read_prepared(folder: Path) -> Prepared:
             skipped=tuple((entry["id"], entry["reason"]) for entry in content["skipped"]),
             ct_scale=None if ct_scale is None else CtScale.from_json(ct_scale),
             patients=_patient_source(content.get("patients")),
+            values={int(value): int(stored) for value, stored in content.get("values", {}).items()},
         )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         found = f"damaged ({type(error).__name__}: {error})"
         raise DatasetError(found, file=file, expected=LOOKS_FOR, action="Run preprocess.py again.") from error
 
@@ -163,6 +168,8 @@ def write_prepared(prepared: Prepared) -> None:
         "cases": [_entry(case) for case in prepared.cases],
         "skipped": [{"id": case, "reason": reason} for case, reason in prepared.skipped],
     }
+    if prepared.values:
+        content["values"] = {str(value): stored for value, stored in sorted(prepared.values.items())}
     if prepared.ct_scale is not None:
         content["ct_scale"] = asdict(prepared.ct_scale)
     if prepared.patients is not None:

@@ -44,7 +44,11 @@ def consecutive(dataset: Dataset) -> Dataset:
     if not dataset.labels or list(dataset.labels) == list(range(1, len(dataset.labels) + 1)):
         return dataset
     values = {old: new for new, old in enumerate(dataset.labels, start=1)}
-    return _relabel(dataset, values, {new: dataset.labels[old] for old, new in values.items()})
+    found = _relabel(dataset, values, {new: dataset.labels[old] for old, new in values.items()})
+    if any(case.masks or case.values is not None for case in dataset.cases):
+        # Of these the table's values are in no file.
+        return found
+    return dataclasses.replace(found, values={new: dataset.values.get(old, old) for old, new in values.items()})
 
 
 def select_structures(dataset: Dataset, names: Sequence[str]) -> Dataset:
@@ -151,9 +155,8 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
 
 def _relabel(dataset: Dataset, values: Mapping[int, int], labels: Mapping[int, str]) -> Dataset:
     """Every value of the table replaced by another (0: background), on top of what the cases replace already."""
-    return dataclasses.replace(
-        dataset, labels=labels, cases=tuple(_relabel_case(case, values) for case in dataset.cases)
-    )
+    cases = tuple(_relabel_case(case, values) for case in dataset.cases)
+    return dataclasses.replace(dataset, labels=labels, cases=cases, values={})
 
 
 def _relabel_case(case: Case, values: Mapping[int, int]) -> Case:

@@ -78,17 +78,18 @@ def read_volume(path: str | Path, *, channels: int | None = None, as_stored: boo
     return Volume(_scale(path, raw, slope, inter), affine)
 
 
-def read_labels(path: str | Path) -> Volume:
+def read_labels(path: str | Path, *, any_value: bool = False) -> Volume:
     """Read a label map (the formats of `read_volume`) of any stored type whose values are whole numbers.
 
     Returns a Volume (D0, D1, D2) of uint8, or of uint16 where a label is above 255.
+    any_value: negative labels and those above 65535 are taken too; the array is then int64 where there are any.
     Raises DatasetError as `read_volume`, and for labels that are fractional, negative or above 65535.
     """
     path = local_path(path)
     raw, affine, slope, inter = _stored(path, 1)
     if raw.dtype.kind == "f" or (slope, inter) != (1.0, 0.0):
         values = raw.astype(np.float64) * slope + inter
-        _require_finite(path, values)
+        _require_finite(path, values, "Write 0, the background, or the right label into these voxels.")
         labels = np.rint(values)
         off = np.abs(values - labels)
         if off.max() > 1e-3:
@@ -97,10 +98,12 @@ def read_labels(path: str | Path) -> Volume:
     else:
         labels = raw
     low, high = labels.min(), labels.max()
-    if low < 0 or high > 65535:
-        found = f"label values from {low:g} to {high:g}"
-        raise DatasetError(found, file=path, expected="0 to 65535", action="Is this an image, not a label map?")
-    return Volume(labels.astype(np.uint8 if high <= 255 else np.uint16), affine)
+    if low >= 0 and high <= 65535:
+        return Volume(labels.astype(np.uint8 if high <= 255 else np.uint16), affine)
+    if any_value and low >= -(2**53) and high <= 2**53:
+        return Volume(labels.astype(np.int64), affine)
+    action = "Is this an image? If it is a label map, number its structures by preprocess.py --label_map FILE."
+    raise DatasetError(f"label values from {low:g} to {high:g}", file=path, expected="0 to 65535", action=action)
 
 
 def read_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
@@ -199,14 +202,17 @@ def _scale(path: Path, raw: np.ndarray, slope: float, inter: float) -> np.ndarra
     return values
 
 
-def _require_finite(path: Path, values: np.ndarray) -> None:
+def _require_finite(
+    path: Path,
+    values: np.ndarray,
+    action: str = "Replace them, for example by the intensity of air, before preprocessing.",
+) -> None:
     # A float64 sum of float32 values is finite exactly if they all are; it needs no mask of the volume's size.
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(values.sum(dtype=np.float64)):
             return
     count = int(np.count_nonzero(~np.isfinite(values)))
     if count:
-        action = "Replace them, for example by the intensity of air, before preprocessing."
         raise DatasetError(f"{count} voxels are NaN or infinite", file=path, expected="finite numbers", action=action)
 
 

@@ -61,8 +61,22 @@ def unknown_values(folder: Path) -> None:
     write(folder / "labels/b.nii.gz", label)
 
 
-def values_above_255(folder: Path) -> None:
-    write(folder / "labels/b.nii.gz", scan()[1].astype(np.int16) * 300)
+def values_above_65535(folder: Path) -> None:
+    write(folder / "labels/b.nii.gz", scan()[1].astype(np.int32) * 90000)
+
+
+def negative_values(folder: Path) -> None:
+    write(folder / "labels/b.nii.gz", -scan()[1].astype(np.int16))
+
+
+def nan_in_label(folder: Path) -> None:
+    label = scan()[1]
+    write(folder / "labels/b.nii.gz", np.where(label == 0, np.nan, label).astype(np.float32))
+
+
+def image_as_label(folder: Path) -> None:
+    image = write(folder / "images/b.nii.gz", np.clip(scan()[0], 0, 255).astype(np.int16))
+    write(folder / "labels/b.nii.gz", np.asarray(nib.load(image).dataobj))
 
 
 def fractional_label(folder: Path) -> None:
@@ -83,7 +97,10 @@ def label_without_image(folder: Path) -> None:
         (other_shape, ("labels/b.nii.gz", "grid of 12 x 16 x 9 voxels; expected 12 x 16 x 8 as in the image")),
         (shifted, ("labels/b.nii.gz", "up to 1.5 mm (0.5 voxels) off the image's")),
         (unknown_values, ("labels/b.nii.gz", "unknown label values 9, 200; expected 1 liver, 2 spleen")),
-        (values_above_255, ("labels/b.nii.gz", "unknown label values 300, 600; expected 0 to 255")),
+        (values_above_65535, ("labels/b.nii.gz", "label values from 0 to 180000; expected 0 to 65535", "--label_map")),
+        (negative_values, ("labels/b.nii.gz", "label values from -2 to 0; expected 0 to 65535", "--label_map")),
+        (nan_in_label, ("labels/b.nii.gz", "are NaN or infinite", "Write 0, the background")),
+        (image_as_label, ("labels/b.nii.gz", "every voxel is as in its image; expected a label map")),
         (fractional_label, ("labels/b.nii.gz", "label value 0.5; expected whole numbers")),
         (label_without_image, ("labels/b.nii.gz has no image; expected images/b.nii.gz",)),
     ],

@@ -186,7 +186,7 @@ def test_missing_folder_and_file_instead_of_folder(tmp_path):
 
 def test_label_table_sorts_as_integers_and_refuses_values_that_do_not_fit(tmp_path):
     assert list(label_names({"10": "j", "2": "b", "0": "background"}, tmp_path)) == [2, 10]
-    for table in ({"1": "a", "b": 1}, {"256": "a"}, {"-1": "a"}, {"1": 2}):
+    for table in ({"1": "a", "b": 1}, {"65536": "a"}, {"-1": "a"}, {"1": 2}):
         with pytest.raises(DatasetError):
             label_names(table, tmp_path)
 

@@ -1,0 +1,223 @@
+"""Label maps whose values have gaps or lie above 255: numbered 1, 2, 3, ... by preprocess, named by check."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mambahome_jax.commands import preprocess_labels as preprocess
+from mambahome_jax.commands.check import run as check
+from mambahome_jax.commands.preprocess import prepare, run
+from mambahome_jax.config import CheckConfig
+from mambahome_jax.data.store import Store
+from mambahome_jax.datasets import load_dataset, read_prepared
+from mambahome_jax.imaging.volume import Volume, read_labels, write_volume
+from tests.commands.scans import AFFINE, description, preprocess_config, reasons, scan, write
+
+
+@pytest.fixture
+def config(tmp_path):
+    return replace(preprocess_config(tmp_path), spacing=(0, 0, 0))
+
+
+def store_values(config, values, cases="abc", dtype=np.uint8, suffix=".nii.gz"):
+    """Label maps with `values` in the place of 0, 1, 2."""
+    for case in cases:
+        (config.input_path / f"labels/{case}.nii.gz").unlink(missing_ok=True)
+        path = config.input_path / f"labels/{case}{suffix}"
+        write_volume(path, Volume(np.array(values, dtype)[scan()[1]], AFFINE))
+
+
+def name_structures(config, labels):
+    (config.input_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+
+
+def ranks(array):
+    return np.unique(array, return_inverse=True)[1].reshape(array.shape)
+
+
+def require_numbered(config, cases="abc"):
+    """Label maps, store and index of OUT hold the ranks of the values that any case stores."""
+    stored = {case: read_labels(next(config.input_path.glob(f"labels/{case}.*"))).array for case in cases}
+    known = sorted({0}.union(*(np.unique(array).tolist() for array in stored.values())))
+    store = Store(config.output_path)
+    for case, array in stored.items():
+        expected = np.searchsorted(known, array)[::-1, ::-1]  # LPS as RAS
+        label = read_labels(config.output_path / f"labels/{case}.nii.gz").array
+        np.testing.assert_array_equal(label, expected)
+        np.testing.assert_array_equal(store.read_label(case), expected)
+        values, counts = np.unique(expected, return_counts=True)
+        assert store.entry(case).class_counts == dict(zip(values.tolist(), counts.tolist(), strict=True))
+        for value in values[1:]:
+            assert (expected[tuple(store.class_positions(case, value).T)] == value).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "suffix"),
+    [
+        ((0, 255, 255), np.uint8, ".nii.gz"),
+        ((0, 1, 4), np.uint8, ".nii.gz"),
+        ((0, 100, 200), np.float32, ".nii.gz"),
+        ((0, 205, 850), np.uint16, ".nii.gz"),
+        ((0, 2, 2035), np.int32, ".nii"),
+        ((0, 3, 600), np.int16, ".mha"),
+        ((0, 300, 65535), np.uint16, ".nrrd"),
+    ],
+)
+def test_values_without_names_are_numbered_by_what_occurs(config, capsys, values, dtype, suffix):
+    store_values(config, values, dtype=dtype, suffix=suffix)
+    assert run(config) == 0
+    require_numbered(config)
+    stored = sorted({*values} - {0})
+    content = description(config)
+    assert content["values"] == {str(number): value for number, value in enumerate(stored, 1)}
+    assert content["labels"] == {str(number): f"label_{value}" for number, value in enumerate(stored, 1)}
+    assert read_prepared(config.output_path).values == dict(enumerate(stored, 1))
+    shown = capsys.readouterr().out
+    assert f"{', '.join(map(str, stored))} " in shown and "infer writes" in shown
+    # Once more changes nothing.
+    before = {path: path.stat().st_mtime_ns for path in config.output_path.rglob("*.*") if path.name != "index.json"}
+    assert run(config) == 0 and description(config) == content
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert {path for path in before if before[path] != after[path]} <= {config.output_path / "dataset.json"}
+
+
+def test_values_without_gaps_are_left_as_they_are(config, monkeypatch, capsys):
+    monkeypatch.setattr(preprocess, "renumber_case", None)
+    assert run(config) == 0
+    assert "values" not in description(config) and "structure 1" not in capsys.readouterr().out
+
+
+def test_a_table_with_gaps_is_numbered_and_the_stored_values_are_kept(config, capsys):
+    store_values(config, (0, 205, 850), dtype=np.uint16)
+    name_structures(config, {"205": "ball", "850": "box"})
+    assert run(config) == 0
+    require_numbered(config)
+    content = description(config)
+    assert (content["labels"], content["values"]) == ({"1": "ball", "2": "box"}, {"1": 205, "2": 850})
+    assert "205, 850 are structures 1, 2" in capsys.readouterr().out
+    # Preprocessed once more, OUT still knows what its numbers stand for.
+    assert load_dataset(config.output_path).values == {1: 205, 2: 850}
+    # Who chooses structures numbers them.
+    assert run(replace(config, labels=("box",), output_path=config.output_path.with_name("box"))) == 0
+    chosen = json.loads((config.output_path.with_name("box") / "dataset.json").read_text())
+    assert chosen["labels"] == {"1": "box"} and "values" not in chosen
+
+
+def test_kept_cases_follow_the_values_of_all_cases(config, capsys):
+    store_values(config, (0, 10, 30))
+    assert run(config) == 0
+    images = {path: path.stat().st_mtime_ns for path in (config.output_path / "images").iterdir()}
+    store_values(config, (0, 20, 30), cases="b")
+    assert run(config) == 0
+    assert "1 done, 2 kept" in capsys.readouterr().out
+    require_numbered(config)
+    assert description(config)["values"] == {"1": 10, "2": 20, "3": 30}
+    unchanged = {path for path, time in images.items() if path.stat().st_mtime_ns == time}
+    assert {path.name for path in unchanged} == {"a.nii.gz", "c.nii.gz"}
+    store_values(config, (0, 1, 2))
+    assert run(config) == 0
+    require_numbered(config)
+    assert "values" not in description(config)
+
+
+def test_cases_that_were_written_before_values_were_numbered_are_numbered_now(config, monkeypatch):
+    store_values(config, (0, 100, 200))
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess, "renumber_jobs", lambda jobs, entries: ({}, []))
+        assert run(config) == 0
+    assert Store(config.output_path).entry("a").foreground_counts.keys() == {100, 200}
+    assert run(config) == 0
+    require_numbered(config)
+    assert description(config)["values"] == {"1": 100, "2": 200}
+
+
+def test_a_case_that_cannot_be_numbered_is_reported_and_done_again_next_time(config, monkeypatch):
+    store_values(config, (0, 100, 200))
+    rewrite = preprocess.renumber_case
+
+    def failing(task):
+        if task.job.case.id == "b":
+            raise OSError("gone")
+        return rewrite(task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocess, "renumber_case", failing)
+        assert run(config) == 1
+    assert reasons(config).keys() == {"b"} and Store(config.output_path).cases == ("a", "c")
+    assert run(config) == 0
+    require_numbered(config)
+
+
+def test_a_checksum_is_of_the_numbers(config):
+    assert run(config) == 0
+    numbered = [Store(config.output_path).entry(case).checksum for case in "abc"]
+    store_values(config, (0, 100, 200))
+    assert run(config) == 0
+    assert [Store(config.output_path).entry(case).checksum for case in "abc"] == numbered
+
+
+def test_a_store_alone_gets_label_maps_of_its_numbers(config):
+    store_values(config, (0, 100, 200))
+    summary = prepare(load_dataset(config.input_path), config.output_path, spacing=None, nifti=False, num_workers=1)
+    require_numbered(config)
+    assert [case.label for case in summary.prepared.cases] == [f"labels/{case}.nii.gz" for case in "abc"]
+    (config.output_path / "labels/b.nii.gz").unlink()
+    again = prepare(load_dataset(config.input_path), config.output_path, spacing=None, nifti=False, num_workers=1)
+    assert again.done == ("b",)
+    require_numbered(config)
+
+
+@pytest.mark.parametrize("stored", [(0, -1, 100001), (0, 614454277, -7)])
+def test_a_label_map_table_takes_values_of_any_size(config, stored):
+    store_values(config, stored, dtype=np.int32)
+    (config.input_path.parent / "map.toml").write_text(f"ball = {stored[1]}\nbox = [{stored[2]}]\n")
+    assert run(replace(config, label_map=config.input_path.parent / "map.toml")) == 0
+    label = read_labels(config.output_path / "labels/a.nii.gz").array
+    np.testing.assert_array_equal(label, scan()[1][::-1, ::-1])
+    assert description(config)["labels"] == {"1": "ball", "2": "box"} and "values" not in description(config)
+
+
+def test_more_than_255_structures(config, capsys):
+    label = np.zeros((12, 16, 8), np.uint16)
+    label[:, :, :3] = np.arange(12 * 16 * 3).reshape(12, 16, 3) // 2 + 5
+    for case in "abc":
+        write(config.input_path / f"labels/{case}.nii.gz", label)
+    assert run(config) == 0
+    require_numbered(config)
+    assert len(description(config)["values"]) == 288
+    assert "288 label values that change from voxel to voxel: is a.nii.gz an image?" in capsys.readouterr().out
+
+
+def test_a_stray_value_is_named_with_its_case(config, capsys):
+    label = scan()[1]
+    label[0, 0, 0] = 200
+    write(config.input_path / "labels/b.nii.gz", label)
+    assert run(config) == 0
+    require_numbered(config)
+    assert "label value 200 occurs in 1 voxel of b alone" in capsys.readouterr().out
+    report = config.input_path.parent / "report.json"
+    assert check(CheckConfig(config.input_path, json=report, num_workers=1)) == 1
+    [finding] = [one for one in json.loads(report.read_text())["findings"] if one["kind"] == "label value"]
+    assert (finding["case"], finding["severity"]) == ("b", "warning") and finding["file"].endswith("labels/b.nii.gz")
+    assert finding["found"] == "label value 200 in 1 voxel"
+    assert "stored label values 1, 2, 200 are structures 1, 2, 3" in capsys.readouterr().out
+
+
+def test_a_small_structure_of_most_cases_is_no_stray_value(config, capsys):
+    for case in "ab":
+        label = scan()[1]
+        label[0, 0, :2] = 3
+        write(config.input_path / f"labels/{case}.nii.gz", label)
+    assert run(config) == 0 and check(CheckConfig(config.input_path, num_workers=1)) == 0
+    assert "alone" not in capsys.readouterr().out
+
+
+def test_a_value_that_resampling_loses_is_named_and_no_structure(config, capsys):
+    label = scan()[1]
+    label[0, 1, 1] = 3
+    write(config.input_path / "labels/b.nii.gz", label)
+    assert run(replace(config, spacing=(4, 4, 6))) == 0
+    assert description(config)["labels"] == {"1": "label_1", "2": "label_2"}
+    assert "label value 3 is in no voxel at this spacing" in capsys.readouterr().out
