@@ -20,7 +20,8 @@ ALLOWED = {
     "training": {"compiler", "model", "data", "datasets", "imaging"},
     "inference": {"compiler", "model", "datasets", "imaging"},
     "evaluation": {"imaging"},
-    "commands": {"recipes", "imaging", "datasets", "data", "model", "training", "inference", "evaluation"},
+    "report": {"evaluation", "imaging"},
+    "commands": {"recipes", "imaging", "datasets", "data", "model", "training", "inference", "evaluation", "report"},
 }
 
 
@@ -60,6 +61,7 @@ def test_one_way(package):
         "imaging.phantom",
         "commands.check",
         "commands.report",
+        "report.page",
     ],
 )
 def test_without_jax(module):

@@ -16,14 +16,14 @@ from mambahome_jax.datasets.case_names import counterparts
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.evaluation.evaluate import Pair, read_pair
 from mambahome_jax.evaluation.files import Evaluation, read_evaluation
-from mambahome_jax.evaluation.overlays import Panel, draw_planes
-from mambahome_jax.evaluation.provenance import run_rows, without_folders
-from mambahome_jax.evaluation.report import Report, Shown, render_report, worst_first
 from mambahome_jax.evaluation.scores import METRICS
 from mambahome_jax.imaging.files import scan_stem, write_text
 from mambahome_jax.imaging.geometry import resample_to
 from mambahome_jax.imaging.intensity import display_range
 from mambahome_jax.imaging.volume import Volume, read_volume
+from mambahome_jax.report.page import Report, Shown, render_report, worst_first
+from mambahome_jax.report.pictures import Panel, draw_planes
+from mambahome_jax.report.provenance import run_rows, without_folders
 
 
 def run(config: ReportConfig) -> int:

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mambahome_jax.evaluation.overlays import PANEL_PIXELS, PREDICTION, REFERENCE, draw_planes
 from mambahome_jax.imaging.geometry import reorient
 from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.report.pictures import PANEL_PIXELS, PREDICTION, REFERENCE, draw_planes
 
 AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])  # axes run L, P, S
 

@@ -7,13 +7,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mambahome_jax.evaluation.distribution import draw_distribution
 from mambahome_jax.evaluation.files import Evaluation, without_nan
-from mambahome_jax.evaluation.overlays import Panel
 from mambahome_jax.evaluation.paired import compare_runs
-from mambahome_jax.evaluation.report import Report, Shown, render_report, worst_first
-from mambahome_jax.evaluation.report_tables import inline_json
 from mambahome_jax.evaluation.scores import Score
+from mambahome_jax.report.page import Report, Shown, draw_distribution, inline_json, render_report, worst_first
+from mambahome_jax.report.pictures import Panel
 
 EVIL = "</script><script>alert('1')</script>\"<img src=x onerror=alert(2)>&amp;"
 VOID = {"meta", "link", "img"}
