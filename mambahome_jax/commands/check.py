@@ -13,15 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from mambahome_jax.commands.open_dataset import read_datasets, several
+from mambahome_jax.commands.scan_folder import holds_scans_alone, read_scans
 from mambahome_jax.config import CheckConfig
 from mambahome_jax.data.pool import count_workers, run_jobs
 from mambahome_jax.datasets import Dataset
-from mambahome_jax.datasets.check import CaseFacts, Finding, Severity, dataset_findings
+from mambahome_jax.datasets.check import SCANS, CaseFacts, Finding, Severity, dataset_findings
 from mambahome_jax.datasets.examine import PERCENTILES, ExamineJob, examine_case
 from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.datasets.structures import consecutive
-from mambahome_jax.datasets.summary import Range, Summary, summarise
+from mambahome_jax.datasets.summary import Range, Summary, likely_modality, summarise
 from mambahome_jax.errors import DatasetError, MambaHomeError
 from mambahome_jax.imaging.volume import read_geometry
 
@@ -46,7 +47,7 @@ def run(config: CheckConfig) -> int:
     console = Console()
     started = time.perf_counter()
     folders = several(config.folder)
-    dataset = consecutive(read_datasets(folders, config.dataset))
+    dataset = _open(folders, config.dataset)
     _say(console, f"Dataset: {dataset.name}, layout {dataset.layout}, {len(dataset.cases)} cases")
     facts = examine(dataset, config, console)
     findings = sorted(
@@ -54,11 +55,14 @@ def run(config: CheckConfig) -> int:
         key=lambda finding: (_SEVERITIES.index(finding.severity), finding.kind, finding.case),
     )
     summary = summarise(dataset, facts)
+    if dataset.layout == SCANS and not config.fast:
+        modality, why = likely_modality([fact for fact in facts if fact.usable])
+        _say(console, f"Modality: {modality or 'several'}, {why}; --modality ct|mr|us overrides")
     usable = sum(fact.usable for fact in facts)
     code = 2 if not usable else int(any(finding.severity != "note" for finding in findings))
     _print_findings(findings, folders, config.show, console)
     _print_summary(dataset, summary, console)
-    _print_verdict(findings, usable, len(facts), console)
+    _print_verdict(findings, f"{usable} of {len(facts)} {_usable_for(dataset)}", console)
     if config.json is not None:
         counts = {severity: sum(finding.severity == severity for finding in findings) for severity in _SEVERITIES}
         content = {
@@ -78,6 +82,21 @@ def run(config: CheckConfig) -> int:
         }
         write_json(config.json, content)
     return code
+
+
+def _open(folders: tuple[Path, ...], layouts: tuple[str, ...]) -> Dataset:
+    """The dataset as preprocess takes it, else the scans of a folder without labels. Raises DatasetError."""
+    try:
+        return consecutive(read_datasets(folders, layouts))
+    except DatasetError:
+        if layouts or len(folders) > 1 or not holds_scans_alone(folders[0]):
+            raise
+        try:
+            return read_scans(folders[0])
+        except DatasetError:
+            # There is none: what a dataset looks like is what helps then.
+            pass
+        raise
 
 
 def examine(dataset: Dataset, config: CheckConfig, console: Console) -> list[CaseFacts]:
@@ -196,10 +215,14 @@ def _print_summary(dataset: Dataset, summary: Summary, console: Console) -> None
             _say(console, f"  {reason}")
 
 
-def _print_verdict(findings: Sequence[Finding], usable: int, cases: int, console: Console) -> None:
+def _usable_for(dataset: Dataset) -> str:
+    return "scans can be read" if dataset.layout == SCANS else "cases can be preprocessed"
+
+
+def _print_verdict(findings: Sequence[Finding], usable: str, console: Console) -> None:
     counts = [(sum(f.severity == severity for f in findings), severity) for severity in _SEVERITIES]
     listed = ", ".join(f"{count} {severity}{'s' if count != 1 else ''}" for count, severity in counts if count)
-    _say(console, f"{usable} of {cases} cases can be preprocessed; {listed or 'nothing found'}")
+    _say(console, f"{usable}; {listed or 'nothing found'}")
 
 
 def _below(folders: Sequence[Path], file: str) -> str:

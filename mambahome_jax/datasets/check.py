@@ -153,8 +153,10 @@ def label_findings(case: str, file: str, counts: Mapping[int, int]) -> list[Find
 
 def dataset_findings(dataset: Dataset, facts: list[CaseFacts]) -> list[Finding]:
     """What shows only when all cases are seen together, and what the layout itself left out."""
-    action = "Add what is missing, or remove the rest of the case."
-    found = [Finding("error", "missing", case, "", reason, "", action) for case, reason in dataset.skipped]
+    kind, action = "missing", "Add what is missing, or remove the rest of the case."
+    if dataset.layout == SCANS:
+        kind, action = "unreadable", ""  # the reason of a single scan says what to do
+    found = [Finding("error", kind, case, "", reason, "", action) for case, reason in dataset.skipped]
     found += [Finding("note", "dataset", "", "", note, "", "") for note in dataset.notes]
     return [
         *found,

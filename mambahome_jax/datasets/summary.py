@@ -130,7 +130,7 @@ def _suggest(usable: Sequence[CaseFacts], spacing: np.ndarray, shape: np.ndarray
     median_mm = np.median(spacing, axis=0)
     coarse = int(median_mm.argmax())
     median = np.median(shape * spacing / np.array(new), axis=0)
-    modality, why = _modality(usable)
+    modality, why = likely_modality(usable)
     reasons = (
         f"spacing: the median of the cases{_FINER if new[coarse] < 0.99 * median_mm[coarse] else ''}",
         f"patch size: in the proportions of the median scan, {_by(np.round(median))} voxels at that spacing",
@@ -139,7 +139,8 @@ def _suggest(usable: Sequence[CaseFacts], spacing: np.ndarray, shape: np.ndarray
     return Suggestion(new, suggest_patch(median), modality, reasons)
 
 
-def _modality(usable: Sequence[CaseFacts]) -> tuple[Modality | None, str]:
+def likely_modality(usable: Sequence[CaseFacts]) -> tuple[Modality | None, str]:
+    """The modality that all cases are of, None where they are of several or do not tell; and why."""
     named = {fact.modality for fact in usable if fact.modality is not None}
     if len(named) > 1:
         return None, "each case has its own"

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import mambahome_jax as mh
-from mambahome_jax.commands import infer, preprocess
+from mambahome_jax.commands import check, infer, preprocess
 from mambahome_jax.commands.train_setup import make_setup
-from mambahome_jax.config import DataProperties, InferConfig, ScanRanges, StructureRange, TrainConfig
+from mambahome_jax.config import CheckConfig, DataProperties, InferConfig, ScanRanges, StructureRange, TrainConfig
 from mambahome_jax.datasets.prepared import read_prepared
 from tests.commands.scans import AFFINE, description, preprocess_config, scan, write
 from tests.inference.models import Levels
@@ -133,3 +133,62 @@ def test_preprocess_names_the_scan_and_training_keeps_the_ranges(tmp_path, capsy
     (low, high) = found.percentiles[0][0]
     assert low < -990 and 0 < high < 60
     assert found.structures[0].least == pytest.approx(4 * 6 * 3 * 6 / 1000, rel=0.5)
+
+
+def check_report(folder, **flags):
+    """Exit code, {case: found} of the findings about intensities, and all findings, of check on a folder."""
+    file = folder.parent / "check.json"
+    code = check.run(CheckConfig(folder, json=file, num_workers=1, **flags))
+    content = json.loads(file.read_text())
+    assert content["layout"] == "scans" and content["exit_code"] == code and content["summary"]["suggestion"] is None
+    return code, {f["case"]: f["found"] for f in content["findings"] if f["kind"] == "intensity"}, content["findings"]
+
+
+@pytest.mark.parametrize("flags", [{}, {"modality": "ct"}])
+def test_check_takes_a_folder_of_scans_without_labels(tmp_path, capsys, flags):
+    write(tmp_path / "in/fine.nii.gz", ct())
+    assert check_report(tmp_path / "in", **flags)[::2] == (0, [])
+    assert "1 of 1 scans can be read; nothing found" in capsys.readouterr().out
+    write(tmp_path / "in/high.nii.gz", (ct(1) + 1024).clip(0).astype(np.uint16))
+    code, found, findings = check_report(tmp_path / "in", **flags)
+    assert (code, list(found), len(findings)) == (1, ["high"], 1) and "most of the body near" in found["high"]
+    (tmp_path / "in/cut.nii.gz").write_bytes((tmp_path / "in/fine.nii.gz").read_bytes()[:400])
+    code, found, findings = check_report(tmp_path / "in", **flags)
+    assert code == 1 and list(found) == ["high"]
+    assert [(f["severity"], f["case"]) for f in findings if f["kind"] != "intensity"] == [("error", "cut")]
+
+
+def test_check_names_a_ct_among_mr_and_the_reverse(tmp_path):
+    for name in "abc":
+        write(tmp_path / f"in/{name}.nii.gz", (ct(ord(name)) + 1100).clip(0).astype(np.uint16))
+    assert check_report(tmp_path / "in")[:2] == (0, {})
+    write(tmp_path / "in/d.nii.gz", ct())
+    assert list(check_report(tmp_path / "in")[1]) == ["d"]
+    assert list(check_report(tmp_path / "in", modality="ct")[1]) == ["a", "b", "c"]
+
+
+def test_check_takes_scans_of_other_forms(tmp_path):
+    pytest.importorskip("SimpleITK")
+    mh.write_volume(tmp_path / "in/a.mha", mh.Volume(ct(), AFFINE))
+    mh.write_volume(tmp_path / "in/b.nrrd", mh.Volume((ct() / 1000).astype(np.float32), AFFINE))
+    assert list(check_report(tmp_path / "in")[1]) == ["b"]
+    assert check_report(tmp_path / "in/a.mha")[0] == 0
+
+
+def test_check_takes_images_alone_and_keeps_the_reason_of_a_broken_dataset(tmp_path):
+    write(tmp_path / "one/images/a.nii.gz", ct())
+    assert check_report(tmp_path / "one")[0] == 0
+    write(tmp_path / "two/images/a.nii.gz", ct())
+    (tmp_path / "two/labels").mkdir()
+    with pytest.raises(mh.DatasetError, match="the folder holds no scan"):
+        check.run(CheckConfig(tmp_path / "two"))
+    (tmp_path / "three").mkdir()
+    with pytest.raises(mh.DatasetError, match="the folder is empty"):
+        check.run(CheckConfig(tmp_path / "three"))
+
+
+def test_check_takes_scans_of_several_channels(tmp_path):
+    write(tmp_path / "in/a.nii.gz", np.stack([ct(), ct(1)], axis=-1))
+    write(tmp_path / "in/b.nii.gz", np.stack([ct(), ct(1) / 1000], axis=-1).astype(np.float32))
+    code, found, _ = check_report(tmp_path / "in")
+    assert code == 1 and list(found) == ["b"] and found["b"].startswith("channel 1: values from")

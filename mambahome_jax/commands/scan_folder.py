@@ -1,0 +1,54 @@
+"""A folder of scans without labels, as a dataset that check can look at."""
+
+from pathlib import Path
+
+from mambahome_jax.commands.find_scans import Scan, find_scans
+from mambahome_jax.datasets import Dataset
+from mambahome_jax.datasets.base import Case
+from mambahome_jax.datasets.check import SCANS
+from mambahome_jax.datasets.files import listing
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.files import suffix_of
+from mambahome_jax.imaging.volume import read_geometry
+from mambahome_jax.paths import own_name
+
+
+def holds_scans_alone(path: Path) -> bool:
+    """Whether a path that is no dataset may be a scan or a folder of scans: there is no label map and no dataset.json.
+
+    Else what is wrong with the dataset is what a user wants to read.
+    """
+    if path.is_file():
+        return bool(suffix_of(path.name))
+    folders, files = listing(path)
+    return (
+        not any(name.lower().startswith(("label", "segmentation")) for name in folders) and "dataset.json" not in files
+    )
+
+
+def read_scans(path: Path) -> Dataset:
+    """The scans that `infer` would find, each a case without a label; those that it would refuse are skipped.
+
+    The number of channels is that of the first scan that can be read. Raises DatasetError: no scan.
+    """
+    _, scans, failures = find_scans(path)
+    channels = _channels(scans)
+    return Dataset(
+        name=own_name(path),
+        channels=("image",) if channels == 1 else tuple(f"channel {number}" for number in range(channels)),
+        labels={},
+        cases=tuple(Case(scan.case, scan.path, modality=scan.modality, images=scan.channels) for scan in scans),
+        skipped=tuple((failure["id"], failure["reason"]) for failure in failures),
+        layout=SCANS,
+    )
+
+
+def _channels(scans: list[Scan]) -> int:
+    for scan in scans:
+        try:
+            shape, _ = read_geometry(scan.path)
+        except DatasetError:
+            # Reported when its turn comes.
+            continue
+        return len(scan.channels) or (shape[3] if len(shape) == 4 else 1)
+    return 1
