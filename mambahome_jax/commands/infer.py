@@ -25,13 +25,12 @@ from mambahome_jax.commands.infer_cases import (
     write_case,
 )
 from mambahome_jax.commands.infer_faults import (
-    changed_flags,
     check_format,
     check_settings,
-    made_with,
     only_writable,
     reason_of,
 )
+from mambahome_jax.commands.infer_results import Earlier, forget_notes, note, origin_of, read_earlier
 from mambahome_jax.commands.infer_volumes import volumes_by_structure, volumes_table, write_volumes
 from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.commands.run_report import device, plain, versions
@@ -48,6 +47,7 @@ from mambahome_jax.inference.segment import (
     settings_for,
     with_mirrors,
 )
+from mambahome_jax.model.digest import digest_of
 from mambahome_jax.model.weights import load_model
 from mambahome_jax.training.sharding import choose_devices
 
@@ -116,10 +116,16 @@ def _segment_all(
         for remark in remarks:
             _say(console, f"Note: {remark}")
     configuration = plain(dataclasses.asdict(config))
-    earlier = made_with(config.output_dir / "run.json")
     only, largest = chosen_values(models, config.labels, config.keep_largest)
-    plan = Plan(config, models, settings, label_names_of(models), only, largest, devices if len(devices) > 1 else None)
+    weights = tuple(digest_of(model) for model in models)
     scans, incomplete = join_channels(config.data_path, scans, channels_of(models) or 1)
+    earlier = _earlier_results(config, scans, weights)
+    again = [case for case, origin in earlier.origins.items() if origin in ("weights", "scan") and config.overwrite]
+    plan = Plan(
+        *(config, models, settings, label_names_of(models), only, largest, devices if len(devices) > 1 else None),
+        weights=weights,
+        again=frozenset(again),
+    )
     outcome = Outcome(failures=[*failures, *incomplete])
     unusable = len(outcome.failures)
     for failure in outcome.failures:
@@ -129,14 +135,11 @@ def _segment_all(
         _say(console, "Scans of several modalities: each is normalised by its own, as the dataset says")
     else:
         scans = [dataclasses.replace(scan, modality=None) for scan in scans]
+    for line in earlier.say_again(again):
+        _say(console, line)
     _work(plan, scans, outcome, console)
-    changed: dict[str, None] = {}
-    for case in outcome.cases:
-        if case.get("kept") and case["id"] in earlier:
-            case["configuration"] = earlier[case["id"]]
-            changed |= dict.fromkeys(changed_flags(earlier[case["id"]], configuration))
-    if changed:
-        _say(console, f"Note: some of those that are kept were made by another {', '.join(changed)}")
+    for line in earlier.account_for([case for case in outcome.cases if case.get("kept")], configuration):
+        _say(console, line)
     order = {scan.case: number for number, scan in enumerate(scans)}
     outcome.cases.sort(key=lambda entry: order[entry["id"]])
     report = {
@@ -157,6 +160,7 @@ def _segment_all(
     except OutputError as error:
         where, code = "above", max(code, 1)
         _say(console, f"There is no report of this run: {error}")
+    forget_notes(config.output_dir)
     try:
         write_volumes(config.output_dir / "volumes.csv", outcome.cases)
     except OutputError as error:
@@ -168,6 +172,17 @@ def _segment_all(
     if outcome.failures:
         _say(console, f"{len(outcome.failures)} failed; the reasons are {where}")
     return code
+
+
+def _earlier_results(config: InferConfig, scans: list[Scan], weights: tuple[str, ...]) -> Earlier:
+    """What the output folder says of its results, with the origin of those that the flags would keep."""
+    earlier = read_earlier(config.output_dir)
+    if config.skip_existing or not config.overwrite:
+        for scan in scans:
+            result = existing_result(config, scan)
+            if result.exists():
+                earlier.origins[scan.case] = origin_of(earlier.cases.get(scan.case), weights, scan, result)
+    return earlier
 
 
 def _load(config: InferConfig) -> list[Any]:
@@ -184,6 +199,7 @@ def _load(config: InferConfig) -> list[Any]:
 def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> None:
     """Segment the scans one after the other, while threads read the next ones and write the last one's result."""
     config = plan.config
+    configuration = plain(dataclasses.asdict(config))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -221,6 +237,7 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
             """Whether the result could be written."""
             try:
                 outcome.cases.append(writing.result())
+                note(config.output_dir, outcome.cases[-1], configuration)
             except CASE_ERRORS as error:
                 fail(scan, error)
                 return not isinstance(error, OutputError)

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from mambahome_jax.commands.find_scans import Scan
 from mambahome_jax.commands.infer_faults import DICOM_SEG
+from mambahome_jax.commands.infer_results import files_of, made_from
 from mambahome_jax.config import InferConfig
 from mambahome_jax.data.pool import available_memory
 from mambahome_jax.datasets.base import Case
@@ -23,6 +24,7 @@ from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.imaging import dicomseg
 from mambahome_jax.imaging.files import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.grids import grid_shift
+from mambahome_jax.imaging.source_record import record_of
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels, read_volume, write_volume
 from mambahome_jax.inference.postprocess import postprocess, volumes_ml
 from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
@@ -46,7 +48,8 @@ class Plan:
 
     models: one, or several as an ensemble. names: label value -> structure, all that the models know.
     only, largest: as `postprocess` takes them. devices: over which the windows of a scan are spread,
-    None where there is one.
+    None where there is one. weights: a digest of each model. again: scans whose results are made again, whatever lies
+    there. sources: what the files of each scan that was read were then, see `record_of`.
     """
 
     config: InferConfig
@@ -56,6 +59,9 @@ class Plan:
     only: tuple[int, ...] | None
     largest: tuple[int, ...] | None
     devices: Sequence[jax.Device] | None
+    weights: tuple[str, ...] = ()
+    again: frozenset[str] = frozenset()
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def kept_names(self) -> dict[int, str]:
@@ -127,9 +133,10 @@ def _nbytes(scan: Scan) -> int:
 
 def _read(plan: Plan, scan: Scan) -> tuple[Volume, NetworkInput] | dict[str, Any]:
     """A scan and what the network gets of it; the entry of run.json where its result is whole and may stay."""
-    kept = _whole_result(plan, scan) if plan.config.skip_existing else None
+    kept = _whole_result(plan, scan) if plan.config.skip_existing and scan.case not in plan.again else None
     if kept is not None:
         return kept
+    plan.sources[scan.case] = record_of(files_of(scan))
     if scan.channels:
         case = Case(scan.case, scan.path, images=scan.channels)
         volume = read_image(case, channels_of(plan.models) or len(scan.channels), as_stored=True)
@@ -203,6 +210,7 @@ def write_case(
         "shape": list(result.shape),
         "seconds": round(time.perf_counter() - begun, 3),
         "volume_ml": structures_ml,
+        "made_from": made_from(plan.weights, plan.sources.pop(scan.case, None), path),
     } | ({"remarks": remarks} if remarks else {})
 
 

@@ -1,28 +1,18 @@
 """What infer refuses before the first scan, and what it says of a case that failed."""
 
 import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mambahome_jax.commands.find_scans import Scan
 from mambahome_jax.config import Triple, said_multiples
-from mambahome_jax.datasets.base import read_json
-from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
+from mambahome_jax.errors import ConfigError, MambaHomeError
 from mambahome_jax.imaging import dicomseg, itk
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.prepare import SegmentSettings, prepare
 from mambahome_jax.inference.sliding_window import window_starts
-from mambahome_jax.paths import one_form
 
 DICOM_SEG = "dcm"  # --output_format
-# Flags on which the labels do not depend.
-_WITHOUT_EFFECT = {
-    *("data_path", "output_dir", "save_probabilities", "previews", "skip_existing", "overwrite"),
-    *("num_workers", "num_devices", "sw_batch_size", "gpu"),
-}
 
 
 def check_format(ending: str) -> None:
@@ -78,27 +68,3 @@ def reason_of(error: BaseException) -> str:
         return "out of device memory. Try a smaller --sw_batch_size or --roi_size"
     text = str(error) if isinstance(error, MambaHomeError) else f"{type(error).__name__}: {error}"
     return re.sub(r"([:;,])?\s*\n\s*", lambda found: f"{found[1] or ';'} ", text.strip())
-
-
-def made_with(report: Path) -> dict[str, Mapping[str, Any]]:
-    """{case: configuration it was made with} by the run.json of an earlier run, which may have kept what others made.
-
-    Empty where there is no such report, or none that can be read.
-    """
-    try:
-        earlier = read_json(report) if report.is_file() else {}
-    except DatasetError:
-        return {}
-    cases = earlier.get("cases", []) if isinstance(earlier, dict) else []
-    found: dict[str, Mapping[str, Any]] = {}
-    for case in cases if isinstance(cases, list) else []:
-        configuration = case.get("configuration", earlier.get("configuration")) if isinstance(case, dict) else None
-        if isinstance(configuration, dict) and isinstance(case.get("id"), str):
-            found[one_form(case["id"])] = configuration
-    return found
-
-
-def changed_flags(earlier: Mapping[str, Any], configuration: Mapping[str, Any]) -> list[str]:
-    """Flags that decide the labels and differ between two configurations, as run.json has them."""
-    compared = [name for name in configuration if name in earlier and name not in _WITHOUT_EFFECT]
-    return [f"--{name}" for name in compared if earlier[name] != configuration[name]]
