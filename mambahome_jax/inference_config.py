@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from mambahome_jax.values import Modality, Precision
 
@@ -14,7 +14,8 @@ class InferConfig:
     """Segment scans with a trained model; each result lies on its scan's own grid."""
 
     data_path: Path
-    """A scan (.nii.gz, .nii, .mha, .mhd, .nrrd), a folder of DICOM slices, or a folder of such scans."""
+    """A scan (.nii.gz, .nii, .mha, .mhd, .nrrd), a folder of DICOM slices, or a folder of such scans, also in folders
+    of their own as <patient>/<study>/<series>."""
     model_path: Path | tuple[Path, ...]
     """A checkpoint folder (RUN/checkpoints/best), or published weights (.pth, .npz, .safetensors). Several are an
     ensemble: the mean of their softmax probabilities."""
@@ -37,6 +38,8 @@ class InferConfig:
     published inference script has them (default: the latter for published weights)."""
     precision: Precision | None = None
     """Matrix products and convolutions (default: bf16 on a GPU, fp32 on a CPU)."""
+    series: UseAppendAction[tuple[str, ...]] = ()
+    """SeriesInstanceUID of the DICOM series to segment, given once for each (default: all that are found)."""
     output_format: Literal["nii.gz", "nii", "mha", "nrrd", "dcm"] = "nii.gz"
     """Format of the label maps, whatever that of the scans; dcm is DICOM SEG, for folders of DICOM slices."""
     num_workers: int = 1

@@ -1,24 +1,30 @@
 """Which files `infer` is to segment, and what the dataset around them says of each."""
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mambahome_jax.config import Modality
-from mambahome_jax.datasets.base import Case
+from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.case_names import CHANNEL, channels_of
-from mambahome_jax.datasets.files import fault_of_name, listed, listing
+from mambahome_jax.datasets.files import fault_of_name, listed, listing, of_one_kind
 from mambahome_jax.datasets.prepared import unlisted_files
 from mambahome_jax.datasets.registry import load_dataset
+from mambahome_jax.datasets.scans import Search, search
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom_series import holds_slices
-from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem, suffix_of
+from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, hidden, scan_stem, suffix_of
+from mambahome_jax.imaging.formats import content_of, kind_of, reason_of
 from mambahome_jax.paths import own_name
 
 # Folders that hold the scans when the folder itself holds none: of the Decathlon, of preprocess.py.
 SCAN_FOLDERS = ("imagesTs", "images")
 DATASET_FOLDERS = (*SCAN_FOLDERS, "imagesTr", "imagesVa")
+# Layouts whose own list says what is a scan.
+LISTED = ("csv", "prepared")
+# Names, also of folders on the way, that a dataset gives to label maps.
+_LABEL = re.compile(r"(?<![a-z])(labels?|segs?|segmentations?|masks?|gt|dseg)(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Scan:
     path: a file, or a folder of DICOM slices. modality: None where it is that of the model. channels: all files in
     order, where each channel has its own; `path` is then the first. other_name: what its result was called by versions
     that took the channel's number in <case>_0000 for a part of the case's name; empty where that is no other.
+    series: the SeriesInstanceUID of its slices where other series lie in their folder, else nothing.
     """
 
     case: str
@@ -35,58 +42,152 @@ class Scan:
     modality: Modality | None = None
     channels: tuple[Path, ...] = ()
     other_name: str = ""
+    series: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FoundScans:
+    """folder: the file or folder with the scans. failures: {"id", "reason"} of what could be a scan and is none to
+    segment, or whose results would collide. notes: what else was passed over."""
+
+    folder: Path
+    scans: list[Scan]
+    failures: list[dict[str, str]]
+    notes: tuple[str, ...] = ()
 
 
 def find_scans(data_path: Path) -> tuple[Path, list[Scan], list[dict[str, str]]]:
-    """The file or folder with the scans, the scans by name, and failures: those whose results would collide.
+    """Folder, scans and failures of `look_for_scans`."""
+    found = look_for_scans(data_path)
+    return found.folder, found.scans, found.failures
 
-    Subfolders of DICOM slices beside scan files are scans too; slices that lie among them are a failure. A folder
-    without scan files in it or in one of SCAN_FOLDERS is a scan itself where it holds DICOM slices; else each
-    of its subfolders that does is one; else it is read as a dataset, so that scans in a folder a case are found too.
-    Raises DatasetError: nothing there, or no visible scan.
+
+def look_for_scans(data_path: Path, series: Collection[str] = (), leave: Collection[Path] = ()) -> FoundScans:
+    """The scans of a file or of a folder and all folders below it, named as `datasets.scans.search` does.
+
+    Of a folder without scan files of its own the first of SCAN_FOLDERS that holds scans is taken; else the scans
+    that a dataset names are called by their cases there. series: UIDs of the DICOM series to take; none takes all.
+    leave: folders not to enter.
+    Raises DatasetError: nothing there, no scan nor anything that could be one, none of the series.
     """
     if data_path.is_file():
-        if not suffix_of(data_path.name):
-            found, action = "not a scan by its name", "For DICOM, name the folder of the slices."
-            raise DatasetError(found, file=data_path, expected=alternatives(SCAN_SUFFIXES), action=action)
-        return data_path, [Scan(scan_stem(data_path), data_path)], []
+        return FoundScans(data_path, [_single(data_path)], [])
     if not data_path.is_dir():
         raise DatasetError("no such file or folder", file=data_path, action="Check --data_path.")
-    for folder in (data_path, *(data_path / name for name in SCAN_FOLDERS)):
-        files: dict[str, list[Path]] = {}
-        here = [path for path in listing(folder)[1].values() if suffix_of(path.name)]
-        # Of a folder that preprocess wrote only what its dataset.json names.
-        others = unlisted_files(folder, [path.name for path in here])
-        for path in here:
-            if path.name not in others:
-                files.setdefault(scan_stem(path), []).append(path)
-        if files:
-            modalities = _modalities(folder)
-            scans: list[Scan] = []
-            failures = [{"id": scan_stem(Path(name)), "reason": reason} for name, reason in others.items()]
-            for scan in _series(folder):
-                files.setdefault(scan.case, []).append(scan.path)
-            if holds_slices(folder):
-                reason = (
-                    f"{folder}: DICOM slices lie among other scans. Move those of each series to a folder of its own"
-                )
-                failures.append({"id": own_name(folder), "reason": reason})
-            for case, paths in files.items():
-                if fault_of_name(case):
-                    failures.append({"id": repr(case)[1:-1], "reason": f"{str(paths[0])!r}: {fault_of_name(case)}"})
-                elif len(paths) == 1:
-                    scans.append(Scan(case, paths[0], modalities.get(paths[0])))
-                else:
-                    several = " and ".join(path.name for path in paths)
-                    reason = f"the results of {several} would have one name, {case}. Rename one of them"
-                    failures.append({"id": case, "reason": reason})
-            return folder, scans, failures
-    scans = _dicom(data_path) or _dataset(data_path)
-    if scans:
-        return data_path, scans, []
-    kinds = f"{', '.join(SCAN_SUFFIXES)} or DICOM"
-    expected = f"scans there, or in its {' or '.join(SCAN_FOLDERS)}, or a folder of DICOM slices a case"
-    raise DatasetError(f"no {kinds} file", file=data_path, expected=expected, action="Check --data_path.")
+    root, found, beside = _root(data_path, leave)
+    scans, failures, passed = _scans_of(root, found)
+    failures += [{"id": _printable(name), "reason": reason} for name, reason in (*found.failures, *beside.failures)]
+    chosen = [scan for scan in scans if not series or not scan.series or set(scan.series) & set(series)]
+    uids = {uid for scan in scans for uid in scan.series}
+    missing = [uid for uid in series if uid not in uids]
+    if missing and not chosen:
+        expected = f"one of {', '.join(sorted(uids))}" if uids else "DICOM slices"
+        raise DatasetError(f"no series {listed(missing)}", file=data_path, expected=expected, action="Check --series.")
+    failures += [{"id": uid, "reason": f"{data_path}: no series of this UID. Check --series"} for uid in missing]
+    left = len(scans) - len(chosen)
+    notes = (
+        *found.notes,
+        *beside.notes,
+        *passed,
+        *((f"{left} other series are left out by --series",) if left else ()),
+    )
+    if not chosen and not failures:
+        kinds = f"{', '.join(SCAN_SUFFIXES)} or DICOM"
+        expected = f"scans there, or in its {' or '.join(SCAN_FOLDERS)}, or a folder of DICOM slices a case"
+        also = f" ({'; '.join(notes)})" if notes else ""
+        raise DatasetError(f"no {kinds} file{also}", file=data_path, expected=expected, action="Check --data_path.")
+    several = {one.path for one in found.scans if one.one_of_several}
+    chosen = [scan if not scan.series or scan.path in several else replace(scan, series=()) for scan in chosen]
+    return FoundScans(root, chosen, failures, notes)
+
+
+def _single(path: Path) -> Scan:
+    """A scan file. Raises DatasetError: it is none."""
+    kind = kind_of(path)
+    if kind == "scan":
+        return Scan(scan_stem(path), path)
+    if kind == "foreign":
+        raise DatasetError(reason_of(path))
+    content = content_of(path)
+    if content and content != "DICOM":
+        raise DatasetError(reason_of(path, content))
+    found = "a DICOM file" if content or kind == "slice" else "not a scan by its name"
+    action = "For DICOM, name the folder of the slices."
+    raise DatasetError(found, file=path, expected=alternatives(SCAN_SUFFIXES), action=action)
+
+
+def _root(data_path: Path, leave: Collection[Path]) -> tuple[Path, Search, Search]:
+    """The folder whose scans are meant, what it holds, and what lies beside it."""
+    if not _holds_scan_files(data_path):
+        folders, files = listing(data_path)
+        for name in SCAN_FOLDERS:
+            found = search(data_path / name, leave) if name in folders else Search(())
+            if found.scans:
+                return data_path / name, found, _beside(data_path, name, folders, files, leave)
+    return data_path, search(data_path, leave), Search(())
+
+
+def _holds_scan_files(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(suffix_of(entry.name) and not hidden(entry.name) and entry.is_file() for entry in entries)
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=folder) from error
+
+
+def _beside(
+    home: Path, taken: str, folders: Mapping[str, Path], files: Mapping[str, Path], leave: Collection[Path]
+) -> Search:
+    """What lies beside the folder of the scans: a failure where it could be scans, unless it is another part of the
+    dataset, which a note names."""
+    store = "store" if "dataset.json" in files else ""
+    others = [path for name, path in folders.items() if name not in (taken, store) and not of_one_kind(name)]
+    found = [(home, search(home, leave, deepest=0)), *((path, search(path, leave)) for path in others)]
+    reason = f"lie beside {taken}/, whose scans are taken. Name that folder, or move them"
+    failures = [(own_name(path), f"{path}: {len(one.scans)} scans {reason}") for path, one in found if one.scans] + [
+        failure for _, one in found for failure in one.failures
+    ]
+    parts = [name for name in folders if name in DATASET_FOLDERS and name != taken]
+    notes = (f"the scans of {listed(parts)} are not taken; name the folder itself to segment them",) if parts else ()
+    return Search((), tuple(failures), notes)
+
+
+def _scans_of(root: Path, found: Search) -> tuple[list[Scan], list[dict[str, str]], list[str]]:
+    """The scans of a folder, those of a dataset by its cases; failures: names that no file can have; notes."""
+    direct = [one.path.name for one in found.scans if one.depth == 0 and not one.series]
+    # Of a folder that preprocess wrote only what its dataset.json names.
+    others = unlisted_files(root, direct)
+    failures = [{"id": scan_stem(Path(name)), "reason": reason} for name, reason in others.items()]
+    part = root.name in DATASET_FOLDERS
+    dataset = _dataset(root.parent if part else root) if part or not direct else None
+    modalities = {} if dataset is None else _by_path(dataset.cases)
+    cases = () if dataset is None or part else dataset.cases
+    scans = [Scan(case.id, case.image, modalities.get(case.image), case.images) for case in cases]
+    used = {path for case in cases for path in (*case.image_files, *case.label_files)}
+    names = {scan.case for scan in scans}
+    labels = []
+    for one in found.scans:
+        if used and (one.path in used or not used.isdisjoint(one.path.parents)):
+            continue
+        if others and one.depth == 0 and one.path.name in others:
+            continue
+        if cases and dataset is not None and (dataset.layout in LISTED or _LABEL.search(one.name)):
+            labels.append(one.name)
+        elif fault_of_name(one.name):
+            reason = f"{str(one.path)!r}: {fault_of_name(one.name)}"
+            failures.append({"id": _printable(one.name), "reason": reason})
+        elif one.name in names:
+            reason = f"the results of two scans would have one name, {one.name}: {one.path} is left out. Rename it"
+            failures.append({"id": one.name, "reason": reason})
+        else:
+            series = (one.series,) if one.series else ()
+            scans.append(Scan(one.name, one.path, modalities.get(one.path) if modalities else None, series=series))
+    notes = [f"passed over, as the dataset does not list them as scans: {listed(labels)}"] if labels else []
+    return scans, failures, notes
+
+
+def _printable(name: str) -> str:
+    return repr(name)[1:-1] if fault_of_name(name) else name
 
 
 def join_channels(data_path: Path, scans: list[Scan], channels: int) -> tuple[list[Scan], list[dict[str, str]]]:
@@ -150,37 +251,15 @@ def _with_siblings(scans: list[Scan]) -> list[Scan]:
     return [*(Scan(scan_stem(path), path) for path in beside if name.fullmatch(scan_stem(path))), *scans]
 
 
-def _dicom(folder: Path) -> list[Scan]:
-    """The folder as one scan, or its subfolders as one each, where they hold DICOM slices."""
-    if holds_slices(folder):
-        return [Scan(own_name(folder), folder)]
-    return _series(folder)
-
-
-def _series(folder: Path) -> list[Scan]:
-    return [Scan(name, path) for name, path in listing(folder)[0].items() if holds_slices(path)]
-
-
-def _dataset(folder: Path) -> list[Scan]:
-    cases = _cases(folder)
-    own = _by_path(cases)
-    return [Scan(case.id, case.image, own.get(case.image), case.images) for case in cases]
-
-
-def _modalities(folder: Path) -> Mapping[Path, Modality]:
-    """Modality of each scan in a folder of a dataset whose scans are of several."""
-    return _by_path(_cases(folder.parent)) if folder.name in DATASET_FOLDERS else {}
-
-
-def _by_path(cases: list[Case]) -> dict[Path, Modality]:
+def _by_path(cases: Iterable[Case]) -> dict[Path, Modality]:
     """Modality by file; empty where all are of one, which the model knows better: it may be trained on another."""
     found = {case.image: case.modality for case in cases if case.modality is not None}
     return found if len(set(found.values())) > 1 else {}
 
 
-def _cases(folder: Path) -> list[Case]:
+def _dataset(folder: Path) -> Dataset | None:
+    """The dataset of a folder; None where it is none, as scans to segment need not lie in one."""
     try:
-        return list(load_dataset(folder).cases)
+        return load_dataset(folder)
     except DatasetError:
-        # Scans to segment need not lie in a dataset.
-        return []
+        return None

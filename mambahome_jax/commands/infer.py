@@ -14,7 +14,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mambahome_jax.commands.find_scans import Scan, find_scans, join_channels
+from mambahome_jax.commands.find_scans import Scan, join_channels, look_for_scans
 from mambahome_jax.commands.infer_cases import (
     Plan,
     Reading,
@@ -81,15 +81,18 @@ def run(config: InferConfig) -> int:
     if config.gpu and jax.default_backend() != "gpu":
         action = "Install the extra [cuda] and check nvidia-smi, or leave --gpu out."
         raise ConfigError(f"--gpu was given, but JAX sees only {jax.devices()[0].platform} devices. {action}")
-    folder, scans, failures = find_scans(config.data_path)
-    scans, unfit = only_writable(config.output_format, scans)
+    found = look_for_scans(config.data_path, config.series, leave=(config.output_dir,))
+    folder = found.folder
+    scans, unfit = only_writable(config.output_format, found.scans)
     if folder != config.data_path:
         _say(console, f"Using the scans in {folder}")
     taken = {folder.parent} if folder.is_file() else {folder, config.data_path}
     if config.output_dir.resolve() in {path.resolve() for path in taken}:
         raise ConfigError(f"{config.output_dir}: --output_dir holds the scans themselves. Name another folder")
     with locked(config.output_dir, "infer"):
-        return _segment_all(config, scans, [*failures, *unfit], started, console)
+        for note in found.notes:
+            _say(console, f"Note: {note}")
+        return _segment_all(config, scans, [*found.failures, *unfit], started, console)
 
 
 def _segment_all(

@@ -141,7 +141,7 @@ def _read(plan: Plan, scan: Scan) -> tuple[Volume, NetworkInput] | dict[str, Any
         case = Case(scan.case, scan.path, images=scan.channels)
         volume = read_image(case, channels_of(plan.models) or len(scan.channels), as_stored=True)
     else:
-        volume = read_volume(scan.path, as_stored=True)
+        volume = read_volume(scan.path, as_stored=True, series=scan.series)
     with naming(scan.path):
         return volume, prepare(volume, _settings_of(scan, plan.settings), channels_of(plan.models))
 
@@ -155,8 +155,8 @@ def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
     try:
         seg = plan.config.output_format == DICOM_SEG
         # Of a DICOM SEG this looks itself whether it is of these slices.
-        labels = dicomseg.read(path, scan.path, plan.kept_names) if seg else read_labels(path)
-        shape, affine = (labels.shape, labels.affine) if seg else read_geometry(scan.path)
+        labels = dicomseg.read(path, scan.path, plan.kept_names, scan.series) if seg else read_labels(path)
+        shape, affine = (labels.shape, labels.affine) if seg else read_geometry(scan.path, series=scan.series)
     except DatasetError:
         return None
     if labels.shape != shape[:3] or grid_shift(affine, labels.affine, shape)[1] > SAME_GRID_MM:
@@ -198,7 +198,7 @@ def write_case(
         preview = None
     # Last: a case with a label map is done, and one that was killed before it is not kept as whole without the rest.
     if config.output_format == DICOM_SEG:
-        dicomseg.write(path, result, scan.path, names)
+        dicomseg.write(path, result, scan.path, names, scan.series)
     else:
         write_volume(path, result, names=names)
     return {

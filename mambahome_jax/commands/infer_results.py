@@ -19,7 +19,7 @@ Origin = Literal["same", "weights", "scan", "changed", "unknown"]
 # Flags on which the labels do not depend.
 _WITHOUT_EFFECT = {
     *("data_path", "output_dir", "save_probabilities", "previews", "skip_existing", "overwrite"),
-    *("num_workers", "num_devices", "sw_batch_size", "gpu"),
+    *("num_workers", "num_devices", "sw_batch_size", "gpu", "series"),
 }
 _NAMED = 20
 _AGAIN = {

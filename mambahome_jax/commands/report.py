@@ -140,7 +140,7 @@ def _draw(pair: Pair, scan: Scan | None, window: tuple[float, float] | None, mod
     prediction, reference = read_pair(pair)
     image = None
     if scan is not None:
-        image = _on_grid(read_volume(scan.path), reference)
+        image = _on_grid(read_volume(scan.path, series=scan.series), reference)
         first = image.array[..., 0] if image.array.ndim == 4 else image.array
         window = window or display_range(first, scan.modality or modality)
     return draw_planes(prediction, reference, image, window or (0.0, 1.0), pair.labelled)

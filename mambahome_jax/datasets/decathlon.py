@@ -34,7 +34,7 @@ def load(folder: Path) -> Dataset:
 
     images, label_files = scan_files(folder / "imagesTr"), scan_files(folder / "labelsTr")
     listed = [scan_stem(Path(path)) for path in _images_of(content.get("training"), file)]
-    listed = [stem for stem in listed if stem[0] not in "._"] or sorted(images | label_files)
+    listed = [stem for stem in listed if stem[0] != "."] or sorted(images | label_files)
     cases, skipped = [], []
     for stem in dict.fromkeys(listed):
         missing = [

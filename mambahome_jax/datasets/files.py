@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom_series import is_scan
-from mambahome_jax.imaging.files import SCAN_SUFFIXES, scan_stem, suffix_of
+from mambahome_jax.imaging.dicom_series import files_below, is_scan
+from mambahome_jax.imaging.files import SCAN_SUFFIXES, hidden, scan_stem, suffix_of
 from mambahome_jax.paths import one_form
 
 # Bytes of a case's name: a file's has 255, of which suffixes and what marks a file as unfinished take some.
@@ -25,7 +25,7 @@ def listing(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
 
     Letters of names are composed, as macOS and others store them differently; where both forms lie side by side, the
     second keeps its own. Paths are those on the disk.
-    Names that begin with . or _ are left out: macOS puts ._<name> and __MACOSX beside the files of an archive.
+    Dot files and __MACOSX are left out: macOS puts ._<name> and that folder into archives.
     Raises DatasetError: the folder cannot be read.
     """
     folders: dict[str, Path] = {}
@@ -33,7 +33,7 @@ def listing(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name[0] in "._":
+                if hidden(entry.name):
                     continue
                 kind = _kind(entry)
                 if kind is not None:
@@ -86,10 +86,10 @@ def scans_in(folder: Path) -> dict[str, Path]:
 
 
 def parts(path: Path) -> list[Path]:
-    """The files that a scan consists of, sorted: those of a folder of slices; a .mhd with its voxels, which lie beside
-    it. Raises DatasetError: a folder that cannot be read."""
+    """The files that a scan consists of, sorted: those of a folder of slices, or of the folders below where it has
+    none; a .mhd with its voxels, which lie beside it. Raises DatasetError: a folder that cannot be read."""
     if path.is_dir():
-        return list(listing(path)[1].values())
+        return list(listing(path)[1].values()) or files_below(path)
     voxels = [path.with_suffix(suffix) for suffix in (".raw", ".zraw")] if path.suffix.lower() == ".mhd" else []
     return [path, *(file for file in voxels if file.is_file())]
 
@@ -122,7 +122,7 @@ def twins_note(used: Iterable[Path]) -> tuple[str, ...]:
             stems = {scan_stem(Path(name)): name for name in names} if unused else {}
             for other in unused:
                 suffix = suffix_of(other)
-                twin = stems.get(scan_stem(Path(other))) if suffix and other[0] not in "._" else None
+                twin = stems.get(scan_stem(Path(other))) if suffix and not hidden(other) else None
                 if twin:
                     pairs.append(f"{os.path.join(folder, twin)} is used, {other} is not")  # noqa: PTH118
     pairs.sort()

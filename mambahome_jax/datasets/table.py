@@ -118,10 +118,8 @@ def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | N
     if modality not in _MODALITIES:
         raise DatasetError(f"modality {modality!r}", file=where, expected="ct, mr, us or nothing")
     name = one_form(row.get("id") or scan_stem(images[0]))
-    if name[0] in "._" or set(name) & set('/\\:*?"<>|'):
-        raise DatasetError(
-            f"id {name!r}", file=where, expected="a name that a file can have, not beginning with . or _"
-        )
+    if name[0] == "." or set(name) & set('/\\:*?"<>|'):
+        raise DatasetError(f"id {name!r}", file=where, expected="a name that a file can have, not beginning with a dot")
     several = tuple(images) if len(images) > 1 else ()
     chosen = _MODALITIES[modality] or default
     return Case(name, images[0], label, _SPLITS[split], chosen, one_form(row.get("patient", "")), images=several)

@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +58,23 @@ def installed() -> bool:
     return importlib.util.find_spec("highdicom") is not None and itk.installed()
 
 
-def write(path: Path, labels: Volume, series: Path, names: Mapping[int, str]) -> None:
+def write(path: Path, labels: Volume, folder: Path, names: Mapping[int, str], series: Collection[str] = ()) -> None:
     """Write a label map to a DICOM SEG file, whole or not at all.
 
-    labels: (columns, rows, slices) integers on the grid of the series, as `dicom.read` gives it. series: the folder of
-    its slices. names: value -> structure, a segment each even if it has no voxel; other values are label_<value>.
+    labels: (columns, rows, slices) integers on the grid of the series, as `dicom.read` gives it. folder: that of its
+    slices. names: value -> structure, a segment each even if it has no voxel; other values are label_<value>. series:
+    UIDs, where the folder holds several, as `dicom.read` takes them.
     Raises OutputError: highdicom is not installed, a folder that cannot be written, a full disk. DatasetError: the
     series cannot be read or is another than that of the labels; what a SEG must repeat is missing or wrong in it.
     """
     highdicom = _highdicom(path)
-    slices = _slices(series, labels.shape)
+    slices = _slices(folder, series, labels.shape)
     values = {value: names.get(value, f"label_{value}") for value in sorted({*names, *_values(labels.array)})}
     if not values:
         raise OutputError(f"{path}: a DICOM SEG needs at least one structure, and the label map names none")
     planes = _numbered(labels.array, list(values)).transpose(2, 1, 0)
     version = _version()
-    with _as_they_are(series):
+    with _as_they_are(folder):
         sources = _headers(slices)
         place: dict[str, Any] = {}
         if not planes.any():
@@ -113,10 +114,10 @@ def write(path: Path, labels: Volume, series: Path, names: Mapping[int, str]) ->
             segmentation.save_as(partial)
 
 
-def read(path: Path, series: Path, names: Mapping[int, str]) -> Volume:
+def read(path: Path, folder: Path, names: Mapping[int, str], series: Collection[str] = ()) -> Volume:
     """What `write` wrote: label map (columns, rows, slices) on the grid of the series, uint8, or uint16 beyond 255.
 
-    names: as they were given to `write`.
+    folder, names, series: as they were given to `write`.
     Raises DatasetError: highdicom is not installed, a file that is damaged, no SEG, of another series or other
     structures; the series cannot be read.
     """
@@ -126,7 +127,7 @@ def read(path: Path, series: Path, names: Mapping[int, str]) -> Volume:
         highdicom = _highdicom(path)
     except OutputError as error:
         raise DatasetError("highdicom is not installed", file=path, action=f"Run: {INSTALL}") from error
-    slices, step = dicom.sorted_slices(series)
+    slices, step = dicom.sorted_slices(folder, series)
     pydicom = importlib.import_module("pydicom")
     tags = ["SOPInstanceUID"]
     with _as_they_are(path):
@@ -137,7 +138,7 @@ def read(path: Path, series: Path, names: Mapping[int, str]) -> Volume:
         segmentation = highdicom.seg.segread(path)
         referred = segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence
         if {item.ReferencedSOPInstanceUID for item in referred} != set(uids):
-            raise DatasetError("a DICOM SEG of other slices", file=path, expected=f"one of those in {series}")
+            raise DatasetError("a DICOM SEG of other slices", file=path, expected=f"one of those in {folder}")
         found = [str(segmentation.get_segment_description(n).segment_label) for n in segmentation.segment_numbers]
         known = {_label(name): value for value, name in names.items()}
         values = [known.get(name, _number_of(name)) for name in found]
@@ -159,12 +160,12 @@ def _highdicom(path: Path) -> Any:
         raise OutputError(f"{path}: highdicom, which writes it, is not installed. Run: {INSTALL}") from error
 
 
-def _slices(series: Path, shape: Sequence[int]) -> list[dicom.Slice]:
-    slices, _ = dicom.sorted_slices(series)
+def _slices(folder: Path, series: Collection[str], shape: Sequence[int]) -> list[dicom.Slice]:
+    slices, _ = dicom.sorted_slices(folder, series)
     found = (*slices[0].size, len(slices))
     if found != tuple(shape):
         action = "Has the folder changed meanwhile? Segment it again."
-        raise DatasetError(f"{found} voxels", file=series, expected=f"{tuple(shape)}", action=action)
+        raise DatasetError(f"{found} voxels", file=folder, expected=f"{tuple(shape)}", action=action)
     return slices
 
 

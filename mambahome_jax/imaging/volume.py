@@ -3,7 +3,7 @@
 import contextlib
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +55,9 @@ class Volume:
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
 
-def read_volume(path: str | Path, *, channels: int | None = None, as_stored: bool = False) -> Volume:
+def read_volume(
+    path: str | Path, *, channels: int | None = None, as_stored: bool = False, series: Collection[str] = ()
+) -> Volume:
     """Read an image: .nii, .nii.gz, or with the extra [formats] .mha, .mhd, .nrrd or a folder of DICOM slices.
 
     Returns a Volume of float32, (D0, D1, D2), or (D0, D1, D2, C) where the file has four axes and the last is longer
@@ -66,11 +68,12 @@ def read_volume(path: str | Path, *, channels: int | None = None, as_stored: boo
     channels: how many are expected; None takes any number.
     as_stored: numbers of up to four bytes stay what they are where slope and intercept change nothing; the
       array is then read-only, and int16 takes half of the memory.
+    series: SeriesInstanceUIDs, of which a folder of DICOM slices of several series must hold one.
     Raises DatasetError: missing, truncated or damaged file, of another format than its name says, empty, wrong number
     of axes, singular affine, NaN or infinite voxels; SimpleITK not installed; what `dicom.read` refuses.
     """
     path = local_path(path)
-    raw, affine, slope, inter = _stored(path, channels)
+    raw, affine, slope, inter = _stored(path, channels, series)
     if as_stored and (slope, inter) == (1.0, 0.0) and raw.dtype.isnative and raw.dtype.itemsize <= 4:
         if raw.dtype.kind == "f":
             _require_finite(path, raw)
@@ -106,15 +109,15 @@ def read_labels(path: str | Path, *, any_value: bool = False) -> Volume:
     raise DatasetError(f"label values from {low:g} to {high:g}", file=path, expected="0 to 65535", action=action)
 
 
-def read_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray]:
+def read_geometry(path: str | Path, *, series: Collection[str] = ()) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape (trailing axes of length 1 beyond the third dropped) and affine (4, 4) float64, from headers alone.
 
-    Raises DatasetError as `read_volume`, as far as headers show it.
+    series: as `read_volume` takes it. Raises DatasetError as `read_volume`, as far as headers show it.
     """
     path = local_path(path)
     if not path.is_dir() and not suffix_of(path.name, ITK_SUFFIXES):
         return nifti.read_geometry(path)[:2]
-    shape, affine = dicom.read_geometry(path) if path.is_dir() else itk.read_geometry(path)
+    shape, affine = dicom.read_geometry(path, series) if path.is_dir() else itk.read_geometry(path)
     return nifti.checked_shape(path, shape, None), nifti.usable_affine(path, affine)
 
 
@@ -176,10 +179,12 @@ def write_volume(
             file.writelines(map(fortran_bytes, parts_of(array)))
 
 
-def _stored(path: Path, channels: int | None) -> tuple[np.ndarray, np.ndarray, float, float]:
+def _stored(
+    path: Path, channels: int | None, series: Collection[str] = ()
+) -> tuple[np.ndarray, np.ndarray, float, float]:
     """Voxels as they are stored, affine, and what they are to be multiplied by and added to."""
     if path.is_dir() or suffix_of(path.name, ITK_SUFFIXES):
-        raw, affine = dicom.read(path) if path.is_dir() else itk.read(path)
+        raw, affine = dicom.read(path, series) if path.is_dir() else itk.read(path)
         return (
             raw.reshape(nifti.checked_shape(path, raw.shape, channels), order="F"),
             nifti.usable_affine(path, affine),

@@ -75,7 +75,7 @@ def test_dicom_beside_other_scans_is_not_left_out_silently(tmp_path):
     assert [failure["id"] for failure in failures] == ["c"] and "c.nii.gz and c" in failures[0]["reason"]
     touch(tmp_path / "in", "1.dcm")
     _, scans, failures = find_scans(tmp_path / "in")
-    assert len(scans) == 2 and "DICOM slices lie among other scans" in failures[-1]["reason"] + failures[0]["reason"]
+    assert {scan.case: scan.path.name for scan in scans} == {"a": "a.nii.gz", "b": "b", "in": "in"}
 
 
 def joined(data_path, channels):

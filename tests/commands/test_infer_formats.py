@@ -9,7 +9,7 @@ import pytest
 import SimpleITK as sitk
 
 from mambahome_jax.commands import infer
-from mambahome_jax.commands.find_scans import Scan
+from mambahome_jax.commands.find_scans import FoundScans, Scan
 from mambahome_jax.config import DataProperties, InferConfig
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging import dicomseg, itk
@@ -96,14 +96,43 @@ def test_broken_scans_of_other_formats_are_reported_and_the_rest_is_done(tmp_pat
     write_dicom(tmp_path / "in/whole")
     write_dicom(tmp_path / "in/gap")
     (tmp_path / "in/gap/IM007").unlink()
-    write_dicom(tmp_path / "in/mixed")
-    write_slice(tmp_path / "in/mixed/scout", labels_of()[0].astype(np.int16), series="1.2.9")
     assert infer.run(config(tmp_path)) == 1
     reasons = {failure["id"]: failure["reason"] for failure in report(tmp_path)["failures"]}
-    assert set(reasons) == {"gap", "mixed"}
+    assert set(reasons) == {"gap"}
     assert "between IM006 and IM008" in reasons["gap"] or "between IM008 and IM006" in reasons["gap"]
-    assert "2 series" in reasons["mixed"] and "scout" in reasons["mixed"]
     assert [path.name for path in (tmp_path / "out").glob("*.nii.gz")] == ["whole.nii.gz"]
+
+
+def test_each_series_of_a_folder_has_a_result(tmp_path, levels, capsys):
+    write_dicom(tmp_path / "in/p/study")
+    write_slice(tmp_path / "in/p/study/other", np.full((8, 8), 7, np.int16), series="1.2.9")
+    assert infer.run(config(tmp_path)) == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == ["p_study_4.nii.gz", "p_study_9.nii.gz"]
+    assert read_labels(tmp_path / "out/p_study_9.nii.gz").shape == (8, 8, 1)
+    whole = read_labels(tmp_path / "out/p_study_4.nii.gz")
+    np.testing.assert_array_equal(whole.array, labels_of()[:, :, ::-1])
+    # A DICOM SEG refers to the slices of its own series, and is found whole by them.
+    seg = config(tmp_path, output_format="dcm", output_dir=tmp_path / "seg", series=("1.2.3.4",), skip_existing=True)
+    assert infer.run(seg) == 0
+    assert [path.name for path in (tmp_path / "seg").glob("*.dcm")] == ["p_study_4.dcm"]
+    assert "1 other series are left out by --series" in capsys.readouterr().out
+    assert infer.run(seg) == 0
+    assert "1 results are there already and whole" in capsys.readouterr().out
+    with pytest.raises(DatasetError, match=r"no series 1\.2\.8; expected one of 1\.2\.3\.4, 1\.2\.9"):
+        infer.run(config(tmp_path, series=("1.2.8",)))
+
+
+def test_what_is_not_read_is_in_the_report(tmp_path, levels, capsys):
+    write_dicom(tmp_path / "in/p1")
+    (tmp_path / "in/p2/mri").mkdir(parents=True)
+    (tmp_path / "in/p2/mri/brain.mgz").write_bytes(b"x")
+    assert infer.run(config(tmp_path)) == 1
+    failure = report(tmp_path)["failures"][0]
+    assert failure["id"] == "p2_mri_brain" and "p2/mri/brain.mgz: FreeSurfer's format" in failure["reason"]
+    assert failure["reason"] in capsys.readouterr().out
+    # Nothing else is there: the reason is all that is said, and the report is written.
+    (tmp_path / "in/p1").rename(tmp_path / "elsewhere")
+    assert infer.run(config(tmp_path)) == 2 and report(tmp_path)["failures"][0] == failure
 
 
 def test_channels_in_files_of_their_own(tmp_path, levels):
@@ -166,7 +195,7 @@ def test_dicom_seg_of_other_scans_is_refused_before_any_work(tmp_path, levels, m
     # Scans of a dataset may be of both kinds.
     write_dicom(tmp_path / "dicom")
     scans = [Scan("a", tmp_path / "in/a.nii.gz"), Scan("b", tmp_path / "dicom")]
-    monkeypatch.setattr(infer, "find_scans", lambda path: (path, scans, []))
+    monkeypatch.setattr(infer, "look_for_scans", lambda path, *_, **__: FoundScans(path, scans, []))
     assert infer.run(config(tmp_path, output_format="dcm")) == 1
     found = report(tmp_path)
     assert [case["output"] for case in found["cases"]] == ["b.dcm"]
