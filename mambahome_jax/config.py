@@ -34,6 +34,8 @@ Strategy = Literal["ddp", "fsdp"]
 Triple = tuple[int, int, int]
 # An axis of the array, and the pairs of label values that trade places where a volume is mirrored along it.
 Mirror = tuple[int, tuple[tuple[int, int], ...]]
+# The same of anatomical axes (LR, AP, IS).
+MirrorPairs = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
 # Of layers and experts in a stage, and of channels anywhere: far more than any network has.
 MOST_PARTS, MOST_CHANNELS = 1000, 1 << 16
 
@@ -118,6 +120,9 @@ class DataProperties:
     patch_size: tuple[int, int, int] | None = None
     mirror: tuple[str, ...] = ()
     """Anatomical axes (LR, AP, IS) along which scans were mirrored in training."""
+    mirror_pairs: MirrorPairs | None = None
+    """(axis, pairs of label values that traded places there) of these axes; None: those whose names differ in the side,
+    as in checkpoints of earlier versions."""
     ct_scale: CtScale | None = None
     """How CT is normalised, where that is not by the published window."""
     ranges: tuple[ScanRanges, ...] = ()
@@ -140,6 +145,10 @@ class DataProperties:
                 lambda v: tuple(one_of(name, get_args(AnatomicalAxis)) for name in entries(v)),
                 "axes of LR, AP, IS",
             ),
+            "mirror_pairs": (
+                lambda v: None if v is None else tuple((axis, _pairs(pairs)) for axis, pairs in v.items()),
+                '{"LR": [[2, 3], ...]}, or null',
+            ),
             "ct_scale": (lambda v: None if v is None else CtScale.from_json(v), "low, high, mean and std, or null"),
             "ranges": (
                 lambda v: tuple(
@@ -151,10 +160,16 @@ class DataProperties:
         return cls(**{name: converted(name, values[name], *form) for name, form in forms.items() if name in values})
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in config.json: labels as {"1": name}, ranges as {modality: ...} where there are any."""
+        """As it stands in config.json: labels as {"1": name}, pairs and ranges where there are any."""
         content = dataclasses.asdict(self) | {"labels": {str(value): name for value, name in self.labels}}
-        del content["ranges"]
+        del content["ranges"], content["mirror_pairs"]
+        if self.mirror_pairs is not None:
+            content["mirror_pairs"] = dict(self.mirror_pairs)
         return content | ({"ranges": {item.modality: item.to_json() for item in self.ranges}} if self.ranges else {})
+
+
+def _pairs(values: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((operator.index(one), operator.index(other)) for one, other in entries(values))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from mambahome_jax.commands.pretrained import transfer
 from mambahome_jax.commands.run_report import plain, versions
 from mambahome_jax.commands.train_data import data_differences, data_summary
 from mambahome_jax.commands.train_members import SIGNALLED, Shared, holds_run, is_finished, member_folder, run_members
+from mambahome_jax.commands.train_mirrors import recorded_mirrors
 from mambahome_jax.commands.train_report import (
     PACKAGES,
     earlier_report,
@@ -81,7 +82,7 @@ def _run(folder: Path, config: TrainConfig, begun: float, console: Console, shar
 def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console, shared: Shared) -> int:
     resume = _may_start(config, folder, console)
     devices = choose_devices(config.parallel, config.num_devices)
-    setup, skipped = _set_up(config, len(devices), console, shared)
+    setup, skipped = _set_up(config, len(devices), console, shared, folder if resume else None)
     started = time.perf_counter()
     earlier = earlier_report(folder) if resume else {}
     if config.max_minutes is not None and is_finished(earlier, config):
@@ -122,19 +123,21 @@ def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console, s
     return code
 
 
-def _set_up(config: TrainConfig, devices: int, console: Console, shared: Shared) -> tuple[Setup, list[tuple[str, str]]]:
-    """The setup, and (id, reason) of the cases that cannot be used."""
+def _set_up(
+    config: TrainConfig, devices: int, console: Console, shared: Shared, run: Path | None
+) -> tuple[Setup, list[tuple[str, str]]]:
+    """The setup, and (id, reason) of the cases that cannot be used. run: the folder of a run to be resumed."""
     prepared, skipped = _open_data(config.data_train, "data", config, console, shared)
     prepared_val = None
     if config.data_val is not None:
         prepared_val, more = _open_data(config.data_val, "data_val", config, console, shared)
         skipped += more
-    return make_setup(config, prepared, prepared_val, devices), skipped
+    return make_setup(config, prepared, prepared_val, devices, recorded_mirrors(run) if run else ()), skipped
 
 
 def _require_same_data(folder: Path, config: TrainConfig, console: Console, shared: Shared) -> None:
     """Raises CheckpointError, ConfigError: a finished run of another network, other settings or other data."""
-    setup, _ = _set_up(config, len(choose_devices(config.parallel, config.num_devices)), console, shared)
+    setup, _ = _set_up(config, len(choose_devices(config.parallel, config.num_devices)), console, shared, folder)
     _require_same_run(folder, _checkpoint_settings(config, setup), setup)
 
 

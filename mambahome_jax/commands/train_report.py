@@ -143,7 +143,7 @@ def say_start(
         say_plan(plan),
     ]
     lines.append(f"recipe {recipe}: {say_ingredients(setup)}")
-    lines += _say_patients(setup)
+    lines += [*setup.mirror_lines, *_say_patients(setup)]
     if start:
         lines.append(f"Resuming after step {start}")
     for line in lines:

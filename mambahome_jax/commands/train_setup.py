@@ -11,10 +11,13 @@ import jax
 import numpy as np
 
 from mambahome_jax.commands.train_data import case_digests
+from mambahome_jax.commands.train_mirrors import choose_mirrors
 from mambahome_jax.config import (
     MODEL_SIZES,
     AugmentationConfig,
     DataProperties,
+    Mirror,
+    MirrorPairs,
     ModelConfig,
     Precision,
     TrainConfig,
@@ -23,7 +26,7 @@ from mambahome_jax.config import (
 )
 from mambahome_jax.data.ranges import training_ranges
 from mambahome_jax.data.store import Store
-from mambahome_jax.datasets.mirror import AXES, axis_along, mirror_pairs
+from mambahome_jax.datasets.mirror import AXES, axis_along
 from mambahome_jax.datasets.prepared import Prepared, split_cases
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.grids import grids_for, patch_and_grids
@@ -53,6 +56,7 @@ class Setup:
     precision: Precision
     ingredients: Ingredients
     augmentation: AugmentationConfig | None
+    mirror_lines: tuple[str, ...]
     labelled: np.ndarray | None
     optimizer: OptimizerConfig
     global_batch: int
@@ -62,9 +66,16 @@ class Setup:
     num_workers: int
 
 
-def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared | None, devices: int) -> Setup:
+def make_setup(
+    config: TrainConfig,
+    prepared: Prepared,
+    prepared_val: Prepared | None,
+    devices: int,
+    recorded: Sequence[Mirror] = (),
+) -> Setup:
     """Resolve every default that depends on the dataset or the devices.
 
+    recorded: the mirrors that the run to be resumed began with; it goes on with them.
     Raises ConfigError for flags that cannot work, DatasetError where there is nothing to train on.
     """
     for name in (
@@ -114,7 +125,11 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
     total = config.steps or config.epochs * steps_per_epoch
     timed = config.max_minutes is not None
     val_every = config.val_every or config.skip_val * steps_per_epoch
-    augmentation = make_augmentation(ingredients, prepared, structures, explicit=config.mirror is not None)
+    axes = ingredients.mirror if ingredients.augment else ()
+    mirrors, mirror_lines = choose_mirrors(axes, prepared, structures, explicit=config.mirror is not None)
+    if mirrors != recorded and {axis for axis, _ in mirrors} == {axis for axis, _ in recorded}:
+        mirrors, mirror_lines = tuple(recorded), ("In mirrored scans labels trade places as when this run began",)
+    augmentation = make_augmentation(ingredients, prepared, structures, mirrors=mirrors)
     mirrored = {axis for axis, _ in augmentation.mirror} if augmentation else set()
     return Setup(
         prepared=prepared,
@@ -134,11 +149,13 @@ def make_setup(config: TrainConfig, prepared: Prepared, prepared_val: Prepared |
             ct_scale=prepared.ct_scale,
             mirror=tuple(name for name in AXES if axis_along(name, prepared.orientation) in mirrored),
             ranges=training_ranges([store.entry(case) for case in train], structures, config.modality),
+            mirror_pairs=_anatomical(augmentation.mirror, prepared.orientation) if mirrored and augmentation else None,
         ),
         patch_size=patch,
         precision=config.precision or default_precision(),
         ingredients=ingredients,
         augmentation=augmentation,
+        mirror_lines=mirror_lines,
         labelled=labelled_classes(prepared, train, classes),
         optimizer=_optimizer(config, ingredients, steps_per_epoch, total),
         global_batch=batch,
@@ -261,24 +278,22 @@ def labelled_classes(prepared: Prepared, cases: Sequence[str], classes: int) -> 
 
 
 def make_augmentation(
-    ingredients: Ingredients, prepared: Prepared, structures: Mapping[int, str], explicit: bool = True
+    ingredients: Ingredients,
+    prepared: Prepared,
+    structures: Mapping[int, str],
+    explicit: bool = True,
+    mirrors: Sequence[Mirror] | None = None,
 ) -> AugmentationConfig | None:
     """What the ingredients ask of augment(); None for none.
 
-    Mirroring along an axis swaps the label values that trade places there. Raises ConfigError where one of a pair is
-    not among the labels and the flag was given (`explicit`); the recipe's own mirroring is left out then.
+    Mirroring along an axis swaps the label values that trade places there, see `choose_mirrors`. Raises ConfigError
+    where one of a pair is not among the labels and the flag was given (`explicit`). mirrors: where they are chosen
+    already.
     """
     if not ingredients.augment:
         return None
-    mirrors = []
-    for name in ingredients.mirror:
-        if name == "none":
-            continue
-        try:
-            mirrors.append((axis_along(name, prepared.orientation), mirror_pairs(structures, name)))
-        except ConfigError:
-            if explicit:
-                raise
+    if mirrors is None:
+        mirrors, _ = choose_mirrors(ingredients.mirror, prepared, structures, explicit)
     return AugmentationConfig(
         zoom_probability=ingredients.zoom_probability,
         rotate90_probability=ingredients.rotate90_probability,
@@ -293,6 +308,12 @@ def make_augmentation(
         contrast_probability=ingredients.contrast_probability or None,
         gamma_probability=ingredients.gamma_probability or None,
     )
+
+
+def _anatomical(mirrors: Sequence[Mirror], orientation: str) -> MirrorPairs:
+    pairs = dict(mirrors)
+    axes = {name: axis_along(name, orientation) for name in AXES}
+    return tuple((name, pairs[axis]) for name, axis in axes.items() if axis in pairs)
 
 
 def _voxel_size(prepared: Prepared) -> tuple[float, float, float]:

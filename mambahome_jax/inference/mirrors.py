@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mambahome_jax.config import Mirror
+from mambahome_jax.config import Mirror, MirrorPairs
 from mambahome_jax.datasets.mirror import AXES, axis_along, sides, swap_table
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.inference.sliding_window import Predict
@@ -17,12 +17,16 @@ _WORDS = {"LR": "left-right", "AP": "front-back", "IS": "head-feet"}
 
 
 def mirrors_for(
-    labels: Mapping[int, str], orientation: str, trained: Collection[str] = AXES
+    labels: Mapping[int, str],
+    orientation: str,
+    trained: Collection[str] = AXES,
+    records: Sequence[MirrorPairs | None] = (),
 ) -> tuple[tuple[Mirror, ...], tuple[str, ...]]:
     """The axes to mirror, each with the label values that trade places, and a remark for each axis left out.
 
     labels: value -> name of the structures of the network; orientation: of its axes, three letters such as "RAS";
     trained: anatomical axes along which the network saw mirrored scans in training: others would make it worse.
+    records: what each network says of the label values that traded places in training; None: those of the names.
     Left out is also an axis along which a structure would become one that the network does not know: where a side has
     no counterpart among the labels, and left-right where the labels have no names to tell sides by.
     """
@@ -30,14 +34,19 @@ def mirrors_for(
     for anatomical in AXES:
         axis = axis_along(anatomical, orientation)
         pairs, alone = sides(labels, anatomical)
+        known = {dict(record or ()).get(anatomical, pairs) for record in records}
+        if known and None not in records:
+            alone = ()
         if anatomical not in trained:
             why = f"the model was not trained on mirrored scans (train.py --mirror {anatomical})"
         elif anatomical == "LR" and not labels:
             why = "the model has no names of structures, so that left and right cannot be told apart"
+        elif len(known) > 1:
+            why = "in the training of these networks different labels traded places"
         elif alone:
             why = f"the model has no counterpart of {', '.join(alone)}"
         else:
-            mirrors.append((axis, pairs))
+            mirrors.append((axis, known.pop() if known else pairs))
             continue
         remarks.append(f"tta leaves the {_WORDS[anatomical]} axis out: {why}")
     return tuple(sorted(mirrors)), tuple(remarks)

@@ -154,7 +154,8 @@ def with_mirrors(model: Any, settings: SegmentSettings) -> tuple[SegmentSettings
     """
     networks = [member for member in members_of(model) if isinstance(member, nnx.Module)]
     trained = set(AXES).intersection(*(_mirrored_in_training(network) for network in networks))
-    mirrors, remarks = mirrors_for(label_names_of(model), settings.orientation, trained)
+    records = [data.mirror_pairs if (data := metadata_of(network)) else None for network in networks]
+    mirrors, remarks = mirrors_for(label_names_of(model), settings.orientation, trained, records)
     return replace(settings, mirrors=mirrors), remarks
 
 
