@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -19,6 +20,27 @@ def is_url(path: str | Path) -> bool:
 def one_form(name: str) -> str:
     """A name with its letters composed (NFC), so that it equals itself however it was typed or stored."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def fault_of_letters(name: str) -> str:
+    """Why libraries cannot open what has this name, and what to do; empty where they can."""
+    encoding = sys.getfilesystemencoding()
+    try:
+        os.fsencode(name)
+        undecoded = any("\ud800" <= letter <= "\udfff" for letter in name)
+    except UnicodeEncodeError:
+        undecoded = True
+    if not undecoded:
+        return ""
+    if encoding != "utf-8":
+        return f"a name beyond the locale's encoding, {encoding}; set PYTHONUTF8=1, or LC_ALL to a UTF-8 locale"
+    return "a name that is no UTF-8, but perhaps Latin-1; rename the file, as convmv does for whole folders"
+
+
+def require_letters(path: Path) -> None:
+    """Raises ConfigError: a path that TensorStore and Orbax cannot open, as a name in it is no UTF-8."""
+    if fault := fault_of_letters(str(path)):
+        raise ConfigError(f"{str(path)!r}: {fault}")
 
 
 def own_name(folder: Path) -> str:

@@ -29,7 +29,7 @@ from mambahome_jax.datasets.label_values import describe_numbering
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.paths import local_path
+from mambahome_jax.paths import local_path, require_letters
 
 _SHOWN = 20
 
@@ -102,6 +102,7 @@ def prepare(
     """
     console = console or Console()
     output = local_path(output_path)
+    require_letters(output)
     reorient(Volume(np.zeros((1, 1, 1)), np.eye(4)), orientation)
     if spacing is not None:
         resampled_grid(np.eye(4), (1, 1, 1), spacing)

@@ -40,6 +40,7 @@ from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.model.weights import read_weights
+from mambahome_jax.paths import require_letters
 from mambahome_jax.training.budget import TimeBudget
 from mambahome_jax.training.checkpoints import check_settings, restore_state
 from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
@@ -322,6 +323,7 @@ def _split(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
 
 def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
     """Whether to resume. Raises where a new run would destroy an earlier one, or the folder cannot be written."""
+    require_letters(folder)
     there = holds_run(folder)
     # Before the first process can write one, so that all of them see the same.
     require_same(f"Whether {folder} holds a checkpoint", there)

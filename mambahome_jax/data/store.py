@@ -23,7 +23,7 @@ from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import DatasetError, OutputError, why_not_written
 from mambahome_jax.imaging.intensity import IntensityStatistics
 from mambahome_jax.npz import NPZ_ERRORS
-from mambahome_jax.paths import as_on_disk, local_path
+from mambahome_jax.paths import as_on_disk, local_path, require_letters
 
 VERSION = 1
 # Values of labelled voxels of a CT, (n, channels) float32: what `ct_scale` is made of.
@@ -200,6 +200,7 @@ class Store:
 
     def __init__(self, root: str | Path):
         root = local_path(root)
+        require_letters(root)
         self.root = root / "store" if (root / "store").is_dir() else root
         file = self.root / "index.json"
         if not file.is_file():

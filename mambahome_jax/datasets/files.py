@@ -4,14 +4,13 @@ import codecs
 import contextlib
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_series import files_below, is_scan
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, hidden, scan_stem, suffix_of
-from mambahome_jax.paths import one_form
+from mambahome_jax.paths import fault_of_letters, one_form
 
 # Bytes of a case's name: a file's has 255, of which suffixes and what marks a file as unfinished take some.
 LONGEST = 200
@@ -149,17 +148,11 @@ def fault_of_name(name: str) -> str:
     """Why a case of that name cannot have files of its own in an output folder; empty where it can."""
     if not name or name in (".", "..") or set(name) & set("/\\"):
         return "a name that leads out of the folder; expected a file name"
-    encoding = sys.getfilesystemencoding()
-    try:
-        size, printable = len(os.fsencode(name)), name.isprintable()
-    except UnicodeEncodeError:
-        size, printable = 0, False
-    if not printable and encoding != "utf-8" and not name.isascii():
-        return f"a name beyond the locale's encoding, {encoding}; set PYTHONUTF8=1, or LC_ALL to a UTF-8 locale"
-    if any("\ud800" <= letter <= "\udfff" for letter in name):
-        return "a name that is no UTF-8, but perhaps Latin-1; rename the file, as convmv does for whole folders"
-    if not printable:
+    if fault := fault_of_letters(name):
+        return fault
+    if not name.isprintable():
         return "a name with line breaks or other control characters; rename the file"
+    size = len(os.fsencode(name))
     return f"a name of {size} bytes; expected at most {LONGEST}, as endings are added to it" if size > LONGEST else ""
 
 

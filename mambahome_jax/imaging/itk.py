@@ -21,6 +21,7 @@ from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.files import META_SUFFIXES, head_of, suffix_of, written_whole
 from mambahome_jax.imaging.itk_headers import AGAIN, LONGEST, META_DATA, NRRD_END, require_harmless
 from mambahome_jax.imaging.unpack import DamagedError, Packed, inflated
+from mambahome_jax.paths import fault_of_letters
 
 INSTALL = "pip install mambahome-jax[formats]"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -38,7 +39,10 @@ def installed() -> bool:
 
 
 def simpleitk(path: Path) -> Any:
-    """The module SimpleITK, to read `path`. Raises DatasetError: not installed."""
+    """The module SimpleITK, to read `path`. Raises DatasetError: not installed; a path that it cannot be told."""
+    if fault := fault_of_letters(str(path)):
+        # It would end the whole process.
+        raise DatasetError(fault, file=repr(str(path)))
     try:
         module = importlib.import_module("SimpleITK")
     except ImportError as error:
@@ -102,6 +106,8 @@ def write(path: Path, array: np.ndarray, affine: np.ndarray, names: Mapping[int,
     affine: (4, 4), voxel to RAS mm. names: of label values, kept in the header as "labels", JSON {"1": "liver"}.
     Raises OutputError: SimpleITK is not installed, a folder that cannot be written, a full disk.
     """
+    if fault := fault_of_letters(str(path)):
+        raise OutputError(f"{str(path)!r}: cannot be written: {fault}")
     try:
         sitk = simpleitk(path)
     except DatasetError as error:

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 
 from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
 from mambahome_jax.jsontext import parse_json
-from mambahome_jax.paths import local_path
+from mambahome_jax.paths import local_path, require_letters
 
 CONFIG_FILE, MODEL_ITEM = "config.json", "model"
 PARTIAL, PREVIOUS, EARLIER = ".partial", ".previous", "step_"
@@ -52,6 +52,7 @@ def find_checkpoint(folder: Path | str) -> Path:
     Raises CheckpointError when there is neither.
     """
     folder = local_path(folder).absolute()
+    require_letters(folder)
     for candidate in (folder, sibling(folder, PREVIOUS)):
         if (candidate / CONFIG_FILE).is_file() and (candidate / MODEL_ITEM).is_dir():
             return candidate
@@ -120,6 +121,7 @@ def write_checkpoint(folder: Path | str, params: Any, config: dict[str, Any], *,
     Raises OutputError when the folder exists already or cannot be written; what was there before stays.
     """
     folder = local_path(folder).absolute()
+    require_letters(folder)
     if folder.exists() and not overwrite:
         raise OutputError(f"{folder} exists already; expected a new folder. Choose another name or pass --overwrite")
     partial = prepare_partial(folder)

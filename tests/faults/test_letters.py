@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
+import mambahome_jax as mh
+from mambahome_jax import paths
 from mambahome_jax.commands import evaluate, infer, preprocess
 from mambahome_jax.config import EvaluateConfig, InferConfig, PreprocessConfig
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import files, load_dataset
 from mambahome_jax.datasets.prepared import read_prepared
 from mambahome_jax.datasets.structures import structure_key
+from mambahome_jax.errors import ConfigError
 from tests.commands.scans import scan, write
 from tests.faults.fuzz_worker import PROPERTIES
 from tests.inference.models import Levels
@@ -137,8 +141,8 @@ def test_a_name_that_is_no_utf8_is_called_that_by_every_command(tmp_path, capsys
 
 @pytest.mark.parametrize("name", ["Müller", os.fsdecode(b"M\xc3\xbcller")])
 def test_a_name_that_the_locale_cannot_say_is_not_blamed(name, monkeypatch):
-    monkeypatch.setattr(files.sys, "getfilesystemencoding", lambda: "ascii")
-    monkeypatch.setattr(files.os, "fsencode", lambda name: name.encode("ascii", "surrogateescape"))
+    monkeypatch.setattr(paths.sys, "getfilesystemencoding", lambda: "ascii")
+    monkeypatch.setattr(paths.os, "fsencode", lambda name: name.encode("ascii", "surrogateescape"))
     assert "ascii; set PYTHONUTF8=1" in files.fault_of_name(name)
     assert files.fault_of_name("Muller") == ""
 
@@ -149,3 +153,34 @@ def test_bytes_behind_the_end_of_a_gzip_are_no_damage(tmp_path):
         file.write_bytes(file.read_bytes() + b"EXTRA")
     assert preprocess.run(PreprocessConfig(home, tmp_path / "ready", spacing=(0, 0, 0), modality="ct")) == 0
     assert np.array_equal(Store(tmp_path / "ready").read_label("a"), np.flip(scan()[1], (0, 1)))
+
+
+def test_a_folder_that_libraries_cannot_open_is_named_before_the_work(tmp_path):
+    home = pair(tmp_path / "in", "images/a.nii.gz", "labels/a.nii.gz")
+    odd = tmp_path / LATIN
+    with pytest.raises(ConfigError, match=r"M\\udcfcller.*no UTF-8"):
+        preprocess.run(PreprocessConfig(home, odd, spacing=(0, 0, 0), modality="ct"))
+    odd.mkdir()
+    for call in (Store, mh.load_model):
+        with pytest.raises(ConfigError, match=r"M\\udcfcller.*no UTF-8"):
+            call(odd)
+    volume = mh.Volume(np.zeros((3, 4, 5), np.int16), np.eye(4))
+    for ending in ("mha", "nrrd"):
+        # ITK would end the process.
+        with pytest.raises(mh.OutputError, match=r"M\\udcfcller.*no UTF-8"):
+            mh.write_volume(odd / f"a.{ending}", volume)
+        mh.write_volume(tmp_path / f"a.{ending}", volume)
+        (tmp_path / f"a.{ending}").rename(odd / f"a.{ending}")
+        with pytest.raises(mh.DatasetError, match=r"M\\udcfcller.*no UTF-8"):
+            mh.read_volume(odd / f"a.{ending}")
+    mh.write_volume(odd / "a.nii.gz", volume)
+    assert mh.read_volume(odd / "a.nii.gz").shape == volume.shape
+
+
+def test_weights_are_read_from_any_folder_or_it_is_named(tmp_path):
+    odd = tmp_path / LATIN
+    odd.mkdir()
+    safetensors.numpy.save_file({"x": np.zeros(3, np.float32)}, tmp_path / "w.safetensors")
+    (tmp_path / "w.safetensors").rename(odd / "w.safetensors")
+    with pytest.raises(mh.MambaHomeError, match="ller"):
+        mh.load_model(odd / "w.safetensors")
