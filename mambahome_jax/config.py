@@ -231,6 +231,9 @@ class PreprocessConfig:
     """Voxel size in mm to resample to, one value an axis of the reoriented volume; 0 or below keeps an axis."""
     orientation: str = "RAS"
     """Direction of the array axes after reading, as three of the letters R L A P S I."""
+    spacing_scale: float | None = None
+    """What to multiply the lengths of every header by, such as 1000 where one says mm and means metres; 1 takes a scan
+    of less than 5 mm or more than 5 m as it is."""
     modality: Modality | None = None
     """What the scans are, where the dataset does not say; decides how intensities are normalised."""
     ct_intensity: CtIntensity = "window"
@@ -267,6 +270,9 @@ class CheckConfig:
     """Findings of one kind to print; 0 prints all."""
     modality: Modality | None = None
     """What the scans are, where the dataset does not say."""
+    spacing_scale: float | None = None
+    """What to multiply the lengths of every header by, such as 1000 where one says mm and means metres; 1 takes a scan
+    of less than 5 mm or more than 5 m as it is."""
     num_workers: int | None = None
     """Processes that work side by side (default: one a core)."""
 

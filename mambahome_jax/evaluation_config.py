@@ -23,6 +23,9 @@ class EvaluateConfig:
     """dataset.json or run.json with the names of the structures (default: looked for beside both folders)."""
     tolerance_mm: float = 1.0
     """Distance in mm up to which surfaces count as equal in NSD."""
+    spacing_scale: float | None = None
+    """What to multiply the lengths of every header by, such as 1000 where one says mm and means metres; 1 takes label
+    maps of less than 5 mm or more than 5 m as they are."""
     surface: Surface = "voxels"
     """What HD95, ASSD and NSD count: voxels of the surface, as MONAI does, or its area, as surface-distance does."""
     num_workers: int | None = None

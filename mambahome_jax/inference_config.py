@@ -33,6 +33,9 @@ class InferConfig:
     """Orientation in which the network works (default: as it was trained)."""
     modality: Modality | None = None
     """How intensities are normalised (default: as in training)."""
+    spacing_scale: float | None = None
+    """What to multiply the lengths of every header by, such as 1000 where one says mm and means metres; 1 takes a scan
+    of less than 5 mm or more than 5 m as it is."""
     chain: Literal["trained", "published"] | None = None
     """Order of resampling and normalising, blending of windows, and the way back: as train.py prepares scans, or as the
     published inference script has them (default: the latter for published weights)."""

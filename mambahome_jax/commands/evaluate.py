@@ -34,6 +34,7 @@ from mambahome_jax.evaluation.paired import compare_runs
 from mambahome_jax.evaluation.scores import Score
 from mambahome_jax.evaluation.statistics import describe
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem
+from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.paths import one_form
 
 # Starting a process takes about as long as a handful of small cases; files below this many bytes are small.
@@ -49,6 +50,7 @@ def run(config: EvaluateConfig) -> int:
     OutputError.
     """
     console = Console()
+    require_scale(config.spacing_scale)
     if not config.tolerance_mm >= 0:
         raise ConfigError(f"--tolerance_mm {config.tolerance_mm}; expected 0 or more")
     if config.num_workers is not None and config.num_workers < 0:
@@ -66,6 +68,7 @@ def run(config: EvaluateConfig) -> int:
             reference_values=values,
             labelled=labelled.get(scan_stem(pair.reference)),
             surface=config.surface,
+            spacing_scale=config.spacing_scale,
         )
         for pair in pairs
     ]
@@ -87,6 +90,7 @@ def run(config: EvaluateConfig) -> int:
             "cases": len(pairs) - len(failed),
             "failures": [{"case": case, "reason": reason} for case, reason in failures],
             "tolerance_mm": config.tolerance_mm,
+            "spacing_scale": config.spacing_scale,
             "labels": {str(value): name for value, name in names.items()},
             "reference_values": None if values is None else {str(old): new for old, new in values.items()},
             "predictions": str(config.predictions),

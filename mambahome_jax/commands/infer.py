@@ -37,6 +37,7 @@ from mambahome_jax.commands.run_report import device, plain, versions
 from mambahome_jax.config import InferConfig
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import ConfigError, MambaHomeError, OutputError
+from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.inference.ensemble import check_members
 from mambahome_jax.inference.segment import (
     channels_of,
@@ -78,6 +79,7 @@ def run(config: InferConfig) -> int:
     console = Console()
     started = time.perf_counter()
     check_format(config.output_format)
+    require_scale(config.spacing_scale)
     if config.gpu and jax.default_backend() != "gpu":
         action = "Install the extra [cuda] and check nvidia-smi, or leave --gpu out."
         raise ConfigError(f"--gpu was given, but JAX sees only {jax.devices()[0].platform} devices. {action}")

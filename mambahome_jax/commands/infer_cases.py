@@ -23,9 +23,9 @@ from mambahome_jax.datasets.label_map import read_image
 from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.imaging import dicomseg
 from mambahome_jax.imaging.files import NIFTI_SUFFIXES, suffix_of
-from mambahome_jax.imaging.grids import grid_shift
+from mambahome_jax.imaging.grids import SAME_GRID_MM, shift_between
 from mambahome_jax.imaging.source_record import record_of
-from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels, read_volume, write_volume
+from mambahome_jax.imaging.volume import Volume, read_geometry, read_grid, read_labels, read_volume, write_volume
 from mambahome_jax.inference.postprocess import postprocess, volumes_ml
 from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
 from mambahome_jax.inference.preview import write_preview
@@ -37,9 +37,6 @@ from mambahome_jax.paths import as_on_disk
 # of the memory where it is plentiful, up to four of 512 x 512 x 1000. A larger one is read when the last one is done.
 HELD_BYTES = 512 << 20
 MOST_HELD_BYTES, HELD_PART = 4 << 30, 32
-
-# By how much the grids of a scan and of its label map differ where affines were rounded to float32 or written as text.
-SAME_GRID_MM = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +120,7 @@ def _nbytes(scan: Scan) -> int:
     files = scan.channels or (scan.path,)
     try:
         if suffix_of(scan.path.name, NIFTI_SUFFIXES) and scan.path.is_file():
-            return 4 * len(files) * math.prod(read_geometry(scan.path)[0])
+            return 4 * len(files) * math.prod(read_geometry(scan.path, spacing_scale=1)[0])
         listed = [file for path in files for file in (path.iterdir() if path.is_dir() else [path])]
         # Compressed CT takes about two bytes a voxel or less.
         return 4 * sum(file.stat().st_size for file in listed)
@@ -138,10 +135,11 @@ def _read(plan: Plan, scan: Scan) -> tuple[Volume, NetworkInput] | dict[str, Any
         return kept
     plan.sources[scan.case] = record_of(files_of(scan))
     if scan.channels:
-        case = Case(scan.case, scan.path, images=scan.channels)
+        case = Case(scan.case, scan.path, images=scan.channels, spacing_scale=plan.config.spacing_scale)
         volume = read_image(case, channels_of(plan.models) or len(scan.channels), as_stored=True)
     else:
-        volume = read_volume(scan.path, as_stored=True, series=scan.series)
+        scale = plan.config.spacing_scale
+        volume = read_volume(scan.path, as_stored=True, series=scan.series, spacing_scale=scale)
     with naming(scan.path):
         return volume, prepare(volume, _settings_of(scan, plan.settings), channels_of(plan.models))
 
@@ -155,11 +153,15 @@ def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
     try:
         seg = plan.config.output_format == DICOM_SEG
         # Of a DICOM SEG this looks itself whether it is of these slices.
-        labels = dicomseg.read(path, scan.path, plan.kept_names, scan.series) if seg else read_labels(path)
-        shape, affine = (labels.shape, labels.affine) if seg else read_geometry(scan.path, series=scan.series)
+        scale = plan.config.spacing_scale
+        if seg:
+            labels = grid = dicomseg.read(path, scan.path, plan.kept_names, scan.series)
+        else:
+            labels = read_labels(path, spacing_scale=scale)
+            grid = read_grid(scan.path, series=scan.series, spacing_scale=scale)
     except DatasetError:
         return None
-    if labels.shape != shape[:3] or grid_shift(affine, labels.affine, shape)[1] > SAME_GRID_MM:
+    if labels.shape != grid.shape or shift_between(grid, labels)[1] > SAME_GRID_MM:
         return None
     return {
         "id": scan.case,
@@ -200,7 +202,8 @@ def write_case(
     if config.output_format == DICOM_SEG:
         dicomseg.write(path, result, scan.path, names, scan.series)
     else:
-        write_volume(path, result, names=names)
+        note = write_volume(path, result, names=names, warn=False)
+        remarks += [] if note is None else [f"{path.name}: {note} (--output_format nrrd)"]
     return {
         "id": scan.case,
         "input": input_of(config, scan),

@@ -13,6 +13,7 @@ from mambahome_jax.datasets.structures import (
     select_structures,
 )
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.imaging.header import require_scale
 
 
 def several(paths: Path | tuple[Path, ...]) -> tuple[Path, ...]:
@@ -36,6 +37,15 @@ def read_datasets(paths: tuple[Path, ...], layouts: tuple[str, ...]) -> Dataset:
     return join_datasets(found) if len(found) > 1 else found[0]
 
 
+def with_scale(dataset: Dataset, spacing_scale: float | None) -> Dataset:
+    """The dataset, its files read with this `spacing_scale`. Raises ConfigError: it is not above 0."""
+    require_scale(spacing_scale)
+    if spacing_scale is None:
+        return dataset
+    cases = tuple(dataclasses.replace(case, spacing_scale=spacing_scale) for case in dataset.cases)
+    return dataclasses.replace(dataset, cases=cases)
+
+
 def open_dataset(config: PreprocessConfig) -> Dataset:
     """Read every --input_path, join them where there are several, and keep or merge the structures asked for.
 
@@ -46,7 +56,7 @@ def open_dataset(config: PreprocessConfig) -> Dataset:
     paths = several(config.input_path)
     if config.labels and config.label_map is not None:
         raise ConfigError("--labels and --label_map both choose structures; give one of them")
-    dataset = read_datasets(paths, config.dataset)
+    dataset = with_scale(read_datasets(paths, config.dataset), config.spacing_scale)
     if config.only is not None:
         cases = tuple(case for case in dataset.cases if case.modality == config.only)
         if not cases:

@@ -19,6 +19,7 @@ from mambahome_jax.evaluation.files import Evaluation, read_evaluation
 from mambahome_jax.evaluation.scores import METRICS
 from mambahome_jax.imaging.files import scan_stem, write_text
 from mambahome_jax.imaging.geometry import resample_to
+from mambahome_jax.imaging.grids import SAME_GRID_MM, shift_between
 from mambahome_jax.imaging.intensity import display_range
 from mambahome_jax.imaging.volume import Volume, read_volume
 from mambahome_jax.report.page import Report, Shown, render_report, worst_first
@@ -109,7 +110,7 @@ def _pairs(config: ReportConfig, summary: Mapping[str, Any]) -> dict[str, Pair]:
     assert config.predictions is not None and config.references is not None
     pairs, _ = find_pairs(config.predictions, config.references, {})
     labelled = labelled_values(config.references)
-    noted = summary.get("reference_values")
+    noted, scale = summary.get("reference_values"), summary.get("spacing_scale")
     try:
         values = {int(old): int(new) for old, new in noted.items()} if noted else None
     except (AttributeError, TypeError, ValueError) as error:
@@ -119,7 +120,12 @@ def _pairs(config: ReportConfig, summary: Mapping[str, Any]) -> dict[str, Pair]:
             f"reference_values: {error}", file=file, expected=expected, action="Evaluate again."
         ) from error
     return {
-        pair.case: dataclasses.replace(pair, reference_values=values, labelled=labelled.get(scan_stem(pair.reference)))
+        pair.case: dataclasses.replace(
+            pair,
+            reference_values=values,
+            labelled=labelled.get(scan_stem(pair.reference)),
+            spacing_scale=scale if isinstance(scale, int | float) else None,
+        )
         for pair in pairs
     }
 
@@ -140,7 +146,8 @@ def _draw(pair: Pair, scan: Scan | None, window: tuple[float, float] | None, mod
     prediction, reference = read_pair(pair)
     image = None
     if scan is not None:
-        image = _on_grid(read_volume(scan.path, series=scan.series), reference)
+        scan_volume = read_volume(scan.path, series=scan.series, spacing_scale=pair.spacing_scale)
+        image = _on_grid(scan_volume, reference)
         first = image.array[..., 0] if image.array.ndim == 4 else image.array
         window = window or display_range(first, scan.modality or modality)
     return draw_planes(prediction, reference, image, window or (0.0, 1.0), pair.labelled)
@@ -148,7 +155,7 @@ def _draw(pair: Pair, scan: Scan | None, window: tuple[float, float] | None, mod
 
 def _on_grid(image: Volume, reference: Volume) -> Volume:
     """The scan where the reference's voxels are; predictions may lie on a resampled grid."""
-    if image.shape == reference.shape and abs(image.affine - reference.affine).max() < 1e-3:
+    if image.shape == reference.shape and shift_between(reference, image)[1] < SAME_GRID_MM:
         return image
     return resample_to(image, reference.affine, reference.shape)
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.label_map import read_counted_label_map, read_image, read_label_map
 from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.imaging.geometry import reorient, resample
+from mambahome_jax.imaging.header import Header
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles, statistics
 from mambahome_jax.imaging.plausibility import intensity_remark
 from mambahome_jax.imaging.source_record import place_of, record_of, renewed
 from mambahome_jax.imaging.volume import Volume, write_volume
 
 # Raise it when the same input would give other files: every case is then done again.
-CODE_VERSION = 1
+CODE_VERSION = 2
 
 _BODY_ABOVE: dict[Modality, float] = {"ct": -175.0, "mr": 0.0, "us": 0.0}
 
@@ -81,6 +82,7 @@ def _settings(job: CaseJob) -> dict[str, Any]:
         "masks": [value for value, _ in case.masks],
         "values": None if case.values is None else sorted([old, new] for old, new in case.values.items()),
         "labelled": None if case.labelled is None else list(case.labelled),
+        "spacing_scale": case.spacing_scale,
         "nifti": job.nifti,
         "version": CODE_VERSION,
     }
@@ -143,7 +145,8 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
         with naming(job.case.image):
             image = resample(image, job.spacing, order="linear")
         label = None if label is None else resample(label, job.spacing, order="nearest")
-    image = Volume(np.ascontiguousarray(image.array, np.float32), image.affine)
+    image = Volume(np.ascontiguousarray(image.array, np.float32), image.affine, _in_mm(image))
+    label = None if label is None else replace(label, header=image.header)
     # An entry of other settings would vouch for NIfTI files that are no longer its own, if this run ends between them.
     store.remove_entry(job.output / "store", job.case.id)
     try:
@@ -168,9 +171,10 @@ def _write(
     percentiles: tuple[tuple[float, ...], ...],
 ) -> store.StoreEntry:
     if job.nifti:
-        write_volume(job.image_path, image, dtype=np.float32)
+        note = write_volume(job.image_path, image, dtype=np.float32, warn=False)
+        remarks = remarks if note is None else (*remarks, f"{job.image_path.name}: {note}")
         if label is not None:
-            write_volume(job.label_path, label, names=job.labels)
+            write_volume(job.label_path, label, names=job.labels, warn=False)
     array = image.array if image.array.ndim == 4 else image.array[..., None]
     entry = store.StoreEntry(
         id=job.case.id,
@@ -191,6 +195,11 @@ def _write(
     return store.write_case(
         job.output / "store", entry, array, None if label is None else np.ascontiguousarray(label.array)
     )
+
+
+def _in_mm(image: Volume) -> Header | None:
+    """The header with which a case is written: dataset.json and all who read the folder count in mm."""
+    return None if image.header is None else image.header.in_mm()
 
 
 def read_case(case: Case, channels: int, labels: Mapping[int, str], hint: str = "") -> tuple[Volume, Volume | None]:

@@ -75,7 +75,7 @@ def renumber_case(task: RenumberJob) -> StoreEntry:
     values = {value: task.values[value] for value in table.values() if task.values.get(value, value) != value}
     store.remove_entry(root, job.case.id)
     job.label_path.parent.mkdir(parents=True, exist_ok=True)
-    write_volume(job.label_path, volume, names=task.names)
+    write_volume(job.label_path, volume, names=task.names, warn=False)
     return store.rewrite_label(root, dataclasses.replace(task.entry, values=values), label, table)
 
 

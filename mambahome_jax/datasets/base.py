@@ -46,6 +46,7 @@ class Case:
     values: stored label value -> value to use, 0 for background; None where they are used as they are.
     labelled: the values (after `values`) that are labelled in this case wherever they occur; None for all of the table.
     may_be_empty: False where a label map without any structure means that nobody labelled the scan.
+    spacing_scale: as `read_volume` takes it, for all files of the case.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Case:
     values: Mapping[int, int] | None = None
     labelled: tuple[int, ...] | None = None
     may_be_empty: bool = True
+    spacing_scale: float | None = None
 
     def __post_init__(self) -> None:
         if not self.patient:

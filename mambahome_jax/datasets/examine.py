@@ -17,10 +17,11 @@ from mambahome_jax.datasets.label_map import count_values, own_image, read_image
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.geometry import axis_order, orientation_of
-from mambahome_jax.imaging.grids import grid_shift, require_same_grid
+from mambahome_jax.imaging.grids import require_same_grid, shift_between
+from mambahome_jax.imaging.header import grid_shift
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles
 from mambahome_jax.imaging.plausibility import intensity_remark
-from mambahome_jax.imaging.volume import Volume, read_forms, read_geometry
+from mambahome_jax.imaging.volume import Volume, read_forms, read_grid
 
 PERCENTILES = (0.0, *SAMPLE_PERCENTILES, 100.0)
 
@@ -60,7 +61,7 @@ def _headers(job: ExamineJob) -> tuple[CaseFacts, list[Finding], Volume | None]:
     facts = CaseFacts(case.id, case.patient, case.split, job.modality, str(case.image), case.has_label)
     images = []
     for file in case.image_files:
-        grid, more = _header(case.id, "image file", file, 1 if case.images else job.channels, forms=True)
+        grid, more = _header(case, "image file", file, 1 if case.images else job.channels, forms=True)
         findings += more
         images += [grid] if grid is not None else []
     image = images[0] if images else None
@@ -77,7 +78,7 @@ def _headers(job: ExamineJob) -> tuple[CaseFacts, list[Finding], Volume | None]:
     label = None
     for file in case.label_files:
         # Masks share their header; what is odd in it would be told fifty times.
-        grid, more = _header(case.id, "label", file, 1, forms=case.label is not None)
+        grid, more = _header(case, "label", file, 1, forms=case.label is not None)
         findings += more
         if grid is None:
             continue
@@ -92,28 +93,33 @@ def _headers(job: ExamineJob) -> tuple[CaseFacts, list[Finding], Volume | None]:
     return facts, findings, image or label
 
 
-def _header(case: str, kind: str, file: Path, channels: int, forms: bool) -> tuple[Volume | None, list[Finding]]:
+def _header(case: Case, kind: str, file: Path, channels: int, forms: bool) -> tuple[Volume | None, list[Finding]]:
     """A volume of the file's grid without voxels, None where it cannot be read, and what its header shows."""
     try:
         # Only NIfTI says where it lies in several ways.
         nifti = bool(suffix_of(file.name, NIFTI_SUFFIXES))
-        shape, affine, forms_of = read_forms(file) if nifti else (*read_geometry(file), None)
+        scale = case.spacing_scale
+        if nifti:
+            grid, forms_of = read_forms(file, spacing_scale=scale)
+        else:
+            grid, forms_of = read_grid(file, spacing_scale=scale), None
+        shape = grid.array.shape
         found = shape[3] if len(shape) == 4 else 1
         if found != channels:
             expected = "a 3D volume" if channels == 1 else f"{channels} channels as the fourth axis"
             raise DatasetError(f"{len(shape)}D volume {shape}", file=file, expected=expected)
     except DatasetError as error:
-        return None, [check.error_finding(case, kind, error)]
+        return None, [check.error_finding(case.id, kind, error)]
     findings = []
     if forms:
-        findings += check.affine_findings(case, str(file), affine)
+        findings += check.affine_findings(case.id, str(file), grid.affine)
     if forms and forms_of is not None:
         try:
-            findings += check.form_findings(case, str(file), shape, *forms_of(), grid_shift)
+            findings += check.form_findings(case.id, str(file), shape, *forms_of(), grid_shift)
         except DatasetError as error:
             # The scan can be read all the same, by its sform.
-            findings.append(replace(check.error_finding(case, "header", error), severity="warning"))
-    return Volume(np.broadcast_to(np.uint8(0), shape), affine), findings
+            findings.append(replace(check.error_finding(case.id, "header", error), severity="warning"))
+    return grid, findings
 
 
 def _compare(case: str, image: Volume, label: Volume, file: Path) -> list[Finding]:
@@ -121,7 +127,7 @@ def _compare(case: str, image: Volume, label: Volume, file: Path) -> list[Findin
         require_same_grid(image, label, file)
     except DatasetError as error:
         return [check.error_finding(case, "grid", error)]
-    return check.small_shift_finding(case, str(file), *grid_shift(image.affine, label.affine, image.shape))
+    return check.small_shift_finding(case, str(file), *shift_between(image, label))
 
 
 def _voxels(job: ExamineJob, facts: CaseFacts, grid: Volume | None) -> tuple[CaseFacts, list[Finding]]:
@@ -148,7 +154,7 @@ def _voxels(job: ExamineJob, facts: CaseFacts, grid: Volume | None) -> tuple[Cas
     file = str(case.label_files[0] if case.label is not None else case.label_files[0].parent)
     if image is not None and image.shape == grid.shape:
         # With its voxels, of which the label map may be a copy; without them its header's grid has to do.
-        grid = Volume(image.array, grid.affine)
+        grid = replace(grid, array=image.array)
     try:
         label, remarks = read_label_map(case, grid, job.labels, job.hint)
     except DatasetError as error:

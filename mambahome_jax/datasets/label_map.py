@@ -1,6 +1,7 @@
 """The label map of a case as training is to see it: masks merged, values checked and replaced."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +22,22 @@ def read_image(case: Case, channels: int, *, as_stored: bool = False) -> Volume:
     Raises DatasetError: as read_volume; files of different grids.
     """
     if not case.images:
-        return read_volume(case.image, channels=channels, as_stored=as_stored)
+        return read_volume(case.image, channels=channels, as_stored=as_stored, spacing_scale=case.spacing_scale)
     if len(case.images) != channels:
         raise DatasetError(f"{len(case.images)} files", file=case.image, expected=f"{channels}, a file a channel")
-    first = read_volume(case.image, channels=1, as_stored=as_stored)
+    first = read_volume(case.image, channels=1, as_stored=as_stored, spacing_scale=case.spacing_scale)
     stack = np.empty((*first.shape, channels), first.array.dtype, order="F")
     stack[..., 0] = first.array
     # Of the first only the grid is needed from here on.
-    first = Volume(stack[..., 0], first.affine)
+    first = replace(first, array=stack[..., 0])
     for number, path in enumerate(case.images[1:], start=1):
-        volume = read_volume(path, channels=1, as_stored=as_stored)
+        volume = read_volume(path, channels=1, as_stored=as_stored, spacing_scale=case.spacing_scale)
         require_same_grid(first, volume, path, f"Bring it onto the grid of {case.image.name} first.")
         if not np.can_cast(volume.array.dtype, stack.dtype):
-            first = Volume(np.broadcast_to(np.uint8(0), first.shape), first.affine)
+            first = replace(first, array=np.broadcast_to(np.uint8(0), first.shape))
             stack = stack.astype(_holding(stack.dtype, volume.array.dtype), order="F")
         stack[..., number] = volume.array
-    return Volume(stack, first.affine)
+    return replace(first, array=stack)
 
 
 def _holding(first: np.dtype, second: np.dtype) -> np.dtype:
@@ -72,7 +73,7 @@ def read_counted_label_map(
     else:
         return None, (), {}
     # The label takes the image's affine: both are then resampled to exactly one grid.
-    return Volume(label, image.affine), remarks, counts
+    return replace(image, array=label), remarks, counts
 
 
 def count_values(label: np.ndarray) -> dict[int, int]:
@@ -91,7 +92,7 @@ def _checked(
     case: Case, file: Path, image: Volume, labels: Mapping[int, str], hint: str
 ) -> tuple[np.ndarray, tuple[str, ...], dict[int, int]]:
     try:
-        label = read_labels(file, any_value=case.values is not None)
+        label = read_labels(file, any_value=case.values is not None, spacing_scale=case.spacing_scale)
     except DatasetError:
         _refuse_own_image(file, image)
         raise
@@ -127,7 +128,7 @@ def _counts(label: np.ndarray) -> dict[int, int]:
 def _refuse_own_image(file: Path, image: Volume) -> None:
     """Raises DatasetError where a file that cannot be read as a label map is the image: that is the reason to tell."""
     try:
-        voxels = read_volume(file).array
+        voxels = read_volume(file, spacing_scale=1).array
     except DatasetError:
         return
     channels = voxels if voxels.ndim == 4 else voxels[..., None]
@@ -155,7 +156,7 @@ def _merge(case: Case, image: Volume, labels: Mapping[int, str]) -> tuple[np.nda
         if value == 0:
             unread.append(file)
             continue
-        inside = _read_mask(file, image)
+        inside = _read_mask(case, file, image)
         before = count_values(merged[inside])
         empty &= not before
         for other, count in before.items():
@@ -163,7 +164,7 @@ def _merge(case: Case, image: Volume, labels: Mapping[int, str]) -> tuple[np.nda
                 overlaps[other, value] = overlaps.get((other, value), 0) + count
         merged[inside] = value
     # Structures that were left out still tell whether the case was labelled at all.
-    if empty and not case.may_be_empty and not any(_read_mask(file, image).any() for file in unread):
+    if empty and not case.may_be_empty and not any(_read_mask(case, file, image).any() for file in unread):
         raise _nothing_labelled(case.masks[0][1].parent, f"all {len(case.masks)} masks are empty")
     if not overlaps:
         return merged, ()
@@ -173,9 +174,9 @@ def _merge(case: Case, image: Volume, labels: Mapping[int, str]) -> tuple[np.nda
     return merged, (f"{total} voxels lie in two masks (most: {largest} in {pair}); the later in the table has them",)
 
 
-def _read_mask(file: Path, image: Volume) -> np.ndarray:
+def _read_mask(case: Case, file: Path, image: Volume) -> np.ndarray:
     try:
-        mask = read_labels(file)
+        mask = read_labels(file, spacing_scale=case.spacing_scale)
     except DatasetError:
         _refuse_own_image(file, image)
         raise

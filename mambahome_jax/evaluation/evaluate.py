@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from mambahome_jax.evaluation.files import write_json
 from mambahome_jax.evaluation.metrics import compare
 from mambahome_jax.evaluation.scores import METRICS, Score
 from mambahome_jax.imaging.files import write_text
-from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels
+from mambahome_jax.imaging.grids import shift_between
+from mambahome_jax.imaging.volume import Volume, read_grid, read_labels
 
 COLUMNS = ("case", "structure", *METRICS, "volume_ml", "reference_volume_ml", "volume_difference_ml")
 DEFINITIONS = {
@@ -43,6 +44,7 @@ class Pair:
     surface: what distances are taken of, see `metrics`.
     reference_values: what to replace the reference's values by (others become background), None for nothing.
     labelled: values that the reference labels wherever they occur, None for all; the others are not judged.
+    spacing_scale: as `read_volume` takes it, for both files.
     """
 
     case: str
@@ -53,6 +55,7 @@ class Pair:
     surface: Surface = "voxels"
     reference_values: Mapping[int, int] | None = None
     labelled: tuple[int, ...] | None = None
+    spacing_scale: float | None = None
 
 
 def evaluate_case(pair: Pair) -> list[Score]:
@@ -89,11 +92,13 @@ def read_pair(pair: Pair) -> tuple[Volume, Volume]:
     Raises DatasetError: a file cannot be read, is no label map, or the two are not on the same grid.
     """
     _require_same_grid(pair)
-    prediction, reference = read_labels(pair.prediction), read_labels(pair.reference)
+    prediction, reference = (
+        read_labels(file, spacing_scale=pair.spacing_scale) for file in (pair.prediction, pair.reference)
+    )
     if pair.reference_values is not None:
         table = np.zeros(max([*pair.reference_values, int(reference.array.max())]) + 1, np.uint16)
         table[list(pair.reference_values)] = list(pair.reference_values.values())
-        reference = Volume(table[reference.array], reference.affine)
+        reference = replace(reference, array=table[reference.array])
     return prediction, reference
 
 
@@ -141,13 +146,15 @@ def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
 
 
 def _require_same_grid(pair: Pair) -> None:
-    (shape, affine), (other_shape, other_affine) = read_geometry(pair.prediction), read_geometry(pair.reference)
+    prediction, reference = (
+        read_grid(file, spacing_scale=pair.spacing_scale) for file in (pair.prediction, pair.reference)
+    )
     action = f"Bring it to the grid of {pair.reference} first."
-    if shape != other_shape:
-        raise DatasetError(f"shape {shape}", file=pair.prediction, expected=f"{other_shape}", action=action)
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape[:3]], [1], indexing="ij")).reshape(4, -1)
-    apart = np.linalg.norm((affine - other_affine) @ corners, axis=0).max()
-    if apart > SAME_PLACE * Volume(np.zeros((1, 1, 1)), other_affine).spacing.min():
+    if prediction.array.shape != reference.array.shape:
+        found, expected = f"shape {prediction.array.shape}", f"{reference.array.shape}"
+        raise DatasetError(found, file=pair.prediction, expected=expected, action=action)
+    _, apart = shift_between(reference, prediction)
+    if apart > SAME_PLACE * reference.spacing.min():
         found = f"its corners lie up to {apart:.4g} mm from those of the reference"
         raise DatasetError(found, file=pair.prediction, expected="equal affines", action=action)
 

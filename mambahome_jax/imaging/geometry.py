@@ -52,7 +52,7 @@ def reorient(volume: Volume, orientation: str) -> Volume:
         orientations.io_orientation(volume.affine), orientations.axcodes2ornt(tuple(codes))
     )
     affine = volume.affine @ orientations.inv_ornt_aff(change, volume.shape)
-    return Volume(orientations.apply_orientation(volume.array, change), affine)
+    return Volume(orientations.apply_orientation(volume.array, change), affine, volume.header)
 
 
 def resampled_grid(
@@ -141,12 +141,13 @@ def resample_to(
     if source is None:
         to_old[:3, 3] += to_old[:3, :3] @ first
         part = (box[0].stop - box[0].start, box[1].stop - box[1].start, box[2].stop - box[2].start)
-        return Volume(_sample_anywhere(before(array), to_old, part, order), part_affine)
+        return Volume(_sample_anywhere(before(array), to_old, part, order), part_affine, volume.header)
     array, to_old = array.transpose(*source, *range(3, array.ndim)), to_old[[*source, 3]]
     swapped = volume.affine[:, [*source, 3]]
     if _same_grid(swapped, array.shape, affine, shape):
         values = before(array[box])
-        return Volume(values if order == "nearest" else values.astype(np.float32, copy=False), part_affine)
+        values = values if order == "nearest" else values.astype(np.float32, copy=False)
+        return Volume(values, part_affine, volume.header)
     # Positions along an axis with the other two indices in the middle: what is left of them is smallest there.
     middle = (np.array(shape) - 1) / 2
     positions, used = [], []
@@ -160,7 +161,8 @@ def resample_to(
     # The one that shrinks most first: no array on the way exceeds both input and output. Of the whole grids, so that
     # every box of them is computed alike.
     turns = sorted(range(3), key=lambda axis: shape[axis] / array.shape[axis])
-    return Volume(_sample_by_axis(before(array[tuple(used)]), positions, turns, order), part_affine)
+    sampled = _sample_by_axis(before(array[tuple(used)]), positions, turns, order)
+    return Volume(sampled, part_affine, volume.header)
 
 
 def crop(volume: Volume, start: Sequence[int], end: Sequence[int]) -> Volume:
@@ -172,11 +174,11 @@ def crop(volume: Volume, start: Sequence[int], end: Sequence[int]) -> Volume:
     affine[:3, 3] += affine[:3, :3] @ first
     inside = volume.array[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
     if inside.shape[:3] == tuple(box):
-        return Volume(inside, affine)
+        return Volume(inside, affine, volume.header)
     array = np.zeros((*box, *volume.array.shape[3:]), volume.array.dtype)
     if inside.size:
         array[tuple(slice(a, b) for a, b in zip(low - first, high - first, strict=True))] = inside
-    return Volume(array, affine)
+    return Volume(array, affine, volume.header)
 
 
 def uncrop(volume: Volume, start: Sequence[int], shape: Sequence[int]) -> Volume:

@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.header import grid_shift
 from mambahome_jax.imaging.volume import Volume
 
 TOLERANCE = 0.1
-_CORNERS = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)])
+# By how much the grids of a scan and of its label map differ where affines were rounded to float32 or written as text.
+SAME_GRID_MM = 1e-3
 
 MEND_LABEL = "Bring the label map onto the grid of its image first."
 
@@ -18,20 +20,22 @@ def require_same_grid(image: Volume, label: Volume, file: Path, action: str = ME
     if image.shape != label.shape:
         found, expected = f"grid of {_by(label.shape)} voxels", f"{_by(image.shape)} as in the image"
         raise DatasetError(found, file=file, expected=expected, action=action)
-    shift, largest = grid_shift(image.affine, label.affine, image.shape)
+    shift, _ = shift_between(image, label)
     if shift > TOLERANCE:
+        shift, largest = grid_shift(image.affine, label.affine, image.shape)
         found = f"a grid that lies up to {largest:.3g} mm ({shift:.3g} voxels) off the image's"
         raise DatasetError(found, file=file, expected=f"at most {TOLERANCE} voxels", action=action)
 
 
-def grid_shift(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float]:
-    """How far apart two grids of one shape lie at the corner that differs most: voxels of the first, and mm."""
-    if np.array_equal(affine, other):
+def shift_between(image: Volume, label: Volume) -> tuple[float, float]:
+    """How far apart two volumes of one shape lie in the program that sees them nearest to each other: voxels and mm.
+
+    A label map that was drawn where an ITK program shows a scan fits the scan's other form, not its affine.
+    """
+    if np.array_equal(image.affine, label.affine):
         return 0.0, 0.0
-    corners = _CORNERS * [*(n - 1 for n in shape[:3]), 1]
-    shift_mm = (corners @ (other - affine).T)[:, :3]
-    shift = np.abs(shift_mm @ np.linalg.inv(affine[:3, :3]).T).max()
-    return float(shift), float(np.linalg.norm(shift_mm, axis=1).max())
+    pairs = [(grid, label.affine) for grid in image.grids] + [(image.affine, grid) for grid in label.grids]
+    return min(grid_shift(one, other, image.shape) for one, other in pairs)
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import nibabel as nib
 import numpy as np
@@ -27,39 +27,37 @@ _SILENT = logging.Logger("nibabel", logging.CRITICAL + 1)
 _HEADER = 544  # bytes of the longer of the two, with those that announce extensions
 
 
-def read(path: Path, channels: int | None) -> tuple[nib.Nifti1Header, np.ndarray]:
+class Headers(NamedTuple):
+    """A header twice: as nibabel mends it, and as it is stored. Neither is to be changed, as equal files share them."""
+
+    mended: nib.Nifti1Header
+    stored: nib.Nifti1Header
+
+
+def read(path: Path, channels: int | None) -> tuple[Headers, np.ndarray]:
     """Header and the stored values (D0, D1, D2[, C]), first axis fastest, without a copy.
 
     No more is allocated than the file can hold, whatever its header claims.
     Raises DatasetError: as `read_header`; a truncated or damaged file; another number of axes or channels.
     """
     with _opened(path) as (file, packed):
-        header = _header_of(path, _head(file, packed))
-        shape, dtype, offset = _layout(path, header, channels)
+        headers = _header_of(path, _head(file, packed))
+        shape, dtype, offset = _layout(path, headers.mended, channels)
         end = offset + math.prod(shape) * dtype.itemsize
         _require_held(path, _most(file, packed), offset, end)
         file.seek(0)
         content, held = unpacked(file, end) if packed else (file.read(end), end)
         _require_held(path, min(held, len(content)), offset, end)
-    return header, np.frombuffer(content, dtype, count=math.prod(shape), offset=offset).reshape(shape, order="F")
+    return headers, np.frombuffer(content, dtype, count=math.prod(shape), offset=offset).reshape(shape, order="F")
 
 
-def read_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray, nib.Nifti1Header]:
-    """Shape and affine (4, 4), from the header and the size of the file; and the header. Raises DatasetError as `read`.
-
-    Headers are not to be changed: files with the same one share it.
-    """
+def read_geometry(path: Path) -> tuple[tuple[int, ...], Headers]:
+    """Shape, from the header and the size of the file, and the header. Raises DatasetError as `read`."""
     with _opened(path) as (file, packed):
-        header = _header_of(path, _head(file, packed))
-        shape, dtype, offset = _layout(path, header, None)
+        headers = _header_of(path, _head(file, packed))
+        shape, dtype, offset = _layout(path, headers.mended, None)
         _require_held(path, _most(file, packed), offset, offset + math.prod(shape) * dtype.itemsize)
-    return shape, affine_of(path, header), header
-
-
-def read_header(path: Path) -> nib.Nifti1Header:
-    """The header alone. Raises DatasetError: missing, damaged, no NIfTI file, or half of a pair."""
-    with _opened(path) as (file, packed):
-        return _header_of(path, _head(file, packed))
+    return shape, headers
 
 
 def _head(file: BinaryIO, packed: bool) -> bytes:
@@ -98,25 +96,26 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
         raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
 
 
-def _header_of(path: Path, content: bytes) -> nib.Nifti1Header:
+def _header_of(path: Path, content: bytes) -> Headers:
     size = next((s for s in _HEADERS for order in ("little", "big") if int.from_bytes(content[:4], order) == s), None)
     if size is None or len(content) < size:
         raise DatasetError("not a NIfTI file", file=path, expected=".nii or .nii.gz")
     try:
-        header = _parsed(content[:size])
+        headers = _parsed(content[:size])
     except (HeaderDataError, ValueError, OverflowError) as error:
         raise DatasetError(f"damaged NIfTI header ({error})", file=path) from error
-    if not header["magic"].item().startswith(b"n+"):
+    if not headers.mended["magic"].item().startswith(b"n+"):
         raise DatasetError("an Analyze file or half of a NIfTI pair", file=path, expected="one .nii or .nii.gz file")
-    return header
+    return headers
 
 
 @functools.lru_cache(maxsize=64)
-def _parsed(content: bytes) -> nib.Nifti1Header:
+def _parsed(content: bytes) -> Headers:
     """nibabel tests every field, which takes longer than reading a small file; masks of a case share their header."""
-    header = _HEADERS[len(content)](content, check=False)
-    header.check_fix(logger=_SILENT)
-    return header
+    stored = _HEADERS[len(content)](content, check=False)
+    mended = stored.copy()
+    mended.check_fix(logger=_SILENT)
+    return Headers(mended, stored)
 
 
 def _shape_of(path: Path, header: nib.Nifti1Header, channels: int | None) -> tuple[int, ...]:
@@ -124,9 +123,14 @@ def _shape_of(path: Path, header: nib.Nifti1Header, channels: int | None) -> tup
 
 
 def checked_shape(path: Path, shape: tuple[int, ...], channels: int | None) -> tuple[int, ...]:
-    """(D0, D1, D2) or (D0, D1, D2, C), without trailing axes of length 1. Raises DatasetError: anything else."""
+    """(D0, D1, D2) or (D0, D1, D2, C), without trailing axes of length 1. Raises DatasetError: anything else.
+
+    Of (D0, D1, D2, 1, C), which is how ITK writes vectors to NIfTI, the axis of one time point goes too.
+    """
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
+    if len(shape) == 5 and shape[3] == 1:
+        shape = (*shape[:3], shape[4])
     if len(shape) not in (3, 4):
         expected = "three spatial axes, and at most one of channels after them"
         raise DatasetError(f"{len(shape)} axes {shape}", file=path, expected=expected)
@@ -140,7 +144,7 @@ def checked_shape(path: Path, shape: tuple[int, ...], channels: int | None) -> t
 
 
 def affine_of(path: Path, header: nib.Nifti1Header) -> np.ndarray:
-    """(4, 4) float64, voxel to RAS mm: sform, else qform, else made from the spacing. Raises DatasetError."""
+    """(4, 4) float64, voxel to RAS in the file's unit: sform, else qform, else by the spacing. Raises DatasetError."""
     try:
         # What is not finite is refused below, by name; NumPy's warnings tell no name.
         with np.errstate(all="ignore"):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import struct
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from mambahome_jax.imaging.files import (
     suffix_of,
     written_whole,
 )
+from mambahome_jax.imaging.header import Header, header_of, require_scale, scaled
 from mambahome_jax.imaging.pack import fortran_bytes, gzipped, parts_of
+from mambahome_jax.imaging.placement import itk_place, nifti_header
 from mambahome_jax.paths import local_path
 
 Forms = tuple[np.ndarray | None, np.ndarray | None, np.ndarray]
@@ -34,10 +37,13 @@ class Volume:
 
     array: (D0, D1, D2) or (D0, D1, D2, C), axes in the file's voxel order; its memory order is not promised.
     affine: (4, 4) float64, voxel index (an integer is a voxel's centre) to mm in RAS+.
+    header: what the scan's file says of its place beyond the affine, None where there is no file. Hand it on to what is
+      made of the scan, so that it lies on the scan in every program when it is written.
     """
 
     array: np.ndarray
     affine: np.ndarray
+    header: Header | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "affine", np.array(self.affine, dtype=np.float64))
@@ -54,42 +60,56 @@ class Volume:
         """(3,) float64: distance in mm between neighbouring voxels along each axis."""
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
+    @property
+    def grids(self) -> list[np.ndarray]:
+        """Where programs see the voxels: the affine, then what else the header says, (4, 4) each."""
+        return [self.affine] if self.header is None else self.header.grids(self.affine)
+
 
 def read_volume(
-    path: str | Path, *, channels: int | None = None, as_stored: bool = False, series: Collection[str] = ()
+    path: str | Path,
+    *,
+    channels: int | None = None,
+    as_stored: bool = False,
+    series: Collection[str] = (),
+    spacing_scale: float | None = None,
 ) -> Volume:
     """Read an image: .nii, .nii.gz, or with the extra [formats] .mha, .mhd, .nrrd or a folder of DICOM slices.
 
     Returns a Volume of float32, (D0, D1, D2), or (D0, D1, D2, C) where the file has four axes and the last is longer
     than 1. A NIfTI file's affine is the sform where its code is positive and it is not all zero, else the qform, else
-    made from the spacing; values are stored value * scl_slope + scl_inter in float64, rounded to float32 (both as
-    MONAI's LoadImage).
+    made from the spacing, brought to mm where `xyzt_units` says metres or microns; values are stored value * scl_slope
+    + scl_inter in float64, rounded to float32 (both as MONAI's LoadImage). (D0, D1, D2, 1, C), as ITK writes vectors to
+    NIfTI, is (D0, D1, D2, C).
 
     channels: how many are expected; None takes any number.
     as_stored: numbers of up to four bytes stay what they are where slope and intercept change nothing; the
       array is then read-only, and int16 takes half of the memory.
     series: SeriesInstanceUIDs, of which a folder of DICOM slices of several series must hold one.
+    spacing_scale: what the lengths of a wrong header are multiplied by; 1 takes a scan of any size as it is.
     Raises DatasetError: missing, truncated or damaged file, of another format than its name says, empty, wrong number
-    of axes, singular affine, NaN or infinite voxels; SimpleITK not installed; what `dicom.read` refuses.
+    of axes, singular affine, less than 5 mm or more than 5 m in extent, NaN or infinite voxels; SimpleITK not
+    installed; what `dicom.read` refuses. ConfigError: a spacing_scale that is not above 0.
     """
     path = local_path(path)
-    raw, affine, slope, inter = _stored(path, channels, series)
+    raw, header, slope, inter = _stored(path, channels, spacing_scale, series)
     if as_stored and (slope, inter) == (1.0, 0.0) and raw.dtype.isnative and raw.dtype.itemsize <= 4:
         if raw.dtype.kind == "f":
             _require_finite(path, raw)
-        return Volume(raw, affine)
-    return Volume(_scale(path, raw, slope, inter), affine)
+        return Volume(raw, header.affine, header)
+    return Volume(_scale(path, raw, slope, inter), header.affine, header)
 
 
-def read_labels(path: str | Path, *, any_value: bool = False) -> Volume:
+def read_labels(path: str | Path, *, any_value: bool = False, spacing_scale: float | None = None) -> Volume:
     """Read a label map (the formats of `read_volume`) of any stored type whose values are whole numbers.
 
     Returns a Volume (D0, D1, D2) of uint8, or of uint16 where a label is above 255.
     any_value: negative labels and those above 65535 are taken too; the array is then int64 where there are any.
+    spacing_scale: as `read_volume` takes it.
     Raises DatasetError as `read_volume`, and for labels that are fractional, negative or above 65535.
     """
     path = local_path(path)
-    raw, affine, slope, inter = _stored(path, 1)
+    raw, header, slope, inter = _stored(path, 1, spacing_scale)
     if raw.dtype.kind == "f" or (slope, inter) != (1.0, 0.0):
         values = raw.astype(np.float64) * slope + inter
         _require_finite(path, values, "Write 0, the background, or the right label into these voxels.")
@@ -102,38 +122,52 @@ def read_labels(path: str | Path, *, any_value: bool = False) -> Volume:
         labels = raw
     low, high = labels.min(), labels.max()
     if low >= 0 and high <= 65535:
-        return Volume(labels.astype(np.uint8 if high <= 255 else np.uint16), affine)
+        return Volume(labels.astype(np.uint8 if high <= 255 else np.uint16), header.affine, header)
     if any_value and low >= -(2**53) and high <= 2**53:
-        return Volume(labels.astype(np.int64), affine)
+        return Volume(labels.astype(np.int64), header.affine, header)
     action = "Is this an image? If it is a label map, number its structures by preprocess.py --label_map FILE."
     raise DatasetError(f"label values from {low:g} to {high:g}", file=path, expected="0 to 65535", action=action)
 
 
-def read_geometry(path: str | Path, *, series: Collection[str] = ()) -> tuple[tuple[int, ...], np.ndarray]:
+def read_geometry(
+    path: str | Path, *, series: Collection[str] = (), spacing_scale: float | None = None
+) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape (trailing axes of length 1 beyond the third dropped) and affine (4, 4) float64, from headers alone.
 
-    series: as `read_volume` takes it. Raises DatasetError as `read_volume`, as far as headers show it.
+    series, spacing_scale: as `read_volume` takes them. Raises DatasetError as `read_volume`, as far as headers show it.
     """
+    grid = read_grid(path, series=series, spacing_scale=spacing_scale)
+    return grid.array.shape, grid.affine
+
+
+def read_grid(path: str | Path, *, series: Collection[str] = (), spacing_scale: float | None = None) -> Volume:
+    """What `read_volume` gives, from headers alone: every voxel is 0. Raises DatasetError as `read_geometry`."""
     path = local_path(path)
     if not path.is_dir() and not suffix_of(path.name, ITK_SUFFIXES):
-        return nifti.read_geometry(path)[:2]
-    shape, affine = dicom.read_geometry(path, series) if path.is_dir() else itk.read_geometry(path)
-    return nifti.checked_shape(path, shape, None), nifti.usable_affine(path, affine)
+        shape, headers = nifti.read_geometry(path)
+        header = header_of(path, nifti.affine_of(path, headers.mended), shape, headers.stored, spacing_scale)
+    else:
+        shape, affine = dicom.read_geometry(path, series) if path.is_dir() else itk.read_geometry(path)
+        shape = nifti.checked_shape(path, shape, None)
+        header = header_of(path, nifti.usable_affine(path, affine), shape, None, spacing_scale)
+    return Volume(np.broadcast_to(np.uint8(0), shape), header.affine, header)
 
 
-def read_forms(path: str | Path) -> tuple[tuple[int, ...], np.ndarray, Callable[[], Forms]]:
-    """`read_geometry`, and a function that gives what the NIfTI header says of the geometry in its three ways.
+def read_forms(path: str | Path, *, spacing_scale: float | None = None) -> tuple[Volume, Callable[[], Forms]]:
+    """`read_grid` of a NIfTI file, and a function that gives what its header says of the geometry in its three ways.
 
     Forms are sform and qform, (4, 4) float64, voxel to RAS mm, None where the form's code or the sform's numbers are 0;
     and pixdim (3,) in mm.
     Raises DatasetError as `read_volume`; the function does for a qform whose numbers are no rotation.
     """
     path = local_path(path)
-    shape, affine, header = nifti.read_geometry(path)
-    return shape, affine, lambda: _forms(path, header)
+    shape, headers = nifti.read_geometry(path)
+    header = header_of(path, nifti.affine_of(path, headers.mended), shape, headers.stored, spacing_scale)
+    grid = Volume(np.broadcast_to(np.uint8(0), shape), header.affine, header)
+    return grid, lambda: _forms(path, headers.mended, header.scale)
 
 
-def _forms(path: Path, header: nib.Nifti1Header) -> Forms:
+def _forms(path: Path, header: nib.Nifti1Header, scale: float) -> Forms:
     try:
         with np.errstate(all="ignore"):
             qform = header.get_qform(coded=True)[0]
@@ -142,18 +176,29 @@ def _forms(path: Path, header: nib.Nifti1Header) -> Forms:
     sform = header.get_sform(coded=True)[0]
     if sform is not None and not sform[:3, :3].any():
         sform = None
-    return sform, qform, np.abs(np.asarray(header["pixdim"][1:4], np.float64))
+    sform, qform = (None if form is None else scaled(form, scale) for form in (sform, qform))
+    return sform, qform, scale * np.abs(np.asarray(header["pixdim"][1:4], np.float64))
 
 
 def write_volume(
-    path: str | Path, volume: Volume, dtype: np.dtype | type | str | None = None, names: Mapping[int, str] | None = None
-) -> None:
+    path: str | Path,
+    volume: Volume,
+    dtype: np.dtype | type | str | None = None,
+    names: Mapping[int, str] | None = None,
+    *,
+    warn: bool = True,
+) -> str | None:
     """Write a Volume to .nii, .nii.gz, .mha or .nrrd, whole or not at all: beside its place first, then renamed.
 
-    dtype: stored type (default: the array's own; bool as uint8, int64 as int32, any float as float32). In NIfTI the
-    affine goes into the sform, and into the qform too unless it is sheared, both with code 1. Same volume, same bytes,
-      however many cores pack it; those of .nii.gz differ with and without isal, and may between kinds of processor.
+    dtype: stored type (default: the array's own; bool as uint8, int64 as int32, any float as float32). Same volume,
+      same bytes, however many cores pack it; those of .nii.gz differ with and without isal, and may between kinds of
+      processor.
     names: of label values, kept in a NIfTI header as a comment extension: the JSON text {"labels": {"1": "liver"}}.
+    warn: of a place that the format cannot say to ITK programs; the warning names formats that can.
+    A volume with a header lies where every program sees the scan: in NIfTI that scan's forms, codes and unit stay. One
+    without has its affine in the sform, and in the qform too unless it is sheared, both with code 1.
+
+    Returns what it warns of, None for nothing.
     Raises OutputError: a folder that cannot be written, a full disk, a wrong suffix, values that `dtype` cannot hold,
     SimpleITK not installed where .mha or .nrrd needs it.
     """
@@ -163,11 +208,11 @@ def write_volume(
         raise OutputError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; expected {expected}")
     array = _as_stored(path, volume.array, dtype)
     if not path.name.endswith(NIFTI_SUFFIXES):
-        itk.write(path, array, volume.affine, names)
-        return
-    header = _header_for(array, volume.affine)
+        itk.write(path, array, itk_place(volume.affine, volume.header), names)
+        return None
+    header, note = nifti_header(array.shape, array.dtype, volume.affine, volume.header)
     extension = _names_extension(names) if names else bytes(4)
-    header["vox_offset"] = 348 + len(extension)
+    header["vox_offset"] = int(header["sizeof_hdr"]) + len(extension)
     content = bytes(header.binaryblock) + extension
     with written_whole(path) as partial, partial.open("wb") as file:
         if path.name.endswith(".gz"):
@@ -177,22 +222,24 @@ def write_volume(
         else:
             file.write(content)
             file.writelines(map(fortran_bytes, parts_of(array)))
+    if note is not None and warn:
+        warnings.warn(f"{path}: {note}", stacklevel=2)
+    return note
 
 
 def _stored(
-    path: Path, channels: int | None, series: Collection[str] = ()
-) -> tuple[np.ndarray, np.ndarray, float, float]:
-    """Voxels as they are stored, affine, and what they are to be multiplied by and added to."""
+    path: Path, channels: int | None, spacing_scale: float | None, series: Collection[str] = ()
+) -> tuple[np.ndarray, Header, float, float]:
+    """Voxels as they are stored, their header, and what they are to be multiplied by and added to."""
+    require_scale(spacing_scale)
     if path.is_dir() or suffix_of(path.name, ITK_SUFFIXES):
         raw, affine = dicom.read(path, series) if path.is_dir() else itk.read(path)
-        return (
-            raw.reshape(nifti.checked_shape(path, raw.shape, channels), order="F"),
-            nifti.usable_affine(path, affine),
-            1.0,
-            0.0,
-        )
-    header, voxels = nifti.read(path, channels)
-    return voxels, nifti.affine_of(path, header), *nifti.slope_inter(path, header)
+        raw = raw.reshape(nifti.checked_shape(path, raw.shape, channels), order="F")
+        return raw, header_of(path, nifti.usable_affine(path, affine), raw.shape, None, spacing_scale), 1.0, 0.0
+    headers, raw = nifti.read(path, channels)
+    affine = nifti.affine_of(path, headers.mended)
+    header = header_of(path, affine, raw.shape, headers.stored, spacing_scale)
+    return raw, header, *nifti.slope_inter(path, headers.mended)
 
 
 def _scale(path: Path, raw: np.ndarray, slope: float, inter: float) -> np.ndarray:
@@ -232,21 +279,6 @@ def _as_stored(path: Path, array: np.ndarray, dtype: np.dtype | type | str | Non
         found = f"values from {array.min():g} to {array.max():g} of type {array.dtype}"
         raise OutputError(f"{path}: cannot write {found} as {target}")
     return stored
-
-
-def _header_for(array: np.ndarray, affine: np.ndarray) -> nib.Nifti1Header:
-    header = nib.Nifti1Header()
-    header.set_data_dtype(array.dtype)
-    header.set_data_shape(array.shape)
-    header.set_xyzt_units("mm")
-    header.set_zooms((*np.linalg.norm(affine[:3, :3], axis=0), 1.0)[: array.ndim])
-    header.set_sform(affine, code=1)
-    header.set_qform(affine, code=1, strip_shears=True)
-    # A qform cannot hold shear; one that disagrees with the sform would move the scan in programs that prefer it.
-    if not np.allclose(header.get_qform(), affine, rtol=0, atol=1e-3):
-        header.set_qform(None, code=0)
-    header["magic"] = b"n+1"
-    return header
 
 
 def _names_extension(names: Mapping[int, str]) -> bytes:

@@ -1,6 +1,7 @@
 """What is done to a label map once it lies on the scan's grid: some structures only, the largest part of each."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from scipy import ndimage
@@ -51,7 +52,7 @@ def postprocess(result: Volume, only: Collection[int] | None = None, largest: Co
         array = keep_labels(array, only)
     if largest is None or largest:
         array = keep_largest(array, largest)
-    return result if array is result.array else Volume(array, result.affine)
+    return result if array is result.array else replace(result, array=array)
 
 
 def keep_labels(labels: np.ndarray, values: Collection[int]) -> np.ndarray:

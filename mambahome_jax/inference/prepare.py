@@ -136,7 +136,7 @@ def prepare(
     if array.dtype.kind == "f" and not np.isfinite(array.sum(dtype=np.float64)):
         count = int(np.count_nonzero(~np.isfinite(array)))
         raise DatasetError(f"{count} voxels are NaN or infinite", expected="finite numbers")
-    oriented = reorient(Volume(array, volume.affine), settings.orientation)
+    oriented = reorient(replace(volume, array=array), settings.orientation)
     spacing = settings.spacing if settings.spacing is not None else (0.0, 0.0, 0.0)
     affine, shape = resampled_grid(oriented.affine, oriented.shape, spacing)
     prepared = NetworkInput(oriented, affine, shape, volume.affine, settings)

@@ -248,7 +248,9 @@ def label(
         with_probabilities(made[1].result)
     back = reorient(Volume(labels, prepared.oriented_affine), orientation_of(prepared.file_affine))
     # Undoing the flips moves the affine by rounding only; the scan's own is exact.
-    return Volume(back.array, prepared.file_affine)
+    header = prepared.scan.header
+    # What the scan's values are says nothing of labels.
+    return Volume(back.array, prepared.file_affine, None if header is None else replace(header, intent=0))
 
 
 def replicas(model: Any, mirrors: Sequence[Mirror] = (), devices: Sequence[jax.Device] | None = None) -> list[Replica]:

@@ -121,7 +121,7 @@ def test_a_bad_case_is_reported_and_the_rest_goes_on(config, capsys, break_case,
 def test_memory_is_judged_past_a_scan_whose_grid_is_refused(config):
     for name, voxels in zip(("images", "labels"), scan(), strict=True):
         write(config.input_path / name / "b.nii.gz", voxels, np.diag([1000.0, 1000.0, 1000.0, 1.0]))
-    assert run(replace(config, num_workers=2)) == 1
+    assert run(replace(config, num_workers=2, spacing_scale=1)) == 1
     assert [case["id"] for case in description(config)["cases"]] == ["a", "c"]
     assert "images/b.nii.gz" in reasons(config)["b"] and "at most 512 times as many" in reasons(config)["b"]
 

@@ -1,0 +1,182 @@
+"""What a scan's file says of its place beyond one affine, for all that is written beside the scan.
+
+A NIfTI header has two forms, and programs disagree on which of them to go by: nibabel, FSL and SPM by the sform, ITK by
+rules of its own (`itk_form`). So one affine cannot say where every program sees a scan.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from mambahome_jax.errors import ConfigError, DatasetError
+
+# Codes of `xyzt_units` for metres and microns; ITK takes every other one for millimetres.
+_MM_PER_UNIT = {1: 1000.0, 3: 0.001}
+_ORTHONORMAL = 1e-4  # by how much ITK lets products of an sform's axes differ from 0 and 1
+_QUATERNION = 1e-7  # square of a quaternion's real part below which ITK takes it for 0
+_SMALLEST, _LARGEST = 5.0, 5000.0  # mm along the longest axis of a scan
+_ORDINARY = 0.3  # mm between voxels from which on a few of them are a part cut out of a scan
+_CORNERS = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)])
+
+
+@dataclass(frozen=True, eq=False)
+class Header:
+    """The place of a scan as its file has it.
+
+    affine: (4, 4) float64, voxel to RAS mm, of the volume that was read. shape: its voxels along the spatial axes. A
+      volume on another grid may keep this header: both affines together say which voxel became which.
+    nifti: header of a NIfTI file as it is stored, not to be changed; None for the other formats, which have one grid.
+    scale: what the file's lengths were multiplied by to be mm: its unit, and what `spacing_scale` asked for.
+    intent: NIfTI's code of what the values are, 0 for none.
+    """
+
+    affine: np.ndarray
+    shape: tuple[int, ...]
+    nifti: nib.Nifti1Header | None = None
+    scale: float = 1.0
+    intent: int = 0
+
+    @property
+    def file_affine(self) -> np.ndarray:
+        """(4, 4): `affine` in the file's own unit."""
+        return scaled(self.affine, 1 / self.scale)
+
+    def grids(self, affine: np.ndarray) -> list[np.ndarray]:
+        """Where programs see the voxels of a volume: (4, 4) each, voxel to RAS mm.
+
+        affine: (4, 4) of a volume that has this header, which is the first of them.
+        """
+        if self.nifti is None:
+            return [affine]
+        forms = (qform_of(self.nifti), itk_form(self.nifti))
+        moved = self.voxel_map(affine)
+        return [affine, *(scaled(form, self.scale) @ moved for form in forms if form is not None)]
+
+    def voxel_map(self, affine: np.ndarray) -> np.ndarray:
+        """(4, 4) from voxels of a volume with this affine to those of the file."""
+        if affine is self.affine or np.array_equal(affine, self.affine):
+            return np.eye(4)
+        # Flips and permutations come out exactly, whatever the noise of the matrix product.
+        return np.round(np.linalg.inv(self.affine) @ affine, 9)
+
+    def in_mm(self) -> "Header":
+        """The header for files that are to be in mm whatever the unit of this one is, without its intent."""
+        if self.scale == 1:
+            return replace(self, intent=0)
+        if self.nifti is None:
+            return Header(self.affine, self.shape)
+        nifti = self.nifti.copy()
+        # qfac, the first of pixdim, is no length.
+        nifti["pixdim"][1:4] *= self.scale
+        for name in ("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"):
+            nifti[name] *= self.scale
+        nifti["xyzt_units"] = 2
+        return Header(self.affine, self.shape, nifti)
+
+
+def header_of(
+    path: Path,
+    affine: np.ndarray,
+    shape: tuple[int, ...],
+    nifti: nib.Nifti1Header | None = None,
+    spacing_scale: float | None = None,
+) -> Header:
+    """The header of a file that was read.
+
+    affine: (4, 4), voxel to RAS, in the file's unit. nifti: as `Header` has it. spacing_scale: what to multiply its
+    lengths by; 1 takes them whatever they are.
+    Raises DatasetError: a scan of less than 5 mm or more than 5 m. ConfigError: a scale that is not above 0.
+    """
+    scale = (1.0 if nifti is None else mm_per_unit(nifti)) * require_scale(spacing_scale)
+    header = Header(scaled(affine, scale), shape[:3], nifti, scale, 0 if nifti is None else int(nifti["intent_code"]))
+    if spacing_scale != 1:
+        _require_extent(path, header)
+    return header
+
+
+def require_scale(spacing_scale: float | None) -> float:
+    """The number itself, 1 for None. Raises ConfigError: not finite, or not above 0."""
+    if spacing_scale is None:
+        return 1.0
+    if not 0 < spacing_scale < np.inf:
+        raise ConfigError(f"--spacing_scale {spacing_scale}; expected a number above 0, such as 1000, 1 or 0.001")
+    return float(spacing_scale)
+
+
+def _require_extent(path: Path, header: Header) -> None:
+    spacing, size = np.linalg.norm(header.affine[:3, :3], axis=0), np.array(header.shape)
+    # A single slice is as thick as its header likes.
+    counted = size > 1 if (size > 1).any() else size > 0
+    longest = float((spacing * size)[counted].max())
+    if longest > _LARGEST or (longest < _SMALLEST and spacing[counted].max() < _ORDINARY):
+        extent, voxels = (" x ".join(f"{n:.4g}" for n in numbers) for numbers in (spacing * size, size))
+        found, factor = f"a scan of {extent} mm ({voxels} voxels)", 0.001 if longest > _LARGEST else 1000
+        action = (
+            f"Are its lengths in another unit than the header says? --spacing_scale {factor} (in Python "
+            f"spacing_scale={factor}) multiplies them; --spacing_scale 1 takes them as they are."
+        )
+        raise DatasetError(found, file=path, expected="5 mm to 5 m along the longest axis", action=action)
+
+
+def scaled(affine: np.ndarray, factor: float) -> np.ndarray:
+    """An affine (4, 4) whose lengths are multiplied; itself for 1."""
+    return affine if factor == 1 else affine * [[factor], [factor], [factor], [1]]
+
+
+def mm_per_unit(nifti: nib.Nifti1Header) -> float:
+    """What lengths of a NIfTI header are multiplied by to be mm, as ITK does."""
+    return _MM_PER_UNIT.get(int(nifti["xyzt_units"]) & 7, 1.0)
+
+
+def itk_form(nifti: nib.Nifti1Header) -> np.ndarray | None:
+    """(4, 4) in the file's unit, where ITK 5.3 and later sees the voxels of a NIfTI file; None where it refuses it.
+
+    ITK takes the direction and origin of an sform whose axes are at right angles where its code is 1 or there is no
+    qform, else the qform; with neither it begins at 0, left and posterior from there. Spacing is pixdim in any case.
+    """
+    pixdim = _pixdim(nifti)
+    if nifti["sform_code"] > 0 and (nifti["sform_code"] == 1 or nifti["qform_code"] <= 0):
+        sform = sform_of(nifti)
+        lengths = np.linalg.norm(sform[:3, :3], axis=0)
+        axes = sform[:3, :3] / np.where(lengths == 0, 1, lengths)
+        if np.abs(axes @ axes.T - np.eye(3)).max() <= _ORTHONORMAL:
+            return nib.affines.from_matvec(axes * pixdim, sform[:3, 3])
+    if nifti["qform_code"] > 0:
+        return qform_of(nifti)
+    return np.diag([-pixdim[0], -pixdim[1], pixdim[2], 1]) if nifti["sform_code"] <= 0 else None
+
+
+def sform_of(nifti: nib.Nifti1Header) -> np.ndarray:
+    """(4, 4) float64 in the file's unit, whatever its code."""
+    return np.array([nifti["srow_x"], nifti["srow_y"], nifti["srow_z"], [0, 0, 0, 1]], np.float64)
+
+
+def qform_of(nifti: nib.Nifti1Header) -> np.ndarray | None:
+    """(4, 4) float64 in the file's unit, as ITK makes it of the quaternion; None where its code is 0."""
+    if nifti["qform_code"] <= 0:
+        return None
+    vector = np.array([nifti["quatern_b"], nifti["quatern_c"], nifti["quatern_d"]], np.float64)
+    real = 1 - float(vector @ vector)
+    if real < _QUATERNION:
+        vector, real = vector / np.linalg.norm(vector), 0.0
+    rotation = nib.quaternions.quat2mat([np.sqrt(real), *vector])
+    pixdim = _pixdim(nifti) * [1, 1, -1 if nifti["pixdim"][0] < 0 else 1]
+    origin = [float(nifti[f"qoffset_{axis}"]) for axis in "xyz"]
+    return nib.affines.from_matvec(rotation * pixdim, origin)
+
+
+def _pixdim(nifti: nib.Nifti1Header) -> np.ndarray:
+    pixdim = np.array(nifti["pixdim"][1:4], np.float64)
+    return np.where(pixdim == 0, 1, pixdim)
+
+
+def grid_shift(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float]:
+    """How far apart two grids of one shape lie at the corner that differs most: voxels of the first, and mm."""
+    if np.array_equal(affine, other):
+        return 0.0, 0.0
+    corners = _CORNERS * [*(n - 1 for n in shape[:3]), 1]
+    shift_mm = (corners @ (other - affine).T)[:, :3]
+    shift = np.abs(shift_mm @ np.linalg.inv(affine[:3, :3]).T).max()
+    return float(shift), float(np.linalg.norm(shift_mm, axis=1).max())

@@ -1,0 +1,288 @@
+"""What is written beside a scan lies on it, read by nibabel and by SimpleITK, whatever the scan's header says."""
+
+import itertools
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.imaging.geometry import crop, reorient, resample
+from mambahome_jax.imaging.grids import require_same_grid, shift_between
+from mambahome_jax.imaging.header import grid_shift, itk_form, mm_per_unit
+from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels, read_volume, write_volume
+
+sitk = pytest.importorskip("SimpleITK")
+sitk.ProcessObject.SetGlobalWarningDisplay(False)
+
+SHAPE = (9, 8, 7)
+STRAIGHT = np.array([[1.5, 0, 0, -29.25], [0, 1.5, 0, -26.25], [0, 0, 2, -31], [0, 0, 0, 1.0]])
+OBLIQUE = nib.affines.from_matvec(nib.eulerangles.euler2mat(0.2, -0.1, 3.0) @ np.diag([-1.5, 1.5, 2]), [520, -7, 300])
+MOVED = nib.affines.from_matvec(STRAIGHT[:3, :3], STRAIGHT[:3, 3] + [20, 32, 72])
+
+
+def sheared(mm: float) -> np.ndarray:
+    affine = STRAIGHT.copy()
+    affine[0, 1] = mm
+    return affine
+
+
+SFORMS = {"straight": STRAIGHT, "oblique": OBLIQUE, "micrometres": sheared(0.015), "sheared": sheared(0.4)}
+QFORMS = {"straight": STRAIGHT, "moved": MOVED, "oblique": OBLIQUE}
+FORMATS = ("nii.gz", "nii", "mha", "nrrd")
+
+
+def save(path: Path, sform, scode, qform, qcode, unit=2, array=None, edit=None) -> Path:
+    """A scan with these forms, written byte by byte as nibabel would mend some of them."""
+    header = nib.Nifti1Header()
+    array = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(SHAPE) if array is None else array
+    header.set_data_dtype(array.dtype)
+    header.set_data_shape(array.shape)
+    header["pixdim"][1:4] = 1.5, 1.5, 2
+    header.set_qform(qform, qcode, strip_shears=True)
+    header.set_sform(sform, scode)
+    factor = {1: 0.001, 3: 1000}.get(unit, 1)
+    for name in ("srow_x", "srow_y", "srow_z", "qoffset_x", "qoffset_y", "qoffset_z"):
+        header[name] *= factor
+    header["pixdim"][1:4] *= factor
+    header["xyzt_units"], header["vox_offset"], header["magic"] = unit, 352, b"n+1"
+    if edit:
+        edit(header)
+    path.write_bytes(bytes(header.binaryblock) + bytes(4) + array.tobytes(order="F"))
+    return path
+
+
+def in_itk(path: Path) -> np.ndarray | None:
+    """(4, 4), voxel to RAS mm, as SimpleITK reads a file; None where it refuses it."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return None
+    affine = np.eye(4)
+    affine[:3, :3] = np.array(reader.GetDirection()[:9]).reshape(3, 3) * reader.GetSpacing()[:3]
+    affine[:3, 3] = reader.GetOrigin()[:3]
+    return np.diag([-1, -1, 1, 1]) @ affine
+
+
+def apart(one: np.ndarray, other: np.ndarray, shape=SHAPE) -> float:
+    """Voxels by which two grids differ at most."""
+    return grid_shift(one, other, shape)[0]
+
+
+HEADERS = [
+    *itertools.product(SFORMS, (0, 1, 2, 4), QFORMS, (0, 1, 2), (2,)),
+    *itertools.product(("straight", "micrometres"), (0, 1, 4), ("straight", "moved"), (0, 1), (0, 1, 3)),
+]
+
+
+def test_a_result_lies_on_its_scan_in_every_program(tmp_path):
+    for number, (sform, scode, qform, qcode, unit) in enumerate(HEADERS):
+        case = f"{sform} {scode}, {qform} {qcode}, unit {unit}"
+        path = save(tmp_path / "scan.nii", SFORMS[sform], scode, QFORMS[qform], qcode, unit)
+        scan, seen = read_volume(path), in_itk(path)
+        result = Volume((scan.array > 9).astype(np.uint8), scan.affine, scan.header)
+        for ending in FORMATS if number % 7 == 0 else ("nii", FORMATS[2 + number % 2]):
+            written = tmp_path / f"result.{ending}"
+            note = write_volume(written, result, warn=False)
+            found = in_itk(written)
+            if seen is None and ending.startswith("nii"):
+                assert ".nrrd" in note, case
+            else:
+                assert note is None, case
+                assert apart(scan.affine if seen is None else seen, found) < 0.01, f"{case}: {ending}"
+            if not ending.startswith("nii"):
+                continue
+            one, other = nib.load(path), nib.load(written)
+            assert apart(one.affine, other.affine) < 0.01, f"{case}: {ending}"
+            for name in ("sform_code", "qform_code", "xyzt_units"):
+                assert one.header[name] == other.header[name], case
+            np.testing.assert_array_equal(read_labels(written).array, result.array)
+
+
+def test_where_itk_sees_a_file_is_known_without_it(tmp_path):
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        scode, qcode = int(rng.choice([0, 1, 2, 4])), int(rng.choice([0, 1, 2]))
+        turned = nib.eulerangles.euler2mat(*rng.uniform(-3, 3, 3)) @ np.diag([1.5, 1.5, 2])
+        shear = np.eye(3) + np.triu(rng.normal(size=(3, 3)), 1) * rng.choice([0, 1e-5, 1e-2])
+        sform = nib.affines.from_matvec(turned @ shear, rng.normal(size=3) * rng.choice([0, 100, 1000]))
+        unit = int(rng.choice([0, 1, 2, 3]))
+        path = save(tmp_path / "scan.nii", sform, scode, list(QFORMS.values())[rng.integers(3)], qcode, unit)
+        header, seen = nib.load(path).header, in_itk(path)
+        known = itk_form(header)
+        assert (known is None) == (seen is None)
+        if seen is not None:
+            known[:3] *= mm_per_unit(header)
+            assert apart(seen, known) < 0.005
+
+
+@pytest.mark.parametrize("change", ["LPS", "PIR", "crop", "resample"])
+def test_what_is_made_of_a_scan_on_other_voxels_lies_on_it_too(tmp_path, change):
+    changes = {"crop": lambda v: crop(v, (2, 1, -1), (7, 6, 5)), "resample": lambda v: resample(v, (3.0, 1.0, 2.5))}
+    # Every fifth, so that each change meets every value of each part of a header.
+    for sform, scode, qform, qcode, unit in HEADERS[::5]:
+        case = f"{sform} {scode}, {qform} {qcode}, unit {unit}"
+        path = save(tmp_path / "scan.nii", SFORMS[sform], scode, QFORMS[qform], qcode, unit)
+        scan, seen = read_volume(path), in_itk(path)
+        made = changes[change](scan) if change in changes else reorient(scan, change)
+        moved = np.linalg.inv(scan.affine) @ made.affine
+        for ending in ("nii", "nrrd"):
+            note = write_volume(tmp_path / f"made.{ending}", made, warn=False)
+            found = in_itk(tmp_path / f"made.{ending}")
+            if ending == "nii":
+                assert apart(nib.load(path).affine @ moved, nib.load(tmp_path / "made.nii").affine) < 0.01, case
+            if seen is not None and note is None:
+                assert apart(seen @ moved, found, made.shape) < 0.01, f"{case}: {ending}"
+            assert note is None or (ending == "nii" and ".nrrd" in note and "sheared micrometres".find(sform) >= 0), (
+                case
+            )
+
+
+@pytest.mark.parametrize("ending", ["mha", "nrrd"])
+@pytest.mark.parametrize("shear", [0, 1e-5, 2e-3, 0.4])
+def test_a_scan_of_one_grid_has_it_in_both_forms_or_a_note(tmp_path, ending, shear):
+    image = sitk.GetImageFromArray(np.zeros(SHAPE[::-1], np.int16))
+    image.SetSpacing((1.5, 1.5, 2))
+    image.SetDirection((1, shear, 0, 0, 1, 0, 0, 0, 1))
+    image.SetOrigin((3, -4, 500))
+    sitk.WriteImage(image, str(tmp_path / f"scan.{ending}"))
+    scan, seen = read_volume(tmp_path / f"scan.{ending}"), in_itk(tmp_path / f"scan.{ending}")
+    note = write_volume(tmp_path / "result.nii.gz", scan, warn=False)
+    assert apart(scan.affine, nib.load(tmp_path / "result.nii.gz").affine) < 0.01
+    found = in_itk(tmp_path / "result.nii.gz")
+    assert (note is not None) == (found is None or apart(seen, found) > 0.01) == (shear > 0.01)
+    assert note is None or (".nrrd" in note and ".mha" in note)
+    for other in ("mha", "nrrd"):
+        assert write_volume(tmp_path / f"result.{other}", scan, warn=False) is None
+        assert apart(seen, in_itk(tmp_path / f"result.{other}")) < 0.01
+
+
+def test_a_place_that_nifti_cannot_say_is_warned_of_beside_a_scan(tmp_path):
+    scan = read_volume(save(tmp_path / "scan.nii", sheared(0.4), 1, STRAIGHT, 0))
+    with pytest.warns(UserWarning, match=r"result.nii.gz: ITK programs .* refuse it.*\.nrrd or \.mha"):
+        write_volume(tmp_path / "result.nii.gz", scan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_volume(tmp_path / "result.nrrd", scan)
+
+
+def test_headers_that_nibabel_mends_are_handed_on_as_they_are_stored(tmp_path):
+    def edit(header):
+        header["pixdim"][0], header["pixdim"][1], header["descrip"] = -0.5, -1.5, b"Doe, Jane"
+
+    path = save(tmp_path / "scan.nii", STRAIGHT, 2, MOVED, 1, edit=edit)
+    write_volume(tmp_path / "result.nii", read_volume(path))
+    stored = (nib.Nifti1Header(file.read_bytes()[:348], check=False) for file in (path, tmp_path / "result.nii"))
+    scan, result = stored
+    np.testing.assert_array_equal(scan["pixdim"][:4], result["pixdim"][:4])
+    np.testing.assert_allclose(in_itk(path), in_itk(tmp_path / "result.nii"))
+    assert b"Doe" not in (tmp_path / "result.nii").read_bytes()
+
+
+def test_more_voxels_along_an_axis_than_nifti_1_can_say_make_nifti_2(tmp_path):
+    volume = Volume(np.arange(40000, dtype=np.int32).reshape(40000, 1, 1), np.diag([0.1, 1, 1, 1]))
+    write_volume(tmp_path / "long.nii.gz", volume, names={1: "one"})
+    image = nib.load(tmp_path / "long.nii.gz")
+    assert isinstance(image, nib.Nifti2Image) and image.shape == (40000, 1, 1)
+    np.testing.assert_array_equal(read_volume(tmp_path / "long.nii.gz").array, volume.array)
+
+
+@pytest.mark.parametrize("qcode", [0, 1])
+@pytest.mark.parametrize("scode", [0, 1, 2, 4])
+def test_a_label_map_drawn_in_an_itk_program_fits_its_scan(tmp_path, scode, qcode):
+    scan = save(tmp_path / "scan.nii", STRAIGHT, scode, MOVED, qcode)
+    image = sitk.ReadImage(str(scan))
+    drawn = sitk.Cast(image > 9, sitk.sitkUInt8)
+    drawn.CopyInformation(image)
+    for ending in FORMATS:
+        sitk.WriteImage(drawn, str(tmp_path / f"label.{ending}"))
+        label = read_labels(tmp_path / f"label.{ending}")
+        require_same_grid(read_volume(scan), label, tmp_path / f"label.{ending}")
+        assert shift_between(label, read_volume(scan))[0] < 1e-4
+
+
+def test_a_label_map_elsewhere_is_refused_though_a_form_that_means_nothing_agrees(tmp_path):
+    scan = read_volume(save(tmp_path / "scan.nii", STRAIGHT, 1, MOVED, 1))
+    label = read_labels(save(tmp_path / "label.nii", OBLIQUE, 1, MOVED, 1))
+    with pytest.raises(DatasetError, match="off the image's"):
+        require_same_grid(scan, label, tmp_path / "label.nii")
+
+
+@pytest.mark.parametrize("unit", [0, 1, 2, 3, 10, 11])
+def test_lengths_are_in_mm_as_itk_reads_them(tmp_path, unit):
+    path = save(tmp_path / "scan.nii", STRAIGHT, 1, STRAIGHT, 1, unit & 7 or unit, edit=None)
+    content = bytearray(path.read_bytes())
+    content[123] = unit
+    path.write_bytes(content)
+    np.testing.assert_allclose(read_volume(path).affine, in_itk(path), rtol=1e-5)
+    np.testing.assert_allclose(read_geometry(path)[1], in_itk(path), rtol=1e-5)
+    np.testing.assert_allclose(read_labels(path).spacing, sitk.ReadImage(str(path)).GetSpacing(), rtol=1e-5)
+
+
+def tiny(folder: Path, ending: str, factor: float) -> Path:
+    image = sitk.GetImageFromArray(np.arange(20 * 18 * 16, dtype=np.int16).reshape(16, 18, 20))
+    image.SetSpacing((1.5 * factor, 1.5 * factor, 2 * factor))
+    sitk.WriteImage(image, str(folder / f"scan.{ending}"))
+    return folder / f"scan.{ending}"
+
+
+@pytest.mark.parametrize("ending", FORMATS)
+@pytest.mark.parametrize(("factor", "advice"), [(0.001, 1000), (0.1, 1000), (1000, 0.001)])
+def test_a_scan_of_no_size_is_refused_by_name_unless_it_is_confirmed(tmp_path, ending, factor, advice):
+    path = tiny(tmp_path, ending, factor)
+    for read in (read_volume, read_labels, read_geometry):
+        with pytest.raises(DatasetError, match=rf"scan\.{ending}: .*5 mm to 5 m.*--spacing_scale {advice} "):
+            read(path)
+        read(path, spacing_scale=1)
+        read(path, spacing_scale=1 / factor)
+    with pytest.raises(ConfigError, match="spacing_scale"):
+        read_volume(path, spacing_scale=0)
+    mended = read_volume(path, spacing_scale=1 / factor)
+    np.testing.assert_allclose(mended.spacing, [1.5, 1.5, 2], rtol=1e-5)
+    for other in FORMATS:
+        written = tmp_path / f"result.{other}"
+        write_volume(written, mended)
+        assert apart(in_itk(path), in_itk(written)) < 0.01
+        np.testing.assert_allclose(read_volume(written, spacing_scale=1 / factor).spacing, [1.5, 1.5, 2], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing"), [((3, 4, 2), (1, 1, 1)), ((10, 10, 10), (0.4, 0.4, 0.4)), ((512, 512, 1), (0.02, 0.02, 900))]
+)
+def test_few_voxels_of_an_ordinary_size_are_no_wrong_header(tmp_path, shape, spacing):
+    write_volume(tmp_path / "part.nii", Volume(np.zeros(shape, np.uint8), np.diag([*spacing, 1])))
+    assert read_volume(tmp_path / "part.nii").shape == shape
+
+
+def test_a_thin_slice_counts_by_what_it_shows(tmp_path):
+    write_volume(tmp_path / "a.nii", Volume(np.zeros((512, 512, 1), np.uint8), np.diag([5e-4, 5e-4, 5, 1])))
+    with pytest.raises(DatasetError, match="--spacing_scale 1000"):
+        read_volume(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("channels", [2, 3, 5])
+def test_vectors_are_channels_in_every_format_and_stay_vectors(tmp_path, channels):
+    truth = np.random.default_rng(0).normal(size=(*SHAPE, channels)).astype(np.float32)
+    image = sitk.GetImageFromArray(truth.transpose(2, 1, 0, 3), isVector=True)
+    for ending in FORMATS:
+        sitk.WriteImage(image, str(tmp_path / f"scan.{ending}"))
+        scan = read_volume(tmp_path / f"scan.{ending}", channels=channels)
+        np.testing.assert_array_equal(scan.array, truth)
+        assert read_geometry(tmp_path / f"scan.{ending}")[0] == truth.shape
+    write_volume(tmp_path / "again.nii", read_volume(tmp_path / "scan.nii"))
+    again = sitk.ReadImage(str(tmp_path / "again.nii"))
+    assert again.GetNumberOfComponentsPerPixel() == channels
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(again), sitk.GetArrayFromImage(image))
+
+
+def test_one_time_point_of_one_value_is_a_volume(tmp_path):
+    array = np.arange(np.prod(SHAPE), dtype=np.int16).reshape(*SHAPE, 1, 1)
+    path = save(tmp_path / "scan.nii", STRAIGHT, 1, STRAIGHT, 1, array=array)
+    np.testing.assert_array_equal(read_volume(path, channels=1).array, array[..., 0, 0])
+    several = np.zeros((*SHAPE, 2, 3), np.int16)
+    with pytest.raises(DatasetError, match="5 axes"):
+        read_volume(save(tmp_path / "series.nii", STRAIGHT, 1, STRAIGHT, 1, array=several))
