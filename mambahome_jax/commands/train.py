@@ -37,6 +37,7 @@ from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import prepared as prepared_layout
 from mambahome_jax.datasets.prepared import Prepared, read_prepared
 from mambahome_jax.datasets.registry import load_dataset
+from mambahome_jax.datasets.splits import with_split_file
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.model.weights import read_weights
@@ -349,7 +350,10 @@ def _open_data(
 
 def _opened(data: Path, work: Path, config: TrainConfig, console: Console) -> tuple[Prepared, list[tuple[str, str]]]:
     if data.is_dir() and prepared_layout.detect(data):
-        return read_prepared(data), []
+        prepared, notes = with_split_file(read_prepared(data))
+        for note in notes:
+            console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+        return prepared, []
     if jax.process_count() > 1:
         raise ConfigError(f"{data} is not preprocessed. With several processes run preprocess.py first")
     dataset = load_dataset(data)

@@ -20,6 +20,7 @@ from mambahome_jax.console import command_line
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.patients import split_notes
 from mambahome_jax.datasets.prepared import Prepared, write_json
+from mambahome_jax.datasets.splits import outside_note, outside_split
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.training.distributed import is_first
 from mambahome_jax.training.loop import Plan, Validation
@@ -95,6 +96,7 @@ def new_report(config: TrainConfig, setup: Setup, skipped: list[tuple[str, str]]
             "train": list(setup.train_cases),
             "val": list(setup.val_cases),
             "digests": {part: dict(cases) for part, cases in setup.digests.items()},
+            "outside_split": outside_split(setup.prepared),
             "skipped": [{"id": case, "reason": reason} for case, reason in skipped],
         },
         "training": plain(training_settings(config, setup)),
@@ -144,6 +146,7 @@ def say_start(
     ]
     lines.append(f"recipe {recipe}: {say_ingredients(setup)}")
     lines += [*setup.mirror_lines, *_say_patients(setup)]
+    lines += [f"Note: {note}" for note in outside_note(outside_split(setup.prepared))]
     if start:
         lines.append(f"Resuming after step {start}")
     for line in lines:

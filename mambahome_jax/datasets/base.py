@@ -47,6 +47,7 @@ class Case:
     labelled: the values (after `values`) that are labelled in this case wherever they occur; None for all of the table.
     may_be_empty: False where a label map without any structure means that nobody labelled the scan.
     spacing_scale: as `read_volume` takes it, for all files of the case.
+    in_split: False where the dataset has a split and names this case in none of its lists.
     """
 
     id: str
@@ -61,6 +62,7 @@ class Case:
     labelled: tuple[int, ...] | None = None
     may_be_empty: bool = True
     spacing_scale: float | None = None
+    in_split: bool = True
 
     def __post_init__(self) -> None:
         if not self.patient:

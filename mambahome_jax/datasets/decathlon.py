@@ -20,7 +20,8 @@ def detect(folder: Path) -> bool:
 
 
 def load(folder: Path) -> Dataset:
-    """Cases of "training" (split "train") and of imagesTs (split "test", no label), names of channels and labels.
+    """Cases of "training" (split "train"), of "validation" (split "val"), which MONAI's tables have, and of imagesTs
+    (split "test", no label); names of channels and labels.
 
     Raises DatasetError: dataset.json missing, damaged or without its tables; labelsTr missing; no case at all.
     """
@@ -33,8 +34,10 @@ def load(folder: Path) -> Dataset:
         raise DatasetError("the folder is missing", file=folder / "labelsTr", expected=LOOKS_FOR)
 
     images, label_files = scan_files(folder / "imagesTr"), scan_files(folder / "labelsTr")
-    listed = [scan_stem(Path(path)) for path in _images_of(content.get("training"), file)]
-    listed = [stem for stem in listed if stem[0] != "."] or sorted(images | label_files)
+    training, validation = (
+        [scan_stem(Path(path)) for path in _images_of(content, key, file)] for key in ("training", "validation")
+    )
+    listed = [stem for stem in (*training, *validation) if stem[0] != "."] or sorted(images | label_files)
     cases, skipped = [], []
     for stem in dict.fromkeys(listed):
         missing = [
@@ -45,7 +48,9 @@ def load(folder: Path) -> Dataset:
         if missing:
             skipped.append((stem, f"{' and '.join(missing)} not found"))
         else:
-            cases.append(Case(stem, images[stem], label_files[stem], "train", modality))
+            cases.append(
+                Case(stem, images[stem], label_files[stem], "val" if stem in validation else "train", modality)
+            )
     test = scan_files(folder / "imagesTs")
     cases += [Case(stem, path, None, "test", modality) for stem, path in test.items() if stem not in images]
     if not cases:
@@ -68,8 +73,9 @@ def _channels(content: dict[str, Any], file: Path) -> tuple[str, ...]:
     return tuple(str(table[str(i)]) for i in range(len(table)))
 
 
-def _images_of(entries: object, file: Path) -> list[str]:
+def _images_of(content: dict[str, Any], key: str, file: Path) -> list[str]:
     """Image paths of a case list, whose entries are {"image": path, "label": path} or plain paths, / between."""
+    entries = content.get(key)
     if entries is None:
         return []
     paths = (
@@ -79,6 +85,6 @@ def _images_of(entries: object, file: Path) -> list[str]:
     )
     if not all(isinstance(path, str) and path for path in paths):
         raise DatasetError(
-            '"training" has entries without an image', file=file, expected='{"image": path, "label": path}'
+            f'"{key}" has entries without an image', file=file, expected='{"image": path, "label": path}'
         )
     return [str(path).replace("\\", "/") for path in paths]

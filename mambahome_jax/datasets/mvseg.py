@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-from mambahome_jax.datasets.base import Case, Dataset, Split, unlabelled_note
+from mambahome_jax.datasets.base import Case, Dataset, unlabelled_note
 from mambahome_jax.datasets.files import plain, scans_of, walk
+from mambahome_jax.datasets.splits import WORDS
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.paths import own_name
 
@@ -12,8 +13,6 @@ NAME = "mvseg"
 LOOKS_FOR = "MVSeg: train/, val/, test/ with <case>-US.nii.gz and <case>-label.nii.gz"
 COVERS: tuple[str, ...] = ()
 LABELS = {1: "posterior_leaflet", 2: "anterior_leaflet"}
-
-_SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 
 
 def detect(folder: Path) -> bool:
@@ -32,7 +31,7 @@ def load(folder: Path) -> Dataset:
         files = scans_of(content)
         stems = {stem.removesuffix(end) for stem in files for end in ("-US", "-label") if stem.endswith(end)}
         for stem in sorted(stems):
-            split = _SPLITS.get(home.name.lower()) or _SPLITS.get(re.split(r"[-_]", stem.lower())[0])
+            split = WORDS.get(home.name.lower()) or WORDS.get(re.split(r"[-_]", stem.lower())[0])
             if f"{stem}-US" not in files:
                 skipped.append((stem, f"{home.name}/{stem}-US.nii.gz not found"))
             else:

@@ -8,7 +8,6 @@ from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, modal
 from mambahome_jax.datasets.case_names import CHANNEL
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives
-from mambahome_jax.jsontext import parse_json
 from mambahome_jax.paths import one_form, own_name, path_in
 
 NAME = "nnunet_raw"
@@ -30,7 +29,7 @@ def detect(folder: Path) -> bool:
 
 
 def load(folder: Path) -> Dataset:
-    """Cases of imagesTr (split "train", or the first fold of splits_final.json) and imagesTs (split "test").
+    """Cases of imagesTr (split "train") and imagesTs (split "test").
 
     A case lacking a channel or its label is skipped. Regions are read as nnU-Net writes them: each value of
     "regions_class_order" under the name of its region. The label "ignore" is not in the table.
@@ -46,7 +45,6 @@ def load(folder: Path) -> Dataset:
         )
     channels = _channels(content, file)
     labels, notes, hint = _labels(content, file)
-    val = _first_fold(folder)
     modality = modality_of(channels)
     cases: list[Case] = []
     skipped: list[tuple[str, str]] = []
@@ -62,7 +60,7 @@ def load(folder: Path) -> Dataset:
             if lacking:
                 skipped.append((name, f"{' and '.join(lacking)} not found"))
                 continue
-            split: Split = "test" if part_split == "test" else "val" if name in val else "train"
+            split: Split = "test" if part_split == "test" else "train"
             several = tuple(images) if len(images) > 1 else ()
             cases.append(Case(name, images[0], label, split, modality, images=several))
     if not cases:
@@ -130,14 +128,3 @@ def _labels(content: dict[str, Any], file: Path) -> tuple[dict[int, str], tuple[
         plain = dict(zip(plain, order, strict=True))
         notes = ("regions are trained as classes: a voxel belongs to the last region that holds it",)
     return label_names(plain, file), notes, hint
-
-
-def _first_fold(folder: Path) -> set[str]:
-    file = folder / "splits_final.json"
-    if not file.is_file():
-        return set()
-    try:
-        return {one_form(name) for name in parse_json(file.read_text(encoding="utf-8-sig"))[0]["val"]}
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        expected = '[{"train": [case, ...], "val": [case, ...]}, ...]'
-        raise DatasetError(f"damaged ({type(error).__name__}: {error})", file=file, expected=expected) from error

@@ -35,7 +35,8 @@ class PreparedCase:
     after resampling. source: the image file that the user gave, with its folder's name. patient: written only where it
     is not the id.
     labelled: the values that this case's dataset labels at all, written only where that is not the whole table.
-    remarks: what was found and dealt with, such as masks that overlap.
+    remarks: what was found and dealt with, such as masks that overlap. in_split: False, and written only then, where
+    the dataset has a split and names this case in none of its lists.
     """
 
     id: str
@@ -49,6 +50,7 @@ class PreparedCase:
     patient: str = ""
     labelled: tuple[int, ...] | None = None
     remarks: tuple[str, ...] = ()
+    in_split: bool = True
 
     def __post_init__(self) -> None:
         if not self.patient:
@@ -109,6 +111,7 @@ def load(folder: Path) -> Dataset:
             case.modality,
             case.patient,
             labelled=case.labelled,
+            in_split=case.in_split,
         )
         for case in prepared.cases
     )
@@ -217,9 +220,10 @@ def split_cases(prepared: Prepared, seed: int = 0, hold_out: int = 5) -> tuple[l
     """Ids to train on and ids to validate on.
 
     Held out are the cases marked "val"; without any, every `hold_out`-th patient in an order drawn from the seed, none
-    for 0. Cases with split "test" or without a label are in neither list; a single patient is trained on, not held out.
+    for 0. Cases with split "test", without a label, or in no list of the dataset's split are in neither list; a single
+    patient is trained on, not held out.
     """
-    usable = [case for case in prepared.cases if case.label is not None and case.split != "test"]
+    usable = [case for case in prepared.cases if case.label is not None and case.split != "test" and case.in_split]
     held_out = {case.id for case in usable if case.split == "val"}
     if not held_out and hold_out:
         patients = sorted({case.patient for case in usable if case.split != "val"})
@@ -237,6 +241,8 @@ def _entry(case: PreparedCase) -> dict[str, Any]:
         del entry["labelled"]
     if not case.remarks:
         del entry["remarks"]
+    if case.in_split:
+        del entry["in_split"]
     return entry
 
 
@@ -248,12 +254,15 @@ def _case(entry: dict[str, Any]) -> PreparedCase:
     if fault:
         raise ValueError(f"case {entry['id']!r}: {fault}")
     values |= {"shape": _three(entry["shape"], int), "spacing": _three(entry["spacing"], float)}
+    if entry["split"] not in (None, *get_args(Split)):
+        raise ValueError(f"case {entry['id']!r}: split {entry['split']!r}, none of train, val, test, null")
     labelled = entry.get("labelled")
     return PreparedCase(
         **values,
         patient=entry.get("patient", ""),
         labelled=None if labelled is None else tuple(int(value) for value in labelled),
         remarks=tuple(entry.get("remarks", ())),
+        in_split=entry.get("in_split", True) is not False,
     )
 
 

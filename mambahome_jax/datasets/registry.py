@@ -21,6 +21,7 @@ from mambahome_jax.datasets import (
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.files import fault_of_name, listed, listing, outside_of, twins_note
 from mambahome_jax.datasets.patients import with_patients
+from mambahome_jax.datasets.splits import with_split
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.paths import local_path, one_form, own_name
 
@@ -91,7 +92,7 @@ def detect_layouts(folder: Path) -> list[str]:
 
 def _load(name: str, folder: Path) -> Dataset:
     """The dataset, each id once and fit to be a file's name; a second form of a file, and files elsewhere, noted;
-    each case with its patient."""
+    each case with its split and patient."""
     dataset = LAYOUTS[name].load(folder)
     first: dict[str, Case] = {}
     again = []
@@ -114,7 +115,8 @@ def _load(name: str, folder: Path) -> Dataset:
         notes=(*dataset.notes, *elsewhere, *twins_note(used)),
         layout=name,
     )
-    return with_patients(dataset, home)
+    # A folder that preprocess.py wrote says of each case what its split is.
+    return with_patients(dataset if name == prepared.NAME else with_split(dataset, home), home)
 
 
 def _composed(case: Case) -> Case:

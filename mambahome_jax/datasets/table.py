@@ -14,7 +14,7 @@ from mambahome_jax.datasets.base import (
     optional_description,
     unlabelled_note,
 )
-from mambahome_jax.datasets.files import listing, read_table
+from mambahome_jax.datasets.files import listed, listing, read_table
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_series import is_scan
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem, suffix_of
@@ -28,6 +28,7 @@ LOOKS_FOR = (
 COVERS: tuple[str, ...] = ("images_labels", "published")
 FILES = ("cases.csv", "dataset.csv")
 
+_COLUMNS = ("id", "image", "label", "split", "modality", "patient")
 _SPLITS: dict[str, Split | None] = {"": None, "train": "train", "val": "val", "test": "test"}
 _MODALITIES: dict[str, Modality | None] = {"": None, "ct": "ct", "mr": "mr", "us": "us"}
 
@@ -62,6 +63,8 @@ def load(path: Path) -> Dataset:
         reason = f" ({skipped[0][1]})" if skipped else ""
         raise DatasetError(f"no usable row{reason}", file=file, expected=LOOKS_FOR)
     notes = unlabelled_note(cases.values())
+    unread = [name for name in rows[0][1] if name not in _COLUMNS]
+    notes += (f"columns of {file.name} that are not read: {listed(unread)}",) if unread else ()
     count = max(len(case.image_files) for case in cases.values())
     channels = channels or (("image",) if count == 1 else tuple(f"channel_{n}" for n in range(count)))
     name = file.stem if path.is_file() else own_name(path)

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, Split, unlabelled_note
-from mambahome_jax.datasets.files import listing, read_table, scans_of, walk
+from mambahome_jax.datasets.files import listed, listing, read_table, scans_of, walk
+from mambahome_jax.datasets.splits import WORDS
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.files import scan_stem
 from mambahome_jax.paths import own_name
 
 NAME = "totalsegmentator_mri"
@@ -28,7 +30,6 @@ STRUCTURES = (
 SHARED = 31
 
 _CASE = re.compile(r"s\d{4}")
-_SPLITS: dict[str, Split] = {"train": "train", "val": "val", "test": "test"}
 
 
 def detect(folder: Path) -> bool:
@@ -77,6 +78,9 @@ def load(folder: Path) -> Dataset:
     if not cases:
         raise DatasetError("no case with a scan", file=folder, expected=LOOKS_FOR)
     notes = unlabelled_note(cases)
+    absent = sorted(splits.keys() - {home.name for home in homes})
+    if absent:
+        notes += (f"{len(absent)} cases of meta.csv are not here: {listed(absent)}",)
     if not tables:
         notes += ("meta.csv is not there, so the official split is not known",)
     return Dataset(own_name(folder), ("MRI",), labels, tuple(cases), tuple(skipped), notes)
@@ -102,4 +106,7 @@ def _read_splits(file: Path) -> dict[str, Split | None]:
     rows.fieldnames = [(name or "").strip().lower() for name in rows.fieldnames or ()]
     if not {"image_id", "split"} <= set(rows.fieldnames):
         raise DatasetError(f"columns {head!r}", file=file, expected="image_id and split among them")
-    return {(row["image_id"] or "").strip(): _SPLITS.get((row["split"] or "").strip().lower()) for row in rows}
+    return {
+        scan_stem(Path((row["image_id"] or "").strip())): WORDS.get((row["split"] or "").strip().lower())
+        for row in rows
+    }
