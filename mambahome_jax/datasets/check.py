@@ -9,6 +9,7 @@ import numpy as np
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Dataset, Split
+from mambahome_jax.datasets.duplicates import near_duplicates
 from mambahome_jax.datasets.label_values import describe_numbering, numbering, stray_values
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.plausibility import Remark, guessed_modality
@@ -52,7 +53,8 @@ class CaseFacts:
     shape, spacing (mm): of the axes R-L, A-P and S-I, whatever the file's order. orientation: of the file's axes.
     digest: equal for equal images, "" where unknown or worthless. percentiles: (channel, percentile), see
     `examine.PERCENTILES`; foreground likewise of the labelled voxels. volumes_ml, label_voxels: of each label value
-    that occurs. odd: what would be odd about the intensities, were the scan of that modality.
+    that occurs. odd: what would be odd about the intensities, were the scan of that modality. thumbnail: see
+    `thumbnail_of`.
     """
 
     id: str
@@ -71,6 +73,7 @@ class CaseFacts:
     label_voxels: Mapping[int, int] | None = None
     findings: tuple[Finding, ...] = ()
     odd: Mapping[Modality, Remark] = field(default_factory=dict)
+    thumbnail: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def usable(self) -> bool:
@@ -244,12 +247,22 @@ def _duplicates(facts: list[CaseFacts]) -> list[Finding]:
         other = first.setdefault(fact.digest, fact)
         if other is fact:
             continue
-        found, kind = f"the same image as {other.id}", "duplicate"
-        if fact.split != other.split:
-            found += f", which is in {other.split or 'no split'} and this one in {fact.split or 'no split'}"
-            kind = "leak"
-        findings.append(Finding("warning", kind, fact.id, fact.image, found, "each image once", "Remove one of them."))
+        findings.append(_duplicate(fact, other, "the same image as"))
+    by_id = {fact.id: fact for fact in facts}
+    seen = {fact.id: fact.thumbnail for fact in facts if fact.thumbnail is not None and fact.shape is not None}
+    for name, twin in near_duplicates(seen, {name: by_id[name].shape or () for name in seen}):
+        fact, other = by_id[name], by_id[twin]
+        if not fact.digest or fact.digest != other.digest:
+            findings.append(_duplicate(fact, other, "but for rounding, scaling or the order of axes the same image as"))
     return findings
+
+
+def _duplicate(fact: CaseFacts, other: CaseFacts, said: str) -> Finding:
+    found, kind = f"{said} {other.id}", "duplicate"
+    if fact.split != other.split:
+        found += f", which is in {other.split or 'no split'} and this one in {fact.split or 'no split'}"
+        kind = "leak"
+    return Finding("warning", kind, fact.id, fact.image, found, "each image once", "Remove one of them.")
 
 
 def _leaks(facts: list[CaseFacts]) -> list[Finding]:

@@ -12,6 +12,7 @@ from mambahome_jax.config import SAMPLE_PERCENTILES, Modality
 from mambahome_jax.datasets import check
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.check import CaseFacts, Finding
+from mambahome_jax.datasets.duplicates import thumbnail_of
 from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.label_map import count_values, own_image, read_image, read_label_map
 from mambahome_jax.errors import DatasetError
@@ -146,7 +147,7 @@ def _voxels(job: ExamineJob, facts: CaseFacts, grid: Volume | None) -> tuple[Cas
             odd={modality: remark for modality, remark in odd.items() if remark is not None},
         )
         if any(low != high for low, high in ends):
-            facts = replace(facts, digest=_digest(image.array))
+            facts = replace(facts, digest=_digest(image.array), thumbnail=thumbnail_of(image))
     except DatasetError as error:
         findings.append(check.error_finding(case.id, "image file", error))
     if not case.has_label or grid is None:

@@ -159,8 +159,8 @@ def _note(cases: Sequence[Case], source: str) -> str:
     if not several:
         return ""
     patient, ids = next(iter(several.items()))
-    example = f"{' and '.join(ids[:2])} are of patient {patient}"
-    return f"{len(groups)} patients in {len(cases)} cases, {source}: {example}; no split made here parts them"
+    example = f"such as {patient} of {' and '.join(ids[:2])}"
+    return f"{len(groups)} patients in {len(cases)} cases, {example}, {source}; no split made here parts them"
 
 
 def _read(file: Path, ids: Sequence[str]) -> dict[str, str]:

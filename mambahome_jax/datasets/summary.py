@@ -1,5 +1,6 @@
 """What a dataset is like in numbers, and the settings that these suggest. Reads no file, never jax."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ _ANISOTROPIC = 3.0
 _PATCH_VOXELS = 96**3  # as the published patch
 _PATCH_STEP = 16
 _FINER = ", of the coarsest axis the lowest tenth"
+# Voxels below which an axis that the network halves four times has hardly more than one left.
+_FEWEST_SLICES = 24
 
 
 @dataclass(frozen=True)
@@ -107,10 +110,25 @@ def suggest_spacing(spacing: np.ndarray) -> tuple[float, float, float]:
     return a, b, c
 
 
+def slice_parts(spacing: tuple[float, float, float], shape: np.ndarray) -> tuple[int, int]:
+    """The axis of thick slices, and into how many each of them is resampled, 1 to leave it as it is.
+
+    spacing: (3,) mm; shape: (3,) voxels of the median scan at that spacing. Slices are cut where a scan has so few of
+    them that halving four times leaves one voxel, and not thinner than the voxels within them.
+    """
+    coarse = int(np.argmax(spacing))
+    within = max(mm for axis, mm in enumerate(spacing) if axis != coarse)
+    wanted = math.ceil(_FEWEST_SLICES / max(shape[coarse], 1))
+    return coarse, max(1, min(wanted, int(spacing[coarse] / within)))
+
+
 def suggest_patch(shape: np.ndarray, budget: int = _PATCH_VOXELS) -> tuple[int, int, int]:
-    """Multiples of 16 in about the proportions of a scan of `shape` (3,), at most `budget` voxels, none beyond it."""
+    """Multiples of 16 in about the proportions of a scan of `shape` (3,), at most `budget` voxels, none beyond it.
+
+    An axis of more than 16 voxels has at least 32, as halving four times would leave one of 16.
+    """
     largest = np.maximum(np.ceil(shape / _PATCH_STEP), 1).astype(int)
-    patch = np.ones(3, int)
+    patch = np.minimum(largest, 2)
     # The axis that covers least of its scan grows, as long as the budget allows.
     while True:
         order = np.argsort(patch * _PATCH_STEP / shape, kind="stable")
@@ -129,10 +147,21 @@ def _suggest(usable: Sequence[CaseFacts], spacing: np.ndarray, shape: np.ndarray
     new = suggest_spacing(spacing)
     median_mm = np.median(spacing, axis=0)
     coarse = int(median_mm.argmax())
+    finer = _FINER if new[coarse] < 0.99 * median_mm[coarse] else ""
     median = np.median(shape * spacing / np.array(new), axis=0)
+    axis, parts = slice_parts(new, median)
+    if parts > 1:
+        thick, slices = new[axis], median[axis]
+        a, b, c = (float(f"{mm / parts:.3g}") if index == axis else mm for index, mm in enumerate(new))
+        new = (a, b, c)
+        median[axis] *= parts
+        finer += (
+            f"; slices of {thick:g} mm in {parts} parts, as the network would halve {slices:.0f} of them four times "
+            f"(or keep {thick:g} mm, and train.py --strides auto leaves them whole)"
+        )
     modality, why = likely_modality(usable)
     reasons = (
-        f"spacing: the median of the cases{_FINER if new[coarse] < 0.99 * median_mm[coarse] else ''}",
+        f"spacing: the median of the cases{finer}",
         f"patch size: in the proportions of the median scan, {_by(np.round(median))} voxels at that spacing",
         f"modality: {why}",
     )

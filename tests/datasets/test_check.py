@@ -96,6 +96,23 @@ def test_suggested_patch_is_multiples_of_16_within_the_budget(shape, expected):
 
 
 @pytest.mark.parametrize(
+    ("spacing", "shape", "new", "patch"),
+    [
+        ((1.5, 1.5, 10.0), (256, 216, 10), (1.5, 1.5, 3.33), (192, 144, 32)),  # ACDC
+        ((10.0, 1.5, 1.5), (10, 216, 256), (3.33, 1.5, 1.5), (32, 144, 192)),
+        ((0.6, 0.6, 3.6), (320, 320, 20), (0.6, 0.6, 1.8), (160, 160, 32)),  # a prostate
+        ((1.4, 1.4, 3.0), (200, 180, 6), (1.4, 1.4, 1.5), (208, 192, 16)),  # not thinner than voxels are wide
+        ((0.8, 0.8, 5.0), (512, 512, 100), (0.8, 0.8, 5.0), (160, 160, 32)),  # enough slices
+        ((1.0, 1.0, 1.0), (36, 50, 35), (1.0, 1.0, 1.0), (48, 64, 48)),  # no thick ones
+    ],
+)
+def test_few_thick_slices_are_suggested_thinner(spacing, shape, new, patch):
+    hint = summarise(dataset(), [facts(name, spacing=spacing, shape=shape) for name in "abc"]).suggestion
+    assert hint is not None and (hint.spacing, hint.patch_size) == (new, patch)
+    assert ("--strides auto" in hint.reasons[0]) == (new != spacing)
+
+
+@pytest.mark.parametrize(
     ("modality", "low", "high", "expected"),
     [(None, -1024.0, 3000.0, "ct"), (None, 0.0, 800.0, "mr"), ("us", 0.0, 255.0, "us"), (None, 0.0, 255.0, "mr")],
 )

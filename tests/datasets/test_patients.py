@@ -120,8 +120,8 @@ def test_layouts_have_patients_and_say_so_in_a_line(tmp_path):
     assert {case.id: case.patient for case in dataset.cases} == {name: name[:10] for name in names}
     assert dataset.patients == "names"
     (note,) = dataset.notes
-    assert note.startswith("6 patients in 12 cases, by their names; a table patients.csv")
-    assert "patient001_frame01 and patient001_frame11 are of patient patient001" in note
+    assert note.startswith("6 patients in 12 cases, such as patient001 of patient001_frame01 and patient001_frame11")
+    assert "by their names; a table patients.csv (id,patient) in the folder wins" in note
 
 
 def test_a_table_of_patients_wins_over_names(tmp_path):
@@ -132,7 +132,9 @@ def test_a_table_of_patients_wins_over_names(tmp_path):
     dataset = load_dataset(tmp_path)
     assert [case.patient for case in dataset.cases[:-1]] == [f"s{n % 4}" for n in range(len(names) - 1)]
     assert (dataset.patients, dataset.cases[-1].patient) == ("given", names[-1])
-    assert dataset.notes[0].startswith("5 patients in 12 cases, by patients.csv")
+    assert (
+        dataset.notes[0].startswith("5 patients in 12 cases, such as s0 of ") and "by patients.csv" in dataset.notes[0]
+    )
     assert dataset.notes[1] == f"patients.csv names no patient of 1 cases: {names[-1]}"
 
 
