@@ -127,6 +127,8 @@ class DataProperties:
     """How CT is normalised, where that is not by the published window."""
     ranges: tuple[ScanRanges, ...] = ()
     """What the scans were like, one entry a modality; empty where that was not noted."""
+    values: tuple[tuple[int, int], ...] = ()
+    """(value of `labels`, value that label maps store and results hold), where the two differ; empty elsewhere."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "DataProperties":
@@ -156,15 +158,21 @@ class DataProperties:
                 ),
                 "the ranges of each modality",
             ),
+            "values": (
+                lambda v: tuple((int(value), one_of(stored, range(1 << 16))) for value, stored in v.items()),
+                '{"1": stored value, ...}',
+            ),
         }
         return cls(**{name: converted(name, values[name], *form) for name, form in forms.items() if name in values})
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in config.json: labels as {"1": name}, pairs and ranges where there are any."""
+        """As it stands in config.json: labels as {"1": name}; pairs, values and ranges where there are any."""
         content = dataclasses.asdict(self) | {"labels": {str(value): name for value, name in self.labels}}
-        del content["ranges"], content["mirror_pairs"]
+        del content["ranges"], content["values"], content["mirror_pairs"]
         if self.mirror_pairs is not None:
             content["mirror_pairs"] = dict(self.mirror_pairs)
+        if self.values:
+            content["values"] = {str(value): stored for value, stored in self.values}
         return content | ({"ranges": {item.modality: item.to_json() for item in self.ranges}} if self.ranges else {})
 
 

@@ -46,6 +46,7 @@ from mambahome_jax.inference.segment import (
     label_names_of,
     multiples_of,
     settings_for,
+    stored_values_of,
     with_mirrors,
 )
 from mambahome_jax.model.digest import digest_of
@@ -145,6 +146,7 @@ def _segment_all(
     _work(plan, scans, outcome, console)
     for line in earlier.account_for([case for case in outcome.cases if case.get("kept")], configuration):
         _say(console, line)
+    stored = stored_values_of(models)
     order = {scan.case: number for number, scan in enumerate(scans)}
     outcome.cases.sort(key=lambda entry: order[entry["id"]])
     report = {
@@ -152,6 +154,7 @@ def _segment_all(
         "configuration": configuration,
         "settings": plain(dataclasses.asdict(settings)),
         "labels": {str(value): name for value, name in plan.kept_names.items()},
+        **({"values": {str(number): value for number, value in stored.items()}} if stored else {}),
         "versions": versions((*PACKAGES, *(name for name in FORMATS if importlib.util.find_spec(name)))),
         "device": device(),
         "seconds": round(time.perf_counter() - started, 3),

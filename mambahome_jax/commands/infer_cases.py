@@ -30,7 +30,7 @@ from mambahome_jax.inference.postprocess import postprocess, volumes_ml
 from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
 from mambahome_jax.inference.preview import write_preview
 from mambahome_jax.inference.probabilities import whole_probabilities, write_probabilities
-from mambahome_jax.inference.segment import case_remark, channels_of
+from mambahome_jax.inference.segment import case_remark, channels_of, class_names_of
 from mambahome_jax.paths import as_on_disk
 
 # What the scans that are read ahead may take together, in bytes of float32: 512 x 512 x 512 voxels anywhere, and a part
@@ -43,7 +43,7 @@ MOST_HELD_BYTES, HELD_PART = 4 << 30, 32
 class Plan:
     """What is the same for every scan.
 
-    models: one, or several as an ensemble. names: label value -> structure, all that the models know.
+    models: one, or several as an ensemble. names: value in results -> structure, all that the models know.
     only, largest: as `postprocess` takes them. devices: over which the windows of a scan are spread,
     None where there is one. weights: a digest of each model. again: scans whose results are made again, whatever lies
     there. sources: what the files of each scan that was read were then, see `record_of`.
@@ -187,7 +187,7 @@ def write_case(
     path = result_of(config, scan)
     result = postprocess(result, plan.only, plan.largest)
     for values, affine in shares:
-        write_probabilities(_shares(config, scan), values, affine, plan.names)
+        write_probabilities(_shares(config, scan), values, affine, class_names_of(plan.models))
     modality, structures_ml = scan.modality or settings.modality, volumes_ml(result, names)
     remark = case_remark(plan.models, volume, modality, structures_ml)
     remarks = [] if remark is None else [remark]

@@ -38,6 +38,7 @@ from mambahome_jax.datasets import prepared as prepared_layout
 from mambahome_jax.datasets.prepared import Prepared, read_prepared
 from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.datasets.splits import with_split_file
+from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.model.weights import read_weights
@@ -204,6 +205,7 @@ def _train(
         validation = ValidationSettings(
             *(setup.val_cases, setup.structures, setup.patch_size, config.overlap, config.modality, config.batch_size),
             ct_scale=setup.properties.ct_scale,
+            values=setup.val_values,
         )
         here = next(device for device in devices if device.process_index == jax.process_index())
         validate = make_validate(graphdef, val_store, validation, here)
@@ -356,7 +358,7 @@ def _opened(data: Path, work: Path, config: TrainConfig, console: Console) -> tu
         return prepared, []
     if jax.process_count() > 1:
         raise ConfigError(f"{data} is not preprocessed. With several processes run preprocess.py first")
-    dataset = load_dataset(data)
+    dataset = consecutive(load_dataset(data))
     console.print(
         f"{data} is not preprocessed: storing its scans in {work}, at their own spacing", markup=False, soft_wrap=True
     )

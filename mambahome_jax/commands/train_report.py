@@ -18,6 +18,7 @@ from mambahome_jax.commands.train_setup import Setup, training_settings
 from mambahome_jax.config import TrainConfig
 from mambahome_jax.console import command_line
 from mambahome_jax.datasets.base import read_json
+from mambahome_jax.datasets.label_values import describe_numbering
 from mambahome_jax.datasets.patients import split_notes
 from mambahome_jax.datasets.prepared import Prepared, write_json
 from mambahome_jax.datasets.splits import outside_note, outside_split
@@ -139,6 +140,7 @@ def say_start(
     lines = [
         f"{setup.prepared.name}: {len(setup.train_cases)} cases to train on, {held_out}; {setup.properties.modality}",
         f"{setup.model.out_chans} classes: background, {names}",
+        *_about_labels(setup),
         f"{parameters / 1e6:.2f} M parameters; patches of {patch}, {setup.global_batch} a step, {setup.precision}, "
         f"on {len(devices)} x {devices[0].device_kind}"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
@@ -157,6 +159,21 @@ def _say_patients(setup: Setup) -> tuple[str, ...]:
     patients = {case.id: case.patient for case in setup.prepared.cases}
     known = setup.prepared.patients is not None or any(case != patient for case, patient in patients.items())
     return split_notes(patients, known, setup.train_cases, () if setup.prepared_val else setup.val_cases)
+
+
+def _about_labels(setup: Setup) -> list[str]:
+    """A line on label values that are not 1, 2, 3, ..., as they are stored or in a folder of an earlier version."""
+    lines = []
+    if setup.prepared_val is not None and setup.val_values is not None:
+        left = [name for value, name in setup.prepared_val.labels.items() if value not in setup.val_values]
+        lines += [f"Note: {', '.join(left)} of --data_val: not trained, so background there"] if left else []
+    if setup.properties.values:
+        return [*lines, f"Labels: {describe_numbering(dict(setup.properties.values))}"]
+    largest = max(setup.structures)
+    if largest == len(setup.structures):
+        return lines
+    found = f"{largest - len(setup.structures)} output channels stand for no structure"
+    return [*lines, f"Note: {found}, as label values go up to {largest}; preprocess.py numbers them without gaps"]
 
 
 def say_end(folder: Path, report: dict[str, Any], code: int, console: Console) -> None:

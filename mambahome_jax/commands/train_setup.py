@@ -27,7 +27,8 @@ from mambahome_jax.config import (
 from mambahome_jax.data.ranges import training_ranges
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets.mirror import AXES, axis_along
-from mambahome_jax.datasets.prepared import Prepared, split_cases
+from mambahome_jax.datasets.prepared import DESCRIPTION, Prepared, split_cases
+from mambahome_jax.datasets.structures import match_structures
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.grids import grids_for, patch_and_grids
 from mambahome_jax.model.network import default_precision
@@ -49,6 +50,7 @@ class Setup:
     train_cases: tuple[str, ...]
     val_cases: tuple[str, ...]
     digests: Mapping[str, Mapping[str, str]]
+    val_values: Mapping[int, int] | None
     structures: Mapping[int, str]
     model: ModelConfig
     properties: DataProperties
@@ -136,6 +138,9 @@ def make_setup(
         prepared_val=prepared_val,
         train_cases=train,
         val_cases=val[: config.max_val_cases],
+        val_values=None
+        if prepared_val is None
+        else values_of_training(prepared_val, val, prepared, structures or {1: "label_1"}),
         digests={"train": case_digests(prepared, train), "val": case_digests(prepared_val or prepared, val)},
         structures=structures or {1: "label_1"},
         model=model_config(config, in_chans=store.entry(train[0]).channels, out_chans=classes).replace(**grids),
@@ -148,6 +153,7 @@ def make_setup(
             patch_size=patch,
             ct_scale=prepared.ct_scale,
             mirror=tuple(name for name in AXES if axis_along(name, prepared.orientation) in mirrored),
+            values=tuple(sorted(prepared.values.items())),
             ranges=training_ranges([store.entry(case) for case in train], structures, config.modality),
             mirror_pairs=_anatomical(augmentation.mirror, prepared.orientation) if mirrored and augmentation else None,
         ),
@@ -267,6 +273,29 @@ def _cases(
         expected = "at least one with a label that is not marked val or test"
         raise DatasetError(found, file=prepared.root / "dataset.json", expected=expected)
     return tuple(train), tuple(val)
+
+
+def values_of_training(
+    prepared_val: Prepared, cases: Sequence[str], prepared: Prepared, structures: Mapping[int, str]
+) -> dict[int, int] | None:
+    """Label value of --data_val -> that of the training data, as each folder numbers its own; None where all are equal.
+
+    cases: of `prepared_val`. structures: value -> name, of the training. What training lacks is left out.
+    Raises DatasetError: no structure of these cases is one of the training.
+    """
+    store = Store(prepared_val.store)
+    present = sorted({value for case in cases for value in store.entry(case).foreground_counts})
+    names = {value: f"label_{prepared_val.values.get(value, value)}" for value in present} | dict(prepared_val.labels)
+    values = match_structures(names, structures, prepared_val.values, prepared.values)
+    if structures and present and not values.keys() & {*present}:
+        found, expected = (
+            ", ".join(f"{value} {name}" for value, name in table.items()) for table in (names, structures)
+        )
+        action = "Preprocess both folders with the same dataset.json or --label_map."
+        raise DatasetError(
+            f"structures {found}", file=prepared_val.root / DESCRIPTION, expected=expected, action=action
+        )
+    return None if all(values.get(value) == value for value in present) else values
 
 
 def labelled_classes(prepared: Prepared, cases: Sequence[str], classes: int) -> np.ndarray | None:

@@ -16,6 +16,7 @@ from mambahome_jax.data.store import Store, StoreEntry
 from mambahome_jax.errors import CheckpointError, DatasetError
 from mambahome_jax.evaluation.metrics import dice
 from mambahome_jax.imaging.intensity import normalise
+from mambahome_jax.imaging.labels import replace_values
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.preview import render
 from mambahome_jax.inference.segment import apply_network
@@ -30,7 +31,7 @@ from mambahome_jax.training.sharding import copy_to
 @dataclass(frozen=True)
 class ValidationSettings:
     """Cases and windows. `labels`: value -> name of the structures scored; modality: instead of each case's own;
-    ct_scale: see `normalise`."""
+    ct_scale: see `normalise`. values: label value of the cases -> that of training, None where they are the same."""
 
     cases: Sequence[str]
     labels: Mapping[int, str]
@@ -39,6 +40,7 @@ class ValidationSettings:
     modality: Modality | None = None
     sw_batch_size: int = 2
     ct_scale: CtScale | None = None
+    values: Mapping[int, int] | None = None
 
 
 def make_validate(
@@ -69,6 +71,8 @@ def make_validate(
                 modality = settings.modality or entry.modality
                 image = store.read_image(case)
                 reference = store.read_label(case)
+                if settings.values is not None:
+                    reference = replace_values(reference, settings.values)
                 to_unit = partial(normalise, modality=modality, stats=entry.statistics, ct_scale=settings.ct_scale)
                 network = Replica(device, partial(apply_network, graphdef, params))
                 prediction = _predict(network, _slabs(image, to_unit), image.shape[:3], settings)

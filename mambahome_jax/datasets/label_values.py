@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from mambahome_jax.errors import DatasetError
 
 _LISTED = 20
 # A brush of three voxels, or a click that went astray, in hardly any of the label maps.
@@ -24,6 +27,23 @@ def numbering(values: Iterable[int]) -> dict[int, int]:
     """Number -> stored value of structures, in the order of the stored `values`; empty where all keep their value."""
     stored = sorted({*values} - {0})
     return {} if stored == list(range(1, len(stored) + 1)) else dict(enumerate(stored, start=1))
+
+
+def table_of_values(table: object, file: Path) -> dict[int, int]:
+    """The entry "values" of a dataset.json or run.json, {"1": 255}, as number -> stored value; empty without one.
+
+    Raises DatasetError: another form.
+    """
+    if table is None:
+        return {}
+    try:
+        values = {int(number): int(stored) for number, stored in table.items()}  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError) as error:
+        expected = '"values": {"1": 255, ...}, a stored value from 1 to 65535 for each label'
+        raise DatasetError(f'"values" is {table!r}', file=file, expected=expected) from error
+    if len({*values.values()}) < len(values) or not all(0 < stored < 1 << 16 for stored in values.values()):
+        raise DatasetError(f'"values" is {table!r}', file=file, expected="distinct values from 1 to 65535")
+    return values
 
 
 def describe_numbering(values: Mapping[int, int]) -> str:

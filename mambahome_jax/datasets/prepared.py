@@ -12,6 +12,7 @@ import numpy as np
 from mambahome_jax.config import CtScale, Modality
 from mambahome_jax.datasets.base import Case, Dataset, PatientSource, Split, label_names, read_json
 from mambahome_jax.datasets.files import fault_of_name
+from mambahome_jax.datasets.label_values import table_of_values
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import write_text
 from mambahome_jax.paths import as_on_disk, local_path
@@ -152,9 +153,9 @@ def read_prepared(folder: Path) -> Prepared:
             skipped=tuple((entry["id"], entry["reason"]) for entry in content["skipped"]),
             ct_scale=None if ct_scale is None else CtScale.from_json(ct_scale),
             patients=_patient_source(content.get("patients")),
-            values={int(value): int(stored) for value, stored in content.get("values", {}).items()},
+            values=table_of_values(content.get("values"), file),
         )
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         found = f"damaged ({type(error).__name__}: {error})"
         raise DatasetError(found, file=file, expected=LOOKS_FOR, action="Run preprocess.py again.") from error
 

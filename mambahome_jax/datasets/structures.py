@@ -51,6 +51,27 @@ def consecutive(dataset: Dataset) -> Dataset:
     return dataclasses.replace(found, values={new: dataset.values.get(old, old) for old, new in values.items()})
 
 
+def match_structures(
+    theirs: Mapping[int, str],
+    ours: Mapping[int, str],
+    their_values: Mapping[int, int] | None = None,
+    our_values: Mapping[int, int] | None = None,
+) -> dict[int, int]:
+    """Value of one table -> value of another for each structure that is in both, by `structure_key` of their names.
+
+    theirs, ours: value -> name. their_values, our_values: value -> stored value where the two differ; where one of two
+    structures is only called by its stored value, label_255, the stored value tells.
+    """
+    keys = {structure_key(name): value for value, name in ours.items()}
+    matched = {value: keys[structure_key(name)] for value, name in theirs.items() if structure_key(name) in keys}
+    rest = {(our_values or {}).get(value, value): value for value in ours if value not in matched.values()}
+    for value, name in theirs.items():
+        stored = (their_values or {}).get(value, value)
+        if value not in matched and stored in rest and f"label_{stored}" in (name, ours[rest[stored]]):
+            matched[value] = rest[stored]
+    return {value: matched[value] for value in theirs if value in matched}
+
+
 def select_structures(dataset: Dataset, names: Sequence[str]) -> Dataset:
     """The dataset with the structures of these names only, as 1, 2, 3, ... in this order; the others are background.
 

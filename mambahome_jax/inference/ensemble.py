@@ -81,6 +81,7 @@ def _traits(model: Any) -> dict[str, Any]:
         "classes": getattr(config, "out_chans", None),
         "input channels": getattr(config, "in_chans", None),
         "labels": ", ".join(f"{value} {name}" for value, name in sorted(data.labels)) or "without names",
+        "stored label values": ", ".join(str(stored) for _, stored in sorted(data.values)) or "those of the labels",
         "spacing": spacing,
         "orientation": data.orientation,
         "modality": data.modality,

@@ -17,6 +17,7 @@ from mambahome_jax.config import DataProperties, Mirror, Modality, ModelConfig, 
 from mambahome_jax.datasets.mirror import AXES
 from mambahome_jax.errors import ConfigError, DatasetError, ScanWarning
 from mambahome_jax.imaging.geometry import Order, orientation_of, reorient
+from mambahome_jax.imaging.labels import replace_values
 from mambahome_jax.imaging.plausibility import scan_remark, volume_remark
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.ensemble import check_members, is_published, members_of, metadata_of, ranges_of
@@ -72,7 +73,9 @@ def segment(
     Warns (ScanWarning) of a scan whose intensities cannot be those of its modality, or whose intensities, size or
     structures are far from all that the model was trained on.
 
-    Returns the label map, uint8 (uint16 above 256 classes), with the shape and affine of `volume`.
+    Returns the label map, uint8 (uint16 beyond 255), with the shape and affine of `volume`. As those that infer writes,
+    it holds the values that the label maps of the training data store, 255 for a mask of 0 and 255: see
+    `label_names_of`.
     Raises DatasetError (no Volume, voxels that are not finite or not real, wrong number of channels, an affine that
     places no voxels), ConfigError (settings that cannot work,
     structures that there are not, models that do not fit together), CheckpointError (logits that are not finite) and
@@ -106,7 +109,7 @@ def segment(
     take = None if save_probabilities is None else found.append
     result = postprocess(label(model, prepared, settings, progress, take, devices=devices), only, largest)
     if save_probabilities is not None:
-        write_probabilities(Path(save_probabilities), found[0], prepared.affine, label_names_of(model))
+        write_probabilities(Path(save_probabilities), found[0], prepared.affine, class_names_of(model))
     # A callable that says nothing of its training, called without a modality, may be for anything.
     if modality is not None or metadata_of(model) is not None or is_published(model):
         names = {value: name for value, name in label_names_of(model).items() if only is None or value in only}
@@ -155,7 +158,7 @@ def with_mirrors(model: Any, settings: SegmentSettings) -> tuple[SegmentSettings
     networks = [member for member in members_of(model) if isinstance(member, nnx.Module)]
     trained = set(AXES).intersection(*(_mirrored_in_training(network) for network in networks))
     records = [data.mirror_pairs if (data := metadata_of(network)) else None for network in networks]
-    mirrors, remarks = mirrors_for(label_names_of(model), settings.orientation, trained, records)
+    mirrors, remarks = mirrors_for(class_names_of(model), settings.orientation, trained, records)
     return replace(settings, mirrors=mirrors), remarks
 
 
@@ -195,9 +198,21 @@ def multiples_of(model: Any) -> Triple:
 
 
 def label_names_of(model: Any) -> dict[int, str]:
-    """Label value -> name of the structures that a model was trained on; empty where it does not say."""
+    """Value in label maps -> name of the structures that a model was trained on; empty where it does not say."""
+    stored = stored_values_of(model)
+    return {stored.get(value, value): name for value, name in class_names_of(model).items()}
+
+
+def class_names_of(model: Any) -> dict[int, str]:
+    """Class, as the network's output counts them, -> name of its structure; empty where the model does not say."""
     data = metadata_of(model)
     return dict(data.labels) if data is not None else {}
+
+
+def stored_values_of(model: Any) -> dict[int, int]:
+    """Class -> value in label maps, without the background; empty where the two are the same."""
+    data = metadata_of(model)
+    return dict(data.values) if data is not None else {}
 
 
 def label(
@@ -243,7 +258,9 @@ def label(
 
     networks = [replicas(member, settings.mirrors, devices) for member in members_of(model)]
     predict_tiled(networks, prepared.slab, prepared.shape, how, targets, progress)
-    labels = made[0].result
+    labels, stored = made[0].result, stored_values_of(model)
+    if stored:
+        labels = replace_values(labels, stored)
     if with_probabilities is not None:
         with_probabilities(made[1].result)
     back = reorient(Volume(labels, prepared.oriented_affine), orientation_of(prepared.file_affine))
