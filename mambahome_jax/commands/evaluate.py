@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambahome_jax.commands.evaluate_tables import comparison_table, results_table
+from mambahome_jax.commands.label_tables import named_pairs
 from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.config import EvaluateConfig
 from mambahome_jax.cores import usable_cores
 from mambahome_jax.data.pool import run_jobs
-from mambahome_jax.datasets.base import label_names, read_json, scan_files
+from mambahome_jax.datasets.base import scan_files
 from mambahome_jax.datasets.case_names import common_name, counterparts
 from mambahome_jax.datasets.files import fault_of_name, twins_note
 from mambahome_jax.datasets.prepared import unlisted_files
-from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.evaluation.evaluate import (
     DEFINITIONS,
@@ -35,7 +35,6 @@ from mambahome_jax.evaluation.scores import Score
 from mambahome_jax.evaluation.statistics import describe
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem
 from mambahome_jax.imaging.header import require_scale
-from mambahome_jax.paths import one_form
 
 # Starting a process takes about as long as a handful of small cases; files below this many bytes are small.
 SMALL_BYTES = 20_000_000
@@ -55,25 +54,11 @@ def run(config: EvaluateConfig) -> int:
         raise ConfigError(f"--tolerance_mm {config.tolerance_mm}; expected 0 or more")
     if config.num_workers is not None and config.num_workers < 0:
         raise ConfigError(f"--num_workers {config.num_workers}; expected 0 or more")
-    names, source = find_names(config.predictions, config.references, config.labels)
-    pairs, alone = find_pairs(config.predictions, config.references, names, config.tolerance_mm)
-    values = None
-    if config.labels is None:
-        names, values = reconcile_names(config.predictions, config.references, names)
-    labelled = labelled_values(config.references)
-    pairs = [
-        dataclasses.replace(
-            pair,
-            names=names,
-            reference_values=values,
-            labelled=labelled.get(scan_stem(pair.reference)),
-            surface=config.surface,
-            spacing_scale=config.spacing_scale,
-        )
-        for pair in pairs
-    ]
+    pairs, alone = find_pairs(config.predictions, config.references, {}, config.tolerance_mm)
+    pairs, names, values, source = named_pairs(pairs, config.predictions, config.references, config.labels)
+    pairs = [dataclasses.replace(pair, surface=config.surface, spacing_scale=config.spacing_scale) for pair in pairs]
     if values is not None:
-        text = ", ".join(f"{old} is {new} ({names[new]})" for old, new in values.items())
+        text = ", ".join(f"{old} is {new} ({names.get(new, f'label_{new}')})" for old, new in values.items())
         _say(console, f"The references name other values than the predictions; compared by name: {text}")
     for note in twins_note(path for pair in pairs for path in (pair.prediction, pair.reference)):
         _say(console, f"Note: {note}")
@@ -172,63 +157,6 @@ def _label_maps(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
 
 def _shown(case: str) -> str:
     return case if case.isprintable() else repr(case)[1:-1]
-
-
-def find_names(predictions: Path, references: Path, given: Path | None = None) -> tuple[dict[int, str], Path | None]:
-    """Names of the structures, {value: name}, and the file that they come from.
-
-    given: dataset.json or run.json; without it they are looked for in and beside both folders; empty where there is
-    none. Raises DatasetError: `given` cannot be read or has no table of labels.
-    """
-    if given is not None:
-        return label_names(read_json(given).get("labels"), given), given
-    for folder in (references, predictions):
-        for found in _tables(folder):
-            return found
-    return {}, None
-
-
-def reconcile_names(
-    predictions: Path, references: Path, names: dict[int, str]
-) -> tuple[dict[int, str], dict[int, int] | None]:
-    """Names to judge by, and the predictions' value for each of the references' where the two sides name others.
-
-    `names` and None where only one side names its values, or both name them alike by `structure_key`.
-    Raises DatasetError: both sides have names, but no structure in common.
-    """
-    ours, theirs = (next((table for table, _ in _tables(folder)), {}) for folder in (predictions, references))
-    keys = {structure_key(name): value for value, name in ours.items()}
-    values = {value: keys[structure_key(name)] for value, name in theirs.items() if structure_key(name) in keys}
-    if not ours or not theirs or (len(values) == len(theirs) and all(old == new for old, new in values.items())):
-        return names, None
-    if not values:
-        found, expected = (", ".join(f"{v} {n}" for v, n in table.items()) for table in (theirs, ours))
-        action = "Compare with the label maps that preprocess wrote, or say by --labels what the values mean."
-        raise DatasetError(f"structures {found}", file=references, expected=f"some of: {expected}", action=action)
-    return ours, values
-
-
-def labelled_values(references: Path) -> dict[str, tuple[int, ...]]:
-    """Which values are labelled at all, of the cases of a preprocessed folder of which not all are."""
-    file = references.parent / "dataset.json"
-    cases = read_json(file).get("cases") if file.is_file() else None
-    entries = cases if isinstance(cases, list) else []
-    return {
-        one_form(str(entry.get("id"))): tuple(value for value in entry["labelled"] if isinstance(value, int))
-        for entry in entries
-        if isinstance(entry, dict) and isinstance(entry.get("labelled"), list)
-    }
-
-
-def _tables(folder: Path) -> Iterator[tuple[dict[int, str], Path]]:
-    """Tables of names in and beside a folder, with their files."""
-    for home in (folder, folder.parent):
-        for file in (home / "dataset.json", home / "run.json"):
-            if file.is_file():
-                table = read_json(file).get("labels")
-                names = label_names(table, file) if table else {}
-                if names:
-                    yield names, file
 
 
 def _other_run(config: EvaluateConfig, cases: set[str]) -> Evaluation | None:

@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mambahome_jax.commands.evaluate import find_pairs, labelled_values
+from mambahome_jax.commands.evaluate import find_pairs
 from mambahome_jax.commands.find_scans import Scan, find_scans
+from mambahome_jax.commands.label_tables import judged_values, labelled_values
 from mambahome_jax.config import Modality, ReportConfig
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.case_names import counterparts
@@ -123,7 +124,7 @@ def _pairs(config: ReportConfig, summary: Mapping[str, Any]) -> dict[str, Pair]:
         pair.case: dataclasses.replace(
             pair,
             reference_values=values,
-            labelled=labelled.get(scan_stem(pair.reference)),
+            labelled=judged_values(labelled.get(scan_stem(pair.reference)), values),
             spacing_scale=scale if isinstance(scale, int | float) else None,
         )
         for pair in pairs

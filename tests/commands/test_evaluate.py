@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands import evaluate
-from mambahome_jax.commands.evaluate import find_names, reconcile_names, run
+from mambahome_jax.commands.evaluate import run
+from mambahome_jax.commands.label_tables import find_names, reconcile_names
 from mambahome_jax.config import EvaluateConfig
 from mambahome_jax.errors import ConfigError, DatasetError, OutputError
 from mambahome_jax.imaging.volume import Volume, write_volume
