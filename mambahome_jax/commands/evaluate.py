@@ -39,6 +39,7 @@ from mambahome_jax.imaging.header import require_scale
 # Starting a process takes about as long as a handful of small cases; files below this many bytes are small.
 SMALL_BYTES = 20_000_000
 SHOWN = 10
+_REFERENCE = "reference_volume_ml"
 
 
 def run(config: EvaluateConfig) -> int:
@@ -84,6 +85,8 @@ def run(config: EvaluateConfig) -> int:
             "definitions": DEFINITIONS | (DEFINITIONS_BY_AREA if config.surface == "area" else {}),
         }
         console.print(results_table(summary, console.width))
+        if apart := _values_apart(scores):
+            _say(console, f"Note: {apart}. If they are the same structures, say by --labels what the values mean")
         for case, reason in failures[:SHOWN]:
             _say(console, f"Not scored: {case}: {reason}")
         if len(failures) > SHOWN:
@@ -102,6 +105,15 @@ def run(config: EvaluateConfig) -> int:
         if summary["cases"] == 0:
             return 2
         return 1 if failures else 0
+
+
+def _values_apart(scores: list[Score]) -> str:
+    """What to say where each side holds structures, but none that the other has in any case; else nothing."""
+    ours, theirs = ({row.label for row in scores if getattr(row, name) > 0} for name in ("volume_ml", _REFERENCE))
+    if not ours or not theirs or ours & theirs:
+        return ""
+    found, expected = (", ".join(map(str, sorted(values)[:SHOWN])) for values in (ours, theirs))
+    return f"the predictions hold label values {found}, the references {expected}, and none of these"
 
 
 def find_pairs(

@@ -44,7 +44,8 @@ class LabelTable:
         numbers, stored = {*self.values}, {*self.values.values()}
         for file in files:
             try:
-                held = count_values(read_labels(file).array).keys()
+                # Whatever the header says of lengths: only the values count here.
+                held = count_values(read_labels(file, spacing_scale=1.0).array).keys()
             except DatasetError:
                 # Reported when the pair's turn comes.
                 continue

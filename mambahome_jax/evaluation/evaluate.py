@@ -16,6 +16,7 @@ from mambahome_jax.evaluation.metrics import compare
 from mambahome_jax.evaluation.scores import METRICS, Score
 from mambahome_jax.imaging.files import write_text
 from mambahome_jax.imaging.grids import shift_between
+from mambahome_jax.imaging.labels import replace_values, resembles_image
 from mambahome_jax.imaging.volume import Volume, read_grid, read_labels
 
 COLUMNS = ("case", "structure", *METRICS, "volume_ml", "reference_volume_ml", "volume_difference_ml")
@@ -61,10 +62,17 @@ class Pair:
 def evaluate_case(pair: Pair) -> list[Score]:
     """Every structure that is named, or found in either label map.
 
-    Raises DatasetError: a file cannot be read, is no label map, or the two are not on the same grid.
+    Raises DatasetError: a file cannot be read, is no label map (an image too), or the two are not on the same grid.
     """
     prediction, reference = read_pair(pair)
-    labels = sorted({*pair.names, *_values(prediction), *_values(reference)} - {0})
+    ours, theirs = _values(prediction), _values(reference)
+    for volume, values, file in ((prediction, ours, pair.prediction), (reference, theirs, pair.reference)):
+        unnamed = {*values} - {0, *pair.names}
+        if unnamed and resembles_image(volume.array, len(unnamed)):
+            found = f"{len(unnamed)} values without a name, which change from voxel to voxel"
+            action = "Is this an image? If it is a label map, name its structures by --labels FILE."
+            raise DatasetError(found, file=file, expected="a label map", action=action)
+    labels = sorted({*pair.names, *ours, *theirs} - {0})
     labels = [label for label in labels if pair.labelled is None or label in pair.labelled]
     if not labels:
         return []
@@ -96,9 +104,7 @@ def read_pair(pair: Pair) -> tuple[Volume, Volume]:
         read_labels(file, spacing_scale=pair.spacing_scale) for file in (pair.prediction, pair.reference)
     )
     if pair.reference_values is not None:
-        table = np.zeros(max([*pair.reference_values, int(reference.array.max())]) + 1, np.uint16)
-        table[list(pair.reference_values)] = list(pair.reference_values.values())
-        reference = replace(reference, array=table[reference.array])
+        reference = replace(reference, array=replace_values(reference.array, pair.reference_values))
     return prediction, reference
 
 

@@ -1,6 +1,6 @@
 """A picture of a scan with its label map, to see at a glance whether a segmentation makes sense."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,13 @@ def colour_of(label: int) -> tuple[int, int, int]:
     return COLOURS[(label - 1) % len(COLOURS)]
 
 
+def colours_of(labels: Collection[int]) -> dict[int, tuple[int, int, int]]:
+    """Colour of each label value: its own, or where values beyond the last colour have gaps, that of its place."""
+    values = sorted(labels)
+    by_place = bool(values) and values[-1] > max(len(values), len(COLOURS))
+    return {value: colour_of(place if by_place else value) for place, value in enumerate(values, start=1)}
+
+
 def render(
     image: Volume,
     labels: Volume,
@@ -65,6 +72,8 @@ def render(
     scale = PANEL_PIXELS / max(n * s for n, s in zip(array.shape, scan.spacing, strict=True))
     chooses = label_map if slices_of is None else reorient(Volume(np.asarray(slices_of), image.affine), "LPS").array
     fullest = _fullest_slices(chooses)
+    legend = _legend(label_map, names, float(abs(np.linalg.det(image.affine[:3, :3]))))
+    colours = colours_of({*names, *(label for label, _ in legend)})
     panels = []
     for name, axis, flip in (("axial, R - L", 2, False), ("coronal, R - L", 1, True), ("sagittal, A - P", 0, True)):
         index = fullest[axis]
@@ -73,8 +82,8 @@ def render(
         grey = (np.clip((_slice(array, axis, index, flip) - low) / (high - low), 0, 1) * 255).astype(np.uint8)
         picture = np.asarray(Image.fromarray(grey).resize(size, Image.Resampling.BILINEAR))
         overlay = _enlarge(_slice(label_map, axis, index, flip), (size[1], size[0]))
-        panels.append((f"{name}, slice {index + 1} of {array.shape[axis]}", _coloured(picture, overlay)))
-    return _compose(panels, _legend(label_map, names, float(abs(np.linalg.det(image.affine[:3, :3])))), title)
+        panels.append((f"{name}, slice {index + 1} of {array.shape[axis]}", _coloured(picture, overlay, colours)))
+    return _compose(panels, legend, colours, title)
 
 
 def write_preview(
@@ -118,11 +127,11 @@ def _enlarge(labels: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return labels[np.ix_(rows, columns)]
 
 
-def _coloured(grey: np.ndarray, labels: np.ndarray) -> Image.Image:
+def _coloured(grey: np.ndarray, labels: np.ndarray, palette: Mapping[int, tuple[int, int, int]]) -> Image.Image:
     rgb = np.repeat(grey[..., None], 3, axis=-1).astype(np.float32)
     colours = np.zeros((*labels.shape, 3), np.float32)
     for label in np.unique(labels[labels > 0]):
-        colours[labels == label] = colour_of(int(label))
+        colours[labels == label] = palette[int(label)]
     edge = np.zeros(labels.shape, bool)
     for axis in (0, 1):
         here, there = (np.moveaxis(a, axis, 0) for a in (edge, labels))
@@ -149,7 +158,12 @@ def _legend(labels: np.ndarray, names: Mapping[int, str], voxel_mm3: float) -> l
     ]
 
 
-def _compose(panels: list[tuple[str, Image.Image]], legend: list[tuple[int, str]], title: str) -> Image.Image:
+def _compose(
+    panels: list[tuple[str, Image.Image]],
+    legend: list[tuple[int, str]],
+    palette: Mapping[int, tuple[int, int, int]],
+    title: str,
+) -> Image.Image:
     font, small = ImageFont.load_default(size=18), ImageFont.load_default(size=14)
     gap, header, line = 12, 32 if title else 8, 26
     width = gap + sum(panel.width + gap for _, panel in panels)
@@ -170,7 +184,7 @@ def _compose(panels: list[tuple[str, Image.Image]], legend: list[tuple[int, str]
     for number, (label, text) in enumerate(entries):
         x, y = gap + (number % columns) * column, header + 24 + height + gap + (number // columns) * line
         if label:
-            draw.rectangle((x, y + 3, x + 18, y + 19), fill=colour_of(label))
+            draw.rectangle((x, y + 3, x + 18, y + 19), fill=palette[label])
         draw.text((x + 26 if label else x, y), text, TEXT, font)
     return canvas
 

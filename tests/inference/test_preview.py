@@ -5,7 +5,7 @@ from PIL import Image
 from mambahome_jax.errors import OutputError
 from mambahome_jax.imaging.geometry import reorient
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.preview import PANEL_PIXELS, colour_of, label_counts, render, write_preview
+from mambahome_jax.inference.preview import PANEL_PIXELS, colour_of, colours_of, label_counts, render, write_preview
 
 NAMES = {1: "liver", 2: "spleen"}
 
@@ -71,3 +71,10 @@ def test_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
         write_preview(tmp_path / "file" / "a.png", *scan(), NAMES, "ct")
+
+
+def test_values_with_gaps_have_colours_of_their_own():
+    hearts = (205, 420, 500, 550, 600, 820, 850)
+    assert len({*colours_of(hearts).values()}) == len(hearts)
+    assert colours_of({1, 3, 4}) == {value: colour_of(value) for value in (1, 3, 4)}
+    assert colours_of(range(1, 41))[40] == colour_of(40) and colours_of(()) == {}
