@@ -15,6 +15,7 @@ from rich.table import Table
 from mambahome_jax.commands.open_dataset import read_datasets, several, with_scale
 from mambahome_jax.commands.scan_folder import holds_scans_alone, read_scans
 from mambahome_jax.config import CheckConfig
+from mambahome_jax.console import command_line
 from mambahome_jax.data.pool import count_workers, run_jobs
 from mambahome_jax.datasets import Dataset
 from mambahome_jax.datasets.check import SCANS, CaseFacts, Finding, Severity, dataset_findings
@@ -63,6 +64,8 @@ def run(config: CheckConfig) -> int:
     _print_findings(findings, folders, config.show, console)
     _print_summary(dataset, summary, console)
     _print_verdict(findings, f"{usable} of {len(facts)} {_usable_for(dataset)}", console)
+    if usable and dataset.layout != SCANS:
+        _say(console, f"Next: {_next_line(config, summary)}")
     if config.json is not None:
         counts = {severity: sum(finding.severity == severity for finding in findings) for severity in _SEVERITIES}
         content = {
@@ -213,6 +216,18 @@ def _print_summary(dataset: Dataset, summary: Summary, console: Console) -> None
         _say(console, f"Suggested: preprocess.py {flags}; train.py --patch_size {' '.join(map(str, hint.patch_size))}")
         for reason in hint.reasons:
             _say(console, f"  {reason}")
+
+
+def _next_line(config: CheckConfig, summary: Summary) -> str:
+    """The command that prepares what was checked, with what was suggested for it."""
+    words = ["--input_path", *map(str, several(config.folder)), "--output_path", "READY"]
+    words += ["--dataset", *config.dataset] if config.dataset else []
+    words += ["--spacing_scale", f"{config.spacing_scale:g}"] if config.spacing_scale is not None else []
+    hint = summary.suggestion
+    if hint is not None:
+        words += ["--spacing", *(f"{mm:g}" for mm in hint.spacing)]
+    modality = config.modality or (hint.modality if hint is not None else None)
+    return command_line("preprocess", *words, *(["--modality", modality] if modality else []))
 
 
 def _usable_for(dataset: Dataset) -> str:

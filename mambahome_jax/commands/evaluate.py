@@ -13,6 +13,7 @@ from mambahome_jax.commands.evaluate_tables import comparison_table, results_tab
 from mambahome_jax.commands.label_tables import named_pairs
 from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.config import EvaluateConfig
+from mambahome_jax.console import command_line
 from mambahome_jax.cores import usable_cores
 from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.datasets.base import scan_files
@@ -104,6 +105,8 @@ def run(config: EvaluateConfig) -> int:
         _say(console, f"Written in {config.output_dir}: {', '.join(files)}")
         if summary["cases"] == 0:
             return 2
+        folders = ("--predictions", config.predictions, "--references", config.references)
+        _say(console, f"Next: {command_line('report', '--evaluation', config.output_dir, *folders)}")
         return 1 if failures else 0
 
 

@@ -35,6 +35,7 @@ from mambahome_jax.commands.infer_volumes import volumes_by_structure, volumes_t
 from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.commands.run_report import device, plain, versions
 from mambahome_jax.config import InferConfig
+from mambahome_jax.console import command_line
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import ConfigError, MambaHomeError, OutputError
 from mambahome_jax.imaging.header import require_scale
@@ -179,6 +180,9 @@ def _segment_all(
     _say(console, f"{len(outcome.cases)} of {len(scans) + unusable} scans segmented, in {config.output_dir}")
     if outcome.failures:
         _say(console, f"{len(outcome.failures)} failed; the reasons are {where}")
+    if outcome.cases:
+        words = ("--predictions", config.output_dir, "--references", "LABELS", "--output_dir", "EVAL")
+        _say(console, f"Next, where there are label maps to compare with: {command_line('evaluate', *words)}")
     return code
 
 

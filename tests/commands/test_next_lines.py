@@ -1,0 +1,63 @@
+"""The last line of a command is the next one, whole, and can be pasted, whatever the folders are called."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mambahome_jax import cli
+from mambahome_jax.commands import check, evaluate, infer, preprocess, report
+from mambahome_jax.commands.train_report import say_end, say_ensemble
+from mambahome_jax.config import CheckConfig, EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig
+from tests.commands.scans import preprocess_config
+from tests.faults.fuzz_worker import PROPERTIES
+from tests.inference.models import Levels
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setattr(infer, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
+    folder = tmp_path / "it's (my) $HOME; 漢字"
+    folder.mkdir()
+    preprocess_config(folder)
+    return folder
+
+
+def following(capsys):
+    """Command and configuration of what the last lines say comes next."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("Next", "All together"))]
+    mambahome, command, *words = shlex.split(lines[-1][lines[-1].index("mambahome ") :])
+    assert mambahome == "mambahome"
+    return command, cli.parse(command, words, "mambahome")
+
+
+def test_from_check_to_report(home, capsys):
+    data, ready, predicted, scored = (home / name for name in ("in", "ready", "predicted", "scored"))
+    assert check.run(CheckConfig(data, num_workers=1, modality="ct")) == 0
+    command, config = following(capsys)
+    assert (command, config.input_path, config.modality) == ("preprocess", data, "ct")
+    assert config.spacing != PreprocessConfig.spacing
+    assert preprocess.run(PreprocessConfig(data, ready, spacing=(0, 0, 0), num_workers=1)) == 0
+    command, config = following(capsys)
+    assert (command, config.data_train) == ("train", ready)
+    assert infer.run(InferConfig(data, Path("model"), predicted, previews=False)) == 0
+    command, config = following(capsys)
+    assert (command, config.predictions, config.references) == ("evaluate", predicted, Path("LABELS"))
+    assert evaluate.run(EvaluateConfig(predicted, data / "labels", scored)) == 0
+    command, config = following(capsys)
+    assert command == "report"
+    assert config == ReportConfig(scored, predictions=predicted, references=data / "labels")
+    assert report.run(config) == 0
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_from_train_to_infer(tmp_path, capsys):
+    folder = tmp_path / "my run"
+    ended = {"status": "finished", "step": 3, "seconds": 1.0, "best": {"step": 3, "val_dice": None}}
+    say_end(folder, ended, 0, Console())
+    command, config = following(capsys)
+    assert (command, config.model_path) == ("infer", folder / "checkpoints/best")
+    say_ensemble([folder / "a", folder / "b c"], 2, Console())
+    command, config = following(capsys)
+    assert (command, config.model_path) == ("infer", (folder / "a", folder / "b c"))
