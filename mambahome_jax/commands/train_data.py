@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mambahome_jax.data.store import Store, StoreEntry
+from mambahome_jax.data.store import CHECKSUM, Store, StoreEntry
 from mambahome_jax.datasets.files import listed
 from mambahome_jax.datasets.prepared import Prepared
 
@@ -19,6 +19,25 @@ def case_digests(prepared: Prepared, cases: Sequence[str]) -> dict[str, str]:
     a checksum of all voxels, which stores of earlier versions lack."""
     store = Store(prepared.store)
     return {case: _digest(store.entry(case)) for case in cases}
+
+
+def trained_on(train: Iterable[StoreEntry], val: Iterable[StoreEntry]) -> list[str]:
+    """Ids of those in `val` whose image is that of a case in `train`, whatever the two are called."""
+    train, val = list(train), list(val)
+    # Where a store of an earlier version has none, intensities to the last digit have to do.
+    checksums = all(entry.checksum for entry in (*train, *val))
+    known = {_image_key(entry, checksums) for entry in train}
+    return [entry.id for entry in val if _image_key(entry, checksums) in known]
+
+
+def trained_on_notes(cases: Sequence[str], of: int, same_folder: bool) -> tuple[str, ...]:
+    """A note that cases are validated on and trained on; empty without any. of: how many are validated on."""
+    if not cases:
+        return ()
+    which = "--data_val is the folder of --data_train: " if same_folder else ""
+    what = "are trained on too" if same_folder else "are images that are trained on too"
+    text = f"{which}{len(cases)} of {of} cases to validate on {what} ({listed(cases)})"
+    return (f"{text}; scores tell nothing of unseen cases",)
 
 
 def data_summary(digests: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str | None]]:
@@ -77,12 +96,19 @@ def _summary(cases: Mapping[str, str]) -> dict[str, str | None]:
     return {"facts": _hash([row[:2] for row in rows]), "voxels": _hash(voxels) if complete else None}
 
 
-def _digest(entry: StoreEntry) -> str:
+def _image_key(entry: StoreEntry, checksum: bool) -> str:
+    return _hash([entry.shape, entry.channels, _intensities(entry), entry.checksum[:CHECKSUM] if checksum else ""])
+
+
+def _intensities(entry: StoreEntry) -> list[tuple[float, ...]]:
     found = entry.statistics
-    intensities = [found.mean, found.std, found.minimum, found.maximum]
+    return [found.mean, found.std, found.minimum, found.maximum]
+
+
+def _digest(entry: StoreEntry) -> str:
     counts = None if entry.class_counts is None else sorted(entry.class_counts.items())
     grid = [entry.shape, entry.channels, entry.spacing, entry.affine, entry.modality]
-    return f"{_hash([grid, intensities, counts, entry.labelled])}:{entry.checksum}"
+    return f"{_hash([grid, _intensities(entry), counts, entry.labelled])}:{entry.checksum}"
 
 
 def _hash(content: Any) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from mambahome_jax.commands.run_report import device, plain, versions
-from mambahome_jax.commands.train_data import case_digests
+from mambahome_jax.commands.train_data import case_digests, trained_on_notes
 from mambahome_jax.commands.train_setup import Setup, training_settings
 from mambahome_jax.config import TrainConfig
 from mambahome_jax.console import command_line
@@ -148,11 +148,19 @@ def say_start(
     ]
     lines.append(f"recipe {recipe}: {say_ingredients(setup)}")
     lines += [*setup.mirror_lines, *_say_patients(setup)]
-    lines += [f"Note: {note}" for note in outside_note(outside_split(setup.prepared))]
+    lines += [f"Note: {note}" for note in data_notes(setup)]
     if start:
         lines.append(f"Resuming after step {start}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def data_notes(setup: Setup) -> tuple[str, ...]:
+    """What to know of the cases before a training: those in no list of the split, and those on both sides of it."""
+    homes = [prepared.root.resolve() for prepared in (setup.prepared, setup.prepared_val) if prepared]
+    same_folder = len(homes) == 2 and homes[0] == homes[1]
+    both = trained_on_notes(setup.trained_on, len(setup.val_cases), same_folder)
+    return outside_note(outside_split(setup.prepared)) + both
 
 
 def _say_patients(setup: Setup) -> tuple[str, ...]:

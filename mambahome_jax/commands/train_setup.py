@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mambahome_jax.commands.train_data import case_digests
+from mambahome_jax.commands.train_data import case_digests, trained_on
 from mambahome_jax.commands.train_mirrors import choose_mirrors
 from mambahome_jax.config import (
     MODEL_SIZES,
@@ -42,13 +42,15 @@ GPU_WORKERS = 4
 class Setup:
     """Everything that follows from the flags once dataset and devices are known.
 
-    val_cases: at most --max_val_cases of those held out. digests: see `case_digests`, of "train" and of all of "val".
+    val_cases: at most --max_val_cases of those held out. trained_on: those of val_cases whose
+    images are trained on too. digests: see `case_digests`, of "train" and of all of "val".
     """
 
     prepared: Prepared
     prepared_val: Prepared | None
     train_cases: tuple[str, ...]
     val_cases: tuple[str, ...]
+    trained_on: tuple[str, ...]
     digests: Mapping[str, Mapping[str, str]]
     val_values: Mapping[int, int] | None
     structures: Mapping[int, str]
@@ -105,6 +107,7 @@ def make_setup(
     size = MODEL_SIZES[config.model]
     ingredients = resolve(config, size.lr, size.eps, size.strong_lr)
     store = Store(prepared.store)
+    store_val = store if prepared_val is None else Store(prepared_val.store)
     train, val = _cases(config, prepared, prepared_val)
     shapes = [store.entry(case).shape for case in train]
     patch, grids = choose_grids(config, shapes, _voxel_size(prepared))
@@ -141,6 +144,7 @@ def make_setup(
         val_values=None
         if prepared_val is None
         else values_of_training(prepared_val, val, prepared, structures or {1: "label_1"}),
+        trained_on=tuple(trained_on(map(store.entry, train), map(store_val.entry, val[: config.max_val_cases]))),
         digests={"train": case_digests(prepared, train), "val": case_digests(prepared_val or prepared, val)},
         structures=structures or {1: "label_1"},
         model=model_config(config, in_chans=store.entry(train[0]).channels, out_chans=classes).replace(**grids),

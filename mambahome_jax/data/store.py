@@ -29,6 +29,7 @@ VERSION = 1
 # Values of labelled voxels of a CT, (n, channels) float32: what `ct_scale` is made of.
 INTENSITIES = "intensities.npy"
 CASE_FILE = "case.json"
+CHECKSUM = 8  # letters of a checksum that are the image's; as many of the label map follow
 
 _CHUNK = 64
 _CRC_LETTERS = 8

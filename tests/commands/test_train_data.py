@@ -9,6 +9,8 @@ import pytest
 
 from mambahome_jax.commands import train as command
 from mambahome_jax.commands.train_data import case_digests, data_differences, data_summary
+from mambahome_jax.commands.train_report import data_notes, new_report
+from mambahome_jax.commands.train_setup import make_setup
 from mambahome_jax.data.store import Store, write_case, write_index
 from mambahome_jax.datasets.prepared import read_prepared, write_prepared
 from mambahome_jax.errors import ConfigError
@@ -179,3 +181,44 @@ def test_a_finished_network_of_several_is_not_joined_by_one_of_other_data(traine
     report.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=r"member_0.* was trained on other data: .*c2"):
         command.run(dataclasses.replace(trained, output_dir=several, members=2))
+
+
+def said(data, data_val=None):
+    """The setup of a training, and the notes that it begins with."""
+    config = _config(data, None, data_val=data_val)
+    setup = make_setup(config, read_prepared(data), read_prepared(data_val) if data_val else None, 1)
+    return setup, data_notes(setup)
+
+
+def test_validation_on_the_training_folder_is_said(whole, tmp_path):
+    data, link, copy = shutil.copytree(whole / "data", tmp_path / "data"), tmp_path / "link", tmp_path / "copy"
+    link.symlink_to(data)
+    shutil.copytree(data, copy)
+    what = "4 of 5 cases to validate on are {}trained on too (c0, c1, c2, c3); scores tell nothing of unseen cases"
+    same = f"--data_val is the folder of --data_train: {what.format('')}"
+    for data_val, expected in ((data, same), (link, same), (copy, what.format("images that are "))):
+        assert said(data, data_val)[1] == (expected,)
+
+
+def test_a_copy_on_the_other_side_of_the_split_is_said(tmp_path):
+    data = _dataset(tmp_path / "data")
+    assert said(data)[1] == ()
+    write_again(data, "c4", image=Store(data).read_image("c1"))
+    note = "1 of 1 cases to validate on are images that are trained on too (c4); scores tell nothing of unseen cases"
+    assert said(data)[1] == (note,)
+
+
+def test_nothing_is_said_of_other_images(whole, tmp_path):
+    other = _dataset(tmp_path / "other", cases=8, val=())
+    describe(other, cases=tuple(case for case in read_prepared(other).cases if case.id in ("c5", "c6", "c7")))
+    assert said(whole / "data", other)[1] == ()
+
+
+def test_cases_in_no_list_of_the_split_are_said_and_reported(tmp_path):
+    data = _dataset(tmp_path / "data")
+    cases = read_prepared(data).cases
+    describe(data, cases=tuple(dataclasses.replace(case, in_split=case.id != "c2") for case in cases))
+    setup, notes = said(data)
+    assert notes == ("1 cases are in no list of the dataset's split and not trained on: c2",)
+    report = new_report(_config(data, None), setup, [])["data"]
+    assert report["outside_split"] == ["c2"] and report["train"] == ["c0", "c1", "c3"]
