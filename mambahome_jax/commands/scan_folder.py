@@ -3,14 +3,21 @@
 from pathlib import Path
 
 from mambahome_jax.commands.find_scans import Scan, find_scans
+from mambahome_jax.config import Modality
 from mambahome_jax.datasets import Dataset
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.check import SCANS
 from mambahome_jax.datasets.files import listing
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.dicom_elements import identify
+from mambahome_jax.imaging.dicom_series import files_below, files_in
 from mambahome_jax.imaging.files import suffix_of
 from mambahome_jax.imaging.volume import read_geometry
 from mambahome_jax.paths import own_name
+
+# Storage classes of images by their first number after this (DICOM PS3.6, annex A), and what they are.
+_STORAGE = "1.2.840.10008.5.1.4.1.1."
+_MODALITIES: dict[str, Modality] = {"2": "ct", "3": "us", "4": "mr", "6": "us"}
 
 
 def holds_scans_alone(path: Path) -> bool:
@@ -37,10 +44,25 @@ def read_scans(path: Path) -> Dataset:
         name=own_name(path),
         channels=("image",) if channels == 1 else tuple(f"channel {number}" for number in range(channels)),
         labels={},
-        cases=tuple(Case(scan.case, scan.path, modality=scan.modality, images=scan.channels) for scan in scans),
+        cases=tuple(
+            Case(scan.case, scan.path, modality=scan.modality or _dicom_modality(scan.path), images=scan.channels)
+            for scan in scans
+        ),
         skipped=tuple((failure["id"], failure["reason"]) for failure in failures),
         layout=SCANS,
     )
+
+
+def _dicom_modality(path: Path) -> Modality | None:
+    """What DICOM slices say that they are; None of other scans and other classes of images."""
+    try:
+        files = [path] if path.is_file() else files_in(path) or files_below(path)
+        identity = identify(files[0]) if files else None
+    except (DatasetError, OSError):
+        # Reported when its turn comes.
+        return None
+    kind = identity.sop_class.removeprefix(_STORAGE).partition(".")[0] if identity is not None else ""
+    return _MODALITIES.get(kind)
 
 
 def _channels(scans: list[Scan]) -> int:

@@ -15,6 +15,7 @@ from mambahome_jax.commands.train_setup import make_setup
 from mambahome_jax.config import CheckConfig, DataProperties, InferConfig, ScanRanges, StructureRange, TrainConfig
 from mambahome_jax.datasets.prepared import read_prepared
 from tests.commands.scans import AFFINE, description, preprocess_config, scan, write
+from tests.imaging.dicom_files import CT, MR, write_slice
 from tests.inference.models import Levels
 
 NAMES = ((1, "liver"), (2, "spleen"))
@@ -192,3 +193,16 @@ def test_check_takes_scans_of_several_channels(tmp_path):
     write(tmp_path / "in/b.nii.gz", np.stack([ct(), ct(1) / 1000], axis=-1).astype(np.float32))
     code, found, _ = check_report(tmp_path / "in")
     assert code == 1 and list(found) == ["b"] and found["b"].startswith("channel 1: values from")
+
+
+def test_check_goes_by_what_dicom_slices_say_that_they_are(tmp_path):
+    pytest.importorskip("SimpleITK")
+    image = ct()
+    for name, offset, kind, series in (("high", 0, CT, "1.2.3"), ("fine", -1024, CT, "1.2.4"), ("mr", 0, MR, "1.2.5")):
+        for k in range(image.shape[2]):
+            pixels = (image[:, :, k].T + 1024).clip(0).astype(np.int16)
+            file = tmp_path / f"in/{name}/{k:03}.dcm"
+            write_slice(
+                file, pixels, (0, 0, 3.0 * k), sop_class=kind, series=series, number=k + 1, rescale=("1", str(offset))
+            )
+    assert list(check_report(tmp_path / "in")[1]) == ["high"]
