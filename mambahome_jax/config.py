@@ -129,6 +129,8 @@ class DataProperties:
     """What the scans were like, one entry a modality; empty where that was not noted."""
     values: tuple[tuple[int, int], ...] = ()
     """(value of `labels`, value that label maps store and results hold), where the two differ; empty elsewhere."""
+    val_dice: float | None = dataclasses.field(default=None, compare=False)
+    """Best mean Dice of the training's validations, None where it is not known."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "DataProperties":
@@ -162,13 +164,16 @@ class DataProperties:
                 lambda v: tuple((int(value), one_of(stored, range(1 << 16))) for value, stored in v.items()),
                 '{"1": stored value, ...}',
             ),
+            "val_dice": (lambda v: None if v is None else float(v), "a number, or null"),
         }
         return cls(**{name: converted(name, values[name], *form) for name, form in forms.items() if name in values})
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in config.json: labels as {"1": name}; pairs, values and ranges where there are any."""
+        """As it stands in config.json: labels as {"1": name}; pairs, values, ranges and score where there are any."""
         content = dataclasses.asdict(self) | {"labels": {str(value): name for value, name in self.labels}}
         del content["ranges"], content["values"], content["mirror_pairs"]
+        if self.val_dice is None:
+            del content["val_dice"]
         if self.mirror_pairs is not None:
             content["mirror_pairs"] = dict(self.mirror_pairs)
         if self.values:

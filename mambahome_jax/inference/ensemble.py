@@ -1,5 +1,6 @@
 """Several networks as one: the mean of their softmax probabilities."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +11,9 @@ from flax import nnx
 
 from mambahome_jax.config import DataProperties, Modality, ScanRanges
 from mambahome_jax.errors import ConfigError
+
+# Below it, half of what a network marks is wrong, or half of what there is is missed.
+_POOR_DICE = 0.5
 
 
 def members_of(model: Any) -> tuple[Any, ...]:
@@ -26,13 +30,22 @@ def metadata_of(model: Any) -> DataProperties | None:
 
 
 def ranges_of(model: Any, modality: Modality) -> ScanRanges | None:
-    """What the scans of a modality were like in training, over all networks; None where one of them does not say."""
-    found = []
+    """What the scans of a modality were like in training, over all networks; None where one of them does not say.
+
+    Without the volumes of structures where the validation of a network found it poor: whatever the scan, its results
+    are far from them.
+    """
+    found, scores = [], []
     for member in members_of(model):
         data = metadata_of(member)
         found.append(next((item for item in data.ranges if item.modality == modality), None) if data else None)
+        scores.append(data.val_dice if data else None)
     known = [item for item in found if item is not None]
-    return functools.reduce(ScanRanges.joined, known) if len(known) == len(found) else None
+    if len(known) < len(found):
+        return None
+    ranges = functools.reduce(ScanRanges.joined, known)
+    poor = any(score is not None and score < _POOR_DICE for score in scores)
+    return dataclasses.replace(ranges, structures=()) if poor else ranges
 
 
 def is_published(model: Any) -> bool:

@@ -196,8 +196,10 @@ def _data_of(values: Mapping[str, Any], source: Path) -> DataProperties | None:
     """From the entry "data" of a configuration, None where there is none. Raises CheckpointError: it is damaged."""
     if not isinstance(values.get("data"), Mapping):
         return None
+    best = values.get("best")
+    score = {"val_dice": best["val_dice"]} if isinstance(best, Mapping) and "val_dice" in best else {}
     try:
-        return DataProperties.from_json(values["data"])
+        return DataProperties.from_json(score | dict(values["data"]))
     except ConfigError as error:
         raise CheckpointError(f'{source}: entry "data" of its configuration: {error}') from error
 

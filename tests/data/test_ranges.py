@@ -65,6 +65,7 @@ def test_they_travel_as_json_and_older_checkpoints_have_none():
     data = DataProperties(ranges=training_ranges([entry("a"), entry("b", modality="mr")], NAMES))
     assert DataProperties.from_json(json.loads(json.dumps(data.to_json()))) == data
     assert hash(data)
+    assert DataProperties.from_json(replace(data, val_dice=0.8).to_json()).val_dice == 0.8
     old = DataProperties().to_json()
     assert "ranges" not in old and DataProperties.from_json(old).ranges == ()
 
@@ -98,4 +99,6 @@ def test_of_an_ensemble_they_are_those_of_all():
     found = ranges_of(members, "ct")
     assert isinstance(found, ScanRanges) and (found.cases, found.extent_mm) == (2, ((10, 12), (18, 20), (60, 80)))
     assert found.structures == (StructureRange("liver", 2, 2, 2.0, 4.0), StructureRange("tumour", 2, 1, 0.1, 0.1))
+    members[1].metadata = replace(members[1].metadata, val_dice=0.3)
+    assert ranges_of(members, "ct") == replace(found, structures=())
     assert ranges_of(members[0], "mr") is None and ranges_of([*members, object()], "ct") is None

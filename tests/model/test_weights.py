@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 import mambahome_jax as mh
+from mambahome_jax.config import ScanRanges
 from mambahome_jax.model.pth import read_pth, write_pth
 from mambahome_jax.model.weights import read_weights, write_weights
 from tests.conftest import golden_path
@@ -149,3 +150,15 @@ def test_files_that_are_no_weights(name, tmp_path):
 def test_float64_needs_x64():
     with pytest.raises(mh.ConfigError, match="JAX_ENABLE_X64"):
         mh.load_model(golden_path(PATH), param_dtype=jnp.float64)
+
+
+def test_the_score_of_a_training_and_the_ranges_of_its_scans_are_read_and_converted(tmp_path):
+    ranges = (ScanRanges("ct", 4, ((1, 2), (3, 4), (5, 6))),)
+    weights = read_weights(golden_path(PATH))._replace(data=mh.DataProperties(ranges=ranges))
+    write_weights(tmp_path / "run", weights)
+    file = tmp_path / "run" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"best": {"step": 3, "val_dice": 0.25}}))
+    write_weights(tmp_path / "w.npz", read_weights(tmp_path / "run"))
+    for path in (tmp_path / "run", tmp_path / "w.npz"):
+        data = mh.load_model(path).metadata
+        assert (data.ranges, data.val_dice) == (ranges, 0.25)
