@@ -193,7 +193,8 @@ def _earlier_results(config: InferConfig, scans: list[Scan], weights: tuple[str,
         for scan in scans:
             result = existing_result(config, scan)
             if result.exists():
-                earlier.origins[scan.case] = origin_of(earlier.cases.get(scan.case), weights, scan, result)
+                entry = earlier.cases.get(scan.case, earlier.cases.get(scan.other_name))
+                earlier.origins[scan.case] = origin_of(entry, weights, scan, result)
     return earlier
 
 

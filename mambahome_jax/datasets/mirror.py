@@ -10,7 +10,7 @@ from mambahome_jax.config import AnatomicalAxis
 from mambahome_jax.errors import ConfigError
 
 AXES: tuple[str, ...] = get_args(AnatomicalAxis)
-_SIDES = {"LR": {"left": "right", "l": "r"}, "AP": {}, "IS": {}}
+_SIDES = {"LR": {"left": "right", "l": "r", "lt": "rt", "lh": "rh"}, "AP": {}, "IS": {}}
 # Anterior and posterior tell two structures apart by their place here; elsewhere (hippocampus) by their form too.
 _LEAFLET_SIDES = {"anterior": "posterior"}
 
@@ -28,11 +28,17 @@ def swap_table(pairs: Iterable[tuple[int, int]], size: int) -> np.ndarray:
     return table
 
 
+def words_of(name: str) -> tuple[str, ...]:
+    """The words of a structure's name in lower case: ("kidney", "left") of kidney_left, Kidney-Left and KidneyLeft."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    return tuple(word for word in re.split(r"[^a-z0-9]+", spaced.lower()) if word)
+
+
 def mirror_pairs(labels: Mapping[int, str], axis: str) -> tuple[tuple[int, int], ...]:
     """Pairs of label values to swap where a volume is mirrored along an anatomical axis.
 
     labels: value -> name. axis: "LR", "AP" or "IS". Names are pairs where they differ in one word alone: left and right
-    (also l and r) along LR, anterior and posterior of leaflets along AP.
+    (also l and r, lt and rt, lh and rh) along LR, anterior and posterior of leaflets along AP.
     Raises ConfigError where a structure of one side has no counterpart in the table.
     """
     pairs, alone = sides(labels, axis)
@@ -46,7 +52,7 @@ def mirror_pairs(labels: Mapping[int, str], axis: str) -> tuple[tuple[int, int],
 
 def sides(labels: Mapping[int, str], axis: str) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
     """The pairs of `mirror_pairs`, and the names of the structures of one side that have no counterpart."""
-    words = {value: tuple(re.split(r"[^a-z0-9]+", name.lower())) for value, name in labels.items()}
+    words = {value: words_of(name) for value, name in labels.items()}
     by_words = {name: value for value, name in words.items()}
     pairs, alone = [], []
     for value, name in words.items():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mambahome_jax.datasets.files import listed
+from mambahome_jax.datasets.mirror import words_of
 
 # Structures told apart by form although their names differ in the side alone: chambers of the heart, lobes, the vessels
 # and parts of organs that branch or lie unlike.
@@ -19,14 +20,16 @@ _BY_FORM = re.compile(
     r"colon\b|colic|coronary|pulmonary|gastric|brachiocephalic|innominate|subclavian|common carotid|diaphragm)"
 )
 # Alike on both sides all the same: ventricles and lobes of the brain, lobes of these glands.
-_ALIKE = re.compile(r"\b(lateral|frontal|pariet|tempor|occipit|insul|cerebr|cerebel|brain|thyroid|prostat)")
+_ALIKE = re.compile(
+    r"lateral ventric|ventric.* lateral|\b(frontal|pariet|tempor|occipit|insul|cerebr|cerebel|brain|thyroid|prostat)"
+)
 
 FEWEST_CASES = 3
 FEWEST_VOXELS = 30
 _MEASURES = ("volume", "extent", "extent", "extent", "tilt", "tilt", "tilt", "compactness")
-# Differences below these are none, in logarithms (tilt: correlation of two axes): lungs differ by 10 to 15 % in volume;
-# a ball and a cube by 0.10 in compactness.
-_TOLERANCE = np.array([0.2, 0.12, 0.12, 0.12, 0.2, 0.2, 0.2, 0.08])
+# Differences below these are none, in logarithms (tilt: correlation of two axes): lungs differ by 10 to 15 % in volume.
+# The right and the left ventricle of ACDC, without their names, differ by 0.47 in one extent and 0.34 in compactness.
+_TOLERANCE = np.array([0.2, 0.15, 0.15, 0.15, 0.2, 0.2, 0.2, 0.15])
 # Where the names say that the form tells the two apart, the label maps have to show the contrary without doubt.
 _STRICT_TOLERANCE = np.array([0.05, 0.05, 0.05, 0.05, 0.1, 0.1, 0.1, 0.05])
 
@@ -48,7 +51,7 @@ def shape_of(positions: np.ndarray, voxels: int, spacing: Sequence[float]) -> Sh
 
 def told_by_form(name: str) -> bool:
     """Whether a name with a side, as "left ventricle", is of a structure that is known by its form."""
-    words = re.sub(r"[^a-z]+", " ", name.lower())
+    words = " ".join(words_of(name))
     return _BY_FORM.search(words) is not None and _ALIKE.search(words) is None
 
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, PatientSource
+from mambahome_jax.datasets.case_names import counterparts
 from mambahome_jax.datasets.files import listed, read_table
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import suffix_of
@@ -27,6 +28,7 @@ _EXPECTED = "columns id (of the case) and patient; in participants.tsv participa
 _DATE = r"(?:19|20)\d\d(?P<dash>[-_.]?)(?:0[1-9]|1[0-2])(?P=dash)(?:0[1-9]|[12]\d|3[01])(?!\d)"
 _TOKEN = re.compile(rf"(?P<date>(?<!\d){_DATE})|\d+(?:\.\d+){{3,}}|[^-_. ]+")
 _GLUED = re.compile(r"([A-Za-z]*\d+)([A-Za-z]+\d*)")  # patient001frame01, 12a
+_ONE_NUMBER = re.compile(r"\D*\d+")
 _HASH = re.compile(r"[0-9a-f]{8,}", re.IGNORECASE)
 
 
@@ -77,8 +79,10 @@ def patients_of(names: Collection[str]) -> dict[str, str]:
     that is neither a date's, a site's nor a sequence's, and leaves at least two groups: patient001 of
     patient001_frame01, sub-01 of sub-01_ses-2. What may as well be a site with its cases (A1_001 to A1_050) is none.
     """
-    tokens = {name: _tokens(name) for name in names}
     patients = {name: name for name in names}
+    if all(map(_ONE_NUMBER.fullmatch, names)):
+        return patients
+    tokens = {name: _tokens(name) for name in names}
     remaining = dict(tokens)
     for length in range(1, max(map(len, tokens.values()), default=0) + 1):
         groups: dict[str, list[str]] = defaultdict(list)
@@ -185,12 +189,13 @@ def _read(file: Path, ids: Sequence[str]) -> dict[str, str]:
     if case_column is None:
         # A row a participant, as in BIDS: the names of the cases begin with it.
         return {name: found for name in ids if (found := _beginning(name, known))}
+    files = [one_form(Path((row.get(case_column) or "").strip().replace("\\", "/")).name) for row in rows]
+    stems = [file.removesuffix(suffix_of(file)) for file in files]
+    case_of = counterparts(stems, ids)
     table: dict[str, str] = {}
-    for row, patient in zip(rows, known, strict=True):
-        text = one_form(Path((row.get(case_column) or "").strip().replace("\\", "/")).name)
-        name = text.removesuffix(suffix_of(text))
-        name = name if name in ids else name.removesuffix("_0000")
-        if patient and name in ids and table.setdefault(name, patient) != patient:
+    for stem, patient in zip(stems, known, strict=True):
+        name = case_of.get(stem)
+        if patient and name is not None and table.setdefault(name, patient) != patient:
             found = f"{name} is of patient {table[name]} and of {patient}"
             raise DatasetError(found, file=file, expected="one patient a case")
     return table

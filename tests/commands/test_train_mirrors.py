@@ -21,12 +21,12 @@ SPACING = (1.0, 1.0, 1.0)
 
 
 def ball_and(kind, number):
-    """Label map with a ball on one side, and on the other a ball or a box of its size."""
+    """Label map with a ball on one side, and on the other a ball or a flat box of its volume."""
     x, y, z = np.indices(SHAPE) - np.array([12, 8, 8])[:, None, None, None]
     radius = 5.5 + 0.2 * number
     label = np.where(x**2 + y**2 + z**2 < radius**2, 1, 0).astype(np.uint8)
     x = x - 24
-    other = x**2 + y**2 + z**2 < radius**2 if kind == "ball" else np.max(np.abs([x, y, z]), axis=0) < radius * 0.8
+    other = x**2 + y**2 + z**2 < radius**2 if kind == "ball" else np.max(np.abs([x / 0.5, y, z]), axis=0) < radius
     label[other] = 2
     return label
 

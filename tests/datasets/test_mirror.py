@@ -17,6 +17,15 @@ def test_left_and_right_are_paired_however_they_are_written():
     assert mirror_pairs(amos, "AP") == mirror_pairs(atlas, "IS") == ()
 
 
+def test_sides_in_other_spellings():
+    assert mirror_pairs({1: "KidneyLeft", 2: "KidneyRight", 3: "Parotid_L", 4: "Parotid_R"}, "LR") == ((1, 2), (3, 4))
+    assert mirror_pairs({1: "ctx-lh-insula", 2: "ctx-rh-insula", 7: "Lt Femur", 5: "Rt Femur"}, "LR") == (
+        (1, 2),
+        (5, 7),
+    )
+    assert mirror_pairs({1: "Left-Lateral-Ventricle", 4: "Right-Lateral-Ventricle", 5: "CSF"}, "LR") == ((1, 4),)
+
+
 def test_leaflets_trade_places_from_front_to_back_and_the_hippocampus_does_not():
     leaflets = {1: "posterior leaflet", 2: "anterior leaflet"}
     assert mirror_pairs(leaflets, "AP") == ((1, 2),) and mirror_pairs(leaflets, "LR") == ()

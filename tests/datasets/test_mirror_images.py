@@ -50,7 +50,8 @@ KIDNEYS = ("left kidney", "right kidney")
         # Turned alike on both sides, of another size, of another form.
         (ellipsoid(tilt=0.6), ellipsoid(tilt=0.6), False, "tilt differs by"),
         (ball(12), ball(8), False, "volume differs by"),
-        (ball(), box(), False, "compactness differs by 1"),
+        (ball(), box(8), True, "mirror images"),
+        (ball(), lambda x, y, z: np.max(np.abs([x / 5, y / 10, z / 10.5]), axis=0) < 1, False, "extent differs by"),
         (ball(11), crescent, False, "differs by"),
     ],
 )
@@ -106,7 +107,13 @@ def test_the_axis_of_the_mirror_counts():
             "liver_left_lobe",
         ),
         *("left coronary artery", "pulmonary_artery_right", "brachiocephalic_vein_left", "subclavian_artery_right"),
-        *("common_carotid_artery_left", "left gastric artery", "right hepatic vein"),
+        *(
+            "common_carotid_artery_left",
+            "left gastric artery",
+            "right hepatic vein",
+            "LeftVentricle",
+            "left lateral lobe",
+        ),
     ],
 )
 def test_names_of_what_is_told_by_form(name):

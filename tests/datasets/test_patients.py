@@ -206,3 +206,19 @@ def test_patients_of_joined_datasets_stay_apart(tmp_path):
         (tmp_path / folder / "dataset.json").write_text(json.dumps({"labels": {"1": "heart"}}))
     joined = join_datasets([load_dataset(tmp_path / folder) for folder in ("one", "two")])
     assert len({case.patient for case in joined.cases}) == 12 and joined.patients == "names"
+
+
+def test_patients_in_other_layouts(tmp_path):
+    names = ["P12-a", "P12-b", "P13-a"]
+    raw = touch(tmp_path / "raw", *(f"imagesTr/{name}_000{c}.nii.gz" for name in names for c in (0, 1)))
+    touch(raw, *(f"labelsTr/{name}.nii.gz" for name in names))
+    table = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
+    (raw / "dataset.json").write_text(json.dumps(table))
+    assert [case.patient for case in load_dataset(raw).cases] == ["P12", "P12", "P13"]
+    msd = touch(tmp_path / "msd", *(f"{part}Tr/{name}.nii.gz" for part in ("images", "labels") for name in names))
+    (msd / "dataset.json").write_text(json.dumps({"modality": {"0": "MRI"}, "labels": {"1": "a"}}))
+    assert [case.patient for case in load_dataset(msd).cases] == ["P12", "P12", "P13"]
+    (msd / "patients.tsv").write_text("case\tpatient\nP12-a_0000.nii.gz\tx\nP12-b\ty\nP13-a\ty\n")
+    assert [case.patient for case in load_dataset(msd).cases] == ["x", "y", "y"]
+    published = touch(tmp_path / "ct", *(f"{name}/{name}_{part}.nii.gz" for name in names for part in ("ct", "labels")))
+    assert [case.patient for case in load_dataset(published).cases] == ["P12", "P12", "P13"]
