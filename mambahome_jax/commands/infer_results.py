@@ -58,12 +58,15 @@ class Earlier:
             known = self.cases.get(entry["id"])
             if known is None:
                 continue
-            entry |= {key: known[key] for key in ("configuration", "made_from") if key in known}
+            entry |= {key: known[key] for key in ("configuration", "made_from", "remarks") if key in known}
             # The same weights are the same wherever they lie.
             ignored = {"model_path"} if self.origins.get(entry["id"]) in ("same", "scan") else set()
             for flag in changed_flags(known["configuration"], configuration, ignored):
                 by_flag.setdefault(flag, []).append(entry["id"])
-        lines = self._lines(_KEPT, [entry["id"] for entry in kept])
+        # What is odd about a scan is so in every run.
+        remarks = [(entry["id"], remark) for entry in kept for remark in entry.get("remarks", ())]
+        lines = [f"Note: {case}: {remark}" for case, remark in remarks]
+        lines += self._lines(_KEPT, [entry["id"] for entry in kept])
         if by_flag:
             names = listed(dict.fromkeys(case for cases in by_flag.values() for case in cases), _NAMED)
             lines.append(f"Note: some of those that are kept were made by another {', '.join(by_flag)}: {names}")
@@ -120,12 +123,15 @@ def read_earlier(folder: Path) -> Earlier:
         configuration = row.get("configuration", report.get("configuration")) if isinstance(row, dict) else None
         if isinstance(configuration, dict) and isinstance(row.get("id"), str):
             found[one_form(row["id"])] = row | {"configuration": configuration}
+            if not isinstance(row.get("remarks", []), list):
+                del found[one_form(row["id"])]["remarks"]
     return Earlier(found)
 
 
 def note(folder: Path, entry: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
     """Write down what made a result, for a next run, should this one not come to write run.json."""
-    row = {"id": entry["id"], "made_from": entry["made_from"], "configuration": configuration}
+    known = {key: entry[key] for key in ("id", "made_from", "remarks") if key in entry}
+    row = known | {"configuration": configuration}
     with contextlib.suppress(OSError), _notes_file(folder).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 

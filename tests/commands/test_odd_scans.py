@@ -57,6 +57,16 @@ def test_infer_names_the_scan_whose_values_cannot_be(tmp_path, monkeypatch, caps
     assert "Note: high: values from" in shown and "Note: scaled: values from" in shown and "Note: fine" not in shown
 
 
+def test_what_is_odd_about_a_scan_is_said_again_where_its_result_is_kept(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "in/fine.nii.gz", ct())
+    write(tmp_path / "in/high.nii.gz", (ct() + 1024).clip(0).astype(np.uint16))
+    first = run_infer(monkeypatch, tmp_path, network())
+    capsys.readouterr()
+    assert run_infer(monkeypatch, tmp_path, network(), skip_existing=True) == first and len(first["high"]) == 1
+    shown = capsys.readouterr().out
+    assert "2 results are there already" in shown and shown.count("Note: high: values from") == 1
+
+
 def test_infer_names_a_ct_given_to_a_model_of_mr(tmp_path, monkeypatch):
     image = ct()
     write(tmp_path / "in/ct.nii.gz", image)
