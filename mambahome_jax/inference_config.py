@@ -61,7 +61,7 @@ class InferConfig:
     previews: bool = True
     """Write previews/<case>.png beside the results."""
     skip_existing: bool = False
-    """Leave a case whose result is there and whole; read it for volumes.csv."""
+    """Leave a case whose result is there, whole, and of the same weights and scan; read it for volumes.csv."""
     overwrite: bool = True
     """Segment a case again when its result is there; False keeps whatever has the result's name."""
     gpu: bool = False

@@ -126,7 +126,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 def _written(job: CaseJob) -> tuple[Path, ...]:
     if not job.nifti:
-        entry = read_case(job.output / "store", job.case.id)
+        entry = read_case(job.output / "store", job.case.id) if job.case.has_label else None
         return (job.label_path,) if entry is not None and entry.values else ()
     return (job.image_path, job.label_path) if job.case.has_label else (job.image_path,)
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mambahome_jax.data.store import CHECKSUM, Store, StoreEntry
+from mambahome_jax.data.store import CRC_LETTERS, Store, StoreEntry
 from mambahome_jax.datasets.files import listed
 from mambahome_jax.datasets.prepared import Prepared
 
@@ -97,7 +97,7 @@ def _summary(cases: Mapping[str, str]) -> dict[str, str | None]:
 
 
 def _image_key(entry: StoreEntry, checksum: bool) -> str:
-    return _hash([entry.shape, entry.channels, _intensities(entry), entry.checksum[:CHECKSUM] if checksum else ""])
+    return _hash([entry.shape, entry.channels, _intensities(entry), entry.checksum[:CRC_LETTERS] if checksum else ""])
 
 
 def _intensities(entry: StoreEntry) -> list[tuple[float, ...]]:

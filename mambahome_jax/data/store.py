@@ -29,10 +29,10 @@ VERSION = 1
 # Values of labelled voxels of a CT, (n, channels) float32: what `ct_scale` is made of.
 INTENSITIES = "intensities.npy"
 CASE_FILE = "case.json"
-CHECKSUM = 8  # letters of a checksum that are the image's; as many of the label map follow
+# Of a checksum: those of the image, before as many of the label map.
+CRC_LETTERS = 8
 
 _CHUNK = 64
-_CRC_LETTERS = 8
 _CACHE_BYTES = 256 * 2**20
 _CACHED_HANDLES = 512
 _CACHED_POSITIONS = 512
@@ -124,7 +124,7 @@ def rewrite_label(root: Path, entry: StoreEntry, label: np.ndarray, table: Mappi
     partial = root / f".{entry.id}.{os.getpid()}.partial"
     counts = {table.get(value, value): count for value, count in (entry.class_counts or {}).items()}
     # The voxels of the image stay, and with them its part.
-    checksum = entry.checksum and entry.checksum[:_CRC_LETTERS] + _crc(label)
+    checksum = entry.checksum and entry.checksum[:CRC_LETTERS] + _crc(label)
     entry = dataclasses.replace(entry, class_counts=counts, checksum=checksum)
     remove_entry(root, entry.id)
     try:
@@ -338,7 +338,7 @@ def _checksum(image: np.ndarray, label: np.ndarray | None) -> str:
 
 
 def _crc(array: np.ndarray) -> str:
-    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):0{_CRC_LETTERS}x}"
+    return f"{zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data):0{CRC_LETTERS}x}"
 
 
 def _spec(path: Path) -> dict[str, Any]:

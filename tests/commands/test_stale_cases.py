@@ -117,6 +117,18 @@ def test_a_store_alone_leaves_no_files_of_an_earlier_run(config):
     assert holds(config) == {"images": set(), "labels": set(), "store": CASES}
 
 
+def test_numbered_label_maps_beside_a_store_alone_are_kept(tmp_path, capsys):
+    config = preprocess_config(tmp_path)
+    for case in "abc":
+        write(source(config, "labels", case), scan()[1] * np.uint8(100))
+    for _ in range(2):
+        dataset = load_dataset(config.input_path)
+        prepare(dataset, config.output_path, spacing=None, nifti=False, num_workers=1)
+        assert holds(config) == {"images": set(), "labels": CASES, "store": CASES}
+    shown = capsys.readouterr().out
+    assert "3 of 3 cases are up to date" in shown and "Removed" not in shown and "did not write" not in shown
+
+
 def test_what_preprocess_did_not_write_stays_and_is_named(config, capsys):
     mine = config.output_path / "images/mine.nii.gz"
     mine.write_bytes(b"a scan")
