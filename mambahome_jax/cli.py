@@ -48,6 +48,12 @@ _COMPILING = ("train", "infer")
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
+def path_names(command: str) -> set[str]:
+    """Flags of a command that are paths; --use_pretrained is one, or False."""
+    fields = dataclasses.fields(COMMANDS[command])
+    return {field.name for field in fields if "Path" in str(field.type) or field.name == "use_pretrained"}
+
+
 def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
     """Spell what the published scripts accept as tyro reads it.
 
@@ -57,7 +63,7 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
     booleans = {
         f"--{field.name}" for field in dataclasses.fields(COMMANDS[command]) if field.type in (bool, bool | None)
     }
-    paths = {f"--{field.name}" for field in dataclasses.fields(COMMANDS[command]) if "Path" in str(field.type)}
+    paths = {f"--{name}" for name in path_names(command)}
     out: list[str] = []
     arguments = list(argv)
     while arguments:
@@ -94,7 +100,7 @@ def parse(command: str, argv: Sequence[str], prog: str):
     registry.primitive_rule(_path_rule)
     settings: Any = tyro.cli(
         COMMANDS[command],
-        args=with_earlier_flags(command, arguments, names) if "config" in names else arguments,
+        args=with_earlier_flags(command, arguments, names, path_names(command)) if "config" in names else arguments,
         prog=prog,
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff,),

@@ -42,6 +42,24 @@ def test_the_flags_of_an_earlier_run_and_those_given_win(tmp_path):
     assert cli.parse("train", ["--config", file, "--resume"], "mambahome").output_dir == Path("runs/one")
 
 
+def test_paths_are_read_where_the_earlier_run_worked(tmp_path, monkeypatch):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").mkdir()
+    there = str(tmp_path / "there")
+    configuration = plain(vars(CONFIG)) | {"use_pretrained": "w.pth", "data_val": "/abs/val"}
+    file = _report(tmp_path / "one", working_folder=there, configuration=configuration)
+    monkeypatch.chdir(tmp_path / "here")
+    again = cli.parse("train", ["--config", "../one/run.json"], "mambahome")
+    assert (again.data_train, again.data_val) == (tmp_path / "there/some data", Path("/abs/val"))
+    assert again.use_pretrained == str(tmp_path / "there/w.pth")
+    assert cli.parse("train", ["--config", file, "--data_train", "x"], "mambahome").data_train == Path("x")
+    monkeypatch.chdir(there)
+    assert cli.parse("train", ["--config", file], "mambahome").data_train == Path("some data")
+    # The folder is gone: as reports of earlier versions are read.
+    file = _report(tmp_path / "one", working_folder=str(tmp_path / "gone"))
+    assert cli.parse("train", ["--config", file], "mambahome").data_train == Path("some data")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

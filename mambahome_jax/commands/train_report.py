@@ -89,6 +89,7 @@ def new_report(config: TrainConfig, setup: Setup, skipped: list[tuple[str, str]]
         "command": "train",
         "status": "starting",
         "configuration": plain(dataclasses.asdict(config)),
+        "working_folder": str(Path.cwd()),
         "model": plain(dataclasses.asdict(setup.model)),
         "data": {
             "name": setup.prepared.name,
