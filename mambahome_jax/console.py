@@ -1,5 +1,6 @@
 """What commands print: in any encoding, to readers that may leave early, with command lines ready to paste."""
 
+import contextlib
 import errno
 import io
 import os
@@ -9,17 +10,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_STDERR = 2  # descriptor
+
 
 class _Pipe(io.FileIO):
-    """Bytes to a descriptor; silent once nobody reads them any more."""
+    """Bytes to a descriptor; given up where nobody reads them any more, their disk is full, or their terminal gone."""
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
         except OSError as error:
             if error.errno != errno.EPIPE:
-                raise
+                self._say(error)
             return memoryview(data).nbytes
+
+    def _say(self, error: OSError) -> None:
+        """Once, where this is not the stream that says so."""
+        told, self._told = getattr(self, "_told", self.fileno() == _STDERR), True
+        if not told:
+            with contextlib.suppress(OSError):
+                os.write(_STDERR, f"Note: output is lost, the work goes on: {error.strerror}\n".encode())
 
 
 def protect_output() -> None:

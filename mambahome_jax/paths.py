@@ -43,6 +43,11 @@ def require_letters(path: Path) -> None:
         raise ConfigError(f"{str(path)!r}: {fault}")
 
 
+def real_path(path: Path) -> Path:
+    """Where a path leads once links are followed; itself where they run in a circle, which Path.resolve raises for."""
+    return Path(os.path.realpath(path))
+
+
 def own_name(folder: Path) -> str:
     """Name of a folder, also of `.`; of a link its own, composed. No dataset is called by the place that a link has."""
     return one_form(Path(os.path.abspath(local_path(folder))).name)  # noqa: PTH100 (Path.absolute keeps "..")

@@ -46,6 +46,17 @@ def test_commands_are_silent_for_a_reader_that_has_gone(words):
     assert done.returncode == expected and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a file that is always full")  # noqa: PTH110
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_work_goes_on_where_its_log_cannot_be_written(stream):
+    code = f"import sys; [print('x' * 9000, file=sys.{stream}, flush=True) for _ in range(3)]"
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = _python(code, **{stream: full})
+    assert done.returncode == 0
+    lost = b"Note: output is lost, the work goes on: No space left on device\n"
+    assert (done.stderr == lost) if stream == "stdout" else not done.stdout
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii", "utf-8"])
 def test_what_an_encoding_lacks_is_escaped(encoding, stream):

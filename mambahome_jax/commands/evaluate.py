@@ -36,6 +36,7 @@ from mambahome_jax.evaluation.scores import Score
 from mambahome_jax.evaluation.statistics import describe
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem
 from mambahome_jax.imaging.header import require_scale
+from mambahome_jax.paths import real_path
 
 # Starting a process takes about as long as a handful of small cases; files below this many bytes are small.
 SMALL_BYTES = 20_000_000
@@ -182,7 +183,7 @@ def _other_run(config: EvaluateConfig, cases: set[str]) -> Evaluation | None:
     """
     if config.compare is None:
         return None
-    if config.compare.resolve() == config.output_dir.resolve():
+    if real_path(config.compare) == real_path(config.output_dir):
         raise ConfigError(f"--compare {config.compare} is the --output_dir itself. Name another --output_dir")
     other = read_evaluation(config.compare)
     tolerance = other.summary.get("tolerance_mm", config.tolerance_mm)

@@ -52,6 +52,7 @@ from mambahome_jax.inference.segment import (
 )
 from mambahome_jax.model.digest import digest_of
 from mambahome_jax.model.weights import load_model
+from mambahome_jax.paths import real_path
 from mambahome_jax.training.sharding import choose_devices
 
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
@@ -91,7 +92,7 @@ def run(config: InferConfig) -> int:
     if folder != config.data_path:
         _say(console, f"Using the scans in {folder}")
     taken = {folder.parent} if folder.is_file() else {folder, config.data_path}
-    if config.output_dir.resolve() in {path.resolve() for path in taken}:
+    if real_path(config.output_dir) in {real_path(path) for path in taken}:
         raise ConfigError(f"{config.output_dir}: --output_dir holds the scans themselves. Name another folder")
     with locked(config.output_dir, "infer"):
         for note in found.notes:

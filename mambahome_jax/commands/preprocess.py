@@ -29,7 +29,7 @@ from mambahome_jax.datasets.label_values import describe_numbering
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.paths import local_path, require_letters
+from mambahome_jax.paths import local_path, real_path, require_letters
 
 _SHOWN = 20
 
@@ -56,7 +56,7 @@ def run(config: PreprocessConfig) -> int:
     Raises DatasetError: the folder as a whole cannot be read. ConfigError, OutputError: see `prepare`.
     """
     console = Console()
-    if config.output_path.resolve() in {path.resolve() for path in several(config.input_path)}:
+    if real_path(config.output_path) in {real_path(path) for path in several(config.input_path)}:
         raise ConfigError(f"{config.output_path}: input_path and output_path are the same folder; name another output")
     dataset = open_dataset(config)
     named = f"{len(dataset.labels)} structures" if dataset.labels else "labels without names"
@@ -244,7 +244,7 @@ def _reason(error: BaseException, console: Console) -> str:
 
 def _prepared_case(job: CaseJob, entry: StoreEntry) -> PreparedCase:
     case = job.case
-    image, label = str(case.image.resolve()), str(case.label.resolve()) if case.label is not None else None
+    image, label = str(real_path(case.image)), str(real_path(case.label)) if case.label is not None else None
     if job.nifti:
         image = job.image_path.relative_to(job.output).as_posix()
     if case.has_label and (job.nifti or entry.values):

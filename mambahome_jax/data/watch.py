@@ -28,7 +28,11 @@ class Reading:
     """Where the workers note which case each of them is reading: a file a process, named by its number."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="mambahome-reading-"))
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix="mambahome-reading-"))
+        except OSError as error:
+            found = f"no folder for the notes of the processes that read patches: {error.strerror or error}"
+            raise TrainingError(f"{found}. Set TMPDIR to one that can be written, or --num_workers to 0") from error
 
     @contextlib.contextmanager
     def of(self, case: str) -> Iterator[None]:

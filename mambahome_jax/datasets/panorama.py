@@ -6,7 +6,7 @@ from pathlib import Path
 from mambahome_jax.datasets.base import Case, Dataset, unlabelled_note
 from mambahome_jax.datasets.files import listing, plain, scans_of, walk
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.paths import own_name
+from mambahome_jax.paths import own_name, real_path
 
 NAME = "panorama"
 LOOKS_FOR = (
@@ -49,7 +49,7 @@ def load(folder: Path) -> Dataset:
     """
     images: dict[str, Path] = {}
     labels: dict[str, Path] = {}
-    neighbours = listing(folder.resolve().parent)[0]
+    neighbours = listing(real_path(folder).parent)[0]
     beside = [path for name, path in neighbours.items() if name.startswith(REPOSITORY)]
     for root in [folder, *beside]:
         for home, _, files in walk(root, _DEPTH):

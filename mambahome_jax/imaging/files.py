@@ -77,7 +77,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, elsewhere: str = "output folder", *, parents: bool = False) -> None:
-    """Write a text file whole or not at all.
+    """Write a text file whole or not at all, in UTF-8; of a path that is none, its odd bytes are escaped.
 
     elsewhere: what to name another of where it fails. parents: make folders that are missing. Raises OutputError.
     """
@@ -85,7 +85,7 @@ def write_text(path: Path, text: str, elsewhere: str = "output folder", *, paren
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
         with beside(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise not_written(path, error, elsewhere) from error
 

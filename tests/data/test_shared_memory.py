@@ -138,3 +138,12 @@ def test_a_batch_is_still_there_when_its_memory_has_no_name():
     batch = {"image": array, "case": np.arange(2)}
     assert watch._unnamed(watch._unnamed(batch)) is batch and memory.unlinked == 1 and not array._unlink_on_del
     assert watch._unnamed(1) == 1
+
+
+def test_without_a_place_for_notes_the_flag_is_named(monkeypatch):
+    def refused(**_):
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(watch.tempfile, "mkdtemp", refused)
+    with pytest.raises(TrainingError, match=r"No usable temporary directory found\. Set TMPDIR"):
+        watch.Reading()

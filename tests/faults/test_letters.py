@@ -13,8 +13,8 @@ import safetensors.numpy
 
 import mambahome_jax as mh
 from mambahome_jax import paths
-from mambahome_jax.commands import evaluate, infer, preprocess
-from mambahome_jax.config import EvaluateConfig, InferConfig, PreprocessConfig
+from mambahome_jax.commands import evaluate, infer, preprocess, report
+from mambahome_jax.config import EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import files, load_dataset
 from mambahome_jax.datasets.prepared import read_prepared
@@ -184,3 +184,14 @@ def test_weights_are_read_from_any_folder_or_it_is_named(tmp_path):
     (tmp_path / "w.safetensors").rename(odd / "w.safetensors")
     with pytest.raises(mh.MambaHomeError, match="ller"):
         mh.load_model(odd / "w.safetensors")
+
+
+def test_a_report_of_folders_whose_names_are_no_utf8(tmp_path):
+    pair(tmp_path / LATIN, "labels/a.nii.gz", "labels/b.nii.gz")
+    shutil.copytree(tmp_path / LATIN / "labels", tmp_path / "predicted")
+    (tmp_path / "predicted/b.nii.gz").unlink()
+    for path in (tmp_path / LATIN / "labels/a.nii.gz", tmp_path / "predicted/a.nii.gz"):
+        write(path, scan()[1])
+    assert evaluate.run(EvaluateConfig(tmp_path / "predicted", tmp_path / LATIN / "labels", tmp_path / "scored")) == 1
+    assert report.run(ReportConfig(tmp_path / "scored")) == 0
+    assert (tmp_path / "scored/report.html").read_text("utf-8")

@@ -11,7 +11,7 @@ from mambahome_jax.config import EvaluateConfig, InferConfig, PreprocessConfig
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.prepared import read_prepared
-from mambahome_jax.errors import DatasetError
+from mambahome_jax.errors import DatasetError, MambaHomeError
 from tests.commands.scans import scan, write
 from tests.faults.fuzz_files import digest
 from tests.faults.fuzz_worker import PROPERTIES
@@ -121,3 +121,17 @@ def test_results_of_a_scan_with_a_writable_array_leave_it_as_it_was(tmp_path):
     before = (tmp_path / "in/a.nii").read_bytes()
     assert infer.run(InferConfig(tmp_path / "in", Path("model"), tmp_path / "out")) == 0
     assert (tmp_path / "in/a.nii").read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", ["data", "output"])
+@pytest.mark.parametrize("command", ["preprocess", "infer"])
+def test_a_folder_that_is_a_link_to_itself_is_named(tmp_path, command, flag):
+    for kind, array in zip(("images", "labels"), scan(), strict=True):
+        write(tmp_path / f"in/{kind}/a.nii.gz", array)
+    (tmp_path / "loop").symlink_to("loop")
+    data, output = (tmp_path / "loop", tmp_path / "out") if flag == "data" else (tmp_path / "in", tmp_path / "loop")
+    with pytest.raises(MambaHomeError, match="loop"):
+        if command == "preprocess":
+            preprocess.run(PreprocessConfig(data, output, modality="ct"))
+        else:
+            infer.run(InferConfig(data, Path("model"), output))
