@@ -141,7 +141,7 @@ def say_start(
     lines = [
         f"{setup.prepared.name}: {len(setup.train_cases)} cases to train on, {held_out}; {setup.properties.modality}",
         f"{setup.model.out_chans} classes: background, {names}",
-        *_about_labels(setup),
+        *label_lines(setup),
         f"{parameters / 1e6:.2f} M parameters; patches of {patch}, {setup.global_batch} a step, {setup.precision}, "
         f"on {len(devices)} x {devices[0].device_kind}"
         + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
@@ -170,7 +170,7 @@ def _say_patients(setup: Setup) -> tuple[str, ...]:
     return split_notes(patients, known, setup.train_cases, () if setup.prepared_val else setup.val_cases)
 
 
-def _about_labels(setup: Setup) -> list[str]:
+def label_lines(setup: Setup) -> list[str]:
     """A line on label values that are not 1, 2, 3, ..., as they are stored or in a folder of an earlier version."""
     lines = []
     if setup.prepared_val is not None and setup.val_values is not None:

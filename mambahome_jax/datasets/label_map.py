@@ -98,7 +98,7 @@ def _checked(
         raise
     require_same_grid(image, label, file)
     counts = _counts(label.array)
-    if counts and same_voxels(label.array, image.array):
+    if counts and same_voxels(label.array, image.array, len(counts)):
         raise own_image(file)
     known = labels if case.values is None else case.values
     unknown = [value for value in counts if value not in known] if known else []

@@ -26,16 +26,24 @@ def replace_values(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
     return np.asfortranarray(lookup[places].reshape(array.shape))
 
 
-def same_voxels(label: np.ndarray, image: np.ndarray) -> bool:
-    """Whether a label map (D0, D1, D2) equals a channel of an image (D0, D1, D2[, C]), voxel by voxel."""
+def same_voxels(label: np.ndarray, image: np.ndarray, values: int = 0) -> bool:
+    """Whether a label map (D0, D1, D2) equals a channel of an image (D0, D1, D2[, C]), voxel by voxel.
+
+    values: how many the label map has; of many, an image whose fractions were cut off or rounded is equal too.
+    """
     channels = image if image.ndim == 4 else image[..., None]
     if channels.shape[:3] != label.shape:
         return False
+    equal = np.array_equal if values <= _FEWEST_VALUES else _equal_but_for_fractions
     # Plane by plane: the first tells of nearly every pair.
-    planes = range(label.shape[2])
     return any(
-        all(np.array_equal(label[:, :, k], channels[:, :, k, c]) for k in planes) for c in range(channels.shape[3])
+        all(equal(label[:, :, k], channels[:, :, k, c]) for k in range(label.shape[2]))
+        for c in range(channels.shape[3])
     )
+
+
+def _equal_but_for_fractions(label: np.ndarray, image: np.ndarray) -> bool:
+    return bool((np.abs(label - image.astype(np.float32)) < 1).all())
 
 
 def resembles_image(array: np.ndarray, values: int) -> bool:

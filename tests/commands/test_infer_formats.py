@@ -1,5 +1,6 @@
 """Scans of every format in, label maps of every format out, on the grid of the scan."""
 
+import dataclasses
 import json
 import sys
 
@@ -155,6 +156,17 @@ def test_channels_in_files_of_their_own(tmp_path, levels):
     single = config(tmp_path, data_path=tmp_path / "in/a_0001.mha", output_dir=tmp_path / "single")
     assert infer.run(single) == 0
     assert (tmp_path / "single/a.nii.gz").read_bytes() == (tmp_path / "out/a.nii.gz").read_bytes()
+
+
+def test_dicom_seg_holds_structures_by_their_stored_values(tmp_path, monkeypatch):
+    data = dataclasses.replace(PROPERTIES, values=((1, 205), (2, 850)))
+    monkeypatch.setattr(infer, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=data))
+    write_dicom(tmp_path / "in/case")
+    assert infer.run(config(tmp_path, output_format="dcm")) == 0
+    labels = dicomseg.read(tmp_path / "out/case.dcm", tmp_path / "in/case", {205: "liver", 850: "spleen"})
+    np.testing.assert_array_equal(labels.array, np.array([0, 205, 850])[labels_of()[:, :, ::-1]])
+    assert infer.run(config(tmp_path, output_format="dcm", skip_existing=True)) == 0
+    assert report(tmp_path)["cases"][0]["kept"]
 
 
 def test_dicom_seg_for_dicom_slices(tmp_path, levels, capsys):

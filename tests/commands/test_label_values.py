@@ -9,7 +9,7 @@ import pytest
 from mambahome_jax.commands import preprocess_labels as preprocess
 from mambahome_jax.commands.check import run as check
 from mambahome_jax.commands.preprocess import prepare, run
-from mambahome_jax.config import CheckConfig
+from mambahome_jax.config import CheckConfig, PreprocessConfig
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import load_dataset, read_prepared
 from mambahome_jax.imaging.volume import Volume, read_labels, write_volume
@@ -221,3 +221,92 @@ def test_a_value_that_resampling_loses_is_named_and_no_structure(config, capsys)
     assert run(replace(config, spacing=(4, 4, 6))) == 0
     assert description(config)["labels"] == {"1": "label_1", "2": "label_2"}
     assert "label value 3 is in no voxel at this spacing" in capsys.readouterr().out
+
+
+def gradient(kind=np.uint8):
+    """An MR image (12, 16, 8) of many values, all positive as those of a label map."""
+    return (scan()[0] / 8 + 125 + 60 * np.random.default_rng(1).random((12, 16, 8))).clip(0, 200).astype(kind)
+
+
+def copied_folder(folder):
+    for part in ("images", "labels"):
+        write(folder / part / "a.nii.gz", gradient())
+
+
+def linked(folder):
+    write(folder / "images/a.nii.gz", gradient())
+    (folder / "labels").mkdir()
+    (folder / "labels/a.nii.gz").symlink_to(folder / "images/a.nii.gz")
+
+
+def named_twice(folder):
+    write(folder / "scans/a.nii.gz", gradient())
+    (folder / "cases.csv").write_text("id,image,label\na,scans/a.nii.gz,scans/a.nii.gz\n")
+
+
+def in_another_format(folder):
+    write(folder / "images/a.nii.gz", gradient().astype(np.int16))
+    (folder / "labels").mkdir()
+    write_volume(folder / "labels/a.nrrd", Volume(gradient().astype(np.float32), AFFINE))
+
+
+def without_fractions(folder):
+    write(folder / "images/a.nii.gz", gradient(np.float32))
+    write(folder / "labels/a.nii.gz", gradient())
+
+
+def with_names(folder):
+    copied_folder(folder)
+    (folder / "dataset.json").write_text(json.dumps({"labels": {"1": "liver"}}))
+
+
+def hounsfield(folder):
+    for part in ("images", "labels"):
+        write(folder / part / "a.nii.gz", scan()[0])
+
+
+def one_of_two_channels(folder):
+    table = {
+        "channel_names": {"0": "T1", "1": "T2"},
+        "labels": {"background": 0, "tumour": 1},
+        "file_ending": ".nii.gz",
+    }
+    for name, seed in (("imagesTr/a_0000", 0), ("imagesTr/a_0001", 1), ("labelsTr/a", 1)):
+        write(folder / f"{name}.nii.gz", np.abs(scan(seed=seed)[0]))
+    (folder / "dataset.json").write_text(json.dumps(table | {"numTraining": 1}))
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize(
+    "give",
+    [
+        copied_folder,
+        linked,
+        named_twice,
+        in_another_format,
+        without_fractions,
+        with_names,
+        hounsfield,
+        one_of_two_channels,
+    ],
+)
+def test_an_image_is_no_label_map_of_its_own(tmp_path, capsys, give, fast):
+    give(tmp_path / "in")
+    if fast and give in (in_another_format, without_fractions, one_of_two_channels):
+        pytest.skip("headers alone do not tell")
+    assert check(CheckConfig(tmp_path / "in", num_workers=1, fast=fast, json=tmp_path / "report.json")) == 2
+    errors = [
+        one for one in json.loads((tmp_path / "report.json").read_text())["findings"] if one["severity"] == "error"
+    ]
+    assert [(one["case"], one["found"]) for one in errors] == [("a", "every voxel is as in its image")]
+    config = PreprocessConfig(tmp_path / "in", tmp_path / "out", spacing=(0, 0, 0), num_workers=1, modality="mr")
+    assert run(config) == 2
+    assert "every voxel is as in its image; expected a label map" in capsys.readouterr().out
+
+
+def test_a_label_map_like_its_image_in_few_values_is_one(config):
+    for case in "abc":
+        image = scan()[1].astype(np.float32)
+        image[0, 0, 0] = 0.5
+        write(config.input_path / f"images/{case}.nii.gz", image)
+    assert run(replace(config, modality="mr")) == 0

@@ -55,9 +55,9 @@ class Thresholds(nnx.Module):
         return jnp.stack([0 * x, x - 0.5, 2 * x - 2], -1)
 
 
-def _validate(model, store, cases, labels):
+def _validate(model, store, cases, labels, values=None):
     graphdef, params = nnx.split(model)
-    settings = ValidationSettings(cases, labels, PATCH, 0.5, "mr")
+    settings = ValidationSettings(cases, labels, PATCH, 0.5, "mr", values=values)
     return make_validate(graphdef, store, settings, jax.devices()[0])(params, lambda: False)
 
 
@@ -72,6 +72,10 @@ def test_volumes_of_many_windows_are_scored_as_their_images_say(tmp_path):
     result = _validate(Thresholds(), store, ("c0",), {1: "one", 2: "two"})
     np.testing.assert_allclose(list(result.structures.values()), expected, rtol=1e-6)
     assert 0 < result.dice < 1
+    # The folder of these cases numbers its structures the other way round.
+    swapped = _validate(Thresholds(), store, ("c0",), {1: "one", 2: "two"}, {1: 2, 2: 1})
+    reference = np.array([0, 2, 1])[store.read_label("c0")]
+    np.testing.assert_allclose(list(swapped.structures.values()), dice(predicted, reference, [1, 2]), rtol=1e-6)
 
 
 def test_logits_that_are_not_finite_are_a_failure_of_that_case(tmp_path):
