@@ -23,11 +23,12 @@ from mambahome_jax.datasets.label_map import read_image
 from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.imaging import dicomseg
 from mambahome_jax.imaging.files import NIFTI_SUFFIXES, suffix_of
+from mambahome_jax.imaging.geometry import coarse_remark, reorient
 from mambahome_jax.imaging.grids import SAME_GRID_MM, shift_between
 from mambahome_jax.imaging.source_record import record_of
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_grid, read_labels, read_volume, write_volume
 from mambahome_jax.inference.postprocess import postprocess, volumes_ml
-from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
+from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, network_grid, prepare
 from mambahome_jax.inference.preview import write_preview
 from mambahome_jax.inference.probabilities import whole_probabilities, write_probabilities
 from mambahome_jax.inference.segment import case_remark, channels_of, class_names_of
@@ -190,7 +191,9 @@ def write_case(
         write_probabilities(_shares(config, scan), values, affine, class_names_of(plan.models))
     modality, structures_ml = scan.modality or settings.modality, volumes_ml(result, names)
     remark = case_remark(plan.models, volume, modality, structures_ml)
-    remarks = [] if remark is None else [remark]
+    oriented = reorient(volume, settings.orientation)
+    coarse = coarse_remark(oriented.shape, network_grid(oriented, settings)[1])
+    remarks = [line for line in (remark, coarse) if line is not None]
     preview: Path | None = config.output_dir / "previews" / f"{scan.case}.png" if config.previews else None
     try:
         if preview is not None:

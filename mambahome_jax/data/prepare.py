@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,9 +14,9 @@ from mambahome_jax.config import Modality
 from mambahome_jax.data import store
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.files import parts
-from mambahome_jax.datasets.label_map import read_counted_label_map, read_image, read_label_map
+from mambahome_jax.datasets.label_map import count_values, read_counted_label_map, read_image, read_label_map
 from mambahome_jax.errors import DatasetError, OutputError, naming
-from mambahome_jax.imaging.geometry import reorient, resample
+from mambahome_jax.imaging.geometry import coarse_remark, reorient, resample
 from mambahome_jax.imaging.header import Header
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles, statistics
 from mambahome_jax.imaging.plausibility import intensity_remark
@@ -25,6 +26,7 @@ from mambahome_jax.imaging.volume import Volume, write_volume
 # Raise it when the same input would give other files: every case is then done again.
 CODE_VERSION = 2
 
+_MAY_LOSE = 8  # voxels that become one where a structure of some voxels may be lost
 _BODY_ABOVE: dict[Modality, float] = {"ct": -175.0, "mr": 0.0, "us": 0.0}
 
 
@@ -141,9 +143,14 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
     remarks = (*remarks, *([str(odd)] if odd is not None else []))
     image = reorient(image, job.orientation)
     label = None if label is None else reorient(label, job.orientation)
+    present: set[int] = set()
     if job.spacing is not None:
+        shape = image.shape
         with naming(job.case.image):
             image = resample(image, job.spacing, order="linear")
+        coarse = coarse_remark(shape, image.shape)
+        remarks = (*remarks, *([coarse] if coarse is not None else []))
+        present = _present(job.case, label, counts, image.shape)
         label = None if label is None else resample(label, job.spacing, order="nearest")
     image = Volume(np.ascontiguousarray(image.array, np.float32), image.affine, _in_mm(image))
     label = None if label is None else replace(label, header=image.header)
@@ -151,7 +158,8 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
     store.remove_entry(job.output / "store", job.case.id)
     try:
         counts = {} if job.labels else counts
-        return _write(job, image, label, remarks, counts, made_from, sample_percentiles(sample))
+        entry = _write(job, image, label, remarks, counts, made_from, sample_percentiles(sample))
+        return _with_lost(job, entry, present)
     except OutputError:
         # Without its store entry a file would never be read, and on a full disk it takes the room of others.
         for path in (job.image_path, job.label_path) if job.nifti else ():
@@ -159,6 +167,30 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
                 path.unlink(missing_ok=True)
         store.remove_case(job.output / "store", job.case.id)
         raise
+
+
+def _present(case: Case, label: Volume | None, counts: Mapping[int, int], shape: tuple[int, ...]) -> set[int]:
+    """Structures in a label map that is to have another shape, as numbered in the dataset.
+
+    Masks were not counted as they were read; here they are where so little is left that some may be lost.
+    """
+    if counts:
+        return {value if case.values is None else case.values.get(value, 0) for value in counts} - {0}
+    if label is None or math.prod(shape) * _MAY_LOSE > math.prod(label.shape):
+        return set()
+    return count_values(label.array).keys() - {0}
+
+
+def _with_lost(job: CaseJob, entry: store.StoreEntry, present: set[int]) -> store.StoreEntry:
+    """The entry with a remark on structures of which no voxel is left. Raises OutputError."""
+    lost = sorted(present - entry.foreground_counts.keys())
+    if not lost:
+        return entry
+    names = ", ".join(job.labels.get(value, f"label {value}") for value in lost)
+    remark = f"no voxel is left of {names} after resampling to {' x '.join(f'{mm:.3g}' for mm in entry.spacing)} mm"
+    entry = dataclasses.replace(entry, remarks=(*entry.remarks, remark))
+    store.rewrite_entry(job.output / "store", entry)
+    return entry
 
 
 def _write(

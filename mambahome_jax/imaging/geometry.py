@@ -4,6 +4,7 @@ Grids and sampling agree with MONAI's Spacing (defaults, padding "border") and w
 axes are parallel, which is nearly always so, sampling is done one axis after the other.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -21,6 +22,7 @@ _SAME = 1e-3  # spacings and affines closer than this count as equal (MONAI's AF
 _CORNER = 1e-8  # a corner of the old grid counts as the new grid's first voxel up to here
 _FINER = 512  # eight times as fine along each axis
 _FEW = 1 << 22  # voxels that any scan may become
+_COARSER = 100  # voxels that become one where next to nothing of a scan is left
 _WIDE = 16  # voxels of an axis that the network works on at least
 _PARALLEL = 1e-4  # voxels by which sampling axis by axis may miss a position
 
@@ -97,6 +99,18 @@ def resampled_grid(
     if _same_grid(affine, shape, result, new_shape):
         return affine, (shape[0], shape[1], shape[2])
     return result, new_shape
+
+
+def coarse_remark(shape: Sequence[int], new_shape: Sequence[int]) -> str | None:
+    """What to say of a scan of which resampling leaves next to nothing, None where enough is left."""
+    before, after = (math.prod(voxels[:3]) for voxels in (shape, new_shape))
+    if max(new_shape[:3]) >= _WIDE or after * _COARSER > before:
+        return None
+    voxels, left = (" x ".join(map(str, size[:3])) for size in (shape, new_shape))
+    return (
+        f"of {voxels} voxels resampling leaves {left}; are the lengths in its header too small? --spacing_scale 10 or "
+        "1000 multiplies them, a finer --spacing keeps more"
+    )
 
 
 def resample(volume: Volume, spacing: Sequence[float], order: Order = "linear") -> Volume:

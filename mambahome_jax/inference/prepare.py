@@ -113,6 +113,12 @@ class NetworkInput:
                 yield self._box((rows, whole[1], whole[2]), np.asarray)
 
 
+def network_grid(oriented: Volume, settings: SegmentSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Affine (4, 4) and shape of the grid on which the network works, of a scan in its orientation."""
+    spacing = settings.spacing if settings.spacing is not None else (0.0, 0.0, 0.0)
+    return resampled_grid(oriented.affine, oriented.shape, spacing)
+
+
 def prepare(
     volume: Volume, settings: SegmentSettings, channels: int | None = None, *, whole_bytes: int = WHOLE_BYTES
 ) -> NetworkInput:
@@ -137,8 +143,7 @@ def prepare(
         count = int(np.count_nonzero(~np.isfinite(array)))
         raise DatasetError(f"{count} voxels are NaN or infinite", expected="finite numbers")
     oriented = reorient(replace(volume, array=array), settings.orientation)
-    spacing = settings.spacing if settings.spacing is not None else (0.0, 0.0, 0.0)
-    affine, shape = resampled_grid(oriented.affine, oriented.shape, spacing)
+    affine, shape = network_grid(oriented, settings)
     prepared = NetworkInput(oriented, affine, shape, volume.affine, settings)
     if settings.modality != "ct":
         prepared = replace(prepared, stats=statistics_of_parts(prepared._raw()))

@@ -16,7 +16,7 @@ from mambahome_jax.compiler import compiler_options
 from mambahome_jax.config import DataProperties, Mirror, Modality, ModelConfig, Triple
 from mambahome_jax.datasets.mirror import AXES
 from mambahome_jax.errors import ConfigError, DatasetError, ScanWarning
-from mambahome_jax.imaging.geometry import Order, orientation_of, reorient
+from mambahome_jax.imaging.geometry import Order, coarse_remark, orientation_of, reorient
 from mambahome_jax.imaging.labels import replace_values
 from mambahome_jax.imaging.plausibility import scan_remark, volume_remark
 from mambahome_jax.imaging.volume import Volume
@@ -108,6 +108,9 @@ def segment(
     found: list[np.ndarray] = []
     take = None if save_probabilities is None else found.append
     result = postprocess(label(model, prepared, settings, progress, take, devices=devices), only, largest)
+    coarse = coarse_remark(prepared.oriented_shape, prepared.shape)
+    if coarse is not None:
+        warnings.warn(coarse, ScanWarning, stacklevel=2)
     if save_probabilities is not None:
         write_probabilities(Path(save_probabilities), found[0], prepared.affine, class_names_of(model))
     # A callable that says nothing of its training, called without a modality, may be for anything.

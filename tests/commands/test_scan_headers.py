@@ -17,6 +17,8 @@ from mambahome_jax.config import (
     PreprocessConfig,
     ReportConfig,
 )
+from mambahome_jax.data.prepare import CaseJob, prepare_case
+from mambahome_jax.datasets.base import Case
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.volume import read_labels, read_volume
 from tests.imaging.dicom_files import write_slice
@@ -204,3 +206,31 @@ def test_vectors_in_nifti_are_channels_of_every_command(tmp_path, monkeypatch):
     np.testing.assert_array_equal(*results)
     np.testing.assert_array_equal(*images)
     assert images[0].shape == (*CT.shape, 2)
+
+
+def test_structures_that_resampling_loses_are_named(tmp_path, levels, capsys):
+    """A header ten times too small, of 6 mm still."""
+    for kind, array in (("images", CT), ("labels", LABELS)):
+        (tmp_path / kind).mkdir()
+        nib.save(nib.Nifti1Image(array, np.diag([0.3, 0.3, 0.3, 1])), tmp_path / f"{kind}/a.nii.gz")
+    config = PreprocessConfig(tmp_path, tmp_path / "ready", spacing=(3, 3, 3), modality="ct", num_workers=1)
+    assert preprocess.run(config) == 0
+    remarks = json.loads((tmp_path / "ready/dataset.json").read_text())["cases"][0]["remarks"]
+    shown = capsys.readouterr().out
+    for words in ("no voxel is left of", "leaves 3 x 3 x 2", "--spacing_scale"):
+        assert any(words in remark for remark in remarks) and words in shown
+    assert preprocess.run(replace(config, spacing_scale=10)) == 0
+    assert "remarks" not in json.loads((tmp_path / "ready/dataset.json").read_text())["cases"][0]
+    assert infer.run(inference(tmp_path, spacing=(3, 3, 3))) == 0
+    assert "leaves 3 x 3 x 2" in run_report(tmp_path)["cases"][0]["remarks"][0]
+
+
+def test_masks_that_resampling_loses_are_named_too(tmp_path):
+    affine = np.diag([0.3, 0.3, 0.3, 1])
+    nib.save(nib.Nifti1Image(CT, affine), tmp_path / "a.nii.gz")
+    masks = tuple((value, tmp_path / f"{value}.nii.gz") for value in (1, 2))
+    for value, path in masks:
+        nib.save(nib.Nifti1Image(np.equal(LABELS, value).astype(np.uint8), affine), path)
+    case = Case("a", tmp_path / "a.nii.gz", masks=masks)
+    job = CaseJob(case, tmp_path / "out", 1, {1: "liver", 2: "spleen"}, (3, 3, 3), "RAS", "ct", nifti=False)
+    assert "no voxel is left of liver, spleen after resampling to 3 x 3 x 3 mm" in prepare_case(job).remarks
