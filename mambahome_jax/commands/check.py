@@ -56,9 +56,10 @@ def run(config: CheckConfig) -> int:
         key=lambda finding: (_SEVERITIES.index(finding.severity), finding.kind, finding.case),
     )
     summary = summarise(dataset, facts)
-    if dataset.layout == SCANS and not config.fast:
-        modality, why = likely_modality([fact for fact in facts if fact.usable])
-        _say(console, f"Modality: {modality or 'several'}, {why}; --modality ct|mr|us overrides")
+    unnamed = [fact for fact in facts if fact.usable and fact.modality is None and fact.percentiles]
+    if dataset.layout == SCANS and unnamed:
+        modality, why = likely_modality(unnamed)
+        _say(console, f"Modality: {modality}, {why}; --modality ct|mr|us overrides")
     usable = sum(fact.usable for fact in facts)
     code = 2 if not usable else int(any(finding.severity != "note" for finding in findings))
     _print_findings(findings, folders, config.show, console)

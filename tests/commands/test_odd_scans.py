@@ -159,7 +159,8 @@ def check_report(folder, **flags):
 def test_check_takes_a_folder_of_scans_without_labels(tmp_path, capsys, flags):
     write(tmp_path / "in/fine.nii.gz", ct())
     assert check_report(tmp_path / "in", **flags)[::2] == (0, [])
-    assert "1 of 1 scans can be read; nothing found" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "1 of 1 scans can be read; nothing found" in shown and ("Modality: ct, guessed" in shown) == (not flags)
     write(tmp_path / "in/high.nii.gz", (ct(1) + 1024).clip(0).astype(np.uint16))
     code, found, findings = check_report(tmp_path / "in", **flags)
     assert (code, list(found), len(findings)) == (1, ["high"], 1) and "most of the body near" in found["high"]
