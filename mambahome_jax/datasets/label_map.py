@@ -105,7 +105,7 @@ def _checked(
     if unknown:
         names = labels if case.values is None else {v: labels.get(new, "left out") for v, new in case.values.items()}
         expected = ", ".join(f"{value} {name}" for value, name in sorted(names.items()))
-        action = hint or "Correct the label map, or the table of labels in dataset.json."
+        action = hint or "Correct the label map, the table of labels in dataset.json, or --label_map."
         what = f"unknown label values {_listed(unknown)}"
         raise DatasetError(what, file=file, expected=expected, action=action)
     if not counts and not case.may_be_empty:
