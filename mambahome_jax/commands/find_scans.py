@@ -10,7 +10,7 @@ from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.case_names import CHANNEL, channels_of
 from mambahome_jax.datasets.files import fault_of_name, listed, listing, of_one_kind
-from mambahome_jax.datasets.prepared import unlisted_files
+from mambahome_jax.datasets.prepared import absent_images, unlisted_files
 from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.datasets.scans import Search, search
 from mambahome_jax.errors import DatasetError
@@ -158,6 +158,7 @@ def _scans_of(root: Path, found: Search) -> tuple[list[Scan], list[dict[str, str
     # Of a folder that preprocess wrote only what its dataset.json names.
     others = unlisted_files(root, direct)
     failures = [{"id": scan_stem(Path(name)), "reason": reason} for name, reason in others.items()]
+    failures += [{"id": case, "reason": reason} for case, reason in absent_images(root, direct).items()]
     part = root.name in DATASET_FOLDERS
     dataset = _dataset(root.parent if part else root) if part or not direct else None
     modalities = {} if dataset is None else _by_path(dataset.cases)

@@ -2,7 +2,8 @@
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
 from mambahome_jax.data.prepare import CaseJob
@@ -12,6 +13,7 @@ from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.prepared import DESCRIPTION, begin_prepared
 from mambahome_jax.errors import ConfigError, DatasetError, OutputError
 from mambahome_jax.imaging.files import not_written
+from mambahome_jax.paths import one_form
 
 _NAMED = 20
 _ARRAYS = ("image", "label")
@@ -40,7 +42,7 @@ def earlier_cases(output: Path) -> set[str]:
     named += unfinished if isinstance(unfinished, list) else []
     store = output / "store"
     stored = [folder.name for folder in store.iterdir() if _is_case(folder)] if store.is_dir() else []
-    return {name for name in (*named, *stored) if isinstance(name, str) and not fault_of_name(name)}
+    return {one_form(name) for name in (*named, *stored) if isinstance(name, str) and not fault_of_name(name)}
 
 
 def begin(output: Path, earlier: Iterable[str], jobs: Iterable[CaseJob]) -> None:
@@ -71,7 +73,7 @@ def remove_stale(output: Path, jobs: Sequence[CaseJob], say: Callable[[str], Non
     """
     earlier = earlier_cases(output)
     wanted = {path for job in jobs for path in (*_written(job), job.output / "store" / job.case.id)}
-    stale = {case: [path for path in _existing(output, case) if path not in wanted] for case in sorted(earlier)}
+    stale = {case: _existing(output, case, wanted) for case in sorted(earlier)}
     stale = {case: paths for case, paths in stale.items() if paths}
     if not stale:
         return earlier
@@ -100,16 +102,26 @@ def remove_failed(output: Path, failed: Iterable[str], earlier: set[str], say: C
 def say_foreign(output: Path, jobs: Iterable[CaseJob], say: Callable[[str], None]) -> None:
     """Name the files in images/ and labels/ that preprocess did not write."""
     wanted = {path for job in jobs for path in _written(job)}
-    found = [path for part in ("images", "labels") for path in listing(output / part)[1].values() if path not in wanted]
+    there = [path for part in ("images", "labels") for path in listing(output / part)[1].values()]
+    found = [path for path in there if path.with_name(one_form(path.name)) not in wanted]
     if found:
         names = listed([str(path.relative_to(output)) for path in found], _NAMED)
         say(f"Note: files that preprocess did not write stay in the output and are of no case: {names}")
 
 
-def _existing(output: Path, case: str) -> list[Path]:
-    """What there is of a case, by the places that preprocess writes to."""
+def _existing(output: Path, case: str, wanted: Set[Path] = frozenset()) -> list[Path]:
+    """What there is of a case, but what is wanted, by the places that preprocess writes to."""
     places = output / "images" / f"{case}.nii.gz", output / "labels" / f"{case}.nii.gz", output / "store" / case
-    return [path for path in places if path.is_symlink() or path.exists()]
+    paths = [path for path in places if path not in wanted]
+    if not case.isascii():
+        # As macOS writes names; it is the case's own file where there is no other.
+        others = [place.with_name(unicodedata.normalize("NFD", place.name)) for place in places]
+        paths += [path for path, place in zip(others, places, strict=True) if place not in wanted or _both(path, place)]
+    return [path for path in paths if path.is_symlink() or path.exists()]
+
+
+def _both(path: Path, other: Path) -> bool:
+    return path.exists() and other.exists() and not path.samefile(other)
 
 
 def _remove(paths: Iterable[Path]) -> None:

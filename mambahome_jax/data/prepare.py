@@ -22,6 +22,7 @@ from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles
 from mambahome_jax.imaging.plausibility import intensity_remark
 from mambahome_jax.imaging.source_record import place_of, record_of, renewed
 from mambahome_jax.imaging.volume import Volume, write_volume
+from mambahome_jax.paths import as_on_disk
 
 # Raise it when the same input would give other files: every case is then done again.
 CODE_VERSION = 2
@@ -120,7 +121,7 @@ def up_to_date(job: CaseJob) -> store.StoreEntry | None:
         expected.append(job.label_path)
     if job.sampled and job.modality == "ct" and job.case.has_label:
         expected.append(root / job.case.id / store.INTENSITIES)
-    if not all(path.is_file() for path in expected):
+    if not all(as_on_disk(path).is_file() for path in expected):
         return None
     sources = _record_now(recorded, _sources(job.case))
     if sources in (None, recorded):

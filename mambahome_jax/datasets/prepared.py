@@ -15,7 +15,7 @@ from mambahome_jax.datasets.files import fault_of_name
 from mambahome_jax.datasets.label_values import table_of_values
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import write_text
-from mambahome_jax.paths import as_on_disk, local_path
+from mambahome_jax.paths import as_on_disk, local_path, one_form
 
 NAME = "prepared"
 COVERS: tuple[str, ...] = ("images_labels", "decathlon", "nnunet_raw")
@@ -207,9 +207,25 @@ def unlisted_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
     if prepared is None:
         return {}
     key = _PARTS[Path(os.path.realpath(folder)).name]
-    known = {Path(path).name for path in (getattr(case, key) for case in prepared.cases) if path is not None}
+    known = {one_form(Path(path).name) for path in (getattr(case, key) for case in prepared.cases) if path is not None}
     reason = f"of no case in {prepared.root / DESCRIPTION}, so it is left out. Move it elsewhere"
-    return {name: f"{folder / name}: {reason}" for name in names if name not in known}
+    return {name: f"{folder / name}: {reason}" for name in names if one_form(name) not in known}
+
+
+def absent_images(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """{case: reason} of the cases whose image should be in a folder, the images/ of a preprocessed one, and is not.
+
+    names: of files in `folder`. Raises DatasetError: see `read_prepared`.
+    """
+    prepared = cases_around(folder)
+    if prepared is None or Path(os.path.realpath(folder)).name != "images":
+        return {}
+    present = {one_form(name) for name in names}
+    files = {case.id: Path(case.image) for case in prepared.cases if not Path(case.image).is_absolute()}
+    reason = f"not found, which {DESCRIPTION} lists. Run preprocess again"
+    return {
+        case: f"{folder / file.name}: {reason}" for case, file in files.items() if one_form(file.name) not in present
+    }
 
 
 def write_json(path: Path, content: Any, indent: int | None = 1) -> None:

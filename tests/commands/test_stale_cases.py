@@ -217,6 +217,31 @@ def test_infer_goes_by_dataset_json(remaining, part):
     assert "images/a.nii.gz: of no case in" in failures[0]["reason"]
 
 
+def test_infer_names_what_dataset_json_lists_and_is_not_there(config):
+    (config.output_path / "images/b.nii.gz").unlink()
+    _, scans, failures = find_scans(config.output_path)
+    assert [scan.case for scan in scans] == ["a", "c"]
+    assert [(failure["id"], "b.nii.gz: not found" in failure["reason"]) for failure in failures] == [("b", True)]
+
+
+def test_files_in_another_unicode_form_are_those_of_their_case(tmp_path, capsys):
+    config = preprocess_config(tmp_path)
+    rename(config, "b", "M\u00fcller")
+    assert run(config) == 0
+    composed, decomposed = "M\u00fcller", "Mu\u0308ller"
+    for part, ending in (("images", ".nii.gz"), ("labels", ".nii.gz"), ("store", "")):
+        folder = config.output_path / part
+        (folder / f"{composed}{ending}").rename(folder / f"{decomposed}{ending}")
+    assert [scan.case for scan in find_scans(config.output_path)[1]] == ["M\u00fcller", "a", "c"]
+    capsys.readouterr()
+    assert run(config) == 0
+    shown = capsys.readouterr().out
+    assert "Removed" not in shown and "did not write" not in shown
+    remove(config, "M\u00fcller")
+    assert run(config) == 0
+    assert holds(config) == everywhere({"a", "c"})
+
+
 @pytest.mark.parametrize("ours", [True, False])
 def test_evaluate_and_report_go_by_dataset_json(remaining, config, ours):
     folders = (config.input_path / "labels", remaining / "labels")
