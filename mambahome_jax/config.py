@@ -272,7 +272,7 @@ class CheckConfig:
 
     folder: Positional[Annotated[Path | tuple[Path, ...], arg(metavar="FOLDER [FOLDER ...]")]]
     """Folder of the dataset as downloaded, or a CSV file of paths, as preprocess takes it; several are looked at as
-    the one dataset that preprocess makes of them."""
+    the one dataset that preprocess makes of them. Or a scan, or a folder of scans without labels, as infer takes it."""
     dataset: UseAppendAction[tuple[str, ...]] = ()
     """Layout of the dataset (default: recognised); given several times, one for each FOLDER."""
     fast: bool = False

@@ -25,6 +25,8 @@ _LEAST_SPAN = 30.0
 # Soft tissue of a scan that is 1000 or 1024 too high, fat to enhanced vessels. In Hounsfield units it is compact bone
 # and metal, never most of what is above 500.
 _SHIFTED, _SHIFTED_ABOVE, _SHIFTED_SHARE, _SHIFTED_BODY = (850.0, 1250.0), 500.0, 0.6, 0.1
+# Where it is not too high, fat, lung or air is below -50; where it is, the noise of air alone.
+_NO_FAT = 0.05
 # Nothing is less dense than air; filters and reconstruction leave few values below -1150, padding one single value.
 _BELOW_AIR = -1150.0
 # Enhanced vessels and organs stay below it: a crop inside the body without a value below 0 has them alone.
@@ -141,7 +143,7 @@ def _ct_remark(values: np.ndarray) -> Remark | None:
     # Padding, and air that was clipped, are one value.
     inner = values[np.searchsorted(values, values[0], "right") :]
     dense = _share(inner, _SHIFTED_ABOVE, np.inf)
-    shifted = _share(inner, *_SHIFTED) >= _SHIFTED_SHARE * dense and _share(inner, _BELOW_AIR, -200.0) < 0.02
+    shifted = _share(inner, *_SHIFTED) >= _SHIFTED_SHARE * dense and _share(inner, _BELOW_AIR, -50.0) < _NO_FAT
     if dense >= _SHIFTED_BODY and shifted:
         middle = sorted_quantile(inner[np.searchsorted(inner, _SHIFTED_ABOVE) :], 0.5)
         return Remark(f"{extremes}, most of the body near {middle:.4g}", _HU, _UNDO)

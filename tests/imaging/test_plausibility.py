@@ -58,6 +58,12 @@ GOOD_CT = {
     "clipped to a window": lambda hu, labels: hu.clip(-160, 240),
     "metal": lambda hu, labels: np.where(noise(hu.shape, 1) > 2.7, 30000, hu),
     "contrast agent": lambda hu, labels: np.where(labels == 4, 450, hu),
+    "a bladder full of contrast agent": lambda hu, labels: (
+        np.repeat([-100.0, 50, 60, 1000, 1050], 4000).reshape(20, 20, 50) + noise((20, 20, 50), 15)
+    ),
+    "lungs": lambda hu, labels: (
+        np.repeat([-850.0, -800, -700, 40, -100], 4000).reshape(20, 20, 50) + noise((20, 20, 50), 30)
+    ),
     "low dose": lambda hu, labels: hu + noise(hu.shape, 60),
     "head": lambda hu, labels: np.where(hu > -300, np.where(hu > 100, 1200, 35), -1000) + noise(hu.shape, 5),
 }
@@ -65,6 +71,7 @@ BAD_CT = {
     "1024 too high": (lambda hu, labels: (hu + 1024).clip(0), "most of the body near"),
     "1000 too high": (lambda hu, labels: hu + 1000, "most of the body near"),
     "1024 too high, padded": (lambda hu, labels: np.pad(hu, 8, constant_values=-3024) + 1024, "most of the body near"),
+    "1024 too high, low dose": (lambda hu, labels: hu + noise(hu.shape, 30) + 1024, "most of the body near"),
     "1024 too low": (lambda hu, labels: hu - 1024, "nearly all below -200"),
     "to 0..1": (lambda hu, labels: (hu + 1024) / 4095, "values from 0 to 0.3"),
     "to -1..1": (lambda hu, labels: hu.clip(-1000, 1000) / 1000, "values from -1 to "),
