@@ -56,8 +56,8 @@ def own_name(folder: Path) -> str:
 def local_path(path: str | Path) -> Path:
     """The path with `~` expanded and each `..` followed through links, as the operating system follows it.
 
-    What is relative without `..` stays relative to the working folder, and the last name keeps its own spelling where
-    it is a link. A name that exists in another Unicode form alone is given in that. A URL stays as it is.
+    What lies in the working folder stays relative to it unless it was typed in whole, and a link as the last name stays
+    a link. A name that exists in another Unicode form alone is given in that. A URL stays as it is.
     Raises ConfigError: `~` where no home folder is known.
     """
     path = Path(path)
@@ -72,12 +72,23 @@ def local_path(path: str | Path) -> Path:
         # TensorStore takes no such parts, and behind a link they do not lead to where the name suggests.
         last = len(path.parts) - path.parts[::-1].index("..")
         path = Path(os.path.realpath(Path(*path.parts[:last])), *path.parts[last:])
+        # Relative again where it can be: reports repeat paths, and the rest of a disk is nobody's business.
+        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
     return as_on_disk(path)
 
 
 def path_in(folder: Path, text: str) -> Path:
     """The path that a file in `folder` names: from there where it is relative, else as `local_path`."""
     return local_path(text if text.startswith("~") else folder / text)
+
+
+def working_folder(run: Path) -> str | None:
+    """The working folder as seen from the folder of a run, such as `../..`; None where the run does not lie in it.
+
+    It says nothing of where on a disk both lie.
+    """
+    steps = os.path.relpath(Path.cwd(), real_path(run))
+    return steps if set(Path(steps).parts) <= {os.pardir} else None
 
 
 def as_on_disk(path: Path) -> Path:

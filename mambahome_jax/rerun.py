@@ -53,17 +53,18 @@ def _configuration(path: Path, command: str, names: Sequence[str], paths: Collec
     if unknown:
         action = "It is of another version; give the flags themselves"
         raise ConfigError(f"--config {path}: unknown flags {', '.join(unknown)}. {action}")
-    home = content.get("working_folder")
-    if isinstance(home, str) and Path(home).is_dir() and not Path.cwd().samefile(home):
+    above = content.get("working_folder")
+    home = path.parent / above if isinstance(above, str) else Path()
+    if home.is_dir() and not Path.cwd().samefile(home):
         configuration |= {name: _from(home, value) for name, value in configuration.items() if name in paths}
     return BEFORE_THERE_WERE | configuration if command == "train" else configuration
 
 
-def _from(home: str, value: Any) -> Any:
+def _from(home: Path, value: Any) -> Any:
     """A path of the flags, or several, as seen from a folder; text that stands for none stays."""
     if isinstance(value, list):
         return [_from(home, part) for part in value]
-    return str(Path(home, value)) if isinstance(value, str) and value not in ("", "False") else value
+    return str(local_path(home / value)) if isinstance(value, str) and value not in ("", "False") else value
 
 
 def _words(name: str, value: Any) -> list[str]:

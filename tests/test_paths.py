@@ -29,8 +29,8 @@ def test_a_parent_folder_is_that_of_a_link_s_target(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "here")
     assert local_path("../READY") == tmp_path / "READY"
     assert local_path("link/../READY") == tmp_path / "far/READY"
-    assert local_path("new/../READY/x") == tmp_path / "here/READY/x"
-    assert local_path("../here/link") == tmp_path / "here/link"
+    assert local_path("new/../READY/x") == Path("READY/x")
+    assert local_path("../here/link") == Path("link")
     assert local_path("..") == tmp_path
 
 

@@ -9,6 +9,7 @@ from mambahome_jax import cli
 from mambahome_jax.commands.run_report import plain
 from mambahome_jax.config import TrainConfig
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.paths import working_folder
 
 CONFIG = TrainConfig(
     Path("some data"),
@@ -43,20 +44,21 @@ def test_the_flags_of_an_earlier_run_and_those_given_win(tmp_path):
 
 
 def test_paths_are_read_where_the_earlier_run_worked(tmp_path, monkeypatch):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "here").mkdir()
-    there = str(tmp_path / "there")
-    configuration = plain(vars(CONFIG)) | {"use_pretrained": "w.pth", "data_val": "/abs/val"}
-    file = _report(tmp_path / "one", working_folder=there, configuration=configuration)
-    monkeypatch.chdir(tmp_path / "here")
-    again = cli.parse("train", ["--config", "../one/run.json"], "mambahome")
-    assert (again.data_train, again.data_val) == (tmp_path / "there/some data", Path("/abs/val"))
-    assert again.use_pretrained == str(tmp_path / "there/w.pth")
-    assert cli.parse("train", ["--config", file, "--data_train", "x"], "mambahome").data_train == Path("x")
+    there, here = tmp_path / "there", tmp_path / "here"
+    here.mkdir()
+    (there / "runs/one").mkdir(parents=True)
     monkeypatch.chdir(there)
+    assert (working_folder(there / "runs/one"), working_folder(here)) == ("../..", None)
+    configuration = plain(vars(CONFIG)) | {"use_pretrained": "w.pth", "data_val": "/abs/val"}
+    file = _report(there / "runs/one", working_folder="../..", configuration=configuration)
     assert cli.parse("train", ["--config", file], "mambahome").data_train == Path("some data")
-    # The folder is gone: as reports of earlier versions are read.
-    file = _report(tmp_path / "one", working_folder=str(tmp_path / "gone"))
+    monkeypatch.chdir(here)
+    again = cli.parse("train", ["--config", "../there/runs/one/run.json"], "mambahome")
+    assert (again.data_train, again.data_val) == (there / "some data", Path("/abs/val"))
+    assert again.use_pretrained == str(there / "w.pth")
+    assert cli.parse("train", ["--config", file, "--data_train", "x"], "mambahome").data_train == Path("x")
+    # A report that does not say, as one of an earlier version.
+    file = _report(tmp_path / "one", working_folder=None)
     assert cli.parse("train", ["--config", file], "mambahome").data_train == Path("some data")
 
 

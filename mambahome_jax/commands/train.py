@@ -93,7 +93,7 @@ def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console, s
         # What it had kept free for its end would be time again.
         console.print(f"{folder}: finished already", markup=False, highlight=False, soft_wrap=True)
         return earlier["exit_code"]
-    report = new_report(config, setup, skipped)
+    report = new_report(folder, config, setup, skipped)
     if "pretrained" in earlier:
         report["pretrained"] = earlier["pretrained"]
     progressed = Progressed()

@@ -23,6 +23,7 @@ from mambahome_jax.datasets.patients import split_notes
 from mambahome_jax.datasets.prepared import Prepared, write_json
 from mambahome_jax.datasets.splits import outside_note, outside_split
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.paths import working_folder
 from mambahome_jax.training.distributed import is_first
 from mambahome_jax.training.loop import Plan, Validation
 from mambahome_jax.training.progress import duration
@@ -83,13 +84,13 @@ def git_state(folder: Path | None = None) -> dict[str, Any] | None:
     return {"commit": commit.strip(), "changed": [line[3:] for line in changed.splitlines()]}
 
 
-def new_report(config: TrainConfig, setup: Setup, skipped: list[tuple[str, str]]) -> dict[str, Any]:
-    """What run.json says of a run that begins."""
+def new_report(folder: Path, config: TrainConfig, setup: Setup, skipped: list[tuple[str, str]]) -> dict[str, Any]:
+    """What run.json says of a run that begins in a folder."""
     return {
         "command": "train",
         "status": "starting",
         "configuration": plain(dataclasses.asdict(config)),
-        "working_folder": str(Path.cwd()),
+        "working_folder": working_folder(folder),
         "model": plain(dataclasses.asdict(setup.model)),
         "data": {
             "name": setup.prepared.name,
