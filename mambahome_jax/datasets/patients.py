@@ -89,12 +89,13 @@ def patients_of(names: Collection[str]) -> dict[str, str]:
         for name, parts in remaining.items():
             if len(parts) >= length and _has_patient_number(parts[:length]):
                 groups[name[: parts[length - 1].end].lower()].append(name)
-        if _are_patients(groups, tokens, length):
-            for group in groups.values():
-                patient = group[0][: tokens[group[0]][length - 1].end]
-                patients |= dict.fromkeys(group, patient)
-                for name in group:
-                    del remaining[name]
+        for alike in _families(groups):
+            if _are_patients(alike, tokens, length):
+                for group in alike.values():
+                    patient = group[0][: tokens[group[0]][length - 1].end]
+                    patients |= dict.fromkeys(group, patient)
+                    for name in group:
+                        del remaining[name]
     return patients
 
 
@@ -231,6 +232,16 @@ def _has_patient_number(tokens: Sequence[_Token]) -> bool:
     return False
 
 
+def _families(groups: Mapping[str, list[str]]) -> list[dict[str, list[str]]]:
+    """The groups by their beginnings without numbers, as P12 and P13; those that are like no other together."""
+    families: dict[str, dict[str, list[str]]] = defaultdict(dict)
+    for beginning, group in groups.items():
+        families[re.sub(r"\d+", "#", beginning)][beginning] = group
+    single = [family for family in families.values() if len(family) == 1]
+    rest = {beginning: group for family in single for beginning, group in family.items()}
+    return [family for family in families.values() if len(family) > 1] + [rest]
+
+
 def _are_patients(groups: Mapping[str, Sequence[str]], tokens: Mapping[str, Sequence[_Token]], length: int) -> bool:
     """Whether beginnings of `length` parts, {beginning: names}, are patients rather than sites, batches or parts."""
     several = [group for group in groups.values() if len(group) > 1]
@@ -252,9 +263,9 @@ def _are_patients(groups: Mapping[str, Sequence[str]], tokens: Mapping[str, Sequ
     if all(head.isdigit() for head in every) and len(set(every)) == len(every) and 2 * len(groups) <= total:
         # Each number occurs once: it is that of the case, as in TCGA-02-0006.
         return False
-    letters = {re.sub(r"\d+", "", beginning) for beginning in groups}
+    forms = {re.sub(r"\d+", "#", beginning) for beginning in groups}
     # Other letters for each, as of sites (LUNG1, R01), unless they are codes of many patients.
-    return len(letters) < len(groups) or len(groups) >= 3 * largest
+    return len(forms) == 1 or len(groups) >= 3 * largest
 
 
 def _tells_scans(rest: Sequence[_Token]) -> bool:

@@ -41,6 +41,9 @@ from tests.datasets.test_layouts import touch
             "003_S_0907": ["003_S_0907_bl"],
         },
         {"sub-r001s001": ["sub-r001s001_ses-1", "sub-r001s001_ses-2"], "sub-r002s001": ["sub-r002s001_ses-1"]},
+        {"1": ["1_T1DUAL_InPhase", "1_T2SPIR"], "2": ["2_T1DUAL_InPhase", "2_T2SPIR"]},  # CHAOS
+        {"020": ["020_t2", "020_adc"], "021": ["021_t2"], "Utrecht_0": ["Utrecht_0"], "Utrecht_2": ["Utrecht_2"]},
+        {f"{c}{c}{n}{c}": [f"{c}{c}{n}{c}_{v}" for v in (1, 2)] for n, c in enumerate("bcdfgh", 1)},  # codes
         # Dates tell scans apart; a site before the patient does not count, a study common to all neither.
         {"17": ["17_20240101", "17_2024-03-01"], "18": ["18_20240101"]},
         {"site1_003": ["site1_003_t1", "site1_003_t2"], "site2_003": ["site2_003_t1", "site2_003_t2"]},
@@ -92,6 +95,8 @@ NUMBERS = range(1, 9)
         [f"hospital2_patient{n:03}" for n in NUMBERS] + ["hospital3_patient001", "hospital3_patient002"],
         [f"LCTSC-{part}-S{site}-{n:03}" for part in ("Train", "Test") for site in (1, 2, 3) for n in NUMBERS],
         [f"FLARE22_{part}_{n:04}" for part in ("Tr", "Ts") for n in NUMBERS],
+        [f"Amsterdam_GE3T_{n}" for n in NUMBERS]
+        + [f"{city}_{n}" for city in ("Utrecht", "Singapore") for n in NUMBERS],
         ["TCGA-02-0006", "TCGA-02-0009", "TCGA-06-0122", "TCGA-06-0130"],
         ["LUNG1-001", "LUNG1-002", "R01-001", "R01-002"],
         ["002_S_0295", "002_S_0413", "003_S_0907", "003_S_1021"],
