@@ -68,7 +68,7 @@ def _dicom_modality(path: Path) -> Modality | None:
 def _channels(scans: list[Scan]) -> int:
     for scan in scans:
         try:
-            shape, _ = read_geometry(scan.path)
+            shape, _ = read_geometry(scan.path, spacing_scale=1)
         except DatasetError:
             # Reported when its turn comes.
             continue

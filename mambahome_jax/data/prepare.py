@@ -17,17 +17,18 @@ from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.label_map import count_values, read_counted_label_map, read_image, read_label_map
 from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.imaging.geometry import coarse_remark, reorient, resample
-from mambahome_jax.imaging.header import Header
+from mambahome_jax.imaging.header import Header, grid_shift
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles, statistics
 from mambahome_jax.imaging.plausibility import intensity_remark
 from mambahome_jax.imaging.source_record import place_of, record_of, renewed
-from mambahome_jax.imaging.volume import Volume, write_volume
+from mambahome_jax.imaging.volume import Volume, read_grid, write_volume
 from mambahome_jax.paths import as_on_disk
 
 # Raise it when the same input would give other files: every case is then done again.
 CODE_VERSION = 2
 
 _MAY_LOSE = 8  # voxels that become one where a structure of some voxels may be lost
+_SAME_VOXELS = 1e-3  # by which float32 headers may say two places
 _BODY_ABOVE: dict[Modality, float] = {"ct": -175.0, "mr": 0.0, "us": 0.0}
 
 
@@ -103,6 +104,21 @@ def _record_now(recorded: Any, files: list[Path]) -> Any:
     return recorded if recorded == found else None
 
 
+def _as_in_version_1(case: Case) -> bool:
+    """Whether version 1, which knew one affine in mm and nothing of DICOM's MONOCHROME1, made the same of a case.
+
+    Raises DatasetError: a file that cannot be read.
+    """
+    for path in case.image_files:
+        if path.is_dir():
+            return False
+        grid = read_grid(path, spacing_scale=case.spacing_scale)
+        alike = all(grid_shift(grid.affine, other, grid.shape)[0] < _SAME_VOXELS for other in grid.grids)
+        if not alike or grid.header is None or grid.header.scale != 1:
+            return False
+    return True
+
+
 def up_to_date(job: CaseJob) -> store.StoreEntry | None:
     """Entry of a case that is done already from the same content with the same settings, else None.
 
@@ -114,6 +130,8 @@ def up_to_date(job: CaseJob) -> store.StoreEntry | None:
         return None
     made_from = dict(entry.fingerprint)
     recorded = made_from.pop("sources", None)
+    if made_from.get("version") == 1 and _as_in_version_1(job.case):
+        made_from |= {"spacing_scale": None, "version": CODE_VERSION}
     if made_from != _settings(job):
         return None
     expected = [job.image_path] if job.nifti else []

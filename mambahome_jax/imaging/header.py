@@ -106,12 +106,14 @@ def require_scale(spacing_scale: float | None) -> float:
 
 
 def _require_extent(path: Path, header: Header) -> None:
-    spacing, size = np.linalg.norm(header.affine[:3, :3], axis=0), np.array(header.shape)
+    # Plain numbers: of thousands of headers NumPy's calls on three values would be most of the time.
+    spacing, size = np.linalg.norm(header.affine[:3, :3], axis=0).tolist(), header.shape
     # A single slice is as thick as its header likes.
-    counted = size > 1 if (size > 1).any() else size > 0
-    longest = float((spacing * size)[counted].max())
-    if longest > _LARGEST or (longest < _SMALLEST and spacing[counted].max() < _ORDINARY):
-        extent, voxels = (" x ".join(f"{n:.4g}" for n in numbers) for numbers in (spacing * size, size))
+    counted = [axis for axis in range(3) if size[axis] > 1] or range(3)
+    longest = max(spacing[axis] * size[axis] for axis in counted)
+    if longest > _LARGEST or (longest < _SMALLEST and max(spacing[axis] for axis in counted) < _ORDINARY):
+        lengths = [mm * n for mm, n in zip(spacing, size, strict=True)]
+        extent, voxels = (" x ".join(f"{n:.4g}" for n in numbers) for numbers in (lengths, size))
         found, factor = f"a scan of {extent} mm ({voxels} voxels)", 0.001 if longest > _LARGEST else 1000
         action = (
             f"Are its lengths in another unit than the header says? --spacing_scale {factor} (in Python "

@@ -112,6 +112,20 @@ def test_preprocess_takes_label_maps_drawn_there_and_writes_where_the_scan_is(sc
     assert preprocess.run(config) == 0
 
 
+def test_of_an_earlier_version_what_is_the_same_now_is_kept(scans, capsys):
+    config = PreprocessConfig(scans, scans / "ready", spacing=(3, 1.5, 2), modality="ct", num_workers=1)
+    assert preprocess.run(config) == 0
+    for file in (scans / "ready/store").glob("*/case.json"):
+        entry = json.loads(file.read_text())
+        del entry["fingerprint"]["spacing_scale"]
+        entry["fingerprint"]["version"] = 1
+        file.write_text(json.dumps(entry))
+    capsys.readouterr()
+    assert preprocess.run(config) == 0
+    # Only the one whose forms agree and whose lengths are mm.
+    assert "6 done, 1 kept" in capsys.readouterr().out
+
+
 def test_check_takes_them_too(scans, capsys):
     check.run(CheckConfig(scans, json=scans / "check.json", num_workers=1))
     content = json.loads((scans / "check.json").read_text())

@@ -232,3 +232,16 @@ def test_one_time_point_of_one_value_is_a_volume(tmp_path):
     several = np.zeros((*SHAPE, 2, 3), np.int16)
     with pytest.raises(DatasetError, match="5 axes"):
         read_volume(save(tmp_path / "series.nii", STRAIGHT, 1, STRAIGHT, 1, array=several))
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti2Image, nib.Nifti1Image])
+def test_headers_of_either_version_and_byte_order_are_handed_on(tmp_path, kind):
+    image = kind(np.zeros(SHAPE, np.int16), STRAIGHT, kind.header_class(endianness=">"))
+    image.set_sform(STRAIGHT, 4)
+    image.set_qform(MOVED, 2)
+    nib.save(image, tmp_path / "scan.nii.gz")
+    write_volume(tmp_path / "result.nii.gz", read_volume(tmp_path / "scan.nii.gz"))
+    scan, result = (nib.load(tmp_path / f"{name}.nii.gz").header for name in ("scan", "result"))
+    for form in ("get_sform", "get_qform"):
+        for one, other in zip(getattr(scan, form)(coded=True), getattr(result, form)(coded=True), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6)
