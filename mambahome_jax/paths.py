@@ -25,16 +25,12 @@ def one_form(name: str) -> str:
 def fault_of_letters(name: str) -> str:
     """Why libraries cannot open what has this name, and what to do; empty where they can."""
     encoding = sys.getfilesystemencoding()
-    try:
-        os.fsencode(name)
-        undecoded = any("\ud800" <= letter <= "\udfff" for letter in name)
-    except UnicodeEncodeError:
-        undecoded = True
-    if not undecoded:
-        return ""
-    if encoding != "utf-8":
-        return f"a name beyond the locale's encoding, {encoding}; set PYTHONUTF8=1, or LC_ALL to a UTF-8 locale"
-    return "a name that is no UTF-8, but perhaps Latin-1; rename the file, as convmv does for whole folders"
+    if encoding != "utf-8" and not name.isascii():
+        # TensorStore and ITK take names for UTF-8 whatever the locale, and would open or make another file.
+        return f"a name beyond ASCII in a locale of another encoding, {encoding}; set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        return "a name that is no UTF-8, but perhaps Latin-1; rename the file, as convmv does for whole folders"
+    return ""
 
 
 def require_letters(path: Path) -> None:

@@ -139,11 +139,12 @@ def test_a_name_that_is_no_utf8_is_called_that_by_every_command(tmp_path, capsys
     assert len(said) == 3 and all("a name that is no UTF-8" in line and "line breaks" not in line for line in said)
 
 
-@pytest.mark.parametrize("name", ["Müller", os.fsdecode(b"M\xc3\xbcller")])
-def test_a_name_that_the_locale_cannot_say_is_not_blamed(name, monkeypatch):
-    monkeypatch.setattr(paths.sys, "getfilesystemencoding", lambda: "ascii")
-    monkeypatch.setattr(paths.os, "fsencode", lambda name: name.encode("ascii", "surrogateescape"))
-    assert "ascii; set PYTHONUTF8=1" in files.fault_of_name(name)
+@pytest.mark.parametrize(
+    ("encoding", "name"), [("ascii", LATIN), ("ascii", "Müller"), ("iso8859-1", "0æ¼¢\x97"), ("iso8859-1", "Müller")]
+)
+def test_a_name_is_not_blamed_for_the_locale(encoding, name, monkeypatch):
+    monkeypatch.setattr(paths.sys, "getfilesystemencoding", lambda: encoding)
+    assert f"{encoding}; set PYTHONUTF8=1" in files.fault_of_name(name)
     assert files.fault_of_name("Muller") == ""
 
 
