@@ -106,7 +106,7 @@ def prepare(
     reorient(Volume(np.zeros((1, 1, 1)), np.eye(4)), orientation)
     if spacing is not None:
         resampled_grid(np.eye(4), (1, 1, 1), spacing)
-    require_own(output)
+    require_own(output, [case.id for case in dataset.cases])
     open_output(output, nifti)
     for note in dataset.notes:
         _say(console, f"Note: {note}")

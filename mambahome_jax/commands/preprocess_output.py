@@ -19,16 +19,26 @@ _NAMED = 20
 _ARRAYS = ("image", "label")
 
 
-def require_own(output: Path) -> None:
-    """Raises ConfigError: the folder holds the dataset.json of a dataset as downloaded, which would be replaced."""
+def require_own(output: Path, cases: Iterable[str]) -> None:
+    """Raises ConfigError: the folder is a dataset as downloaded, of which files would be replaced.
+
+    cases: ids of those that are about to be written.
+    """
+    if (output / "store").is_dir():
+        return
     file = output / DESCRIPTION
     try:
         content = read_json(file)
     except DatasetError:
         # Missing, or damaged by whatever stopped an earlier run.
+        content = {}
+    if not content.keys().isdisjoint(("cases", "unfinished")):
         return
-    if "version" not in content and not (output / "store").is_dir():
-        raise ConfigError(f"{file}: not written by preprocess, but would be replaced. Name another --output_path")
+    names = {f"{case}.nii.gz" for case in cases}
+    there = [path for part in ("images", "labels") for path in listing(output / part)[1].values()]
+    foreign = [file] if content else [path for path in there if one_form(path.name) in names]
+    if foreign:
+        raise ConfigError(f"{foreign[0]}: not written by preprocess, but would be replaced. Name another --output_path")
 
 
 def earlier_cases(output: Path) -> set[str]:

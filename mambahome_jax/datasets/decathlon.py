@@ -60,6 +60,8 @@ def load(folder: Path) -> Dataset:
     notes: tuple[str, ...] = ()
     if left_out:
         notes = (f"{len(left_out)} files of imagesTr are not listed in dataset.json and left out: {left_out[0]}, ...",)
+    if any(isinstance(entry, dict) and "fold" in entry for entry in content.get("training") or ()):
+        notes += ("the folds that dataset.json gives are not read; write the one to train on as splits_final.json",)
     name = str(content.get("name") or own_name(folder))
     return Dataset(name, channels, labels, tuple(cases), tuple(skipped), notes)
 

@@ -21,6 +21,7 @@ from mambahome_jax.datasets import (
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.files import fault_of_name, listed, listing, outside_of, twins_note
 from mambahome_jax.datasets.patients import with_patients
+from mambahome_jax.datasets.splits import FILE as SPLIT_FILE
 from mambahome_jax.datasets.splits import with_split
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.paths import local_path, one_form, own_name
@@ -115,8 +116,9 @@ def _load(name: str, folder: Path) -> Dataset:
         notes=(*dataset.notes, *elsewhere, *twins_note(used)),
         layout=name,
     )
-    # A folder that preprocess.py wrote says of each case what its split is.
-    return with_patients(dataset if name == prepared.NAME else with_split(dataset, home), home)
+    # A folder that preprocess.py wrote says of each case what its split is, unless somebody put a file there.
+    told = name == prepared.NAME and not (home / SPLIT_FILE).is_file()
+    return with_patients(dataset if told else with_split(dataset, home), home)
 
 
 def _composed(case: Case) -> Case:

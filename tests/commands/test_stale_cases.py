@@ -200,6 +200,18 @@ def test_the_dataset_json_of_a_download_is_not_replaced(tmp_path):
     assert [path.name for path in config.output_path.iterdir()] == ["dataset.json"]
 
 
+@pytest.mark.parametrize("part", ["images", "labels"])
+def test_scans_of_a_download_are_not_replaced(tmp_path, part):
+    config = preprocess_config(tmp_path)
+    mine = write(config.output_path / f"{part}/b.nii.gz", scan()[0])
+    content = mine.read_bytes()
+    with pytest.raises(ConfigError, match=rf"{part}/b.nii.gz: not written by preprocess.* another --output_path"):
+        run(config)
+    assert mine.read_bytes() == content
+    mine.rename(mine.with_name("other.nii.gz"))
+    assert run(config) == 0
+
+
 @pytest.fixture
 def remaining(config):
     """A folder in which files of case a remain although dataset.json does not name it."""

@@ -196,6 +196,14 @@ def test_the_validation_list_of_a_decathlon_table(tmp_path):
     assert lists(load_dataset(tmp_path)) == (IDS[:3], IDS[3:], [])
 
 
+def test_folds_in_a_decathlon_table_are_named(tmp_path):
+    decathlon(tmp_path)
+    content = json.loads((tmp_path / "dataset.json").read_text())
+    content["training"] = [{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz", "fold": 0} for n in IDS]
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    assert any("folds that dataset.json gives are not read" in note for note in load_dataset(tmp_path).notes)
+
+
 def test_a_joined_dataset_without_a_split_is_trained_on(tmp_path):
     (tmp_path / "two").mkdir()
     split = with_split(nnunet(tmp_path / "one"), [{"train": IDS[:2], "val": IDS[2:3]}])
@@ -227,6 +235,8 @@ def test_a_split_file_in_a_preprocessed_folder(tmp_path):
     (tmp_path / "splits_final.json").write_text(json.dumps(content))
     found, notes = with_split_file(prepared(tmp_path))
     assert split_cases(found) == (IDS[:2], IDS[2:3]) and len(notes) == 1
+    write_prepared(prepared(tmp_path))
+    assert lists(load_dataset(tmp_path, "prepared")) == (IDS[:2], IDS[2:3], IDS[3:])
     (tmp_path / "splits_final.json").unlink()
     assert with_split_file(prepared(tmp_path)) == (prepared(tmp_path), ())
 
