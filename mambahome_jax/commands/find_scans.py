@@ -11,7 +11,7 @@ from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.case_names import CHANNEL, channels_of
 from mambahome_jax.datasets.files import fault_of_name, listed, listing, of_one_kind
 from mambahome_jax.datasets.prepared import absent_images, unlisted_files
-from mambahome_jax.datasets.registry import load_dataset
+from mambahome_jax.datasets.registry import LISTED, load_dataset
 from mambahome_jax.datasets.scans import Search, search
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, hidden, scan_stem, suffix_of
@@ -21,8 +21,6 @@ from mambahome_jax.paths import own_name
 # Folders that hold the scans when the folder itself holds none: of the Decathlon, of preprocess.py.
 SCAN_FOLDERS = ("imagesTs", "images")
 DATASET_FOLDERS = (*SCAN_FOLDERS, "imagesTr", "imagesVa")
-# Layouts whose own list says what is a scan.
-LISTED = ("csv", "prepared")
 # Names, also of folders on the way, that a dataset gives to label maps.
 _LABEL = re.compile(r"(?<![a-z])(labels?|segs?|segmentations?|masks?|gt|dseg)(?![a-z])", re.IGNORECASE)
 

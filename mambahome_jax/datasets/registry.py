@@ -1,6 +1,7 @@
 """Every layout that can be read. A new one is a module with the members of `Layout`, and its name in LAYOUTS."""
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +24,7 @@ from mambahome_jax.datasets.files import fault_of_name, listed, listing, outside
 from mambahome_jax.datasets.patients import with_patients
 from mambahome_jax.datasets.splits import FILE as SPLIT_FILE
 from mambahome_jax.datasets.splits import with_split
+from mambahome_jax.datasets.unseen import unseen
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.paths import local_path, one_form, own_name
 
@@ -50,6 +52,10 @@ LAYOUTS: dict[str, Layout] = {
         *(nnunet_raw, decathlon, table, images_labels, published),
     )
 }
+
+
+# Layouts whose own list says what is a case.
+LISTED = (table.NAME, prepared.NAME)
 
 
 def load_dataset(folder: str | Path, name: str | None = None) -> Dataset:
@@ -109,16 +115,28 @@ def _load(name: str, folder: Path) -> Dataset:
     outside = outside_of(home, used) if name != prepared.NAME else []
     home_name = own_name(home)
     elsewhere = (f"{len(outside)} files lie outside of {home_name}: {listed(outside)}",) if outside else ()
+    missed, beside = ([], []) if name in LISTED else _missed(name, home, dataset, again)
     dataset = dataclasses.replace(
         dataset,
         cases=tuple(first.values()),
-        skipped=(*dataset.skipped, *again),
-        notes=(*dataset.notes, *elsewhere, *twins_note(used)),
+        skipped=(*dataset.skipped, *again, *missed),
+        notes=(*dataset.notes, *elsewhere, *twins_note(used), *beside),
         layout=name,
     )
     # A folder that preprocess.py wrote says of each case what its split is, unless somebody put a file there.
     told = name == prepared.NAME and not (home / SPLIT_FILE).is_file()
     return with_patients(dataset if told else with_split(dataset, home), home)
+
+
+def _missed(
+    name: str, home: Path, dataset: Dataset, again: Iterable[tuple[str, str]]
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """What could be a case and is none, (id, reason), and a note on what lies beside the cases."""
+    known = [case for case, _ in (*dataset.skipped, *again)]
+    expected, unlisted = LAYOUTS[name].LOOKS_FOR, name != decathlon.NAME
+    missed, beside = unseen(home, dataset.cases, known, expected, unlisted=unlisted)
+    named = [(repr(case)[1:-1] if fault_of_name(case) else case, reason) for case, reason in missed]
+    return named, [f"of no case, and left out: {listed(beside)}"] if beside else []
 
 
 def _composed(case: Case) -> Case:

@@ -15,7 +15,6 @@ from mambahome_jax.imaging.files import scan_stem
 from mambahome_jax.imaging.formats import content_of, foreign_stem, kind_of, reason_of, without_second_halves
 from mambahome_jax.paths import own_name
 
-# Folders whose names say that they hold no scans but what was drawn on them.
 _LABELS = re.compile(r"(labels?|masks?|segs?|segmentations?)(tr|va|ts)?", re.IGNORECASE)
 
 
@@ -56,6 +55,11 @@ def search(folder: Path, leave: Collection[Path] = (), deepest: int = DEEPEST) -
     return Search(scans, (*walk.failures, *collisions), tuple(walk.notes()))
 
 
+def of_labels(name: str) -> bool:
+    """Whether a folder says by its name that it holds no scans but what was drawn on them."""
+    return _LABELS.fullmatch(name) is not None
+
+
 Parts = tuple[str, ...]
 
 
@@ -88,7 +92,7 @@ class _Walk:
             return
         self._files(folder, parts, files.values())
         for name, path in folders.items():
-            if _LABELS.fullmatch(name):
+            if of_labels(name):
                 self.labels.append("/".join((*parts, name)))
             elif os.path.realpath(path) in self.leave:
                 continue

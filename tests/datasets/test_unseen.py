@@ -1,0 +1,78 @@
+"""What a dataset's folders hold beside its cases is skipped with a reason or noted, never unseen."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mambahome_jax.commands import check, preprocess
+from mambahome_jax.config import CheckConfig
+from mambahome_jax.datasets import load_dataset
+from tests.commands.scans import description, preprocess_config, reasons
+from tests.datasets.test_layouts import touch
+from tests.imaging.dicom_files import write_slice
+from tests.imaging.test_dicom_series import series
+
+NNUNET = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
+
+
+def skipped(folder):
+    return dict(load_dataset(folder).skipped)
+
+
+def test_images_and_labels(tmp_path):
+    touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "images/b.mgz", "images/c.img", "images/c.hdr")
+    touch(tmp_path, "images/sub/d.nii.gz", "labels/e.nii.zst", "images/notes.txt", "images/.x", "images/_f.nii.gz")
+    touch(tmp_path, "images/a.mgz", "extra/g.nii.gz", "labels/_f.nii.gz", "images/README")
+    write_slice(tmp_path / "images/IM1", np.zeros((4, 5), np.int16))
+    dataset = load_dataset(tmp_path)
+    assert [case.id for case in dataset.cases] == ["_f", "a"]
+    found = dict(dataset.skipped)
+    assert set(found) == {"b", "c", "sub", "e", "images"}
+    assert "FreeSurfer" in found["b"] and "Analyze" in found["c"] and "zstd" in found["e"]
+    assert "1 DICOM slices lie among other files, IM1 the first" in found["images"] and "d.nii.gz" in found["sub"]
+    (note,) = dataset.notes
+    assert "images/a.mgz" in note and "extra/" in note
+
+
+def test_nnunet_and_decathlon(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesTr/b.nii.gz", "imagesTr/c_0000.mgz")
+    touch(tmp_path, "imagesTr/d_0000.nii.gz", "imagesTr/a_0001.nii.gz")
+    series(tmp_path / "imagesTr/e")
+    (tmp_path / "dataset.json").write_text(json.dumps(NNUNET))
+    found = skipped(tmp_path)
+    assert set(found) == {"a_0001", "b", "c_0000", "d", "e"} and "of no case by its name" in found["b"]
+    (tmp_path / "dataset.json").write_text(json.dumps({"modality": {"0": "CT"}, "labels": {"1": "x"}}))
+    touch(tmp_path, *(f"labelsTr/{name}.nii.gz" for name in ("b", "a_0000", "a_0001", "d_0000")))
+    assert set(skipped(tmp_path)) == {"a", "c_0000", "e"}
+
+
+@pytest.mark.parametrize("name", ["p9", "Patient 9"])
+def test_a_folder_a_case(tmp_path, name):
+    touch(tmp_path, "p1/ct.nii.gz", "p1/labels.nii.gz", "p2/ct.mgz", "p2/labels.mgz", "p1/t1.nii.gz", "notes/a.txt")
+    touch(tmp_path, "p1/segmentations/liver.nii.gz", "masks/x.nii.gz", "p3/labels.nii.gz")
+    series(tmp_path / name / "study")
+    series(tmp_path / "p1/dicom")
+    dataset = load_dataset(tmp_path)
+    found = dict(dataset.skipped)
+    assert [case.id for case in dataset.cases] == ["p1"]
+    assert set(found) == {"p2_ct", "p2_labels", "p3", name} and "scans of no case (study)" in found[name]
+    (note,) = dataset.notes
+    assert "t1.nii.gz" in note and "p1/dicom/" in note
+
+
+def test_slices_in_folders_below_the_folder_of_their_case(tmp_path):
+    series(tmp_path / "images/p1/study/one")
+    touch(tmp_path, "labels/p1.nii.gz")
+    dataset = load_dataset(tmp_path)
+    assert [(case.id, case.image.name) for case in dataset.cases] == [("p1", "p1")] and dataset.skipped == ()
+
+
+def test_preprocess_and_check_say_it_and_end_with_1(tmp_path, capsys):
+    config = preprocess_config(tmp_path)
+    (tmp_path / "in/images/d.mgz").write_bytes(b"x")
+    assert preprocess.run(config) == 1
+    assert "d.mgz: FreeSurfer's format" in reasons(config)["d"] and len(description(config)["cases"]) == 3
+    assert "Skipped d: " in capsys.readouterr().out
+    assert check.run(CheckConfig(tmp_path / "in", fast=True, json=tmp_path / "check.json")) == 1
+    assert "FreeSurfer" in (tmp_path / "check.json").read_text()
