@@ -27,6 +27,7 @@ from mambahome_jax.jsontext import parse_json
 from mambahome_jax.paths import local_path, require_letters
 
 CONFIG_FILE, MODEL_ITEM = "config.json", "model"
+RUN_CHECKPOINT = Path("checkpoints") / "best"  # of a run folder: what infer is to use
 PARTIAL, PREVIOUS, EARLIER = ".partial", ".previous", "step_"
 # Bytes that one on the disk may stand for: arrays of zeros, as some parameters begin, pack well.
 _PACKED = 10_000
@@ -47,17 +48,21 @@ def sibling(folder: Path, suffix: str) -> Path:
 
 
 def find_checkpoint(folder: Path | str) -> Path:
-    """The folder to read for `folder`: itself, or the one that a crash in the middle of a swap left aside.
+    """The folder to read for `folder`: itself, the best checkpoint of the run that it is, or what a crash in the middle
+    of a swap left aside of either.
 
-    Raises CheckpointError when there is neither.
+    Raises CheckpointError when there is none.
     """
     folder = local_path(folder).absolute()
     require_letters(folder)
-    for candidate in (folder, sibling(folder, PREVIOUS)):
-        if (candidate / CONFIG_FILE).is_file() and (candidate / MODEL_ITEM).is_dir():
-            return candidate
+    for checkpoint in (folder, folder / RUN_CHECKPOINT):
+        for candidate in (checkpoint, sibling(checkpoint, PREVIOUS)):
+            if (candidate / CONFIG_FILE).is_file() and (candidate / MODEL_ITEM).is_dir():
+                return candidate
     found = "the folder has no config.json and model/" if folder.is_dir() else "no such folder"
-    raise CheckpointError(f"{folder}: {found}; expected a checkpoint such as RUN/checkpoints/best. Check the path")
+    raise CheckpointError(
+        f"{folder}: {found}; expected a run, or a checkpoint such as RUN/checkpoints/best. Check the path"
+    )
 
 
 def read_checkpoint_config(folder: Path | str) -> dict[str, Any]:

@@ -54,6 +54,16 @@ def test_crash_between_the_renames_leaves_the_earlier_checkpoint_readable(tmp_pa
     np.testing.assert_array_equal(checkpoint.read_checkpoint_params(tmp_path / "best")["w"], [0, 0])
 
 
+def test_a_run_folder_stands_for_its_best_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="expected a run, or a checkpoint"):
+        checkpoint.read_checkpoint_params(tmp_path / "run")
+    best = tmp_path / "run" / "checkpoints" / "best"
+    checkpoint.write_checkpoint(best, {"w": np.ones(2)}, CONFIG)
+    np.testing.assert_array_equal(checkpoint.read_checkpoint_params(tmp_path / "run")["w"], [1, 1])
+    best.replace(best.with_name("best.previous"))
+    assert checkpoint.read_checkpoint_config(tmp_path / "run") == CONFIG
+
+
 def test_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     checkpoint.write_checkpoint(tmp_path / "best", {"w": np.ones(2)}, CONFIG)
 
