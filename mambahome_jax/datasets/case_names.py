@@ -8,25 +8,29 @@ from collections.abc import Collection
 CHANNEL = re.compile(r"(.+)_(\d{4})")
 
 
+def by_channel(names: Collection[str]) -> dict[str, dict[int, str]]:
+    """The names of each beginning by the number that ends them, {case: {0: <case>_0000}}; empty where one has none."""
+    groups: dict[str, dict[int, str]] = defaultdict(dict)
+    for name in names:
+        match = CHANNEL.fullmatch(name)
+        if match is None:
+            return {}
+        groups[match[1]][int(match[2])] = name
+    return dict(groups)
+
+
 def channels_of(names: Collection[str]) -> dict[str, list[str]]:
     """The names of each case in order of channel, {case: [<case>_0000, ...]}; empty where the endings are no channels.
 
     They are where every name has one and every case the same ones, from 0000 on. A single case of several files is
     taken for cases that are numbered themselves: scan_0000, scan_0001, ...
     """
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        match = CHANNEL.fullmatch(name)
-        if match is None:
-            return {}
-        groups[match[1]].append(name)
+    groups = by_channel(names)
     count = max(map(len, groups.values()), default=0)
     if count > 1 and len(groups) == 1:
         return {}
-    complete = all(
-        sorted(files) == [f"{case}_{number:04}" for number in range(count)] for case, files in groups.items()
-    )
-    return {case: sorted(files) for case, files in groups.items()} if complete else {}
+    complete = all(sorted(files) == list(range(count)) for files in groups.values())
+    return {case: [files[number] for number in range(count)] for case, files in groups.items()} if complete else {}
 
 
 def counterparts(names: Collection[str], others: Collection[str]) -> dict[str, str]:

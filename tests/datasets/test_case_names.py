@@ -60,6 +60,20 @@ def test_channels_in_the_plain_layout_are_one_case(tmp_path):
     assert dataset.channels == ("channel_0", "channel_1") and not dataset.skipped
 
 
+def test_a_case_that_lacks_a_channel_is_skipped_and_one_case_alone_has_its_channels(tmp_path):
+    touch(tmp_path / "one", "images/x_0000.nii.gz", "images/x_0001.nii.gz", "labels/x.nii.gz")
+    (case,) = load_dataset(tmp_path / "one").cases
+    assert (case.id, len(case.images)) == ("x", 2)
+    touch(tmp_path / "one", "images/y_0000.nii.gz", "labels/y.nii.gz")
+    dataset = load_dataset(tmp_path / "one")
+    assert [case.id for case in dataset.cases] == ["x"]
+    assert dataset.skipped == (("y", "images/y_0001 not found; expected a file for each of 2 channels"),)
+    # Numbers of the cases, with another ending in labels/.
+    files = [f"images/scan_{n:04}.nii.gz" for n in range(3)] + [f"labels/scan_{n:04}_seg.nii.gz" for n in range(3)]
+    touch(tmp_path / "two", *files)
+    assert [case.id for case in load_dataset(tmp_path / "two").cases] == ["scan_0000", "scan_0001", "scan_0002"]
+
+
 def test_cases_numbered_with_four_digits_stay_apart_in_the_plain_layout(tmp_path):
     names = [f"{site}_{number:04}.nii.gz" for site in "ab" for number in range(3)]
     touch(tmp_path, *(f"{part}/{name}" for part in ("images", "labels") for name in names))
