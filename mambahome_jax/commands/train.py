@@ -42,7 +42,7 @@ from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.model.weights import read_weights
-from mambahome_jax.paths import require_letters
+from mambahome_jax.paths import local_path, require_letters
 from mambahome_jax.training.budget import TimeBudget
 from mambahome_jax.training.checkpoints import check_settings, restore_state
 from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
@@ -66,7 +66,7 @@ def run(config: TrainConfig, begun: float | None = None) -> int:
     begun = time.monotonic() if begun is None else begun
     join_processes(config.coordinator_address, config.num_processes, config.process_id)
     console = Console(quiet=not is_first(), force_terminal=None if is_first() else False)
-    folder = config.output_dir or Path("runs") / (config.checkpoint_name or config.model)
+    folder = local_path(config.output_dir or Path("runs") / (config.checkpoint_name or config.model))
     with ending_together():
         if config.members != 1:
             with locked(folder, "train") if is_first() else contextlib.nullcontext():

@@ -33,6 +33,7 @@ from mambahome_jax.model.checkpoint import (
     sibling,
     writing_handler,
 )
+from mambahome_jax.paths import local_path
 from mambahome_jax.training.distributed import is_first
 from mambahome_jax.training.sharding import tree_sharding
 from mambahome_jax.training.step import TrainState, deployed_params
@@ -67,7 +68,7 @@ class CheckpointWriter:
         before, if it failed since.
         """
         self.wait()
-        folder = folder.absolute()
+        folder = local_path(folder).absolute()
         items = {MODEL_ITEM: ocp.args.PyTreeSave(deployed_params(state))}
         arrays: list[Any] = [deployed_params(state)]
         if data is not None:
