@@ -125,7 +125,8 @@ class DataProperties:
     as in checkpoints of earlier versions."""
     ct_scale: CtScale | None = None
     """How CT is normalised, where that is not by the published window."""
-    ranges: tuple[ScanRanges, ...] = ()
+    # Not compared: networks trained on other cases of one dataset share what is compiled for them.
+    ranges: tuple[ScanRanges, ...] = dataclasses.field(default=(), compare=False)
     """What the scans were like, one entry a modality; empty where that was not noted."""
     values: tuple[tuple[int, int], ...] = ()
     """(value of `labels`, value that label maps store and results hold), where the two differ; empty elsewhere."""
