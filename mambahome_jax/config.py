@@ -259,6 +259,8 @@ class PreprocessConfig:
     """Names of the structures to keep, in this order; the others become background (default: all)."""
     label_map: Path | None = None
     """TOML file of structures to make of the dataset's, with lines such as: pancreas = [4, 5]"""
+    series: UseAppendAction[tuple[str, ...]] = ()
+    """SeriesInstanceUID to take of a folder that holds several DICOM series, given once for each."""
     only: Modality | None = None
     """Keep only the cases that the dataset says are of this modality, as for the CT or the MR part of AMOS."""
     num_workers: int | None = None
@@ -276,6 +278,8 @@ class CheckConfig:
     the one dataset that preprocess makes of them. Or a scan, or a folder of scans without labels, as infer takes it."""
     dataset: UseAppendAction[tuple[str, ...]] = ()
     """Layout of the dataset (default: recognised); given several times, one for each FOLDER."""
+    series: UseAppendAction[tuple[str, ...]] = ()
+    """SeriesInstanceUID to take of a folder that holds several DICOM series, given once for each."""
     fast: bool = False
     """Read headers only: geometry and duplicates, but no voxels."""
     json: Path | None = None

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mambahome_jax.commands.open_dataset import read_datasets, several, with_scale
+from mambahome_jax.commands.open_dataset import read_datasets, several, with_scale, with_series
 from mambahome_jax.commands.scan_folder import holds_scans_alone, read_scans
 from mambahome_jax.config import CheckConfig
 from mambahome_jax.console import command_line
@@ -48,7 +48,7 @@ def run(config: CheckConfig) -> int:
     console = Console()
     started = time.perf_counter()
     folders = several(config.folder)
-    dataset = with_scale(_open(folders, config.dataset), config.spacing_scale)
+    dataset = with_series(with_scale(_open(folders, config.dataset), config.spacing_scale), config.series)
     _say(console, f"Dataset: {dataset.name}, layout {dataset.layout}, {len(dataset.cases)} cases")
     facts = examine(dataset, config, console)
     findings = sorted(
@@ -155,7 +155,7 @@ def _peak_bytes(job: ExamineJob) -> int:
     try:
         if sum(part.stat().st_size for part in parts(job.case.image)) < _SMALL_FILE:
             return 1
-        shape, _ = read_geometry(job.case.image, spacing_scale=job.case.spacing_scale)
+        shape, _ = read_geometry(job.case.image, spacing_scale=job.case.spacing_scale, series=job.case.series)
     except (DatasetError, OSError):
         return 1
     return _BYTES_A_VOXEL * len(job.case.image_files) * int(np.prod(shape, dtype=float))

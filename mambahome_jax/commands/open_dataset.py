@@ -1,10 +1,12 @@
 """The dataset that the flags of preprocess mean: read, joined, its structures chosen."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 
 from mambahome_jax.config import PreprocessConfig
 from mambahome_jax.datasets import Dataset, load_dataset
+from mambahome_jax.datasets.files import listed
 from mambahome_jax.datasets.structures import (
     consecutive,
     join_datasets,
@@ -13,6 +15,8 @@ from mambahome_jax.datasets.structures import (
     select_structures,
 )
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.imaging.dicom_series import contents_of
+from mambahome_jax.imaging.files import suffix_of
 from mambahome_jax.imaging.header import require_scale
 
 
@@ -46,6 +50,35 @@ def with_scale(dataset: Dataset, spacing_scale: float | None) -> Dataset:
     return dataclasses.replace(dataset, cases=cases)
 
 
+def with_series(dataset: Dataset, uids: Collection[str]) -> Dataset:
+    """The dataset with the DICOM series of these SeriesInstanceUIDs, where a folder holds several.
+
+    Raises DatasetError: a UID that no folder of the dataset has.
+    """
+    if not uids:
+        return dataset
+    cases, known = [], set()
+    for case in dataset.cases:
+        if case.images or suffix_of(case.image.name) or not case.image.is_dir():
+            cases.append(case)
+            continue
+        series = [one.uid for one in contents_of(case.image).series]
+        known |= set(series)
+        chosen = tuple(uid for uid in series if uid in uids)
+        # Of a folder of scans alone each series is a case.
+        if not case.series:
+            cases.append(dataclasses.replace(case, series=chosen if len(series) > 1 else ()))
+        elif set(case.series) & set(chosen):
+            cases.append(case)
+    unknown = [uid for uid in uids if uid not in known]
+    if unknown:
+        expected = f"one of {listed(sorted(known))}" if known else "folders of DICOM slices"
+        raise DatasetError(
+            f"no series {listed(unknown)}", file=dataset.name, expected=expected, action="Check --series."
+        )
+    return dataclasses.replace(dataset, cases=tuple(cases))
+
+
 def open_dataset(config: PreprocessConfig) -> Dataset:
     """Read every --input_path, join them where there are several, and keep or merge the structures asked for.
 
@@ -56,7 +89,7 @@ def open_dataset(config: PreprocessConfig) -> Dataset:
     paths = several(config.input_path)
     if config.labels and config.label_map is not None:
         raise ConfigError("--labels and --label_map both choose structures; give one of them")
-    dataset = with_scale(read_datasets(paths, config.dataset), config.spacing_scale)
+    dataset = with_series(with_scale(read_datasets(paths, config.dataset), config.spacing_scale), config.series)
     if config.only is not None:
         cases = tuple(case for case in dataset.cases if case.modality == config.only)
         if not cases:

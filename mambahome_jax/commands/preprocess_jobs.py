@@ -70,7 +70,9 @@ def choose_modality(dataset: Dataset, asked: Modality | None) -> tuple[Modality,
         case = dataset.cases[index]
         if case.modality is None and len(lowest) < _SAMPLED:
             try:
-                lowest.append(float(read_volume(case.image, spacing_scale=case.spacing_scale).array.min()))
+                lowest.append(
+                    float(read_volume(case.image, spacing_scale=case.spacing_scale, series=case.series).array.min())
+                )
             except DatasetError:
                 # Reported when the case's turn comes.
                 continue
@@ -91,7 +93,7 @@ def choose_workers(todo: list[CaseJob], asked: int | None, say: Callable[[str], 
 def _peak_bytes(job: CaseJob) -> int:
     """Memory that a case takes at its peak, judged by its header; little where it is damaged or its grid refused."""
     try:
-        shape, affine = read_geometry(job.case.image, spacing_scale=job.case.spacing_scale)
+        shape, affine = read_geometry(job.case.image, spacing_scale=job.case.spacing_scale, series=job.case.series)
         oriented = reorient(Volume(np.broadcast_to(np.uint8(0), shape), affine), job.orientation)
         new = oriented.shape if job.spacing is None else resampled_grid(oriented.affine, oriented.shape, job.spacing)[1]
     except DatasetError:

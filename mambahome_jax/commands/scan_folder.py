@@ -45,7 +45,11 @@ def read_scans(path: Path) -> Dataset:
         channels=("image",) if channels == 1 else tuple(f"channel {number}" for number in range(channels)),
         labels={},
         cases=tuple(
-            Case(scan.case, scan.path, modality=scan.modality or _dicom_modality(scan.path), images=scan.channels)
+            Case(
+                *(scan.case, scan.path, None, None, scan.modality or _dicom_modality(scan.path)),
+                images=scan.channels,
+                series=scan.series,
+            )
             for scan in scans
         ),
         skipped=tuple((failure["id"], failure["reason"]) for failure in failures),
@@ -68,7 +72,7 @@ def _dicom_modality(path: Path) -> Modality | None:
 def _channels(scans: list[Scan]) -> int:
     for scan in scans:
         try:
-            shape, _ = read_geometry(scan.path, spacing_scale=1)
+            shape, _ = read_geometry(scan.path, spacing_scale=1, series=scan.series)
         except DatasetError:
             # Reported when its turn comes.
             continue

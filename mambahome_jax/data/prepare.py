@@ -89,7 +89,7 @@ def _settings(job: CaseJob) -> dict[str, Any]:
         "spacing_scale": case.spacing_scale,
         "nifti": job.nifti,
         "version": CODE_VERSION,
-    }
+    } | ({"series": list(case.series)} if case.series else {})
 
 
 def _record_now(recorded: Any, files: list[Path]) -> Any:

@@ -46,7 +46,7 @@ class Case:
     values: stored label value -> value to use, 0 for background; None where they are used as they are.
     labelled: the values (after `values`) that are labelled in this case wherever they occur; None for all of the table.
     may_be_empty: False where a label map without any structure means that nobody labelled the scan.
-    spacing_scale: as `read_volume` takes it, for all files of the case.
+    spacing_scale: as `read_volume` takes it, for all files of the case. series: likewise, for a folder of DICOM slices.
     in_split: False where the dataset has a split and names this case in none of its lists.
     """
 
@@ -62,6 +62,7 @@ class Case:
     labelled: tuple[int, ...] | None = None
     may_be_empty: bool = True
     spacing_scale: float | None = None
+    series: tuple[str, ...] = ()
     in_split: bool = True
 
     def __post_init__(self) -> None:

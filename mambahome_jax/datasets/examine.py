@@ -103,7 +103,7 @@ def _header(case: Case, kind: str, file: Path, channels: int, forms: bool) -> tu
         if nifti:
             grid, forms_of = read_forms(file, spacing_scale=scale)
         else:
-            grid, forms_of = read_grid(file, spacing_scale=scale), None
+            grid, forms_of = read_grid(file, spacing_scale=scale, series=case.series), None
         shape = grid.array.shape
         found = shape[3] if len(shape) == 4 else 1
         if found != channels:

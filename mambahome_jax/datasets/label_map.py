@@ -22,7 +22,8 @@ def read_image(case: Case, channels: int, *, as_stored: bool = False) -> Volume:
     Raises DatasetError: as read_volume; files of different grids.
     """
     if not case.images:
-        return read_volume(case.image, channels=channels, as_stored=as_stored, spacing_scale=case.spacing_scale)
+        scale, series = case.spacing_scale, case.series
+        return read_volume(case.image, channels=channels, as_stored=as_stored, spacing_scale=scale, series=series)
     if len(case.images) != channels:
         raise DatasetError(f"{len(case.images)} files", file=case.image, expected=f"{channels}, a file a channel")
     first = read_volume(case.image, channels=1, as_stored=as_stored, spacing_scale=case.spacing_scale)

@@ -15,7 +15,7 @@ import numpy as np
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging import itk
 from mambahome_jax.imaging.dicom_elements import fits, transfer_syntax
-from mambahome_jax.imaging.dicom_series import Series, files_below, files_in, sort_out
+from mambahome_jax.imaging.dicom_series import Series, contents_of
 from mambahome_jax.imaging.files import head_of
 
 # Share of the distance between slices by which one may lie elsewhere than evenly between the outermost ones: positions
@@ -68,9 +68,7 @@ def sorted_slices(folder: Path, series: Collection[str] = ()) -> tuple[list[Slic
     """The slices of the one series of a folder along the normal of their plane, from their headers alone, and (3,) LPS
     mm from one to the next. Raises DatasetError as `read`, but for what only shows in pixels."""
     itk.simpleitk(folder)
-    contents = sort_out(files_in(folder))
-    if not contents.series:
-        contents = sort_out(files_below(folder))
+    contents = contents_of(folder)
     for path, reason in contents.unreadable:
         raise DatasetError(reason.removeprefix(f"{path}: "), file=path)
     if not contents.series:

@@ -47,6 +47,13 @@ def is_scan(folder: Path) -> bool:
     return holds_slices(folder) or any(map(_is_dicom, files_below(folder)))
 
 
+def contents_of(folder: Path) -> Contents:
+    """What the files of a folder are, or, where it holds no slices, those of the folders below it. Raises DatasetError:
+    a folder cannot be read."""
+    contents = sort_out(files_in(folder))
+    return contents if contents.series else sort_out(files_below(folder))
+
+
 def sort_out(paths: Iterable[Path]) -> Contents:
     """Sort files by their series; only the first elements of each are read.
 

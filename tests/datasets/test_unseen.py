@@ -1,17 +1,20 @@
 """What a dataset's folders hold beside its cases is skipped with a reason or noted, never unseen."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from mambahome_jax.commands import check, preprocess
-from mambahome_jax.config import CheckConfig
+from mambahome_jax.config import CheckConfig, PreprocessConfig
+from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import load_dataset
-from tests.commands.scans import description, preprocess_config, reasons
+from mambahome_jax.errors import DatasetError
+from tests.commands.scans import description, preprocess_config, reasons, write
 from tests.datasets.test_layouts import touch
 from tests.imaging.dicom_files import write_slice
-from tests.imaging.test_dicom_series import series
+from tests.imaging.test_dicom_series import VOXELS, series
 
 NNUNET = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
 
@@ -76,3 +79,26 @@ def test_preprocess_and_check_say_it_and_end_with_1(tmp_path, capsys):
     assert "Skipped d: " in capsys.readouterr().out
     assert check.run(CheckConfig(tmp_path / "in", fast=True, json=tmp_path / "check.json")) == 1
     assert "FreeSurfer" in (tmp_path / "check.json").read_text()
+
+
+def test_of_a_folder_of_several_series_one_is_chosen(tmp_path, capsys):
+    series(series(tmp_path / "in/images/p1"), "1.2.5", "B{}", add=7)
+    series(tmp_path / "in/images/p2", "1.2.6")
+    for name in ("p1", "p2"):
+        write(tmp_path / f"in/labels/{name}.nii.gz", np.ones((5, 4, 3), np.uint8), np.diag([-1.0, -1, 2.5, 1]))
+    config = PreprocessConfig(tmp_path / "in", tmp_path / "out", spacing=(0, 0, 0), modality="ct", num_workers=1)
+    assert preprocess.run(config) == 1
+    assert "Choose one with --series UID" in reasons(config)["p1"]
+    chosen = dataclasses.replace(config, series=("1.2.5",), orientation="LPS")
+    assert preprocess.run(chosen) == 0
+    np.testing.assert_array_equal(Store(tmp_path / "out").read_image("p1"), VOXELS[..., None] + 7.0)
+    # Of another series it is another case.
+    assert preprocess.run(dataclasses.replace(chosen, series=("1.2.3.4",))) == 0
+    np.testing.assert_array_equal(Store(tmp_path / "out").read_image("p1"), VOXELS[..., None])
+    assert "1 of 2 cases are up to date" in capsys.readouterr().out
+    assert check.run(CheckConfig(tmp_path / "in", series=("1.2.5",), fast=True)) == 0
+    with pytest.raises(DatasetError, match=r"no series 9\.9; expected one of 1\.2\.3\.4, 1\.2\.5, 1\.2\.6"):
+        preprocess.run(dataclasses.replace(config, series=("9.9",)))
+    # Without labels each series of a folder is a scan of its own.
+    assert check.run(CheckConfig(tmp_path / "in/images", fast=True, json=tmp_path / "check.json")) in (0, 1)
+    assert json.loads((tmp_path / "check.json").read_text())["cases"] == 3
