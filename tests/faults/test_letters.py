@@ -56,7 +56,8 @@ def nnunet(home: Path) -> Path:
 def nnunet_named(home: Path) -> Path:
     nnunet(home)
     entry = {"images": [f"./imagesTr/{NFC}_0000.nii.gz"], "label": f"./labelsTr/{NFD}.nii.gz"}
-    table = json.loads((home / "dataset.json").read_text()) | {"dataset": {NFD: entry}}
+    other = {"images": ["imagesTr/a_0000.nii.gz"], "label": "labelsTr/a.nii.gz"}
+    table = json.loads((home / "dataset.json").read_text()) | {"dataset": {NFD: entry, "a": other}}
     (home / "dataset.json").write_text(json.dumps(table))
     return home
 
