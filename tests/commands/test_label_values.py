@@ -49,7 +49,7 @@ def require_numbered(config, cases="abc"):
         np.testing.assert_array_equal(store.read_label(case), expected)
         values, counts = np.unique(expected, return_counts=True)
         assert store.entry(case).class_counts == dict(zip(values.tolist(), counts.tolist(), strict=True))
-        for value in values[1:]:
+        for value in values[1:20]:
             assert (expected[tuple(store.class_positions(case, value).T)] == value).all()
 
 
@@ -67,6 +67,7 @@ def require_numbered(config, cases="abc"):
 )
 def test_values_without_names_are_numbered_by_what_occurs(config, capsys, values, dtype, suffix):
     store_values(config, values, dtype=dtype, suffix=suffix)
+    assert check(CheckConfig(config.input_path, num_workers=1)) == 0
     assert run(config) == 0
     require_numbered(config)
     stored = sorted({*values} - {0})
@@ -276,24 +277,15 @@ def one_of_two_channels(folder):
     (folder / "dataset.json").write_text(json.dumps(table | {"numTraining": 1}))
 
 
-@pytest.mark.parametrize("fast", [False, True])
+IN_ONE_FILE = (copied_folder, linked, named_twice, with_names, hounsfield)
+BY_VOXELS = (in_another_format, without_fractions, one_of_two_channels)
+
+
 @pytest.mark.parametrize(
-    "give",
-    [
-        copied_folder,
-        linked,
-        named_twice,
-        in_another_format,
-        without_fractions,
-        with_names,
-        hounsfield,
-        one_of_two_channels,
-    ],
+    ("give", "fast"), [*((give, False) for give in IN_ONE_FILE + BY_VOXELS), *((give, True) for give in IN_ONE_FILE)]
 )
 def test_an_image_is_no_label_map_of_its_own(tmp_path, capsys, give, fast):
     give(tmp_path / "in")
-    if fast and give in (in_another_format, without_fractions, one_of_two_channels):
-        pytest.skip("headers alone do not tell")
     assert check(CheckConfig(tmp_path / "in", num_workers=1, fast=fast, json=tmp_path / "report.json")) == 2
     errors = [
         one for one in json.loads((tmp_path / "report.json").read_text())["findings"] if one["severity"] == "error"
