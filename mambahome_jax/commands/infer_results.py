@@ -11,6 +11,7 @@ from mambahome_jax.commands.find_scans import Scan
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.files import listed, parts
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.dicom_series import contents_of
 from mambahome_jax.imaging.source_record import record_of, renewed
 from mambahome_jax.jsontext import parse_json
 from mambahome_jax.paths import one_form
@@ -84,6 +85,8 @@ def made_from(weights: Sequence[str], scan: Mapping[str, str] | None, result: Pa
 
 def files_of(scan: Scan) -> list[Path]:
     """All files of a scan. Raises DatasetError: a folder that cannot be read."""
+    if scan.series:
+        return [path for one in contents_of(scan.path).series if one.uid in scan.series for path in one.paths]
     return [part for path in scan.channels or (scan.path,) for part in parts(path)]
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from mambahome_jax.datasets.base import Case, Dataset, modality_of, optional_description, scan_files, unlabelled_note
 from mambahome_jax.datasets.case_names import by_channel
 from mambahome_jax.datasets.files import listing, scans_in
+from mambahome_jax.datasets.scans import search
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.paths import own_name
 
@@ -76,5 +77,6 @@ def _files(root: Path, name: str, files_of: Callable[[Path], dict[str, Path]]) -
     files = files_of(folder)
     if not files:
         found = "the folder holds no scan" if folder.is_dir() else "the folder is missing"
-        raise DatasetError(found, file=folder, expected=LOOKS_FOR)
+        failures = search(folder, deepest=0).failures if folder.is_dir() else ()
+        raise DatasetError(found, file=folder, expected=LOOKS_FOR, action=failures[0][1] if failures else None)
     return files

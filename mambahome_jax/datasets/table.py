@@ -18,6 +18,7 @@ from mambahome_jax.datasets.files import listed, listing, read_table
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_series import is_scan
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem, suffix_of
+from mambahome_jax.imaging.formats import kind_of, reason_of
 from mambahome_jax.paths import one_form, own_name, path_in
 
 NAME = "csv"
@@ -112,7 +113,8 @@ def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | N
             continue
         if not suffix_of(path.name):
             expected = f"{alternatives(SCAN_SUFFIXES)}; of an image also a folder of DICOM slices"
-            raise DatasetError(f"{path} is no scan by its name", file=where, expected=expected)
+            action = reason_of(path) if kind_of(path) == "foreign" else None
+            raise DatasetError(f"{path} is no scan by its name", file=where, expected=expected, action=action)
         if not _is(path):
             raise DatasetError(f"{path} not found", file=where, expected="a path relative to the CSV file")
     split, modality = row.get("split", "").lower(), row.get("modality", "").lower()

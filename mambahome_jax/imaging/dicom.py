@@ -14,7 +14,7 @@ import numpy as np
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging import itk
-from mambahome_jax.imaging.dicom_elements import fits, transfer_syntax
+from mambahome_jax.imaging.dicom_elements import outline, transfer_syntax
 from mambahome_jax.imaging.dicom_series import Series, contents_of
 from mambahome_jax.imaging.files import head_of
 
@@ -106,11 +106,16 @@ def _require_held(path: Path, size: tuple[int, int]) -> None:
 def _require_whole(path: Path) -> None:
     """Raises DatasetError where an element claims more bytes than follow: GDCM would make room for them, up to 4 GB."""
     try:
-        whole = fits(path)
+        whole, modality_lut = outline(path)
     except OSError as error:
         raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
     if not whole:
         raise _damaged(path)
+    if modality_lut:
+        # ITK would give the stored values as they are.
+        found, expected = "a table of real values (Modality LUT Sequence)", "rescale slope and intercept"
+        action = "Convert the series with a program that applies it, for example dcm2niix."
+        raise DatasetError(found, file=path, expected=expected, action=action)
 
 
 def _damaged(path: Path) -> DatasetError:

@@ -16,7 +16,7 @@ _IMPLICIT, _DEFLATED, _BIG = b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.1.99", b"
 _SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US ??".split())
 _LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 _KINDS = _SHORT | _LONG
-_PIXELS = (0x7FE0, 0x0010)
+_PIXELS, _MODALITY_LUT = (0x7FE0, 0x0010), (0x0028, 0x3000)
 _SOP_CLASS, _SERIES, _NUMBER = (0x0008, 0x0016), (0x0020, 0x000E), (0x0020, 0x0011)
 _ITEM, _ITEM_ENDS, _SEQUENCE_ENDS = (0xFFFE, 0xE000), (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
 _UNKNOWN = 0xFFFFFFFF
@@ -105,10 +105,22 @@ def transfer_syntax(head: bytes) -> bytes:
     return found[1] if found else b""
 
 
-def fits(path: Path) -> bool:
-    """False where an element, at any depth, claims more bytes than what it lies in has left.
+class Outline(NamedTuple):
+    """whole: no element, at any depth, claims more bytes than what it lies in has left. modality_lut: there is a table
+    that gives each stored value its real one, instead of slope and intercept."""
 
-    True as well for what is not looked into: deflated files, and what stands behind the pixels.
+    whole: bool
+    modality_lut: bool
+
+
+def fits(path: Path) -> bool:
+    """Whether a file is whole as `outline` says. Raises OSError."""
+    return outline(path).whole
+
+
+def outline(path: Path) -> Outline:
+    """What the elements of a file say up to its pixels; of a deflated file, which is not looked into, the best.
+
     Raises OSError.
     """
     size = path.stat().st_size
@@ -116,7 +128,7 @@ def fits(path: Path) -> bool:
         head = file.read(1024)
         syntax = transfer_syntax(head)
         if syntax == _DEFLATED:
-            return True
+            return Outline(True, False)
         marked = head[128:132] == b"DICM"
         implicit = syntax == _IMPLICIT if marked else head[4:6] not in _KINDS
         walk = _Walk(file, implicit, "big" if syntax == _BIG else "little")
@@ -124,13 +136,13 @@ def fits(path: Path) -> bool:
         try:
             walk.elements(size, 0)
         except _Damaged:
-            return False
-    return True
+            return Outline(False, walk.modality_lut)
+    return Outline(True, walk.modality_lut)
 
 
 class _Walk:
     def __init__(self, file: BinaryIO, implicit: bool, order: Literal["little", "big"]):
-        self.file, self.implicit, self.order = file, implicit, order
+        self.file, self.implicit, self.order, self.modality_lut = file, implicit, order, False
 
     def elements(self, end: int, depth: int) -> None:
         """Up to `end`, or to the mark that ends an item of unknown length."""
@@ -140,6 +152,7 @@ class _Walk:
             element = self.next(end)
             if element.tag == _ITEM_ENDS and depth:
                 return
+            self.modality_lut |= element.tag == _MODALITY_LUT and not depth and element.length > 0
             if element.tag == _PIXELS and not depth:
                 if element.length == _UNKNOWN:
                     self._items(end, depth, packed=True)

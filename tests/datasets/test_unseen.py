@@ -102,3 +102,11 @@ def test_of_a_folder_of_several_series_one_is_chosen(tmp_path, capsys):
     # Without labels each series of a folder is a scan of its own.
     assert check.run(CheckConfig(tmp_path / "in/images", fast=True, json=tmp_path / "check.json")) in (0, 1)
     assert json.loads((tmp_path / "check.json").read_text())["cases"] == 3
+
+
+def test_a_folder_of_images_that_are_not_read_says_why(tmp_path):
+    touch(tmp_path, "images/a.mgz", "labels/a.nii.gz")
+    with pytest.raises(DatasetError, match=r"images: the folder holds no scan.*a\.mgz: FreeSurfer's format"):
+        load_dataset(tmp_path)
+    (tmp_path / "cases.csv").write_text("image\nimages/a.mgz\nlabels/a.nii.gz\n")
+    assert "mgz is no scan by its name" in skipped(tmp_path)["line 2"] and "nibabel" in skipped(tmp_path)["line 2"]

@@ -84,6 +84,27 @@ def test_monochrome1_that_cannot_be_read_is_named(tmp_path):
         read_volume(tmp_path)
 
 
+def test_a_table_of_real_values_is_not_left_out(tmp_path):
+    path = write_slice(tmp_path / "a.dcm", VOXELS[:, :, 0].T)
+    content = path.read_bytes()
+    place = content.rindex(struct.pack("<HH", 0x7FE0, 0x10))
+    for item in (b"", struct.pack("<HHI", 0xFFFE, 0xE000, 0)):
+        sequence = struct.pack("<HH2sHI", 0x28, 0x3000, b"SQ", 0, len(item)) + item
+        path.write_bytes(content[:place] + sequence + content[place:])
+        if not item:
+            assert read_volume(tmp_path).shape == (5, 4, 1)
+    with pytest.raises(DatasetError, match=r"a\.dcm: a table of real values .*dcm2niix"):
+        read_volume(tmp_path)
+
+
+@pytest.mark.parametrize("photometric", ["RGB", "PALETTE COLOR"])
+def test_colours_are_refused_by_name(tmp_path, photometric):
+    pixels = np.zeros((4, 5), np.int16)
+    write_slice(tmp_path / "a.dcm", pixels, photometric=photometric)
+    with pytest.raises(DatasetError, match=r"a\.dcm: "):
+        read_volume(tmp_path)
+
+
 def compressed(path):
     import SimpleITK as sitk
 
