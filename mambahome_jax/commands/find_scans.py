@@ -12,7 +12,7 @@ from mambahome_jax.datasets.case_names import CHANNEL, channels_of
 from mambahome_jax.datasets.files import fault_of_name, listed, listing, of_one_kind
 from mambahome_jax.datasets.prepared import absent_images, unlisted_files
 from mambahome_jax.datasets.registry import LISTED, load_dataset
-from mambahome_jax.datasets.scans import Search, search
+from mambahome_jax.datasets.scans import Search, is_output, search
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, hidden, scan_stem, suffix_of
 from mambahome_jax.imaging.formats import content_of, kind_of, reason_of
@@ -140,6 +140,8 @@ def _beside(
     dataset, which a note names."""
     store = "store" if "dataset.json" in files else ""
     others = [path for name, path in folders.items() if name not in (taken, store) and not of_one_kind(name)]
+    left = {os.path.realpath(path) for path in leave}
+    others = [path for path in others if os.path.realpath(path) not in left and not is_output(path)]
     found = [(home, search(home, leave, deepest=0)), *((path, search(path, leave)) for path in others)]
     reason = f"lie beside {taken}/, whose scans are taken. Name that folder, or move them"
     failures = [(own_name(path), f"{path}: {len(one.scans)} scans {reason}") for path, one in found if one.scans] + [

@@ -60,6 +60,19 @@ def of_labels(name: str) -> bool:
     return _LABELS.fullmatch(name) is not None
 
 
+def is_output(folder: Path) -> bool:
+    """Whether a folder holds results of an earlier run, or preprocessed cases."""
+    try:
+        return _of_a_run(*listing(folder))
+    except DatasetError:
+        # Said by what looks into it.
+        return False
+
+
+def _of_a_run(folders: Collection[str], files: Collection[str]) -> bool:
+    return "run.json" in files or ("dataset.json" in files and "store" in folders)
+
+
 Parts = tuple[str, ...]
 
 
@@ -87,7 +100,7 @@ class _Walk:
         place = (status.st_dev, status.st_ino)
         if place in above:
             return
-        if parts and ("run.json" in files or ("dataset.json" in files and "store" in folders)):
+        if parts and _of_a_run(folders, files):
             self.outputs.append("/".join(parts))
             return
         self._files(folder, parts, files.values())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.files import listed, of_one_kind
-from mambahome_jax.datasets.scans import of_labels, search
+from mambahome_jax.datasets.scans import is_output, of_labels, search
 from mambahome_jax.imaging.dicom_series import sort_out
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, hidden, scan_stem
 from mambahome_jax.imaging.formats import content_of, foreign_stem, kind_of, reason_of, without_second_halves
@@ -120,6 +120,8 @@ class _Look:
                 self._folder(path, by_case)
 
     def _folder(self, path: Path, case: bool) -> None:
+        if is_output(path):
+            return
         found = search(path)
         if not case:
             self.beside += [f"{path}/"] if found.scans or found.failures else []

@@ -162,7 +162,8 @@ def test_a_dataset_names_its_cases_and_what_it_does_not_know_is_a_scan_too(tmp_p
 
 def test_what_lies_beside_the_folder_of_the_scans_is_named(tmp_path):
     touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "imagesTr/b.nii.gz", "new/c.nii.gz", "new/d.mgz")
-    found = look_for_scans(tmp_path)
+    touch(tmp_path, "mine/a.nii.gz", "earlier/a.nii.gz", "earlier/run.json")
+    found = look_for_scans(tmp_path, leave=(tmp_path / "mine",))
     assert [scan.case for scan in found.scans] == ["a"]
     assert {failure["id"] for failure in found.failures} == {"new", "d"}
     assert "the scans of imagesTr are not taken" in " ".join(found.notes)

@@ -53,7 +53,9 @@ def test_nnunet_and_decathlon(tmp_path):
 @pytest.mark.parametrize("name", ["p9", "Patient 9"])
 def test_a_folder_a_case(tmp_path, name):
     touch(tmp_path, "p1/ct.nii.gz", "p1/labels.nii.gz", "p2/ct.mgz", "p2/labels.mgz", "p1/t1.nii.gz", "notes/a.txt")
-    touch(tmp_path, "p1/segmentations/liver.nii.gz", "masks/x.nii.gz", "p3/labels.nii.gz")
+    touch(
+        tmp_path, "p1/segmentations/liver.nii.gz", "masks/x.nii.gz", "out/a.nii.gz", "out/run.json", "p3/labels.nii.gz"
+    )
     series(tmp_path / name / "study")
     series(tmp_path / "p1/dicom")
     dataset = load_dataset(tmp_path)
