@@ -6,6 +6,7 @@ rules of its own (`itk_form`). So one affine cannot say where every program sees
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -18,6 +19,7 @@ _ORTHONORMAL = 1e-4  # by how much ITK lets products of an sform's axes differ f
 _QUATERNION = 1e-7  # square of a quaternion's real part below which ITK takes it for 0
 _SMALLEST, _LARGEST = 5.0, 5000.0  # mm along the longest axis of a scan
 _ORDINARY = 0.3  # mm between voxels from which on a few of them are a part cut out of a scan
+_LONGEST = 1e12  # mm, as of `nifti.usable_affine`
 _CORNERS = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)])
 
 
@@ -138,40 +140,57 @@ def itk_form(nifti: nib.Nifti1Header) -> np.ndarray | None:
     ITK takes the direction and origin of an sform whose axes are at right angles where its code is 1 or there is no
     qform, else the qform; with neither it begins at 0, left and posterior from there. Spacing is pixdim in any case.
     """
-    pixdim = _pixdim(nifti)
+    pixdim = pixdim_of(nifti)
     if nifti["sform_code"] > 0 and (nifti["sform_code"] == 1 or nifti["qform_code"] <= 0):
         sform = sform_of(nifti)
-        lengths = np.linalg.norm(sform[:3, :3], axis=0)
-        axes = sform[:3, :3] / np.where(lengths == 0, 1, lengths)
+        axes = sform[:3, :3] / np.linalg.norm(sform[:3, :3], axis=0) if _usable(sform) else np.zeros((3, 3))
         if np.abs(axes @ axes.T - np.eye(3)).max() <= _ORTHONORMAL:
-            return nib.affines.from_matvec(axes * pixdim, sform[:3, 3])
+            form = nib.affines.from_matvec(axes * pixdim, sform[:3, 3])
+            return form if _usable(form) else None
     if nifti["qform_code"] > 0:
         return qform_of(nifti)
-    return np.diag([-pixdim[0], -pixdim[1], pixdim[2], 1]) if nifti["sform_code"] <= 0 else None
+    form = np.diag([-pixdim[0], -pixdim[1], pixdim[2], 1])
+    return form if nifti["sform_code"] <= 0 and _usable(form) else None
 
 
 def sform_of(nifti: nib.Nifti1Header) -> np.ndarray:
     """(4, 4) float64 in the file's unit, whatever its code."""
-    return np.array([nifti["srow_x"], nifti["srow_y"], nifti["srow_z"], [0, 0, 0, 1]], np.float64)
+    return _numbers([nifti["srow_x"], nifti["srow_y"], nifti["srow_z"], [0, 0, 0, 1]])
 
 
 def qform_of(nifti: nib.Nifti1Header) -> np.ndarray | None:
-    """(4, 4) float64 in the file's unit, as ITK makes it of the quaternion; None where its code is 0."""
-    if nifti["qform_code"] <= 0:
+    """(4, 4) float64 in the file's unit, as ITK makes it of the quaternion; None where its code is 0 or its numbers are
+    no place."""
+    vector = _numbers([nifti["quatern_b"], nifti["quatern_c"], nifti["quatern_d"]])
+    if nifti["qform_code"] <= 0 or not (np.abs(vector) <= _LONGEST).all():
         return None
-    vector = np.array([nifti["quatern_b"], nifti["quatern_c"], nifti["quatern_d"]], np.float64)
     real = 1 - float(vector @ vector)
     if real < _QUATERNION:
         vector, real = vector / np.linalg.norm(vector), 0.0
     rotation = nib.quaternions.quat2mat([np.sqrt(real), *vector])
-    pixdim = _pixdim(nifti) * [1, 1, -1 if nifti["pixdim"][0] < 0 else 1]
-    origin = [float(nifti[f"qoffset_{axis}"]) for axis in "xyz"]
-    return nib.affines.from_matvec(rotation * pixdim, origin)
+    pixdim = pixdim_of(nifti) * [1, 1, -1 if nifti["pixdim"][0] < 0 else 1]
+    origin = _numbers([nifti[f"qoffset_{axis}"] for axis in "xyz"])
+    form = nib.affines.from_matvec(rotation * pixdim, origin)
+    return form if _usable(form) else None
 
 
-def _pixdim(nifti: nib.Nifti1Header) -> np.ndarray:
-    pixdim = np.array(nifti["pixdim"][1:4], np.float64)
-    return np.where(pixdim == 0, 1, pixdim)
+def _usable(form: np.ndarray) -> bool:
+    """Whether a form's numbers can be a place: those of damaged headers are of any size."""
+    if not (np.abs(form) <= _LONGEST).all():
+        return False
+    return bool((np.linalg.norm(form[:3, :3], axis=0) >= 1 / _LONGEST).all())
+
+
+def pixdim_of(nifti: nib.Nifti1Header) -> np.ndarray:
+    """(3,) float64: lengths of the voxels in the file's unit, 1 where there is none."""
+    pixdim = _numbers(nifti["pixdim"][1:4])
+    return np.where((pixdim == 0) | ~np.isfinite(pixdim), 1, pixdim)
+
+
+def _numbers(values: Any) -> np.ndarray:
+    # Of damaged headers some are no numbers, which NumPy would warn of without a file's name.
+    with np.errstate(invalid="ignore"):
+        return np.array(values, np.float64)
 
 
 def grid_shift(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from mambahome_jax.imaging.header import (
     grid_shift,
     itk_form,
     mm_per_unit,
+    pixdim_of,
     qform_of,
     scaled,
 )
@@ -93,14 +94,16 @@ def _set_moved(nifti: nib.Nifti1Header, header: Header, moved: np.ndarray, shape
     if max(codes) <= 0:
         # Without a form nibabel and ITK begin at two places; of these codes each program takes its own.
         codes, qform = (2, 1), itk_form(header.nifti)
-    nifti["pixdim"][1:4] = np.linalg.norm(np.diag(np.abs(header.nifti["pixdim"][1:4])) @ moved[:3, :3], axis=0)
+    nifti["pixdim"][1:4] = np.linalg.norm(np.diag(pixdim_of(header.nifti)) @ moved[:3, :3], axis=0)
     if qform is not None:
-        nifti.set_qform(qform @ moved, code=codes[1], strip_shears=True)
+        nifti.set_qform(qform @ moved, code=1, strip_shears=True)
+        nifti["qform_code"] = codes[1]
         if grid_shift(qform @ moved, nifti.get_qform(), shape)[0] > _USABLE:
             _set_one_affine(nifti, sform, shape)
             return
     if codes[0] > 0:
-        nifti.set_sform(sform, code=codes[0])
+        nifti.set_sform(sform, code=1)
+        nifti["sform_code"] = codes[0]
 
 
 def _note(nifti: nib.Nifti1Header, wanted: np.ndarray | None, shape: tuple[int, ...]) -> str | None:

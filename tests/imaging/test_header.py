@@ -245,3 +245,27 @@ def test_headers_of_either_version_and_byte_order_are_handed_on(tmp_path, kind):
     for form in ("get_sform", "get_qform"):
         for one, other in zip(getattr(scan, form)(coded=True), getattr(result, form)(coded=True), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_damaged_forms_are_answered_without_a_traceback_or_warning(tmp_path):
+    good = read_volume(save(tmp_path / "good.nii", STRAIGHT, 1, MOVED, 1))
+    content, rng = (tmp_path / "good.nii").read_bytes(), np.random.default_rng(0)
+    numbers = np.array([np.nan, np.inf, -np.inf, 0, -1.5, 1e30, 1e-30, 5], "<f4")
+    read = 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        for _ in range(3):
+            at = int(rng.choice([*range(76, 92, 4), *range(256, 328, 4)]))
+            damaged[at : at + 4] = rng.choice(numbers).tobytes()
+            damaged[at := int(rng.integers(252, 328))] = rng.integers(256)
+        (tmp_path / "bad.nii").write_bytes(damaged)
+        try:
+            scan = read_volume(tmp_path / "bad.nii", spacing_scale=1)
+        except DatasetError:
+            continue
+        read += 1
+        assert min(shift_between(good, scan)) >= 0 and min(shift_between(scan, good)) >= 0
+        for volume in (scan, reorient(scan, "PIR"), crop(scan, (1, 1, 1), (4, 4, 4))):
+            write_volume(tmp_path / "made.nii", volume, warn=False)
+        write_volume(tmp_path / "made.nrrd", scan)
+    assert read > 20
