@@ -59,7 +59,7 @@ def marked(case: C, split: Mapping[str, Split]) -> C:
 
 def outside_note(cases: Sequence[str]) -> tuple[str, ...]:
     """A note that names the cases which a split leaves out; empty without any."""
-    text = f"{len(cases)} cases are in no list of the dataset's split and not trained on: {listed(cases)}"
+    text = f"cases in no list of the dataset's split, not trained on ({len(cases)}): {listed(cases)}"
     return (text,) if cases else ()
 
 
@@ -108,9 +108,9 @@ def fit_split(file: Path, known: Iterable[str]) -> tuple[dict[str, Split], tuple
     first = f", the first of {folds} folds" if folds > 1 else ""
     notes = [f"split of {file.name}{first}: {counts[0]} cases to train on, {counts[1]} to validate on"]
     if unknown:
-        notes.append(f"{len(unknown)} ids of {file.name} are of no case here to train on: {listed(unknown)}")
+        notes.append(f"ids of {file.name} that are of no case here to train on ({len(unknown)}): {listed(unknown)}")
     if twice:
-        notes.append(f"{len(twice)} cases are in two lists of {file.name}, and not trained on: {listed(twice)}")
+        notes.append(f"cases in two lists of {file.name}, not trained on ({len(twice)}): {listed(twice)}")
     if not counts[1]:
         notes.append(f"{file.name} names no case here to validate on, so --hold_out chooses among those to train on")
     return split, tuple(notes)

@@ -80,7 +80,7 @@ def load(folder: Path) -> Dataset:
     notes = unlabelled_note(cases)
     absent = sorted(splits.keys() - {home.name for home in homes})
     if absent:
-        notes += (f"{len(absent)} cases of meta.csv are not here: {listed(absent)}",)
+        notes += (f"cases of meta.csv that are not here ({len(absent)}): {listed(absent)}",)
     if not tables:
         notes += ("meta.csv is not there, so the official split is not known",)
     return Dataset(own_name(folder), ("MRI",), labels, tuple(cases), tuple(skipped), notes)

@@ -105,9 +105,9 @@ def test_what_does_not_fit_is_named(tmp_path):
     assert lists(dataset) == (["x_0"], ["x_1", "x_2"], ["x_3", "x_4"])
     assert {case.id: case.split for case in dataset.cases}["t_0"] == "test"
     notes = " | ".join(dataset.notes)
-    assert "2 ids of splits_final.json are of no case here to train on: gone, t_0" in notes
-    assert "1 cases are in two lists of splits_final.json, and not trained on: x_1" in notes
-    assert "2 cases are in no list of the dataset's split and not trained on: x_3, x_4" in notes
+    assert "ids of splits_final.json that are of no case here to train on (2): gone, t_0" in notes
+    assert "cases in two lists of splits_final.json, not trained on (1): x_1" in notes
+    assert "cases in no list of the dataset's split, not trained on (2): x_3, x_4" in notes
 
 
 def test_a_list_of_validation_alone_leaves_the_others_to_train_on(tmp_path):
@@ -164,9 +164,7 @@ def table(root, splits):
 def test_rows_without_a_word_in_a_table_with_a_split(tmp_path):
     dataset = table(tmp_path, ["train", "train", "Val", "", "test"])
     assert lists(dataset) == (IDS[:2], IDS[2:3], ["x_3"])
-    assert any(
-        "1 cases are in no list of the dataset's split and not trained on: x_3" in note for note in dataset.notes
-    )
+    assert any("cases in no list of the dataset's split, not trained on (1): x_3" in note for note in dataset.notes)
     # Where the table marks only what is held out, the rest is to train on.
     assert lists(table(tmp_path, ["", "", "", "val", "test"]))[2] == []
 
@@ -184,7 +182,7 @@ def test_words_of_meta_csv_and_cases_that_it_lacks_or_names_alone(tmp_path):
     (tmp_path / "meta.csv").write_text("image_id;split\ns0001;train\ns0002;validation\ns0003;other\ns0009;train\n")
     dataset = load_dataset(tmp_path)
     assert lists(dataset) == (["s0001"], ["s0002"], ["s0003", "s0004"])
-    assert "1 cases of meta.csv are not here: s0009" in dataset.notes
+    assert "cases of meta.csv that are not here (1): s0009" in dataset.notes
 
 
 def test_the_validation_list_of_a_decathlon_table(tmp_path):
