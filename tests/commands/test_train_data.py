@@ -220,5 +220,5 @@ def test_cases_in_no_list_of_the_split_are_said_and_reported(tmp_path):
     describe(data, cases=tuple(dataclasses.replace(case, in_split=case.id != "c2") for case in cases))
     setup, notes = said(data)
     assert notes == ("cases in no list of the dataset's split, not trained on (1): c2",)
-    report = new_report(_config(data, None), setup, [])["data"]
+    report = new_report(tmp_path, _config(data, None), setup, [])["data"]
     assert report["outside_split"] == ["c2"] and report["train"] == ["c0", "c1", "c3"]
