@@ -17,7 +17,8 @@ from mambahome_jax.datasets.mirror import words_of
 # and parts of organs that branch or lie unlike.
 _BY_FORM = re.compile(
     r"\b(ventric|atri(um|a|al)\b|auric|appendage|myocard|heart|lob(e|es|ar|us)\b|bronch|flexure|hemiliver|liver|hepatic|"
-    r"colon\b|colic|coronary|pulmonary|gastric|brachiocephalic|innominate|subclavian|common carotid|diaphragm)"
+    r"colon\b|colic|coronary|pulmonary|portal|gastric|gastroepiploic|brachiocephalic|innominate|subclavian|"
+    r"common carotid|(renal|gonadal|testicular|ovarian|adrenal|suprarenal) (vein|vena)|recurrent|(hemi)?diaphragm)"
 )
 # Alike on both sides all the same: ventricles and lobes of the brain, lobes of these glands.
 _ALIKE = re.compile(

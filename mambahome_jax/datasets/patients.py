@@ -24,9 +24,13 @@ _CASE_COLUMNS = ("id", "case", "case_id", "image", "file", "filename", "name", "
 _PATIENT_COLUMNS = ("patient", "patient_id", "participant_id", "participant", "subject", "subject_id")
 _EXPECTED = "columns id (of the case) and patient; in participants.tsv participant_id"
 
-# A DICOM UID is one name, a date is nobody's number.
-_DATE = r"(?:19|20)\d\d(?P<dash>[-_.]?)(?:0[1-9]|1[0-2])(?P=dash)(?:0[1-9]|[12]\d|3[01])(?!\d)"
-_TOKEN = re.compile(rf"(?P<date>(?<!\d){_DATE})|\d+(?:\.\d+){{3,}}|[^-_. ]+")
+# A DICOM UID is one name, a date is nobody's number. The number of a patient of TCGA or ADNI begins with a site's.
+_YEAR, _DAY = r"(?:19|20)\d\d", r"(?:0[1-9]|[12]\d|3[01])"
+_DATE = (
+    rf"(?:{_YEAR}(?P<dash>[-_.]?)(?:0[1-9]|1[0-2])(?P=dash){_DAY}|{_DAY}(?P<sign>[-_.]?){_DAY}(?P=sign){_YEAR})(?!\d)"
+)
+_WITH_SITE = r"TCGA-\w\w-\w{4}(?![^-_. ])|(?<!\d)\d{3}_S_\d{4}(?!\d)"
+_TOKEN = re.compile(rf"(?P<date>(?<!\d){_DATE})|{_WITH_SITE}|\d+(?:\.\d+){{3,}}|[^-_. ]+")
 _GLUED = re.compile(r"([A-Za-z]*\d+)([A-Za-z]+\d*)")  # patient001frame01, 12a
 _ONE_NUMBER = re.compile(r"\D*\d+")
 _HASH = re.compile(r"[0-9a-f]{8,}", re.IGNORECASE)
@@ -52,7 +56,8 @@ _SITES = _words(
     "site center centre ctr hospital hosp inst institution institute clinic cohort study dataset data ds task batch "
     "fold part group grp vendor scanner set subset collection lab release source src domain split trial project"
 )
-_PERSONS = _words("case patient pat pt subj subject sub participant person volunteer donor specimen id")
+_PATIENTS = _words("patient pat pt subj subject sub participant person volunteer donor")
+_PERSONS = _PATIENTS | _words("case specimen id")
 
 
 @dataclass(frozen=True)
@@ -246,10 +251,16 @@ def _are_patients(groups: Mapping[str, Sequence[str]], tokens: Mapping[str, Sequ
     """Whether beginnings of `length` parts, {beginning: names}, are patients rather than sites, batches or parts."""
     several = [group for group in groups.values() if len(group) > 1]
     numbers = {"".join(filter(str.isdigit, beginning)) for beginning in groups}
-    if not several or len(groups) < 2 or len(numbers) < 2:
+    if not several:
         return False
     rests = [[tokens[name][length:] for name in group] for group in several]
-    if all(_tells_scans(rest) for group in rests for rest in group):
+    scans = all(_tells_scans(rest) for group in rests for rest in group)
+    if len(groups) == 1:
+        # A name like no other: of a patient unless it is that of all, or further numbers may be those of patients.
+        return scans and len(several[0]) < len(tokens) and not any(map(_has_patient_number, rests[0]))
+    if len(numbers) < 2:
+        return False
+    if scans or all(_names_patient(tokens[group[0]][:length]) for group in several):
         return True
     if any(_tells_persons(rest) for group in rests for rest in group):
         return False
@@ -275,6 +286,13 @@ def _tells_scans(rest: Sequence[_Token]) -> bool:
     first = rest[0]
     letter = len(rest) == 1 and len(first.text) == 1 and first.text.isalpha()
     return first.date or letter or first.text in _SCANS or first.word in _SCANS
+
+
+def _names_patient(beginning: Sequence[_Token]) -> bool:
+    """Whether a beginning ends in the word patient, or one that means it, and a number."""
+    last = beginning[-1]
+    words = (last.word, beginning[-2].text if not last.word and len(beginning) > 1 else "")
+    return last.numbered and not _PATIENTS.isdisjoint(words)
 
 
 def _tells_persons(rest: Sequence[_Token]) -> bool:

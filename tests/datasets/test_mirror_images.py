@@ -114,6 +114,7 @@ def test_the_axis_of_the_mirror_counts():
             "LeftVentricle",
             "left lateral lobe",
         ),
+        *("left renal vein", "gonadal_vein_right", "portal_vein_left_branch", "recurrent laryngeal nerve left"),
     ],
 )
 def test_names_of_what_is_told_by_form(name):
@@ -133,6 +134,7 @@ def test_names_of_what_is_told_by_form(name):
         ),
         *("Right-Inf-Lat-Vent", "thyroid_left_lobe", "gastrocnemius_left", "left hippocampus", "internal carotid left"),
         *("adrenal_gland_left", "left_temporal_lobe", "eye_left", "iliac_artery_left", "scapula_right", "atlas_left"),
+        *("renal_artery_left", "ovary_left", "right testicle"),
     ],
 )
 def test_names_of_what_has_a_counterpart(name):

@@ -49,6 +49,13 @@ from tests.datasets.test_layouts import touch
         {"site1_003": ["site1_003_t1", "site1_003_t2"], "site2_003": ["site2_003_t1", "site2_003_t2"]},
         {"study7_p01": ["study7_p01_pre", "study7_p01_post"], "study7_p02": ["study7_p02_pre"]},
         {"hip_07": ["hip_07_left", "hip_07_right"], "hip_08": ["hip_08_left"]},
+        {"P1": ["P1_10012020", "P1_24-03-2021"], "P2": ["P2_11012020", "P2_25022020"]},
+        # Names like no other, and few patients with many scans each.
+        {"case_01": ["case_01_a", "case_01_b"], "case_02": ["case_02_a"], "PatX7": ["PatX7_a", "PatX7_b"]},
+        {"patient001": ["patient001_frame01", "patient001_frame12"], "other_scan": ["other_scan"]},
+        {f"patient{p}": [f"patient{p}_{n:03}" for n in range(9)] for p in (1, 2, 3)},
+        {f"sub-{p}": [f"sub-{p}_vol{n}" for n in range(9)] for p in (1, 2)},
+        {"TCGA-02-0006": ["TCGA-02-0006_a", "TCGA-02-0006_b"], "TCGA-02-0009": ["TCGA-02-0009_a"]},
     ],
     ids=lambda groups: next(iter(groups)),
 )
@@ -100,6 +107,9 @@ NUMBERS = range(1, 9)
         ["TCGA-02-0006", "TCGA-02-0009", "TCGA-06-0122", "TCGA-06-0130"],
         ["LUNG1-001", "LUNG1-002", "R01-001", "R01-002"],
         ["002_S_0295", "002_S_0413", "003_S_0907", "003_S_1021"],
+        ["ADNI_002_S_0295", "ADNI_002_S_0413", "ADNI_003_S_0907"],
+        ["TCGA-02-0006", "TCGA-02-0009", "TCGA-06-0122"],
+        [f"A1_pre_{n:03}" for n in NUMBERS] + ["other_2"],
         # A sequence in front tells no patients apart, and one patient alone is no group.
         ["t1_001", "t1_002", "t2_001", "t2_002"],
         ["frame01_ab", "frame01_cd", "frame02_ab"],
