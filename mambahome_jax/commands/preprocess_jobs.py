@@ -65,21 +65,20 @@ def choose_modality(dataset: Dataset, asked: Modality | None) -> tuple[Modality,
     """Modality of the cases that do not name their own, and why: asked for, or by the values of a few scans."""
     if asked is not None:
         return asked, "as asked for by --modality"
-    lowest: list[float] = []
+    extremes: list[tuple[float, float]] = []
     for index in np.random.default_rng(0).permutation(len(dataset.cases)):
         case = dataset.cases[index]
-        if case.modality is None and len(lowest) < _SAMPLED:
+        if case.modality is None and len(extremes) < _SAMPLED:
             try:
-                lowest.append(
-                    float(read_volume(case.image, spacing_scale=case.spacing_scale, series=case.series).array.min())
-                )
+                array = read_volume(case.image, spacing_scale=case.spacing_scale, series=case.series).array
+                extremes.append((float(array.min()), float(array.max())))
             except DatasetError:
                 # Reported when the case's turn comes.
                 continue
-    values = ", ".join(f"{value:g}" for value in lowest) or "unknown"
-    if guessed_modality(lowest) == "ct":
-        return "ct", f"guessed from the lowest values of {len(lowest)} scans ({values}): Hounsfield units of air"
-    return "mr", f"guessed from the lowest values of {len(lowest)} scans ({values}): no Hounsfield units of air"
+    values = ", ".join(f"{low:g}" for low, _ in extremes) or "unknown"
+    if guessed_modality(extremes) == "ct":
+        return "ct", f"guessed from the lowest values of {len(extremes)} scans ({values}): Hounsfield units of air"
+    return "mr", f"guessed from the lowest values of {len(extremes)} scans ({values}): no Hounsfield units of air"
 
 
 def choose_workers(todo: list[CaseJob], asked: int | None, say: Callable[[str], None]) -> int:

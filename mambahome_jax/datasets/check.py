@@ -187,7 +187,8 @@ def _unlabelled(facts: list[CaseFacts]) -> list[Finding]:
 
 def _intensities(facts: list[CaseFacts]) -> list[Finding]:
     """Scans that cannot be of their modality; where the dataset names none, of the one that most of them look like."""
-    guess = guessed_modality([row[0] for fact in facts if fact.modality is None for row in fact.percentiles or ()])
+    rows = [row for fact in facts if fact.modality is None for row in fact.percentiles or ()]
+    guess = guessed_modality([(row[0], row[-1]) for row in rows])
     found = [(fact, fact.odd.get(fact.modality or guess)) for fact in facts]
     return [
         Finding("warning", "intensity", fact.id, fact.image, remark.found, remark.expected, remark.action)

@@ -179,7 +179,7 @@ def likely_modality(usable: Sequence[CaseFacts]) -> tuple[Modality | None, str]:
     highs = [row[-1] for fact in usable for row in fact.percentiles or ()]
     if not lows:
         return None, "the headers do not tell"
-    if guessed_modality(lows) == "ct":
+    if guessed_modality(list(zip(lows, highs, strict=True))) == "ct":
         return "ct", f"guessed from the lowest values, about {np.median(lows):g}: Hounsfield units of air"
     if min(lows) >= 0 and max(highs) <= 255:
         return "mr", "guessed from the values, 0 to 255, which might as well be ultrasound (us)"

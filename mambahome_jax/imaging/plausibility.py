@@ -20,6 +20,7 @@ _HU = "Hounsfield units, water at 0 and air near -1000"
 _UNDO = "Undo the offset (often 1024) or scaling if it is a CT; else it needs another modality or model."
 
 _AIR_BELOW = -500.0  # lungs and air are below it, fat at -100 and all other tissue above
+_SCALED = (1.5, 255.0)  # -1 to 1, interpolated, to a byte
 # Noise alone makes the least and largest value of soft tissue differ by more.
 _LEAST_SPAN = 30.0
 # Soft tissue of a scan that is 1000 or 1024 too high, fat to enhanced vessels. In Hounsfield units it is compact bone
@@ -29,6 +30,8 @@ _SHIFTED, _SHIFTED_ABOVE, _SHIFTED_SHARE, _SHIFTED_BODY = (850.0, 1250.0), 500.0
 _NO_FAT = 0.05
 # Nothing is less dense than air; filters and reconstruction leave few values below -1150, padding one single value.
 _BELOW_AIR = -1150.0
+# The noise of sharp filters at a low dose ends before; air of a scan that is twice too dense lies beyond.
+_FAR_BELOW_AIR = -1500.0
 # Enhanced vessels and organs stay below it: a crop inside the body without a value below 0 has them alone.
 _SOFT_BELOW, _SOFT_SPREAD = 500.0, 0.3
 # Compact bone ends near 3000, and metal never fills a twentieth of a scan.
@@ -129,9 +132,13 @@ def volume_remark(volumes_ml: Mapping[str, float], ranges: ScanRanges | None) ->
     return Remark(f"found {found}{more}", f"about {expected} ml, as in training", "Look at the result before its use.")
 
 
-def guessed_modality(lowest: Sequence[float]) -> Modality:
-    """CT where at least half of the scans have values of air in Hounsfield units, else MR. lowest: of each scan."""
-    return "ct" if lowest and 2 * sum(value < _AIR_BELOW for value in lowest) >= len(lowest) else "mr"
+def guessed_modality(extremes: Sequence[tuple[float, float]]) -> Modality:
+    """CT where at least half of the scans have values of air in Hounsfield units, else MR.
+
+    extremes: least and largest value of each scan. Those scaled to a byte or to 1 may be of any modality.
+    """
+    telling = [low for low, high in extremes if low < -_SCALED[0] or high > _SCALED[1]]
+    return "ct" if telling and 2 * sum(low < _AIR_BELOW for low in telling) >= len(telling) else "mr"
 
 
 def _ct_remark(values: np.ndarray) -> Remark | None:
@@ -153,6 +160,11 @@ def _ct_remark(values: np.ndarray) -> Remark | None:
     if sunken and _share(values, -200.0, np.inf) < 0.02:
         return Remark(f"{extremes}, nearly all below -200", _HU, _UNDO)
     bottom, top, most = (sorted_quantile(values, share) for share in (0.05, 0.95, 0.995))
+    beyond = inner[: np.searchsorted(inner, _FAR_BELOW_AIR)]
+    # Two kinds of padding are two values.
+    spread = beyond.size >= 0.1 * inner.size and sorted_quantile(beyond, 0.25) < sorted_quantile(beyond, 0.75)
+    if spread:
+        return Remark(f"{extremes}, {beyond.size / inner.size:.0%} below {_FAR_BELOW_AIR:.0f}", _HU, _UNDO)
     if low >= 0 and not (most <= _SOFT_BELOW and bottom >= _SOFT_SPREAD * top):
         return Remark(f"{extremes}, none below 0", _HU, _UNDO)
     if top > _DENSEST:

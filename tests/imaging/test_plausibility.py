@@ -65,6 +65,7 @@ GOOD_CT = {
         np.repeat([-850.0, -800, -700, 40, -100], 4000).reshape(20, 20, 50) + noise((20, 20, 50), 30)
     ),
     "low dose": lambda hu, labels: hu + noise(hu.shape, 60),
+    "low dose, sharp": lambda hu, labels: hu + noise(hu.shape, 180),
     "head": lambda hu, labels: np.where(hu > -300, np.where(hu > 100, 1200, 35), -1000) + noise(hu.shape, 5),
 }
 BAD_CT = {
@@ -73,6 +74,8 @@ BAD_CT = {
     "1024 too high, padded": (lambda hu, labels: np.pad(hu, 8, constant_values=-3024) + 1024, "most of the body near"),
     "1024 too high, low dose": (lambda hu, labels: hu + noise(hu.shape, 30) + 1024, "most of the body near"),
     "1024 too low": (lambda hu, labels: hu - 1024, "nearly all below -200"),
+    "ten times too dense": (lambda hu, labels: hu * 10, "below -1500"),
+    "twice too dense": (lambda hu, labels: (hu + noise(hu.shape, 10)) * 2, "below -1500"),
     "to 0..1": (lambda hu, labels: (hu + 1024) / 4095, "values from 0 to 0.3"),
     "to -1..1": (lambda hu, labels: hu.clip(-1000, 1000) / 1000, "values from -1 to "),
     "window to 0..1": (lambda hu, labels: (hu.clip(-175, 250) + 175) / 425, "values from 0 to 1;"),
@@ -189,7 +192,11 @@ def test_volumes_far_from_training():
 
 
 def test_half_of_the_scans_with_air_are_ct():
-    assert [guessed_modality(values) for values in ([], [-990.0, 0.0], [0.0, 0.0, -1000.0])] == ["mr", "ct", "mr"]
+    lowest = ([], [-990.0, 0.0], [0.0, 0.0, -1000.0])
+    assert [guessed_modality([(low, 900.0) for low in lows]) for lows in lowest] == ["mr", "ct", "mr"]
+    # Scaled scans may be of any modality.
+    scaled = [(0.0, 1.0), (-1.02, 1.0), (0.0, 255.0)]
+    assert guessed_modality([(-1024.0, 900.0), (0.0, 1900.0), *scaled]) == "ct" and guessed_modality(scaled) == "mr"
 
 
 def test_a_sample_shows_every_part_of_a_scan():
