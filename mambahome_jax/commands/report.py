@@ -86,7 +86,10 @@ def _pictures(config: ReportConfig, evaluation: Evaluation, made: Mapping[str, A
     shown = []
     columns = (TextColumn("Drawing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     cases = worst_first(evaluation.scores)[: config.worst]
-    pair_of, scan_of = counterparts(cases, pairs), counterparts(cases, scans)
+    pair_of = counterparts(cases, pairs)
+    # Where each channel has a file, the first is shown, as of channels in one file.
+    first = {case: f"{case}_0000" for case in cases if f"{case}_0000" in scans}
+    scan_of = first | counterparts(cases, scans)
     with Progress(*columns, console=console) as progress:
         for case in progress.track(cases):
             try:

@@ -152,3 +152,7 @@ def test_the_number_of_a_channel_is_no_part_of_a_name(tmp_path, capsys):
     paths = {"predictions": tmp_path / "pred", "references": tmp_path / "labels", "images": tmp_path / "images"}
     assert run(ReportConfig(tmp_path / "eval", **paths)) == 0
     assert "No picture" not in capsys.readouterr().out
+    for case in ("x_001", "x_002"):
+        write_volume(tmp_path / f"images/{case}_0001.nii.gz", Volume(scan, AFFINE))
+    assert run(ReportConfig(tmp_path / "eval", **paths)) == 0
+    assert "No picture" not in capsys.readouterr().out
