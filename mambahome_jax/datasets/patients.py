@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, PatientSource
-from mambahome_jax.datasets.case_names import counterparts
+from mambahome_jax.datasets.case_names import CHANNEL, counterparts
 from mambahome_jax.datasets.files import listed, read_table
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import suffix_of
@@ -118,13 +118,16 @@ def with_patients(dataset: Dataset, folder: Path) -> Dataset:
         dataset = _replaced(dataset, table, "given")
         notes = [_note(dataset.cases, f"by {file.name}")]
         if missing:
-            notes.append(f"{file.name} names no patient of {len(missing)} cases: {listed(missing)}")
+            count = f"{len(missing)} case{'s' * (len(missing) != 1)}"
+            notes.append(f"{file.name} names no patient of {count}: {listed(missing)}")
     elif dataset.patients is not None or any(case.patient != case.id for case in dataset.cases):
         dataset = dataclasses.replace(dataset, patients=dataset.patients or "given")
         notes = [_note(dataset.cases, "as the dataset says" if dataset.patients == "given" else "by their names")]
     else:
         dataset = _replaced(dataset, patients_of(ids), "names")
         notes = [_note(dataset.cases, "by their names; a table patients.csv (id,patient) in the folder wins")]
+    if file is not None and not table:
+        notes.append(f"{file.name} is not used, as it names none of the cases, such as {min(ids, default='')}")
     return dataclasses.replace(dataset, notes=(*dataset.notes, *filter(None, notes)))
 
 
@@ -197,7 +200,10 @@ def _read(file: Path, ids: Sequence[str]) -> dict[str, str]:
         return {name: found for name in ids if (found := _beginning(name, known))}
     files = [one_form(Path((row.get(case_column) or "").strip().replace("\\", "/")).name) for row in rows]
     stems = [file.removesuffix(suffix_of(file)) for file in files]
-    case_of = counterparts(stems, ids)
+    # A row may be of a file of each channel.
+    known_ids = set(ids)
+    by_channel = {stem: match[1] for stem in stems if (match := CHANNEL.fullmatch(stem)) and match[1] in known_ids}
+    case_of = by_channel | counterparts(stems, ids)
     table: dict[str, str] = {}
     for stem, patient in zip(stems, known, strict=True):
         name = case_of.get(stem)

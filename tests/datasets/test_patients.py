@@ -150,7 +150,7 @@ def test_a_table_of_patients_wins_over_names(tmp_path):
     assert (
         dataset.notes[0].startswith("5 patients in 12 cases, such as s0 of ") and "by patients.csv" in dataset.notes[0]
     )
-    assert dataset.notes[1] == f"patients.csv names no patient of 1 cases: {names[-1]}"
+    assert dataset.notes[1] == f"patients.csv names no patient of 1 case: {names[-1]}"
 
 
 def test_participants_of_bids_are_patients(tmp_path):
@@ -235,5 +235,10 @@ def test_patients_in_other_layouts(tmp_path):
     assert [case.patient for case in load_dataset(msd).cases] == ["P12", "P12", "P13"]
     (msd / "patients.tsv").write_text("case\tpatient\nP12-a_0000.nii.gz\tx\nP12-b\ty\nP13-a\ty\n")
     assert [case.patient for case in load_dataset(msd).cases] == ["x", "y", "y"]
+    rows = [f"{name}_000{c}.nii.gz,{patient}" for name, patient in zip(names, "xyy", strict=True) for c in (0, 1)]
+    (raw / "patients.csv").write_text("\n".join(["file,patient", *rows]))
+    assert [case.patient for case in load_dataset(raw).cases] == ["x", "y", "y"]
+    (raw / "patients.csv").write_text("id,patient\nother,x\n")
+    assert load_dataset(raw).notes[-1] == "patients.csv is not used, as it names none of the cases, such as P12-a"
     published = touch(tmp_path / "ct", *(f"{name}/{name}_{part}.nii.gz" for name in names for part in ("ct", "labels")))
     assert [case.patient for case in load_dataset(published).cases] == ["P12", "P12", "P13"]
