@@ -1,4 +1,5 @@
-"""Floating-point operations of a traced function: those of its convolutions and matrix products, as defined.
+"""Floating-point operations of a traced function: those of its convolutions and matrix products, as defined, our
+own kernels for convolutions included.
 
 XLA's own count is no help on a GPU, where cuDNN and cuBLAS are calls that it does not look into. Padding counts, as on
 the hardware; what else is computed (norms, activations, the selective scan) does not.
@@ -42,6 +43,10 @@ def _equation_flops(equation: Any) -> float:
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
     if equation.primitive.name == "cond":
         return max(map(matrix_flops, parameters["branches"]))
+    if parameters.get("name") in ("conv3d_forward", "conv3d_weight_gradient"):
+        left, right = (v.aval.shape for v in equation.invars)
+        products = math.prod(right[:-1]) if parameters["name"] == "conv3d_forward" else math.prod(left[:-1])
+        return 2.0 * math.prod(equation.outvars[0].aval.shape) * products
     times = parameters.get("length", 1) if equation.primitive.name == "scan" else 1
     return times * sum(map(matrix_flops, _inner(parameters.values())))
 

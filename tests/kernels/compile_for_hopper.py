@@ -1,4 +1,4 @@
-"""Compile the scan's kernels of all variants of one DTYPE to sm_90a machine code where there is no GPU.
+"""Compile to sm_90a machine code where there is no GPU: the scan's kernels of one DTYPE, or those of "conv3d".
 
 A program of its own, since the compiler's reports are switched on by environment variables that are read once.
 """
@@ -26,18 +26,28 @@ platform_name: "CUDA"  dnn_version_info { major: 9 minor: 12 }  device_descripti
 """
 
 
-def main() -> None:
+def programs(which: str):
+    """(function, arguments as shapes)."""
+    if which == "conv3d":
+        from mambahome_kernels.conv3d import mosaic_gpu
+
+        from tests.kernels import test_conv3d
+
+        mosaic_gpu._device = test_conv3d.GPU
+        return [(test_conv3d.on_gpu, test_conv3d.shapes(*variant)) for variant in test_conv3d.VARIANTS]
     from tests.kernels.test_mosaic_gpu import VARIANTS, both, shapes
 
+    inputs = [shapes(*variant) for variant in VARIANTS if variant[0] == which]
+    return [(both, (i, i.x)) for i in inputs]
+
+
+def main() -> None:
     topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET, topology="1x1x1")
     everywhere = NamedSharding(topologies.make_mesh(topology, (1,), ("x",)), PartitionSpec())
     jax.block_until_ready(jnp.zeros(()))
-    for variant in VARIANTS:
-        if variant[0] == sys.argv[1]:
-            inputs = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes(*variant)
-            )
-            jax.jit(both).trace(inputs, inputs.x).lower().compile()
+    for function, arguments in programs(sys.argv[1]):
+        placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), arguments)
+        jax.jit(function).trace(*placed).lower().compile()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+"""The Pallas kernels of the convolution on a GPU, at the network's channels and on grids that no tile divides."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mambahome_kernels import conv3d
+from mambahome_kernels.conv3d.api import why_not
+
+
+def arrays(shape, outputs, dtype=jnp.bfloat16):
+    rng = np.random.default_rng(0)
+    inputs = shape[-1]
+    x = jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 3, inputs, outputs), np.float32) / (27 * inputs) ** 0.5, dtype)
+    return x, kernel, jnp.asarray(rng.standard_normal((*shape[:-1], outputs), np.float32), dtype)
+
+
+_REASON = why_not(*arrays((1, 8, 8, 8, 48), 48)[:2])
+pytestmark = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+
+
+def all_three(x, kernel, dy, backend):
+    y, pull = jax.vjp(lambda x, kernel: conv3d(x, kernel, backend=backend), x, kernel)
+    return y, *pull(dy)
+
+
+def relative(a, b) -> float:
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+@pytest.mark.parametrize(
+    ("shape", "outputs"),
+    [
+        ((2, 64, 64, 64, 48), 48),
+        ((1, 56, 56, 40, 24), 48),
+        ((4, 28, 28, 20, 24), 24),
+        ((1, 9, 13, 22, 32), 32),
+        ((2, 20, 24, 32, 16), 64),
+        ((3, 1, 3, 5, 8), 8),
+    ],
+    ids=str,
+)
+def test_kernels_are_the_definition(shape, outputs):
+    inputs = arrays(shape, outputs)
+    wide = [a.astype(jnp.float32) for a in inputs]
+    got = jax.jit(lambda *a: all_three(*a, "mosaic_gpu"))(*inputs)
+    expected = jax.jit(lambda *a: all_three(*a, "reference"))(*wide)
+    for a, b in zip(got, expected, strict=True):
+        assert relative(a, b) < 3e-3  # rounding to bfloat16
+    again = jax.jit(lambda *a: all_three(*a, "mosaic_gpu"))(*inputs)
+    assert all(bool((a == b).all()) for a, b in zip(got, again, strict=True))
