@@ -15,6 +15,8 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from mambahome_kernels.conv3d.api import conv3d as conv3d_of_few_channels
+from mambahome_kernels.conv3d.api import why_not
 
 from mambahome_jax.config import Precision, Triple
 from mambahome_jax.model.three_products import in_float32
@@ -164,6 +166,8 @@ def _conv3d(x: jax.Array, kernel: jax.Array, stride: Triple, padding: Triple, ex
     large = math.prod(x.shape[1:4]) > _SMALL_GRID or x.dtype == jnp.float64
     if jax.default_backend() == "cpu" and large:
         return _conv3d_by_slices(x, kernel, stride, padding, exact)
+    if jax.default_backend() == "gpu" and stride == padding == (1, 1, 1) and why_not(x, kernel) is None:
+        return conv3d_of_few_channels(x, kernel)  # cuDNN's brings every voxel from the L2 cache 27 times
     convolve = functools.partial(
         lax.conv_general_dilated,
         window_strides=stride,
