@@ -11,7 +11,7 @@ from mambahome_jax.datasets.files import listed, of_one_kind
 from mambahome_jax.datasets.scans import is_output, of_labels, search
 from mambahome_jax.imaging.dicom_series import sort_out
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, hidden, scan_stem
-from mambahome_jax.imaging.formats import content_of, foreign_stem, kind_of, reason_of, without_second_halves
+from mambahome_jax.imaging.formats import content_of, foreign_stem, kind_in, reason_of, without_second_halves
 
 
 def unseen(
@@ -36,7 +36,7 @@ def unseen(
         if folder in images:
             look.beside_images(home, images[folder] > 1 or of_one_kind(home.name), known if unlisted else None)
         else:
-            look.foreign(path for path in look.unused(home) if kind_of(path) == "foreign")
+            look.foreign(path for path in look.unused(home) if kind_in(path) == "foreign")
     look.around(root, not any(of_one_kind(Path(folder).name) for folder in images), known)
     return look.skipped, look.beside
 
@@ -80,7 +80,7 @@ class _Look:
         """known: ids that the layout skips; None where it names all readable files that it leaves out."""
         foreign, others = [], []
         for path in self.unused(home):
-            kind = kind_of(path)
+            kind = kind_in(path)
             if kind == "foreign":
                 foreign.append(path)
             elif kind == "scan":

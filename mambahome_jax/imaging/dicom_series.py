@@ -9,13 +9,17 @@ from pathlib import Path
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_elements import identify
 from mambahome_jax.imaging.files import hidden
-from mambahome_jax.imaging.formats import content_of, kind_of
+from mambahome_jax.imaging.formats import content_of, kind_in, kind_of
 
 # Levels below a folder in which the slices of a scan are looked for, as in <patient>/<study>/<series>/.
 DEEPEST = 8
-# Classes of objects that lie beside scans and hold no slices: DICOMDIR; raw data, segmentations and registrations;
-# presentation states, reports and key images; structure sets, plans and doses of radiotherapy.
-_BESIDE = re.compile(r"1\.2\.840\.10008\.(1\.3\.10$|5\.1\.4\.1\.1\.(66|11|88|481|104|9)(\.|$))")
+# Classes of objects that lie beside scans and hold no slices: DICOMDIR; raw data, segmentations, registrations, tables
+# of values and surfaces; presentation states, reports and key images; structure sets, plans and doses of radiotherapy;
+# what Siemens (CSA non-image) and Philips put into exports for their own programs.
+_BESIDE = re.compile(
+    r"1\.2\.840\.10008\.(1\.3\.10$|5\.1\.4\.1\.1\.(66|67|68|11|88|481|104|9)(\.|$))"
+    r"|1\.3\.12\.2\.1107\.5\.9\.1$|1\.3\.46\.670589\.11\.0\.0\.12(\.|$)"
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,11 @@ class Contents:
 def holds_slices(folder: Path) -> bool:
     """Whether a folder has a DICOM file in it, by its name or its content."""
     return any(map(_is_dicom, files_in(folder)))
+
+
+def has_series(folder: Path) -> bool:
+    """Whether a folder holds slices itself, so that `contents_of` does not look below it."""
+    return any(sort_out([path]).series for path in files_in(folder))
 
 
 def is_scan(folder: Path) -> bool:
@@ -99,7 +108,7 @@ def files_below(folder: Path) -> list[Path]:
         folders[:] = [] if deep else [name for name in folders if not hidden(name)]
         if any(kind_of(Path(name)) == "scan" and not hidden(name) for name in names):
             return []
-        found += [Path(home, name) for name in names if not hidden(name) and _may_be_slice(Path(name))]
+        found += [path for name in names if not hidden(name) and _may_be_slice(path := Path(home, name))]
     return sorted(found)
 
 
@@ -114,7 +123,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def _may_be_slice(path: Path) -> bool:
-    return kind_of(path) in ("slice", "unknown")
+    return kind_in(path) in ("slice", "unknown")
 
 
 def _is_dicom(path: Path) -> bool:

@@ -5,6 +5,7 @@ import zlib
 from pathlib import Path
 from typing import Literal
 
+from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_elements import is_dicom
 from mambahome_jax.imaging.files import head_of, suffix_of
 
@@ -41,6 +42,7 @@ _FOREIGN = {
     ".nii.zip": ("NIfTI packed by zip", "unzip {name}"),
     ".dcm.gz": ("DICOM packed by gzip", "gunzip {name}"),
 }
+_ALSO_DICOM = (".img", ".rec")
 _FOREIGN_SUFFIXES = tuple(sorted(_FOREIGN, key=len, reverse=True))
 # Two files of one image, named once.
 _SECOND_HALF = {".hdr": ".img", ".hdr.gz": ".img.gz", ".rec": ".par", ".brik": ".head", ".brik.gz": ".head"}
@@ -48,7 +50,7 @@ _SECOND_HALF = {".hdr": ".img", ".hdr.gz": ".img.gz", ".rec": ".par", ".brik": "
 _OTHER_ENDINGS = """
     .json .jsonl .txt .csv .tsv .xml .html .htm .md .rst .pdf .rtf .doc .docx .xls .xlsx .ods .odt .ppt .pptx
     .yaml .yml .toml .ini .cfg .inf .log .lock .png .jpg .jpeg .gif .bmp .svg .webp .ico .mp4 .avi .mov .bval
-    .bvec .mat .npy .npz .pkl .h5 .hdf5 .pt .pth .safetensors .raw .zraw .py .sh .m .r .ipynb .js .css .zip .tar
+    .bvec .mat .npy .npz .pkl .h5 .hdf5 .pt .pth .safetensors .py .sh .m .r .ipynb .js .css .zip .tar
     .tgz .7z .rar .exe .dll .so .db .sqlite .stl .obj .ply .gii .annot .label .trk .tck .lta .xfm .sha256 .md5
     .sig .url .lnk
 """
@@ -70,6 +72,18 @@ def kind_of(path: Path) -> Kind:
     if suffix_of(name, _FOREIGN_SUFFIXES):
         return "foreign"
     return "other" if path.suffix.lower() in _OTHER or re.fullmatch(r"dicomdir(;\d+)?", name) else "unknown"
+
+
+def kind_in(path: Path) -> Kind:
+    """`kind_of`, but of an ending that some devices give to DICOM slices too, by the content."""
+    kind = kind_of(path)
+    if kind != "foreign" or not path.name.lower().endswith(_ALSO_DICOM):
+        return kind
+    try:
+        return "slice" if is_dicom(path, head_of(path, _HEAD)) else kind
+    except (DatasetError, OSError):
+        # Named by its ending, whatever it holds.
+        return kind
 
 
 def content_of(path: Path) -> str:

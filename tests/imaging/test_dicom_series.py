@@ -29,7 +29,9 @@ def without_preamble(path):
     path.write_bytes(content[144 + meta :])
 
 
-@pytest.mark.parametrize("name", ["IM{}", "{}", "1.2.840.113619.{}", "slice.00{}", "_{}", "x{}.dcm", "image{}.bin"])
+@pytest.mark.parametrize(
+    "name", ["IM{}", "{}", "1.2.840.113619.{}", "slice.00{}", "_{}", "x{}.dcm", "image{}.bin", "I{}.img", "I{}.raw"]
+)
 @pytest.mark.parametrize("preamble", [True, False])
 def test_slices_are_known_by_their_content(tmp_path, name, preamble):
     series(tmp_path, name=name)
@@ -104,3 +106,17 @@ def test_slices_may_lie_in_folders_below(tmp_path):
     # Beside a scan file they are a scan of their own, which is not what the folder is.
     (tmp_path / "p/study/a.nii.gz").touch()
     assert not is_scan(tmp_path / "p") and is_scan(tmp_path / "p/study/two")
+
+
+@pytest.mark.parametrize(
+    "sop_class", ["1.3.12.2.1107.5.9.1", "1.3.46.670589.11.0.0.12.2", "1.2.840.10008.5.1.4.1.1.67"]
+)
+def test_what_devices_and_programs_put_beside_slices_is_no_series(tmp_path, sop_class):
+    series(tmp_path / "p1")
+    path = write_slice(tmp_path / "p1/XX_0001", VOXELS[:, :, 0].T, series="1.2.9", sop_class=CT)
+    size = bytes([len(sop_class) + len(sop_class) % 2, 0])
+    before, after = (f"\x08\0\x16\0UI{part}".encode("latin") for part in ("\x1a\0" + CT + "\0", size.decode("latin")))
+    assert before in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(before, after + sop_class.encode().ljust(size[0], b"\0")))
+    contents = sort_out(sorted((tmp_path / "p1").iterdir()))
+    assert contents.beside == (path,) and [one.uid for one in contents.series] == ["1.2.3.4"]
