@@ -290,28 +290,35 @@ def _pixels(one: Slice) -> np.ndarray:
     try:
         image = _reader(one.path).Execute()
     except RuntimeError as error:
-        action = "Copy or export it again."
         if b"MONOCHROME1" in head_of(one.path, _HEADER):
-            found = f"MONOCHROME1 in a form that cannot be read ({itk.reason_of(error)})"
-            action = "Convert the series to NIfTI, for example with dcm2niix."
-            raise DatasetError(found, file=one.path, expected="MONOCHROME2", action=action) from error
+            raise _turned_over(one.path, itk.reason_of(error)) from error
+        action = "Copy or export it again."
         raise DatasetError(f"truncated or damaged ({itk.reason_of(error)})", file=one.path, action=action) from error
+    inverse = _text(image, "0028|0004") == "MONOCHROME1"
+    if inverse and _text(image, "0028|0100") not in ("8", "16"):
+        # ITK turns two of the bytes over.
+        raise _turned_over(one.path, f"{_text(image, '0028|0100')} bits a pixel")
     array = itk.voxels(one.path, image)
     if array.ndim != 3:
         raise DatasetError(
             "colours", file=one.path, expected="one value a pixel", action="Is it a picture, not a scan?"
         )
-    return _as_stored(image, array[:, :, 0])
+    return _as_stored(image, array[:, :, 0]) if inverse else array[:, :, 0]
+
+
+def _turned_over(path: Path, reason: str) -> DatasetError:
+    action = "Convert the series to NIfTI, for example with dcm2niix."
+    return DatasetError(
+        f"MONOCHROME1 in a form that cannot be read ({reason})", file=path, expected="MONOCHROME2", action=action
+    )
 
 
 def _as_stored(image: Any, array: np.ndarray) -> np.ndarray:
-    """Real values of what ITK read: MONOCHROME1, which it turns over so that it looks as on a screen, turned back.
+    """Real values of MONOCHROME1, which ITK turns over so that it looks as on a screen, turned back.
 
     The real value of a stored one, v, is slope x v + intercept whichever way a screen shows it; ITK gives that of
     `last` - v.
     """
-    if _text(image, "0028|0004") != "MONOCHROME1":
-        return array
     last = -1 if _text(image, "0028|0103") == "1" else 2 ** int(_text(image, "0028|0101")) - 1
     slope, intercept = (_number(image, tag) for tag in ("0028|1053", "0028|1052"))
     return (slope or 1.0) * last + 2 * intercept - array.astype(np.float64)

@@ -84,6 +84,20 @@ def test_monochrome1_that_cannot_be_read_is_named(tmp_path):
         read_volume(tmp_path)
 
 
+def test_monochrome1_of_four_bytes_a_pixel_is_refused(tmp_path):
+    path = write_slice(tmp_path / "a.dcm", np.arange(40, dtype=np.int16).reshape(4, 10), photometric="MONOCHROME1")
+    content = path.read_bytes()
+    for number, before, after in (("\x11\0", 10, 5), ("\0\1", 16, 32), ("\1\1", 16, 32), ("\2\1", 15, 31)):
+        head = b"\x28\0" + number.encode("latin") + b"US\2\0"
+        assert head + bytes([before, 0]) in content
+        content = content.replace(head + bytes([before, 0]), head + bytes([after, 0]))
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"a\.dcm: MONOCHROME1 in a form that cannot be read \(32 bits a pixel\)"):
+        read_volume(tmp_path)
+    path.write_bytes(content.replace(b"MONOCHROME1 ", b"MONOCHROME2 "))
+    assert read_volume(tmp_path).array.shape == (5, 4, 1)
+
+
 def test_a_table_of_real_values_is_not_left_out(tmp_path):
     path = write_slice(tmp_path / "a.dcm", VOXELS[:, :, 0].T)
     content = path.read_bytes()
