@@ -20,6 +20,7 @@ from mambahome_jax.datasets.base import scan_files
 from mambahome_jax.datasets.case_names import common_name, counterparts
 from mambahome_jax.datasets.files import fault_of_name, twins_note
 from mambahome_jax.datasets.prepared import unlisted_files
+from mambahome_jax.datasets.scans import search
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.evaluation.evaluate import (
     DEFINITIONS,
@@ -34,6 +35,7 @@ from mambahome_jax.evaluation.files import Evaluation, read_evaluation, write_js
 from mambahome_jax.evaluation.paired import compare_runs
 from mambahome_jax.evaluation.scores import Score
 from mambahome_jax.evaluation.statistics import describe
+from mambahome_jax.imaging.dicom_series import files_in, sort_out
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.paths import real_path
@@ -42,6 +44,7 @@ from mambahome_jax.paths import real_path
 SMALL_BYTES = 20_000_000
 SHOWN = 10
 _REFERENCE = "reference_volume_ml"
+_DICOM = "DICOM, which is not compared. Convert it, or segment with --output_format nii.gz"
 
 
 def run(config: EvaluateConfig) -> int:
@@ -156,7 +159,8 @@ def find_pairs(
 
 
 def _label_maps(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """{case: file} of a folder, and {case: reason} of what a preprocessed folder does not name in its dataset.json.
+    """{case: file} of a folder, and {case: reason} of what else there could be one: what a preprocessed folder does not
+    name in its dataset.json, other formats, DICOM, label maps in folders below.
 
     Raises DatasetError: no such folder, no label map.
     """
@@ -165,10 +169,27 @@ def _label_maps(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     files = scan_files(folder)
     reasons = unlisted_files(folder, [path.name for path in files.values()])
     listed = {case: path for case, path in files.items() if path.name not in reasons}
+    missed = _not_compared(folder)
     if not listed:
-        found = next(iter(reasons.values()), f"no {alternatives(SCAN_SUFFIXES)} file")
-        raise DatasetError(found, file=folder, expected="label maps")
-    return listed, {_shown(case): reasons[path.name] for case, path in files.items() if path.name in reasons}
+        found = next(iter((*reasons.values(), *missed.values())), "")
+        raise DatasetError(
+            f"no {alternatives(SCAN_SUFFIXES)} file", file=folder, expected="label maps", action=found or None
+        )
+    return listed, missed | {_shown(case): reasons[path.name] for case, path in files.items() if path.name in reasons}
+
+
+def _not_compared(folder: Path) -> dict[str, str]:
+    """{case: reason} of what could be a label map, but is no scan file of the folder itself."""
+    found = search(folder)
+    # Of two forms of one file here the first is compared, and a note says so.
+    reasons = {_shown(name): reason for name, reason in found.failures if name not in found.alike}
+    for one in (*found.scans, *(one for alike in found.alike.values() for one in alike)):
+        if one.path.is_dir():
+            reasons[_shown(one.name)] = f"{one.path}: {_DICOM}"
+        elif one.depth:
+            reason = "in a folder below; only files of the folder itself are compared. Name that folder, or move it"
+            reasons[_shown(one.name)] = f"{one.path}: {reason}"
+    return reasons | {_shown(path.stem): f"{path}: {_DICOM}" for path in sort_out(files_in(folder)).beside}
 
 
 def _shown(case: str) -> str:

@@ -11,6 +11,8 @@ from mambahome_jax.commands.label_tables import find_names, reconcile_names
 from mambahome_jax.config import EvaluateConfig
 from mambahome_jax.errors import ConfigError, DatasetError, OutputError
 from mambahome_jax.imaging.volume import Volume, write_volume
+from tests.imaging.dicom_files import RTSTRUCT, write_slice
+from tests.imaging.test_dicom_series import series
 
 
 def write(path, label=1, shift=0, shape=(16, 14, 12)):
@@ -319,3 +321,23 @@ def test_cases_with_numbers_of_four_digits_are_different_cases(tmp_path):
     assert run(EvaluateConfig(tmp_path / "pred", tmp_path / "labels", tmp_path / "eval")) == 0
     found = json.loads((tmp_path / "eval/summary.json").read_text())
     assert found["cases"] == 3 and found["mean"]["dice"] == 1
+
+
+def test_what_could_be_a_label_map_and_is_not_compared_is_named(folders, capsys):
+    for side in (folders / "PRED", folders / "OUT" / "labels"):
+        (side / "c.mgz").write_bytes(b"x")
+        write(side / "later" / "d.nii.gz")
+        write(side / "a.mha")
+    write_slice(folders / "PRED" / "e.dcm", np.zeros((4, 5), np.int16), sop_class=RTSTRUCT)
+    series(folders / "PRED" / "f")
+    assert run(config(folders)) == 1
+    found = {entry["case"]: entry["reason"] for entry in summary_of(folders)["failures"]}
+    assert set(found) == {"c", "later_d", "e", "f"} and summary_of(folders)["cases"] == 2
+    for case, words in (("c", "FreeSurfer"), ("later_d", "in a folder below"), ("e", "DICOM"), ("f", "DICOM")):
+        assert words in found[case]
+    assert "Not scored: c: " in capsys.readouterr().out
+    for path in (folders / "PRED").glob("*.nii.gz"):
+        path.rename(path.parent / "later" / path.name)
+    (folders / "PRED/a.mha").unlink()
+    with pytest.raises(DatasetError, match=r"no \.nii\.gz.* file; expected label maps\. .*c\.mgz: FreeSurfer"):
+        run(config(folders))
