@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mambahome_jax.config import PreprocessConfig
 from mambahome_jax.datasets import Dataset, load_dataset
+from mambahome_jax.datasets.check import SCANS
 from mambahome_jax.datasets.files import listed
 from mambahome_jax.datasets.structures import (
     consecutive,
@@ -66,9 +67,9 @@ def with_series(dataset: Dataset, uids: Collection[str]) -> Dataset:
         known |= set(series)
         chosen = tuple(uid for uid in series if uid in uids)
         # Of a folder of scans alone each series is a case.
-        if not case.series:
+        if dataset.layout != SCANS:
             cases.append(dataclasses.replace(case, series=chosen if len(series) > 1 else ()))
-        elif set(case.series) & set(chosen):
+        elif set(case.series or series) & set(chosen):
             cases.append(case)
     unknown = [uid for uid in uids if uid not in known]
     if unknown:

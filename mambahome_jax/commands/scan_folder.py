@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mambahome_jax.commands.find_scans import Scan, find_scans
+from mambahome_jax.commands.find_scans import Scan, look_for_scans
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets import Dataset
 from mambahome_jax.datasets.base import Case
@@ -38,8 +38,8 @@ def read_scans(path: Path) -> Dataset:
 
     The number of channels is that of the first scan that can be read. Raises DatasetError: no scan.
     """
-    _, scans, failures = find_scans(path)
-    channels = _channels(scans)
+    found = look_for_scans(path)
+    channels = _channels(found.scans)
     return Dataset(
         name=own_name(path),
         channels=("image",) if channels == 1 else tuple(f"channel {number}" for number in range(channels)),
@@ -50,9 +50,10 @@ def read_scans(path: Path) -> Dataset:
                 images=scan.channels,
                 series=scan.series,
             )
-            for scan in scans
+            for scan in found.scans
         ),
-        skipped=tuple((failure["id"], failure["reason"]) for failure in failures),
+        skipped=tuple((failure["id"], failure["reason"]) for failure in found.failures),
+        notes=found.notes,
         layout=SCANS,
     )
 
