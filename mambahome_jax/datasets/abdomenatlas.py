@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, unlabelled_note
-from mambahome_jax.datasets.files import listed, listing, scans_of, walk
+from mambahome_jax.datasets.files import listed, listing, plain, scans_of, walk
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.paths import own_name
 
@@ -26,7 +26,7 @@ _CASE = re.compile(r"BDMAP_\w?\d{7,8}")
 
 def detect(folder: Path) -> bool:
     """Whether the folder, or one of its few subfolders, has subfolders BDMAP_########."""
-    return any(_CASE.fullmatch(name) for _, folders, _ in walk(folder, 1) for name in folders)
+    return any(_CASE.fullmatch(name) for _, folders, _ in walk(folder, 1) for name in folders) and not plain(folder)
 
 
 def load(folder: Path) -> Dataset:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom_series import files_below, is_scan
+from mambahome_jax.imaging.dicom_series import files_below, has_series, is_scan
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, hidden, scan_stem, suffix_of
 from mambahome_jax.paths import fault_of_letters, one_form
 
@@ -88,7 +88,7 @@ def parts(path: Path) -> list[Path]:
     """The files that a scan consists of, sorted: those of a folder of slices, or of the folders below where it has
     none; a .mhd with its voxels, which lie beside it. Raises DatasetError: a folder that cannot be read."""
     if path.is_dir():
-        return list(listing(path)[1].values()) or files_below(path)
+        return list(listing(path)[1].values()) if has_series(path) else files_below(path)
     voxels = [path.with_suffix(suffix) for suffix in (".raw", ".zraw")] if path.suffix.lower() == ".mhd" else []
     return [path, *(file for file in voxels if file.is_file())]
 
@@ -174,9 +174,12 @@ def of_one_kind(name: str) -> bool:
 
 
 def plain(folder: Path) -> bool:
-    """Whether images/ and labels/ of a folder both hold scan files: the plain layout, whatever these are called."""
+    """Whether images/ of a folder holds scans and labels/ scan files: the plain layout, whatever these are called."""
     folders = {name.lower(): path for name, path in listing(folder)[0].items()}
-    return all(name in folders and bool(scan_files(folders[name])) for name in ("images", "labels"))
+    if not ("images" in folders and "labels" in folders and scan_files(folders["labels"])):
+        return False
+    images = folders["images"]
+    return bool(scan_files(images)) or any(map(is_scan, listing(images)[0].values()))
 
 
 def listed(names: Iterable[str], limit: int = 5) -> str:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, optional_description, scan_files
-from mambahome_jax.datasets.files import listing, of_one_kind
+from mambahome_jax.datasets.files import listing, of_one_kind, plain
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.paths import own_name
 
@@ -12,8 +12,11 @@ NAME = "published"
 COVERS: tuple[str, ...] = ()
 LOOKS_FOR = "<case>/*ct*.nii.gz with <case>/*labels*.nii.gz (the published training layout)"
 
-# A word of its own, as in p1_ct, CT01 or scanCT, not the letters of subject or actrec.
-_CT = r"(?<![a-zA-Z])[cC][tT](?![a-zA-Z])|(?<![A-Z])CT(?![A-Z])"
+# A word of its own, as in p1_ct, CT01, scanCT, CTA or cbct, not the letters of subject, actrec or control.
+_CT = (
+    r"(?<![a-zA-Z])(?i:(?:cb|ce|nc|ld|hr|pet)?ct(?:as?|p|scans?|images?|img|vol|volumes?)?)(?![a-zA-Z])"
+    r"|(?<![A-Z])CT(?![A-Z])"
+)
 _IMAGE = re.compile(_CT)
 _ROLE = re.compile(rf"[-_. ]*({_CT}|(?i:combined_labels|labels))[-_. ]*")
 
@@ -21,14 +24,14 @@ _ROLE = re.compile(rf"[-_. ]*({_CT}|(?i:combined_labels|labels))[-_. ]*")
 def detect(folder: Path) -> bool:
     """Whether any direct subfolder, but one of images or labels alone, holds a *ct*.nii.gz or *labels*.nii.gz."""
     cases = [path for path in _subfolders(folder) if not of_one_kind(path.name)]
-    return any(images or labels for images, labels in map(_files, cases))
+    return any(images or labels for images, labels in map(_files, cases)) and not plain(folder)
 
 
 def load(folder: Path) -> Dataset:
     """One case a subfolder, named after it; where a subfolder holds several pairs, <subfolder>_<rest of the name>.
 
     The published script pairs by sorted order over the whole dataset, which shifts all pairs after one missing file;
-    here a pair lies in one subfolder. The letters ct count as a word of a name only (p1_ct, CT01, scanCT). An image
+    here a pair lies in one subfolder. The letters ct count as a word of a name only (p1_ct, CT01, CTA). An image
     without labels, or labels without an image, is skipped. The files say "ct", so the modality is CT unless the user
     says otherwise.
     Raises DatasetError: no complete pair at all.

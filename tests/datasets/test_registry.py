@@ -13,6 +13,7 @@ from mambahome_jax.datasets.totalsegmentator_mri import STRUCTURES, table_of
 from mambahome_jax.errors import ConfigError, DatasetError
 from tests.datasets import miniatures
 from tests.datasets.test_layouts import touch
+from tests.imaging.test_dicom_series import series
 
 
 def test_the_more_specific_layout_wins(tmp_path):
@@ -212,3 +213,18 @@ def test_ct_is_a_word_of_a_name_in_the_published_layout(tmp_path):
     }
     touch(tmp_path / "other", "study/actrec.nii.gz", "study/object.nii.gz")
     assert detect_layouts(tmp_path / "other") == []
+
+
+@pytest.mark.parametrize("name", ["100000_00001_0000", "BDMAP_00000001", "sub-001_T2w", "x-US", "s0001", "case_ct"])
+def test_folders_of_slices_make_the_plain_layout_too(tmp_path, name):
+    series(tmp_path / "images" / name)
+    touch(tmp_path, f"labels/{name}.nii.gz", "extra/p_ct.nii.gz")
+    dataset = load_dataset(tmp_path)
+    assert dataset.layout == "images_labels" and [case.id for case in dataset.cases] == [name]
+
+
+@pytest.mark.parametrize("name", ["p1_CTA", "p1_cbct", "ctscan", "PETCT"])
+def test_ct_in_longer_words_of_its_own_is_an_image_of_the_published_layout(tmp_path, name):
+    touch(tmp_path, f"p1/{name}.nii.gz", "p1/p1_labels.nii.gz", "p2/p2_ctrl.nii.gz", "p2/p2_labels.nii.gz")
+    dataset = load_dataset(tmp_path)
+    assert dataset.layout == "published" and [case.id for case in dataset.cases] == ["p1"]

@@ -10,10 +10,11 @@ from mambahome_jax.commands import check, preprocess
 from mambahome_jax.config import CheckConfig, PreprocessConfig
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import load_dataset
+from mambahome_jax.datasets.files import parts
 from mambahome_jax.errors import DatasetError
 from tests.commands.scans import description, preprocess_config, reasons, write
 from tests.datasets.test_layouts import touch
-from tests.imaging.dicom_files import write_slice
+from tests.imaging.dicom_files import RTSTRUCT, write_slice
 from tests.imaging.test_dicom_series import VOXELS, series
 
 NNUNET = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
@@ -112,3 +113,21 @@ def test_a_folder_of_images_that_are_not_read_says_why(tmp_path):
         load_dataset(tmp_path)
     (tmp_path / "cases.csv").write_text("image\nimages/a.mgz\nlabels/a.nii.gz\n")
     assert "mgz is no scan by its name" in skipped(tmp_path)["line 2"] and "nibabel" in skipped(tmp_path)["line 2"]
+
+
+def test_slices_below_other_files_are_part_of_a_case(tmp_path):
+    folder = series(tmp_path / "p1/study").parent
+    write_slice(folder / "RS1", np.zeros((4, 5), np.int16), sop_class=RTSTRUCT, series="1.2.9")
+    touch(folder, "README.txt")
+    assert [path.name for path in parts(folder)] == ["RS1", "IM0", "IM1", "IM2"]
+    assert [path.name for path in parts(folder / "study")] == ["IM0", "IM1", "IM2"]
+
+
+def test_check_of_scans_alone_takes_the_series_that_infer_takes(tmp_path, capsys):
+    series(tmp_path / "in/p1/one", "1.2.5")
+    series(tmp_path / "in/p2/one", "1.2.6")
+    touch(tmp_path, "in/p2/segmentations/liver.nii.gz")
+    config = CheckConfig(tmp_path / "in", series=("1.2.5",), fast=True, json=tmp_path / "check.json")
+    assert check.run(config) in (0, 1)
+    assert json.loads((tmp_path / "check.json").read_text())["cases"] == 1
+    assert "folders of label maps" in " ".join(capsys.readouterr().out.split())
