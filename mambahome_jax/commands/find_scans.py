@@ -9,13 +9,13 @@ from pathlib import Path
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.case_names import CHANNEL, channels_of
-from mambahome_jax.datasets.files import fault_of_name, listed, listing, of_one_kind
+from mambahome_jax.datasets.files import fault_of_name, listed, listing, of_one_kind, twins_note
 from mambahome_jax.datasets.prepared import absent_images, unlisted_files
 from mambahome_jax.datasets.registry import LISTED, load_dataset
 from mambahome_jax.datasets.scans import Search, is_output, search
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, hidden, scan_stem, suffix_of
-from mambahome_jax.imaging.formats import content_of, kind_of, reason_of
+from mambahome_jax.imaging.formats import content_of, kind_in, reason_of
 from mambahome_jax.paths import own_name
 
 # Folders that hold the scans when the folder itself holds none: of the Decathlon, of preprocess.py.
@@ -74,7 +74,12 @@ def look_for_scans(data_path: Path, series: Collection[str] = (), leave: Collect
         raise DatasetError("no such file or folder", file=data_path, action="Check --data_path.")
     root, found, beside = _root(data_path, leave)
     scans, failures, passed = _scans_of(root, found)
-    failures += [{"id": _printable(name), "reason": reason} for name, reason in (*found.failures, *beside.failures)]
+    taken = {path for scan in scans for path in (scan.path, *scan.channels)}
+    # Of two forms of a file the dataset has chosen one.
+    chosen_of = {name for name, alike in found.alike.items() if any(one.path in taken for one in alike)}
+    missed = [failure for failure in found.failures if failure[0] not in chosen_of]
+    failures += [{"id": _printable(name), "reason": reason} for name, reason in (*missed, *beside.failures)]
+    twins = twins_note(one.path for name in chosen_of for one in found.alike[name] if one.path in taken)
     chosen = [scan for scan in scans if not series or not scan.series or set(scan.series) & set(series)]
     uids = {uid for scan in scans for uid in scan.series}
     missing = [uid for uid in series if uid not in uids]
@@ -87,6 +92,7 @@ def look_for_scans(data_path: Path, series: Collection[str] = (), leave: Collect
         *found.notes,
         *beside.notes,
         *passed,
+        *twins,
         *((f"{left} other series are left out by --series",) if left else ()),
     )
     if not chosen and not failures:
@@ -101,7 +107,7 @@ def look_for_scans(data_path: Path, series: Collection[str] = (), leave: Collect
 
 def _single(path: Path) -> Scan:
     """A scan file. Raises DatasetError: it is none."""
-    kind = kind_of(path)
+    kind = kind_in(path)
     if kind == "scan":
         return Scan(scan_stem(path), path)
     if kind == "foreign":

@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from mambahome_jax.datasets.files import LONGEST, listed, listing
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_series import DEEPEST, Series, sort_out
 from mambahome_jax.imaging.files import scan_stem
-from mambahome_jax.imaging.formats import content_of, foreign_stem, kind_of, reason_of, without_second_halves
+from mambahome_jax.imaging.formats import content_of, foreign_stem, kind_in, reason_of, without_second_halves
 from mambahome_jax.paths import own_name
 
 _LABELS = re.compile(r"(labels?|masks?|segs?|segmentations?)(tr|va|ts)?", re.IGNORECASE)
@@ -35,11 +35,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Search:
-    """What a folder holds. failures: (name, reason) of what could be a scan and is not read. notes: what is no scan."""
+    """What a folder holds. failures: (name, reason) of what could be a scan and is not read. notes: what is no scan.
+    alike: scans that are failures because their names would be one, by that name."""
 
     scans: tuple[Found, ...]
     failures: tuple[tuple[str, str], ...] = ()
     notes: tuple[str, ...] = ()
+    alike: Mapping[str, Sequence[Found]] = field(default_factory=dict)
 
 
 def search(folder: Path, leave: Collection[Path] = (), deepest: int = DEEPEST) -> Search:
@@ -51,8 +53,9 @@ def search(folder: Path, leave: Collection[Path] = (), deepest: int = DEEPEST) -
     """
     walk = _Walk({os.path.realpath(path) for path in leave}, deepest)
     walk.enter(folder, (), frozenset())
-    scans, collisions = _named(walk.scans)
-    return Search(scans, (*walk.failures, *collisions), tuple(walk.notes()))
+    scans, alike = _named(walk.scans)
+    collisions = ((name, _one_name(name, found)) for name, found in alike.items())
+    return Search(scans, (*walk.failures, *collisions), tuple(walk.notes()), alike)
 
 
 def of_labels(name: str) -> bool:
@@ -119,7 +122,7 @@ class _Walk:
     def _files(self, folder: Path, parts: Parts, files: Iterable[Path]) -> None:
         foreign, candidates = [], []
         for path in files:
-            kind = kind_of(path)
+            kind = kind_in(path)
             if kind == "scan":
                 stem = scan_stem(path)
                 self.scans.append(((*parts, stem), Found(_joined((*parts, stem), "_"), path, depth=len(parts))))
@@ -163,13 +166,18 @@ def _tails(series: Sequence[Series]) -> list[str]:
     raise AssertionError("two series of one UID")
 
 
-def _named(scans: Sequence[tuple[Parts, Found]]) -> tuple[tuple[Found, ...], list[tuple[str, str]]]:
-    """The scans with their names, and those left out whose names would be one."""
+def _one_name(name: str, alike: Iterable[Found]) -> str:
+    several = " and ".join(found.path.name for found in alike)
+    return f"the results of {several} would have one name, {name}. Rename one of them"
+
+
+def _named(scans: Sequence[tuple[Parts, Found]]) -> tuple[tuple[Found, ...], dict[str, list[Found]]]:
+    """The scans with their names, and those left out whose names would be one, by that name."""
     by_name: dict[str, list[tuple[Parts, Found]]] = defaultdict(list)
     for parts, found in scans:
         by_name[found.name].append((parts, found))
     named: list[Found] = []
-    failures = []
+    left_out: dict[str, list[Found]] = {}
     for name, group in by_name.items():
         if len(group) == 1:
             named.append(group[0][1])
@@ -182,9 +190,8 @@ def _named(scans: Sequence[tuple[Parts, Found]]) -> tuple[tuple[Found, ...], lis
             if len(alike) == 1 and (other == name or other not in by_name):
                 named.append(replace(alike[0], name=other))
             else:
-                several = " and ".join(found.path.name for found in alike)
-                failures.append((other, f"the results of {several} would have one name, {other}. Rename one of them"))
-    return tuple(named), failures
+                left_out[other] = alike
+    return tuple(named), left_out
 
 
 def _joined(parts: Parts, mark: str) -> str:

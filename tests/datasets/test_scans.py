@@ -85,6 +85,16 @@ def test_formats_that_are_not_read_are_named_with_what_to_do(tmp_path, file, wor
     assert list(names_in(tmp_path)) == ["a"]
 
 
+def test_slices_with_the_ending_of_another_format_are_slices(tmp_path):
+    series(tmp_path / "p1", name="I{}.img")
+    series(tmp_path / "p2", name="I{}.raw")
+    touch(tmp_path, "p3/a.img", "p3/a.hdr", "p3/b.raw")
+    found = search(tmp_path)
+    assert [one.name for one in found.scans] == ["p1", "p2"] and [name for name, _ in found.failures] == ["p3_a"]
+    with pytest.raises(DatasetError, match=r"I0\.img: a DICOM file; .*name the folder of the slices"):
+        find_scans(tmp_path / "p1/I0.img")
+
+
 def test_halves_of_one_image_are_named_once(tmp_path):
     touch(tmp_path, "a.img", "a.hdr", "b.PAR", "b.REC", "c.hdr", "d+orig.HEAD", "d+orig.BRIK.gz")
     assert [name for name, _ in search(tmp_path).failures] == ["a", "b", "c", "d+orig"]
@@ -158,6 +168,13 @@ def test_a_dataset_names_its_cases_and_what_it_does_not_know_is_a_scan_too(tmp_p
     found = look_for_scans(tmp_path)
     assert {scan.case: scan.path.name for scan in found.scans} == {"p1": "ct.nii.gz", "p2_ct": "ct.nii.gz", "p3": "p3"}
     assert found.failures == [] and "p4_labels" in " ".join(found.notes)
+
+
+def test_of_two_forms_of_a_file_a_dataset_has_chosen_one(tmp_path):
+    touch(tmp_path, *(f"sub-001/anat/sub-001_{end}" for end in ("T2w.nii.gz", "T2w.nii", "dseg.nii.gz")))
+    found = look_for_scans(tmp_path)
+    assert [scan.path.name for scan in found.scans] == ["sub-001_T2w.nii.gz"] and found.failures == []
+    assert "sub-001_T2w.nii.gz is used, sub-001_T2w.nii is not" in " ".join(found.notes)
 
 
 def test_what_lies_beside_the_folder_of_the_scans_is_named(tmp_path):
