@@ -55,8 +55,9 @@ def read_label_map(
     None without a label. labels: value -> name after `Case.values`; empty allows every value up to 65535. hint: what to
     do about others. Where masks overlap, the later of `Case.masks` has the voxel, and the remark says how many there
     are.
-    Raises DatasetError: as read_labels; another grid than the image's; the image itself; unknown values; a mask that is
-    not binary; a case of which all masks are empty, or the map is, where that means that nobody labelled it.
+    Raises DatasetError: as read_labels; another grid than the image's; the image itself, or another image; unknown
+    values; a mask that is not binary; a case of which all masks are empty, or the map is, where that means that nobody
+    labelled it.
     """
     label, remarks, _ = read_counted_label_map(case, image, labels, hint)
     return (None, ()) if label is None else (label, remarks)
@@ -67,10 +68,11 @@ def read_counted_label_map(
 ) -> tuple[Volume | None, tuple[str, ...], dict[int, int]]:
     """As `read_label_map`, and the voxels of each value but 0 that the file stores; none for masks."""
     counts: dict[int, int] = {}
+    remarks: tuple[str, ...] = ()
     if case.masks and case.label is None:
         label, remarks = _merge(case, image, labels)
     elif case.label is not None:
-        label, remarks, counts = _checked(case, case.label, image, labels, hint)
+        label, counts = _checked(case, case.label, image, labels, hint)
     else:
         return None, (), {}
     # The label takes the image's affine: both are then resampled to exactly one grid.
@@ -91,7 +93,7 @@ def count_values(label: np.ndarray) -> dict[int, int]:
 
 def _checked(
     case: Case, file: Path, image: Volume, labels: Mapping[int, str], hint: str
-) -> tuple[np.ndarray, tuple[str, ...], dict[int, int]]:
+) -> tuple[np.ndarray, dict[int, int]]:
     try:
         label = read_labels(file, any_value=case.values is not None, spacing_scale=case.spacing_scale)
     except DatasetError:
@@ -111,9 +113,12 @@ def _checked(
         raise DatasetError(what, file=file, expected=expected, action=action)
     if not counts and not case.may_be_empty:
         raise _nothing_labelled(file, "the label map is empty")
-    odd = not known and resembles_image(label.array, len(counts))
-    remarks = (f"{len(counts)} label values that change from voxel to voxel: is {file.name} an image?",) if odd else ()
-    return label.array if case.values is None else replace_values(label.array, case.values), remarks, counts
+    if not known and resembles_image(label.array, len(counts)):
+        # The image too, where it was shifted, scaled or filtered on the way.
+        found = f"{len(counts)} values without a name, which change from voxel to voxel"
+        action = "Is this an image? If it is a label map, name its structures by preprocess.py --label_map FILE."
+        raise DatasetError(found, file=file, expected="a label map", action=action)
+    return label.array if case.values is None else replace_values(label.array, case.values), counts
 
 
 def _counts(label: np.ndarray) -> dict[int, int]:

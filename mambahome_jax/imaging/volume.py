@@ -125,7 +125,7 @@ def read_labels(path: str | Path, *, any_value: bool = False, spacing_scale: flo
         return Volume(labels.astype(np.uint8 if high <= 255 else np.uint16), header.affine, header)
     if any_value and low >= -(2**53) and high <= 2**53:
         return Volume(labels.astype(np.int64), header.affine, header)
-    action = "Is this an image? If it is a label map, number its structures by preprocess.py --label_map FILE."
+    action = "Is this an image? If it is a label map, number its structures, as preprocess.py --label_map FILE does."
     raise DatasetError(f"label values from {low:g} to {high:g}", file=path, expected="0 to 65535", action=action)
 
 
