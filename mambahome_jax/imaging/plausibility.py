@@ -20,7 +20,7 @@ _HU = "Hounsfield units, water at 0 and air near -1000"
 _UNDO = "Undo the offset (often 1024) or scaling if it is a CT; else it needs another modality or model."
 
 _AIR_BELOW = -500.0  # lungs and air are below it, fat at -100 and all other tissue above
-_SCALED = (1.5, 255.0)  # -1 to 1, interpolated, to a byte
+_BYTE = 255.0
 # Noise alone makes the least and largest value of soft tissue differ by more.
 _LEAST_SPAN = 30.0
 # Soft tissue of a scan that is 1000 or 1024 too high, fat to enhanced vessels. In Hounsfield units it is compact bone
@@ -34,6 +34,9 @@ _BELOW_AIR = -1150.0
 _FAR_BELOW_AIR = -1500.0
 # Enhanced vessels and organs stay below it: a crop inside the body without a value below 0 has them alone.
 _SOFT_BELOW, _SOFT_SPREAD = 500.0, 0.3
+# A background of 0, with what noise and interpolation put below it: a quarter of the scan is dark, some of it bright.
+# Water is no such background, as the noise of a CT is more than a twentieth of what is bright.
+_SLIGHT, _BRIGHT = 0.05, 100.0
 # Compact bone ends near 3000, and metal never fills a twentieth of a scan.
 _DENSEST = 4000.0
 # Scanners pad with -1024, -2000, -2048 or -3024.
@@ -137,7 +140,7 @@ def guessed_modality(extremes: Sequence[tuple[float, float]]) -> Modality:
 
     extremes: least and largest value of each scan. Those scaled to a byte or to 1 may be of any modality.
     """
-    telling = [low for low, high in extremes if low < -_SCALED[0] or high > _SCALED[1]]
+    telling = [low for low, high in extremes if high > _BYTE or low < -max(1.5, 0.1 * high)]
     return "ct" if telling and 2 * sum(low < _AIR_BELOW for low in telling) >= len(telling) else "mr"
 
 
@@ -167,6 +170,9 @@ def _ct_remark(values: np.ndarray) -> Remark | None:
         return Remark(f"{extremes}, {beyond.size / inner.size:.0%} below {_FAR_BELOW_AIR:.0f}", _HU, _UNDO)
     if low >= 0 and not (most <= _SOFT_BELOW and bottom >= _SOFT_SPREAD * top):
         return Remark(f"{extremes}, none below 0", _HU, _UNDO)
+    least, quarter = sorted_quantile(values, 0.005), sorted_quantile(values, 0.25)
+    if top >= _BRIGHT and least >= -_SLIGHT * top and quarter <= 2 * _SLIGHT * top:
+        return Remark(f"{extremes}, background near 0", _HU, _UNDO)
     if top > _DENSEST:
         return Remark(f"{extremes}, one in twenty above {top:.4g}", _HU, _UNDO)
     return None

@@ -66,6 +66,9 @@ GOOD_CT = {
     ),
     "low dose": lambda hu, labels: hu + noise(hu.shape, 60),
     "low dose, sharp": lambda hu, labels: hu + noise(hu.shape, 180),
+    "inside a bladder": lambda hu, labels: (
+        np.repeat([5.0, 40, 60, 180], 4000).reshape(20, 20, 40) + noise((20, 20, 40), 7)
+    ),
     "head": lambda hu, labels: np.where(hu > -300, np.where(hu > 100, 1200, 35), -1000) + noise(hu.shape, 5),
 }
 BAD_CT = {
@@ -88,6 +91,11 @@ BAD_CT = {
         lambda hu, labels: (60.0 * (hu > -300) + noise(hu.shape, 8) + 5).clip(0, 255).astype(np.uint8),
         "none below 0",
     ),
+    "MR with noise below 0": (
+        lambda hu, labels: 400.0 * (hu > -300) + 300.0 * labels + 8 + noise(hu.shape, 8),
+        "background near 0",
+    ),
+    "to a byte, from -1000": (lambda hu, labels: np.round((hu + noise(hu.shape, 8) + 1000) / 2000 * 255), "near 0"),
     "MR to 0..1": (lambda hu, labels: 0.3 * (hu > -300) + 0.1 * labels, "expected Hounsfield units"),
     "PET in Bq/ml": (lambda hu, labels: 5e4 * (labels > 0) + 300 * (hu > -300), "none below 0"),
     "PET in SUV": (lambda hu, labels: 5.0 * (labels > 0) + 0.4 * (hu > -300), "values from 0 to 5.4;"),
@@ -195,7 +203,7 @@ def test_half_of_the_scans_with_air_are_ct():
     lowest = ([], [-990.0, 0.0], [0.0, 0.0, -1000.0])
     assert [guessed_modality([(low, 900.0) for low in lows]) for lows in lowest] == ["mr", "ct", "mr"]
     # Scaled scans may be of any modality.
-    scaled = [(0.0, 1.0), (-1.02, 1.0), (0.0, 255.0)]
+    scaled = [(0.0, 1.0), (-1.02, 1.0), (0.0, 255.0), (-4.0, 204.0)]
     assert guessed_modality([(-1024.0, 900.0), (0.0, 1900.0), *scaled]) == "ct" and guessed_modality(scaled) == "mr"
 
 
