@@ -12,7 +12,7 @@ from mambahome_jax.datasets.case_names import CHANNEL, channels_of
 from mambahome_jax.datasets.files import fault_of_name, listed, listing, of_one_kind, twins_note
 from mambahome_jax.datasets.prepared import absent_images, unlisted_files
 from mambahome_jax.datasets.registry import LISTED, load_dataset
-from mambahome_jax.datasets.scans import Search, is_output, search
+from mambahome_jax.datasets.scans import Found, Search, is_output, search
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, hidden, scan_stem, suffix_of
 from mambahome_jax.imaging.formats import content_of, kind_in, reason_of
@@ -168,29 +168,55 @@ def _scans_of(root: Path, found: Search) -> tuple[list[Scan], list[dict[str, str
     part = root.name in DATASET_FOLDERS
     dataset = _dataset(root.parent if part else root) if part or not direct else None
     modalities = {} if dataset is None else _by_path(dataset.cases)
-    cases = () if dataset is None or part else dataset.cases
+    of_cases = _series_of_cases(root, found.scans, () if dataset is None else dataset.cases)
+    homes = {home for home, _ in of_cases.values()}
+    listing_cases = dataset is not None and not part and bool(dataset.cases)
+    cases = [case for case in dataset.cases if case.image not in homes] if listing_cases and dataset else []
     scans = [Scan(case.id, case.image, modalities.get(case.image), case.images) for case in cases]
     used = {path for case in cases for path in (*case.image_files, *case.label_files)}
     names = {scan.case for scan in scans}
     labels = []
     for one in found.scans:
+        home, name = of_cases.get(one, (one.path, one.name))
         if used and (one.path in used or not used.isdisjoint(one.path.parents)):
             continue
         if others and one.depth == 0 and one.path.name in others:
             continue
-        if cases and dataset is not None and (dataset.layout in LISTED or _LABEL.search(one.name)):
-            labels.append(one.name)
-        elif fault_of_name(one.name):
-            reason = f"{str(one.path)!r}: {fault_of_name(one.name)}"
-            failures.append({"id": _printable(one.name), "reason": reason})
-        elif one.name in names:
-            reason = f"the results of two scans would have one name, {one.name}: {one.path} is left out. Rename it"
-            failures.append({"id": one.name, "reason": reason})
+        unlisted = listing_cases and one not in of_cases
+        if unlisted and dataset is not None and (dataset.layout in LISTED or _LABEL.search(name)):
+            labels.append(name)
+        elif fault_of_name(name):
+            reason = f"{str(one.path)!r}: {fault_of_name(name)}"
+            failures.append({"id": _printable(name), "reason": reason})
+        elif name in names:
+            reason = f"the results of two scans would have one name, {name}: {one.path} is left out. Rename it"
+            failures.append({"id": name, "reason": reason})
         else:
+            names.add(name)
             series = (one.series,) if one.series else ()
-            scans.append(Scan(one.name, one.path, modalities.get(one.path) if modalities else None, series=series))
+            scans.append(Scan(name, one.path, modalities.get(home) if modalities else None, series=series))
     notes = [f"passed over, as the dataset does not list them as scans: {listed(labels)}"] if labels else []
     return scans, failures, notes
+
+
+def _series_of_cases(root: Path, found: Iterable[Found], cases: Iterable[Case]) -> dict[Found, tuple[Path, str]]:
+    """Series in or below a folder that is the image of a case, with that folder and a name for their results.
+
+    The name is that of the case, as label maps have it; of several series with what tells them apart behind it.
+    """
+    names = {case.image: case.id for case in cases if not case.images}
+    groups: dict[Path, list[Found]] = {}
+    for one in found if names else ():
+        home = next((path for path in (one.path, *one.path.parents) if path in names), None)
+        if home is not None and home.is_dir():
+            groups.setdefault(home, []).append(one)
+    result = {}
+    for home, series in groups.items():
+        beginning = "_".join(home.relative_to(root).parts) + "_"
+        for one in series:
+            name = f"{names[home]}_{one.name.removeprefix(beginning)}" if len(series) > 1 else names[home]
+            result[one] = home, name
+    return result
 
 
 def _printable(name: str) -> str:

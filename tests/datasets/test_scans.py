@@ -170,6 +170,29 @@ def test_a_dataset_names_its_cases_and_what_it_does_not_know_is_a_scan_too(tmp_p
     assert found.failures == [] and "p4_labels" in " ".join(found.notes)
 
 
+def test_series_of_a_case_are_called_as_its_label_map_is(tmp_path):
+    series(tmp_path / "images/p1/20240101/CT")
+    series(series(tmp_path / "images/p2"), "1.2.5", "B{}")
+    series(tmp_path / "images/p3")
+    series(tmp_path / "images/p4/a", "1.2.6")
+    series(tmp_path / "images/p4/b", "1.2.7")
+    series(tmp_path / "images/p6/a", "1.2.8")
+    touch(tmp_path, *(f"labels/p{number}.nii.gz" for number in range(1, 6)))
+    expected = {"p1", "p2_4", "p2_5", "p3", "p4_a", "p4_b", "p6"}
+    for folder in (tmp_path, tmp_path / "images"):
+        scans = {scan.case: scan for scan in look_for_scans(folder).scans}
+        assert set(scans) == expected
+        assert scans["p1"].path == tmp_path / "images/p1/20240101/CT"
+    (one,) = [scan for scan in look_for_scans(tmp_path, ["1.2.5"]).scans if scan.path.name == "p2"]
+    assert one.series == ("1.2.5",)
+    (tmp_path / "images").rename(tmp_path / "scans")
+    (tmp_path / "cases.csv").write_text("id,image,label\none,scans/p1,labels/p1.nii.gz\ntwo,scans/p2,\n")
+    found = look_for_scans(tmp_path)
+    assert {scan.case for scan in found.scans} == {"one", "two_4", "two_5"} and found.failures == []
+    (one,) = [scan for scan in look_for_scans(tmp_path, ["1.2.5"]).scans if scan.case != "one"]
+    assert one.case == "two_5"
+
+
 def test_of_two_forms_of_a_file_a_dataset_has_chosen_one(tmp_path):
     touch(tmp_path, *(f"sub-001/anat/sub-001_{end}" for end in ("T2w.nii.gz", "T2w.nii", "dseg.nii.gz")))
     found = look_for_scans(tmp_path)
