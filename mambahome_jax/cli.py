@@ -19,7 +19,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from mambahome_jax import config
 from mambahome_jax.console import protect_output
 from mambahome_jax.errors import ConfigError, MambaHomeError
-from mambahome_jax.paths import is_url, local_path
+from mambahome_jax.paths import openable_path
 from mambahome_jax.program_cache import program_cache
 from mambahome_jax.rerun import with_earlier_flags
 from mambahome_jax.version import __version__
@@ -128,10 +128,7 @@ def _typed_path(text: str) -> Path:
     if not text:
         # Path would take it for the working folder.
         raise ConfigError("a path is empty text; expected a file or folder. Is a variable of the shell not set?")
-    if is_url(text):
-        action = "Copy what lies there, or mount it"
-        raise ConfigError(f"{text}: a URL; expected a file or folder of this machine. {action}")
-    return local_path(text)
+    return openable_path(text)
 
 
 def run_command(command: str, argv: Sequence[str], prog: str) -> int:

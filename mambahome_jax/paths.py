@@ -73,6 +73,17 @@ def local_path(path: str | Path) -> Path:
     return as_on_disk(path)
 
 
+def openable_path(path: str | Path) -> Path:
+    """The `local_path` of what is to be read or written.
+
+    Raises ConfigError: a URL, of which a local folder `s3:` would be made; `~` where no home folder is known.
+    """
+    if is_url(path):
+        action = "Copy what lies there, or mount it"
+        raise ConfigError(f"{path}: a URL; expected a file or folder of this machine. {action}")
+    return local_path(path)
+
+
 def path_in(folder: Path, text: str) -> Path:
     """The path that a file in `folder` names: from there where it is relative, else as `local_path`."""
     return local_path(text if text.startswith("~") else folder / text)

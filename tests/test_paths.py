@@ -15,6 +15,7 @@ from tests.commands.scans import write
 
 COMPOSED = "Müller"
 DECOMPOSED = unicodedata.normalize("NFD", COMPOSED)
+SCAN = mh.Volume(np.zeros((8, 8, 8), np.float32), np.diag([2, 2, 2, 1.0]))
 
 
 @pytest.mark.parametrize("text", ["READY", "a/b.nii.gz", "/tmp/x y", "./READY/", "a//b", "~x-that-is-no-user/y"])
@@ -48,6 +49,23 @@ def test_urls_stay_and_no_command_takes_them(url):
     assert is_url(url) and is_url(Path(url)) and local_path(url) == Path(url)
     with pytest.raises(ConfigError, match=rf"{url}: a URL; expected a file or folder of this machine"):
         cli.parse("infer", ["--data_path", url, "--model_path", "w.pth"], "mambahome")
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        mh.read_volume,
+        mh.read_labels,
+        mh.load_model,
+        lambda url: mh.write_volume(url, SCAN),
+        lambda url: mh.segment(None, SCAN, save_probabilities=url),
+    ],
+)
+def test_no_function_makes_a_folder_of_a_url(tmp_path, monkeypatch, of):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"^s3://bucket/a.npz: a URL; expected a file or folder of this machine"):
+        of("s3://bucket/a.npz")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["C:/scans", "C:\\scans", "a:b/c", "scans", "12:/x"])

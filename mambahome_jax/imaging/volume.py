@@ -25,7 +25,7 @@ from mambahome_jax.imaging.files import (
 from mambahome_jax.imaging.header import Header, header_of, require_scale, scaled
 from mambahome_jax.imaging.pack import fortran_bytes, gzipped, parts_of
 from mambahome_jax.imaging.placement import itk_place, nifti_header
-from mambahome_jax.paths import local_path
+from mambahome_jax.paths import openable_path
 
 Forms = tuple[np.ndarray | None, np.ndarray | None, np.ndarray]
 _COMMENT = 6  # kind of a NIfTI header extension: plain text
@@ -89,9 +89,9 @@ def read_volume(
     spacing_scale: what the lengths of a wrong header are multiplied by; 1 takes a scan of any size as it is.
     Raises DatasetError: missing, truncated or damaged file, of another format than its name says, empty, wrong number
     of axes, singular affine, less than 5 mm or more than 5 m in extent, NaN or infinite voxels; SimpleITK not
-    installed; what `dicom.read` refuses. ConfigError: a spacing_scale that is not above 0.
+    installed; what `dicom.read` refuses. ConfigError: a spacing_scale that is not above 0, a URL.
     """
-    path = local_path(path)
+    path = openable_path(path)
     raw, header, slope, inter = _stored(path, channels, spacing_scale, series)
     if as_stored and (slope, inter) == (1.0, 0.0) and raw.dtype.isnative and raw.dtype.itemsize <= 4:
         if raw.dtype.kind == "f":
@@ -108,7 +108,7 @@ def read_labels(path: str | Path, *, any_value: bool = False, spacing_scale: flo
     spacing_scale: as `read_volume` takes it.
     Raises DatasetError as `read_volume`, and for labels that are fractional, negative or above 65535.
     """
-    path = local_path(path)
+    path = openable_path(path)
     raw, header, slope, inter = _stored(path, 1, spacing_scale)
     if raw.dtype.kind == "f" or (slope, inter) != (1.0, 0.0):
         values = raw.astype(np.float64) * slope + inter
@@ -142,7 +142,7 @@ def read_geometry(
 
 def read_grid(path: str | Path, *, series: Collection[str] = (), spacing_scale: float | None = None) -> Volume:
     """What `read_volume` gives, from headers alone: every voxel is 0. Raises DatasetError as `read_geometry`."""
-    path = local_path(path)
+    path = openable_path(path)
     if not path.is_dir() and not suffix_of(path.name, ITK_SUFFIXES):
         shape, headers = nifti.read_geometry(path)
         header = header_of(path, nifti.affine_of(path, headers.mended), shape, headers.stored, spacing_scale)
@@ -160,7 +160,7 @@ def read_forms(path: str | Path, *, spacing_scale: float | None = None) -> tuple
     and pixdim (3,) in mm.
     Raises DatasetError as `read_volume`; the function does for a qform whose numbers are no rotation.
     """
-    path = local_path(path)
+    path = openable_path(path)
     shape, headers = nifti.read_geometry(path)
     header = header_of(path, nifti.affine_of(path, headers.mended), shape, headers.stored, spacing_scale)
     grid = Volume(np.broadcast_to(np.uint8(0), shape), header.affine, header)
@@ -200,9 +200,9 @@ def write_volume(
 
     Returns what it warns of, None for nothing.
     Raises OutputError: a folder that cannot be written, a full disk, a wrong suffix, values that `dtype` cannot hold,
-    SimpleITK not installed where .mha or .nrrd needs it.
+    SimpleITK not installed where .mha or .nrrd needs it. ConfigError: a URL.
     """
-    path = local_path(path)
+    path = openable_path(path)
     if not path.name.endswith(WRITTEN_SUFFIXES):
         expected = alternatives(WRITTEN_SUFFIXES)
         raise OutputError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; expected {expected}")

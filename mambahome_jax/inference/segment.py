@@ -29,6 +29,7 @@ from mambahome_jax.inference.restore import positions_on
 from mambahome_jax.inference.sliding_window import PADDING_MODE
 from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole
 from mambahome_jax.inference.tiled import Replica, Stitching, Tiling, predict_tiled, probabilities_of_tile
+from mambahome_jax.paths import openable_path
 
 Progress = Callable[[int, int], None]
 PUBLISHED_ROI = (192, 192, 48)
@@ -77,9 +78,8 @@ def segment(
     it holds the values that the label maps of the training data store, 255 for a mask of 0 and 255: see
     `label_names_of`.
     Raises DatasetError (no Volume, voxels that are not finite or not real, wrong number of channels, an affine that
-    places no voxels), ConfigError (settings that cannot work,
-    structures that there are not, models that do not fit together), CheckpointError (logits that are not finite) and
-    OutputError (probabilities that cannot be written).
+    places no voxels), ConfigError (settings that cannot work, structures that there are not, models that do not fit
+    together), CheckpointError (logits that are not finite) and OutputError (probabilities that cannot be written).
     """
     check_members(members_of(model))
     if not isinstance(volume, Volume):
@@ -87,8 +87,10 @@ def segment(
         raise DatasetError(f"volume is a {type(volume).__name__}", expected="Volume(array, affine)", action=action)
     if sw_batch_size < 1:
         raise ConfigError(f"sw_batch_size is {sw_batch_size}; expected 1 or more")
-    if save_probabilities is not None and Path(save_probabilities).suffix != ".npz":
-        raise ConfigError(f"save_probabilities is {save_probabilities}; expected a file name that ends in .npz")
+    if save_probabilities is not None:
+        save_probabilities = openable_path(save_probabilities)
+        if save_probabilities.suffix != ".npz":
+            raise ConfigError(f"save_probabilities is {save_probabilities}; expected a file name that ends in .npz")
     only, largest = chosen_values(model, labels, keep_largest)
     settings = settings_for(
         model,
@@ -112,7 +114,7 @@ def segment(
     if coarse is not None:
         warnings.warn(coarse, ScanWarning, stacklevel=2)
     if save_probabilities is not None:
-        write_probabilities(Path(save_probabilities), found[0], prepared.affine, class_names_of(model))
+        write_probabilities(save_probabilities, found[0], prepared.affine, class_names_of(model))
     # A callable that says nothing of its training, called without a modality, may be for anything.
     if modality is not None or metadata_of(model) is not None or is_published(model):
         names = {value: name for value, name in label_names_of(model).items() if only is None or value in only}

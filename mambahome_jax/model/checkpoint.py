@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 
 from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
 from mambahome_jax.jsontext import parse_json
-from mambahome_jax.paths import local_path, require_letters
+from mambahome_jax.paths import openable_path, require_letters
 
 CONFIG_FILE, MODEL_ITEM = "config.json", "model"
 RUN_CHECKPOINT = Path("checkpoints") / "best"  # of a run folder: what infer is to use
@@ -53,7 +53,7 @@ def find_checkpoint(folder: Path | str) -> Path:
 
     Raises CheckpointError when there is none.
     """
-    folder = local_path(folder).absolute()
+    folder = openable_path(folder).absolute()
     require_letters(folder)
     for checkpoint in (folder, folder / RUN_CHECKPOINT):
         for candidate in (checkpoint, sibling(checkpoint, PREVIOUS)):
@@ -125,7 +125,7 @@ def write_checkpoint(folder: Path | str, params: Any, config: dict[str, Any], *,
 
     Raises OutputError when the folder exists already or cannot be written; what was there before stays.
     """
-    folder = local_path(folder).absolute()
+    folder = openable_path(folder).absolute()
     require_letters(folder)
     if folder.exists() and not overwrite:
         raise OutputError(f"{folder} exists already; expected a new folder. Choose another name or pass --overwrite")

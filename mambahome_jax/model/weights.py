@@ -23,7 +23,7 @@ from mambahome_jax.model.names import config_of_shapes, dotted, official_shape, 
 from mambahome_jax.model.network import MambaHoME, default_precision
 from mambahome_jax.model.pth import read_pth, write_pth
 from mambahome_jax.npz import NPZ_ERRORS, require_held
-from mambahome_jax.paths import local_path
+from mambahome_jax.paths import openable_path
 
 FORMATS = (".pth", ".pt", ".npz", ".safetensors")
 # Wrappers that data-parallel training puts around the names.
@@ -211,7 +211,7 @@ def read_weights(path: Path | str) -> Weights:
     configuration in the file or in a .json beside it; else they are the published ones.
     Raises CheckpointError listing by name whatever is missing, unknown or misshapen; nothing is loaded halfway.
     """
-    path = local_path(path)
+    path = openable_path(path)
     readers = {".pth": _read_torch, ".pt": _read_torch, ".npz": _read_npz, ".safetensors": _read_safetensors}
     if path.is_file() and path.suffix in readers:
         tensors, values = readers[path.suffix](path)
@@ -299,7 +299,7 @@ def write_weights(path: Path | str, weights: Weights, *, overwrite: bool = False
     The configuration travels in the file. Raises OutputError where the place is taken or cannot be written; a file
     appears whole or not at all.
     """
-    path = local_path(path)
+    path = openable_path(path)
     values: dict[str, Any] = {"model": dataclasses.asdict(weights.config)}
     if weights.data is not None:
         values["data"] = weights.data.to_json()

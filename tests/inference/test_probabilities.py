@@ -1,6 +1,7 @@
 """The file that holds probabilities; their values are tested in test_tiled."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -40,3 +41,12 @@ def test_a_place_that_cannot_be_written(tmp_path):
 def test_another_suffix_is_refused_before_the_work():
     with pytest.raises(ConfigError, match=r"a\.nii\.gz; expected a file name that ends in \.npz"):
         segment(None, Volume(np.zeros((4, 4, 4), np.float32), np.eye(4)), save_probabilities="a.nii.gz")
+
+
+def test_probabilities_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    volume = Volume(np.zeros((8, 8, 8), np.float32), np.diag([2, 2, 2, 1.0]))
+    two_classes = partial(np.repeat, repeats=2, axis=-1)
+    segment(two_classes, volume, roi_size=(8, 8, 8), chain="trained", spacing=(2, 2, 2), save_probabilities="~/a.npz")
+    assert whole_probabilities(tmp_path / "a.npz")
