@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from mambahome_jax.commands.find_scans import Scan, look_for_scans
+from mambahome_jax.commands.find_scans import Scan, join_channels, look_for_scans
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets import Dataset
 from mambahome_jax.datasets.base import Case
+from mambahome_jax.datasets.case_names import channels_of
 from mambahome_jax.datasets.check import SCANS
 from mambahome_jax.datasets.files import listing
 from mambahome_jax.errors import DatasetError
@@ -36,10 +37,13 @@ def holds_scans_alone(path: Path) -> bool:
 def read_scans(path: Path) -> Dataset:
     """The scans that `infer` would find, each a case without a label; those that it would refuse are skipped.
 
+    Files <case>_0000, <case>_0001, ... are the channels of a case where all are called so.
     The number of channels is that of the first scan that can be read. Raises DatasetError: no scan.
     """
     found = look_for_scans(path)
-    channels = _channels(found.scans)
+    files = channels_of([scan.case for scan in found.scans])
+    scans, incomplete = join_channels(path, found.scans, max(map(len, files.values()), default=1))
+    channels = _channels(scans)
     return Dataset(
         name=own_name(path),
         channels=("image",) if channels == 1 else tuple(f"channel {number}" for number in range(channels)),
@@ -50,9 +54,9 @@ def read_scans(path: Path) -> Dataset:
                 images=scan.channels,
                 series=scan.series,
             )
-            for scan in found.scans
+            for scan in scans
         ),
-        skipped=tuple((failure["id"], failure["reason"]) for failure in found.failures),
+        skipped=tuple((failure["id"], failure["reason"]) for failure in [*found.failures, *incomplete]),
         notes=found.notes,
         layout=SCANS,
     )

@@ -204,6 +204,11 @@ def test_check_takes_scans_of_several_channels(tmp_path):
     write(tmp_path / "in/b.nii.gz", np.stack([ct(), ct(1) / 1000], axis=-1).astype(np.float32))
     code, found, _ = check_report(tmp_path / "in")
     assert code == 1 and list(found) == ["b"] and found["b"].startswith("channel 1: values from")
+    for name, factor in (("c", 1), ("d", 1000)):
+        write(tmp_path / f"files/{name}_0000.nii.gz", ct())
+        write(tmp_path / f"files/{name}_0001.nii.gz", (ct(1) / factor).astype(np.float32))
+    code, found, _ = check_report(tmp_path / "files")
+    assert code == 1 and list(found) == ["d"] and found["d"].startswith("channel 1: values from")
 
 
 def test_check_goes_by_what_dicom_slices_say_that_they_are(tmp_path):
