@@ -125,7 +125,8 @@ def _load(name: str, folder: Path) -> Dataset:
     )
     # A folder that preprocess.py wrote says of each case what its split is, unless somebody put a file there.
     told = name == prepared.NAME and not (home / SPLIT_FILE).is_file()
-    return with_patients(dataset if told else with_split(dataset, home), home)
+    own = name == table.NAME and any(case.split for case in dataset.cases)
+    return with_patients(dataset if told else with_split(dataset, home, own=own), home)
 
 
 def _missed(

@@ -27,20 +27,21 @@ WORDS: dict[str, Split] = {
 C = TypeVar("C", Case, PreparedCase)
 
 
-def with_split(dataset: Dataset, folder: Path) -> Dataset:
+def with_split(dataset: Dataset, folder: Path, *, own: bool = False) -> Dataset:
     """The dataset with the split of folder/splits_final.json, else with its own; its notes say what does not fit.
 
-    Where some cases are marked to train on, those in no list are not. Cases of the test part stay there. Raises
-    DatasetError: see `fit_split`.
+    own: its own split counts whatever the folder holds. Where some cases are marked to train on, those in no list are
+    not. Cases of the test part stay there. Raises DatasetError: see `fit_split`.
     """
     file = folder / FILE
-    if file.is_file():
+    if file.is_file() and not own:
         known = [case.id for case in dataset.cases if case.split != "test"]
         split, notes = fit_split(file, [*known, *(case for case, _ in dataset.skipped)])
         cases = tuple(marked(case, split) for case in dataset.cases)
     else:
         unread = f"{OLD_FILE} is of nnU-Net 1 and is not read; write its split as {FILE}"
         notes = (unread,) if (folder / OLD_FILE).is_file() else ()
+        notes = (f"{FILE} is not read, as the table says the split",) if file.is_file() else notes
         listed_ones = any(case.split == "train" for case in dataset.cases)
         cases = tuple(
             dataclasses.replace(case, in_split=case.split is not None) if listed_ones else case

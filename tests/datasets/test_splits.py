@@ -169,6 +169,15 @@ def test_rows_without_a_word_in_a_table_with_a_split(tmp_path):
     assert lists(table(tmp_path, ["", "", "", "val", "test"]))[2] == []
 
 
+def test_the_split_of_a_table_wins_over_a_split_file(tmp_path):
+    with_split(plain(tmp_path), [{"train": IDS[2:4], "val": IDS[:2]}])
+    dataset = table(tmp_path, ["train", "Train", "val", "test", ""])
+    assert lists(dataset) == (IDS[:2], IDS[2:3], ["x_4"])
+    assert "splits_final.json is not read, as the table says the split" in dataset.notes
+    # A table that says nothing of a split leaves it to the file.
+    assert lists(table(tmp_path, [""] * 5)) == (IDS[2:4], IDS[:2], ["x_4"])
+
+
 def test_columns_that_are_not_read_are_named(tmp_path):
     plain(tmp_path)
     (tmp_path / "cases.csv").write_text("image,label,fold,age\nimages/x_0.nii.gz,labels/x_0.nii.gz,0,7")
