@@ -57,7 +57,7 @@ class Earlier:
         by_flag: dict[str, list[str]] = {}
         for entry in kept:
             known = self.cases.get(entry["id"])
-            if known is None:
+            if known is None or not _is_of(known, entry["output"]):
                 continue
             entry |= {key: known[key] for key in ("configuration", "made_from", "remarks") if key in known}
             # The same weights are the same wherever they lie.
@@ -97,6 +97,8 @@ def origin_of(entry: Mapping[str, Any] | None, weights: Sequence[str], scan: Sca
     written by another program or an earlier version.
     """
     known = (entry or {}).get("made_from")
+    if entry is None or not _is_of(entry, result.name):
+        return "unknown"
     if not isinstance(known, Mapping) or not known.get("scan") or not known.get("result"):
         return "unknown"
     try:
@@ -108,6 +110,11 @@ def origin_of(entry: Mapping[str, Any] | None, weights: Sequence[str], scan: Sca
     except DatasetError:
         # Said when the scan's turn comes.
         return "scan"
+
+
+def _is_of(entry: Mapping[str, Any], name: str) -> bool:
+    """Whether an entry is about the result of that name: of another format there may be one beside it."""
+    return entry.get("output", name) == name
 
 
 def read_earlier(folder: Path) -> Earlier:
@@ -123,8 +130,11 @@ def read_earlier(folder: Path) -> Earlier:
     rows = entries if isinstance(entries, list) else []
     found = {}
     for row in [*rows, *_notes(folder)]:
-        configuration = row.get("configuration", report.get("configuration")) if isinstance(row, dict) else None
-        if isinstance(configuration, dict) and isinstance(row.get("id"), str):
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+            continue
+        # What was kept without anything known of it was not made by the run that kept it.
+        configuration = row.get("configuration", None if row.get("kept") else report.get("configuration"))
+        if isinstance(configuration, dict):
             found[one_form(row["id"])] = row | {"configuration": configuration}
             if not isinstance(row.get("remarks", []), list):
                 del found[one_form(row["id"])]["remarks"]
@@ -133,7 +143,7 @@ def read_earlier(folder: Path) -> Earlier:
 
 def note(folder: Path, entry: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
     """Write down what made a result, for a next run, should this one not come to write run.json."""
-    known = {key: entry[key] for key in ("id", "made_from", "remarks") if key in entry}
+    known = {key: entry[key] for key in ("id", "output", "made_from", "remarks") if key in entry}
     row = known | {"configuration": configuration}
     with contextlib.suppress(OSError), _notes_file(folder).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom_series import files_below, has_series, is_scan
+from mambahome_jax.imaging.dicom_series import files_below, files_in, has_series, is_scan
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, hidden, scan_stem, suffix_of
 from mambahome_jax.paths import fault_of_letters, one_form
 
@@ -86,9 +86,10 @@ def scans_in(folder: Path) -> dict[str, Path]:
 
 def parts(path: Path) -> list[Path]:
     """The files that a scan consists of, sorted: those of a folder of slices, or of the folders below where it has
-    none; a .mhd with its voxels, which lie beside it. Raises DatasetError: a folder that cannot be read."""
+    none, without what is no scan by its name; a .mhd with its voxels, which lie beside it. Raises DatasetError: a
+    folder that cannot be read."""
     if path.is_dir():
-        return list(listing(path)[1].values()) if has_series(path) else files_below(path)
+        return files_in(path) if has_series(path) else files_below(path)
     voxels = [path.with_suffix(suffix) for suffix in (".raw", ".zraw")] if path.suffix.lower() == ".mhd" else []
     return [path, *(file for file in voxels if file.is_file())]
 

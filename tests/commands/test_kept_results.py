@@ -15,6 +15,7 @@ from mambahome_jax.imaging.volume import read_labels
 from mambahome_jax.model.digest import digest_of
 from tests.commands.scans import write
 from tests.commands.test_infer_options import PROPERTIES, config, labels_of
+from tests.imaging.dicom_files import write_slice
 from tests.inference.models import Levels
 
 ONE, TWO = (Levels(levels, metadata=PROPERTIES) for levels in ((0.0, 0.5, 1.0), (0.0, 1.0, 0.5)))
@@ -129,6 +130,26 @@ def test_results_of_an_earlier_version_are_kept_and_named(settings, capsys):
         UNKNOWN,
         "Note: some of those that are kept were made by another --keep_largest: one, two",
     ]
+
+
+def test_results_in_another_format_beside_tell_nothing_of_those_that_are_there(settings, capsys):
+    assert infer.run(dataclasses.replace(settings, output_format="nrrd")) == 0
+    # run.json is about the others now.
+    assert again(settings, capsys) == ([UNKNOWN], ["one", "two"])
+    assert again(dataclasses.replace(settings, keep_largest=("all",)), capsys) == ([UNKNOWN], ["one", "two"])
+
+
+def test_notes_beside_the_slices_of_a_scan_are_no_part_of_it(tmp_path, capsys, use):
+    settings = dataclasses.replace(config(tmp_path), data_path=tmp_path / "dicom", skip_existing=True)
+    for number in range(20):
+        place = tmp_path / f"dicom/one/IM{number}"
+        write_slice(place, np.full((18, 12), 20 * number - 175, np.int16), (0, 0, number), number=number)
+    assert infer.run(settings) == 0
+    for name in ("notes.txt", "DICOMDIR", "report.pdf"):
+        (tmp_path / "dicom/one" / name).write_bytes(b"seen")
+    assert again(settings, capsys) == ([], ["one"])
+    place.write_bytes(place.read_bytes()[:-2] + b"\1\1")
+    assert again(settings, capsys)[0] == ["Segmented again, as their scans changed since: one"]
 
 
 def test_what_a_stopped_run_made_is_known(tmp_path, capsys, use, monkeypatch):
