@@ -164,7 +164,7 @@ def _scans_of(root: Path, found: Search) -> tuple[list[Scan], list[dict[str, str
     # Of a folder that preprocess wrote only what its dataset.json names.
     others = unlisted_files(root, direct)
     failures = [{"id": scan_stem(Path(name)), "reason": reason} for name, reason in others.items()]
-    failures += [{"id": case, "reason": reason} for case, reason in absent_images(root, direct).items()]
+    failures += [{"id": case, "reason": reason} for case, reason in absent_images(root).items()]
     part = root.name in DATASET_FOLDERS
     dataset = _dataset(root.parent if part else root) if part or not direct else None
     modalities = {} if dataset is None else _by_path(dataset.cases)

@@ -11,10 +11,10 @@ import numpy as np
 
 from mambahome_jax.config import CtScale, Modality
 from mambahome_jax.datasets.base import Case, Dataset, PatientSource, Split, label_names, read_json
-from mambahome_jax.datasets.files import fault_of_name
+from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.label_values import table_of_values
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.files import write_text
+from mambahome_jax.imaging.files import suffix_of, write_text
 from mambahome_jax.paths import as_on_disk, local_path, one_form
 
 NAME = "prepared"
@@ -122,9 +122,18 @@ def load(folder: Path) -> Dataset:
         dict(prepared.labels),
         cases,
         prepared.skipped,
+        notes=_of_no_case(prepared),
         patients=prepared.patients,
         values=dict(prepared.values),
     )
+
+
+def _of_no_case(prepared: Prepared) -> tuple[str, ...]:
+    """A note that names the scans which lie in the folder and are of no case; empty without any."""
+    known = {one_form(path) for case in prepared.cases for path in (case.image, case.label) if path is not None}
+    there = [f"{part}/{name}" for part in _PARTS for name in listing(prepared.root / part)[1] if suffix_of(name)]
+    others = [path for path in there if one_form(path) not in known]
+    return (f"of no case in {DESCRIPTION}, and left out: {listed(others)}",) if others else ()
 
 
 def read_prepared(folder: Path) -> Prepared:
@@ -212,15 +221,15 @@ def unlisted_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return {name: f"{folder / name}: {reason}" for name in names if one_form(name) not in known}
 
 
-def absent_images(folder: Path, names: Iterable[str]) -> dict[str, str]:
+def absent_images(folder: Path) -> dict[str, str]:
     """{case: reason} of the cases whose image should be in a folder, the images/ of a preprocessed one, and is not.
 
-    names: of files in `folder`. Raises DatasetError: see `read_prepared`.
+    Raises DatasetError: see `read_prepared`.
     """
     prepared = cases_around(folder)
     if prepared is None or Path(os.path.realpath(folder)).name != "images":
         return {}
-    present = {one_form(name) for name in names}
+    present = {one_form(name) for name in listing(folder)[1]}
     files = {case.id: Path(case.image) for case in prepared.cases if not Path(case.image).is_absolute()}
     reason = f"not found, which {DESCRIPTION} lists. Run preprocess again"
     return {

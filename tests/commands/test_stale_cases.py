@@ -13,6 +13,7 @@ from mambahome_jax.config import PreprocessConfig
 from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import load_dataset, read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.imaging.volume import read_volume, write_volume
 from tests.commands.scans import description, preprocess_config, scan, write
 
 CASES = {"a", "b", "c"}
@@ -234,6 +235,20 @@ def test_infer_names_what_dataset_json_lists_and_is_not_there(config):
     _, scans, failures = find_scans(config.output_path)
     assert [scan.case for scan in scans] == ["a", "c"]
     assert [(failure["id"], "b.nii.gz: not found" in failure["reason"]) for failure in failures] == [("b", True)]
+
+
+def test_an_image_that_is_there_in_two_formats_is_not_said_to_be_missing(config):
+    image = read_volume(config.output_path / "images/b.nii.gz")
+    write_volume(config.output_path / "images/b.nrrd", image)
+    _, scans, failures = find_scans(config.output_path)
+    assert [scan.case for scan in scans] == ["a", "c"]
+    assert [failure["id"] for failure in failures] == ["b"] and "would have one name" in failures[0]["reason"]
+
+
+def test_what_remains_is_named_where_the_folder_is_checked_or_preprocessed_once_more(remaining):
+    note = "of no case in dataset.json, and left out: images/a.nii.gz, labels/a.nii.gz"
+    (remaining / "images/readme.txt").touch()
+    assert note in load_dataset(remaining).notes
 
 
 def test_files_in_another_unicode_form_are_those_of_their_case(tmp_path, capsys):
