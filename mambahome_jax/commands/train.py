@@ -366,5 +366,6 @@ def _opened(data: Path, work: Path, config: TrainConfig, console: Console) -> tu
         dataset, work, spacing=None, modality=config.modality, num_workers=None, nifti=False, console=console
     )
     if not summary.entries:
-        raise DatasetError("none of its cases can be used", file=data, expected="scans with labels")
+        action = "Run preprocess.py on it with the flags that the reasons above name, and train on what it writes."
+        raise DatasetError("none of its cases can be used", file=data, expected="scans with labels", action=action)
     return summary.prepared, list(summary.failed)

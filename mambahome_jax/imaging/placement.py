@@ -120,5 +120,5 @@ def _note(nifti: nib.Nifti1Header, wanted: np.ndarray | None, shape: tuple[int, 
     mm *= mm_per_unit(nifti)
     return (
         f"ITK programs (3D Slicer, ITK-SNAP, SimpleITK) show it up to {mm:.3g} mm ({voxels:.2g} voxels) off, as NIfTI "
-        "cannot say to them that its axes are not at right angles; .nrrd or .mha would lie on the scan there too"
+        "cannot say its place to them and to others alike; .nrrd or .mha would lie on the scan there too"
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from mambahome_jax.commands import check, evaluate, infer, preprocess, report
+from mambahome_jax.commands import check, evaluate, infer, preprocess, report, train
 from mambahome_jax.config import (
     CheckConfig,
     DataProperties,
@@ -16,10 +16,11 @@ from mambahome_jax.config import (
     InferConfig,
     PreprocessConfig,
     ReportConfig,
+    TrainConfig,
 )
 from mambahome_jax.data.prepare import CaseJob, prepare_case
 from mambahome_jax.datasets.base import Case
-from mambahome_jax.errors import ConfigError
+from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.volume import read_labels, read_volume
 from tests.imaging.dicom_files import write_slice
 from tests.imaging.nifti_headers import MOVED, OBLIQUE, STRAIGHT, apart, in_itk, save, sheared
@@ -188,6 +189,11 @@ def test_a_wrong_unit_is_named_and_mended_by_every_command(wrong, levels, capsys
     assert json.loads((wrong / "eval/summary.json").read_text())["mean"]["dice"] == 1
     assert report.run(ReportConfig(wrong / "eval", **folders, images=wrong / "images")) == 0
     assert infer.run(inference(wrong, spacing_scale=1)) == 0
+
+
+def test_training_on_scans_of_no_size_names_the_command_that_takes_the_flag(wrong, tmp_path):
+    with pytest.raises(DatasetError, match=r"Run preprocess.py on it with the flags that the reasons above name"):
+        train.run(TrainConfig(data_train=wrong, output_dir=tmp_path / "run", steps=1))
 
 
 def test_a_preprocessed_case_is_made_again_for_another_scale(wrong):

@@ -116,6 +116,16 @@ def test_a_place_that_nifti_cannot_say_is_warned_of_beside_a_scan(tmp_path):
         write_volume(tmp_path / "result.nrrd", scan)
 
 
+def test_lengths_that_contradict_the_sform_are_not_said_to_be_shear(tmp_path):
+    def edit(header):
+        header["pixdim"][1:4] = 1
+
+    scan = read_volume(save(tmp_path / "scan.nii", STRAIGHT, 1, STRAIGHT, 0, edit=edit))
+    assert write_volume(tmp_path / "result.nii.gz", scan, warn=False) is None
+    note = write_volume(tmp_path / "turned.nii.gz", reorient(scan, "PIR"), warn=False)
+    assert "cannot say its place to them and to others alike; .nrrd" in note and "right angles" not in note
+
+
 def test_headers_that_nibabel_mends_are_handed_on_as_they_are_stored(tmp_path):
     def edit(header):
         header["pixdim"][0], header["pixdim"][1], header["descrip"] = -0.5, -1.5, b"Doe, Jane"
