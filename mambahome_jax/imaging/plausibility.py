@@ -5,7 +5,7 @@ Every rule is for values that no scan of the modality has, not for rare ones: cr
 pass. What is said of good scans is soon read of none.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,6 +133,14 @@ def volume_remark(volumes_ml: Mapping[str, float], ranges: ScanRanges | None) ->
     more = f" and {len(odd) - _NAMED} more structures" if len(odd) > _NAMED else ""
     expected = ", ".join(_between(item.least, item.most) for item, _ in odd[:_NAMED])
     return Remark(f"found {found}{more}", f"about {expected} ml, as in training", "Look at the result before its use.")
+
+
+def modality_remark(modality: Modality, trained: Collection[Modality]) -> Remark | None:
+    """Whether a network never saw a scan of this modality; trained: those that it saw, none where that is unknown."""
+    if not trained or modality in trained:
+        return None
+    expected = f"{' or '.join(sorted(_NAMES[name] for name in trained))}, as in training"
+    return Remark(f"taken for {_NAMES[modality]}", expected, "It needs another modality or model.")
 
 
 def guessed_modality(extremes: Sequence[tuple[float, float]]) -> Modality:

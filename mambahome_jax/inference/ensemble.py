@@ -48,6 +48,13 @@ def ranges_of(model: Any, modality: Modality) -> ScanRanges | None:
     return dataclasses.replace(ranges, structures=()) if poor else ranges
 
 
+def modalities_of(model: Any) -> frozenset[Modality]:
+    """The modalities that a network was trained on, any of an ensemble; empty where one of them does not say."""
+    found = [metadata_of(member) for member in members_of(model)]
+    named = [frozenset(item.modality for item in data.ranges) if data else frozenset() for data in found]
+    return frozenset().union(*named) if all(named) else frozenset()
+
+
 def is_published(model: Any) -> bool:
     """Whether a network says nothing of its training, as one of published weights; a callable that is none is not."""
     return isinstance(members_of(model)[0], nnx.Module) and metadata_of(model) is None

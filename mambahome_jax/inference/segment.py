@@ -18,9 +18,16 @@ from mambahome_jax.datasets.mirror import AXES
 from mambahome_jax.errors import ConfigError, DatasetError, ScanWarning
 from mambahome_jax.imaging.geometry import Order, coarse_remark, orientation_of, reorient
 from mambahome_jax.imaging.labels import replace_values
-from mambahome_jax.imaging.plausibility import scan_remark, volume_remark
+from mambahome_jax.imaging.plausibility import modality_remark, scan_remark, volume_remark
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.ensemble import check_members, is_published, members_of, metadata_of, ranges_of
+from mambahome_jax.inference.ensemble import (
+    check_members,
+    is_published,
+    members_of,
+    metadata_of,
+    modalities_of,
+    ranges_of,
+)
 from mambahome_jax.inference.mirrors import mirrored, mirrors_for
 from mambahome_jax.inference.postprocess import ALL, postprocess, values_named, volumes_ml
 from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
@@ -133,7 +140,7 @@ def case_remark(
     """
     ranges = ranges_of(model, modality)
     remark = scan_remark(volume.array, volume.affine, modality, ranges)
-    remark = remark or volume_remark(structures_ml or {}, ranges)
+    remark = remark or modality_remark(modality, modalities_of(model)) or volume_remark(structures_ml or {}, ranges)
     return None if remark is None else str(remark)
 
 

@@ -111,6 +111,15 @@ def test_infer_names_a_scan_of_another_size_and_kept_structures_alone_count(tmp_
     assert "far off along R-L; expected about 60 to 70 x 16 x 24 mm" in run_infer(monkeypatch, tmp_path, model)["a"][0]
 
 
+def test_infer_names_a_scan_of_a_modality_that_the_network_never_saw(tmp_path, monkeypatch):
+    write(tmp_path / "in/a.nii.gz", ct())
+    trained = network(modality="mr", ranges=(ScanRanges("mr", 3, SIZE, ()),))
+    (found,) = run_infer(monkeypatch, tmp_path, trained, modality="ct")["a"]
+    assert found == "taken for CT; expected MR, as in training. It needs another modality or model."
+    both = network(ranges=tuple(ScanRanges(name, 3, SIZE, ()) for name in ("ct", "mr")))
+    assert run_infer(monkeypatch, tmp_path, both, modality="ct") == {"a": []}
+
+
 def test_segment_warns(tmp_path):
     image = ct()
     fine, high = (mh.Volume((image + offset).astype(float), AFFINE) for offset in (0, 1024))
