@@ -22,12 +22,14 @@ def case_digests(prepared: Prepared, cases: Sequence[str]) -> dict[str, str]:
 
 
 def trained_on(train: Iterable[StoreEntry], val: Iterable[StoreEntry]) -> list[str]:
-    """Ids of those in `val` whose image is that of a case in `train`, whatever the two are called."""
+    """Ids of those in `val` whose image is that of a case in `train`, or was made of the same files, whatever the two
+    are called."""
     train, val = list(train), list(val)
     # Where a store of an earlier version has none, intensities to the last digit have to do.
     checksums = all(entry.checksum for entry in (*train, *val))
     known = {_image_key(entry, checksums) for entry in train}
-    return [entry.id for entry in val if _image_key(entry, checksums) in known]
+    files = {content for entry in train if (content := _files(entry))}
+    return [entry.id for entry in val if _image_key(entry, checksums) in known or _files(entry) in files]
 
 
 def trained_on_notes(cases: Sequence[str], of: int, same_folder: bool) -> tuple[str, ...]:
@@ -98,6 +100,12 @@ def _summary(cases: Mapping[str, str]) -> dict[str, str | None]:
 
 def _image_key(entry: StoreEntry, checksum: bool) -> str:
     return _hash([entry.shape, entry.channels, _intensities(entry), entry.checksum[:CRC_LETTERS] if checksum else ""])
+
+
+def _files(entry: StoreEntry) -> str | None:
+    """Digest of the files that a case was made of, at whatever spacing; None where an earlier version made it."""
+    sources = entry.fingerprint.get("sources")
+    return sources.get("content") if isinstance(sources, Mapping) else None
 
 
 def _intensities(entry: StoreEntry) -> list[tuple[float, ...]]:

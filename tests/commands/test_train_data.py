@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from mambahome_jax.commands import preprocess
 from mambahome_jax.commands import train as command
 from mambahome_jax.commands.train_data import case_digests, data_differences, data_summary
 from mambahome_jax.commands.train_report import data_notes, new_report
@@ -15,6 +16,7 @@ from mambahome_jax.data.store import Store, write_case, write_index
 from mambahome_jax.datasets.prepared import read_prepared, write_prepared
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.intensity import statistics
+from tests.commands.scans import preprocess_config
 from tests.commands.test_train import _config, _dataset, _small, small_networks  # noqa: F401
 
 
@@ -206,6 +208,17 @@ def test_a_copy_on_the_other_side_of_the_split_is_said(tmp_path):
     write_again(data, "c4", image=Store(data).read_image("c1"))
     note = "1 of 1 cases to validate on are images that are trained on too (c4); scores tell nothing of unseen cases"
     assert said(data)[1] == (note,)
+
+
+def test_the_same_scans_at_another_spacing_are_said(tmp_path):
+    settings = preprocess_config(tmp_path)
+    coarse = dataclasses.replace(settings, output_path=tmp_path / "coarse", spacing=(2, 2, 3))
+    assert preprocess.run(settings) == preprocess.run(coarse) == 0
+    data, data_val = settings.output_path, coarse.output_path
+    # One by another version, which did not write down what it was made of.
+    write_again(data_val, "c", fingerprint={"sources": [["where", 1, 2]]})
+    note = "2 of 3 cases to validate on are images that are trained on too (a, b); scores tell nothing of unseen cases"
+    assert said(data, data_val)[1] == (note,)
 
 
 def test_nothing_is_said_of_other_images(whole, tmp_path):
