@@ -204,11 +204,12 @@ def _series_of_cases(root: Path, found: Iterable[Found], cases: Iterable[Case]) 
 
     The name is that of the case, as label maps have it; of several series with what tells them apart behind it.
     """
-    names = {case.image: case.id for case in cases if not case.images}
+    slices = [one for one in found if not suffix_of(one.path.name)]
+    names = {case.image: case.id for case in cases if not case.images} if slices else {}
     groups: dict[Path, list[Found]] = {}
-    for one in found if names else ():
+    for one in slices:
         home = next((path for path in (one.path, *one.path.parents) if path in names), None)
-        if home is not None and home.is_dir():
+        if home is not None:
             groups.setdefault(home, []).append(one)
     result = {}
     for home, series in groups.items():
