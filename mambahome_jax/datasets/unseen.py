@@ -9,7 +9,7 @@ from pathlib import Path
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.files import listed, of_one_kind
 from mambahome_jax.datasets.scans import is_output, of_labels, search
-from mambahome_jax.imaging.dicom_series import sort_out
+from mambahome_jax.imaging.dicom_series import is_scan, sort_out
 from mambahome_jax.imaging.files import SCAN_SUFFIXES, hidden, scan_stem
 from mambahome_jax.imaging.formats import content_of, foreign_stem, kind_in, reason_of, without_second_halves
 
@@ -36,7 +36,8 @@ def unseen(
         if folder in images:
             look.beside_images(home, images[folder] > 1 or of_one_kind(home.name), known if unlisted else None)
         else:
-            look.foreign(path for path in look.unused(home) if kind_in(path) == "foreign")
+            look.beside_labels(home)
+    look.unused_parts(root, known if unlisted else None)
     look.around(root, not any(of_one_kind(Path(folder).name) for folder in images), known)
     return look.skipped, look.beside
 
@@ -101,6 +102,31 @@ class _Look:
             if not of_labels(path.name):
                 self._folder(path, many)
 
+    def beside_labels(self, home: Path) -> None:
+        """Other formats and DICOM beside label maps; what else lies there is of no scan."""
+        paths = {path: kind_in(path) for path in self.unused(home)}
+        self.foreign(path for path, kind in paths.items() if kind == "foreign")
+        others = [path for path, kind in paths.items() if kind in ("slice", "unknown")]
+        contents = sort_out(path for path in others if path.is_file())
+        slices = [*contents.beside, *(path for one in contents.series for path in one.paths)]
+        for folder in others if of_one_kind(home.name) else ():
+            if folder.is_dir() and is_scan(folder):
+                slices.append(folder)
+            elif folder.is_dir() and (found := search(folder).scans):
+                names = listed((one.path.name for one in found), 3)
+                self.skipped.append((folder.name, f"{folder}: label maps of no case ({names}). Move them to {home}"))
+        reason = "DICOM, which is not read as a label map. Convert it to a file, for example .nii.gz"
+        self.skipped += [(path.stem, f"{path}: {reason}") for path in slices]
+
+    def unused_parts(self, root: Path, known: Collection[str] | None) -> None:
+        """Folders of images alone in which no file is of a case."""
+        for path in self.unused(root) if root.is_dir() else ():
+            if path.is_dir() and of_one_kind(path.name):
+                if path.name.lower().startswith("images"):
+                    self.beside_images(path, True, known)
+                else:
+                    self.beside_labels(path)
+
     def foreign(self, paths: Iterable[Path]) -> None:
         """Files of formats that are not read."""
         for path in without_second_halves(list(paths)):
@@ -115,8 +141,11 @@ class _Look:
             name = path.name
             # Cases of a folder of several are called <folder>_<rest>.
             if any(one == name or one.startswith(f"{name}_") for one in known):
-                continue
-            if path.is_dir() and not of_labels(name) and not of_one_kind(name):
+                if path.is_dir() and name in known:
+                    self.skipped += [(f"{name}_{other}", reason) for other, reason in search(path).failures]
+            elif by_case and str(root) not in self.used and path.is_file() and kind_in(path) == "scan":
+                self.beside.append(str(path))
+            elif path.is_dir() and not of_labels(name) and not of_one_kind(name):
                 self._folder(path, by_case)
 
     def _folder(self, path: Path, case: bool) -> None:

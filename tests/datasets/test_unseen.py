@@ -131,3 +131,27 @@ def test_check_of_scans_alone_takes_the_series_that_infer_takes(tmp_path, capsys
     assert check.run(config) in (0, 1)
     assert json.loads((tmp_path / "check.json").read_text())["cases"] == 1
     assert "folders of label maps" in " ".join(capsys.readouterr().out.split())
+
+
+def test_label_maps_that_are_not_read_are_named(tmp_path):
+    touch(tmp_path, *(f"images/p{number}.nii.gz" for number in range(1, 6)), "labels/p2.nii.gz", "labels/below/p3.nii")
+    write_slice(tmp_path / "labels/p1.dcm", np.zeros((4, 5), np.int16), sop_class=RTSTRUCT)
+    series(tmp_path / "labels/p4")
+    touch(tmp_path, "labels/notes.txt", "labels/README", "labels/previews/p1.png")
+    found = skipped(tmp_path)
+    assert set(found) == {"p1", "p4", "below"} and "label maps of no case (p3.nii)" in found["below"]
+    assert "p1.dcm: DICOM, which is not read as a label map" in found["p1"] and "labels/p4: DICOM" in found["p4"]
+
+
+def test_parts_of_a_dataset_without_a_case_are_looked_into(tmp_path):
+    touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesTs/b.nii.zst", "labelsTs/c.mgz")
+    series(tmp_path / "imagesTs/e")
+    (tmp_path / "dataset.json").write_text(json.dumps(NNUNET))
+    assert set(skipped(tmp_path)) == {"b", "c", "e"}
+
+
+def test_of_a_case_without_its_scan_other_formats_are_named(tmp_path):
+    touch(tmp_path, "BDMAP_00000001/ct.nii.gz", "BDMAP_00000001/combined_labels.nii.gz", "BDMAP_00000002/ct.mgz")
+    touch(tmp_path, "loose.nii.gz")
+    dataset = load_dataset(tmp_path)
+    assert "FreeSurfer" in dict(dataset.skipped)["BDMAP_00000002_ct"] and "loose.nii.gz" in " ".join(dataset.notes)
