@@ -166,12 +166,16 @@ def _scans_of(root: Path, found: Search) -> tuple[list[Scan], list[dict[str, str
     failures = [{"id": scan_stem(Path(name)), "reason": reason} for name, reason in others.items()]
     failures += [{"id": case, "reason": reason} for case, reason in absent_images(root).items()]
     part = root.name in DATASET_FOLDERS
-    dataset = _dataset(root.parent if part else root) if part or not direct else None
+    # Beside scan files of the folder itself a dataset only says which of the files below are label maps.
+    below = bool(direct) and any(one.depth for one in found.scans)
+    dataset = _dataset(root.parent if part else root) if part or not direct or below else None
     modalities = {} if dataset is None else _by_path(dataset.cases)
     of_cases = _series_of_cases(root, found.scans, () if dataset is None else dataset.cases)
     homes = {home for home, _ in of_cases.values()}
     listing_cases = dataset is not None and not part and bool(dataset.cases)
     cases = [case for case in dataset.cases if case.image not in homes] if listing_cases and dataset else []
+    drawn = {path for case in cases for path in case.label_files} if below else set()
+    cases = [] if below else cases
     scans = [Scan(case.id, case.image, modalities.get(case.image), case.images) for case in cases]
     used = {path for case in cases for path in (*case.image_files, *case.label_files)}
     names = {scan.case for scan in scans}
@@ -182,8 +186,9 @@ def _scans_of(root: Path, found: Search) -> tuple[list[Scan], list[dict[str, str
             continue
         if others and one.depth == 0 and one.path.name in others:
             continue
-        unlisted = listing_cases and one not in of_cases
-        if unlisted and dataset is not None and (dataset.layout in LISTED or _LABEL.search(name)):
+        unlisted = listing_cases and one not in of_cases and not (below and one.depth == 0)
+        no_scan = dataset is not None and (dataset.layout in LISTED or bool(_LABEL.search(name)))
+        if one.path in drawn or (unlisted and no_scan):
             labels.append(name)
         elif fault_of_name(name):
             reason = f"{str(one.path)!r}: {fault_of_name(name)}"

@@ -193,6 +193,14 @@ def test_series_of_a_case_are_called_as_its_label_map_is(tmp_path):
     assert one.case == "two_5"
 
 
+def test_label_maps_of_a_dataset_below_its_scans_are_no_scans(tmp_path):
+    touch(tmp_path, "100000_00001_0000.nii.gz", "100000_00002_0000.nii.gz", "more/x.nii.gz")
+    touch(tmp_path, *(f"panorama_labels/{kind}_labels/100000_00001.nii.gz" for kind in ("manual", "automatic")))
+    found = look_for_scans(tmp_path)
+    assert [scan.case for scan in found.scans] == ["100000_00001_0000", "100000_00002_0000", "more_x"]
+    assert found.failures == [] and "manual_labels_100000_00001" in " ".join(found.notes)
+
+
 def test_of_two_forms_of_a_file_a_dataset_has_chosen_one(tmp_path):
     touch(tmp_path, *(f"sub-001/anat/sub-001_{end}" for end in ("T2w.nii.gz", "T2w.nii", "dseg.nii.gz")))
     found = look_for_scans(tmp_path)
