@@ -25,6 +25,7 @@ _SYNONYMS = {
 # Layouts in which anybody's data may lie: a patient "01" of one folder is not that of another. Two folders of one
 # published dataset are parts or versions of it, and a patient may have scans in both.
 _ANYBODYS = frozenset({"prepared", "nnunet_raw", "decathlon", "csv", "images_labels", "published", ""})
+_NAME_THEM = 'Name them in a dataset.json in its folder: {"labels": {"1": "liver"}}.'
 _SIDES = {"left": "left", "l": "left", "right": "right", "r": "right"}
 
 
@@ -137,8 +138,7 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
     names = _distinct_names(datasets)
     for dataset in datasets:
         if not dataset.labels:
-            action = 'Name them in a dataset.json in its folder: {"labels": {"1": "liver"}}.'
-            raise DatasetError("labels without names cannot be joined", file=dataset.name, action=action)
+            raise DatasetError("labels without names cannot be joined", file=dataset.name, action=_NAME_THEM)
         if len(dataset.channels) != len(datasets[0].channels):
             found, expected = (f"{len(d.channels)} channels" for d in (dataset, datasets[0]))
             raise DatasetError(found, file=dataset.name, expected=f"{expected} as in {datasets[0].name}")
@@ -202,7 +202,9 @@ def _value_of(part: int | str, dataset: Dataset) -> int:
         alike = [value for value, name in dataset.labels.items() if structure_key(name) == structure_key(part)]
         if exact or len(alike) == 1:
             return (exact or alike)[0]
-    known = ", ".join(f"{value} {name}" for value, name in dataset.labels.items()) or "labels without names"
+    if not dataset.labels:
+        raise DatasetError(f"no structure {part!r}: labels without names", file=dataset.name, action=_NAME_THEM)
+    known = ", ".join(f"{value} {name}" for value, name in dataset.labels.items())
     raise DatasetError(f"no structure {part!r}", file=dataset.name, expected=f"one of: {known}")
 
 

@@ -112,6 +112,11 @@ def test_joined_datasets():
     assert merged.cases[1].values == {1: 2, 3: 1}
 
 
+def test_structures_of_labels_without_names_cannot_be_chosen():
+    with pytest.raises(DatasetError, match=r"no structure 'spleen': labels without names. Name them in a dataset.json"):
+        select_structures(dataset({}), ["spleen"])
+
+
 def test_datasets_that_cannot_be_joined():
     with pytest.raises(DatasetError, match="labels without names"):
         join_datasets([dataset({1: "a"}), dataset({})])
