@@ -145,6 +145,9 @@ def prepare(
     kept = tuple(entries)
     if kept:
         _say(console, f"{len(kept)} of {len(jobs)} cases are up to date and kept (--overwrite does them again)")
+    # What is odd about a case is so in every run.
+    for entry in entries.values():
+        _say_remarks(entry, console)
     with begun(output, earlier, jobs) if todo else contextlib.nullcontext():
         failing = _work(todo, entries, num_workers, console)
     labels, values = dict(dataset.labels), dict(dataset.values)
@@ -216,8 +219,7 @@ def _work(
             finished.add(job.case.id)
             if isinstance(result, StoreEntry):
                 entries[job.case.id] = result
-                for remark in result.remarks:
-                    _say(console, f"Note: {job.case.id}: {remark}")
+                _say_remarks(result, console)
                 continue
             if isinstance(result, OutputError) and not entries:
                 raise result
@@ -229,6 +231,11 @@ def _work(
                 failed += [(case, "not begun, as the output folder cannot be written") for case in given_up]
                 break
     return failed
+
+
+def _say_remarks(entry: StoreEntry, console: Console) -> None:
+    for remark in entry.remarks:
+        _say(console, f"Note: {entry.id}: {remark}")
 
 
 def _reason(error: BaseException, console: Console) -> str:
