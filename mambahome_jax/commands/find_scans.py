@@ -10,7 +10,7 @@ from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.case_names import CHANNEL, channels_of
 from mambahome_jax.datasets.files import fault_of_name, listed, listing, of_one_kind, twins_note
-from mambahome_jax.datasets.prepared import absent_images, unlisted_files
+from mambahome_jax.datasets.prepared import absent_images, detect, unlisted_files
 from mambahome_jax.datasets.registry import LISTED, load_dataset
 from mambahome_jax.datasets.scans import Found, Search, is_output, search
 from mambahome_jax.errors import DatasetError
@@ -122,6 +122,9 @@ def _single(path: Path) -> Scan:
 
 def _root(data_path: Path, leave: Collection[Path]) -> tuple[Path, Search, Search]:
     """The folder whose scans are meant, what it holds, and what lies beside it."""
+    if detect(data_path):
+        # Arrays that preprocess wrote are no scans.
+        leave = (*leave, data_path / "store")
     if not _holds_scan_files(data_path):
         folders, files = listing(data_path)
         for name in SCAN_FOLDERS:

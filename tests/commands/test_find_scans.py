@@ -2,10 +2,12 @@
 
 import pytest
 
-from mambahome_jax.commands.find_scans import find_scans, join_channels
-from mambahome_jax.commands.preprocess import run
+from mambahome_jax.commands.find_scans import find_scans, join_channels, look_for_scans
+from mambahome_jax.commands.preprocess import prepare, run
 from mambahome_jax.config import PreprocessConfig
+from mambahome_jax.datasets import load_dataset
 from mambahome_jax.errors import DatasetError
+from tests.commands.scans import preprocess_config
 from tests.datasets import miniatures
 from tests.datasets.drawn import draw, write
 
@@ -18,6 +20,14 @@ def test_each_scan_of_a_mixed_dataset_has_its_own_modality(tmp_path):
     run(PreprocessConfig(tmp_path / "in", tmp_path / "out", spacing=(0, 0, 0), num_workers=1))
     scans = find_scans(tmp_path / "out")[1]
     assert {scan.case: scan.modality for scan in scans}["amos_0507"] == "mr"
+
+
+def test_the_arrays_of_a_preprocessed_folder_are_not_looked_at(tmp_path):
+    scans = preprocess_config(tmp_path)
+    prepare(load_dataset(scans.input_path), scans.output_path, spacing=None, nifti=False)
+    found = look_for_scans(scans.output_path)
+    assert [scan.path.parent.parent for scan in found.scans] == [scans.input_path] * 3
+    assert (found.failures, found.notes) == ([], ())
 
 
 def test_scans_in_a_folder_a_case_are_found(tmp_path):
