@@ -14,8 +14,8 @@ from mambahome_jax.datasets.prepared import absent_images, detect, unlisted_file
 from mambahome_jax.datasets.registry import LISTED, load_dataset
 from mambahome_jax.datasets.scans import Found, Search, is_output, search
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, hidden, scan_stem, suffix_of
-from mambahome_jax.imaging.formats import content_of, kind_in, reason_of
+from mambahome_jax.imaging.files import SCAN_SUFFIXES, hidden, scan_stem, suffix_of
+from mambahome_jax.imaging.formats import kind_of, no_scan
 from mambahome_jax.paths import own_name
 
 # Folders that hold the scans when the folder itself holds none: of the Decathlon, of preprocess.py.
@@ -107,17 +107,9 @@ def look_for_scans(data_path: Path, series: Collection[str] = (), leave: Collect
 
 def _single(path: Path) -> Scan:
     """A scan file. Raises DatasetError: it is none."""
-    kind = kind_in(path)
-    if kind == "scan":
-        return Scan(scan_stem(path), path)
-    if kind == "foreign":
-        raise DatasetError(reason_of(path))
-    content = content_of(path)
-    if content and content != "DICOM":
-        raise DatasetError(reason_of(path, content))
-    found = "a DICOM file" if content or kind == "slice" else "not a scan by its name"
-    action = "For DICOM, name the folder of the slices."
-    raise DatasetError(found, file=path, expected=alternatives(SCAN_SUFFIXES), action=action)
+    if kind_of(path) != "scan":
+        raise no_scan(path)
+    return Scan(scan_stem(path), path)
 
 
 def _root(data_path: Path, leave: Collection[Path]) -> tuple[Path, Search, Search]:

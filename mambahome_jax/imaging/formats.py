@@ -7,7 +7,7 @@ from typing import Literal
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_elements import is_dicom
-from mambahome_jax.imaging.files import head_of, suffix_of
+from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, head_of, suffix_of
 
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 Kind = Literal["scan", "slice", "foreign", "unknown", "other"]
@@ -116,6 +116,18 @@ def reason_of(path: Path, content: str = "") -> str:
     what, command = _FOREIGN[suffix]
     stem = path.name[: -len(suffix)]
     return f"{path}: {what}, which is not read. Convert it, for example: {command.format(name=path.name, stem=stem)}"
+
+
+def no_scan(path: Path) -> DatasetError:
+    """What to raise for a file that is no scan by its name: what it is, and what to do. Raises DatasetError: it cannot
+    be read."""
+    kind = kind_in(path)
+    content = "" if kind == "foreign" else content_of(path)
+    if kind == "foreign" or content not in ("", "DICOM"):
+        return DatasetError(reason_of(path, content))
+    found = "a DICOM file" if content or kind == "slice" else "not a scan by its name"
+    action = "For DICOM, name the folder of the slices."
+    return DatasetError(found, file=path, expected=alternatives(SCAN_SUFFIXES), action=action)
 
 
 def without_second_halves(paths: list[Path]) -> list[Path]:

@@ -18,6 +18,8 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.files import suffix_of
+from mambahome_jax.imaging.formats import no_scan
 from mambahome_jax.imaging.unpack import GZIP_MAGIC, DamagedError, unpacked, unpacked_head
 
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
@@ -99,6 +101,8 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
 def _header_of(path: Path, content: bytes) -> Headers:
     size = next((s for s in _HEADERS for order in ("little", "big") if int.from_bytes(content[:4], order) == s), None)
     if size is None or len(content) < size:
+        if not suffix_of(path.name):
+            raise no_scan(path)
         raise DatasetError("not a NIfTI file", file=path, expected=".nii or .nii.gz")
     try:
         headers = _parsed(content[:size])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels, read_volume, write_volume
 from tests.conftest import golden_path, load_golden
+from tests.imaging.dicom_files import write_slice
 
 CASES = [
     "real_ras",
@@ -184,6 +185,25 @@ def test_bad_files_are_named_with_what_was_found(tmp_path, make, message):
     with pytest.raises(DatasetError, match=message) as caught:
         read_volume(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.dcm", r"a\.dcm: a DICOM file; .*name the folder of the slices"),
+        ("a.img", r"a\.img: a DICOM file; .*name the folder of the slices"),
+        ("a.mgz", "FreeSurfer's format, which is not read. Convert it"),
+        ("b.img", "half of an Analyze or NIfTI pair"),
+        ("a.txt", "not a scan by its name"),
+    ],
+)
+def test_files_of_other_formats_say_what_they_are(tmp_path, name, message):
+    write_slice(tmp_path / name, np.zeros((4, 5), np.int16))
+    if name not in ("a.dcm", "a.img"):
+        (tmp_path / name).write_bytes(b"something else" * 50)
+    for read in (read_volume, read_labels, read_geometry):
+        with pytest.raises(DatasetError, match=message):
+            read(tmp_path / name)
 
 
 def test_channels_are_checked_where_the_caller_knows_them(tmp_path):
