@@ -118,11 +118,11 @@ def _root(data_path: Path, leave: Collection[Path]) -> tuple[Path, Search, Searc
         # Arrays that preprocess wrote are no scans.
         leave = (*leave, data_path / "store")
     if not _holds_scan_files(data_path):
-        folders, files = listing(data_path)
+        folders, _ = listing(data_path)
         for name in SCAN_FOLDERS:
             found = search(data_path / name, leave) if name in folders else Search(())
             if found.scans:
-                return data_path / name, found, _beside(data_path, name, folders, files, leave)
+                return data_path / name, found, _beside(data_path, name, folders, leave)
     return data_path, search(data_path, leave), Search(())
 
 
@@ -134,13 +134,10 @@ def _holds_scan_files(folder: Path) -> bool:
         raise DatasetError(f"cannot be read: {error.strerror or error}", file=folder) from error
 
 
-def _beside(
-    home: Path, taken: str, folders: Mapping[str, Path], files: Mapping[str, Path], leave: Collection[Path]
-) -> Search:
+def _beside(home: Path, taken: str, folders: Mapping[str, Path], leave: Collection[Path]) -> Search:
     """What lies beside the folder of the scans: a failure where it could be scans, unless it is another part of the
     dataset, which a note names."""
-    store = "store" if "dataset.json" in files else ""
-    others = [path for name, path in folders.items() if name not in (taken, store) and not of_one_kind(name)]
+    others = [path for name, path in folders.items() if name != taken and not of_one_kind(name)]
     left = {os.path.realpath(path) for path in leave}
     others = [path for path in others if os.path.realpath(path) not in left and not is_output(path)]
     found = [(home, search(home, leave, deepest=0)), *((path, search(path, leave)) for path in others)]

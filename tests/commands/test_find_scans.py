@@ -24,7 +24,7 @@ def test_each_scan_of_a_mixed_dataset_has_its_own_modality(tmp_path):
 
 def test_the_arrays_of_a_preprocessed_folder_are_not_looked_at(tmp_path):
     scans = preprocess_config(tmp_path)
-    prepare(load_dataset(scans.input_path), scans.output_path, spacing=None, nifti=False)
+    prepare(load_dataset(scans.input_path), scans.output_path, spacing=None, nifti=False, num_workers=1)
     found = look_for_scans(scans.output_path)
     assert [scan.path.parent.parent for scan in found.scans] == [scans.input_path] * 3
     assert (found.failures, found.notes) == ([], ())
