@@ -46,7 +46,7 @@ def nifti_header(
         place = affine if header is None else scaled(affine, 1 / header.scale)
         _set_one_affine(nifti, place, shape)
         # Who made a sheared affine without a file knows; who read one may not.
-        return nifti, None if header is None else _note(nifti, place, shape)
+        return nifti, None if header is None and max(shape) <= _LONGEST_AXIS else _note(nifti, place, shape)
     moved = header.voxel_map(affine)
     seen = itk_form(header.nifti)
     same = grid_shift(np.eye(4), moved, shape)[0] < _SAME
@@ -108,6 +108,11 @@ def _set_moved(nifti: nib.Nifti1Header, header: Header, moved: np.ndarray, shape
 
 def _note(nifti: nib.Nifti1Header, wanted: np.ndarray | None, shape: tuple[int, ...]) -> str | None:
     """What is to be said where ITK does not see a file at (4, 4) `wanted`, or not at all."""
+    if isinstance(nifti, nib.Nifti2Header):
+        return (
+            "ITK programs (3D Slicer, ITK-SNAP, SimpleITK) do not read NIfTI-2, which an axis of more than "
+            f"{_LONGEST_AXIS} voxels needs; .nrrd or .mha would lie on the scan there too"
+        )
     seen = itk_form(nifti)
     if seen is None:
         return (
