@@ -111,7 +111,7 @@ def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | N
     for path in [*images, *([label] if label else [])]:
         if path != label and _is(path, Path.is_dir) and is_scan(path):
             continue
-        if not suffix_of(path.name):
+        if not suffix_of(path.name) and (path.suffix or _is(path, Path.exists)):
             expected = f"{alternatives(SCAN_SUFFIXES)}; of an image also a folder of DICOM slices"
             action = reason_of(path) if kind_of(path) == "foreign" else None
             raise DatasetError(f"{path} is no scan by its name", file=where, expected=expected, action=action)

@@ -179,7 +179,8 @@ def _one_series(folder: Path, found: Sequence[Series], asked: Collection[str]) -
         return chosen[0]
     # Numbered here, as descriptions in the files are free text that people put names into.
     listed = "".join(
-        f"\n  - UID {one.uid or 'missing'}: {len(one.paths)} slices{_form(one.paths[0])}, first {one.paths[0].name}"
+        f"\n  - UID {one.uid or 'missing'}: {len(one.paths)} slices{_form(one.paths[0])}, "
+        f"first {one.paths[0].relative_to(folder)}"
         for one in chosen or found
     )
     what = f"{len(chosen)} series" if chosen else f"{len(found)} series, none of them {' or '.join(asked)}"

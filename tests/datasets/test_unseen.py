@@ -12,6 +12,7 @@ from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.files import parts
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.volume import read_volume
 from tests.commands.scans import description, preprocess_config, reasons, write
 from tests.datasets.test_layouts import touch
 from tests.imaging.dicom_files import RTSTRUCT, write_slice
@@ -155,3 +156,12 @@ def test_of_a_case_without_its_scan_other_formats_are_named(tmp_path):
     touch(tmp_path, "loose.nii.gz")
     dataset = load_dataset(tmp_path)
     assert "FreeSurfer" in dict(dataset.skipped)["BDMAP_00000002_ct"] and "loose.nii.gz" in " ".join(dataset.notes)
+
+
+def test_series_of_several_folders_are_listed_with_their_folders_and_missing_ones_are_not_found(tmp_path):
+    series(tmp_path / "p1/one", "1.2.5")
+    series(tmp_path / "p1/two", "1.2.6")
+    with pytest.raises(DatasetError, match=r"1\.2\.5: 3 slices of 5 x 4 \(CT\), first one/IM0\n.*first two/IM0"):
+        read_volume(tmp_path / "p1")
+    (tmp_path / "cases.csv").write_text("image\np1\np2\n")
+    assert f"{tmp_path / 'p2'} not found; expected a path" in skipped(tmp_path)["line 3"]
