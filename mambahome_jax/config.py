@@ -6,7 +6,7 @@ Nothing here imports jax, so that `--help` and dataset checks start at once.
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -162,8 +162,8 @@ class DataProperties:
                 "the ranges of each modality",
             ),
             "values": (
-                lambda v: tuple((int(value), one_of(stored, range(1 << 16))) for value, stored in v.items()),
-                '{"1": stored value, ...}',
+                lambda v: _stored(v, values.get("labels") or ()),
+                'a stored value of its own, 1 to 65535, for each label: {"1": 255, ...}',
             ),
             "val_dice": (lambda v: None if v is None else float(v), "a number, or null"),
         }
@@ -180,6 +180,15 @@ class DataProperties:
         if self.values:
             content["values"] = {str(value): stored for value, stored in self.values}
         return content | ({"ranges": {item.modality: item.to_json() for item in self.ranges}} if self.ranges else {})
+
+
+def _stored(values: Any, labels: Iterable[Any]) -> tuple[tuple[int, int], ...]:
+    """Raises ValueError: no value of its own for one of the labels, whose voxels would become background."""
+    stored = tuple((int(number), one_of(value, range(1, 1 << 16))) for number, value in values.items())
+    distinct = len({value for _, value in stored}) == len(stored)
+    if not distinct or (stored and not {int(label) for label in labels} <= {*dict(stored)}):
+        raise ValueError("values of which structures cannot be told apart")
+    return stored
 
 
 def _pairs(values: Any) -> tuple[tuple[int, int], ...]:

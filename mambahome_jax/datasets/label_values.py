@@ -29,10 +29,10 @@ def numbering(values: Iterable[int]) -> dict[int, int]:
     return {} if stored == list(range(1, len(stored) + 1)) else dict(enumerate(stored, start=1))
 
 
-def table_of_values(table: object, file: Path) -> dict[int, int]:
+def table_of_values(table: object, file: Path, labels: Iterable[int] = ()) -> dict[int, int]:
     """The entry "values" of a dataset.json or run.json, {"1": 255}, as number -> stored value; empty without one.
 
-    Raises DatasetError: another form.
+    labels: numbers that it must have. Raises DatasetError: another form, or one that lacks such a number.
     """
     if table is None:
         return {}
@@ -43,6 +43,8 @@ def table_of_values(table: object, file: Path) -> dict[int, int]:
         raise DatasetError(f'"values" is {table!r}', file=file, expected=expected) from error
     if len({*values.values()}) < len(values) or not all(0 < stored < 1 << 16 for stored in values.values()):
         raise DatasetError(f'"values" is {table!r}', file=file, expected="distinct values from 1 to 65535")
+    if values and not {*labels} <= {*values}:
+        raise DatasetError(f'"values" is {table!r}', file=file, expected='a stored value for each of "labels"')
     return values
 
 

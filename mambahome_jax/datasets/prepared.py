@@ -151,18 +151,19 @@ def read_prepared(folder: Path) -> Prepared:
         raise DatasetError(found, file=file, expected=f"version {VERSION} of {LOOKS_FOR}", action=action)
     try:
         spacing, ct_scale = content["spacing"], content.get("ct_scale")
+        labels = label_names(content["labels"], file)
         return Prepared(
             root=folder,
             name=str(content["name"]),
             spacing=None if spacing is None else _three(spacing, float),
             orientation=str(content.get("orientation", "RAS")),
             channels=tuple(content["channels"]),
-            labels=label_names(content["labels"], file),
+            labels=labels,
             cases=tuple(_case(entry) for entry in content["cases"]),
             skipped=tuple((entry["id"], entry["reason"]) for entry in content["skipped"]),
             ct_scale=None if ct_scale is None else CtScale.from_json(ct_scale),
             patients=_patient_source(content.get("patients")),
-            values=table_of_values(content.get("values"), file),
+            values=table_of_values(content.get("values"), file, labels),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         found = f"damaged ({type(error).__name__}: {error})"

@@ -117,8 +117,10 @@ def test_a_checkpoint_carries_the_values():
     del content["values"]
     assert DataProperties.from_json(content).values == ()
     assert "values" not in DataProperties().to_json()
-    with pytest.raises(ConfigError, match="values"):
-        DataProperties.from_json({"values": {"1": 70000}})
+    labels = {"1": "a", "2": "b"}
+    for wrong in ({"1": 70000}, {"1": 100}, {"1": 100, "2": 100}, {"1": 0, "2": 100}, [100, 850], None):
+        with pytest.raises(ConfigError, match=r"values is .*expected a stored value of its own, 1 to 65535"):
+            DataProperties.from_json({"labels": labels, "values": wrong})
 
 
 class Folders:

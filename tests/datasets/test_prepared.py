@@ -67,7 +67,13 @@ def test_prepared_folder_is_a_dataset_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"version": 99}, "version 99"), ({"cases": [{"id": "a"}]}, "damaged"), ({"spacing": [1]}, "damaged")],
+    [
+        ({"version": 99}, "version 99"),
+        ({"cases": [{"id": "a"}]}, "damaged"),
+        ({"spacing": [1]}, "damaged"),
+        ({"values": {"1": 255, "12": 255}}, "expected distinct values from 1 to 65535"),
+        ({"values": {"1": 255}}, 'expected a stored value for each of "labels"'),
+    ],
 )
 def test_damaged_description(tmp_path, change, message):
     write_prepared(prepared(tmp_path, case("a")))
