@@ -37,6 +37,8 @@ _CACHE_BYTES = 256 * 2**20
 _CACHED_HANDLES = 512
 _CACHED_POSITIONS = 512
 _ACTION = "Run preprocess.py again."
+# A case whose entry is whole would be kept.
+_OVERWRITE = "Run preprocess.py again with --overwrite."
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,7 @@ def read_label(root: Path, case: str) -> np.ndarray:
     try:
         return ts.open(_spec(path), open=True, read=True).result().read().result()
     except (ValueError, OSError) as error:
-        found = f"cannot be read ({str(error).splitlines()[0]})"
-        raise DatasetError(found, case=case, file=path, action=_ACTION) from error
+        raise _damaged(case, path, error) from error
 
 
 def read_case(root: Path, case: str) -> StoreEntry | None:
@@ -273,13 +274,13 @@ class Store:
         try:
             return array[region].read().result()
         except (ValueError, OSError) as error:
-            raise self._damaged(case, name, error) from error
+            raise _damaged(case, self.root / case / name, error) from error
 
     def _open(self, case: str, name: str) -> ts.TensorStore:
         try:
             return ts.open(_spec(self.root / case / name), open=True, read=True, context=self._context).result()
         except (ValueError, OSError) as error:
-            raise self._damaged(case, name, error) from error
+            raise _damaged(case, self.root / case / name, error) from error
 
     def _load_positions(self, case: str, value: int) -> np.ndarray:
         try:
@@ -292,11 +293,7 @@ class Store:
             ):
                 return archive[str(value)]
         except NPZ_ERRORS as error:
-            raise self._damaged(case, "foreground.npz", error) from error
-
-    def _damaged(self, case: str, name: str, error: Exception) -> DatasetError:
-        found = f"cannot be read ({str(error).splitlines()[0]})"
-        return DatasetError(found, case=case, file=self.root / case / name, action=_ACTION)
+            raise _damaged(case, self.root / case / "foreground.npz", error) from error
 
     def _cached(self, cache: OrderedDict, key: Hashable, limit: int, make: Callable[[], Any]) -> Any:
         with self._lock:
@@ -322,6 +319,12 @@ class Store:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open_caches()
+
+
+def _damaged(case: str, file: Path, error: Exception) -> DatasetError:
+    # TensorStore adds all of its settings to a reason.
+    reason = str(error).splitlines()[0].split(" [tensorstore_spec=")[0]
+    return DatasetError(f"cannot be read ({reason})", case=case, file=file, action=_OVERWRITE)
 
 
 def _remove(file: Path) -> None:
