@@ -1,7 +1,7 @@
 """Every layout that can be read. A new one is a module with the members of `Layout`, and its name in LAYOUTS."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from mambahome_jax.datasets import (
 )
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.files import fault_of_name, listed, listing, outside_of, twins_note
-from mambahome_jax.datasets.patients import with_patients
+from mambahome_jax.datasets.patients import TABLES, with_patients
 from mambahome_jax.datasets.splits import FILE as SPLIT_FILE
 from mambahome_jax.datasets.splits import with_split
 from mambahome_jax.datasets.unseen import unseen
@@ -75,14 +75,15 @@ def load_dataset(folder: str | Path, name: str | None = None) -> Dataset:
         raise DatasetError("a file, not a folder", file=folder, expected=_expected())
     if name is not None:
         return _load(name, folder)
-    for candidate in _candidates(folder):
+    candidates = _candidates(folder)
+    for number, candidate in enumerate(candidates):
         found = detect_layouts(candidate)
         if len(found) > 1:
             looked = "\n".join(f"  - {key}: {LAYOUTS[key].LOOKS_FOR}" for key in found)
             action = f"Say which it is with --dataset {' or --dataset '.join(found)}."
             raise DatasetError(f"several layouts at once:\n{looked}\n", file=candidate, expected="one", action=action)
         if found:
-            return _load(found[0], candidate)
+            return _load(found[0], candidate, candidates[:number])
     folders, files = listing(folder)
     names = sorted([*folders, *files])
     what = f"unknown layout (it holds {listed(names, 6)})" if names else "the folder is empty"
@@ -97,9 +98,12 @@ def detect_layouts(folder: Path) -> list[str]:
     return [name for name in found if name not in covered]
 
 
-def _load(name: str, folder: Path) -> Dataset:
+def _load(name: str, folder: Path, above: Sequence[Path] = ()) -> Dataset:
     """The dataset, each id once and fit to be a file's name; a second form of a file, and files elsewhere, noted;
-    each case with its split and patient."""
+    each case with its split and patient.
+
+    above: folders that hold nothing but the next one and files, from the one that was named.
+    """
     dataset = LAYOUTS[name].load(folder)
     first: dict[str, Case] = {}
     again = []
@@ -124,9 +128,16 @@ def _load(name: str, folder: Path) -> Dataset:
         layout=name,
     )
     # A folder that preprocess.py wrote says of each case what its split is, unless somebody put a file there.
-    told = name == prepared.NAME and not (home / SPLIT_FILE).is_file()
+    split = _holding((SPLIT_FILE,), home, above)
+    told = name == prepared.NAME and not (split / SPLIT_FILE).is_file()
     own = name == table.NAME and any(case.split for case in dataset.cases)
-    return with_patients(dataset if told else with_split(dataset, home, own=own), home)
+    return with_patients(dataset if told else with_split(dataset, split, own=own), _holding(TABLES, home, above))
+
+
+def _holding(names: Sequence[str], home: Path, above: Sequence[Path]) -> Path:
+    """The folder that holds one of these files: the dataset's own, or the one above that an archive was unpacked in."""
+    places = (home, *reversed(above))
+    return next((place for place in places if any((place / name).is_file() for name in names)), home)
 
 
 def _missed(

@@ -149,6 +149,17 @@ def test_a_file_that_cannot_be_taken_is_named(tmp_path, layout, content, message
         with_split(layout(tmp_path), content)
 
 
+@pytest.mark.parametrize("place", [".", "archive", "archive/data"])
+def test_files_beside_the_folder_of_an_archive_are_its_own(tmp_path, place):
+    plain(tmp_path / "archive/data")
+    (tmp_path / place / "splits_final.json").write_text(json.dumps([{"train": IDS[:2], "val": IDS[2:]}]))
+    rows = [f"{name},p{number // 2}" for number, name in enumerate(IDS)]
+    (tmp_path / place / "patients.csv").write_text("\n".join(["id,patient", *rows]))
+    dataset = load_dataset(tmp_path)
+    assert lists(dataset) == (IDS[:2], IDS[2:], [])
+    assert [case.patient for case in dataset.cases] == ["p0", "p0", "p1", "p1", "p2"]
+
+
 def test_the_file_of_nnunet_1_is_named(tmp_path):
     (nnunet(tmp_path) / "splits_final.pkl").write_bytes(b"")
     assert any("splits_final.pkl is of nnU-Net 1 and is not read" in note for note in load_dataset(tmp_path).notes)
