@@ -18,9 +18,9 @@ from mambahome_jax.cores import usable_cores
 from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.datasets.base import scan_files
 from mambahome_jax.datasets.case_names import common_name, counterparts
-from mambahome_jax.datasets.files import fault_of_name, twins_note
+from mambahome_jax.datasets.files import fault_of_name, listing, twins_note
 from mambahome_jax.datasets.prepared import unlisted_files
-from mambahome_jax.datasets.scans import search
+from mambahome_jax.datasets.scans import of_labels, search
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.evaluation.evaluate import (
     DEFINITIONS,
@@ -171,7 +171,8 @@ def _label_maps(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
     listed = {case: path for case, path in files.items() if path.name not in reasons}
     missed = _not_compared(folder)
     if not listed:
-        found = next(iter((*reasons.values(), *missed.values())), "")
+        below = [f"Name its folder {name}." for name in listing(folder)[0] if of_labels(name)]
+        found = next(iter((*reasons.values(), *below, *missed.values())), "")
         raise DatasetError(
             f"no {alternatives(SCAN_SUFFIXES)} file", file=folder, expected="label maps", action=found or None
         )

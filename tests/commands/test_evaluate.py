@@ -336,6 +336,8 @@ def test_what_could_be_a_label_map_and_is_not_compared_is_named(folders, capsys)
     for case, words in (("c", "FreeSurfer"), ("later_d", "in a folder below"), ("e", "DICOM"), ("f", "DICOM")):
         assert words in found[case]
     assert "Not scored: c: " in capsys.readouterr().out
+    with pytest.raises(DatasetError, match=r"OUT: no \.nii\.gz.* file; expected label maps\. Name its folder labels"):
+        run(config(folders, references=folders / "OUT"))
     for path in (folders / "PRED").glob("*.nii.gz"):
         path.rename(path.parent / "later" / path.name)
     (folders / "PRED/a.mha").unlink()
