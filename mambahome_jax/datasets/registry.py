@@ -26,6 +26,7 @@ from mambahome_jax.datasets.splits import FILE as SPLIT_FILE
 from mambahome_jax.datasets.splits import with_split
 from mambahome_jax.datasets.unseen import unseen
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.imaging.formats import kind_in
 from mambahome_jax.paths import local_path, one_form, own_name
 
 
@@ -119,7 +120,7 @@ def _load(name: str, folder: Path, above: Sequence[Path] = ()) -> Dataset:
     outside = outside_of(home, used) if name != prepared.NAME else []
     home_name = own_name(home)
     elsewhere = (f"{len(outside)} files lie outside of {home_name}: {listed(outside)}",) if outside else ()
-    missed, beside = ([], []) if name in LISTED else _missed(name, home, dataset, again)
+    missed, beside = ([], []) if name in LISTED else _missed(name, home, dataset, again, above)
     dataset = dataclasses.replace(
         dataset,
         cases=tuple(first.values()),
@@ -141,12 +142,14 @@ def _holding(names: Sequence[str], home: Path, above: Sequence[Path]) -> Path:
 
 
 def _missed(
-    name: str, home: Path, dataset: Dataset, again: Iterable[tuple[str, str]]
+    name: str, home: Path, dataset: Dataset, again: Iterable[tuple[str, str]], above: Sequence[Path]
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """What could be a case and is none, (id, reason), and a note on what lies beside the cases."""
     known = [case for case, _ in (*dataset.skipped, *again)]
     expected, unlisted = LAYOUTS[name].LOOKS_FOR, name != decathlon.NAME
     missed, beside = unseen(home, dataset.cases, known, expected, unlisted=unlisted)
+    files = (path for place in above for path in listing(place)[1].values())
+    beside += [str(path) for path in files if kind_in(path) in ("scan", "foreign")]
     named = [(repr(case)[1:-1] if fault_of_name(case) else case, reason) for case, reason in missed]
     return named, [f"of no case, and left out: {listed(beside)}"] if beside else []
 

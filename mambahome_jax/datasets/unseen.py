@@ -136,14 +136,14 @@ class _Look:
                 self.skipped.append((foreign_stem(path), reason_of(path)))
 
     def around(self, root: Path, by_case: bool, known: Collection[str]) -> None:
-        """Folders of the dataset that hold no file of a case."""
+        """Folders of the dataset that hold no file of a case, and scans beside its folders."""
         for path in self.unused(root) if root.is_dir() else ():
             name = path.name
             # Cases of a folder of several are called <folder>_<rest>.
             if any(one == name or one.startswith(f"{name}_") for one in known):
                 if path.is_dir() and name in known:
                     self.skipped += [(f"{name}_{other}", reason) for other, reason in search(path).failures]
-            elif by_case and str(root) not in self.used and path.is_file() and kind_in(path) == "scan":
+            elif str(root) not in self.used and path.is_file() and kind_in(path) in ("scan", "foreign"):
                 self.beside.append(str(path))
             elif path.is_dir() and not of_labels(name) and not of_one_kind(name):
                 self._folder(path, by_case)

@@ -40,6 +40,17 @@ def test_images_and_labels(tmp_path):
     assert "images/a.mgz" in note and "extra/" in note
 
 
+@pytest.mark.parametrize("above", ["", "in/", "in/data/"])
+def test_scans_beside_the_folders_of_a_dataset_are_noted(tmp_path, above):
+    touch(tmp_path, *(f"in/data/{part}/a.nii.gz" for part in ("images", "labels")))
+    touch(tmp_path, *(f"{above}{name}" for name in ("stray.nii.gz", "other.mgz", "notes.txt", "._b.nii.gz")))
+    dataset = load_dataset(tmp_path)
+    assert ([case.id for case in dataset.cases], dataset.skipped) == (["a"], ())
+    (note,) = dataset.notes
+    assert note.startswith("of no case, and left out: ") and f"{above}stray.nii.gz" in note and "other.mgz" in note
+    assert "notes" not in note and "._" not in note
+
+
 def test_nnunet_and_decathlon(tmp_path):
     touch(tmp_path, "imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz", "imagesTr/b.nii.gz", "imagesTr/c_0000.mgz")
     touch(tmp_path, "imagesTr/d_0000.nii.gz", "imagesTr/a_0001.nii.gz")
