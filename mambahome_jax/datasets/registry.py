@@ -24,7 +24,7 @@ from mambahome_jax.datasets.files import fault_of_name, listed, listing, outside
 from mambahome_jax.datasets.patients import TABLES, with_patients
 from mambahome_jax.datasets.splits import FILE as SPLIT_FILE
 from mambahome_jax.datasets.splits import with_split
-from mambahome_jax.datasets.unseen import unseen
+from mambahome_jax.datasets.unseen import misplaced, unseen
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.formats import kind_in
 from mambahome_jax.paths import local_path, one_form, own_name
@@ -149,7 +149,7 @@ def _missed(
     expected, unlisted = LAYOUTS[name].LOOKS_FOR, name != decathlon.NAME
     missed, beside = unseen(home, dataset.cases, known, expected, unlisted=unlisted)
     files = (path for place in above for path in listing(place)[1].values())
-    beside += [str(path) for path in files if kind_in(path) in ("scan", "foreign")]
+    missed += [misplaced(path, expected) for path in files if kind_in(path) in ("scan", "foreign")]
     named = [(repr(case)[1:-1] if fault_of_name(case) else case, reason) for case, reason in missed]
     return named, [f"of no case, and left out: {listed(beside)}"] if beside else []
 

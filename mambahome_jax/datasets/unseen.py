@@ -38,8 +38,14 @@ def unseen(
         else:
             look.beside_labels(home)
     look.unused_parts(root, known if unlisted else None)
-    look.around(root, not any(of_one_kind(Path(folder).name) for folder in images), known)
+    look.around(root, known)
     return look.skipped, look.beside
+
+
+def misplaced(path: Path, expected: str) -> tuple[str, str]:
+    """(name, reason) of a scan that lies beside the folders of a dataset."""
+    name = foreign_stem(path) if kind_in(path) == "foreign" else scan_stem(path)
+    return name, f"{path}: of no case, as it lies beside their folders; expected {expected}"
 
 
 def _add(path: Path, used: dict[str, set[str]]) -> str:
@@ -135,7 +141,7 @@ class _Look:
             else:
                 self.skipped.append((foreign_stem(path), reason_of(path)))
 
-    def around(self, root: Path, by_case: bool, known: Collection[str]) -> None:
+    def around(self, root: Path, known: Collection[str]) -> None:
         """Folders of the dataset that hold no file of a case, and scans beside its folders."""
         for path in self.unused(root) if root.is_dir() else ():
             name = path.name
@@ -144,11 +150,12 @@ class _Look:
                 if path.is_dir() and name in known:
                     self.skipped += [(f"{name}_{other}", reason) for other, reason in search(path).failures]
             elif str(root) not in self.used and path.is_file() and kind_in(path) in ("scan", "foreign"):
-                self.beside.append(str(path))
+                self.skipped.append(misplaced(path, self.expected))
             elif path.is_dir() and not of_labels(name) and not of_one_kind(name):
-                self._folder(path, by_case)
+                self._folder(path)
 
-    def _folder(self, path: Path, case: bool) -> None:
+    def _folder(self, path: Path, case: bool = True) -> None:
+        """case: False within the folder of a case, which may hold other scans of its patient."""
         if is_output(path):
             return
         found = search(path)
