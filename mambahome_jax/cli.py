@@ -5,6 +5,7 @@ Arguments are parsed before anything heavy is imported, so that --help is instan
 """
 
 import dataclasses
+import errno
 import importlib
 import os
 import sys
@@ -124,11 +125,18 @@ def _path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
 
 
 def _typed_path(text: str) -> Path:
-    """Raises ConfigError: no text, a URL, `~` without a home."""
+    """Raises ConfigError: no text, a URL, `~` without a home, a name that is too long, a folder not to be entered."""
     if not text:
         # Path would take it for the working folder.
         raise ConfigError("a path is empty text; expected a file or folder. Is a variable of the shell not set?")
-    return openable_path(text)
+    path = openable_path(text)
+    try:
+        path.lstat()
+    except OSError as error:
+        # Path.exists and its like are asked of it in many places, and raise for these.
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise ConfigError(f"{path}: {error.strerror or error}; expected a path that you may open") from error
+    return path
 
 
 def run_command(command: str, argv: Sequence[str], prog: str) -> int:

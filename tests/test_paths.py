@@ -106,6 +106,13 @@ def test_an_empty_path_is_not_the_working_folder(words):
         cli.parse("infer", ["--data_path", "a", "--model_path", "b", *words], "mambahome")
 
 
+@pytest.mark.parametrize("flag", ["--data_path", "--output_dir"])
+def test_a_name_that_is_too_long_is_told_in_one_line(flag, tmp_path):
+    words = {"--data_path": "a", "--model_path": "b", "--output_dir": "c"} | {flag: str(tmp_path / ("x" * 300))}
+    with pytest.raises(ConfigError, match="xx: File name too long; expected a path that you may open"):
+        cli.parse("infer", [word for pair in words.items() for word in pair], "mambahome")
+
+
 def test_a_path_that_begins_with_a_dash():
     config = cli.parse("infer", ["--data_path=-a b", "--model_path", "w.pth", "--output_dir=-o"], "mambahome")
     assert (config.data_path, config.output_dir) == (Path("./-a b"), Path("./-o"))
