@@ -15,8 +15,8 @@ def test_the_demo_goes_through(tmp_path, capfd):
     folder = tmp_path / "demo"
     assert demo.run(DemoConfig(folder, train_cases=3, test_cases=1, steps=2)) == 0
     printed = capfd.readouterr().out
-    for step in ("preprocess.py", "train.py", "infer.py", "mambahome evaluate"):
-        assert f"$ python {step}" in printed or f"$ {step}" in printed
+    for step in ("preprocess", "train", "infer", "evaluate"):
+        assert f"$ mambahome {step}" in printed
     (picture,) = (folder / "predictions" / "previews").glob("*.png")
     assert str(picture.resolve()) in printed.replace("\n", "")
     mean = json.loads((folder / "evaluation" / "summary.json").read_text())["mean"]["dice"]
