@@ -33,7 +33,7 @@ def programs(which: str):
 
         from tests.kernels import test_conv3d
 
-        mosaic_gpu._device = test_conv3d.GPU
+        mosaic_gpu.default_device = test_conv3d.GPU
         return [(test_conv3d.on_gpu, test_conv3d.shapes(*variant)) for variant in test_conv3d.VARIANTS]
     from tests.kernels.test_mosaic_gpu import VARIANTS, both, shapes
 

@@ -113,7 +113,7 @@ def test_interpreted_walks_that_share_a_block(capfd):
     """Runs of two planes, so that a block goes from one walk to the next within a column and between batch entries."""
     x, kernel, dy = arrays((2, 3, 8, 16, 16), 8, BF16)
     with mosaic_gpu.interpreted(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mosaic_gpu, "_cores", lambda: 1)
+        patch.setattr(mosaic_gpu, "core_count", lambda: 1)
         y = mosaic_gpu.BACKEND.forward(x, kernel, run=2)
         dkernel = mosaic_gpu.BACKEND.weight_gradient(x, dy, run=2)
     assert "RACE DETECTED" not in capfd.readouterr().out
@@ -127,7 +127,7 @@ def test_interpreted_walks_that_share_a_block(capfd):
 @pytest.mark.parametrize(("shape", "outputs"), VARIANTS, ids=str)
 def test_lowers_for_cuda(shape, outputs, monkeypatch):
     """The kernels' own lowering, limits of shared memory included, needs no GPU."""
-    monkeypatch.setattr(mosaic_gpu, "_device", GPU)
+    monkeypatch.setattr(mosaic_gpu, "default_device", GPU)
     assert why_not(*shapes(shape, outputs)[:2]) is None
     assert kernels_in(on_gpu, *shapes(shape, outputs)) == 2 + (outputs != shape[-1])
 
@@ -135,7 +135,7 @@ def test_lowers_for_cuda(shape, outputs, monkeypatch):
 @needs_pallas
 def test_layers_of_one_shape_share_their_kernels(monkeypatch):
     """And the gradient by the input is the forward pass of another kernel."""
-    monkeypatch.setattr(mosaic_gpu, "_device", GPU)
+    monkeypatch.setattr(mosaic_gpu, "default_device", GPU)
     x, kernel, _ = shapes((2, 32, 32, 32, 24), 24)
 
     def loss(x, first, second):
@@ -146,7 +146,7 @@ def test_layers_of_one_shape_share_their_kernels(monkeypatch):
 
 @needs_pallas
 def test_a_mapped_batch_is_one_larger_batch(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "_device", GPU)
+    monkeypatch.setattr(mosaic_gpu, "default_device", GPU)
     x, kernel, _ = shapes((3, 2, 16, 16, 16, 24), 24)
     assert kernels_in(jax.vmap(conv3d, in_axes=(0, None)), x, kernel) == 1
 
@@ -158,7 +158,7 @@ def test_a_sharded_batch_stays_where_it_is(monkeypatch):
     def by_entry(x, dy, sizes):
         return jax.vmap(lambda x, dy: reference.BACKEND.weight_gradient(x[None], dy[None]))(x, dy)
 
-    monkeypatch.setattr(mosaic_gpu, "_device", GPU)
+    monkeypatch.setattr(mosaic_gpu, "default_device", GPU)
     monkeypatch.setattr(mosaic_gpu.forward, "forward", lambda x, kernel, sizes: xla.BACKEND.forward(x, kernel))
     monkeypatch.setattr(mosaic_gpu.weight_gradient, "weight_gradient", by_entry)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
@@ -197,7 +197,7 @@ def shapes(shape, outputs, dtype=BF16):
     ],
 )
 def test_reasons_not_to_use_the_kernels(shape, outputs, dtype, reason, monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "_device", GPU)
+    monkeypatch.setattr(mosaic_gpu, "default_device", GPU)
     x, kernel, _ = shapes(shape, outputs, dtype)
     assert reason in why_not(x, kernel)
 
@@ -208,7 +208,7 @@ def test_devices_without_these_instructions(monkeypatch):
     assert "needs an NVIDIA GPU" in why_not(x, kernel)
     for capability in ("8.0", "10.0"):
         monkeypatch.setattr(GPU, "compute_capability", capability)
-        monkeypatch.setattr(mosaic_gpu, "_device", GPU)
+        monkeypatch.setattr(mosaic_gpu, "default_device", GPU)
         assert capability in why_not(x, kernel)
 
 
@@ -265,7 +265,7 @@ def test_machine_code_spills_no_register(tmp_path):
 
 @needs_pallas
 def test_operations_are_counted(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "_device", GPU)
+    monkeypatch.setattr(mosaic_gpu, "default_device", GPU)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     matrix_flops = importlib.import_module("flops").matrix_flops
     traced = jax.jit(on_gpu).trace(*shapes((2, 3, 4, 5, 16), 24))

@@ -11,7 +11,7 @@ if jax.__version_info__ < (0, 11):
         f"only the GPU kernel uses it, which needs JAX 0.11; this is {jax.__version__}", allow_module_level=True
     )
 
-from mambahome_kernels.selective_scan.mosaic_gpu.partition import over_batch
+from mambahome_kernels.mosaic.partition import over_batch
 
 SHARED = {"scale": jnp.arange(5.0), "absent": None}
 

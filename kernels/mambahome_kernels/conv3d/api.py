@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from mambahome_kernels.conv3d import reference, xla
 from mambahome_kernels.conv3d.base import Backend
-from mambahome_kernels.selective_scan.api import Unsupported
+from mambahome_kernels.errors import Unsupported
 
 BACKENDS = ("reference", "xla", "mosaic_gpu")
 _OLDEST_JAX = (0, 11)  # whose Pallas has what the mosaic_gpu backend is written in

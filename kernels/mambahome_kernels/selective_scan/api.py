@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from mambahome_kernels.errors import Unsupported
 from mambahome_kernels.selective_scan import reference, xla
 from mambahome_kernels.selective_scan.base import Backend, ScanInputs
 
@@ -14,10 +15,6 @@ BACKENDS = ("reference", "xla", "mosaic_gpu")
 _OLDEST_JAX = (0, 11)  # whose Pallas has what the mosaic_gpu backend is written in
 
 _log = logging.getLogger(__name__)
-
-
-class Unsupported(ValueError):
-    """A backend that was asked for by name cannot run these arguments here."""
 
 
 def _backend(name: str) -> Backend:

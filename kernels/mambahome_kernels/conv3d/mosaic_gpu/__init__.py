@@ -7,9 +7,9 @@ from mambahome_kernels.conv3d.base import Backend
 from mambahome_kernels.conv3d.mosaic_gpu import forward, weight_gradient
 from mambahome_kernels.conv3d.mosaic_gpu.tiles import PIECE
 from mambahome_kernels.conv3d.reference import mirrored
-from mambahome_kernels.selective_scan.mosaic_gpu import _cores, _device, _traced_once
-from mambahome_kernels.selective_scan.mosaic_gpu.interpret import interpreted, interpreting
-from mambahome_kernels.selective_scan.mosaic_gpu.partition import over_batch
+from mambahome_kernels.mosaic.device import core_count, default_device, traced_once
+from mambahome_kernels.mosaic.interpret import interpreted, interpreting
+from mambahome_kernels.mosaic.partition import over_batch
 
 __all__ = ["BACKEND", "interpreted"]
 
@@ -17,10 +17,10 @@ _MOST = 64  # channels: rows of an instruction; and of three times as many, the 
 
 
 # The names of these two stand in what JAX traces, by which benchmarks/flops.py counts their operations.
-@_traced_once("run")
+@traced_once("run")
 def conv3d_forward(x: jax.Array, kernel: jax.Array, run: int | None = None) -> jax.Array:
     def local(kernel, x):
-        sizes = forward.sizes_of(x.shape, kernel.shape[-1], _cores(), run)
+        sizes = forward.sizes_of(x.shape, kernel.shape[-1], core_count(), run)
         assert sizes is not None  # see _why_not
         return forward.forward(x, kernel, sizes)
 
@@ -31,11 +31,11 @@ def _input_gradient(dy: jax.Array, kernel: jax.Array) -> jax.Array:
     return conv3d_forward(dy, mirrored(kernel))
 
 
-@_traced_once("run")
+@traced_once("run")
 def conv3d_weight_gradient(x: jax.Array, dy: jax.Array, run: int | None = None) -> jax.Array:
     def local(_, arrays):
         x, dy = arrays
-        sizes = weight_gradient.sizes_of(x.shape, dy.shape[-1], _cores(), run)
+        sizes = weight_gradient.sizes_of(x.shape, dy.shape[-1], core_count(), run)
         return weight_gradient.weight_gradient(x, dy, sizes)
 
     return over_batch(local)((), (x, dy)).sum(0)
@@ -55,7 +55,7 @@ def _why_not(x: jax.Array, kernel: jax.Array) -> str | None:
             return f"the weights of {inputs} by {outputs} channels do not fit into shared memory"
     if interpreting():
         return None
-    device = _device()
+    device = default_device()
     if device.platform != "gpu":
         return f"it needs an NVIDIA GPU, and the default device is {device.platform}"
     capability = str(getattr(device, "compute_capability", "unknown"))

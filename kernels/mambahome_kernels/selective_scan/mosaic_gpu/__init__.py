@@ -6,19 +6,19 @@ the same over reversed time.
 """
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from mambahome_kernels.mosaic.device import core_count, default_device, traced_once
+from mambahome_kernels.mosaic.interpret import interpreted, interpreting
+from mambahome_kernels.mosaic.partition import over_batch
 from mambahome_kernels.selective_scan.base import Backend, ScanInputs, cast_gradients
 from mambahome_kernels.selective_scan.mosaic_gpu import backward, forward
 from mambahome_kernels.selective_scan.mosaic_gpu.carry import carry_over
-from mambahome_kernels.selective_scan.mosaic_gpu.interpret import interpreted, interpreting
 from mambahome_kernels.selective_scan.mosaic_gpu.lanes import F32, LOG2E, TILE, WARP, WARPS, Sizes
 from mambahome_kernels.selective_scan.mosaic_gpu.launch import Options
-from mambahome_kernels.selective_scan.mosaic_gpu.partition import over_batch
 
 __all__ = ["BACKEND", "Options", "interpreted"]
 
@@ -33,7 +33,7 @@ def sizes_of(inputs: ScanInputs, softplus: bool, chunk: int | None = None) -> Si
     batch, length, d_inner = inputs.x.shape
     d_state = 8 if inputs.A.shape[1] <= 8 else 16
     units = pl.cdiv(d_inner, WARP)
-    steps = chunk or pl.cdiv(length, max(1, _WARPS_PER_CORE * _cores() // (batch * units)))
+    steps = chunk or pl.cdiv(length, max(1, _WARPS_PER_CORE * core_count() // (batch * units)))
     # As many bytes a copy as in float32, where there are enough copies for one to travel while another is computed.
     narrow = all(a is None or a.dtype == jnp.bfloat16 for a in (inputs.x, inputs.dt, inputs.z))
     span = 2 if narrow and steps > _FEW_TILES * TILE else 1
@@ -44,16 +44,6 @@ def sizes_of(inputs: ScanInputs, softplus: bool, chunk: int | None = None) -> Si
         # Fewer, where rounding would have left chunks without a step.
         tiles = pl.cdiv(length, chunks * span * TILE) * span
     return Sizes(batch, length, d_inner, d_state, tiles, chunks, softplus, inputs.z is not None, span)
-
-
-def _device() -> jax.Device:
-    """That of jax.default_device, else the first."""
-    chosen = getattr(jax.config, "jax_default_device", None)
-    return chosen if isinstance(chosen, jax.Device) else jax.devices(chosen)[0]
-
-
-def _cores() -> int:
-    return getattr(_device(), "core_count", None) or 132
 
 
 def _pad(a: jax.Array, width: int, value: float = 0.0) -> jax.Array:
@@ -129,24 +119,7 @@ def _gradients(inputs: ScanInputs, softplus: bool, kept, dy, dlast_state, option
     )
 
 
-def _traced_once(*static: str) -> Callable:
-    """For each shape, whatever the number of layers: tracing and lowering the kernels takes seconds."""
-
-    def decorate(function: Callable) -> Callable:
-        jitted = jax.jit(function, static_argnames=static)
-
-        def call(*args, **kwargs):
-            # The kernels count in 32 bits. What the interpreter traces must not be taken for the kernel, or the other
-            # way round.
-            with jax.enable_x64(False):
-                return (function if interpreting() else jitted)(*args, **kwargs)
-
-        return call
-
-    return decorate
-
-
-@_traced_once("softplus", "keep", "options", "chunk")
+@traced_once("softplus", "keep", "options", "chunk")
 def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True, options: Options = DEFAULT, chunk=None):
     def run(shared, batched):
         return _states(_join(shared, batched), softplus, keep, options, chunk)
@@ -154,7 +127,7 @@ def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True, options: Opt
     return over_batch(run)(*_split(inputs))
 
 
-@_traced_once("softplus", "options", "chunk")
+@traced_once("softplus", "options", "chunk")
 def _backward(
     inputs: ScanInputs, softplus: bool, residual, dy, dlast_state, options: Options = DEFAULT, chunk=None
 ) -> ScanInputs:
@@ -196,7 +169,7 @@ def _why_not(inputs: ScanInputs) -> str | None:
         return f"d_state is {inputs.A.shape[1]}; the kernel holds at most {_MAX_STATES} in registers"
     if interpreting():
         return None
-    device = _device()
+    device = default_device()
     if device.platform != "gpu":
         return f"it needs an NVIDIA GPU, and the default device is {device.platform}"
     capability = float(getattr(device, "compute_capability", "0") or 0)

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mambahome_kernels.selective_scan.mosaic_gpu.interpret import interpreting
+from mambahome_kernels.mosaic.interpret import interpreting
 
 WARP = 32  # channels of a unit: one for each thread of a warp
 WARPS = 4  # in a block

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mambahome_kernels.selective_scan.mosaic_gpu.interpret import parameters
+from mambahome_kernels.mosaic.interpret import parameters
 from mambahome_kernels.selective_scan.mosaic_gpu.lanes import TILE, WARP, WARPS
 
 
