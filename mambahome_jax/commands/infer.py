@@ -30,7 +30,7 @@ from mambahome_jax.commands.infer_faults import (
     only_writable,
     reason_of,
 )
-from mambahome_jax.commands.infer_results import Earlier, forget_notes, note, origin_of, read_earlier
+from mambahome_jax.commands.infer_results import Earlier, forget_notes, note_result, origin_of, read_earlier
 from mambahome_jax.commands.infer_volumes import volumes_by_structure, volumes_table, write_volumes
 from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.commands.run_report import device, plain, versions
@@ -251,7 +251,7 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
             """Whether the result could be written."""
             try:
                 outcome.cases.append(writing.result())
-                note(config.output_dir, outcome.cases[-1], configuration)
+                note_result(config.output_dir, outcome.cases[-1], configuration)
             except CASE_ERRORS as error:
                 fail(scan, error)
                 return not isinstance(error, OutputError)

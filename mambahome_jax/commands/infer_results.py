@@ -141,7 +141,7 @@ def read_earlier(folder: Path) -> Earlier:
     return Earlier(found)
 
 
-def note(folder: Path, entry: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
+def note_result(folder: Path, entry: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
     """Write down what made a result, for a next run, should this one not come to write run.json."""
     known = {key: entry[key] for key in ("id", "output", "made_from", "remarks") if key in entry}
     row = known | {"configuration": configuration}
