@@ -24,7 +24,7 @@ SHAPE = (16, 16, 12)
 
 def make_cases(folder: Path, cases: int, masks: int) -> None:
     """Scans of noise, each another, with label maps or masks of two blocks or more."""
-    from mambahome_jax.datasets.abdomenatlas import STRUCTURES
+    from mambahome_jax.datasets.layouts.abdomenatlas import STRUCTURES
 
     affine = np.diag([-1.0, -1.0, 2.0, 1.0])
     label = np.zeros(SHAPE, np.uint8)

@@ -17,7 +17,7 @@ from figures import write_rows
 from mambahome_kernels import conv3d
 from mambahome_kernels.conv3d.api import why_not
 
-from mambahome_jax.compiler import compiler_options
+from mambahome_jax.support.devices import compiler_options
 
 CHANNELS = ["48x48", "24x24", "24x48", "32x32", "16x16"]
 PASSES: dict[str, Callable] = {

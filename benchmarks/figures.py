@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from mambahome_jax.commands.run_report import plain
 from mambahome_jax.evaluation.files import without_nan
+from mambahome_jax.support.run_report import plain
 
 
 def tell(args: argparse.Namespace, **measured: object) -> None:

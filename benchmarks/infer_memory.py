@@ -21,8 +21,8 @@ from flax import nnx
 from infer_volume import make_scan, scan_arguments
 
 from mambahome_jax.config import MODEL_SIZES, DataProperties
-from mambahome_jax.model.checkpoint import write_checkpoint
 from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.weights.checkpoint import write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from mambahome_jax.datasets import load_dataset
-from mambahome_jax.datasets.abdomenatlas import STRUCTURES
+from mambahome_jax.datasets.layouts.abdomenatlas import STRUCTURES
 
 
 def main() -> None:

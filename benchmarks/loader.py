@@ -25,9 +25,9 @@ from typing import Any
 import grain
 import numpy as np
 
-from mambahome_jax.data.loader import make_loader
-from mambahome_jax.data.store import Store, StoreEntry, write_case, write_index
 from mambahome_jax.imaging.intensity import statistics
+from mambahome_jax.patches.loader import make_loader
+from mambahome_jax.patches.store import Store, StoreEntry, write_case, write_index
 
 
 def make_volume(shape: tuple[int, int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:

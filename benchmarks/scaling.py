@@ -29,8 +29,8 @@ from profiling import kernel_times
 from train_step import make_step
 
 from mambahome_jax.config import MODEL_SIZES
-from mambahome_jax.data.loader import make_loader
-from mambahome_jax.data.store import Store
+from mambahome_jax.patches.loader import make_loader
+from mambahome_jax.patches.store import Store
 from mambahome_jax.training.distributed import is_first, join_processes
 from mambahome_jax.training.sharding import put_batch
 

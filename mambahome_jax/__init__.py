@@ -25,7 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "inference.segment": ["segment"],
         "inference.sliding_window": ["sliding_window"],
         "model.network": ["MambaHoME"],
-        "model.weights": ["export_official", "load_model"],
+        "weights.weights": ["export_official", "load_model"],
         "training.losses": ["dice_ce"],
         "version": ["__version__"],
     },

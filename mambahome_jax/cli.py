@@ -18,11 +18,11 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from mambahome_jax import config
-from mambahome_jax.console import protect_output
 from mambahome_jax.errors import ConfigError, MambaHomeError
-from mambahome_jax.paths import openable_path
-from mambahome_jax.program_cache import program_cache
 from mambahome_jax.rerun import with_earlier_flags
+from mambahome_jax.support.console import protect_output
+from mambahome_jax.support.paths import openable_path
+from mambahome_jax.support.program_cache import program_cache
 from mambahome_jax.version import __version__
 
 COMMANDS = {
@@ -175,7 +175,7 @@ def _keep_programs(command: str) -> None:
 def _say_version(verbose: bool) -> int:
     print(f"mambahome {__version__}")
     if verbose:
-        importlib.import_module("mambahome_jax.commands.run_report").say_versions()
+        importlib.import_module("mambahome_jax.support.run_report").say_versions()
     return 0
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from mambahome_jax.config import BEFORE_THERE_WERE
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.jsontext import parse_json
-from mambahome_jax.paths import local_path, real_path
+from mambahome_jax.support.jsontext import parse_json
+from mambahome_jax.support.paths import local_path, real_path
 
 # Of where and how a run was started, not of what it computes.
 _NOT_AGAIN = ("config", "resume", "load_checkpoint", "coordinator_address", "num_processes", "process_id")

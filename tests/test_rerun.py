@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from mambahome_jax import cli
-from mambahome_jax.commands.run_report import plain
 from mambahome_jax.config import TrainConfig
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.paths import working_folder
+from mambahome_jax.support.paths import working_folder
+from mambahome_jax.support.run_report import plain
 
 CONFIG = TrainConfig(
     Path("some data"),

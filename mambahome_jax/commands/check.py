@@ -12,20 +12,20 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mambahome_jax.commands.open_dataset import read_datasets, several, with_scale, with_series
-from mambahome_jax.commands.scan_folder import holds_scans_alone, read_scans
 from mambahome_jax.config import CheckConfig
-from mambahome_jax.console import command_line
-from mambahome_jax.data.pool import count_workers, run_jobs
 from mambahome_jax.datasets import Dataset
-from mambahome_jax.datasets.check import SCANS, CaseFacts, Finding, Severity, dataset_findings
-from mambahome_jax.datasets.examine import PERCENTILES, ExamineJob, examine_case
 from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.datasets.structures import consecutive
-from mambahome_jax.datasets.summary import Range, Summary, likely_modality, summarise
 from mambahome_jax.errors import DatasetError, MambaHomeError
 from mambahome_jax.imaging.volume import read_geometry
+from mambahome_jax.preprocessing.examine import PERCENTILES, ExamineJob, examine_case
+from mambahome_jax.preprocessing.findings import SCANS, CaseFacts, Finding, Severity, dataset_findings
+from mambahome_jax.preprocessing.open_dataset import read_datasets, several, with_scale, with_series
+from mambahome_jax.preprocessing.scan_folder import holds_scans_alone, read_scans
+from mambahome_jax.preprocessing.summary import Range, Summary, likely_modality, summarise
+from mambahome_jax.support.console import command_line
+from mambahome_jax.support.processes import count_workers, run_jobs
 
 _VERSION = 1
 _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")

@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from mambahome_jax.config import ConvertConfig
-from mambahome_jax.model.weights import read_weights, write_weights
+from mambahome_jax.weights.weights import read_weights, write_weights
 
 
 def run(config: ConvertConfig) -> int:

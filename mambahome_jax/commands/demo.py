@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from mambahome_jax.config import DemoConfig
-from mambahome_jax.console import command_line
+from mambahome_jax.datasets.phantom import write_phantoms
 from mambahome_jax.errors import OutputError
-from mambahome_jax.imaging.phantom import write_phantoms
+from mambahome_jax.support.console import command_line
 
 # Coarse, so that a patch covers most of a body and nearly every step sees every structure.
 SPACING = "6 6 6"

@@ -10,12 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambahome_jax.commands.evaluate_tables import comparison_table, results_table
-from mambahome_jax.commands.label_tables import named_pairs
-from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.config import EvaluateConfig
-from mambahome_jax.console import command_line
-from mambahome_jax.cores import usable_cores
-from mambahome_jax.data.pool import run_jobs
 from mambahome_jax.datasets.base import scan_files
 from mambahome_jax.datasets.case_names import common_name, counterparts
 from mambahome_jax.datasets.files import fault_of_name, listing, twins_note
@@ -32,13 +27,18 @@ from mambahome_jax.evaluation.evaluate import (
     write_summary,
 )
 from mambahome_jax.evaluation.files import Evaluation, read_evaluation, write_json
+from mambahome_jax.evaluation.label_tables import named_pairs
 from mambahome_jax.evaluation.paired import compare_runs
 from mambahome_jax.evaluation.scores import Score
 from mambahome_jax.evaluation.statistics import describe
 from mambahome_jax.imaging.dicom_series import files_in, sort_out
-from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, scan_stem
 from mambahome_jax.imaging.header import require_scale
-from mambahome_jax.paths import real_path
+from mambahome_jax.support.console import command_line
+from mambahome_jax.support.cores import usable_cores
+from mambahome_jax.support.files import SCAN_SUFFIXES, alternatives, scan_stem
+from mambahome_jax.support.output_folder import locked, open_output
+from mambahome_jax.support.paths import real_path
+from mambahome_jax.support.processes import run_jobs
 
 # Starting a process takes about as long as a handful of small cases; files below this many bytes are small.
 SMALL_BYTES = 20_000_000

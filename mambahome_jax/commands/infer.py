@@ -14,8 +14,12 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mambahome_jax.commands.find_scans import Scan, join_channels, look_for_scans
-from mambahome_jax.commands.infer_cases import (
+from mambahome_jax.config import InferConfig
+from mambahome_jax.datasets.find_scans import Scan, join_channels, look_for_scans
+from mambahome_jax.datasets.prepared import write_json
+from mambahome_jax.errors import ConfigError, MambaHomeError, OutputError
+from mambahome_jax.imaging.header import require_scale
+from mambahome_jax.inference.batch import (
     Plan,
     Reading,
     existing_result,
@@ -24,22 +28,14 @@ from mambahome_jax.commands.infer_cases import (
     read_ahead,
     write_case,
 )
-from mambahome_jax.commands.infer_faults import (
+from mambahome_jax.inference.ensemble import check_members
+from mambahome_jax.inference.faults import (
     check_format,
     check_settings,
     only_writable,
     reason_of,
 )
-from mambahome_jax.commands.infer_results import Earlier, forget_notes, note_result, origin_of, read_earlier
-from mambahome_jax.commands.infer_volumes import volumes_by_structure, volumes_table, write_volumes
-from mambahome_jax.commands.outputs import locked, open_output
-from mambahome_jax.commands.run_report import device, plain, versions
-from mambahome_jax.config import InferConfig
-from mambahome_jax.console import command_line
-from mambahome_jax.datasets.prepared import write_json
-from mambahome_jax.errors import ConfigError, MambaHomeError, OutputError
-from mambahome_jax.imaging.header import require_scale
-from mambahome_jax.inference.ensemble import check_members
+from mambahome_jax.inference.results import Earlier, forget_notes, note_result, origin_of, read_earlier
 from mambahome_jax.inference.segment import (
     channels_of,
     chosen_values,
@@ -50,10 +46,14 @@ from mambahome_jax.inference.segment import (
     stored_values_of,
     with_mirrors,
 )
-from mambahome_jax.model.digest import digest_of
-from mambahome_jax.model.weights import load_model
-from mambahome_jax.paths import real_path
+from mambahome_jax.inference.volumes import volumes_by_structure, volumes_table, write_volumes
+from mambahome_jax.support.console import command_line
+from mambahome_jax.support.output_folder import locked, open_output
+from mambahome_jax.support.paths import real_path
+from mambahome_jax.support.run_report import device, plain, versions
 from mambahome_jax.training.sharding import choose_devices
+from mambahome_jax.weights.digest import digest_of
+from mambahome_jax.weights.weights import load_model
 
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
 FORMATS = ("SimpleITK", "highdicom", "pydicom")  # where they are installed

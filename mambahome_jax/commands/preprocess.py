@@ -13,23 +13,23 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mambahome_jax.commands.open_dataset import open_dataset, several
-from mambahome_jax.commands.outputs import locked
-from mambahome_jax.commands.preprocess_jobs import choose_workers, make_jobs, open_output
-from mambahome_jax.commands.preprocess_labels import number_structures
-from mambahome_jax.commands.preprocess_output import begin, begun, remove_failed, remove_stale, require_own, say_foreign
 from mambahome_jax.config import CtIntensity, CtScale, Modality, PreprocessConfig
-from mambahome_jax.console import command_line
-from mambahome_jax.data.ct_scale import ct_scale
-from mambahome_jax.data.pool import run_jobs
-from mambahome_jax.data.prepare import CaseJob, prepare_case, up_to_date
-from mambahome_jax.data.store import StoreEntry, write_index
 from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, write_prepared
 from mambahome_jax.datasets.label_values import describe_numbering
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.paths import local_path, real_path, require_letters
+from mambahome_jax.patches.ct_scale import ct_scale
+from mambahome_jax.patches.store import StoreEntry, write_index
+from mambahome_jax.preprocessing.case import CaseJob, prepare_case, up_to_date
+from mambahome_jax.preprocessing.jobs import choose_workers, make_jobs, open_output
+from mambahome_jax.preprocessing.labels import number_structures
+from mambahome_jax.preprocessing.open_dataset import open_dataset, several
+from mambahome_jax.preprocessing.output import begin, begun, remove_failed, remove_stale, require_own, say_foreign
+from mambahome_jax.support.console import command_line
+from mambahome_jax.support.output_folder import locked
+from mambahome_jax.support.paths import local_path, real_path, require_letters
+from mambahome_jax.support.processes import run_jobs
 
 _SHOWN = 20
 

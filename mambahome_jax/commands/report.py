@@ -9,16 +9,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mambahome_jax.commands.evaluate import find_pairs
-from mambahome_jax.commands.find_scans import Scan, find_scans
-from mambahome_jax.commands.label_tables import judged_values, labelled_values
 from mambahome_jax.config import Modality, ReportConfig
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.case_names import counterparts
+from mambahome_jax.datasets.find_scans import Scan, find_scans
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.evaluation.evaluate import Pair, read_pair
 from mambahome_jax.evaluation.files import Evaluation, read_evaluation
+from mambahome_jax.evaluation.label_tables import judged_values, labelled_values
 from mambahome_jax.evaluation.scores import METRICS
-from mambahome_jax.imaging.files import scan_stem, write_text
 from mambahome_jax.imaging.geometry import resample_to
 from mambahome_jax.imaging.grids import SAME_GRID_MM, shift_between
 from mambahome_jax.imaging.intensity import display_range
@@ -26,6 +25,7 @@ from mambahome_jax.imaging.volume import Volume, read_volume
 from mambahome_jax.report.page import Report, Shown, render_report, worst_first
 from mambahome_jax.report.pictures import Panel, draw_planes
 from mambahome_jax.report.provenance import run_rows, without_folders
+from mambahome_jax.support.files import scan_stem, write_text
 
 
 def run(config: ReportConfig) -> int:

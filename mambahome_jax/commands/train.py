@@ -12,14 +12,34 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from mambahome_jax.commands.outputs import locked, open_output
 from mambahome_jax.commands.preprocess import prepare
-from mambahome_jax.commands.pretrained import transfer
-from mambahome_jax.commands.run_report import plain, versions
-from mambahome_jax.commands.train_data import data_differences, data_summary
-from mambahome_jax.commands.train_members import SIGNALLED, Shared, holds_run, is_finished, member_folder, run_members
-from mambahome_jax.commands.train_mirrors import recorded_mirrors
-from mambahome_jax.commands.train_report import (
+from mambahome_jax.config import TrainConfig
+from mambahome_jax.datasets import prepared as prepared_layout
+from mambahome_jax.datasets.prepared import Prepared, read_prepared
+from mambahome_jax.datasets.registry import load_dataset
+from mambahome_jax.datasets.splits import with_split_file
+from mambahome_jax.datasets.structures import consecutive
+from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
+from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.patches.loader import make_loader
+from mambahome_jax.patches.store import Store
+from mambahome_jax.support.output_folder import locked, open_output
+from mambahome_jax.support.paths import local_path, require_letters
+from mambahome_jax.support.run_report import plain, versions
+from mambahome_jax.support.shared_memory import batch_bytes, fitting_workers
+from mambahome_jax.training.budget import TimeBudget
+from mambahome_jax.training.checkpoints import check_settings, restore_state
+from mambahome_jax.training.data import data_differences, data_summary
+from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
+from mambahome_jax.training.distributed import ending_together, is_first, join_processes, require_same
+from mambahome_jax.training.loop import Parts, Plan, Progressed, train
+from mambahome_jax.training.losses import LossFunction, dice_ce
+from mambahome_jax.training.members import SIGNALLED, Shared, holds_run, is_finished, member_folder, run_members
+from mambahome_jax.training.mirrors import recorded_mirrors
+from mambahome_jax.training.optimizer import make_optimizer
+from mambahome_jax.training.pretrained import transfer
+from mambahome_jax.training.progress import Display, MetricsLog, NoLog
+from mambahome_jax.training.report import (
     PACKAGES,
     earlier_report,
     new_report,
@@ -28,31 +48,11 @@ from mambahome_jax.commands.train_report import (
     scores_of,
     write_report,
 )
-from mambahome_jax.commands.train_setup import Setup, make_setup, training_settings
-from mambahome_jax.commands.validation import ValidationSettings, make_validate
-from mambahome_jax.config import TrainConfig
-from mambahome_jax.data.loader import make_loader
-from mambahome_jax.data.shared_memory import batch_bytes, fitting_workers
-from mambahome_jax.data.store import Store
-from mambahome_jax.datasets import prepared as prepared_layout
-from mambahome_jax.datasets.prepared import Prepared, read_prepared
-from mambahome_jax.datasets.registry import load_dataset
-from mambahome_jax.datasets.splits import with_split_file
-from mambahome_jax.datasets.structures import consecutive
-from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
-from mambahome_jax.model.network import MambaHoME
-from mambahome_jax.model.weights import read_weights
-from mambahome_jax.paths import local_path, require_letters
-from mambahome_jax.training.budget import TimeBudget
-from mambahome_jax.training.checkpoints import check_settings, restore_state
-from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
-from mambahome_jax.training.distributed import ending_together, is_first, join_processes, require_same
-from mambahome_jax.training.loop import Parts, Plan, Progressed, train
-from mambahome_jax.training.losses import LossFunction, dice_ce
-from mambahome_jax.training.optimizer import make_optimizer
-from mambahome_jax.training.progress import Display, MetricsLog, NoLog
+from mambahome_jax.training.setup import Setup, make_setup, training_settings
 from mambahome_jax.training.sharding import choose_devices, make_mesh
 from mambahome_jax.training.step import abstract_state, init_state, make_train_step, with_seed
+from mambahome_jax.training.validation import ValidationSettings, make_validate
+from mambahome_jax.weights.weights import read_weights
 
 
 def run(config: TrainConfig, begun: float | None = None) -> int:

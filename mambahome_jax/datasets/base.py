@@ -9,7 +9,7 @@ from typing import Any, Literal
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.files import listed, scan_files
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.jsontext import parse_json
+from mambahome_jax.support.jsontext import parse_json
 
 Split = Literal["train", "val", "test"]
 # Who says of which patient a case is: the layout or a table, or the names of the cases.

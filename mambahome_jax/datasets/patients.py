@@ -16,8 +16,8 @@ from mambahome_jax.datasets.base import Case, Dataset, PatientSource
 from mambahome_jax.datasets.case_names import CHANNEL, counterparts
 from mambahome_jax.datasets.files import listed, read_table
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.files import suffix_of
-from mambahome_jax.paths import one_form
+from mambahome_jax.support.files import suffix_of
+from mambahome_jax.support.paths import one_form
 
 TABLES = ("patients.csv", "patients.tsv", "participants.tsv")
 _CASE_COLUMNS = ("id", "case", "case_id", "image", "file", "filename", "name", "scan")

@@ -14,8 +14,8 @@ from mambahome_jax.datasets.base import Case, Dataset, PatientSource, Split, lab
 from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.label_values import table_of_values
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.files import suffix_of, write_text
-from mambahome_jax.paths import as_on_disk, local_path, one_form
+from mambahome_jax.support.files import suffix_of, write_text
+from mambahome_jax.support.paths import as_on_disk, local_path, one_form
 
 NAME = "prepared"
 COVERS: tuple[str, ...] = ("images_labels", "decathlon", "nnunet_raw")

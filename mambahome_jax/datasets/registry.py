@@ -5,7 +5,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from mambahome_jax.datasets import (
+from mambahome_jax.datasets import prepared
+from mambahome_jax.datasets.base import Case, Dataset
+from mambahome_jax.datasets.files import fault_of_name, listed, listing, outside_of, twins_note
+from mambahome_jax.datasets.layouts import (
     abdomenatlas,
     amos,
     decathlon,
@@ -14,20 +17,17 @@ from mambahome_jax.datasets import (
     mvseg,
     nnunet_raw,
     panorama,
-    prepared,
     published,
     table,
     totalsegmentator_mri,
 )
-from mambahome_jax.datasets.base import Case, Dataset
-from mambahome_jax.datasets.files import fault_of_name, listed, listing, outside_of, twins_note
 from mambahome_jax.datasets.patients import TABLES, with_patients
 from mambahome_jax.datasets.splits import FILE as SPLIT_FILE
 from mambahome_jax.datasets.splits import with_split
 from mambahome_jax.datasets.unseen import misplaced, unseen
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.formats import kind_in
-from mambahome_jax.paths import local_path, one_form, own_name
+from mambahome_jax.support.paths import local_path, one_form, own_name
 
 
 class Layout(Protocol):

@@ -11,9 +11,9 @@ from pathlib import Path
 from mambahome_jax.datasets.files import LONGEST, listed, listing
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_series import DEEPEST, Series, sort_out
-from mambahome_jax.imaging.files import scan_stem
 from mambahome_jax.imaging.formats import content_of, foreign_stem, kind_in, reason_of, without_second_halves
-from mambahome_jax.paths import own_name
+from mambahome_jax.support.files import scan_stem
+from mambahome_jax.support.paths import own_name
 
 _LABELS = re.compile(r"(labels?|masks?|segs?|segmentations?)(tr|va|ts)?", re.IGNORECASE)
 

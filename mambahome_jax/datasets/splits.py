@@ -10,9 +10,9 @@ from mambahome_jax.datasets.case_names import CHANNEL
 from mambahome_jax.datasets.files import listed
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.files import scan_stem
-from mambahome_jax.jsontext import parse_json
-from mambahome_jax.paths import one_form
+from mambahome_jax.support.files import scan_stem
+from mambahome_jax.support.jsontext import parse_json
+from mambahome_jax.support.paths import one_form
 
 FILE, OLD_FILE = "splits_final.json", "splits_final.pkl"
 EXPECTED = '[{"train": [case, ...], "val": [case, ...]}, ...]'

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.paths import one_form
+from mambahome_jax.support.paths import one_form
 
 # Spellings of one organ, after sides and separators were made alike. Only what is the same region: "intestine" may hold
 # more than "small_bowel", and "prostate_uterus" is another structure than "prostate".

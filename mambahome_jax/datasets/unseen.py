@@ -10,8 +10,8 @@ from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.files import listed, of_one_kind
 from mambahome_jax.datasets.scans import is_output, of_labels, search
 from mambahome_jax.imaging.dicom_series import is_scan, sort_out
-from mambahome_jax.imaging.files import SCAN_SUFFIXES, hidden, scan_stem
 from mambahome_jax.imaging.formats import content_of, foreign_stem, kind_in, reason_of, without_second_halves
+from mambahome_jax.support.files import SCAN_SUFFIXES, hidden, scan_stem
 
 
 def unseen(

@@ -9,15 +9,15 @@ from typing import Any
 import numpy as np
 
 from mambahome_jax.config import Surface
-from mambahome_jax.csvtext import csv_name
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.files import write_json
 from mambahome_jax.evaluation.metrics import compare
 from mambahome_jax.evaluation.scores import METRICS, Score
-from mambahome_jax.imaging.files import write_text
 from mambahome_jax.imaging.grids import shift_between
 from mambahome_jax.imaging.labels import replace_values, resembles_image
 from mambahome_jax.imaging.volume import Volume, read_grid, read_labels
+from mambahome_jax.support.csvtext import csv_name
+from mambahome_jax.support.files import write_text
 
 COLUMNS = ("case", "structure", *METRICS, "volume_ml", "reference_volume_ml", "volume_difference_ml")
 DEFINITIONS = {

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mambahome_jax.csvtext import read_name
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.scores import METRICS, Score
-from mambahome_jax.imaging.files import write_text
-from mambahome_jax.jsontext import parse_json
+from mambahome_jax.support.csvtext import read_name
+from mambahome_jax.support.files import write_text
+from mambahome_jax.support.jsontext import parse_json
 
 _NUMBERS = (*METRICS, "volume_ml", "reference_volume_ml")
 

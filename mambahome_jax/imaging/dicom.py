@@ -16,7 +16,7 @@ from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging import itk
 from mambahome_jax.imaging.dicom_elements import outline, transfer_syntax
 from mambahome_jax.imaging.dicom_series import Series, contents_of
-from mambahome_jax.imaging.files import head_of
+from mambahome_jax.support.files import head_of
 
 # Share of the distance between slices by which one may lie elsewhere than evenly between the outermost ones: positions
 # are often written with one decimal only.

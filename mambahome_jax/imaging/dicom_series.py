@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_elements import identify
-from mambahome_jax.imaging.files import hidden
 from mambahome_jax.imaging.formats import content_of, kind_in, kind_of
+from mambahome_jax.support.files import hidden
 
 # Levels below a folder in which the slices of a scan are looked for, as in <patient>/<study>/<series>/.
 DEEPEST = 8

@@ -20,8 +20,8 @@ import numpy as np
 
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging import dicom, itk
-from mambahome_jax.imaging.files import written_whole
 from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.support.files import written_whole
 
 INSTALL = 'pip install "mambahome-jax[dicomseg]"'
 # Of the first slice everything but its pixels is read, of the others what places them and what they are called.

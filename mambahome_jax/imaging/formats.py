@@ -7,7 +7,7 @@ from typing import Literal
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_elements import is_dicom
-from mambahome_jax.imaging.files import SCAN_SUFFIXES, alternatives, head_of, suffix_of
+from mambahome_jax.support.files import SCAN_SUFFIXES, alternatives, head_of, suffix_of
 
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 Kind = Literal["scan", "slice", "foreign", "unknown", "other"]

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from mambahome_jax.errors import DatasetError, OutputError
-from mambahome_jax.imaging.files import META_SUFFIXES, head_of, suffix_of, written_whole
 from mambahome_jax.imaging.itk_headers import AGAIN, LONGEST, META_DATA, NRRD_END, require_harmless
 from mambahome_jax.imaging.unpack import DamagedError, Packed, inflated
-from mambahome_jax.paths import fault_of_letters
+from mambahome_jax.support.files import META_SUFFIXES, head_of, suffix_of, written_whole
+from mambahome_jax.support.paths import fault_of_letters
 
 INSTALL = "pip install mambahome-jax[formats]"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

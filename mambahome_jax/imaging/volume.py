@@ -14,7 +14,10 @@ from nibabel.spatialimages import HeaderDataError
 
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging import dicom, itk, nifti
-from mambahome_jax.imaging.files import (
+from mambahome_jax.imaging.header import Header, header_of, require_scale, scaled
+from mambahome_jax.imaging.pack import fortran_bytes, gzipped, parts_of
+from mambahome_jax.imaging.placement import itk_place, nifti_header
+from mambahome_jax.support.files import (
     ITK_SUFFIXES,
     NIFTI_SUFFIXES,
     WRITTEN_SUFFIXES,
@@ -22,10 +25,7 @@ from mambahome_jax.imaging.files import (
     suffix_of,
     written_whole,
 )
-from mambahome_jax.imaging.header import Header, header_of, require_scale, scaled
-from mambahome_jax.imaging.pack import fortran_bytes, gzipped, parts_of
-from mambahome_jax.imaging.placement import itk_place, nifti_header
-from mambahome_jax.paths import openable_path
+from mambahome_jax.support.paths import openable_path
 
 Forms = tuple[np.ndarray | None, np.ndarray | None, np.ndarray]
 _COMMENT = 6  # kind of a NIfTI header extension: plain text

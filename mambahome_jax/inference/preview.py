@@ -8,10 +8,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mambahome_jax.config import Modality
 from mambahome_jax.errors import OutputError
-from mambahome_jax.imaging.files import beside
 from mambahome_jax.imaging.geometry import reorient
 from mambahome_jax.imaging.intensity import display_range
 from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.support.files import beside
 
 PANEL_PIXELS = 480
 ALPHA = 0.3

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mambahome_jax.imaging.files import beside, not_written
+from mambahome_jax.support.files import beside, not_written
 
 ENTRIES = ("probabilities", "affine", "labels")
 

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mambahome_jax.compiler import compiler_options
 from mambahome_jax.config import DataProperties, Mirror, Modality, ModelConfig, Triple
 from mambahome_jax.datasets.mirror import AXES
 from mambahome_jax.errors import ConfigError, DatasetError, ScanWarning
@@ -36,7 +35,8 @@ from mambahome_jax.inference.restore import positions_on
 from mambahome_jax.inference.sliding_window import PADDING_MODE
 from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole
 from mambahome_jax.inference.tiled import Replica, Stitching, Tiling, predict_tiled, probabilities_of_tile
-from mambahome_jax.paths import openable_path
+from mambahome_jax.support.devices import compiler_options
+from mambahome_jax.support.paths import openable_path
 
 Progress = Callable[[int, int], None]
 PUBLISHED_ROI = (192, 192, 48)

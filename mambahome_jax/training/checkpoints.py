@@ -1,6 +1,6 @@
 """Checkpoints of a training: everything that the next step depends on, written in the background, whole or not at all.
 
-The folders are those of model/checkpoint.py with two more items: "optimizer" (step, state of the optimizer, and the
+The folders are those of weights/checkpoint.py with two more items: "optimizer" (step, state of the optimizer, and the
 parameters that are trained where the model is their moving average, or trained with auxiliary heads) and
 "data" (state of the loader's iterator). Randomness needs none: its keys are made from the seed and the step.
 """
@@ -17,7 +17,11 @@ from jax.sharding import Mesh
 
 from mambahome_jax.config import BEFORE_THERE_WERE, PUBLISHED_GRID, Strategy
 from mambahome_jax.errors import CheckpointError, ConfigError, OutputError, why_not_written
-from mambahome_jax.model.checkpoint import (
+from mambahome_jax.support.paths import local_path
+from mambahome_jax.training.distributed import is_first
+from mambahome_jax.training.sharding import tree_sharding
+from mambahome_jax.training.step import TrainState, deployed_params
+from mambahome_jax.weights.checkpoint import (
     MODEL_ITEM,
     PARTIAL,
     READ_ERRORS,
@@ -33,10 +37,6 @@ from mambahome_jax.model.checkpoint import (
     sibling,
     writing_handler,
 )
-from mambahome_jax.paths import local_path
-from mambahome_jax.training.distributed import is_first
-from mambahome_jax.training.sharding import tree_sharding
-from mambahome_jax.training.step import TrainState, deployed_params
 
 OPTIMIZER_ITEM, DATA_ITEM = "optimizer", "data"
 

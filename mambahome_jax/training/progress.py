@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambahome_jax.errors import OutputError
-from mambahome_jax.imaging.files import beside
+from mambahome_jax.support.files import beside
 from mambahome_jax.training.board import Board
 from mambahome_jax.training.budget import TimeBudget
 

@@ -13,9 +13,9 @@ from mambahome_jax.commands import check
 from mambahome_jax.commands.check import run
 from mambahome_jax.commands.preprocess import run as preprocess
 from mambahome_jax.config import CheckConfig, PreprocessConfig
-from mambahome_jax.data import pool
-from mambahome_jax.data.pool import WorkerDied
 from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.support import processes
+from mambahome_jax.support.processes import WorkerDied
 from tests.commands import odd_cases as odd
 from tests.commands import test_preprocess_faults as faults
 from tests.commands.scans import AFFINE, scan, write
@@ -208,7 +208,7 @@ def test_many_small_cases_are_handed_over_in_batches(folder, monkeypatch):
 
     def run_jobs(function, jobs, workers, *, threads, batch):
         asked.append(batch)
-        return pool.run_jobs(function, jobs, workers, threads=threads, batch=batch)
+        return processes.run_jobs(function, jobs, workers, threads=threads, batch=batch)
 
     monkeypatch.setattr(check, "run_jobs", run_jobs)
     monkeypatch.setattr(check, "_THREAD_BELOW", 2)

@@ -7,12 +7,7 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.commands.train_setup import make_setup, training_settings
 from mambahome_jax.config import CtScale, DataProperties, TrainConfig
-from mambahome_jax.data.ct_scale import ct_scale
-from mambahome_jax.data.foreground import SAMPLE, foreground_sample
-from mambahome_jax.data.loader import read_patch
-from mambahome_jax.data.store import INTENSITIES, Store
 from mambahome_jax.datasets import read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.intensity import normalise, statistics
@@ -20,6 +15,11 @@ from mambahome_jax.imaging.volume import read_labels, read_volume
 from mambahome_jax.inference.ensemble import check_members
 from mambahome_jax.inference.prepare import prepare
 from mambahome_jax.inference.segment import settings_for
+from mambahome_jax.patches.ct_scale import ct_scale
+from mambahome_jax.patches.foreground import SAMPLE, foreground_sample
+from mambahome_jax.patches.loader import read_patch
+from mambahome_jax.patches.store import INTENSITIES, Store
+from mambahome_jax.training.setup import make_setup, training_settings
 from tests.commands.scans import description, preprocess_config, scan, write
 
 SCALE = CtScale((-50.0,), (400.0,), (90.0,), (60.0,))

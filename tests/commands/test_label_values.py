@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mambahome_jax.commands import preprocess_labels as preprocess
 from mambahome_jax.commands.check import run as check
 from mambahome_jax.commands.preprocess import prepare, run
 from mambahome_jax.config import CheckConfig, PreprocessConfig
-from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import load_dataset, read_prepared
 from mambahome_jax.imaging.volume import Volume, read_labels, write_volume
+from mambahome_jax.patches.store import Store
+from mambahome_jax.preprocessing import labels as preprocess
 from tests.commands.scans import AFFINE, description, preprocess_config, reasons, scan, write
 
 

@@ -8,9 +8,9 @@ import SimpleITK as sitk
 
 from mambahome_jax.commands import check, evaluate, preprocess
 from mambahome_jax.config import CheckConfig, EvaluateConfig, PreprocessConfig
-from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import load_dataset
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume, write_volume
+from mambahome_jax.patches.store import Store
 from tests.commands import test_infer_formats
 from tests.commands.test_infer_formats import labels_of, scan, write_dicom
 

@@ -11,11 +11,12 @@ import pytest
 
 from mambahome_jax.commands import preprocess
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.data import pool, store
-from mambahome_jax.data import prepare as prepare_module
-from mambahome_jax.data.pool import WorkerDied
-from mambahome_jax.data.store import Store
 from mambahome_jax.errors import ConfigError, DatasetError, OutputError
+from mambahome_jax.patches import store
+from mambahome_jax.patches.store import Store
+from mambahome_jax.preprocessing import case as prepare_module
+from mambahome_jax.support import processes
+from mambahome_jax.support.processes import WorkerDied
 from tests.commands.scans import AFFINE, description, preprocess_config, reasons, scan, write
 
 
@@ -227,7 +228,7 @@ def test_a_fault_of_ours_shows_its_traceback_and_the_rest_goes_on(config, monkey
 
 
 def test_fewer_processes_where_memory_is_short(config, monkeypatch, capsys):
-    monkeypatch.setattr(pool, "available_memory", lambda: 2**10)
+    monkeypatch.setattr(processes, "available_memory", lambda: 2**10)
     assert run(replace(config, num_workers=3)) == 0
     assert "1 processes instead of 3" in capsys.readouterr().out
 

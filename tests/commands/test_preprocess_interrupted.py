@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.data.store import Store
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.patches.store import Store
 from tests.commands import interrupted
 from tests.commands.scans import preprocess_config, scan, write
 

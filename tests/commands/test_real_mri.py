@@ -5,8 +5,8 @@ import numpy as np
 
 from mambahome_jax.commands import preprocess
 from mambahome_jax.config import PreprocessConfig
-from mambahome_jax.data.store import Store
 from mambahome_jax.datasets import read_prepared
+from mambahome_jax.patches.store import Store
 
 
 def test_hippocampus_is_stored_as_it_is(tmp_path, hippocampus):

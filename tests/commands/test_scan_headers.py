@@ -18,10 +18,10 @@ from mambahome_jax.config import (
     ReportConfig,
     TrainConfig,
 )
-from mambahome_jax.data.prepare import CaseJob, prepare_case
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.volume import read_labels, read_volume
+from mambahome_jax.preprocessing.case import CaseJob, prepare_case
 from tests.imaging.dicom_files import write_slice
 from tests.imaging.nifti_headers import MOVED, OBLIQUE, STRAIGHT, apart, in_itk, save, sheared
 from tests.inference.models import Levels

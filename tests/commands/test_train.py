@@ -14,24 +14,24 @@ from flax import nnx
 
 from mambahome_jax.cli import run_command
 from mambahome_jax.commands import train as command
-from mambahome_jax.commands.train_report import dataset_fingerprint, git_state
-from mambahome_jax.commands.train_setup import (
+from mambahome_jax.config import MODEL_SIZES, ModelSize, TrainConfig
+from mambahome_jax.datasets.prepared import Prepared, PreparedCase, read_prepared, write_prepared
+from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
+from mambahome_jax.imaging.intensity import statistics
+from mambahome_jax.imaging.volume import Volume, write_volume
+from mambahome_jax.patches.store import StoreEntry, write_case, write_index
+from mambahome_jax.recipes import Ingredients
+from mambahome_jax.training import loop
+from mambahome_jax.training.losses import dice_ce
+from mambahome_jax.training.report import dataset_fingerprint, git_state
+from mambahome_jax.training.setup import (
     choose_patch,
     labelled_classes,
     make_augmentation,
     make_setup,
     model_config,
 )
-from mambahome_jax.config import MODEL_SIZES, ModelSize, TrainConfig
-from mambahome_jax.data.store import StoreEntry, write_case, write_index
-from mambahome_jax.datasets.prepared import Prepared, PreparedCase, read_prepared, write_prepared
-from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
-from mambahome_jax.imaging.intensity import statistics
-from mambahome_jax.imaging.volume import Volume, write_volume
-from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params
-from mambahome_jax.recipes import Ingredients
-from mambahome_jax.training import loop
-from mambahome_jax.training.losses import dice_ce
+from mambahome_jax.weights.checkpoint import read_checkpoint_config, read_checkpoint_params
 from tests.conftest import golden_path
 from tests.training.stand_in import SmallNet
 

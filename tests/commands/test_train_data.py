@@ -9,13 +9,13 @@ import pytest
 
 from mambahome_jax.commands import preprocess
 from mambahome_jax.commands import train as command
-from mambahome_jax.commands.train_data import case_digests, data_differences, data_summary
-from mambahome_jax.commands.train_report import data_notes, new_report
-from mambahome_jax.commands.train_setup import make_setup
-from mambahome_jax.data.store import Store, write_case, write_index
 from mambahome_jax.datasets.prepared import read_prepared, write_prepared
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.intensity import statistics
+from mambahome_jax.patches.store import Store, write_case, write_index
+from mambahome_jax.training.data import case_digests, data_differences, data_summary
+from mambahome_jax.training.report import data_notes, new_report
+from mambahome_jax.training.setup import make_setup
 from tests.commands.scans import preprocess_config
 from tests.commands.test_train import _config, _dataset, _small, small_networks  # noqa: F401
 

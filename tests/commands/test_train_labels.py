@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.commands.train_report import label_lines
-from mambahome_jax.commands.train_setup import make_setup
 from mambahome_jax.config import DataProperties, TrainConfig
 from mambahome_jax.datasets import read_prepared
 from mambahome_jax.datasets.structures import match_structures
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.preprocessing import labels
+from mambahome_jax.training.report import label_lines
+from mambahome_jax.training.setup import make_setup
 from tests.commands.scans import preprocess_config, scan, write
 
 
@@ -43,10 +44,9 @@ def test_a_network_has_a_channel_for_each_structure_and_knows_the_stored_values(
 
 
 def test_a_folder_of_an_earlier_version_trains_as_it_is_and_its_gaps_are_named(tmp_path, monkeypatch):
-    from mambahome_jax.commands import preprocess_labels
 
-    monkeypatch.setattr(preprocess_labels, "renumber_jobs", lambda jobs, entries: ({}, []))
-    monkeypatch.setattr(preprocess_labels, "names_of", lambda stored: {value: f"label_{value}" for value in stored})
+    monkeypatch.setattr(labels, "renumber_jobs", lambda jobs, entries: ({}, []))
+    monkeypatch.setattr(labels, "names_of", lambda stored: {value: f"label_{value}" for value in stored})
     setup = setup_of(folder(tmp_path, (0, 1, 40)))
     assert setup.model.out_chans == 41 and setup.properties.values == ()
     assert label_lines(setup) == [

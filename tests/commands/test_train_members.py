@@ -9,11 +9,11 @@ import pytest
 
 from mambahome_jax.cli import parse
 from mambahome_jax.commands import train as command
-from mambahome_jax.commands import train_members
 from mambahome_jax.datasets.prepared import read_prepared, write_prepared
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.volume import Volume, write_volume
-from mambahome_jax.model.checkpoint import read_checkpoint_params
+from mambahome_jax.training import members
+from mambahome_jax.weights.checkpoint import read_checkpoint_params
 from tests.commands.test_train import SHAPE, _config, _dataset, _scan, _small  # noqa: F401
 
 
@@ -121,7 +121,7 @@ def test_networks_share_what_is_left_and_a_signal_ends_them_all(tmp_path, monkey
         now[0] += 150.0
         return (0, 1, 143)[len(calls) - 1]
 
-    monkeypatch.setattr(train_members.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(members.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(command, "_run", one)
     config = _config(tmp_path, tmp_path / "run", steps=None, max_minutes=8.0, members=4)
     assert command.run(config, begun=95.0) == 143

@@ -5,14 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from mambahome_jax.commands.train_mirrors import choose_mirrors, recorded_mirrors
-from mambahome_jax.commands.train_setup import make_setup
 from mambahome_jax.config import DataProperties, TrainConfig
-from mambahome_jax.data.store import StoreEntry, write_case, write_index
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, write_prepared
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.inference.mirrors import mirrors_for
+from mambahome_jax.patches.store import StoreEntry, write_case, write_index
+from mambahome_jax.training.mirrors import choose_mirrors, recorded_mirrors
+from mambahome_jax.training.setup import make_setup
 
 SHAPE = (48, 16, 16)
 KIDNEYS = {1: "left kidney", 2: "right kidney"}

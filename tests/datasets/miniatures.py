@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mambahome_jax.datasets.abdomenatlas import STRUCTURES as ATLAS
-from mambahome_jax.datasets.totalsegmentator_mri import STRUCTURES as TOTAL
+from mambahome_jax.datasets.layouts.abdomenatlas import STRUCTURES as ATLAS
+from mambahome_jax.datasets.layouts.totalsegmentator_mri import STRUCTURES as TOTAL
 from tests.datasets.drawn import draw, first_voxel, scan, write
 
 

@@ -8,8 +8,8 @@ import pytest
 from mambahome_jax.datasets.duplicates import near_duplicates, thumbnail_of
 from mambahome_jax.imaging.geometry import reorient
 from mambahome_jax.imaging.volume import Volume
-from tests.datasets.test_check import dataset as empty
-from tests.datasets.test_check import dataset_findings, facts, found
+from tests.preprocessing.test_findings import dataset as empty
+from tests.preprocessing.test_findings import dataset_findings, facts, found
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 

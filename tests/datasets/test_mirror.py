@@ -2,10 +2,10 @@
 
 import pytest
 
-from mambahome_jax.datasets import amos, mvseg
-from mambahome_jax.datasets.abdomenatlas import STRUCTURES as ATLAS
+from mambahome_jax.datasets.layouts import amos, mvseg
+from mambahome_jax.datasets.layouts.abdomenatlas import STRUCTURES as ATLAS
+from mambahome_jax.datasets.layouts.totalsegmentator_mri import STRUCTURES as TOTAL
 from mambahome_jax.datasets.mirror import mirror_pairs
-from mambahome_jax.datasets.totalsegmentator_mri import STRUCTURES as TOTAL
 from mambahome_jax.errors import ConfigError
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from mambahome_jax.commands.open_dataset import open_dataset
 from mambahome_jax.config import PreprocessConfig
 from mambahome_jax.datasets import load_dataset
+from mambahome_jax.datasets.layouts.totalsegmentator_mri import STRUCTURES, table_of
 from mambahome_jax.datasets.registry import LAYOUTS, detect_layouts
-from mambahome_jax.datasets.totalsegmentator_mri import STRUCTURES, table_of
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.preprocessing.open_dataset import open_dataset
 from tests.datasets import miniatures
 from tests.datasets.test_layouts import touch
 from tests.imaging.test_dicom_series import series
@@ -64,7 +64,7 @@ def test_abdomenatlas_scan_and_masks_in_different_parts(tmp_path):
 
 
 def test_abdomenatlas_1_0_has_nine_structures(tmp_path):
-    from mambahome_jax.datasets.abdomenatlas import OF_VERSION_1_0
+    from mambahome_jax.datasets.layouts.abdomenatlas import OF_VERSION_1_0
 
     touch(tmp_path, "BDMAP_00000001/ct.nii.gz", "BDMAP_00000001/combined_labels.nii.gz")
     touch(tmp_path, *(f"BDMAP_00000001/segmentations/{name}.nii.gz" for name in OF_VERSION_1_0))

@@ -7,9 +7,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mambahome_jax.commands.find_scans import find_scans, look_for_scans
 from mambahome_jax.datasets import scans
 from mambahome_jax.datasets.files import fault_of_name, listing
+from mambahome_jax.datasets.find_scans import find_scans, look_for_scans
 from mambahome_jax.datasets.scans import search
 from mambahome_jax.errors import DatasetError
 from tests.imaging.dicom_files import RTSTRUCT, write_slice

@@ -6,7 +6,7 @@ from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.evaluation.evaluate import summarise, write_metrics, write_summary
 from mambahome_jax.evaluation.files import read_evaluation
 from mambahome_jax.evaluation.scores import Score
-from mambahome_jax.imaging.files import write_text
+from mambahome_jax.support.files import write_text
 
 SCORES = [
     Score("a", 1, "liver", 0.5, math.nan, math.inf, 1.0, 2.0, 1.0),

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from mambahome_jax.datasets import load_dataset
-from mambahome_jax.datasets.examine import ExamineJob, examine_case
 from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.errors import MambaHomeError
 from mambahome_jax.imaging import itk
 from mambahome_jax.imaging.volume import read_volume
-from mambahome_jax.model.weights import read_weights, write_weights
+from mambahome_jax.preprocessing.examine import ExamineJob, examine_case
+from mambahome_jax.weights.weights import read_weights, write_weights
 from tests.conftest import ROOT, golden_path
 from tests.datasets.miniatures import MINIATURES
 from tests.faults import mutations

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mambahome_jax.commands import check, infer, infer_cases, preprocess
+from mambahome_jax.commands import check, infer, preprocess
 from mambahome_jax.config import CheckConfig, DataProperties, InferConfig, PreprocessConfig
 from mambahome_jax.errors import MambaHomeError
+from mambahome_jax.inference import batch
 from tests.inference.models import Levels
 
 PROPERTIES = DataProperties(
@@ -74,14 +75,14 @@ def main() -> None:
     check.examine_case = measured(check.examine_case, seen, lambda a: a[0].case.id)
     preprocess.prepare_case = measured(preprocess.prepare_case, seen, lambda a: a[0].case.id)
     names: dict[int, str] = {}
-    read = infer_cases._read
+    read = batch._read
 
     def remembered(plan: Any, scan: Any) -> Any:
         found = read(plan, scan)
         names[id(found[1])] = scan.case
         return found
 
-    infer_cases._read = measured(remembered, seen, lambda a: a[1].case)
+    batch._read = measured(remembered, seen, lambda a: a[1].case)
     infer.label = measured(infer.label, seen, lambda a: f"labels of {names[id(a[1])]}")
     infer.write_case = measured(infer.write_case, seen, lambda a: f"result of {a[1].case}")
     resource.setrlimit(resource.RLIMIT_AS, (resident("VmSize") * 1024 + LIMIT,) * 2)

@@ -26,7 +26,7 @@ from PIL import Image
 
 from mambahome_jax.errors import MambaHomeError
 from mambahome_jax.imaging.volume import read_labels, read_volume
-from mambahome_jax.model.weights import read_weights
+from mambahome_jax.weights.weights import read_weights
 from tests.commands.scans import scan, write
 from tests.conftest import ROOT, golden_path
 from tests.faults.results import tell

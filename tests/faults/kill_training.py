@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mambahome_jax.errors import CheckpointError
-from mambahome_jax.model.checkpoint import find_checkpoint, read_checkpoint_config, read_checkpoint_params
+from mambahome_jax.weights.checkpoint import find_checkpoint, read_checkpoint_config, read_checkpoint_params
 from tests.commands.test_train import _dataset
 from tests.conftest import ROOT
 

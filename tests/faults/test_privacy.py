@@ -17,8 +17,8 @@ from mambahome_jax.config import (
     ReportConfig,
     TrainConfig,
 )
-from mambahome_jax.data.store import Store
 from mambahome_jax.imaging import itk
+from mambahome_jax.patches.store import Store
 from tests.commands.scans import AFFINE, scan, write
 from tests.commands.test_train import StandIn
 from tests.faults.fuzz_worker import PROPERTIES

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from mambahome_jax.config import ScanRanges, StructureRange
+from mambahome_jax.datasets.phantom import phantom
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles
-from mambahome_jax.imaging.phantom import phantom
 from mambahome_jax.imaging.plausibility import (
     extent_mm,
     extent_remark,

@@ -91,7 +91,7 @@ CASES = {
 
 def _official(module_state, root: str, prefix: str):
     """Published names below `prefix` of a part of the network that stands at `root`."""
-    from mambahome_jax.model.weights import export_official
+    from mambahome_jax.weights.weights import export_official
 
     nested = nnx.to_pure_dict(module_state) if isinstance(module_state, nnx.State) else module_state
     for part in reversed(root.split(".")):

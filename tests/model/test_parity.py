@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import mambahome_jax.model.weights as weights
+import mambahome_jax.weights.weights as weights
 from mambahome_jax.config import MODEL_SIZES, ModelConfig
 from mambahome_jax.model.layers import Numerics
 from mambahome_jax.model.network import MambaHoME, Stage

@@ -13,9 +13,9 @@ from mambahome_jax.errors import ConfigError
 from mambahome_jax.grids import grids_for, patch_and_grids
 from mambahome_jax.model.layers import conv3d
 from mambahome_jax.model.network import MambaHoME
-from mambahome_jax.model.weights import Weights, _leaves, dotted, export_official, read_weights, write_weights
 from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
 from mambahome_jax.training.losses import dice_ce
+from mambahome_jax.weights.weights import Weights, _leaves, dotted, export_official, read_weights, write_weights
 
 TINY = MODEL_SIZES["MambaHoME_tiny"].model.replace(out_chans=3)
 THICK = grids_for((1.5, 1.5, 10), (64, 64, 10))

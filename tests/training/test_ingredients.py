@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 
 from mambahome_jax.config import ModelConfig
-from mambahome_jax.model.checkpoint import read_checkpoint_params
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.training.checkpoints import CheckpointWriter, restore_state
 from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels, network_params
@@ -22,6 +21,7 @@ from mambahome_jax.training.step import (
     init_state,
     make_train_step,
 )
+from mambahome_jax.weights.checkpoint import read_checkpoint_params
 
 MESH = make_mesh(jax.devices()[:1])
 

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from mambahome_jax.config import AugmentationConfig
 from mambahome_jax.errors import TrainingError
-from mambahome_jax.model.checkpoint import read_checkpoint_config, read_checkpoint_params
 from mambahome_jax.training.checkpoints import CheckpointWriter, restore_state
 from mambahome_jax.training.loop import Parts, Plan, Progressed, Validation, train
 from mambahome_jax.training.losses import dice_ce
@@ -22,6 +21,7 @@ from mambahome_jax.training.optimizer import OptimizerConfig, make_optimizer
 from mambahome_jax.training.progress import Display, MetricsLog
 from mambahome_jax.training.sharding import make_mesh
 from mambahome_jax.training.step import abstract_state, init_state, make_train_step
+from mambahome_jax.weights.checkpoint import read_checkpoint_config, read_checkpoint_params
 from tests.training.stand_in import SmallNet
 
 CASES = ("anna", "bert", "carl")

@@ -1,0 +1,92 @@
+"""PANORAMA: <patient>_<study>_0000.nii.gz in one or more batches, with a clone of the panorama_labels repository."""
+
+import re
+from pathlib import Path
+
+from mambahome_jax.datasets.base import Case, Dataset, unlabelled_note
+from mambahome_jax.datasets.files import listing, plain, scans_of, walk
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.support.paths import own_name, real_path
+
+NAME = "panorama"
+LOOKS_FOR = (
+    "PANORAMA: ######_#####_0000.nii.gz (in batches or not), and the repository panorama_labels in or beside the "
+    "folder: manual_labels/ and automatic_labels/ with ######_#####.nii.gz"
+)
+COVERS: tuple[str, ...] = ("images_labels", "decathlon")
+LABELS = {
+    1: "pdac_lesion",
+    2: "veins",
+    3: "arteries",
+    4: "pancreas_parenchyma",
+    5: "pancreatic_duct",
+    6: "common_bile_duct",
+}
+REPOSITORY = "panorama_labels"
+HINT = (
+    "Labels cloned before 21 June 2024 hold stray values 7 and 8, mended since: run git pull in panorama_labels and "
+    "preprocess again."
+)
+
+_IMAGE = re.compile(r"((\d{6})_\d{5})_0000")
+_LABEL = re.compile(r"\d{6}_\d{5}")
+# Unpacked side by side, each batch may have a folder of its own around it: images/batch_1/batch_1/.
+_DEPTH = 3
+
+
+def detect(folder: Path) -> bool:
+    """Whether such scans lie in the folder or up to three folders below."""
+    names = (stem for _, _, files in walk(folder, _DEPTH) for stem in scans_of(files))
+    return any(map(_IMAGE.fullmatch, names)) and not plain(folder)
+
+
+def load(folder: Path) -> Dataset:
+    """One case a study, named <patient>_<study>; studies of one patient stay on one side of a split.
+
+    Of two labels of one study that in a folder named manual_labels is taken. A label without a scan is skipped, a scan
+    without a label kept as unlabelled. The commit of the labels, where known, is noted, as they changed over time.
+    Raises DatasetError: no scan, no label at all.
+    """
+    images: dict[str, Path] = {}
+    labels: dict[str, Path] = {}
+    neighbours = listing(real_path(folder).parent)[0]
+    beside = [path for name, path in neighbours.items() if name.startswith(REPOSITORY)]
+    for root in [folder, *beside]:
+        for home, _, files in walk(root, _DEPTH):
+            for stem, path in scans_of(files).items():
+                if found := _IMAGE.fullmatch(stem):
+                    images.setdefault(found[1], path)
+                elif _LABEL.fullmatch(stem) and (stem not in labels or "manual" in home.name):
+                    labels[stem] = path
+    if not images or not labels:
+        found_only = f"{len(images)} scans and {len(labels)} labels"
+        action = "Clone github.com/DIAGNijmegen/panorama_labels into the folder." if images else None
+        raise DatasetError(found_only, file=folder, expected=LOOKS_FOR, action=action)
+    cases = tuple(
+        Case(study, path, labels.get(study), None, "ct", study.split("_")[0]) for study, path in sorted(images.items())
+    )
+    skipped = tuple(
+        (study, f"{path.parent.name}/{path.name} has no scan; expected {study}_0000.nii.gz (is a batch missing?)")
+        for study, path in sorted(labels.items())
+        if study not in images
+    )
+    commit = _commit(next(iter(labels.values())).parent)
+    notes = unlabelled_note(cases) + ((f"labels of commit {commit}",) if commit else ())
+    return Dataset(own_name(folder), ("CT",), LABELS, cases, skipped, notes, HINT, patients="given")
+
+
+def _commit(folder: Path) -> str | None:
+    """Commit that the clone around a folder has checked out."""
+    for home in (folder, folder.parent):
+        try:
+            head = (home / ".git/HEAD").read_text().strip()
+            name = head.removeprefix("ref: ")
+            if name == head:
+                return head
+            if (home / ".git" / name).is_file():
+                return (home / ".git" / name).read_text().strip()
+            packed = (line.split() for line in (home / ".git/packed-refs").read_text().splitlines())
+            return next((words[0] for words in packed if words[1:] == [name]), None)
+        except (OSError, UnicodeDecodeError):
+            continue
+    return None

@@ -1,0 +1,168 @@
+"""Worker processes of the loader that die or hang: the training stops within a minute and says at which case."""
+
+import contextlib
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from mambahome_jax.errors import MambaHomeError, TrainingError
+from mambahome_jax.support import shared_memory
+
+STALL_SECONDS = 45.0
+# Starting the processes, which import everything anew, perhaps from a slow disk.
+START_SECONDS = 300.0
+# What the system sends a process that writes to shared memory which is full (SIGBUS; Windows has none).
+_BUS_ERROR = int(getattr(signal, "SIGBUS", 7))
+
+
+class Reading:
+    """Where the workers note which case each of them is reading: a file a process, named by its number."""
+
+    def __init__(self) -> None:
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix="mambahome-reading-"))
+        except OSError as error:
+            found = f"no folder for the notes of the processes that read patches: {error.strerror or error}"
+            raise TrainingError(f"{found}. Set TMPDIR to one that can be written, or --num_workers to 0") from error
+
+    @contextlib.contextmanager
+    def of(self, case: str) -> Iterator[None]:
+        """While this process reads a case; an error that comes of it says which."""
+        self._note(case)
+        try:
+            yield
+        except Exception as error:
+            error.add_note(f"while reading {case}")
+            raise
+        self._note("")
+
+    def _note(self, case: str) -> None:
+        # The folder is gone when the training has ended, which this process may not have heard yet.
+        with contextlib.suppress(FileNotFoundError):
+            (self.folder / str(os.getpid())).write_text(case, encoding="utf-8")
+
+    def cases(self) -> dict[int, str]:
+        """Process -> the case that it is reading."""
+        found = {}
+        for path in sorted(self.folder.glob("*")):
+            with contextlib.suppress(OSError):
+                found[int(path.name)] = path.read_text(encoding="utf-8")
+        return {process: case for process, case in found.items() if case}
+
+    def since(self) -> float | None:
+        """Seconds since a worker noted anything; None before the first."""
+        times = [path.stat().st_mtime for path in self.folder.glob("*")]
+        return time.time() - max(times) if times else None
+
+
+class Watched:
+    """The iterator of a loader with worker processes; gives what that gives, and ends where nothing comes any more."""
+
+    def __init__(self, batches: Any, reading: Reading):
+        self._batches, self._reading = batches, reading
+        self._thread = ThreadPoolExecutor(1)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        """The next batch. Raises TrainingError: a worker died, or none has read anything for STALL_SECONDS."""
+        begun, coming = time.monotonic(), self._thread.submit(next, self._batches)
+        while not _done(coming):
+            waited, silent = time.monotonic() - begun, self._reading.since()
+            limit = START_SECONDS if silent is None else STALL_SECONDS
+            if min(waited, waited if silent is None else silent) > limit:
+                found = f"no patch for {limit:.0f} s from the processes that read them{self._at()}"
+                self._kill()
+                raise TrainingError(f"{found}. Stopped. Is the disk or network that it lies on still there?")
+        try:
+            return _unnamed(coming.result())
+        except (MambaHomeError, StopIteration):
+            raise
+        except Exception as error:
+            reason = why_killed(error)
+            if not reason:
+                # A fault of ours, which keeps its traceback.
+                raise
+            found = f"a process that reads patches {reason[0]}{self._at()}"
+            raise TrainingError(f"{found}. Stopped. {reason[1]}; --resume continues") from error
+
+    def get_state(self) -> dict[str, Any]:
+        """As that of the loader."""
+        return self._batches.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """As that of the loader."""
+        self._batches.set_state(state)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._batches.close()
+        self._thread.shutdown()
+        shutil.rmtree(self._reading.folder, ignore_errors=True)
+
+    def _at(self) -> str:
+        cases = sorted(set(self._reading.cases().values()))
+        return f", while reading {', '.join(cases)}" if cases else ""
+
+    def _kill(self) -> None:
+        """End workers that do not answer: waiting for them would take as long again."""
+        known = {path.name for path in self._reading.folder.glob("*")}
+        for process in multiprocessing.active_children():
+            if str(process.pid) in known:
+                process.kill()
+
+
+def why_killed(error: Exception) -> tuple[str, str] | None:
+    """What befell a worker by the error that came of it, and what to do; None where that is a fault of the program."""
+    text = str(error)
+    # Grain's own words of a process that was killed.
+    if "Worker process" in text:
+        if f"exit code -{_BUS_ERROR}." in text:
+            return f"was killed for want of shared memory ({shared_memory.FOLDER})", shared_memory.REMEDY
+        return "was killed", "If memory was short, try fewer --num_workers"
+    if isinstance(error, OSError) and "psm_" in f"{error.filename} {text}":
+        return f"has no shared memory ({error.strerror})", shared_memory.REMEDY
+    return None
+
+
+def _unnamed(batch: Any) -> Any:
+    """The batch, its shared memory without a name: the system frees that with the batch, however this program ends.
+
+    Left to Grain, what is in use at the end is removed too late, and Python warns of leaked memory.
+    """
+    for array in batch.values() if isinstance(batch, dict) else ():
+        memory = getattr(array, "shm", None)
+        if memory is not None and getattr(array, "_unlink_on_del", False):
+            memory.unlink()
+            array._unlink_on_del = False
+    return batch
+
+
+def heed_the_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent, and end when it is gone, however that ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _done(coming: Future) -> bool:
+    with contextlib.suppress(TimeoutError):
+        coming.exception(timeout=1)
+    return coming.done()

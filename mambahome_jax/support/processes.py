@@ -1,0 +1,208 @@
+"""Many independent jobs over several processes, where neither an error nor a killed process stops the others."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from mambahome_jax.errors import ConfigError, MambaHomeError
+from mambahome_jax.support.cores import usable_cores
+from mambahome_jax.support.shared_memory import why_none
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+
+
+class WorkerDied(MambaHomeError):
+    """The process that worked on a job ended without an answer."""
+
+
+def run_jobs(
+    function: Callable[[J], R], jobs: Iterable[J], workers: int, *, threads: bool = False, batch: int = 1
+) -> Iterator[tuple[J, R | BaseException]]:
+    """Yield (job, result or exception) as jobs finish, in no fixed order.
+
+    function: importable by name, as the processes are spawned. threads: run in one thread of this process instead,
+    where starting a process is not worth its second; without room for a lock in shared memory this is so anyway. When a
+    process is killed, nobody knows by which of the running jobs, so each of them is tried again alone; one that kills
+    its process again yields WorkerDied. batch: jobs that a process is given at a time, more than one where handing them
+    over takes longer than doing them.
+    """
+    if not threads and (reason := why_none()):
+        print(f"Note: {reason}; the work is done in this process, one job after the other", file=sys.stderr)
+        threads = True
+    if batch > 1 and not threads:
+        yield from _run_batches(function, list(jobs), workers, batch)
+        return
+    waiting = deque(jobs)
+    while waiting:
+        suspects: list[J] = []
+        yield from _run_until_broken(function, waiting, workers, suspects, threads)
+        for suspect in suspects:
+            again: list[J] = []
+            yield from _run_until_broken(function, deque([suspect]), 1, again, threads)
+            for job in again:
+                yield job, WorkerDied("its process was killed, most likely for want of memory. Try fewer --num_workers")
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take, by the machine and by its control group; None where nobody says."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            # Page cache counts as used but is given back, hence only anonymous memory.
+            lines = (group / "memory.stat").read_text().splitlines()
+            used = next(int(line.split()[1]) for line in lines if line.startswith("anon "))
+            found.append(int(limit) - used)
+    except (OSError, ValueError, StopIteration):
+        pass
+    return max(min(found), 0) if found else None
+
+
+def count_workers(asked: int | None, jobs: Sequence[J], peak_bytes: Callable[[J], int]) -> tuple[int, int]:
+    """Processes that the cores and jobs call for, and how many of them memory holds; at least 1 each.
+
+    asked: None for one a core. peak_bytes: memory of one job at its peak; the largest counts.
+    Raises ConfigError: a negative number asked for.
+    """
+    if asked is not None and asked < 0:
+        raise ConfigError(f"num_workers is {asked}; expected 0 or more")
+    wanted = max(min(usable_cores() if asked is None else asked, len(jobs)), 1)
+    available = available_memory()
+    if wanted == 1 or available is None:
+        return wanted, wanted
+    fitting = max(int(0.9 * available / max(map(peak_bytes, jobs), default=1)), 1)
+    return wanted, min(wanted, fitting)
+
+
+def _run_batches(
+    function: Callable[[J], R], jobs: Sequence[J], workers: int, size: int
+) -> Iterator[tuple[J, R | BaseException]]:
+    groups = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+    for group, results in run_jobs(_Each(function), groups, workers):
+        if isinstance(results, WorkerDied) and len(group) > 1:
+            # One of them did it; the others have a result.
+            yield from run_jobs(function, group, workers)
+        elif isinstance(results, BaseException):
+            yield from ((job, results) for job in group)
+        else:
+            yield from zip(group, results, strict=True)
+
+
+@dataclass(frozen=True)
+class _Each(Generic[J, R]):
+    """A function of one job as one of several, of which none stops the others."""
+
+    function: Callable[[J], R]
+
+    def __call__(self, jobs: Sequence[J]) -> list[R | BaseException]:
+        results: list[R | BaseException] = []
+        for job in jobs:
+            try:
+                results.append(self.function(job))
+            except Exception as error:  # noqa: BLE001
+                results.append(error)
+        return results
+
+
+def _run_until_broken(
+    function: Callable[[J], R], waiting: deque[J], workers: int, suspects: list[J], threads: bool
+) -> Iterator[tuple[J, R | BaseException]]:
+    """Take jobs from `waiting` until none is left or a process dies; the jobs that ran then go to `suspects`."""
+    context = multiprocessing.get_context("spawn")
+    listener, stop = context.Pipe(duplex=False)
+    with _one_thread_each(), listener, stop:
+        executor: Executor = (
+            ThreadPoolExecutor(1)
+            if threads
+            else ProcessPoolExecutor(workers, mp_context=context, initializer=_heed, initargs=(listener,))
+        )
+        running: dict[Future, J] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers and not suspects:
+                    # A process is started here, and inherits what is held back.
+                    with _interrupt_held_back():
+                        running[executor.submit(function, waiting[0])] = waiting[0]
+                    waiting.popleft()
+                if not running:
+                    return
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    job, error = running.pop(future), future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        suspects.append(job)
+                    else:
+                        yield job, future.result() if error is None else error
+        except BrokenProcessPool:
+            # Raised by submit() when the pool broke between two jobs: that job has not begun and stays in `waiting`.
+            suspects.extend(running.values())
+        except KeyboardInterrupt:
+            # Files appear whole or not at all, so nothing is lost that waiting for the cases in hand would keep.
+            stop.close()
+            raise
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+def _heed(listener: Connection) -> None:
+    """End this process when its parent is gone or has closed the other end of `listener`, and on nothing else.
+
+    A pool's processes outlive a parent that was killed: they would wait for ever, and go on to write the case in hand
+    while the next run writes it too. Ctrl-C reaches the whole process group, but is the parent's alone to answer.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        connection.wait([parent.sentinel, listener])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _interrupt_held_back() -> Iterator[None]:
+    """Ctrl-C waits till the end, here; processes that are started meanwhile never see it, not while they import."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Environment for spawned processes: they share the cores, so each one's linear algebra gets one thread."""
+    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,394 @@
+"""What a training command comes to: flags, dataset and devices resolved into sizes, steps and settings."""
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from mambahome_jax.config import (
+    MODEL_SIZES,
+    AugmentationConfig,
+    DataProperties,
+    Mirror,
+    MirrorPairs,
+    ModelConfig,
+    Precision,
+    TrainConfig,
+    Triple,
+    said_multiples,
+)
+from mambahome_jax.datasets.mirror import AXES, axis_along
+from mambahome_jax.datasets.prepared import DESCRIPTION, Prepared, split_cases
+from mambahome_jax.datasets.structures import match_structures
+from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.grids import grids_for, patch_and_grids
+from mambahome_jax.model.network import default_precision
+from mambahome_jax.patches.ranges import training_ranges
+from mambahome_jax.patches.store import Store
+from mambahome_jax.recipes import Ingredients, resolve
+from mambahome_jax.training.data import case_digests, trained_on
+from mambahome_jax.training.mirrors import choose_mirrors
+from mambahome_jax.training.optimizer import OptimizerConfig
+
+GPU_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that follows from the flags once dataset and devices are known.
+
+    val_cases: at most --max_val_cases of those held out. trained_on: those of val_cases whose
+    images are trained on too. digests: see `case_digests`, of "train" and of all of "val".
+    """
+
+    prepared: Prepared
+    prepared_val: Prepared | None
+    train_cases: tuple[str, ...]
+    val_cases: tuple[str, ...]
+    trained_on: tuple[str, ...]
+    digests: Mapping[str, Mapping[str, str]]
+    val_values: Mapping[int, int] | None
+    structures: Mapping[int, str]
+    model: ModelConfig
+    properties: DataProperties
+    patch_size: tuple[int, int, int]
+    precision: Precision
+    ingredients: Ingredients
+    augmentation: AugmentationConfig | None
+    mirror_lines: tuple[str, ...]
+    labelled: np.ndarray | None
+    optimizer: OptimizerConfig
+    global_batch: int
+    steps_per_epoch: int
+    total_steps: int | None
+    val_every: int | None
+    num_workers: int
+
+
+def make_setup(
+    config: TrainConfig,
+    prepared: Prepared,
+    prepared_val: Prepared | None,
+    devices: int,
+    recorded: Sequence[Mirror] = (),
+) -> Setup:
+    """Resolve every default that depends on the dataset or the devices.
+
+    recorded: the mirrors that the run to be resumed began with; it goes on with them.
+    Raises ConfigError for flags that cannot work, DatasetError where there is nothing to train on.
+    """
+    for name in (
+        "batch_size",
+        "epochs",
+        "skip_val",
+        "steps",
+        "val_every",
+        "checkpoint_every",
+        "keep_last",
+        "max_val_cases",
+    ):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name} {value}; expected 1 or more")
+    if config.hold_out < 0 or config.hold_out == 1:
+        raise ConfigError(f"--hold_out {config.hold_out}; expected 0, or 2 or more")
+    if config.num_workers is not None and config.num_workers < 0:
+        raise ConfigError(f"--num_workers {config.num_workers}; expected 0 or more")
+    if config.max_minutes is not None and (not config.max_minutes > 0 or config.steps is not None):
+        found = f"--max_minutes {config.max_minutes}" + (f" with --steps {config.steps}" if config.steps else "")
+        raise ConfigError(f"{found}; expected a positive number, and one of the two alone")
+    if not 0 <= config.overlap < 1:
+        raise ConfigError(f"--overlap {config.overlap}; expected at least 0 and below 1")
+    size = MODEL_SIZES[config.model]
+    ingredients = resolve(config, size.lr, size.eps, size.strong_lr)
+    store = Store(prepared.store)
+    store_val = store if prepared_val is None else Store(prepared_val.store)
+    train, val = _cases(config, prepared, prepared_val)
+    shapes = [store.entry(case).shape for case in train]
+    patch, grids = choose_grids(config, shapes, _voxel_size(prepared))
+    present = {value for case in train for value in store.entry(case).foreground_counts}
+    names = dict(prepared.labels)
+    classes = max([*names, *present, 1]) + 1
+    if config.classes is not None:
+        needed = max(present, default=0) + 1
+        if config.classes < needed:
+            raise ConfigError(
+                f"--classes {config.classes}, but labels go up to {needed - 1}; expected at least {needed}"
+            )
+        classes = config.classes
+    structures = {
+        value: names.get(value, f"label_{value}") for value in range(1, classes) if value in {*names, *present}
+    }
+    modality = config.modality or Counter(store.entry(case).modality for case in train).most_common(1)[0][0]
+    batch = config.batch_size * devices
+    steps_per_epoch = -(-len(train) // batch)
+    total = config.steps or config.epochs * steps_per_epoch
+    timed = config.max_minutes is not None
+    val_every = config.val_every or config.skip_val * steps_per_epoch
+    axes = ingredients.mirror if ingredients.augment else ()
+    mirrors, mirror_lines = choose_mirrors(axes, prepared, structures, explicit=config.mirror is not None)
+    if mirrors != recorded and {axis for axis, _ in mirrors} == {axis for axis, _ in recorded}:
+        mirrors, mirror_lines = tuple(recorded), ("In mirrored scans labels trade places as when this run began",)
+    augmentation = make_augmentation(ingredients, prepared, structures, mirrors=mirrors)
+    mirrored = {axis for axis, _ in augmentation.mirror} if augmentation else set()
+    return Setup(
+        prepared=prepared,
+        prepared_val=prepared_val,
+        train_cases=train,
+        val_cases=val[: config.max_val_cases],
+        val_values=None
+        if prepared_val is None
+        else values_of_training(prepared_val, val, prepared, structures or {1: "label_1"}),
+        trained_on=tuple(trained_on(map(store.entry, train), map(store_val.entry, val[: config.max_val_cases]))),
+        digests={"train": case_digests(prepared, train), "val": case_digests(prepared_val or prepared, val)},
+        structures=structures or {1: "label_1"},
+        model=model_config(config, in_chans=store.entry(train[0]).channels, out_chans=classes).replace(**grids),
+        properties=DataProperties(
+            spacing=prepared.spacing,
+            orientation=prepared.orientation,
+            modality=modality,
+            labels=tuple(structures.items()),
+            channels=tuple(prepared.channels),
+            patch_size=patch,
+            ct_scale=prepared.ct_scale,
+            mirror=tuple(name for name in AXES if axis_along(name, prepared.orientation) in mirrored),
+            values=tuple(sorted(prepared.values.items())),
+            ranges=training_ranges([store.entry(case) for case in train], structures, config.modality),
+            mirror_pairs=_anatomical(augmentation.mirror, prepared.orientation) if mirrored and augmentation else None,
+        ),
+        patch_size=patch,
+        precision=config.precision or default_precision(),
+        ingredients=ingredients,
+        augmentation=augmentation,
+        mirror_lines=mirror_lines,
+        labelled=labelled_classes(prepared, train, classes),
+        optimizer=_optimizer(config, ingredients, steps_per_epoch, total),
+        global_batch=batch,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=None if timed else total,
+        # In a given time the default would spend most of it on validation; the budget then spaces them.
+        val_every=None if timed and config.val_every is None and config.skip_val == 1 else val_every,
+        num_workers=_workers(config),
+    )
+
+
+def training_settings(config: TrainConfig, setup: Setup) -> dict[str, Any]:
+    """The settings that change the result of a run: a resumed one has to agree with them."""
+    optimizer = setup.optimizer
+    return {
+        "train_cases": f"{len(setup.train_cases)} with digest {_digest(setup.train_cases)}",
+        "patch_size": setup.patch_size,
+        "global_batch": setup.global_batch,
+        "total_steps": setup.total_steps,
+        "max_minutes": config.max_minutes,
+        **dataclasses.asdict(setup.ingredients),
+        "mirror": () if setup.augmentation is None else setup.augmentation.mirror,
+        "schedule_step": optimizer.schedule_step,
+        "steps_per_period": optimizer.steps_per_period,
+        "t_max": optimizer.t_max,
+        "modality": config.modality,
+        "ct_scale": setup.properties.to_json()["ct_scale"],
+        "precision": setup.precision,
+        "labelled": None if setup.labelled is None else _digest(tuple(map(str, setup.labelled.tolist()))),
+        "freeze_encoder": config.freeze_encoder,
+        "encoder_lr_scale": optimizer.encoder_lr_scale,
+        "seed": config.seed,
+        # The state of the loader's iterator has another form for another number.
+        "num_workers": setup.num_workers,
+    }
+
+
+def model_config(config: TrainConfig, in_chans: int, out_chans: int) -> ModelConfig:
+    """The size that --model picks, widened to --feature_size in all its stages."""
+    model = MODEL_SIZES[config.model].model.replace(
+        in_chans=in_chans, out_chans=out_chans, use_checkpoint=config.use_checkpoint
+    )
+    if config.feature_size is None:
+        return model
+    if config.feature_size < 1:
+        raise ConfigError(f"--feature_size {config.feature_size}; expected 1 or more")
+    widths = [
+        round(width * config.feature_size / model.feat_size[0]) for width in (*model.feat_size, model.hidden_size)
+    ]
+    return model.replace(feat_size=tuple(widths[:4]), hidden_size=widths[4])
+
+
+def choose_grids(
+    config: TrainConfig, shapes: list[Triple], spacing: tuple[float, float, float]
+) -> tuple[Triple, dict[str, Any]]:
+    """The patch, and what --strides changes of the network for it."""
+    if config.strides == "published":
+        return choose_patch(config, shapes), {}
+    if config.patch_size is None:
+        a, b, c = MODEL_SIZES[config.model].patch_size
+        median = [round(n) for n in np.median(shapes, axis=0)]
+        found = patch_and_grids(spacing, median, a * b * c)
+    else:
+        found = grids_for(spacing, config.patch_size)
+    grids: dict[str, Any] = {"strides": found.strides, "kernel_sizes": found.kernel_sizes}
+    if config.patch_size is None:
+        return found.patch_size, grids
+    return choose_patch(config, shapes, ModelConfig(**grids).multiples), grids
+
+
+def choose_patch(config: TrainConfig, shapes: list[Triple], multiples: Triple = (16, 16, 16)) -> Triple:
+    """--patch_size checked, or that of --model, cut to what covers the largest volume along each axis.
+
+    multiples: `ModelConfig.multiples` of the network.
+    """
+    if config.patch_size is None:
+        default = MODEL_SIZES[config.model].patch_size
+        largest = [max(shape[axis] for shape in shapes) for axis in range(3)]
+        a, b, c = (min(d, -(-n // m) * m) for d, n, m in zip(default, largest, multiples, strict=True))
+        # One voxel at the deepest stage leaves instance norm nothing to normalise.
+        return (a, b, c) if (a, b, c) != multiples else (2 * a, b, c)
+    a, b, c = config.patch_size
+    near = [max(round(n / m), 1) * m for n, m in zip(config.patch_size, multiples, strict=True)]
+    if tuple(near) == multiples:
+        near[0] *= 2
+    if (a, b, c) != tuple(near):
+        given, valid = (" ".join(map(str, sizes)) for sizes in (config.patch_size, near))
+        said = said_multiples(multiples)
+        raise ConfigError(
+            f"--patch_size {given}; expected multiples of {said}, not all of them {said}, such as {valid}"
+        )
+    return a, b, c
+
+
+def _cases(
+    config: TrainConfig, prepared: Prepared, prepared_val: Prepared | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    train, val = split_cases(prepared, config.seed, config.hold_out)
+    if prepared_val is not None:
+        # Nothing has to be held out of the training folder but what it marks itself.
+        marked = {case.id for case in prepared.cases if case.split == "val"}
+        train = [case.id for case in prepared.cases if case.id in {*train, *val} - marked]
+        val = [case.id for case in prepared_val.cases if case.label is not None]
+        if not val:
+            raise DatasetError("no case with a label to validate on", file=prepared_val.root)
+    if not train:
+        skipped = f" ({len(prepared.skipped)} were skipped)" if prepared.skipped else ""
+        found = f"no case to train on among {len(prepared.cases)}{skipped}"
+        expected = "at least one with a label that is not marked val or test"
+        raise DatasetError(found, file=prepared.root / "dataset.json", expected=expected)
+    return tuple(train), tuple(val)
+
+
+def values_of_training(
+    prepared_val: Prepared, cases: Sequence[str], prepared: Prepared, structures: Mapping[int, str]
+) -> dict[int, int] | None:
+    """Label value of --data_val -> that of the training data, as each folder numbers its own; None where all are equal.
+
+    cases: of `prepared_val`. structures: value -> name, of the training. What training lacks is left out.
+    Raises DatasetError: no structure of these cases is one of the training.
+    """
+    store = Store(prepared_val.store)
+    present = sorted({value for case in cases for value in store.entry(case).foreground_counts})
+    names = {value: f"label_{prepared_val.values.get(value, value)}" for value in present} | dict(prepared_val.labels)
+    values = match_structures(names, structures, prepared_val.values, prepared.values)
+    if structures and present and not values.keys() & {*present}:
+        found, expected = (
+            ", ".join(f"{value} {name}" for value, name in table.items()) for table in (names, structures)
+        )
+        action = "Preprocess both folders with the same dataset.json or --label_map."
+        raise DatasetError(
+            f"structures {found}", file=prepared_val.root / DESCRIPTION, expected=expected, action=action
+        )
+    return None if all(values.get(value) == value for value in present) else values
+
+
+def labelled_classes(prepared: Prepared, cases: Sequence[str], classes: int) -> np.ndarray | None:
+    """(cases, classes) bool: the classes that the dataset of each case has labels of; None where all have all."""
+    found = {case.id: case.labelled for case in prepared.cases}
+    rows = [[values is None or value in (0, *values) for value in range(classes)] for values in map(found.get, cases)]
+    table = np.array(rows, bool)
+    return None if table.all() else table
+
+
+def make_augmentation(
+    ingredients: Ingredients,
+    prepared: Prepared,
+    structures: Mapping[int, str],
+    explicit: bool = True,
+    mirrors: Sequence[Mirror] | None = None,
+) -> AugmentationConfig | None:
+    """What the ingredients ask of augment(); None for none.
+
+    Mirroring along an axis swaps the label values that trade places there, see `choose_mirrors`. Raises ConfigError
+    where one of a pair is not among the labels and the flag was given (`explicit`). mirrors: where they are chosen
+    already.
+    """
+    if not ingredients.augment:
+        return None
+    if mirrors is None:
+        mirrors, _ = choose_mirrors(ingredients.mirror, prepared, structures, explicit)
+    return AugmentationConfig(
+        zoom_probability=ingredients.zoom_probability,
+        rotate90_probability=ingredients.rotate90_probability,
+        mirror=tuple(mirrors),
+        affine_probability=ingredients.affine_probability or None,
+        affine_rotation=ingredients.affine_rotation,
+        affine_scale=ingredients.affine_scale,
+        elastic_probability=ingredients.elastic_probability or None,
+        elastic_std=ingredients.elastic_std,
+        voxel_size=_voxel_size(prepared),
+        brightness_probability=ingredients.brightness_probability or None,
+        contrast_probability=ingredients.contrast_probability or None,
+        gamma_probability=ingredients.gamma_probability or None,
+    )
+
+
+def _anatomical(mirrors: Sequence[Mirror], orientation: str) -> MirrorPairs:
+    pairs = dict(mirrors)
+    axes = {name: axis_along(name, orientation) for name in AXES}
+    return tuple((name, pairs[axis]) for name, axis in axes.items() if axis in pairs)
+
+
+def _voxel_size(prepared: Prepared) -> tuple[float, float, float]:
+    """mm; along an axis that every scan has its own of, the median of the cases."""
+    sizes = np.median([case.spacing for case in prepared.cases], axis=0)
+    a, b, c = (
+        float(given) if given > 0 else float(own)
+        for given, own in zip(prepared.spacing or (0, 0, 0), sizes, strict=True)
+    )
+    return a, b, c
+
+
+def _optimizer(config: TrainConfig, ingredients: Ingredients, steps_per_epoch: int, total: int) -> OptimizerConfig:
+    assert ingredients.lr is not None and ingredients.eps is not None
+    scale = 0.0 if config.freeze_encoder else config.encoder_lr_scale
+    if scale < 0:
+        raise ConfigError(f"--encoder_lr_scale {scale}; expected 0 or more")
+    if config.steps is None:
+        # As published: the schedule steps with the validations.
+        period, t_max = config.skip_val * steps_per_epoch, max(config.epochs // config.skip_val, 1)
+    else:
+        period, t_max = steps_per_epoch, -(-total // steps_per_epoch)
+    return OptimizerConfig(
+        name=ingredients.optimizer,
+        lr=ingredients.lr,
+        weight_decay=ingredients.weight_decay,
+        eps=ingredients.eps,
+        steps_per_period=period,
+        t_max=t_max,
+        schedule_step=config.schedule_step,
+        warmup_steps=ingredients.warmup_steps,
+        clip_norm=ingredients.clip_norm or None,
+        momentum=ingredients.momentum if ingredients.optimizer == "SGD" else 0.0,
+        encoder_lr_scale=scale,
+    )
+
+
+def _digest(names: tuple[str, ...]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+
+
+def _workers(config: TrainConfig) -> int:
+    if config.num_workers is not None:
+        return config.num_workers
+    return GPU_WORKERS if jax.default_backend() == "gpu" else 0

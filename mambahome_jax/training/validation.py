@@ -1,0 +1,159 @@
+"""Validation during training: whole volumes by sliding window, scored by Dice."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mambahome_jax.config import CtScale, Modality
+from mambahome_jax.errors import CheckpointError, DatasetError
+from mambahome_jax.evaluation.metrics import dice
+from mambahome_jax.imaging.intensity import normalise
+from mambahome_jax.imaging.labels import replace_values
+from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.inference.preview import render
+from mambahome_jax.inference.segment import apply_network
+from mambahome_jax.inference.sliding_window import PADDING_MODE, window_size
+from mambahome_jax.inference.targets import Labels
+from mambahome_jax.inference.tiled import Replica, Slab, Stitching, Tiling, predict_tiled
+from mambahome_jax.patches.store import Store, StoreEntry
+from mambahome_jax.training.distributed import gather
+from mambahome_jax.training.loop import Validation
+from mambahome_jax.training.sharding import copy_to
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """Cases and windows. `labels`: value -> name of the structures scored; modality: instead of each case's own;
+    ct_scale: see `normalise`. values: label value of the cases -> that of training, None where they are the same."""
+
+    cases: Sequence[str]
+    labels: Mapping[int, str]
+    patch_size: tuple[int, int, int]
+    overlap: float
+    modality: Modality | None = None
+    sw_batch_size: int = 2
+    ct_scale: CtScale | None = None
+    values: Mapping[int, int] | None = None
+
+
+def make_validate(
+    graphdef: nnx.GraphDef, store: Store, settings: ValidationSettings, device: jax.Device
+) -> Callable[[Any, Callable[[], bool]], Validation | None]:
+    """A function (params, asked to stop?) -> Validation, None when it was asked to stop on the way.
+
+    With several processes each takes every so-manieth case, and all get the same result; device: one of this process.
+
+    Each structure's Dice is its mean over the cases that have it, the overall one the mean over structures. A case that
+    cannot be read, or of which the network makes what is not finite, counts as a failure and the others go on.
+    """
+    values = sorted(settings.labels)
+
+    def validate(params: Any, stop: Callable[[], bool]) -> Validation | None:
+        params = copy_to(params, device)
+        scores: dict[str, list[float | None]] = {}
+        failures: dict[str, str] = {}
+        stopped = False
+        first_ended: float | None = None
+        picture: np.ndarray | None = None
+        for case in settings.cases[jax.process_index() :: jax.process_count()]:
+            stopped = stop()
+            if stopped:
+                break
+            entry = store.entry(case)
+            try:
+                modality = settings.modality or entry.modality
+                image = store.read_image(case)
+                reference = store.read_label(case)
+                if settings.values is not None:
+                    reference = replace_values(reference, settings.values)
+                to_unit = partial(normalise, modality=modality, stats=entry.statistics, ct_scale=settings.ct_scale)
+                network = Replica(device, partial(apply_network, graphdef, params))
+                prediction = _predict(network, _slabs(image, to_unit), image.shape[:3], settings)
+            except (DatasetError, CheckpointError) as error:
+                failures[case] = str(error)
+                continue
+            if picture is None:
+                picture = _picture(entry, image, prediction, reference, settings)
+            found = dice(prediction, reference, values)
+            scores[case] = [None if math.isnan(score) else float(score) for score in found]
+            first_ended = first_ended or time.perf_counter()
+        # The first case may have compiled.
+        again = _time_again(first_ended, time.perf_counter(), len(scores))
+        shares = gather({"scores": scores, "failures": failures, "stopped": stopped})
+        if any(share["stopped"] for share in shares):
+            return None
+        scores = {case: row for share in shares for case, row in share["scores"].items()}
+        failures = {case: reason for share in shares for case, reason in share["failures"].items()}
+        # In the order of the cases, so that the sums have the same bits whatever the number of processes.
+        rows = [scores[case] for case in settings.cases if case in scores]
+        table = np.array(rows, np.float64).reshape(len(rows), len(values))
+        structures = {settings.labels[value]: _mean(column) for value, column in zip(values, table.T, strict=True)}
+        return Validation(_mean(list(structures.values())), structures, tuple(failures.items()), again, picture)
+
+    return validate
+
+
+def _slabs(image: np.ndarray, to_unit: Callable[[np.ndarray], np.ndarray]) -> Slab:
+    """Planes of an image, normalised when they are asked for: a whole float32 one would be one more in memory."""
+
+    def slab(axis: int, start: int, stop: int) -> np.ndarray:
+        planes = [slice(None)] * image.ndim
+        planes[axis] = slice(start, stop)
+        return to_unit(image[tuple(planes)])
+
+    return slab
+
+
+def _predict(network: Replica, slab: Slab, shape: Sequence[int], settings: ValidationSettings) -> np.ndarray:
+    """Labels (D, H, W). The logits of a window's depth exist at a time."""
+    made: list[Labels] = []
+
+    def targets(tiling: Tiling, before: Sequence[int]) -> list[Labels]:
+        made.append(Labels(tiling, before, [np.arange(n, dtype=np.float64) for n in shape], "nearest"))
+        return made
+
+    roi = window_size(shape, settings.patch_size)
+    how = Stitching(roi, settings.overlap, "gaussian", PADDING_MODE, settings.sw_batch_size)
+    predict_tiled([[network]], slab, shape, how, targets)
+    assert made[0].result is not None
+    return made[0].result
+
+
+def _time_again(first_ended: float | None, ended: float, scored: int) -> float | None:
+    """Seconds for all cases once more, without what only the first one took."""
+    return None if first_ended is None or scored < 2 else (ended - first_ended) * scored / (scored - 1)
+
+
+def _picture(
+    entry: StoreEntry, image: np.ndarray, prediction: np.ndarray, reference: np.ndarray, settings: ValidationSettings
+) -> np.ndarray:
+    """Prediction above reference on the same slices, those of the reference; RGB (rows, columns, 3) uint8."""
+    scan = Volume(image, np.array(entry.affine))
+    rows = [
+        np.asarray(
+            render(
+                scan,
+                Volume(labels, scan.affine),
+                settings.labels,
+                entry.modality,
+                f"{entry.id}: {what}",
+                slices_of=reference,
+            )
+        )
+        for what, labels in (("prediction", prediction), ("reference", reference))
+    ]
+    width = max(row.shape[1] for row in rows)
+    return np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    """Over what is not nan, nan where nothing is left."""
+    present = [float(value) for value in values if not math.isnan(value)]
+    return sum(present) / len(present) if present else math.nan

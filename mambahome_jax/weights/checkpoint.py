@@ -1,0 +1,237 @@
+"""Checkpoint folders: `config.json` in plain sight, parameters in Orbax' format, swapped in whole or not at all.
+
+A folder `best` is written as `best.partial` and renamed; the one it replaces is `best.previous` for that moment, and
+is read in its place should a crash leave only that. This module knows the parameters; training/checkpoints.py adds the
+state of the optimizer and of the data to the same folder.
+"""
+
+import contextlib
+import glob
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
+from mambahome_jax.support.jsontext import parse_json
+from mambahome_jax.support.paths import openable_path, require_letters
+
+CONFIG_FILE, MODEL_ITEM = "config.json", "model"
+RUN_CHECKPOINT = Path("checkpoints") / "best"  # of a run folder: what infer is to use
+PARTIAL, PREVIOUS, EARLIER = ".partial", ".previous", "step_"
+# Bytes that one on the disk may stand for: arrays of zeros, as some parameters begin, pack well.
+_PACKED = 10_000
+# What Orbax and TensorStore raise for files that are missing, cut short or of another kind.
+READ_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError)
+WRITE_ERRORS = (OSError, ValueError, RuntimeError)
+# Folders are made before any thread begins to write: where one cannot be made, the threads wait ten minutes for it.
+WRITING = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+# What a checkpoint takes beside its arrays: some 50 small files and folders, each of a block.
+_MORE_BYTES, _FILES = 1 << 20, 100
+# Tries to remove what a failed write left, a tenth of a second between them.
+_REMOVALS = 20
+
+
+def sibling(folder: Path, suffix: str) -> Path:
+    """The folder's neighbour of the same name with a suffix."""
+    return folder.with_name(folder.name + suffix)
+
+
+def find_checkpoint(folder: Path | str) -> Path:
+    """The folder to read for `folder`: itself, the best checkpoint of the run that it is, or what a crash in the middle
+    of a swap left aside of either.
+
+    Raises CheckpointError when there is none.
+    """
+    folder = openable_path(folder).absolute()
+    require_letters(folder)
+    for checkpoint in (folder, folder / RUN_CHECKPOINT):
+        for candidate in (checkpoint, sibling(checkpoint, PREVIOUS)):
+            if (candidate / CONFIG_FILE).is_file() and (candidate / MODEL_ITEM).is_dir():
+                return candidate
+    found = "the folder has no config.json and model/" if folder.is_dir() else "no such folder"
+    raise CheckpointError(
+        f"{folder}: {found}; expected a run, or a checkpoint such as RUN/checkpoints/best. Check the path"
+    )
+
+
+def read_checkpoint_config(folder: Path | str) -> dict[str, Any]:
+    """`config.json` of a checkpoint: {"model": fields of ModelConfig, "data": {...}, "step", ...}.
+
+    Raises CheckpointError when there is no checkpoint or its configuration is not JSON.
+    """
+    path = find_checkpoint(folder) / CONFIG_FILE
+    try:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}; expected JSON. The checkpoint is damaged, use another") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise CheckpointError(f'{path}: no entry "model"; expected the configuration of the network')
+    return config
+
+
+def integer_keys(tree: Any) -> Any:
+    """Nested dict with the keys of lists as integers again, as nnx has them; Orbax keeps every key as text."""
+    if not isinstance(tree, dict):
+        return tree
+    return {int(k) if isinstance(k, str) and k.isdigit() else k: integer_keys(v) for k, v in tree.items()}
+
+
+def read_checkpoint_params(folder: Path | str) -> dict[str, Any]:
+    """Parameters of a checkpoint on the host, whatever devices they were written from.
+
+    Returns:
+        nested dict of numpy arrays, as `nnx.to_pure_dict(nnx.state(model))` nests them (indices of lists are int).
+
+    Raises CheckpointError when they cannot be read.
+    """
+    path = find_checkpoint(folder) / MODEL_ITEM
+    try:
+        handler = ocp.PyTreeCheckpointHandler()
+        tree = handler.metadata(path).tree
+        _require_held(path, tree)
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return integer_keys(handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=on_host)))
+    except READ_ERRORS as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). The checkpoint is damaged, use another") from error
+
+
+def _require_held(path: Path, tree: Any) -> None:
+    """Raises ValueError where the arrays are larger than their files can be: what is missing would be made of zeros."""
+    claimed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if claimed > _PACKED * size:
+        raise ValueError(f"{claimed} bytes of parameters in files of {size} bytes")
+
+
+def write_checkpoint(folder: Path | str, params: Any, config: dict[str, Any], *, overwrite: bool = False) -> Path:
+    """Write parameters and configuration alone, as for inference or to start a training from.
+
+    Args:
+        folder: appears whole or not at all.
+        params: nested dict of arrays, numpy or jax, any dtype.
+        config: JSON values; "model" holds the fields of ModelConfig.
+        overwrite: replace a checkpoint that is there.
+
+    Raises OutputError when the folder exists already or cannot be written; what was there before stays.
+    """
+    folder = openable_path(folder).absolute()
+    require_letters(folder)
+    if folder.exists() and not overwrite:
+        raise OutputError(f"{folder} exists already; expected a new folder. Choose another name or pass --overwrite")
+    partial = prepare_partial(folder)
+    try:
+        require_space(folder.parent, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params)))
+        with quiet_orbax(), ocp.Checkpointer(writing_handler()) as checkpointer:
+            checkpointer.save(partial, args=ocp.args.Composite(**{MODEL_ITEM: ocp.args.PyTreeSave(params)}))
+        finish_checkpoint(folder, config)
+    except WRITE_ERRORS as error:
+        remove_partial(folder)
+        raise OutputError(
+            f"{folder}: cannot be written ({why_not_written(error)}). Is the disk full or read-only?"
+        ) from error
+    return folder
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises OSError where arrays of `needed` bytes find no room: told before the writer's threads fail one by one."""
+    free, needed = shutil.disk_usage(folder).free, needed + _MORE_BYTES
+    if free < needed:
+        raise OSError(f"{needed / 1e6:.3g} MB needed, {free / 1e6:.3g} MB free")
+    files = os.statvfs(folder) if hasattr(os, "statvfs") else None
+    # Some file systems make room for files as they come, and know no number.
+    if files is not None and files.f_files and files.f_favail < _FILES:
+        raise OSError(f"{_FILES} files needed, the file system has room for {files.f_favail}")
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a failed write left beside `folder`; Orbax writes under the partial name with more behind it.
+
+    More than once where it has to be: of the arrays that are written at once the first to fail tells, and the others
+    may still bring files into what is being removed.
+    """
+    for _ in range(_REMOVALS):
+        leftovers = list(folder.parent.glob(f"{glob.escape(folder.name)}{PARTIAL}*"))
+        if not leftovers:
+            return
+        for leftover in leftovers:
+            shutil.rmtree(leftover, ignore_errors=True)
+        if any(leftover.exists() for leftover in leftovers):
+            time.sleep(0.1)
+
+
+def writing_handler() -> ocp.CompositeCheckpointHandler:
+    """What writes the items of a checkpoint."""
+    return ocp.CompositeCheckpointHandler(composite_options=ocp.CompositeOptions(async_options=WRITING))
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Orbax logs each failure with its traceback before it raises it, tasks of its own tell theirs when they are
+    collected, and TensorStore where a loop that waited for it is closed; the message is ours to give."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+
+    def unraisable(args: Any) -> None:
+        if "Event loop is closed" not in str(args.exc_value):
+            hook(args)
+
+    logger.setLevel(logging.CRITICAL + 1)
+    # It stays: tasks may be collected at any later time.
+    logging.getLogger("asyncio").addFilter(_not_of_orbax)
+    sys.unraisablehook = unraisable
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.getMessage()
+
+
+def prepare_partial(folder: Path) -> Path:
+    """Clear the place beside `folder` where its successor is written, and return it. Raises OutputError."""
+    partial = sibling(folder, PARTIAL)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Orbax writes under this name with more behind it, and a killed process leaves that.
+        for leftover in folder.parent.glob(f"{partial.name}*"):
+            shutil.rmtree(leftover)
+    except OSError as error:
+        raise OutputError(f"{partial}: {error}. Is the disk full or read-only?") from error
+    return partial
+
+
+def finish_checkpoint(folder: Path, config: dict[str, Any], keep: int = 1) -> None:
+    """Put the configuration into the written `folder`.partial and let it take the place of `folder`.
+
+    The keep - 1 checkpoints before it stay as step_<number> beside it.
+    """
+    partial, previous = sibling(folder, PARTIAL), sibling(folder, PREVIOUS)
+    (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if folder.exists():
+        # A leftover of an earlier crash is needed only as long as `folder` is missing.
+        if previous.exists():
+            shutil.rmtree(previous)
+        folder.replace(previous)
+    partial.replace(folder)
+    if keep > 1 and previous.exists():
+        step = parse_json((previous / CONFIG_FILE).read_text(encoding="utf-8"))["step"]
+        kept = folder.with_name(f"{EARLIER}{step:08d}")
+        shutil.rmtree(kept, ignore_errors=True)
+        previous.replace(kept)
+        for old in sorted(folder.parent.glob(f"{EARLIER}*"))[: 1 - keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(previous, ignore_errors=True)

@@ -1,0 +1,327 @@
+"""Weights on disk <-> the network: published names in .pth, .npz and .safetensors, and our checkpoint folders."""
+
+import dataclasses
+import functools
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+
+from mambahome_jax.config import DataProperties, ModelConfig, Precision
+from mambahome_jax.errors import CheckpointError, ConfigError, OutputError
+from mambahome_jax.model.network import MambaHoME, default_precision
+from mambahome_jax.support.jsontext import parse_json
+from mambahome_jax.support.npz import NPZ_ERRORS, require_held
+from mambahome_jax.support.paths import openable_path
+from mambahome_jax.weights.checkpoint import read_checkpoint_config, read_checkpoint_params, write_checkpoint
+from mambahome_jax.weights.names import config_of_shapes, dotted, official_shape, targets
+from mambahome_jax.weights.pth import read_pth, write_pth
+
+FORMATS = (".pth", ".pt", ".npz", ".safetensors")
+# Wrappers that data-parallel training puts around the names.
+_PREFIXES = ("module.", "_forward_module.", "_orig_mod.", "model.")
+
+
+class Weights(NamedTuple):
+    """Parameters as a flat {dotted path of ours: array}, with what the source says of the network and its data."""
+
+    params: dict[str, np.ndarray]
+    config: ModelConfig
+    data: DataProperties | None
+
+
+def _leaves(tree: Any) -> dict[tuple[str | int, ...], Any]:
+    """{path: array} of a model, its state, or any nested dict or pytree of its shape."""
+    if isinstance(tree, nnx.Module):
+        tree = nnx.state(tree, nnx.Param)
+    if isinstance(tree, nnx.State):
+        tree = nnx.to_pure_dict(tree)
+    flat: dict[tuple[str | int, ...], Any] = {}
+
+    def walk(node: Any, path: tuple[str | int, ...]) -> None:
+        if isinstance(node, nnx.State):
+            node = nnx.to_pure_dict(node)
+        if isinstance(node, Mapping):
+            for key, value in node.items():
+                walk(value, (*path, int(key) if isinstance(key, str) and key.isdigit() else key))
+        elif node is not None:
+            flat[path] = node[...] if isinstance(node, nnx.Variable) else node
+
+    walk(tree, ())
+    return flat
+
+
+def export_official(tree: Any) -> dict[str, np.ndarray]:
+    """Parameters under their published names, in torch's layout.
+
+    Args:
+        tree: a MambaHoME, its `nnx.State`, or any pytree shaped like its parameters (gradients, optimizer moments).
+
+    Returns:
+        {published name: array}: convolutions (out, in, kD, kH, kW), linear layers (out, in), one tensor an expert; the
+        dtype of each array stays.
+    """
+    official: dict[str, np.ndarray] = {}
+    for path, leaf in _leaves(tree).items():
+        array = np.asarray(leaf)
+        for target in targets(path, array.shape):
+            part = array if target.expert is None else array[target.expert]
+            official[target.name] = np.ascontiguousarray(target.layout.to_official(part))
+    return official
+
+
+class _OneKey(nnx.Rngs):
+    """For shapes alone: nnx.Rngs counts its keys, which takes seconds where the constructor is traced."""
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+def _abstract(config: ModelConfig, **arguments: Any) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: MambaHoME(config, rngs=_OneKey(0), **arguments)))
+
+
+@functools.lru_cache(maxsize=8)
+def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[str | int, ...], tuple[int, ...]]]:
+    """{dotted path: (path, shape)} of the network's parameters."""
+    return {dotted(path): (path, leaf.shape) for path, leaf in _leaves(_abstract(config)[1]).items()}
+
+
+def _faults(source: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises CheckpointError that lists every missing, unknown and misshapen name."""
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    misshapen = [
+        f"{name} is {tuple(found[name])}, expected {tuple(expected[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    if missing or unknown or misshapen:
+        lists = {"missing": missing, "unknown": unknown, "wrong shape": misshapen}
+        text = "; ".join(f"{kind} ({len(names)}): {', '.join(names)}" for kind, names in lists.items() if names)
+        raise CheckpointError(
+            f"{source}: the names and shapes are not those of the network, nothing was loaded. {text}"
+        )
+
+
+def _from_official(source: Path, tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
+    shapes = _shapes(config)
+    plan = {ours: targets(path, shape) for ours, (path, shape) in shapes.items()}
+    expected = {t.name: official_shape(t, shapes[ours][1]) for ours, found in plan.items() for t in found}
+    _faults(source, {name: array.shape for name, array in tensors.items()}, expected)
+    params = {}
+    for ours, found in plan.items():
+        parts = [target.layout.to_ours(np.asarray(tensors[target.name])) for target in found]
+        params[ours] = parts[0] if found[0].expert is None else np.stack(parts)
+    return params
+
+
+def _json_object(text: str, path: Path) -> dict[str, Any]:
+    """The configuration that a file of weights carries. Raises CheckpointError: no JSON object."""
+    try:
+        values = parse_json(text)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: its configuration cannot be read ({error}); expected JSON") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: its configuration is a {type(values).__name__}; expected a JSON object")
+    return values
+
+
+def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    try:
+        require_held(path)
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except NPZ_ERRORS as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); expected arrays of numpy.savez") from error
+    config = _json_object(str(arrays.pop("config_json", "{}")), path)
+    marked = {name.removeprefix("param/"): array for name, array in arrays.items() if name.startswith("param/")}
+    return marked or arrays, config
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            config = _json_object((file.metadata() or {}).get("config", "{}"), path)
+            return {name: file.get_tensor(name) for name in file.keys()}, config  # noqa: SIM118
+    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); expected a safetensors file") from error
+
+
+def _read_torch(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    content = read_pth(path)
+    config: dict[str, Any] = {}
+    if isinstance(content, Mapping):
+        config = dict(content["config"]) if isinstance(content.get("config"), Mapping) else {}
+        content = next(
+            (content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)), content
+        )
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path}: holds a {type(content).__name__}; expected a state_dict, alone or under 'model'"
+        )
+    tensors = {str(name): array for name, array in content.items() if isinstance(array, np.ndarray)}
+    return tensors, config
+
+
+def _config_beside(path: Path) -> tuple[dict[str, Any], Path]:
+    """Content of the .json beside a file of weights, and where it stood; empty where there is none."""
+    for candidate in (path.with_suffix(".json"), path.with_name("config.json")):
+        if candidate.is_file():
+            try:
+                values = parse_json(candidate.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{candidate}: cannot be read ({error}); expected JSON") from error
+            if isinstance(values, dict):
+                return values, candidate
+    return {}, path
+
+
+def _strip_prefixes(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for prefix in _PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return _strip_prefixes({name.removeprefix(prefix): array for name, array in tensors.items()})
+    return tensors
+
+
+def _data_of(values: Mapping[str, Any], source: Path) -> DataProperties | None:
+    """From the entry "data" of a configuration, None where there is none. Raises CheckpointError: it is damaged."""
+    if not isinstance(values.get("data"), Mapping):
+        return None
+    best = values.get("best")
+    score = {"val_dice": best["val_dice"]} if isinstance(best, Mapping) and "val_dice" in best else {}
+    try:
+        return DataProperties.from_json(score | dict(values["data"]))
+    except ConfigError as error:
+        raise CheckpointError(f'{source}: entry "data" of its configuration: {error}') from error
+
+
+def read_weights(path: Path | str) -> Weights:
+    """Read a checkpoint folder, or published weights in .pth, .npz or .safetensors.
+
+    The configuration comes from the tensors' shapes, and the group sizes, which leave no trace there, from the
+    configuration in the file or in a .json beside it; else they are the published ones.
+    Raises CheckpointError listing by name whatever is missing, unknown or misshapen; nothing is loaded halfway.
+    """
+    path = openable_path(path)
+    readers = {".pth": _read_torch, ".pt": _read_torch, ".npz": _read_npz, ".safetensors": _read_safetensors}
+    if path.is_file() and path.suffix in readers:
+        tensors, values = readers[path.suffix](path)
+        values, source = (values, path) if values else _config_beside(path)
+        model = values["model"] if isinstance(values.get("model"), Mapping) else values
+        tensors = _strip_prefixes(tensors)
+        if not tensors:
+            raise CheckpointError(f"{path}: no tensors inside; expected the weights of MambaHoME")
+        try:
+            config = config_of_shapes({name: array.shape for name, array in tensors.items()}, model)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        except ConfigError as error:
+            raise CheckpointError(f"{source}: its configuration cannot be used: {error}") from error
+        return Weights(_from_official(path, tensors, config), config, _data_of(values, source))
+    if path.suffix in FORMATS and not path.exists():
+        raise CheckpointError(f"{path}: no such file. Check the path")
+    if path.is_file():
+        raise CheckpointError(f"{path}: unknown suffix; expected {', '.join(FORMATS)} or a checkpoint folder")
+    values = read_checkpoint_config(path)
+    config = config_from_json(values["model"], path)
+    params = {dotted(p): np.asarray(leaf) for p, leaf in _leaves(read_checkpoint_params(path)).items()}
+    _faults(path, {n: a.shape for n, a in params.items()}, {n: shape for n, (_, shape) in _shapes(config).items()})
+    return Weights(params, config, _data_of(values, path))
+
+
+def config_from_json(values: Mapping[str, Any], source: Path | str) -> ModelConfig:
+    """ModelConfig from the entry "model" of a config.json. Raises CheckpointError on unknown or impossible values."""
+    try:
+        return ModelConfig(**values)
+    except (TypeError, ConfigError) as error:
+        raise CheckpointError(f"{source}: its configuration does not fit this version ({error})") from error
+
+
+def load_model(
+    path: Path | str, param_dtype=None, precision: Precision | None = None, *, use_checkpoint: bool = False
+) -> MambaHoME:
+    """A network with the weights of a checkpoint folder (RUN/checkpoints/best) or a published .pth, .npz, .safetensors.
+
+    Args:
+        param_dtype: dtype of the parameters, float32 by default; float64 needs JAX x64.
+        precision: fp32, tf32 or bf16; by default bf16 on a GPU and fp32 elsewhere (fp32 with float64 parameters).
+        use_checkpoint: recompute each block in a backward pass.
+
+    Raises CheckpointError listing by name whatever is missing, unknown or misshapen; nothing is loaded halfway.
+    """
+    return build_model(read_weights(path), param_dtype, precision, use_checkpoint=use_checkpoint)
+
+
+def build_model(
+    weights: Weights, param_dtype=None, precision: Precision | None = None, *, use_checkpoint: bool = False
+) -> MambaHoME:
+    """The network of `weights`; arguments as those of load_model."""
+    dtype = jnp.dtype(param_dtype or jnp.float32)
+    if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
+        raise ConfigError(
+            "float64 parameters need JAX x64: set JAX_ENABLE_X64=1 or jax.config.update('jax_enable_x64', True)"
+        )
+    if precision is None:
+        precision = "fp32" if dtype == jnp.float64 else default_precision()
+    config = weights.config.replace(use_checkpoint=use_checkpoint)
+    graphdef, state = _abstract(config, param_dtype=dtype, precision=precision, metadata=weights.data)
+    arrays = {path: jnp.asarray(weights.params[dotted(path)], dtype) for path in _leaves(state)}
+    nnx.replace_by_pure_dict(state, _nest(arrays))
+    return nnx.merge(graphdef, state)
+
+
+def _nest(flat: Mapping[tuple[str | int, ...], Any]) -> dict[Any, Any]:
+    tree: dict[Any, Any] = {}
+    for path, leaf in flat.items():
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def _nested_params(weights: Weights) -> dict[Any, Any]:
+    return _nest({path: weights.params[ours] for ours, (path, _) in _shapes(weights.config).items()})
+
+
+def write_weights(path: Path | str, weights: Weights, *, overwrite: bool = False) -> None:
+    """Write weights in the form that the suffix says: .pth, .npz, .safetensors with published names, else a folder.
+
+    The configuration travels in the file. Raises OutputError where the place is taken or cannot be written; a file
+    appears whole or not at all.
+    """
+    path = openable_path(path)
+    values: dict[str, Any] = {"model": dataclasses.asdict(weights.config)}
+    if weights.data is not None:
+        values["data"] = weights.data.to_json()
+    if path.suffix == "":
+        write_checkpoint(path, _nested_params(weights), values, overwrite=overwrite)
+        return
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"{path}: unknown suffix; expected {', '.join(FORMATS)}, or none for a checkpoint folder")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already. Choose another name or pass --overwrite")
+    tensors = export_official(_nested_params(weights))
+    text = json.dumps(values)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".mambahome-") as folder:
+            partial = Path(folder) / path.name
+            if path.suffix == ".npz":
+                np.savez(partial, allow_pickle=False, config_json=np.asarray(text), **tensors)
+            elif path.suffix == ".safetensors":
+                safetensors.numpy.save_file(tensors, partial, metadata={"config": text})
+            else:
+                write_pth(partial, tensors, parse_json(text))
+            partial.replace(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise OutputError(f"{path}: cannot be written ({error}). Is the disk full or read-only?") from error

@@ -1,0 +1,141 @@
+"""Jobs over processes: results, errors and processes that die."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mambahome_jax.support.processes import WorkerDied, available_memory, run_jobs
+
+
+def square(job: int) -> int:
+    """Fails for 3, and kills its process for 5."""
+    if job == 3:
+        raise ValueError("three")
+    if job == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return job * job
+
+
+def unsendable(job: int):
+    return (lambda: job) if job == 2 else job
+
+
+def thread_limit(_: int) -> str | None:
+    return os.environ.get("OMP_NUM_THREADS")
+
+
+def test_errors_come_back_beside_results():
+    found = dict(run_jobs(square, [1, 2, 3, 4], 1, threads=True))
+    assert isinstance(found.pop(3), ValueError)
+    assert found == {1: 1, 2: 4, 4: 16}
+
+
+def test_a_killed_process_costs_only_its_own_job():
+    found = dict(run_jobs(square, range(9), 2))
+    assert isinstance(found.pop(3), ValueError)
+    died = found.pop(5)
+    assert isinstance(died, WorkerDied) and "killed" in str(died)
+    assert found == {job: job * job for job in (0, 1, 2, 4, 6, 7, 8)}
+
+
+def test_in_batches_too():
+    found = dict(run_jobs(square, range(9), 2, batch=4))
+    assert isinstance(found.pop(3), ValueError) and isinstance(found.pop(5), WorkerDied)
+    assert found == {job: job * job for job in (0, 1, 2, 4, 6, 7, 8)}
+    assert list(run_jobs(square, [], 2, batch=4)) == []
+
+
+def test_a_batch_whose_results_cannot_be_sent_fails_in_all_its_jobs():
+    found = dict(run_jobs(unsendable, [1, 2, 3], 1, batch=2))
+    assert all(isinstance(found[job], Exception) for job in (1, 2)) and found[3] == 3
+
+
+def test_processes_get_one_thread_and_the_environment_is_restored(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    assert list(run_jobs(thread_limit, [0], 1)) == [(0, "1")]
+    assert os.environ["OMP_NUM_THREADS"] == "7"
+    assert "MKL_NUM_THREADS" not in os.environ
+
+
+def test_stopping_early_begins_no_further_job():
+    begun = []
+    for _ in run_jobs(begun.append, range(100), 1, threads=True):
+        break
+    assert len(begun) <= 2
+
+
+def test_available_memory_is_plausible():
+    available = available_memory()
+    assert available is None or 2**20 < available < 2**50
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for the processes in /proc")
+def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+    code = f"""
+import os, pathlib, time
+from mambahome_jax.support.processes import run_jobs
+from tests.support.test_processes import write_pid_and_wait
+if __name__ == "__main__":
+    list(run_jobs(write_pid_and_wait, [{str(tmp_path)!r}] * 4, 2))
+"""
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, script], env=environment) as parent:
+        pids = _wait_for(lambda: [path.name for path in tmp_path.iterdir() if path.name.isdigit()], 2)
+        parent.kill()
+    assert len(pids) == 2
+    assert len(_wait_for(lambda: [pid for pid in pids if not Path(f"/proc/{pid}").exists()], 2)) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for the processes in /proc")
+@pytest.mark.parametrize("moment", ["starting", "working"])
+def test_an_interrupt_ends_all_processes_at_once_and_only_the_parent_speaks(tmp_path, moment):
+    # A shell starts what runs in its background with SIGINT ignored.
+    code = f"""
+import signal
+from mambahome_jax.support.processes import run_jobs
+from tests.support.test_processes import write_pid_and_wait
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        list(run_jobs(write_pid_and_wait, [{str(tmp_path)!r}] * 4, 2))
+    except KeyboardInterrupt:
+        raise SystemExit(130)
+"""
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, script]
+    with subprocess.Popen(
+        command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        if moment == "starting":
+            # The resource tracker and two that work.
+            assert len(_wait_for(lambda: children.read_text().split(), 3)) == 3
+        else:
+            assert len(_wait_for(lambda: [path.name for path in tmp_path.iterdir() if path.name.isdigit()], 2)) == 2
+        os.killpg(parent.pid, signal.SIGINT)
+        _, shown = parent.communicate(timeout=60)
+    assert parent.returncode == 130
+    assert shown == ""
+
+
+def write_pid_and_wait(folder: str) -> None:
+    (Path(folder) / str(os.getpid())).touch()
+    time.sleep(120)
+
+
+def _wait_for(values: Callable[[], list[str]], count: int) -> list[str]:
+    deadline = time.monotonic() + 60
+    while len(values()) < count and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return values()
