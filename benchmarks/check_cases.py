@@ -71,7 +71,7 @@ def memory_mib() -> float:
 def measure(folder: Path, workers: int) -> dict[str, float]:
     """Seconds, processor seconds of all processes, and the most memory of all processes together."""
     from mambahome_jax.commands import check
-    from mambahome_jax.config import CheckConfig
+    from mambahome_jax.flags import CheckConfig
 
     most, done = [0.0], threading.Event()
 

@@ -17,7 +17,7 @@ from typing import Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from mambahome_jax import config
+from mambahome_jax import flags
 from mambahome_jax.errors import ConfigError, MambaHomeError
 from mambahome_jax.rerun import with_earlier_flags
 from mambahome_jax.support.console import protect_output
@@ -26,14 +26,14 @@ from mambahome_jax.support.program_cache import program_cache
 from mambahome_jax.version import __version__
 
 COMMANDS = {
-    "check": config.CheckConfig,
-    "preprocess": config.PreprocessConfig,
-    "train": config.TrainConfig,
-    "infer": config.InferConfig,
-    "evaluate": config.EvaluateConfig,
-    "report": config.ReportConfig,
-    "convert": config.ConvertConfig,
-    "demo": config.DemoConfig,
+    "check": flags.CheckConfig,
+    "preprocess": flags.PreprocessConfig,
+    "train": flags.TrainConfig,
+    "infer": flags.InferConfig,
+    "evaluate": flags.EvaluateConfig,
+    "report": flags.ReportConfig,
+    "convert": flags.ConvertConfig,
+    "demo": flags.DemoConfig,
 }
 SUMMARIES = {
     "check": "Look through a dataset, list what is wrong with it and suggest settings",

@@ -8,12 +8,67 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mambahome_jax.config import AnatomicalAxis, Mirror
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.values import AnatomicalAxis
 
 MirrorAxis = Literal["none", AnatomicalAxis]
 ADAM_EPS = 1e-8
 MOST_ELASTIC_STD = 3.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """What decides an update. `steps_per_period` updates share a learning rate; after `t_max` periods it is eta_min.
+
+    warmup_steps: the rate of the first updates is multiplied by 1/n, 2/n ... 1. clip_norm: largest Euclidean norm of
+    the gradient of all parameters together. momentum: of SGD, Nesterov's form. encoder_lr_scale: factor on the updates
+    of the parameters under "encoder", 0 keeps them as they are.
+    """
+
+    name: Literal["AdamW", "Adam", "SGD"] = "AdamW"
+    lr: float = 1e-4
+    weight_decay: float = 1e-4
+    eps: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    steps_per_period: int = 1
+    t_max: int = 1
+    eta_min: float = 0.0
+    schedule_step: Literal["epoch", "published"] = "epoch"
+    warmup_steps: int = 0
+    clip_norm: float | None = None
+    momentum: float = 0.0
+    encoder_lr_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """Probabilities and ranges of the published data_loader.py, applied to each patch of a batch on its own.
+
+    What follows from `mirror` on is not in it; a probability of None leaves the operation out of the program.
+    """
+
+    zoom_probability: float = 0.3
+    zoom_range: tuple[float, float] = (1.3, 1.5)
+    rotate90_probability: float = 0.1
+    shift_probability: float = 0.2
+    shift_range: float = 0.1
+    smooth_probability: float = 0.2
+    smooth_sigma_range: tuple[float, float] = (0.5, 1.15)
+    noise_probability: float = 0.2
+    noise_std: float = 0.01
+    mirror: tuple[Mirror, ...] = ()
+    affine_probability: float | None = None
+    affine_rotation: float = 15.0
+    affine_scale: tuple[float, float] = (0.85, 1.15)
+    elastic_probability: float | None = None
+    elastic_std: float = 2.0
+    voxel_size: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    brightness_probability: float | None = None
+    brightness_range: tuple[float, float] = (0.75, 1.25)
+    contrast_probability: float | None = None
+    contrast_range: tuple[float, float] = (0.75, 1.25)
+    gamma_probability: float | None = None
+    gamma_range: tuple[float, float] = (0.7, 1.5)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from mambahome_jax import cli
-from mambahome_jax.config import MODEL_SIZES, TrainConfig
+from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.flags import TrainConfig
 from mambahome_jax.recipes import RECIPES, Ingredients, RecipeFlags, resolve
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mambahome_jax import cli
-from mambahome_jax.config import TrainConfig
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.flags import TrainConfig
 from mambahome_jax.support.paths import working_folder
 from mambahome_jax.support.run_report import plain
 

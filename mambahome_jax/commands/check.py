@@ -12,12 +12,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from mambahome_jax.config import CheckConfig
 from mambahome_jax.datasets import Dataset
 from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.errors import DatasetError, MambaHomeError
+from mambahome_jax.flags import CheckConfig
 from mambahome_jax.imaging.volume import read_geometry
 from mambahome_jax.preprocessing.examine import PERCENTILES, ExamineJob, examine_case
 from mambahome_jax.preprocessing.findings import SCANS, CaseFacts, Finding, Severity, dataset_findings

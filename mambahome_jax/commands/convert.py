@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from mambahome_jax.config import ConvertConfig
+from mambahome_jax.flags import ConvertConfig
 from mambahome_jax.weights.weights import read_weights, write_weights
 
 

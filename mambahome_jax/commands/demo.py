@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from mambahome_jax.config import DemoConfig
 from mambahome_jax.datasets.phantom import write_phantoms
 from mambahome_jax.errors import OutputError
+from mambahome_jax.flags import DemoConfig
 from mambahome_jax.support.console import command_line
 
 # Coarse, so that a patch covers most of a body and nearly every step sees every structure.

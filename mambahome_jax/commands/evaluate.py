@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambahome_jax.commands.evaluate_tables import comparison_table, results_table
-from mambahome_jax.config import EvaluateConfig
 from mambahome_jax.datasets.base import scan_files
 from mambahome_jax.datasets.case_names import common_name, counterparts
 from mambahome_jax.datasets.files import fault_of_name, listing, twins_note
@@ -31,6 +30,7 @@ from mambahome_jax.evaluation.label_tables import named_pairs
 from mambahome_jax.evaluation.paired import compare_runs
 from mambahome_jax.evaluation.scores import Score
 from mambahome_jax.evaluation.statistics import describe
+from mambahome_jax.flags import EvaluateConfig
 from mambahome_jax.imaging.dicom_series import files_in, sort_out
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.support.console import command_line

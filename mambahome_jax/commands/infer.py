@@ -14,10 +14,10 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mambahome_jax.config import InferConfig
 from mambahome_jax.datasets.find_scans import Scan, join_channels, look_for_scans
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import ConfigError, MambaHomeError, OutputError
+from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.inference.batch import (
     Plan,

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mambahome_jax.commands.evaluate import find_pairs
-from mambahome_jax.config import Modality, ReportConfig
+from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.case_names import counterparts
 from mambahome_jax.datasets.find_scans import Scan, find_scans
@@ -18,6 +18,7 @@ from mambahome_jax.evaluation.evaluate import Pair, read_pair
 from mambahome_jax.evaluation.files import Evaluation, read_evaluation
 from mambahome_jax.evaluation.label_tables import judged_values, labelled_values
 from mambahome_jax.evaluation.scores import METRICS
+from mambahome_jax.flags import ReportConfig
 from mambahome_jax.imaging.geometry import resample_to
 from mambahome_jax.imaging.grids import SAME_GRID_MM, shift_between
 from mambahome_jax.imaging.intensity import display_range

@@ -13,13 +13,13 @@ from flax import nnx
 from rich.console import Console
 
 from mambahome_jax.commands.preprocess import prepare
-from mambahome_jax.config import TrainConfig
 from mambahome_jax.datasets import prepared as prepared_layout
 from mambahome_jax.datasets.prepared import Prepared, read_prepared
 from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.datasets.splits import with_split_file
 from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
+from mambahome_jax.flags import TrainConfig
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.patches.loader import make_loader
 from mambahome_jax.patches.store import Store

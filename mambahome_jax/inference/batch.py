@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from mambahome_jax.config import InferConfig
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.find_scans import Scan
 from mambahome_jax.datasets.label_map import read_image
 from mambahome_jax.errors import DatasetError, OutputError, naming
+from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging import dicomseg
 from mambahome_jax.imaging.geometry import coarse_remark, reorient
 from mambahome_jax.imaging.grids import SAME_GRID_MM, shift_between

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 
-from mambahome_jax.config import PreprocessConfig
 from mambahome_jax.datasets import Dataset, load_dataset
 from mambahome_jax.datasets.files import listed
 from mambahome_jax.datasets.structures import (
@@ -15,6 +14,7 @@ from mambahome_jax.datasets.structures import (
     select_structures,
 )
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.imaging.dicom_series import contents_of
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.preprocessing.findings import SCANS

@@ -7,7 +7,7 @@ the sample is left alone, so that one compiled function without branches serves 
 import jax
 import jax.numpy as jnp
 
-from mambahome_jax.config import AugmentationConfig
+from mambahome_jax.recipes import AugmentationConfig
 from mambahome_jax.training.strong_augmentation import (
     affine_matrix,
     change_brightness,

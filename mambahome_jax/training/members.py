@@ -10,11 +10,11 @@ from typing import Any
 from flax import nnx
 from rich.console import Console
 
-from mambahome_jax.config import AugmentationConfig, TrainConfig
 from mambahome_jax.datasets.prepared import Prepared
 from mambahome_jax.errors import ConfigError, MambaHomeError
+from mambahome_jax.flags import TrainConfig
+from mambahome_jax.recipes import AugmentationConfig, OptimizerConfig
 from mambahome_jax.support.run_report import plain
-from mambahome_jax.training.optimizer import OptimizerConfig
 from mambahome_jax.training.report import earlier_report, say_ensemble, say_member, write_report
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
 

@@ -1,38 +1,14 @@
 """Optimizers and the learning rate as published (parity/README.md, section 5), and what other recipes change."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from mambahome_jax.recipes import OptimizerConfig
 from mambahome_jax.training.grouping import on_groups
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """What decides an update. `steps_per_period` updates share a learning rate; after `t_max` periods it is eta_min.
-
-    warmup_steps: the rate of the first updates is multiplied by 1/n, 2/n ... 1. clip_norm: largest Euclidean norm of
-    the gradient of all parameters together. momentum: of SGD, Nesterov's form. encoder_lr_scale: factor on the updates
-    of the parameters under "encoder", 0 keeps them as they are.
-    """
-
-    name: Literal["AdamW", "Adam", "SGD"] = "AdamW"
-    lr: float = 1e-4
-    weight_decay: float = 1e-4
-    eps: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    steps_per_period: int = 1
-    t_max: int = 1
-    eta_min: float = 0.0
-    schedule_step: Literal["epoch", "published"] = "epoch"
-    warmup_steps: int = 0
-    clip_norm: float | None = None
-    momentum: float = 0.0
-    encoder_lr_scale: float = 1.0
 
 
 class Schedule(Protocol):

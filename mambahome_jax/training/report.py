@@ -12,13 +12,13 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from mambahome_jax.config import TrainConfig
 from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.label_values import describe_numbering
 from mambahome_jax.datasets.patients import split_notes
 from mambahome_jax.datasets.prepared import Prepared, write_json
 from mambahome_jax.datasets.splits import outside_note, outside_split
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.flags import TrainConfig
 from mambahome_jax.support.console import command_line
 from mambahome_jax.support.paths import working_folder
 from mambahome_jax.support.run_report import device, plain, versions

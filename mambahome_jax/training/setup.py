@@ -12,13 +12,11 @@ import numpy as np
 
 from mambahome_jax.config import (
     MODEL_SIZES,
-    AugmentationConfig,
     DataProperties,
     Mirror,
     MirrorPairs,
     ModelConfig,
     Precision,
-    TrainConfig,
     Triple,
     said_multiples,
 )
@@ -26,14 +24,14 @@ from mambahome_jax.datasets.mirror import AXES, axis_along
 from mambahome_jax.datasets.prepared import DESCRIPTION, Prepared, split_cases
 from mambahome_jax.datasets.structures import match_structures
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.flags import TrainConfig
 from mambahome_jax.grids import grids_for, patch_and_grids
 from mambahome_jax.model.network import default_precision
 from mambahome_jax.patches.ranges import training_ranges
 from mambahome_jax.patches.store import Store
-from mambahome_jax.recipes import Ingredients, resolve
+from mambahome_jax.recipes import AugmentationConfig, Ingredients, OptimizerConfig, resolve
 from mambahome_jax.training.data import case_digests, trained_on
 from mambahome_jax.training.mirrors import choose_mirrors
-from mambahome_jax.training.optimizer import OptimizerConfig
 
 GPU_WORKERS = 4
 

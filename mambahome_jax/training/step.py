@@ -12,8 +12,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from mambahome_jax.config import AugmentationConfig, Strategy
+from mambahome_jax.config import Strategy
 from mambahome_jax.model.layers import ChannelDropout
+from mambahome_jax.recipes import AugmentationConfig
 from mambahome_jax.support.devices import compiler_options
 from mambahome_jax.training.augmentation import augment, augment_labelled
 from mambahome_jax.training.deep_supervision import network_params

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.config import PreprocessConfig
+from mambahome_jax.flags import PreprocessConfig
 
 SPACING, OTHER = (1.0, 1.0, 3.0), (2.0, 1.0, 3.0)
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT

@@ -6,7 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from mambahome_jax.config import PreprocessConfig
+from mambahome_jax.flags import PreprocessConfig
 
 # Axes run L, P, S; 2 x 1 x 3 mm.
 AFFINE = np.array([[-2.0, 0, 0, 30], [0, -1, 0, 20], [0, 0, 3, -40], [0, 0, 0, 1]])

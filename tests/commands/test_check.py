@@ -12,8 +12,8 @@ import pytest
 from mambahome_jax.commands import check
 from mambahome_jax.commands.check import run
 from mambahome_jax.commands.preprocess import run as preprocess
-from mambahome_jax.config import CheckConfig, PreprocessConfig
 from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.flags import CheckConfig, PreprocessConfig
 from mambahome_jax.support import processes
 from mambahome_jax.support.processes import WorkerDied
 from tests.commands import odd_cases as odd

@@ -7,8 +7,8 @@ import pytest
 
 from mambahome_jax.cli import parse, run_command
 from mambahome_jax.commands.check import run
-from mambahome_jax.config import CheckConfig
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.flags import CheckConfig
 from tests.datasets import miniatures
 
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.config import CtScale, DataProperties, TrainConfig
+from mambahome_jax.config import CtScale, DataProperties
 from mambahome_jax.datasets import read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.intensity import normalise, statistics
 from mambahome_jax.imaging.volume import read_labels, read_volume
 from mambahome_jax.inference.ensemble import check_members

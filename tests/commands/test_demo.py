@@ -6,8 +6,8 @@ import json
 import pytest
 
 from mambahome_jax.commands import demo
-from mambahome_jax.config import DemoConfig
 from mambahome_jax.errors import OutputError
+from mambahome_jax.flags import DemoConfig
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ import pytest
 
 from mambahome_jax.commands import evaluate
 from mambahome_jax.commands.evaluate import run
-from mambahome_jax.config import EvaluateConfig
 from mambahome_jax.errors import ConfigError, DatasetError, OutputError
 from mambahome_jax.evaluation.label_tables import find_names, reconcile_names
+from mambahome_jax.flags import EvaluateConfig
 from mambahome_jax.imaging.volume import Volume, write_volume
 from tests.imaging.dicom_files import RTSTRUCT, write_slice
 from tests.imaging.test_dicom_series import series

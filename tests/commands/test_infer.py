@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from mambahome_jax.commands import infer
-from mambahome_jax.config import DataProperties, InferConfig
+from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError, OutputError
+from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging.volume import read_volume, write_volume
 from mambahome_jax.inference import batch
 from tests.commands.scans import write

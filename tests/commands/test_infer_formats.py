@@ -10,9 +10,10 @@ import pytest
 import SimpleITK as sitk
 
 from mambahome_jax.commands import infer
-from mambahome_jax.config import DataProperties, InferConfig
+from mambahome_jax.config import DataProperties
 from mambahome_jax.datasets.find_scans import FoundScans, Scan
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging import dicomseg, itk
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
 from tests.imaging.dicom_files import PATIENT, write_slice

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands import infer
-from mambahome_jax.config import DataProperties, InferConfig
+from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
 from mambahome_jax.inference import batch
 from mambahome_jax.inference.segment import segment

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from mambahome_jax import cli
 from mambahome_jax.commands import check, evaluate, infer, preprocess, report
-from mambahome_jax.config import CheckConfig, EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig
+from mambahome_jax.flags import CheckConfig, EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig
 from mambahome_jax.training.report import say_end, say_ensemble
 from tests.commands.scans import preprocess_config
 from tests.faults.fuzz_worker import PROPERTIES

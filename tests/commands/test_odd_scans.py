@@ -11,8 +11,9 @@ import pytest
 
 import mambahome_jax as mh
 from mambahome_jax.commands import check, infer, preprocess
-from mambahome_jax.config import CheckConfig, DataProperties, InferConfig, ScanRanges, StructureRange, TrainConfig
+from mambahome_jax.config import DataProperties, ScanRanges, StructureRange
 from mambahome_jax.datasets.prepared import read_prepared
+from mambahome_jax.flags import CheckConfig, InferConfig, TrainConfig
 from mambahome_jax.training.setup import make_setup
 from tests.commands.scans import AFFINE, description, preprocess_config, scan, write
 from tests.imaging.dicom_files import CT, MR, write_slice

@@ -7,8 +7,8 @@ import pytest
 import SimpleITK as sitk
 
 from mambahome_jax.commands import check, evaluate, preprocess
-from mambahome_jax.config import CheckConfig, EvaluateConfig, PreprocessConfig
 from mambahome_jax.datasets import load_dataset
+from mambahome_jax.flags import CheckConfig, EvaluateConfig, PreprocessConfig
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume, write_volume
 from mambahome_jax.patches.store import Store
 from tests.commands import test_infer_formats

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands.preprocess import prepare, run
-from mambahome_jax.config import PreprocessConfig
 from mambahome_jax.datasets import load_dataset, read_prepared
+from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.imaging.volume import read_volume
 from mambahome_jax.patches.store import Store
 from tests.commands.scans import AFFINE, description, preprocess_config, reasons, scan, write

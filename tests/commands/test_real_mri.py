@@ -4,8 +4,8 @@ import nibabel as nib
 import numpy as np
 
 from mambahome_jax.commands import preprocess
-from mambahome_jax.config import PreprocessConfig
 from mambahome_jax.datasets import read_prepared
+from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.patches.store import Store
 
 

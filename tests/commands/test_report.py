@@ -9,8 +9,8 @@ from PIL import Image
 
 from mambahome_jax.commands import evaluate
 from mambahome_jax.commands.report import run
-from mambahome_jax.config import EvaluateConfig, ReportConfig
 from mambahome_jax.errors import ConfigError, DatasetError, OutputError
+from mambahome_jax.flags import EvaluateConfig, ReportConfig
 from mambahome_jax.imaging.volume import Volume, write_volume
 
 EVIL = "<script>alert(1)<"  # as much of an attack as a file name can hold

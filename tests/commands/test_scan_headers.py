@@ -9,17 +9,10 @@ import pytest
 import SimpleITK as sitk
 
 from mambahome_jax.commands import check, evaluate, infer, preprocess, report, train
-from mambahome_jax.config import (
-    CheckConfig,
-    DataProperties,
-    EvaluateConfig,
-    InferConfig,
-    PreprocessConfig,
-    ReportConfig,
-    TrainConfig,
-)
+from mambahome_jax.config import DataProperties
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.flags import CheckConfig, EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig, TrainConfig
 from mambahome_jax.imaging.volume import read_labels, read_volume
 from mambahome_jax.preprocessing.case import CaseJob, prepare_case
 from tests.imaging.dicom_files import write_slice

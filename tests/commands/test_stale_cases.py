@@ -8,10 +8,10 @@ import pytest
 
 from mambahome_jax.commands.evaluate import find_pairs
 from mambahome_jax.commands.preprocess import prepare, run
-from mambahome_jax.config import PreprocessConfig
 from mambahome_jax.datasets import load_dataset, read_prepared
 from mambahome_jax.datasets.find_scans import find_scans
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.imaging.volume import read_volume, write_volume
 from mambahome_jax.patches.store import Store
 from tests.commands.scans import description, preprocess_config, scan, write

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands import evaluate, infer, report
-from mambahome_jax.config import DataProperties, EvaluateConfig, InferConfig, ReportConfig
+from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.flags import EvaluateConfig, InferConfig, ReportConfig
 from mambahome_jax.imaging.volume import Volume, read_labels, write_volume
 from mambahome_jax.inference.ensemble import check_members
 from mambahome_jax.inference.probabilities import ENTRIES

@@ -14,9 +14,10 @@ from flax import nnx
 
 from mambahome_jax.cli import run_command
 from mambahome_jax.commands import train as command
-from mambahome_jax.config import MODEL_SIZES, ModelSize, TrainConfig
+from mambahome_jax.config import MODEL_SIZES, ModelSize
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, read_prepared, write_prepared
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
+from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.imaging.volume import Volume, write_volume
 from mambahome_jax.patches.store import StoreEntry, write_case, write_index

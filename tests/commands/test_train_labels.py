@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.config import DataProperties, TrainConfig
+from mambahome_jax.config import DataProperties
 from mambahome_jax.datasets import read_prepared
 from mambahome_jax.datasets.structures import match_structures
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing import labels
 from mambahome_jax.training.report import label_lines
 from mambahome_jax.training.setup import make_setup

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from mambahome_jax.config import DataProperties, TrainConfig
+from mambahome_jax.config import DataProperties
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, write_prepared
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.inference.mirrors import mirrors_for
 from mambahome_jax.patches.store import StoreEntry, write_case, write_index

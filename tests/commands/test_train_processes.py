@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands import train as command
-from mambahome_jax.config import MODEL_SIZES, ModelSize, TrainConfig
+from mambahome_jax.config import MODEL_SIZES, ModelSize
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.flags import TrainConfig
 from mambahome_jax.training.distributed import gather, join_processes, launched_as_several, require_same
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
 from tests.commands.test_train import StandIn, _dataset

@@ -3,10 +3,10 @@
 import pytest
 
 from mambahome_jax.commands.preprocess import prepare, run
-from mambahome_jax.config import PreprocessConfig
 from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.find_scans import find_scans, join_channels, look_for_scans
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.flags import PreprocessConfig
 from tests.commands.scans import preprocess_config
 from tests.datasets import miniatures
 from tests.datasets.drawn import draw, write

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.config import PreprocessConfig
 from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.registry import detect_layouts
+from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.patches.store import Store
 from tests.datasets import miniatures
 from tests.datasets.drawn import SHAPE

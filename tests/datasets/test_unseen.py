@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands import check, preprocess
-from mambahome_jax.config import CheckConfig, PreprocessConfig
 from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.files import parts
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.flags import CheckConfig, PreprocessConfig
 from mambahome_jax.imaging.volume import read_volume
 from mambahome_jax.patches.store import Store
 from tests.commands.scans import description, preprocess_config, reasons, write

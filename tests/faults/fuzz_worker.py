@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mambahome_jax.commands import check, infer, preprocess
-from mambahome_jax.config import CheckConfig, DataProperties, InferConfig, PreprocessConfig
+from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import MambaHomeError
+from mambahome_jax.flags import CheckConfig, InferConfig, PreprocessConfig
 from mambahome_jax.inference import batch
 from tests.inference.models import Levels
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mambahome_jax.commands import infer, train
-from mambahome_jax.config import InferConfig, TrainConfig
+from mambahome_jax.flags import InferConfig, TrainConfig
 from mambahome_jax.training import loop
 from tests.commands.scans import scan, write
 from tests.commands.test_train import StandIn, _dataset

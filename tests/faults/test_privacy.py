@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands import check, evaluate, infer, preprocess, report, train
-from mambahome_jax.config import (
-    CheckConfig,
-    EvaluateConfig,
-    InferConfig,
-    PreprocessConfig,
-    ReportConfig,
-    TrainConfig,
-)
+from mambahome_jax.flags import CheckConfig, EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig, TrainConfig
 from mambahome_jax.imaging import itk
 from mambahome_jax.patches.store import Store
 from tests.commands.scans import AFFINE, scan, write

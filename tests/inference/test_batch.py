@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands import infer
-from mambahome_jax.config import DataProperties, InferConfig
+from mambahome_jax.config import DataProperties
 from mambahome_jax.datasets.find_scans import Scan
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.flags import InferConfig
 from mambahome_jax.inference import batch
 from mambahome_jax.inference.batch import Plan, read_ahead
 from mambahome_jax.inference.faults import reason_of

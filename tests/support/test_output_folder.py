@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from mambahome_jax.commands import evaluate, infer, preprocess, train
-from mambahome_jax.config import EvaluateConfig, InferConfig, PreprocessConfig, TrainConfig
 from mambahome_jax.errors import OutputError
+from mambahome_jax.flags import EvaluateConfig, InferConfig, PreprocessConfig, TrainConfig
 from mambahome_jax.support.output_folder import LOCK, locked, open_output
 from tests.commands.scans import scan, write
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mambahome_jax.config import AugmentationConfig
+from mambahome_jax.recipes import AugmentationConfig
 from mambahome_jax.training.augmentation import augment, smoothing_matrix, zoom_coordinates, zoom_matrix
 
 OFF = AugmentationConfig(

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mambahome_jax.recipes import OptimizerConfig
 from mambahome_jax.training.budget import TimeBudget
 from mambahome_jax.training.loop import Parts, Plan, Progressed, Validation, train
-from mambahome_jax.training.optimizer import OptimizerConfig, make_schedule
+from mambahome_jax.training.optimizer import make_schedule
 from mambahome_jax.training.progress import Display, MetricsLog
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
 from tests.training.test_loop import CASES, MESH, STEP, Batches, _state

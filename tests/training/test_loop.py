@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
-from mambahome_jax.config import AugmentationConfig
 from mambahome_jax.errors import TrainingError
+from mambahome_jax.recipes import AugmentationConfig, OptimizerConfig
 from mambahome_jax.training.checkpoints import CheckpointWriter, restore_state
 from mambahome_jax.training.loop import Parts, Plan, Progressed, Validation, train
 from mambahome_jax.training.losses import dice_ce
-from mambahome_jax.training.optimizer import OptimizerConfig, make_optimizer
+from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.progress import Display, MetricsLog
 from mambahome_jax.training.sharding import make_mesh
 from mambahome_jax.training.step import abstract_state, init_state, make_train_step

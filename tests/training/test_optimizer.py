@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mambahome_jax.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from mambahome_jax.recipes import OptimizerConfig
+from mambahome_jax.training.optimizer import make_optimizer, make_schedule
 from tests.conftest import load_golden
 
 GRADIENTS = np.array([[0.5, -2e-5, 0.0], [0.1, 3e-5, 0.0], [-0.7, 1e-5, 0.0]])

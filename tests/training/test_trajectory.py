@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mambahome_jax.recipes import OptimizerConfig
 from mambahome_jax.training.grouping import ungroup
 from mambahome_jax.training.losses import dice_ce
-from mambahome_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
+from mambahome_jax.training.optimizer import Optimizer, make_optimizer
 from mambahome_jax.training.sharding import make_mesh, put_batch
 from mambahome_jax.training.step import init_state, make_train_step
 from mambahome_jax.weights.weights import export_official, load_model
