@@ -14,7 +14,7 @@ from flax import nnx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mambahome_jax.datasets.find_scans import Scan, join_channels, look_for_scans
+from mambahome_jax.datasets.find_scans import Scan, find_scans, join_channels
 from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import ConfigError, MambaHomeError, OutputError
 from mambahome_jax.flags import InferConfig
@@ -86,7 +86,7 @@ def run(config: InferConfig) -> int:
     if config.gpu and jax.default_backend() != "gpu":
         action = "Install the extra [cuda] and check nvidia-smi, or leave --gpu out."
         raise ConfigError(f"--gpu was given, but JAX sees only {jax.devices()[0].platform} devices. {action}")
-    found = look_for_scans(config.data_path, config.series, leave=(config.output_dir,))
+    found = find_scans(config.data_path, config.series, leave=(config.output_dir,))
     folder = found.folder
     scans, unfit = only_writable(config.output_format, found.scans)
     if folder != config.data_path:

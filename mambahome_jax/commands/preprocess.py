@@ -15,7 +15,7 @@ from rich.table import Table
 
 from mambahome_jax.config import CtIntensity, CtScale, Modality
 from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, write_prepared
-from mambahome_jax.datasets.label_values import describe_numbering
+from mambahome_jax.datasets.structures import describe_numbering
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.imaging.geometry import reorient, resampled_grid

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mambahome_jax.commands.evaluate import find_pairs
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import read_json
-from mambahome_jax.datasets.case_names import counterparts
+from mambahome_jax.datasets.files import counterparts
 from mambahome_jax.datasets.find_scans import Scan, find_scans
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.evaluation.evaluate import Pair, read_pair
@@ -81,7 +81,7 @@ def _run_of(predictions: Path | None) -> Mapping[str, Any]:
 def _pictures(config: ReportConfig, evaluation: Evaluation, made: Mapping[str, Any], console: Console) -> list[Shown]:
     """The worst cases; one that cannot be drawn carries a remark that names the reason."""
     pairs = _pairs(config, evaluation.summary)
-    scans = {scan.case: scan for scan in find_scans(config.images)[1]} if config.images else {}
+    scans = {scan.case: scan for scan in find_scans(config.images).scans} if config.images else {}
     settings = made.get("settings")
     modality = settings.get("modality") if isinstance(settings, Mapping) else None
     shown = []

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset
-from mambahome_jax.datasets.case_names import CHANNEL, channels_of
-from mambahome_jax.datasets.files import fault_of_name, listed, listing, of_one_kind, twins_note
+from mambahome_jax.datasets.files import CHANNEL, channels_of, fault_of_name, listed, listing, of_one_kind, twins_note
 from mambahome_jax.datasets.prepared import absent_images, detect, unlisted_files
 from mambahome_jax.datasets.registry import LISTED, load_dataset
 from mambahome_jax.datasets.scans import Found, Search, is_output, search
@@ -44,7 +43,7 @@ class Scan:
 
 
 @dataclass(frozen=True)
-class FoundScans:
+class ScanFolder:
     """folder: the file or folder with the scans. failures: {"id", "reason"} of what could be a scan and is none to
     segment, or whose results would collide. notes: what else was passed over."""
 
@@ -54,13 +53,7 @@ class FoundScans:
     notes: tuple[str, ...] = ()
 
 
-def find_scans(data_path: Path) -> tuple[Path, list[Scan], list[dict[str, str]]]:
-    """Folder, scans and failures of `look_for_scans`."""
-    found = look_for_scans(data_path)
-    return found.folder, found.scans, found.failures
-
-
-def look_for_scans(data_path: Path, series: Collection[str] = (), leave: Collection[Path] = ()) -> FoundScans:
+def find_scans(data_path: Path, series: Collection[str] = (), leave: Collection[Path] = ()) -> ScanFolder:
     """The scans of a file or of a folder and all folders below it, named as `datasets.scans.search` does.
 
     Of a folder without scan files of its own the first of SCAN_FOLDERS that holds scans is taken; else the scans
@@ -69,7 +62,7 @@ def look_for_scans(data_path: Path, series: Collection[str] = (), leave: Collect
     Raises DatasetError: nothing there, no scan nor anything that could be one, none of the series.
     """
     if data_path.is_file():
-        return FoundScans(data_path, [_single(data_path)], [])
+        return ScanFolder(data_path, [_single(data_path)], [])
     if not data_path.is_dir():
         raise DatasetError("no such file or folder", file=data_path, action="Check --data_path.")
     root, found, beside = _root(data_path, leave)
@@ -102,7 +95,7 @@ def look_for_scans(data_path: Path, series: Collection[str] = (), leave: Collect
         raise DatasetError(f"no {kinds} file{also}", file=data_path, expected=expected, action="Check --data_path.")
     several = {one.path for one in found.scans if one.one_of_several}
     chosen = [scan if not scan.series or scan.path in several else replace(scan, series=()) for scan in chosen]
-    return FoundScans(root, chosen, failures, notes)
+    return ScanFolder(root, chosen, failures, notes)
 
 
 def _single(path: Path) -> Scan:

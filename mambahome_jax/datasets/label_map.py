@@ -1,7 +1,7 @@
 """The label map of a case as training is to see it: masks merged, values checked and replaced."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -199,3 +199,36 @@ def _read_mask(case: Case, file: Path, image: Volume) -> np.ndarray:
 def _nothing_labelled(file: Path, found: str) -> DatasetError:
     action = "Nobody labelled this case; it is left out, as it would teach that nothing is there."
     return DatasetError(found, file=file, expected="at least one structure", action=action)
+
+
+# A brush of three voxels, or a click that went astray, in hardly any of the label maps.
+_FEW_VOXELS, _FEW_CASES = 27, 0.05
+
+
+@dataclass(frozen=True)
+class StrayValue:
+    """A label value with few voxels, in few of many label maps. voxels: of each of these cases."""
+
+    value: int
+    voxels: Mapping[str, int]
+
+    def __str__(self) -> str:
+        where = ", ".join(f"{count} voxel{'s' * (count != 1)} of {case}" for case, count in self.voxels.items())
+        return f"label value {self.value} occurs in {where} alone"
+
+
+def stray_values(counts: Mapping[str, Mapping[int, int]]) -> list[StrayValue]:
+    """Values that a slip may have drawn: at most 27 voxels a case, in one case or up to 5 % of them, not in half.
+
+    counts: case -> voxels of each value but 0 in its label map.
+    """
+    cases: dict[int, dict[str, int]] = {}
+    for case, found in counts.items():
+        for value, voxels in found.items():
+            cases.setdefault(value, {})[case] = voxels
+    most = min(max(1, _FEW_CASES * len(counts)), len(counts) / 2)
+    return [
+        StrayValue(value, found)
+        for value, found in sorted(cases.items())
+        if len(found) <= most and max(found.values()) <= _FEW_VOXELS
+    ]

@@ -13,8 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, PatientSource
-from mambahome_jax.datasets.case_names import CHANNEL, counterparts
-from mambahome_jax.datasets.files import listed, read_table
+from mambahome_jax.datasets.files import CHANNEL, counterparts, listed, read_table
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.support.files import suffix_of
 from mambahome_jax.support.paths import one_form

@@ -12,7 +12,7 @@ import numpy as np
 from mambahome_jax.config import CtScale, Modality
 from mambahome_jax.datasets.base import Case, Dataset, PatientSource, Split, label_names, read_json
 from mambahome_jax.datasets.files import fault_of_name, listed, listing
-from mambahome_jax.datasets.label_values import table_of_values
+from mambahome_jax.datasets.structures import table_of_values
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.support.files import suffix_of, write_text
 from mambahome_jax.support.paths import as_on_disk, local_path, one_form

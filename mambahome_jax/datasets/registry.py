@@ -22,9 +22,9 @@ from mambahome_jax.datasets.layouts import (
     totalsegmentator_mri,
 )
 from mambahome_jax.datasets.patients import TABLES, with_patients
+from mambahome_jax.datasets.scans import misplaced, unseen
 from mambahome_jax.datasets.splits import FILE as SPLIT_FILE
 from mambahome_jax.datasets.splits import with_split
-from mambahome_jax.datasets.unseen import misplaced, unseen
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.formats import kind_in
 from mambahome_jax.support.paths import local_path, one_form, own_name

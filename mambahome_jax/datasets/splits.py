@@ -6,8 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from mambahome_jax.datasets.base import Case, Dataset, Split
-from mambahome_jax.datasets.case_names import CHANNEL
-from mambahome_jax.datasets.files import listed
+from mambahome_jax.datasets.files import CHANNEL, listed
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.support.files import scan_stem

@@ -1,13 +1,20 @@
 """Names of structures: which of them are meant, which are one organ in two datasets."""
 
 import dataclasses
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
+
+from mambahome_jax.config import AnatomicalAxis
 from mambahome_jax.datasets.base import Case, Dataset
-from mambahome_jax.errors import DatasetError
+from mambahome_jax.datasets.files import listed
+from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.support.paths import one_form
 
 # Spellings of one organ, after sides and separators were made alike. Only what is the same region: "intestine" may hold
@@ -103,7 +110,7 @@ def merge_structures(dataset: Dataset, table: Mapping[str, Sequence[int | str]])
     return _relabel(dataset, values, dict(enumerate(names, start=1)))
 
 
-def read_label_map(file: Path) -> dict[str, list[int | str]]:
+def read_structure_table(file: Path) -> dict[str, list[int | str]]:
     """Table of a TOML file with lines such as `pancreas = [4, 5]` or `kidneys = ["kidney_left", "kidney_right"]`.
 
     Raises DatasetError: no such file, not TOML, an entry of another form, no entry.
@@ -220,3 +227,214 @@ def _distinct_names(datasets: Iterable[Dataset]) -> list[str]:
 
 def _words(name: str) -> list[str]:
     return [word for word in re.split(r"[\W_]+", name.lower()) if word]
+
+
+_LISTED = 20
+
+
+def numbering(values: Iterable[int]) -> dict[int, int]:
+    """Number -> stored value of structures, in the order of the stored `values`; empty where all keep their value."""
+    stored = sorted({*values} - {0})
+    return {} if stored == list(range(1, len(stored) + 1)) else dict(enumerate(stored, start=1))
+
+
+def table_of_values(table: object, file: Path, labels: Iterable[int] = ()) -> dict[int, int]:
+    """The entry "values" of a dataset.json or run.json, {"1": 255}, as number -> stored value; empty without one.
+
+    labels: numbers that it must have. Raises DatasetError: another form, or one that lacks such a number.
+    """
+    if table is None:
+        return {}
+    try:
+        values = {int(number): int(stored) for number, stored in table.items()}  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError) as error:
+        expected = '"values": {"1": 255, ...}, a stored value from 1 to 65535 for each label'
+        raise DatasetError(f'"values" is {table!r}', file=file, expected=expected) from error
+    if len({*values.values()}) < len(values) or not all(0 < stored < 1 << 16 for stored in values.values()):
+        raise DatasetError(f'"values" is {table!r}', file=file, expected="distinct values from 1 to 65535")
+    if values and not {*labels} <= {*values}:
+        raise DatasetError(f'"values" is {table!r}', file=file, expected='a stored value for each of "labels"')
+    return values
+
+
+def describe_numbering(values: Mapping[int, int]) -> str:
+    """One line about number -> stored value."""
+    shown = list(values.items())[:_LISTED]
+    more = f" and so on, {len(values)} in all" if len(values) > _LISTED else ""
+    stored, numbers = (", ".join(map(str, part)) for part in zip(*((old, new) for new, old in shown), strict=True))
+    if len(values) == 1:
+        return f"stored label value {stored} is structure {numbers}; infer writes {stored}"
+    return f"stored label values {stored}{more} are structures {numbers}{more}; infer writes the stored values"
+
+
+AXES: tuple[str, ...] = get_args(AnatomicalAxis)
+_OTHER_SIDES = {"LR": {"left": "right", "l": "r", "lt": "rt", "lh": "rh"}, "AP": {}, "IS": {}}
+# Anterior and posterior tell two structures apart by their place here; elsewhere (hippocampus) by their form too.
+_LEAFLET_SIDES = {"anterior": "posterior"}
+
+
+def axis_along(name: str, orientation: str) -> int:
+    """Array axis that runs along an anatomical one ("LR", "AP" or "IS"), for an orientation such as "RAS"."""
+    return next(axis for axis, letter in enumerate(orientation.upper()) if letter in name)
+
+
+def swap_table(pairs: Iterable[tuple[int, int]], size: int) -> np.ndarray:
+    """(size,) int32: the label value, below `size`, that each becomes where those of a pair trade places."""
+    table = np.arange(size, dtype=np.int32)
+    for one, other in pairs:
+        table[[one, other]] = other, one
+    return table
+
+
+def words_of(name: str) -> tuple[str, ...]:
+    """The words of a structure's name in lower case: ("kidney", "left") of kidney_left, Kidney-Left and KidneyLeft."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
+    return tuple(word for word in re.split(r"[^a-z0-9]+", spaced.lower()) if word)
+
+
+def mirror_pairs(labels: Mapping[int, str], axis: str) -> tuple[tuple[int, int], ...]:
+    """Pairs of label values to swap where a volume is mirrored along an anatomical axis.
+
+    labels: value -> name. axis: "LR", "AP" or "IS". Names are pairs where they differ in one word alone: left and right
+    (also l and r, lt and rt, lh and rh) along LR, anterior and posterior of leaflets along AP.
+    Raises ConfigError where a structure of one side has no counterpart in the table.
+    """
+    pairs, alone = sides(labels, axis)
+    if alone:
+        raise ConfigError(
+            f"--mirror {axis}: {', '.join(alone)} would become a structure that the labels do not have. "
+            f"Leave {axis} out of --mirror"
+        )
+    return pairs
+
+
+def sides(labels: Mapping[int, str], axis: str) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
+    """The pairs of `mirror_pairs`, and the names of the structures of one side that have no counterpart."""
+    words = {value: words_of(name) for value, name in labels.items()}
+    by_words = {name: value for value, name in words.items()}
+    pairs, alone = [], []
+    for value, name in words.items():
+        other_side = dict(_OTHER_SIDES[axis])
+        if axis == "AP" and any(word.startswith("leaflet") for word in name):
+            other_side |= _LEAFLET_SIDES
+        other_side |= {b: a for a, b in other_side.items()}
+        if not any(word in other_side for word in name):
+            continue
+        other = by_words.get(tuple(other_side.get(word, word) for word in name))
+        if other is None:
+            alone.append(labels[value])
+        elif value < other:
+            pairs.append((value, other))
+    return tuple(pairs), tuple(alone)
+
+
+# Structures told apart by form although their names differ in the side alone: chambers of the heart, lobes, the vessels
+# and parts of organs that branch or lie unlike.
+_BY_FORM = re.compile(
+    r"\b(ventric|atri(um|a|al)\b|auric|appendage|myocard|heart|lob(e|es|ar|us)\b|bronch|flexure|hemiliver|liver|hepatic|"
+    r"colon\b|colic|coronary|pulmonary|portal|gastric|gastroepiploic|brachiocephalic|innominate|subclavian|"
+    r"common carotid|(renal|gonadal|testicular|ovarian|adrenal|suprarenal) (vein|vena)|recurrent|(hemi)?diaphragm)"
+)
+# Alike on both sides all the same: ventricles and lobes of the brain, lobes of these glands.
+_ALIKE = re.compile(
+    r"lateral ventric|ventric.* lateral|\b(frontal|pariet|tempor|occipit|insul|cerebr|cerebel|brain|thyroid|prostat)"
+)
+
+FEWEST_CASES = 3
+FEWEST_VOXELS = 30
+_MEASURES = ("volume", "extent", "extent", "extent", "tilt", "tilt", "tilt", "compactness")
+# Differences below these are none, in logarithms (tilt: correlation of two axes): lungs differ by 10 to 15 % in volume.
+# The right and the left ventricle of ACDC, without their names, differ by 0.47 in one extent and 0.34 in compactness.
+_TOLERANCE = np.array([0.2, 0.15, 0.15, 0.15, 0.2, 0.2, 0.2, 0.15])
+# Where the names say that the form tells the two apart, the label maps have to show the contrary without doubt.
+_STRICT_TOLERANCE = np.array([0.05, 0.05, 0.05, 0.05, 0.1, 0.1, 0.1, 0.05])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Volume in mm^3 and covariance (3, 3) in mm^2 of the voxels of a structure, along the axes of the array."""
+
+    volume: float
+    covariance: np.ndarray
+
+
+def shape_of(positions: np.ndarray, voxels: int, spacing: Sequence[float]) -> Shape:
+    """Shape from positions (n, 3) of voxels, all or an even sample of them; voxels: of all; spacing (3,) mm."""
+    size = np.asarray(spacing, float)
+    covariance = np.cov(positions * size, rowvar=False) + np.diag(size**2 / 12)
+    return Shape(voxels * float(size.prod()), covariance)
+
+
+def told_by_form(name: str) -> bool:
+    """Whether a name with a side, as "left ventricle", is of a structure that is known by its form."""
+    words = " ".join(words_of(name))
+    return _BY_FORM.search(words) is not None and _ALIKE.search(words) is None
+
+
+def differences(one: Shape, other: Shape, axis: int) -> np.ndarray:
+    """(8,) of `_MEASURES`: `one`, mirrored along an axis of the array, minus `other`."""
+    return _measures(one, axis) - _measures(other, None)
+
+
+def swap_reason(names: tuple[str, str], shapes: Sequence[tuple[Shape, Shape]], axis: int) -> tuple[bool, str]:
+    """Whether the labels of two structures trade places in a mirrored volume, and why.
+
+    Args:
+        names: of the two structures, which differ in the side.
+        shapes: of both in each case that has both.
+        axis: of the array, along which volumes are mirrored.
+
+    Fewer than FEWEST_CASES cases say nothing; the names decide then. Else the label maps do: volume, extents, tilt and
+    compactness of one, mirrored, are those of the other within the spread of the cases.
+    """
+    by_form = any(map(told_by_form, names))
+    if len(shapes) < FEWEST_CASES:
+        return not by_form, f"by their names, as {len(shapes)} cases have both"
+    found = np.array([differences(one, other, axis) for one, other in shapes])
+    middle = np.median(found, axis=0)
+    limit = _STRICT_TOLERANCE if by_form else np.maximum(_TOLERANCE, found.std(axis=0, ddof=1))
+    excess = np.abs(middle) / limit
+    worst = int(excess.argmax())
+    if excess[worst] <= 1:
+        return True, f"mirror images of each other in {len(shapes)} cases"
+    share = f"{abs(math.expm1(middle[worst])):.0%}" if worst not in (4, 5, 6) else f"{abs(middle[worst]):.2f}"
+    return False, f"not mirror images in {len(shapes)} cases: {_MEASURES[worst]} differs by {share}"
+
+
+def choose_swaps(
+    labels: Mapping[int, str],
+    pairs: Sequence[tuple[int, int]],
+    shapes: Mapping[tuple[int, int], Sequence[tuple[Shape, Shape]]],
+    axis: int,
+) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
+    """The pairs whose labels trade places in a mirrored volume; a line that names them, and one on each other pair.
+
+    labels: value -> name. pairs: of values whose names differ in the side. shapes: of each pair, of both structures in
+    every case that has both. axis: of the array.
+    """
+    swapped: dict[tuple[int, int], str] = {}
+    lines = []
+    for pair in pairs:
+        names = (labels[pair[0]], labels[pair[1]])
+        swap, reason = swap_reason(names, shapes.get(pair, ()), axis)
+        said = f"{names[0]} and {names[1]}"
+        if swap:
+            swapped[pair] = f"{said} ({reason})"
+        else:
+            kept = "keep their labels, as form and not side tells them apart"
+            lines.append(f"In mirrored scans {said} {kept} ({reason})")
+    if swapped:
+        lines.insert(0, f"In mirrored scans labels trade places: {listed(swapped.values())}")
+    return tuple(swapped), tuple(lines)
+
+
+def _measures(shape: Shape, mirrored: int | None) -> np.ndarray:
+    deviations = np.sqrt(np.diag(shape.covariance))
+    correlations = shape.covariance / np.outer(deviations, deviations)
+    if mirrored is not None:
+        correlations[mirrored] *= -1
+        correlations[:, mirrored] *= -1
+    # Of an ellipsoid of these moments; a crescent fills less of it, and a cube 0.9.
+    ellipsoid = 4 / 3 * math.pi * 5**1.5 * math.sqrt(max(np.linalg.det(shape.covariance), 1e-12))
+    tilts = (correlations[0, 1], correlations[0, 2], correlations[1, 2])
+    return np.array([math.log(shape.volume), *np.log(deviations), *tilts, math.log(shape.volume / ellipsoid)])

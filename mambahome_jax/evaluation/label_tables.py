@@ -8,8 +8,7 @@ from typing import Any
 
 from mambahome_jax.datasets.base import label_names, read_json
 from mambahome_jax.datasets.label_map import count_values
-from mambahome_jax.datasets.label_values import table_of_values
-from mambahome_jax.datasets.structures import match_structures
+from mambahome_jax.datasets.structures import match_structures, table_of_values
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.evaluate import Pair
 from mambahome_jax.imaging.volume import read_labels

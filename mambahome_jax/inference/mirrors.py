@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mambahome_jax.config import Mirror, MirrorPairs
-from mambahome_jax.datasets.mirror import AXES, axis_along, sides, swap_table
+from mambahome_jax.datasets.structures import AXES, axis_along, sides, swap_table
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.inference.sliding_window import Predict
 

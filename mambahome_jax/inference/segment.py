@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from mambahome_jax.config import DataProperties, Mirror, Modality, ModelConfig, Triple
-from mambahome_jax.datasets.mirror import AXES
+from mambahome_jax.datasets.structures import AXES
 from mambahome_jax.errors import ConfigError, DatasetError, ScanWarning
 from mambahome_jax.imaging.geometry import Order, coarse_remark, orientation_of, reorient
 from mambahome_jax.imaging.labels import replace_values

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from mambahome_jax.datasets.label_values import stray_values
+from mambahome_jax.datasets.label_map import stray_values
 from mambahome_jax.patches.store import StoreEntry
 from mambahome_jax.preprocessing.case import CaseJob
 from mambahome_jax.preprocessing.jobs import choose_workers

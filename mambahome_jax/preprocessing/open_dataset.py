@@ -10,7 +10,7 @@ from mambahome_jax.datasets.structures import (
     consecutive,
     join_datasets,
     merge_structures,
-    read_label_map,
+    read_structure_table,
     select_structures,
 )
 from mambahome_jax.errors import ConfigError, DatasetError
@@ -99,5 +99,5 @@ def open_dataset(config: PreprocessConfig) -> Dataset:
             raise DatasetError(found_only, file=paths[0])
         dataset = dataclasses.replace(dataset, cases=cases)
     if config.label_map is not None:
-        return merge_structures(dataset, read_label_map(config.label_map))
+        return merge_structures(dataset, read_structure_table(config.label_map))
     return select_structures(dataset, config.labels) if config.labels else consecutive(dataset)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mambahome_jax.datasets.label_values import numbering
+from mambahome_jax.datasets.structures import numbering
 from mambahome_jax.imaging.labels import replace_values
 from mambahome_jax.imaging.volume import Volume, read_labels, write_volume
 from mambahome_jax.patches import store

@@ -5,9 +5,8 @@ from pathlib import Path
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets import Dataset
 from mambahome_jax.datasets.base import Case
-from mambahome_jax.datasets.case_names import channels_of
-from mambahome_jax.datasets.files import listing
-from mambahome_jax.datasets.find_scans import Scan, join_channels, look_for_scans
+from mambahome_jax.datasets.files import channels_of, listing
+from mambahome_jax.datasets.find_scans import Scan, find_scans, join_channels
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_elements import identify
 from mambahome_jax.imaging.dicom_series import files_below, files_in
@@ -40,7 +39,7 @@ def read_scans(path: Path) -> Dataset:
     Files <case>_0000, <case>_0001, ... are the channels of a case where all are called so.
     The number of channels is that of the first scan that can be read. Raises DatasetError: no scan.
     """
-    found = look_for_scans(path)
+    found = find_scans(path)
     files = channels_of([scan.case for scan in found.scans])
     scans, incomplete = join_channels(path, found.scans, max(map(len, files.values()), default=1))
     channels = _channels(scans)

@@ -7,9 +7,16 @@ from pathlib import Path
 import numpy as np
 
 from mambahome_jax.config import AnatomicalAxis, Mirror
-from mambahome_jax.datasets.mirror import axis_along, mirror_pairs, sides
-from mambahome_jax.datasets.mirror_images import FEWEST_VOXELS, Shape, choose_swaps, shape_of
 from mambahome_jax.datasets.prepared import Prepared
+from mambahome_jax.datasets.structures import (
+    FEWEST_VOXELS,
+    Shape,
+    axis_along,
+    choose_swaps,
+    mirror_pairs,
+    shape_of,
+    sides,
+)
 from mambahome_jax.patches.store import Store
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
 

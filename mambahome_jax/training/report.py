@@ -13,10 +13,10 @@ import numpy as np
 from rich.console import Console
 
 from mambahome_jax.datasets.base import read_json
-from mambahome_jax.datasets.label_values import describe_numbering
 from mambahome_jax.datasets.patients import split_notes
 from mambahome_jax.datasets.prepared import Prepared, write_json
 from mambahome_jax.datasets.splits import outside_note, outside_split
+from mambahome_jax.datasets.structures import describe_numbering
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.support.console import command_line

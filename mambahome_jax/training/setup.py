@@ -20,9 +20,8 @@ from mambahome_jax.config import (
     Triple,
     said_multiples,
 )
-from mambahome_jax.datasets.mirror import AXES, axis_along
 from mambahome_jax.datasets.prepared import DESCRIPTION, Prepared, split_cases
-from mambahome_jax.datasets.structures import match_structures
+from mambahome_jax.datasets.structures import AXES, axis_along, match_structures
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.grids import grids_for, patch_and_grids

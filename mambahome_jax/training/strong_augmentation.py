@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mambahome_jax.config import Mirror
-from mambahome_jax.datasets.mirror import swap_table
+from mambahome_jax.datasets.structures import swap_table
 
 FULL = jax.lax.Precision.HIGHEST
 # Distance of the points at which an elastic deformation is drawn, in voxels of the finest axis.

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 
 from mambahome_jax.commands import infer
 from mambahome_jax.config import DataProperties
-from mambahome_jax.datasets.find_scans import FoundScans, Scan
+from mambahome_jax.datasets.find_scans import Scan, ScanFolder
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging import dicomseg, itk
@@ -208,7 +208,7 @@ def test_dicom_seg_of_other_scans_is_refused_before_any_work(tmp_path, levels, m
     # Scans of a dataset may be of both kinds.
     write_dicom(tmp_path / "dicom")
     scans = [Scan("a", tmp_path / "in/a.nii.gz"), Scan("b", tmp_path / "dicom")]
-    monkeypatch.setattr(infer, "look_for_scans", lambda path, *_, **__: FoundScans(path, scans, []))
+    monkeypatch.setattr(infer, "find_scans", lambda path, *_, **__: ScanFolder(path, scans, []))
     assert infer.run(config(tmp_path, output_format="dcm")) == 1
     found = report(tmp_path)
     assert [case["output"] for case in found["cases"]] == ["b.dcm"]

@@ -224,7 +224,8 @@ def remaining(config):
 
 @pytest.mark.parametrize("part", ["", "images"])
 def test_infer_goes_by_dataset_json(remaining, part):
-    _, scans, failures = find_scans(remaining / part)
+    found = find_scans(remaining / part)
+    scans, failures = found.scans, found.failures
     assert [scan.case for scan in scans] == ["b", "c"]
     assert [failure["id"] for failure in failures] == ["a"]
     assert "images/a.nii.gz: of no case in" in failures[0]["reason"]
@@ -232,7 +233,8 @@ def test_infer_goes_by_dataset_json(remaining, part):
 
 def test_infer_names_what_dataset_json_lists_and_is_not_there(config):
     (config.output_path / "images/b.nii.gz").unlink()
-    _, scans, failures = find_scans(config.output_path)
+    found = find_scans(config.output_path)
+    scans, failures = found.scans, found.failures
     assert [scan.case for scan in scans] == ["a", "c"]
     assert [(failure["id"], "b.nii.gz: not found" in failure["reason"]) for failure in failures] == [("b", True)]
 
@@ -240,7 +242,8 @@ def test_infer_names_what_dataset_json_lists_and_is_not_there(config):
 def test_an_image_that_is_there_in_two_formats_is_not_said_to_be_missing(config):
     image = read_volume(config.output_path / "images/b.nii.gz")
     write_volume(config.output_path / "images/b.nrrd", image)
-    _, scans, failures = find_scans(config.output_path)
+    found = find_scans(config.output_path)
+    scans, failures = found.scans, found.failures
     assert [scan.case for scan in scans] == ["a", "c"]
     assert [failure["id"] for failure in failures] == ["b"] and "would have one name" in failures[0]["reason"]
 
@@ -259,7 +262,7 @@ def test_files_in_another_unicode_form_are_those_of_their_case(tmp_path, capsys)
     for part, ending in (("images", ".nii.gz"), ("labels", ".nii.gz"), ("store", "")):
         folder = config.output_path / part
         (folder / f"{composed}{ending}").rename(folder / f"{decomposed}{ending}")
-    assert [scan.case for scan in find_scans(config.output_path)[1]] == ["M\u00fcller", "a", "c"]
+    assert [scan.case for scan in find_scans(config.output_path).scans] == ["M\u00fcller", "a", "c"]
     capsys.readouterr()
     assert run(config) == 0
     shown = capsys.readouterr().out
@@ -289,5 +292,5 @@ def config_labels(output):
 def test_folders_of_other_programs_are_read_as_they_are(tmp_path):
     for part in ("images", "labels"):
         write(tmp_path / f"{part}/x.nii.gz", np.zeros((2, 2, 2), np.uint8))
-    assert [scan.case for scan in find_scans(tmp_path / "images")[1]] == ["x"]
+    assert [scan.case for scan in find_scans(tmp_path / "images").scans] == ["x"]
     assert PreprocessConfig(tmp_path, tmp_path / "out").output_path.name == "out"

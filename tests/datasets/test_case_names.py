@@ -3,7 +3,7 @@
 import pytest
 
 from mambahome_jax.datasets import load_dataset
-from mambahome_jax.datasets.case_names import channels_of, counterparts
+from mambahome_jax.datasets.files import channels_of, counterparts
 from tests.datasets.test_layouts import touch
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from mambahome_jax.commands.preprocess import prepare, run
 from mambahome_jax.datasets import load_dataset
-from mambahome_jax.datasets.find_scans import find_scans, join_channels, look_for_scans
+from mambahome_jax.datasets.find_scans import find_scans, join_channels
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import PreprocessConfig
 from tests.commands.scans import preprocess_config
@@ -14,25 +14,27 @@ from tests.datasets.drawn import draw, write
 
 def test_each_scan_of_a_mixed_dataset_has_its_own_modality(tmp_path):
     home = miniatures.amos(tmp_path / "in").folder / "amos22"
-    folder, scans, failures = find_scans(home / "imagesVa")
+    found = find_scans(home / "imagesVa")
+    folder, scans, failures = found.folder, found.scans, found.failures
     assert (folder, failures) == (home / "imagesVa", [])
     assert [(scan.case, scan.modality) for scan in scans] == [("amos_0010", "ct"), ("amos_0551", "mr")]
     run(PreprocessConfig(tmp_path / "in", tmp_path / "out", spacing=(0, 0, 0), num_workers=1))
-    scans = find_scans(tmp_path / "out")[1]
+    scans = find_scans(tmp_path / "out").scans
     assert {scan.case: scan.modality for scan in scans}["amos_0507"] == "mr"
 
 
 def test_the_arrays_of_a_preprocessed_folder_are_not_looked_at(tmp_path):
     scans = preprocess_config(tmp_path)
     prepare(load_dataset(scans.input_path), scans.output_path, spacing=None, nifti=False, num_workers=1)
-    found = look_for_scans(scans.output_path)
+    found = find_scans(scans.output_path)
     assert [scan.path.parent.parent for scan in found.scans] == [scans.input_path] * 3
     assert (found.failures, found.notes) == ([], ())
 
 
 def test_scans_in_a_folder_a_case_are_found(tmp_path):
     miniatures.totalsegmentator_mri(tmp_path)
-    folder, scans, _ = find_scans(tmp_path)
+    found = find_scans(tmp_path)
+    folder, scans = found.folder, found.scans
     assert folder == tmp_path and [scan.case for scan in scans] == ["s0001", "s0002", "s0005", "s0026"]
     assert {scan.path.name for scan in scans} == {"mri.nii.gz"}
     # All of one modality: the model knows it.
@@ -41,7 +43,7 @@ def test_scans_in_a_folder_a_case_are_found(tmp_path):
 
 def test_a_plain_folder_need_not_be_a_dataset(tmp_path):
     write(tmp_path / "images/a.nii.gz", draw([1]))
-    assert [(scan.case, scan.modality) for scan in find_scans(tmp_path)[1]] == [("a", None)]
+    assert [(scan.case, scan.modality) for scan in find_scans(tmp_path).scans] == [("a", None)]
     (tmp_path / "empty").mkdir()
     with pytest.raises(DatasetError, match=r"no \.nii\.gz, \.nii, \.mha, \.mhd, \.nrrd or DICOM file"):
         find_scans(tmp_path / "empty")
@@ -56,7 +58,8 @@ def touch(folder, *names):
 
 def test_scans_of_all_formats_are_found_by_name(tmp_path):
     touch(tmp_path, "a.nii", "b.nii.gz", "c.mha", "d.mhd", "d.raw", "e.nrrd", "notes.txt", "._c.mha", "f.mha", "f.nrrd")
-    _, scans, failures = find_scans(tmp_path)
+    found = find_scans(tmp_path)
+    scans, failures = found.scans, found.failures
     assert [(scan.case, scan.path.name) for scan in scans] == [
         *(("a", "a.nii"), ("b", "b.nii.gz"), ("c", "c.mha"), ("d", "d.mhd"), ("e", "e.nrrd"))
     ]
@@ -69,8 +72,9 @@ def test_a_folder_of_slices_is_a_scan_and_so_are_its_subfolders(tmp_path):
     touch(tmp_path / "study/two", "1.IMA")
     (touch(tmp_path / "study/three", "notes.txt") / "IM01").write_bytes(bytes(128) + b"DICM")
     touch(tmp_path / "study/four", "notes.txt")
-    assert find_scans(tmp_path / "study/one")[1][0].case == "one"
-    folder, scans, _ = find_scans(tmp_path / "study")
+    assert find_scans(tmp_path / "study/one").scans[0].case == "one"
+    found = find_scans(tmp_path / "study")
+    folder, scans = found.folder, found.scans
     assert folder == tmp_path / "study"
     assert [(scan.case, scan.path) for scan in scans] == [(name, folder / name) for name in ("one", "three", "two")]
 
@@ -80,16 +84,18 @@ def test_dicom_beside_other_scans_is_not_left_out_silently(tmp_path):
     touch(tmp_path / "in/b", "1.dcm", "2.dcm")
     touch(tmp_path / "in/c", "1.dcm")
     touch(tmp_path / "in/notes", "notes.txt")
-    _, scans, failures = find_scans(tmp_path / "in")
+    found = find_scans(tmp_path / "in")
+    scans, failures = found.scans, found.failures
     assert {scan.case: scan.path.name for scan in scans} == {"a": "a.nii.gz", "b": "b"}
     assert [failure["id"] for failure in failures] == ["c"] and "c.nii.gz and c" in failures[0]["reason"]
     touch(tmp_path / "in", "1.dcm")
-    _, scans, failures = find_scans(tmp_path / "in")
+    found = find_scans(tmp_path / "in")
+    scans, failures = found.scans, found.failures
     assert {scan.case: scan.path.name for scan in scans} == {"a": "a.nii.gz", "b": "b", "in": "in"}
 
 
 def joined(data_path, channels):
-    scans, failures = join_channels(data_path, find_scans(data_path)[1], channels)
+    scans, failures = join_channels(data_path, find_scans(data_path).scans, channels)
     return {scan.case: [path.name for path in scan.channels] for scan in scans}, {
         failure["id"]: failure["reason"] for failure in failures
     }
@@ -127,5 +133,5 @@ def test_the_number_of_the_only_channel_is_no_part_of_a_name(tmp_path):
 def test_capitals_in_suffixes(tmp_path):
     for name in ("a.NII.GZ", "b.Nii", "c.MHA"):
         (tmp_path / name).touch()
-    assert [scan.case for scan in find_scans(tmp_path)[1]] == ["a", "b", "c"]
-    assert find_scans(tmp_path / "a.NII.GZ")[1][0].case == "a"
+    assert [scan.case for scan in find_scans(tmp_path).scans] == ["a", "b", "c"]
+    assert find_scans(tmp_path / "a.NII.GZ").scans[0].case == "a"

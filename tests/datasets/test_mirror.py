@@ -5,7 +5,7 @@ import pytest
 from mambahome_jax.datasets.layouts import amos, mvseg
 from mambahome_jax.datasets.layouts.abdomenatlas import STRUCTURES as ATLAS
 from mambahome_jax.datasets.layouts.totalsegmentator_mri import STRUCTURES as TOTAL
-from mambahome_jax.datasets.mirror import mirror_pairs
+from mambahome_jax.datasets.structures import mirror_pairs
 from mambahome_jax.errors import ConfigError
 
 

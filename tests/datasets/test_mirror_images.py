@@ -4,9 +4,15 @@ import numpy as np
 import pytest
 
 from mambahome_jax.datasets.layouts.totalsegmentator_mri import STRUCTURES as TOTAL
-from mambahome_jax.datasets.mirror import sides
-from mambahome_jax.datasets.mirror_images import choose_swaps, differences, shape_of, swap_reason, told_by_form
-from mambahome_jax.datasets.structures import structure_key
+from mambahome_jax.datasets.structures import (
+    choose_swaps,
+    differences,
+    shape_of,
+    sides,
+    structure_key,
+    swap_reason,
+    told_by_form,
+)
 
 SPACING = (1.5, 1.5, 2.0)
 GRID = np.indices((40, 36, 32)).reshape(3, -1).T

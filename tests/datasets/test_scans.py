@@ -9,7 +9,7 @@ import pytest
 
 from mambahome_jax.datasets import scans
 from mambahome_jax.datasets.files import fault_of_name, listing
-from mambahome_jax.datasets.find_scans import find_scans, look_for_scans
+from mambahome_jax.datasets.find_scans import find_scans
 from mambahome_jax.datasets.scans import search
 from mambahome_jax.errors import DatasetError
 from tests.imaging.dicom_files import RTSTRUCT, write_slice
@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_read_is_named_and_the_others_are_read(tmp_path,
 def test_a_dataset_names_its_cases_and_what_it_does_not_know_is_a_scan_too(tmp_path):
     touch(tmp_path, "p1/ct.nii.gz", "p1/labels.nii.gz", "p2/ct.nii.gz", "p4/labels.nii.gz")
     series(tmp_path / "p3")
-    found = look_for_scans(tmp_path)
+    found = find_scans(tmp_path)
     assert {scan.case: scan.path.name for scan in found.scans} == {"p1": "ct.nii.gz", "p2_ct": "ct.nii.gz", "p3": "p3"}
     assert found.failures == [] and "p4_labels" in " ".join(found.notes)
 
@@ -180,30 +180,30 @@ def test_series_of_a_case_are_called_as_its_label_map_is(tmp_path):
     touch(tmp_path, *(f"labels/p{number}.nii.gz" for number in range(1, 6)))
     expected = {"p1", "p2_4", "p2_5", "p3", "p4_a", "p4_b", "p6"}
     for folder in (tmp_path, tmp_path / "images"):
-        scans = {scan.case: scan for scan in look_for_scans(folder).scans}
+        scans = {scan.case: scan for scan in find_scans(folder).scans}
         assert set(scans) == expected
         assert scans["p1"].path == tmp_path / "images/p1/20240101/CT"
-    (one,) = [scan for scan in look_for_scans(tmp_path, ["1.2.5"]).scans if scan.path.name == "p2"]
+    (one,) = [scan for scan in find_scans(tmp_path, ["1.2.5"]).scans if scan.path.name == "p2"]
     assert one.series == ("1.2.5",)
     (tmp_path / "images").rename(tmp_path / "scans")
     (tmp_path / "cases.csv").write_text("id,image,label\none,scans/p1,labels/p1.nii.gz\ntwo,scans/p2,\n")
-    found = look_for_scans(tmp_path)
+    found = find_scans(tmp_path)
     assert {scan.case for scan in found.scans} == {"one", "two_4", "two_5"} and found.failures == []
-    (one,) = [scan for scan in look_for_scans(tmp_path, ["1.2.5"]).scans if scan.case != "one"]
+    (one,) = [scan for scan in find_scans(tmp_path, ["1.2.5"]).scans if scan.case != "one"]
     assert one.case == "two_5"
 
 
 def test_label_maps_of_a_dataset_below_its_scans_are_no_scans(tmp_path):
     touch(tmp_path, "100000_00001_0000.nii.gz", "100000_00002_0000.nii.gz", "more/x.nii.gz")
     touch(tmp_path, *(f"panorama_labels/{kind}_labels/100000_00001.nii.gz" for kind in ("manual", "automatic")))
-    found = look_for_scans(tmp_path)
+    found = find_scans(tmp_path)
     assert [scan.case for scan in found.scans] == ["100000_00001_0000", "100000_00002_0000", "more_x"]
     assert found.failures == [] and "manual_labels_100000_00001" in " ".join(found.notes)
 
 
 def test_of_two_forms_of_a_file_a_dataset_has_chosen_one(tmp_path):
     touch(tmp_path, *(f"sub-001/anat/sub-001_{end}" for end in ("T2w.nii.gz", "T2w.nii", "dseg.nii.gz")))
-    found = look_for_scans(tmp_path)
+    found = find_scans(tmp_path)
     assert [scan.path.name for scan in found.scans] == ["sub-001_T2w.nii.gz"] and found.failures == []
     assert "sub-001_T2w.nii.gz is used, sub-001_T2w.nii is not" in " ".join(found.notes)
 
@@ -211,7 +211,7 @@ def test_of_two_forms_of_a_file_a_dataset_has_chosen_one(tmp_path):
 def test_what_lies_beside_the_folder_of_the_scans_is_named(tmp_path):
     touch(tmp_path, "images/a.nii.gz", "labels/a.nii.gz", "imagesTr/b.nii.gz", "new/c.nii.gz", "new/d.mgz")
     touch(tmp_path, "mine/a.nii.gz", "earlier/a.nii.gz", "earlier/run.json")
-    found = look_for_scans(tmp_path, leave=(tmp_path / "mine",))
+    found = find_scans(tmp_path, leave=(tmp_path / "mine",))
     assert [scan.case for scan in found.scans] == ["a"]
     assert {failure["id"] for failure in found.failures} == {"new", "d"}
     assert "the scans of imagesTr are not taken" in " ".join(found.notes)

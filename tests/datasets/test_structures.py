@@ -9,7 +9,7 @@ from mambahome_jax.datasets.structures import (
     consecutive,
     join_datasets,
     merge_structures,
-    read_label_map,
+    read_structure_table,
     select_structures,
     structure_key,
 )
@@ -81,13 +81,13 @@ def test_merged_structures():
 def test_label_map_files(tmp_path):
     file = tmp_path / "map.toml"
     file.write_text('pancreas = [4, 5]\nPDAC = 1\nkidneys = ["kidney_left", "kidney_right"]\n')
-    assert read_label_map(file) == {"pancreas": [4, 5], "PDAC": [1], "kidneys": ["kidney_left", "kidney_right"]}
+    assert read_structure_table(file) == {"pancreas": [4, 5], "PDAC": [1], "kidneys": ["kidney_left", "kidney_right"]}
     for text in ("", "a = []", "a = [1.5]", "a = ", "a = [true]"):
         file.write_text(text)
         with pytest.raises(DatasetError, match="lines such as"):
-            read_label_map(file)
+            read_structure_table(file)
     with pytest.raises(DatasetError, match="no such file"):
-        read_label_map(tmp_path / "none.toml")
+        read_structure_table(tmp_path / "none.toml")
 
 
 def test_joined_datasets():

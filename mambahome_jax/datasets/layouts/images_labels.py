@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, modality_of, optional_description, scan_files, unlabelled_note
-from mambahome_jax.datasets.case_names import by_channel
-from mambahome_jax.datasets.files import listing, scans_in
+from mambahome_jax.datasets.files import by_channel, listing, scans_in
 from mambahome_jax.datasets.scans import search
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.support.paths import own_name
