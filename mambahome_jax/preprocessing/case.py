@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.files import parts
-from mambahome_jax.datasets.label_map import count_values, read_counted_label_map, read_image, read_label_map
+from mambahome_jax.datasets.label_map import count_values, read_counted_label_map, read_image
 from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.imaging.geometry import coarse_remark, reorient, resample
 from mambahome_jax.imaging.header import Header, grid_shift
@@ -125,7 +126,7 @@ def up_to_date(job: CaseJob) -> store.StoreEntry | None:
     Raises DatasetError: a file is missing. OutputError: the entry cannot be written again for files that were moved.
     """
     root = job.output / "store"
-    entry = store.read_case(root, job.case.id)
+    entry = store.read_entry(root, job.case.id)
     if entry is None or entry.id != job.case.id:
         return None
     made_from = dict(entry.fingerprint)
@@ -152,7 +153,7 @@ def up_to_date(job: CaseJob) -> store.StoreEntry | None:
 def prepare_case(job: CaseJob) -> store.StoreEntry:
     """Read, check, reorient, resample and write one case; the store entry comes last and marks it as done.
 
-    Raises DatasetError: see `read_case` and `resample`. OutputError: a file cannot be written.
+    Raises DatasetError: a file that cannot be read or used. OutputError: one that cannot be written.
     """
     made_from = fingerprint(job)
     image = read_image(job.case, job.channels)
@@ -184,7 +185,7 @@ def prepare_case(job: CaseJob) -> store.StoreEntry:
         for path in (job.image_path, job.label_path) if job.nifti else ():
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-        store.remove_case(job.output / "store", job.case.id)
+        shutil.rmtree(job.output / "store" / job.case.id, ignore_errors=True)
         raise
 
 
@@ -251,16 +252,6 @@ def _write(
 def _in_mm(image: Volume) -> Header | None:
     """The header with which a case is written: dataset.json and all who read the folder count in mm."""
     return None if image.header is None else image.header.in_mm()
-
-
-def read_case(case: Case, channels: int, labels: Mapping[int, str], hint: str = "") -> tuple[Volume, Volume | None]:
-    """Image (D0, D1, D2[, C]) float32 and label map (D0, D1, D2) uint8 or uint16 of one grid, as they are on disk.
-
-    Raises DatasetError: truncated or damaged file, NaN, another number of channels, an image and a label of different
-    grids, unknown label values, nothing labelled where that means that nobody did: see `read_label_map`.
-    """
-    image = read_image(case, channels)
-    return image, read_label_map(case, image, labels, hint)[0]
 
 
 def bounding_box(mask: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -10,7 +10,7 @@ from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.prepared import DESCRIPTION, begin_prepared
 from mambahome_jax.errors import ConfigError, DatasetError, OutputError
-from mambahome_jax.patches.store import CASE_FILE, read_case, remove_index
+from mambahome_jax.patches.store import CASE_FILE, read_entry, remove_index
 from mambahome_jax.preprocessing.case import CaseJob
 from mambahome_jax.support.files import not_written
 from mambahome_jax.support.paths import one_form
@@ -148,7 +148,7 @@ def _remove(paths: Iterable[Path]) -> None:
 
 def _written(job: CaseJob) -> tuple[Path, ...]:
     if not job.nifti:
-        entry = read_case(job.output / "store", job.case.id) if job.case.has_label else None
+        entry = read_entry(job.output / "store", job.case.id) if job.case.has_label else None
         return (job.label_path,) if entry is not None and entry.values else ()
     return (job.image_path, job.label_path) if job.case.has_label else (job.image_path,)
 

@@ -65,7 +65,7 @@ def renumber_case(task: RenumberJob) -> StoreEntry:
     """
     job, root = task.job, task.job.output / "store"
     table = _table(task.entry, task.values)
-    label = replace_values(store.read_label(root, job.case.id), table)
+    label = replace_values(store.whole_label(root, job.case.id), table)
     if job.nifti:
         volume = read_labels(job.label_path)
         volume = dataclasses.replace(volume, array=replace_values(volume.array, table))

@@ -17,9 +17,8 @@ from mambahome_jax.inference.ensemble import check_members
 from mambahome_jax.inference.prepare import prepare
 from mambahome_jax.inference.segment import settings_for
 from mambahome_jax.patches.ct_scale import ct_scale
-from mambahome_jax.patches.foreground import SAMPLE, foreground_sample
 from mambahome_jax.patches.loader import read_patch
-from mambahome_jax.patches.store import INTENSITIES, Store
+from mambahome_jax.patches.store import INTENSITIES, SAMPLE, Store, foreground_sample
 from mambahome_jax.training.setup import make_setup, training_settings
 from tests.commands.scans import description, preprocess_config, scan, write
 

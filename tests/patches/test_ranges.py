@@ -10,7 +10,7 @@ from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.intensity import IntensityStatistics
 from mambahome_jax.inference.ensemble import ranges_of
 from mambahome_jax.patches.ranges import training_ranges
-from mambahome_jax.patches.store import StoreEntry, read_case
+from mambahome_jax.patches.store import StoreEntry, read_entry
 
 ROW = (-1000.0, -990.0, 10.0, 100.0, 400.0)
 
@@ -56,7 +56,7 @@ def test_a_store_of_earlier_versions_gives_no_percentiles(tmp_path):
     del content["percentiles"]
     (tmp_path / "a").mkdir()
     (tmp_path / "a/case.json").write_text(json.dumps(content))
-    old = read_case(tmp_path, "a")
+    old = read_entry(tmp_path, "a")
     assert old == entry("a", percentiles=())
     assert training_ranges([old, entry("b")], NAMES)[0].percentiles == ()
 

@@ -23,7 +23,7 @@ from mambahome_jax.patches.store import (
     StoreEntry,
     count_values,
     foreground_positions,
-    read_case,
+    read_entry,
     write_case,
     write_index,
 )
@@ -66,7 +66,7 @@ def test_reads_back_whole_arrays_and_entries(two_cases, tmp_path):
     np.testing.assert_array_equal(store.read_image("b"), image_b)
     assert (store.read_image("a").dtype, store.read_label("a").dtype) == (np.float32, np.uint8)
     entry = store.entry("a")
-    assert entry == read_case(tmp_path / "store", "a")
+    assert entry == read_entry(tmp_path / "store", "a")
     assert entry.class_counts == {value: int((label_a == value).sum()) for value in (0, 1, 2, 7)}
     assert entry.foreground_counts == {value: int((label_a == value).sum()) for value in (1, 2, 7)}
     assert entry.statistics.mean == (pytest.approx(float(image_a.mean()), abs=1e-6),)
@@ -116,7 +116,7 @@ def test_a_volume_of_several_chunks_is_one_file_and_a_patch_needs_few_of_its_byt
 
 def test_foreground_positions(two_cases):
     store, _, label, _ = two_cases
-    found = store.foreground("a")
+    found = {value: store.class_positions("a", value) for value in store.entry("a").foreground_counts}
     assert list(found) == [1, 2, 7]
     for value, positions in found.items():
         assert positions.dtype == np.int32
@@ -170,11 +170,12 @@ def test_one_thread_at_a_time_parses_headers(two_cases, monkeypatch):
 
 def test_open_arrays_are_bounded(two_cases, monkeypatch):
     store, image_a, _, image_b = two_cases
-    monkeypatch.setattr(store_module, "_CACHED_HANDLES", 1)
+    monkeypatch.setattr(store_module, "_CACHED", 1)
+    store = Store(store.root)
     for _ in range(2):
         np.testing.assert_array_equal(store.read_image("a"), image_a)
         np.testing.assert_array_equal(store.read_image("b"), image_b)
-        assert len(store._handles) == 1
+        assert store._arrays.cache_info().currsize == 1
 
 
 def test_replacing_a_case_leaves_nothing_of_the_old_one(tmp_path):
@@ -196,7 +197,7 @@ def test_interrupted_write_keeps_the_old_case(tmp_path, monkeypatch):
         patch.setattr(store_module, "foreground_positions", fail)
         with pytest.raises(OutputError, match="a: cannot be written: No space left on device"):
             make_case(tmp_path, "a", seed=9)
-    assert read_case(tmp_path, "a") == old
+    assert read_entry(tmp_path, "a") == old
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     write_index(tmp_path, [old])
     np.testing.assert_array_equal(Store(tmp_path).read_image("a"), image)
@@ -223,10 +224,10 @@ def test_damaged_index_and_case(tmp_path):
     write_index(tmp_path, [entry])
     (tmp_path / "a/foreground.npz").unlink()
     with pytest.raises(DatasetError, match=r"foreground\.npz: cannot be read .*Run preprocess"):
-        Store(tmp_path).foreground("a")
+        Store(tmp_path).class_positions("a", 1)
     (tmp_path / "a/case.json").write_text("{}")
-    assert read_case(tmp_path, "a") is None
-    assert read_case(tmp_path, "b") is None
+    assert read_entry(tmp_path, "a") is None
+    assert read_entry(tmp_path, "b") is None
     content = json.loads((tmp_path / "index.json").read_text())
     (tmp_path / "index.json").write_text(json.dumps(content | {"version": 0}))
     with pytest.raises(DatasetError, match="version 0; expected version 1"):
@@ -260,11 +261,11 @@ def test_damaged_arrays_of_a_case_are_named(tmp_path, name, damage):
             pytest.skip("a file without a checksum")
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(DatasetError, match=rf"^a: .*{name}: cannot be read .*Run preprocess"):
-        Store(tmp_path).foreground("a") if name == "foreground.npz" else ct_scale(tmp_path, ["a"])
+        Store(tmp_path).class_positions("a", 1) if name == "foreground.npz" else ct_scale(tmp_path, ["a"])
 
 
 def test_fingerprint_survives_json(tmp_path):
     entry, image, label = make_case(tmp_path, "a")
     fingerprint = {"sources": [["/x", 3, 1795437911356037759]], "spacing": None, "labels": {"1": "a"}}
     write_case(tmp_path, replace(entry, fingerprint=fingerprint), image, label)
-    assert read_case(tmp_path, "a").fingerprint == fingerprint
+    assert read_entry(tmp_path, "a").fingerprint == fingerprint
