@@ -13,8 +13,7 @@ from mambahome_jax.config import CtScale, Modality
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.intensity import normalise
 from mambahome_jax.patches.store import Store, StoreEntry
-from mambahome_jax.patches.workers import Reading, Watched, heed_the_parent
-from mambahome_jax.support import shared_memory
+from mambahome_jax.patches.workers import CaseNotes, WatchedLoader, heed_parent
 
 _THREADS = 4  # each prepares one batch ahead
 
@@ -32,7 +31,7 @@ def make_loader(
     modality: Modality | None = None,
     ct_scale: CtScale | None = None,
     share: tuple[int, int] = (0, 1),
-) -> "grain.IterDataset | Watching":
+) -> "grain.IterDataset | WatchedLoader":
     """Endless batches of random patches.
 
     Each batch is a dict: "image" (batch, depth, height, width, channels) float32, normalised with the case's own
@@ -62,8 +61,8 @@ def make_loader(
     unlabelled = [case for case in cases if store.entry(case).class_counts is None]
     if unlabelled:
         raise DatasetError(f"{len(unlabelled)} cases have no label", case=unlabelled[0], file=store.root)
-    reading = Reading() if num_workers else None
-    patch = RandomPatch(store, tuple(cases), size, positive_fraction, class_balanced, modality, ct_scale, reading)
+    notes = CaseNotes() if num_workers else None
+    patch = RandomPatch(store, tuple(cases), size, positive_fraction, class_balanced, modality, ct_scale, notes)
     dataset = (
         grain.MapDataset.source(range(len(cases)))
         .seed(seed)
@@ -72,33 +71,14 @@ def make_loader(
         .random_map(patch)
         .batch(batch_size // parts, drop_remainder=True)
     )[part::parts]
-    if reading is None:
+    if notes is None:
         return dataset.to_iter_dataset(grain.ReadOptions(_THREADS, _THREADS))
     if not flags.FLAGS.is_parsed():
         # Grain's worker processes read absl flags, which only a program started through absl.app has parsed.
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
-    return Watching(
-        dataset.to_iter_dataset(grain.ReadOptions(1, 1)).mp_prefetch(options, worker_init_fn=_begin), reading
-    )
-
-
-def _begin(index: int, count: int) -> None:
-    heed_the_parent()
-
-
-@dataclass(frozen=True)
-class Watching:
-    """A loader whose iterators do not wait for ever."""
-
-    loader: grain.IterDataset
-    reading: Reading
-
-    def __iter__(self) -> Watched:
-        """Raises ConfigError: the processes' queues have no shared memory."""
-        if reason := shared_memory.why_none():
-            raise ConfigError(f"{reason}. {shared_memory.REMEDY}")
-        return Watched(iter(self.loader), self.reading)
+    threads = dataset.to_iter_dataset(grain.ReadOptions(1, 1))
+    return WatchedLoader(threads.mp_prefetch(options, worker_init_fn=heed_parent), notes)
 
 
 @dataclass(frozen=True)
@@ -112,12 +92,12 @@ class RandomPatch(grain.transforms.RandomMap):
     class_balanced: bool
     modality: Modality | None
     ct_scale: CtScale | None = None
-    reading: Reading | None = None
+    notes: CaseNotes | None = None
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """One patch of cases[index]: image (D, H, W, C) float32, label (D, H, W) int32, case () int32."""
         case = self.cases[index]
-        with contextlib.nullcontext() if self.reading is None else self.reading.of(case):
+        with contextlib.nullcontext() if self.notes is None else self.notes.reading(case):
             centre = draw_centre(self.store, case, rng, self.positive_fraction, self.class_balanced)
             image, label = read_patch(self.store, case, centre, self.size, self.modality, self.ct_scale)
         return {"image": image, "label": label, "case": np.asarray(index, np.int32)}

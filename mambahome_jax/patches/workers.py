@@ -8,13 +8,14 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from mambahome_jax.errors import MambaHomeError, TrainingError
+from mambahome_jax.errors import ConfigError, MambaHomeError, TrainingError
 from mambahome_jax.support import shared_memory
 
 STALL_SECONDS = 45.0
@@ -24,8 +25,8 @@ START_SECONDS = 300.0
 _BUS_ERROR = int(getattr(signal, "SIGBUS", 7))
 
 
-class Reading:
-    """Where the workers note which case each of them is reading: a file a process, named by its number."""
+class CaseNotes:
+    """Notes of which case each worker is reading: a file a process, named by its number, in a folder of their own."""
 
     def __init__(self) -> None:
         try:
@@ -35,8 +36,8 @@ class Reading:
             raise TrainingError(f"{found}. Set TMPDIR to one that can be written, or --num_workers to 0") from error
 
     @contextlib.contextmanager
-    def of(self, case: str) -> Iterator[None]:
-        """While this process reads a case; an error that comes of it says which."""
+    def reading(self, case: str) -> Iterator[None]:
+        """Note that this process reads a case; an error that leaves names the case."""
         self._note(case)
         try:
             yield
@@ -50,42 +51,61 @@ class Reading:
         with contextlib.suppress(FileNotFoundError):
             (self.folder / str(os.getpid())).write_text(case, encoding="utf-8")
 
-    def cases(self) -> dict[int, str]:
-        """Process -> the case that it is reading."""
-        found = {}
-        for path in sorted(self.folder.glob("*")):
-            with contextlib.suppress(OSError):
-                found[int(path.name)] = path.read_text(encoding="utf-8")
-        return {process: case for process, case in found.items() if case}
+    @property
+    def processes(self) -> set[int]:
+        """Processes that have noted anything."""
+        return {int(path.name) for path in self.folder.glob("*")}
 
-    def since(self) -> float | None:
+    def cases(self) -> set[str]:
+        """Cases that are being read."""
+        cases = set()
+        for path in self.folder.glob("*"):
+            with contextlib.suppress(OSError):
+                cases.add(path.read_text(encoding="utf-8"))
+        return cases - {""}
+
+    def seconds_since(self) -> float | None:
         """Seconds since a worker noted anything; None before the first."""
         times = [path.stat().st_mtime for path in self.folder.glob("*")]
         return time.time() - max(times) if times else None
 
 
-class Watched:
-    """The iterator of a loader with worker processes; gives what that gives, and ends where nothing comes any more."""
+@dataclass(frozen=True)
+class WatchedLoader:
+    """A loader with worker processes whose iterators do not wait for ever."""
 
-    def __init__(self, batches: Any, reading: Reading):
-        self._batches, self._reading = batches, reading
+    loader: Iterable[Any]
+    notes: CaseNotes
+
+    def __iter__(self) -> "WatchedBatches":
+        """Start the processes. Raises ConfigError: their queues have no shared memory."""
+        if reason := shared_memory.why_none():
+            raise ConfigError(f"{reason}. {shared_memory.REMEDY}")
+        return WatchedBatches(iter(self.loader), self.notes)
+
+
+class WatchedBatches:
+    """The iterator of a loader with worker processes, which raises where nothing comes any more."""
+
+    def __init__(self, batches: Any, notes: CaseNotes):
+        self._batches, self._notes = batches, notes
         self._thread = ThreadPoolExecutor(1)
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        """The next batch. Raises TrainingError: a worker died, or none has read anything for STALL_SECONDS."""
+        """Wait for the next batch. Raises TrainingError: a worker died, or none has read for STALL_SECONDS."""
         begun, coming = time.monotonic(), self._thread.submit(next, self._batches)
         while not _done(coming):
-            waited, silent = time.monotonic() - begun, self._reading.since()
+            waited, silent = time.monotonic() - begun, self._notes.seconds_since()
             limit = START_SECONDS if silent is None else STALL_SECONDS
             if min(waited, waited if silent is None else silent) > limit:
                 found = f"no patch for {limit:.0f} s from the processes that read them{self._at()}"
                 self._kill()
                 raise TrainingError(f"{found}. Stopped. Is the disk or network that it lies on still there?")
         try:
-            return _unnamed(coming.result())
+            return _without_names(coming.result())
         except (MambaHomeError, StopIteration):
             raise
         except Exception as error:
@@ -97,33 +117,32 @@ class Watched:
             raise TrainingError(f"{found}. Stopped. {reason[1]}; --resume continues") from error
 
     def get_state(self) -> dict[str, Any]:
-        """As that of the loader."""
+        """Give the loader's state."""
         return self._batches.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """As that of the loader."""
+        """Continue from a state of the loader."""
         self._batches.set_state(state)
 
     def close(self) -> None:
         """End the processes."""
         self._batches.close()
         self._thread.shutdown()
-        shutil.rmtree(self._reading.folder, ignore_errors=True)
+        shutil.rmtree(self._notes.folder, ignore_errors=True)
 
     def _at(self) -> str:
-        cases = sorted(set(self._reading.cases().values()))
+        cases = sorted(self._notes.cases())
         return f", while reading {', '.join(cases)}" if cases else ""
 
     def _kill(self) -> None:
         """End workers that do not answer: waiting for them would take as long again."""
-        known = {path.name for path in self._reading.folder.glob("*")}
         for process in multiprocessing.active_children():
-            if str(process.pid) in known:
+            if process.pid in self._notes.processes:
                 process.kill()
 
 
 def why_killed(error: Exception) -> tuple[str, str] | None:
-    """What befell a worker by the error that came of it, and what to do; None where that is a fault of the program."""
+    """Say how the system stopped a worker, and what to do about it; None where the error is a fault of the program."""
     text = str(error)
     # Grain's own words of a process that was killed.
     if "Worker process" in text:
@@ -135,8 +154,8 @@ def why_killed(error: Exception) -> tuple[str, str] | None:
     return None
 
 
-def _unnamed(batch: Any) -> Any:
-    """The batch, its shared memory without a name: the system frees that with the batch, however this program ends.
+def _without_names(batch: Any) -> Any:
+    """Take the names off a batch's shared memory: the system frees it with the batch, however this program ends.
 
     Left to Grain, what is in use at the end is removed too late, and Python warns of leaked memory.
     """
@@ -148,7 +167,7 @@ def _unnamed(batch: Any) -> Any:
     return batch
 
 
-def heed_the_parent() -> None:
+def heed_parent(index: int, count: int) -> None:
     """In a worker: leave Ctrl-C to the parent, and end when it is gone, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -30,30 +30,30 @@ class Batches:
 
 def test_nothing_coming_ends_with_the_case(monkeypatch):
     monkeypatch.setattr(workers, "STALL_SECONDS", 0.5)
-    reading, end = workers.Reading(), threading.Event()
-    watched = workers.Watched(Batches(end.wait), reading)
+    notes, end = workers.CaseNotes(), threading.Event()
+    watched = workers.WatchedBatches(Batches(end.wait), notes)
     assert next(watched) == 1
-    with reading.of("c1"):
+    with notes.reading("c1"):
         pass
-    assert reading.cases() == {}
-    with reading.of("c2"), pytest.raises(TrainingError, match=r"no patch for 0 s .* while reading c2. Stopped"):
+    assert notes.cases() == set()
+    with notes.reading("c2"), pytest.raises(TrainingError, match=r"no patch for 0 s .* while reading c2. Stopped"):
         next(watched)
     end.set()
     watched.close()
-    assert not reading.folder.exists()
+    assert not notes.folder.exists()
 
 
 def test_errors_of_a_worker_are_its_own_and_name_the_case():
     def fail():
-        with reading.of("c3"):
+        with notes.reading("c3"):
             raise ZeroDivisionError("ours")
 
     def damaged():
         raise DatasetError("damaged", case="c4")
 
-    reading = workers.Reading()
+    notes = workers.CaseNotes()
     for after, kind in ((fail, ZeroDivisionError), (damaged, DatasetError)):
-        watched = workers.Watched(Batches(after), reading)
+        watched = workers.WatchedBatches(Batches(after), notes)
         next(watched)
         with pytest.raises(kind) as caught:
             next(watched)
@@ -67,7 +67,7 @@ def test_workers_that_are_killed_end_the_run_with_one_line(tmp_path):
     batches = iter(make_loader(store, store.cases, (8, 8, 8), 2, num_workers=1))
     try:
         next(batches)
-        for path in batches._reading.folder.iterdir():
+        for path in batches._notes.folder.iterdir():
             os.kill(int(path.name), signal.SIGKILL)
         begun = time.monotonic()
         with pytest.raises(TrainingError, match="a process that reads patches was killed"):

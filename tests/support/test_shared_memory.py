@@ -83,11 +83,11 @@ def test_want_of_shared_memory_is_told_from_want_of_memory(error, found, action)
     def fail(_):
         raise error
 
-    reading = workers.Reading()
-    watched = workers.Watched(types.SimpleNamespace(close=lambda: None), reading)
+    notes = workers.CaseNotes()
+    watched = workers.WatchedBatches(types.SimpleNamespace(close=lambda: None), notes)
     watched._batches = type("Batches", (), {"__next__": fail, "close": lambda self: None})()
     try:
-        with reading.of("c1"), pytest.raises(TrainingError) as caught:
+        with notes.reading("c1"), pytest.raises(TrainingError) as caught:
             next(watched)
     finally:
         watched.close()
@@ -137,8 +137,9 @@ def test_a_batch_is_still_there_when_its_memory_has_no_name():
 
     array = np.arange(3).view(Shared)
     batch = {"image": array, "case": np.arange(2)}
-    assert workers._unnamed(workers._unnamed(batch)) is batch and memory.unlinked == 1 and not array._unlink_on_del
-    assert workers._unnamed(1) == 1
+    assert workers._without_names(workers._without_names(batch)) is batch
+    assert memory.unlinked == 1 and not array._unlink_on_del
+    assert workers._without_names(1) == 1
 
 
 def test_without_a_place_for_notes_the_flag_is_named(monkeypatch):
@@ -147,4 +148,4 @@ def test_without_a_place_for_notes_the_flag_is_named(monkeypatch):
 
     monkeypatch.setattr(workers.tempfile, "mkdtemp", refused)
     with pytest.raises(TrainingError, match=r"No usable temporary directory found\. Set TMPDIR"):
-        workers.Reading()
+        workers.CaseNotes()
