@@ -9,8 +9,7 @@ from typing import Any
 
 import jax
 
-from mambahome_jax.evaluation.files import without_nan
-from mambahome_jax.support.run_report import plain
+from mambahome_jax.support.files import jsonable
 
 
 def tell(args: argparse.Namespace, **measured: object) -> None:
@@ -35,7 +34,7 @@ def write_rows(path: Path | None, args: argparse.Namespace, rows: list[dict[str,
     if path is None:
         return
     about = {"device": jax.devices()[0].device_kind} | _made_with(args)
-    path.write_text(json.dumps(without_nan(plain({"about": about, "rows": rows})), indent=1))
+    path.write_text(json.dumps(jsonable({"about": about, "rows": rows}), indent=1))
 
 
 def _made_with(args: argparse.Namespace) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.imaging.volume import Volume, read_volume, write_volume
 from mambahome_jax.inference.prepare import prepare
 from mambahome_jax.inference.segment import label, settings_for
-from mambahome_jax.model.network import MambaHoME, default_precision
+from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.support.devices import default_precision
 
 
 def make_scan(path: Path, shape: tuple[int, int, int], spacing: tuple[float, float, float], shear: float = 0) -> None:

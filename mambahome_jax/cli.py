@@ -21,8 +21,8 @@ from mambahome_jax import flags
 from mambahome_jax.errors import ConfigError, MambaHomeError
 from mambahome_jax.rerun import with_earlier_flags
 from mambahome_jax.support.console import protect_output
+from mambahome_jax.support.devices import program_cache
 from mambahome_jax.support.paths import openable_path
-from mambahome_jax.support.program_cache import program_cache
 from mambahome_jax.version import __version__
 
 COMMANDS = {
@@ -175,7 +175,7 @@ def _keep_programs(command: str) -> None:
 def _say_version(verbose: bool) -> int:
     print(f"mambahome {__version__}")
     if verbose:
-        importlib.import_module("mambahome_jax.support.run_report").say_versions()
+        importlib.import_module("mambahome_jax.support.devices").print_versions()
     return 0
 
 

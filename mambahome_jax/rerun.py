@@ -6,7 +6,7 @@ from typing import Any
 
 from mambahome_jax.config import BEFORE_THERE_WERE
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.support.jsontext import parse_json
+from mambahome_jax.support.files import parse_json
 from mambahome_jax.support.paths import local_path, real_path
 
 # Of where and how a run was started, not of what it computes.

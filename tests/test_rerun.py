@@ -8,8 +8,8 @@ import pytest
 from mambahome_jax import cli
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.flags import TrainConfig
+from mambahome_jax.support.files import jsonable
 from mambahome_jax.support.paths import working_folder
-from mambahome_jax.support.run_report import plain
 
 CONFIG = TrainConfig(
     Path("some data"),
@@ -25,7 +25,7 @@ CONFIG = TrainConfig(
 
 
 def _report(folder, **changes):
-    content = {"command": "train", "configuration": plain(vars(CONFIG))} | changes
+    content = {"command": "train", "configuration": jsonable(vars(CONFIG))} | changes
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps(content))
     return str(folder / "run.json")
@@ -49,7 +49,7 @@ def test_paths_are_read_where_the_earlier_run_worked(tmp_path, monkeypatch):
     (there / "runs/one").mkdir(parents=True)
     monkeypatch.chdir(there)
     assert (working_folder(there / "runs/one"), working_folder(here)) == ("../..", None)
-    configuration = plain(vars(CONFIG)) | {"use_pretrained": "w.pth", "data_val": "/abs/val"}
+    configuration = jsonable(vars(CONFIG)) | {"use_pretrained": "w.pth", "data_val": "/abs/val"}
     file = _report(there / "runs/one", working_folder="../..", configuration=configuration)
     assert cli.parse("train", ["--config", file], "mambahome").data_train == Path("some data")
     monkeypatch.chdir(here)
@@ -83,7 +83,7 @@ def test_what_is_no_report_of_a_training_is_refused(tmp_path, changes, words, ca
 
 
 def test_a_report_from_before_there_was_dropout_is_of_a_run_without(tmp_path):
-    configuration = plain(vars(CONFIG))
+    configuration = jsonable(vars(CONFIG))
     assert cli.parse("train", ["--config", _report(tmp_path)], "mambahome").dropout is None
     del configuration["dropout"]
     assert cli.parse("train", ["--config", _report(tmp_path, configuration=configuration)], "mambahome").dropout == 0

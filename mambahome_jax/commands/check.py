@@ -9,12 +9,10 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mambahome_jax.datasets import Dataset
 from mambahome_jax.datasets.files import parts
-from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.errors import DatasetError, MambaHomeError
 from mambahome_jax.flags import CheckConfig
@@ -24,7 +22,8 @@ from mambahome_jax.preprocessing.findings import SCANS, CaseFacts, Finding, Seve
 from mambahome_jax.preprocessing.open_dataset import read_datasets, several, with_scale, with_series
 from mambahome_jax.preprocessing.scan_folder import holds_scans_alone, read_scans
 from mambahome_jax.preprocessing.summary import Range, Summary, likely_modality, summarise
-from mambahome_jax.support.console import command_line
+from mambahome_jax.support.console import command_line, progress_bar, say
+from mambahome_jax.support.files import write_json
 from mambahome_jax.support.processes import count_workers, run_jobs
 
 _VERSION = 1
@@ -49,7 +48,7 @@ def run(config: CheckConfig) -> int:
     started = time.perf_counter()
     folders = several(config.folder)
     dataset = with_series(with_scale(_open(folders, config.dataset), config.spacing_scale), config.series)
-    _say(console, f"Dataset: {dataset.name}, layout {dataset.layout}, {len(dataset.cases)} cases")
+    say(console, f"Dataset: {dataset.name}, layout {dataset.layout}, {len(dataset.cases)} cases")
     facts = examine(dataset, config, console)
     findings = sorted(
         [*(finding for fact in facts for finding in fact.findings), *dataset_findings(dataset, facts)],
@@ -59,14 +58,14 @@ def run(config: CheckConfig) -> int:
     unnamed = [fact for fact in facts if fact.usable and fact.modality is None and fact.percentiles]
     if dataset.layout == SCANS and unnamed:
         modality, why = likely_modality(unnamed)
-        _say(console, f"Modality: {modality}, {why}; --modality ct|mr|us overrides")
+        say(console, f"Modality: {modality}, {why}; --modality ct|mr|us overrides")
     usable = sum(fact.usable for fact in facts)
     code = 2 if not usable else int(any(finding.severity != "note" for finding in findings))
     _print_findings(findings, folders, config.show, console)
     _print_summary(dataset, summary, console)
     _print_verdict(findings, f"{usable} of {len(facts)} {_usable_for(dataset)}", console)
     if usable and dataset.layout != SCANS:
-        _say(console, f"Next: {_next_line(config, summary)}")
+        say(console, f"Next: {_next_line(config, summary)}")
     if config.json is not None:
         counts = {severity: sum(finding.severity == severity for finding in findings) for severity in _SEVERITIES}
         content = {
@@ -112,10 +111,9 @@ def examine(dataset: Dataset, config: CheckConfig, console: Console) -> list[Cas
     ]
     wanted, workers = count_workers(config.num_workers, jobs, _peak_bytes)
     if workers < wanted:
-        _say(console, f"{workers} processes instead of {wanted}: memory for more of the largest scan is not free")
+        say(console, f"{workers} processes instead of {wanted}: memory for more of the largest scan is not free")
     found: dict[str, CaseFacts] = {}
-    columns = (TextColumn("Checking"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not jobs) as progress:
+    with progress_bar(console, "Checking", disable=not jobs) as progress:
         bar = progress.add_task("", total=len(jobs))
         alone = workers == 1 or len(jobs) < _THREAD_BELOW
         many = len(jobs) >= _BATCHES * _BATCH * workers
@@ -135,7 +133,7 @@ def _failed(job: ExamineJob, error: BaseException, console: Console) -> CaseFact
         reason, action = f"out of memory ({error})", "Try fewer --num_workers."
     elif not isinstance(error, OSError):
         # A fault of ours, not of the file: its traceback is needed to mend it.
-        _say(console, "".join(traceback.format_exception(error)))
+        say(console, "".join(traceback.format_exception(error)))
         action = "This is a fault of the program; please report it."
     finding = Finding("error", "unreadable", case.id, str(case.image), reason, "", action)
     return CaseFacts(
@@ -179,9 +177,9 @@ def _print_findings(findings: Sequence[Finding], folders: Sequence[Path], show: 
             table.add_row(*(escape(values[name]) for name in columns))
         console.print(table)
         if len(shown) < len(group):
-            _say(console, f"... and {len(group) - len(shown)} more: --show 0 lists all, --json FILE writes all")
+            say(console, f"... and {len(group) - len(shown)} more: --show 0 lists all, --json FILE writes all")
         for action in dict.fromkeys(finding.action for finding in group if finding.action):
-            _say(console, f"What to do: {action}")
+            say(console, f"What to do: {action}")
         console.print()
 
 
@@ -214,9 +212,9 @@ def _print_summary(dataset: Dataset, summary: Summary, console: Console) -> None
         hint = summary.suggestion
         flags = f"--spacing {' '.join(f'{mm:g}' for mm in hint.spacing)}"
         flags += f" --modality {hint.modality}" if hint.modality else ""
-        _say(console, f"Suggested: preprocess.py {flags}; train.py --patch_size {' '.join(map(str, hint.patch_size))}")
+        say(console, f"Suggested: preprocess.py {flags}; train.py --patch_size {' '.join(map(str, hint.patch_size))}")
         for reason in hint.reasons:
-            _say(console, f"  {reason}")
+            say(console, f"  {reason}")
 
 
 def _next_line(config: CheckConfig, summary: Summary) -> str:
@@ -238,7 +236,7 @@ def _usable_for(dataset: Dataset) -> str:
 def _print_verdict(findings: Sequence[Finding], usable: str, console: Console) -> None:
     counts = [(sum(f.severity == severity for f in findings), severity) for severity in _SEVERITIES]
     listed = ", ".join(f"{count} {severity}{'s' if count != 1 else ''}" for count, severity in counts if count)
-    _say(console, f"{usable}; {listed or 'nothing found'}")
+    say(console, f"{usable}; {listed or 'nothing found'}")
 
 
 def _below(folders: Sequence[Path], file: str) -> str:
@@ -256,8 +254,3 @@ def _ml(ml: Range | None) -> str:
 
 def _by(values: Sequence[float]) -> str:
     return " x ".join(f"{value:.4g}" for value in values)
-
-
-def _say(console: Console, text: str) -> None:
-    """One line as it is: paths may hold what rich would take for markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambahome_jax.commands.evaluate_tables import comparison_table, results_table
 from mambahome_jax.datasets.base import scan_files
@@ -24,20 +23,20 @@ from mambahome_jax.evaluation.evaluate import (
     write_metrics,
     write_summary,
 )
-from mambahome_jax.evaluation.files import Evaluation, read_evaluation, write_json
+from mambahome_jax.evaluation.files import Evaluation, read_evaluation
 from mambahome_jax.evaluation.label_tables import named_pairs
 from mambahome_jax.evaluation.paired import compare_runs
 from mambahome_jax.evaluation.scores import Score
 from mambahome_jax.evaluation.statistics import describe
 from mambahome_jax.flags import EvaluateConfig
 from mambahome_jax.imaging.dicom_series import files_in, sort_out
+from mambahome_jax.imaging.formats import SCAN_SUFFIXES, alternatives, scan_stem
 from mambahome_jax.imaging.header import require_scale
-from mambahome_jax.support.console import command_line
-from mambahome_jax.support.cores import usable_cores
-from mambahome_jax.support.files import SCAN_SUFFIXES, alternatives, scan_stem
+from mambahome_jax.support.console import command_line, progress_bar, say
+from mambahome_jax.support.files import write_json
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import real_path
-from mambahome_jax.support.processes import run_jobs
+from mambahome_jax.support.processes import run_jobs, usable_cores
 
 # Starting a process takes about as long as a handful of small cases; files below this many bytes are small.
 SMALL_BYTES = 20_000_000
@@ -64,10 +63,10 @@ def run(config: EvaluateConfig) -> int:
     pairs = [dataclasses.replace(pair, surface=config.surface, spacing_scale=config.spacing_scale) for pair in pairs]
     if values is not None:
         text = ", ".join(f"{old} is {new} ({names.get(new, f'label_{new}')})" for old, new in values.items())
-        _say(console, f"The references name other values than the predictions; compared by name: {text}")
+        say(console, f"The references name other values than the predictions; compared by name: {text}")
     for note in twins_note(path for pair in pairs for path in (pair.prediction, pair.reference)):
-        _say(console, f"Note: {note}")
-    _say(console, f"Names of the structures: {source or 'none found (--labels FILE gives them)'}")
+        say(console, f"Note: {note}")
+    say(console, f"Names of the structures: {source or 'none found (--labels FILE gives them)'}")
     other = _other_run(config, {pair.case for pair in pairs})
     files = ["metrics.csv", "summary.json", *(["comparison.json"] if other else [])]
     with locked(config.output_dir, "evaluate"):
@@ -90,11 +89,11 @@ def run(config: EvaluateConfig) -> int:
         }
         console.print(results_table(summary, console.width))
         if apart := _values_apart(scores):
-            _say(console, f"Note: {apart}. If they are the same structures, say by --labels what the values mean")
+            say(console, f"Note: {apart}. If they are the same structures, say by --labels what the values mean")
         for case, reason in failures[:SHOWN]:
-            _say(console, f"Not scored: {case}: {reason}")
+            say(console, f"Not scored: {case}: {reason}")
         if len(failures) > SHOWN:
-            _say(console, f"and {len(failures) - SHOWN} more, all in {config.output_dir / 'summary.json'}")
+            say(console, f"and {len(failures) - SHOWN} more, all in {config.output_dir / 'summary.json'}")
         # After the table: scores that took hours are not lost to a disk that filled up meanwhile.
         write_metrics(config.output_dir / "metrics.csv", scores)
         write_summary(config.output_dir / "summary.json", summary)
@@ -105,11 +104,11 @@ def run(config: EvaluateConfig) -> int:
         else:
             comparison = _compare(scores, other, console)
             write_json(config.output_dir / "comparison.json", comparison | {"other": str(config.compare)})
-        _say(console, f"Written in {config.output_dir}: {', '.join(files)}")
+        say(console, f"Written in {config.output_dir}: {', '.join(files)}")
         if summary["cases"] == 0:
             return 2
         folders = ("--predictions", config.predictions, "--references", config.references)
-        _say(console, f"Next: {command_line('report', '--evaluation', config.output_dir, *folders)}")
+        say(console, f"Next: {command_line('report', '--evaluation', config.output_dir, *folders)}")
         return 1 if failures else 0
 
 
@@ -241,7 +240,7 @@ def _compare(scores: list[Score], other: Evaluation, console: Console) -> dict[s
         names = comparison[key]
         if names:
             more = f" and {len(names) - SHOWN} more, all in comparison.json" if len(names) > SHOWN else ""
-            _say(console, f"{text}: {', '.join(names[:SHOWN])}{more}")
+            say(console, f"{text}: {', '.join(names[:SHOWN])}{more}")
     return comparison
 
 
@@ -250,8 +249,7 @@ def _score(pairs: list[Pair], num_workers: int | None, console: Console) -> tupl
     small = sum(pair.reference.stat().st_size for pair in pairs) < SMALL_BYTES
     scores: list[Score] = []
     failed: list[tuple[str, str]] = []
-    columns = (TextColumn("Evaluating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with progress_bar(console, "Evaluating") as progress:
         bar = progress.add_task("", total=len(pairs))
         for pair, result in run_jobs(evaluate_case, pairs, max(workers, 1), threads=workers <= 1 or small):
             progress.advance(bar)
@@ -262,7 +260,3 @@ def _score(pairs: list[Pair], num_workers: int | None, console: Console) -> tupl
             else:
                 raise result
     return sorted(scores, key=lambda row: (row.case, row.label)), sorted(failed)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -12,10 +12,8 @@ import jax
 import numpy as np
 from flax import nnx
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambahome_jax.datasets.find_scans import Scan, find_scans, join_channels
-from mambahome_jax.datasets.prepared import write_json
 from mambahome_jax.errors import ConfigError, MambaHomeError, OutputError
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging.header import require_scale
@@ -47,11 +45,11 @@ from mambahome_jax.inference.segment import (
     with_mirrors,
 )
 from mambahome_jax.inference.volumes import volumes_by_structure, volumes_table, write_volumes
-from mambahome_jax.support.console import command_line
+from mambahome_jax.support.console import command_line, progress_bar, say
+from mambahome_jax.support.devices import choose_devices, device_line, versions
+from mambahome_jax.support.files import jsonable, write_json
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import real_path
-from mambahome_jax.support.run_report import device, plain, versions
-from mambahome_jax.training.sharding import choose_devices
 from mambahome_jax.weights.digest import digest_of
 from mambahome_jax.weights.weights import load_model
 
@@ -90,13 +88,13 @@ def run(config: InferConfig) -> int:
     folder = found.folder
     scans, unfit = only_writable(config.output_format, found.scans)
     if folder != config.data_path:
-        _say(console, f"Using the scans in {folder}")
+        say(console, f"Using the scans in {folder}")
     taken = {folder.parent} if folder.is_file() else {folder, config.data_path}
     if real_path(config.output_dir) in {real_path(path) for path in taken}:
         raise ConfigError(f"{config.output_dir}: --output_dir holds the scans themselves. Name another folder")
     with locked(config.output_dir, "infer"):
         for note in found.notes:
-            _say(console, f"Note: {note}")
+            say(console, f"Note: {note}")
         return _segment_all(config, scans, [*found.failures, *unfit], started, console)
 
 
@@ -122,8 +120,8 @@ def _segment_all(
     if config.tta:
         settings, remarks = with_mirrors(models, settings)
         for remark in remarks:
-            _say(console, f"Note: {remark}")
-    configuration = plain(dataclasses.asdict(config))
+            say(console, f"Note: {remark}")
+    configuration = jsonable(dataclasses.asdict(config))
     only, largest = chosen_values(models, config.labels, config.keep_largest)
     weights = tuple(digest_of(model) for model in models)
     scans, incomplete = join_channels(config.data_path, scans, channels_of(models) or 1)
@@ -137,28 +135,28 @@ def _segment_all(
     outcome = Outcome(failures=[*failures, *incomplete])
     unusable = len(outcome.failures)
     for failure in outcome.failures:
-        _say(console, f"Failed {failure['id']}: {failure['reason']}")
+        say(console, f"Failed {failure['id']}: {failure['reason']}")
     mixed = config.modality is None and any(scan.modality not in (None, settings.modality) for scan in scans)
     if mixed:
-        _say(console, "Scans of several modalities: each is normalised by its own, as the dataset says")
+        say(console, "Scans of several modalities: each is normalised by its own, as the dataset says")
     else:
         scans = [dataclasses.replace(scan, modality=None) for scan in scans]
     for line in earlier.say_again(again):
-        _say(console, line)
+        say(console, line)
     _work(plan, scans, outcome, console)
     for line in earlier.account_for([case for case in outcome.cases if case.get("kept")], configuration):
-        _say(console, line)
+        say(console, line)
     stored = stored_values_of(models)
     order = {scan.case: number for number, scan in enumerate(scans)}
     outcome.cases.sort(key=lambda entry: order[entry["id"]])
     report = {
         "command": "infer",
         "configuration": configuration,
-        "settings": plain(dataclasses.asdict(settings)),
+        "settings": jsonable(dataclasses.asdict(settings)),
         "labels": {str(value): name for value, name in plan.kept_names.items()},
         **({"values": {str(number): value for number, value in stored.items()}} if stored else {}),
         "versions": versions((*PACKAGES, *(name for name in FORMATS if importlib.util.find_spec(name)))),
-        "device": device(),
+        "device": device_line(),
         "seconds": round(time.perf_counter() - started, 3),
         "cases": outcome.cases,
         "failures": outcome.failures,
@@ -169,21 +167,21 @@ def _segment_all(
         write_json(config.output_dir / "run.json", report)
     except OutputError as error:
         where, code = "above", max(code, 1)
-        _say(console, f"There is no report of this run: {error}")
+        say(console, f"There is no report of this run: {error}")
     forget_notes(config.output_dir)
     try:
         write_volumes(config.output_dir / "volumes.csv", outcome.cases)
     except OutputError as error:
         code = max(code, 1)
-        _say(console, f"There is no table of volumes: {error}")
+        say(console, f"There is no table of volumes: {error}")
     if volumes_by_structure(outcome.cases):
         console.print(volumes_table(outcome.cases))
-    _say(console, f"{len(outcome.cases)} of {len(scans) + unusable} scans segmented, in {config.output_dir}")
+    say(console, f"{len(outcome.cases)} of {len(scans) + unusable} scans segmented, in {config.output_dir}")
     if outcome.failures:
-        _say(console, f"{len(outcome.failures)} failed; the reasons are {where}")
+        say(console, f"{len(outcome.failures)} failed; the reasons are {where}")
     if outcome.cases:
         words = ("--predictions", config.output_dir, "--references", "LABELS", "--output_dir", "EVAL")
-        _say(console, f"Next, where there are label maps to compare with: {command_line('evaluate', *words)}")
+        say(console, f"Next, where there are label maps to compare with: {command_line('evaluate', *words)}")
     return code
 
 
@@ -213,14 +211,7 @@ def _load(config: InferConfig) -> list[Any]:
 def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> None:
     """Segment the scans one after the other, while threads read the next ones and write the last one's result."""
     config = plan.config
-    configuration = plain(dataclasses.asdict(config))
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    configuration = jsonable(dataclasses.asdict(config))
     todo = [scan for scan in scans if config.overwrite or not existing_result(config, scan).exists()]
     for scan in scans:
         if scan not in todo:
@@ -233,9 +224,9 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
                 }
             )
     if len(todo) < len(scans):
-        _say(console, f"{len(scans) - len(todo)} results are there already and kept")
+        say(console, f"{len(scans) - len(todo)} results are there already and kept")
 
-    with Progress(*columns, console=console, disable=not todo) as progress, ThreadPoolExecutor(1) as writer:
+    with progress_bar(console, disable=not todo) as progress, ThreadPoolExecutor(1) as writer:
         cases = progress.add_task("scans", total=len(todo))
         windows = progress.add_task("windows", total=None)
         written: deque[tuple[Scan, Future]] = deque()
@@ -244,7 +235,7 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
         def fail(scan: Scan, error: BaseException) -> None:
             reason = reason_of(error)
             outcome.failures.append({"id": scan.case, "reason": reason})
-            _say(console, f"Failed {scan.case}: {reason}")
+            say(console, f"Failed {scan.case}: {reason}")
             progress.advance(cases)
 
         def finish(scan: Scan, writing: Future) -> bool:
@@ -256,7 +247,7 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
                 fail(scan, error)
                 return not isinstance(error, OutputError)
             for remark in outcome.cases[-1].get("remarks", ()):
-                _say(console, f"Note: {scan.case}: {remark}")
+                say(console, f"Note: {scan.case}: {remark}")
             progress.advance(cases)
             return True
 
@@ -297,8 +288,4 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
             finish(*written.popleft())
     kept = sum("volume_ml" in case for case in outcome.cases if case.get("kept"))
     if kept:
-        _say(console, f"{kept} results are there already and whole, and kept")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"{kept} results are there already and whole, and kept")

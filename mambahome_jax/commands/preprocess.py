@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mambahome_jax.config import CtIntensity, CtScale, Modality
@@ -27,7 +26,7 @@ from mambahome_jax.preprocessing.jobs import choose_workers, make_jobs, open_out
 from mambahome_jax.preprocessing.labels import number_structures
 from mambahome_jax.preprocessing.open_dataset import open_dataset, several
 from mambahome_jax.preprocessing.output import begin, begun, remove_failed, remove_stale, require_own, say_foreign
-from mambahome_jax.support.console import command_line
+from mambahome_jax.support.console import command_line, progress_bar, say
 from mambahome_jax.support.output_folder import locked
 from mambahome_jax.support.paths import local_path, real_path, require_letters
 from mambahome_jax.support.processes import run_jobs
@@ -61,7 +60,7 @@ def run(config: PreprocessConfig) -> int:
         raise ConfigError(f"{config.output_path}: input_path and output_path are the same folder; name another output")
     dataset = open_dataset(config)
     named = f"{len(dataset.labels)} structures" if dataset.labels else "labels without names"
-    _say(console, f"Dataset: {dataset.name}, layout {dataset.layout}: {len(dataset.cases)} cases, {named}")
+    say(console, f"Dataset: {dataset.name}, layout {dataset.layout}: {len(dataset.cases)} cases, {named}")
     with locked(config.output_path, "preprocess", "--output_path"):
         summary = prepare(
             dataset,
@@ -110,7 +109,7 @@ def prepare(
     require_own(output, [case.id for case in dataset.cases])
     open_output(output, nifti)
     for note in dataset.notes:
-        _say(console, f"Note: {note}")
+        say(console, f"Note: {note}")
     percentiles = ct_intensity == "percentiles"
     jobs = make_jobs(
         dataset,
@@ -120,17 +119,17 @@ def prepare(
         asked=modality,
         nifti=nifti,
         sampled=percentiles,
-        say=partial(_say, console),
+        say=partial(say, console),
     )
     if percentiles and not _of_scale(jobs):
         raise ConfigError("--ct_intensity percentiles, but there is no CT with a label that is not of the test split")
     failed = list(dataset.skipped)
     for case, reason in failed[:_SHOWN]:
-        _say(console, f"Skipped {case}: {reason}")
+        say(console, f"Skipped {case}: {reason}")
     if len(failed) > _SHOWN:
-        _say(console, f"and {len(failed) - _SHOWN} more skipped; {output / 'dataset.json'} will list them all")
+        say(console, f"and {len(failed) - _SHOWN} more skipped; {output / 'dataset.json'} will list them all")
 
-    earlier = remove_stale(output, jobs, partial(_say, console))
+    earlier = remove_stale(output, jobs, partial(say, console))
     entries: dict[str, StoreEntry] = {}
     todo = []
     for job in jobs:
@@ -145,7 +144,7 @@ def prepare(
             entries[job.case.id] = entry
     kept = tuple(entries)
     if kept:
-        _say(console, f"{len(kept)} of {len(jobs)} cases are up to date and kept (--overwrite does them again)")
+        say(console, f"{len(kept)} of {len(jobs)} cases are up to date and kept (--overwrite does them again)")
     # What is odd about a case is so in every run.
     for entry in entries.values():
         _say_remarks(entry, console)
@@ -154,15 +153,15 @@ def prepare(
     labels, values = dict(dataset.labels), dict(dataset.values)
     if not labels:
         before = partial(begin, output, earlier, jobs)
-        labels, values, errors = number_structures(jobs, entries, num_workers, before, partial(_say, console))
+        labels, values, errors = number_structures(jobs, entries, num_workers, before, partial(say, console))
         for case, error in errors:
             failing.append((case, _reason(error, console)))
-            _say(console, f"Failed {case}: {failing[-1][1]}")
+            say(console, f"Failed {case}: {failing[-1][1]}")
     if values:
-        _say(console, f"Labels: {describe_numbering(values)}")
+        say(console, f"Labels: {describe_numbering(values)}")
     failed += failing
-    remove_failed(output, [case for case, _ in failing], earlier, partial(_say, console))
-    say_foreign(output, [job for job in jobs if job.case.id in entries], partial(_say, console))
+    remove_failed(output, [case for case, _ in failing], earlier, partial(say, console))
+    say_foreign(output, [job for job in jobs if job.case.id in entries], partial(say, console))
 
     ordered = [(job, entries[job.case.id]) for job in jobs if job.case.id in entries]
     write_index(output / "store", [entry for _, entry in ordered])
@@ -192,13 +191,13 @@ def _of_scale(jobs: Iterable[CaseJob]) -> list[str]:
 def _scale(store: Path, jobs: Iterable[CaseJob], console: Console) -> CtScale | None:
     found = ct_scale(store, _of_scale(jobs))
     if found is None:
-        _say(console, "Note: no voxel of a CT is labelled, so CT is normalised by the window of -175 to 250 HU")
+        say(console, "Note: no voxel of a CT is labelled, so CT is normalised by the window of -175 to 250 HU")
         return None
     numbers = "; ".join(
         f"{low:.4g} to {high:.4g} HU, mean {mean:.4g}, deviation {std:.4g}"
         for low, high, mean, std in zip(found.low, found.high, found.mean, found.std, strict=True)
     )
-    _say(console, f"CT is normalised by its labelled voxels: {numbers}")
+    say(console, f"CT is normalised by its labelled voxels: {numbers}")
     return found
 
 
@@ -210,9 +209,8 @@ def _work(
     Raises OutputError when the first result cannot be written; later, the rest is given up and reported.
     """
     failed: list[tuple[str, str]] = []
-    workers = choose_workers(todo, num_workers, partial(_say, console))
-    columns = (TextColumn("Preprocessing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not todo) as progress:
+    workers = choose_workers(todo, num_workers, partial(say, console))
+    with progress_bar(console, "Preprocessing", disable=not todo) as progress:
         bar = progress.add_task("", total=len(todo))
         finished = set()
         for job, result in run_jobs(prepare_case, todo, workers, threads=workers == 1 or len(todo) == 1):
@@ -226,7 +224,7 @@ def _work(
                 raise result
             reason = _reason(result, console)
             failed.append((job.case.id, reason))
-            _say(console, f"Failed {job.case.id}: {reason}")
+            say(console, f"Failed {job.case.id}: {reason}")
             if isinstance(result, OutputError):
                 given_up = [job.case.id for job in todo if job.case.id not in finished]
                 failed += [(case, "not begun, as the output folder cannot be written") for case in given_up]
@@ -236,7 +234,7 @@ def _work(
 
 def _say_remarks(entry: StoreEntry, console: Console) -> None:
     for remark in entry.remarks:
-        _say(console, f"Note: {entry.id}: {remark}")
+        say(console, f"Note: {entry.id}: {remark}")
 
 
 def _reason(error: BaseException, console: Console) -> str:
@@ -246,7 +244,7 @@ def _reason(error: BaseException, console: Console) -> str:
         return f"out of memory ({error}). Try fewer --num_workers, or a coarser --spacing"
     if not isinstance(error, OSError):
         # A fault of ours: the other cases go on, but its traceback is needed to mend it.
-        _say(console, "".join(traceback.format_exception(error)))
+        say(console, "".join(traceback.format_exception(error)))
     return f"{type(error).__name__}: {error}"
 
 
@@ -293,9 +291,9 @@ def _print_summary(summary: Summary, console: Console) -> None:
             table.add_row(f"label {value}", f"{escape(name)}: {share:.3g} % of voxels, in {present} cases")
     console.print(table)
     if summary.failed:
-        _say(console, f"{len(summary.failed)} cases failed, for the reasons above; dataset.json lists them too")
+        say(console, f"{len(summary.failed)} cases failed, for the reasons above; dataset.json lists them too")
     if entries:
-        _say(console, f"Next: {command_line('train', '--data_train', prepared.root)}")
+        say(console, f"Next: {command_line('train', '--data_train', prepared.root)}")
 
 
 def _range(values: np.ndarray, form: str) -> str:
@@ -305,8 +303,3 @@ def _range(values: np.ndarray, form: str) -> str:
         for a, b in zip(low, high, strict=True)
     ]
     return " x ".join(parts)
-
-
-def _say(console: Console, text: str) -> None:
-    """One line as it is: paths and JSON may hold what rich would take for markup."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

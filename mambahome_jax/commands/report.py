@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mambahome_jax.commands.evaluate import find_pairs
 from mambahome_jax.config import Modality
-from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.files import counterparts
 from mambahome_jax.datasets.find_scans import Scan, find_scans
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
@@ -19,6 +17,7 @@ from mambahome_jax.evaluation.files import Evaluation, read_evaluation
 from mambahome_jax.evaluation.label_tables import judged_values, labelled_values
 from mambahome_jax.evaluation.scores import METRICS
 from mambahome_jax.flags import ReportConfig
+from mambahome_jax.imaging.formats import scan_stem
 from mambahome_jax.imaging.geometry import resample_to
 from mambahome_jax.imaging.grids import SAME_GRID_MM, shift_between
 from mambahome_jax.imaging.intensity import display_range
@@ -26,7 +25,8 @@ from mambahome_jax.imaging.volume import Volume, read_volume
 from mambahome_jax.report.page import Report, Shown, render_report, worst_first
 from mambahome_jax.report.pictures import Panel, draw_planes
 from mambahome_jax.report.provenance import run_rows, without_folders
-from mambahome_jax.support.files import scan_stem, write_text
+from mambahome_jax.support.console import progress_bar, say
+from mambahome_jax.support.files import read_json, write_text
 
 
 def run(config: ReportConfig) -> int:
@@ -53,7 +53,7 @@ def run(config: ReportConfig) -> int:
         comparison=comparison,
     )
     write_text(output, render_report(report), "--output", parents=True)
-    _say(console, f"Written: {output}, {output.stat().st_size / 1e6:.1f} MB, needs no other file")
+    say(console, f"Written: {output}, {output.stat().st_size / 1e6:.1f} MB, needs no other file")
     return int(any(entry.remark for entry in shown))
 
 
@@ -85,13 +85,12 @@ def _pictures(config: ReportConfig, evaluation: Evaluation, made: Mapping[str, A
     settings = made.get("settings")
     modality = settings.get("modality") if isinstance(settings, Mapping) else None
     shown = []
-    columns = (TextColumn("Drawing"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     cases = worst_first(evaluation.scores)[: config.worst]
     pair_of = counterparts(cases, pairs)
     # Where each channel has a file, the first is shown, as of channels in one file.
     first = {case: f"{case}_0000" for case in cases if f"{case}_0000" in scans}
     scan_of = first | counterparts(cases, scans)
-    with Progress(*columns, console=console) as progress:
+    with progress_bar(console, "Drawing") as progress:
         for case in progress.track(cases):
             try:
                 if case not in pair_of:
@@ -105,7 +104,7 @@ def _pictures(config: ReportConfig, evaluation: Evaluation, made: Mapping[str, A
                 )
             except (MambaHomeError, OSError, MemoryError) as error:
                 reason = str(error) or type(error).__name__
-                _say(console, f"No picture of {case}: {reason}")
+                say(console, f"No picture of {case}: {reason}")
                 shown.append(Shown(case, remark=reason))
     return shown
 
@@ -177,7 +176,3 @@ def _failures(summary: Mapping[str, Any], folders: Iterable[Path]) -> list[tuple
     entries = [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list) else []
     folders = list(folders)
     return [(str(entry.get("case", "")), without_folders(str(entry.get("reason", "")), folders)) for entry in entries]
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

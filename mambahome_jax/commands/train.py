@@ -23,10 +23,12 @@ from mambahome_jax.flags import TrainConfig
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.patches.loader import make_loader
 from mambahome_jax.patches.store import Store
+from mambahome_jax.support.console import say
+from mambahome_jax.support.devices import choose_devices, versions
+from mambahome_jax.support.files import jsonable
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import local_path, require_letters
-from mambahome_jax.support.run_report import plain, versions
-from mambahome_jax.support.shared_memory import batch_bytes, fitting_workers
+from mambahome_jax.support.processes import batch_bytes, fitting_workers
 from mambahome_jax.training.budget import TimeBudget
 from mambahome_jax.training.checkpoints import check_settings, restore_state
 from mambahome_jax.training.data import data_differences, data_summary
@@ -49,7 +51,7 @@ from mambahome_jax.training.report import (
     write_report,
 )
 from mambahome_jax.training.setup import Setup, make_setup, training_settings
-from mambahome_jax.training.sharding import choose_devices, make_mesh
+from mambahome_jax.training.sharding import make_mesh
 from mambahome_jax.training.step import abstract_state, init_state, make_train_step, with_seed
 from mambahome_jax.training.validation import ValidationSettings, make_validate
 from mambahome_jax.weights.weights import read_weights
@@ -91,7 +93,7 @@ def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console, s
     if config.max_minutes is not None and is_finished(earlier, config):
         _require_same_run(folder, _checkpoint_settings(config, setup), setup)
         # What it had kept free for its end would be time again.
-        console.print(f"{folder}: finished already", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"{folder}: finished already")
         return earlier["exit_code"]
     report = new_report(folder, config, setup, skipped)
     if "pretrained" in earlier:
@@ -103,7 +105,7 @@ def _run_in(folder: Path, config: TrainConfig, begun: float, console: Console, s
         if progressed.signal is not None:
             status, code = "stopped by a signal", SIGNALLED + progressed.signal
     except TrainingError as error:
-        console.print(f"Error: {error}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"Error: {error}")
         status, code = str(error), 1
     except MambaHomeError as error:
         if report["status"] == "running" or not earlier:
@@ -226,9 +228,8 @@ def _train(
             ingredients.dropout,
         )
     train_step = with_seed(shared.programs[program], config.seed, mesh)
-    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     with (
-        MetricsLog(folder, progressed.step, say) if is_first() else NoLog() as log,
+        MetricsLog(folder, progressed.step, partial(say, console)) if is_first() else NoLog() as log,
         Display(console, plan.total_steps, progressed.step, setup.global_batch, budget) as display,
         _batches(config, setup, store, data_state, display.say) as batches,
     ):
@@ -251,10 +252,10 @@ def _train(
 def _checkpoint_settings(config: TrainConfig, setup: Setup) -> dict[str, Any]:
     """What config.json of every checkpoint says of its run, in values of JSON."""
     return {
-        "model": plain(dataclasses.asdict(setup.model.replace(use_checkpoint=False))),
-        "data": plain(setup.properties.to_json()),
+        "model": jsonable(dataclasses.asdict(setup.model.replace(use_checkpoint=False))),
+        "data": jsonable(setup.properties.to_json()),
         "cases": data_summary(setup.digests),
-        "training": plain(training_settings(config, setup)),
+        "training": jsonable(training_settings(config, setup)),
         "versions": versions(PACKAGES),
     }
 
@@ -310,8 +311,8 @@ def _networks(
     if report is not None and config.use_pretrained not in ("", "False"):
         weights = read_weights(config.use_pretrained)
         params, found = transfer(weights, params, setup.model, setup.properties, config.use_pretrained)
-        console.print(f"{config.use_pretrained}: {found}", markup=False, highlight=False, soft_wrap=True)
-        report["pretrained"] = {"path": config.use_pretrained, **plain(dataclasses.asdict(found))}
+        say(console, f"{config.use_pretrained}: {found}")
+        report["pretrained"] = {"path": config.use_pretrained, **jsonable(dataclasses.asdict(found))}
         model = nnx.merge(graphdef, params)
     if not setup.ingredients.deep_supervision:
         return graphdef, graphdef, params
@@ -334,7 +335,7 @@ def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
     open_output(folder / "checkpoints")
     if config.resume or config.load_checkpoint:
         if not there:
-            console.print(f"No checkpoint in {folder} yet: starting from the beginning", markup=False, soft_wrap=True)
+            say(console, f"No checkpoint in {folder} yet: starting from the beginning")
         return there
     if there:
         raise ConfigError(f"{folder} holds a run already. Continue it with --resume, or name another --output_dir")
@@ -354,14 +355,12 @@ def _opened(data: Path, work: Path, config: TrainConfig, console: Console) -> tu
     if data.is_dir() and prepared_layout.detect(data):
         prepared, notes = with_split_file(read_prepared(data))
         for note in notes:
-            console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"Note: {note}")
         return prepared, []
     if jax.process_count() > 1:
         raise ConfigError(f"{data} is not preprocessed. With several processes run preprocess.py first")
     dataset = consecutive(load_dataset(data))
-    console.print(
-        f"{data} is not preprocessed: storing its scans in {work}, at their own spacing", markup=False, soft_wrap=True
-    )
+    say(console, f"{data} is not preprocessed: storing its scans in {work}, at their own spacing")
     summary = prepare(
         dataset, work, spacing=None, modality=config.modality, num_workers=None, nifti=False, console=console
     )

@@ -4,12 +4,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.files import listed, scan_files
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.support.jsontext import parse_json
+from mambahome_jax.support.files import read_json
 
 Split = Literal["train", "val", "test"]
 # Who says of which patient a case is: the layout or a table, or the names of the cases.
@@ -23,7 +23,6 @@ __all__ = [
     "label_names",
     "modality_of",
     "optional_description",
-    "read_json",
     "scan_files",
     "unlabelled_note",
 ]
@@ -113,24 +112,6 @@ def unlabelled_note(cases: Iterable[Case]) -> tuple[str, ...]:
     """A note that names the cases without a label; empty where all have one."""
     names = [case.id for case in cases if not case.has_label]
     return (f"{len(names)} images have no label and are kept as unlabelled: {listed(names)}",) if names else ()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Content of a JSON file that holds an object.
-
-    Raises DatasetError: missing, not readable, not JSON, not an object.
-    """
-    try:
-        content = parse_json(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError as error:
-        raise DatasetError("no such file", file=path) from error
-    except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
-    except ValueError as error:
-        raise DatasetError(f"not valid JSON ({error})", file=path) from error
-    if not isinstance(content, dict):
-        raise DatasetError(f"a JSON {type(content).__name__}", file=path, expected="an object with keys")
-    return content
 
 
 def label_names(table: object, file: Path) -> dict[int, str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_series import files_below, files_in, has_series, is_scan
-from mambahome_jax.support.files import SCAN_SUFFIXES, hidden, scan_stem, suffix_of
+from mambahome_jax.imaging.formats import SCAN_SUFFIXES, scan_stem, suffix_of
+from mambahome_jax.support.files import hidden
 from mambahome_jax.support.paths import fault_of_letters, one_form
 
 # Bytes of a case's name: a file's has 255, of which suffixes and what marks a file as unfinished take some.

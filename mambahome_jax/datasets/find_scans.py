@@ -13,8 +13,8 @@ from mambahome_jax.datasets.prepared import absent_images, detect, unlisted_file
 from mambahome_jax.datasets.registry import LISTED, load_dataset
 from mambahome_jax.datasets.scans import Found, Search, is_output, search
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.formats import kind_of, no_scan
-from mambahome_jax.support.files import SCAN_SUFFIXES, hidden, scan_stem, suffix_of
+from mambahome_jax.imaging.formats import SCAN_SUFFIXES, kind_of, no_scan, scan_stem, suffix_of
+from mambahome_jax.support.files import hidden
 from mambahome_jax.support.paths import own_name
 
 # Folders that hold the scans when the folder itself holds none: of the Decathlon, of preprocess.py.

@@ -15,7 +15,7 @@ from pathlib import Path
 from mambahome_jax.datasets.base import Case, Dataset, PatientSource
 from mambahome_jax.datasets.files import CHANNEL, counterparts, listed, read_table
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.support.files import suffix_of
+from mambahome_jax.imaging.formats import suffix_of
 from mambahome_jax.support.paths import one_form
 
 TABLES = ("patients.csv", "patients.tsv", "participants.tsv")

@@ -1,6 +1,5 @@
 """A folder that preprocess.py wrote: images/, labels/, store/ and dataset.json."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -10,11 +9,12 @@ from typing import Any, get_args
 import numpy as np
 
 from mambahome_jax.config import CtScale, Modality
-from mambahome_jax.datasets.base import Case, Dataset, PatientSource, Split, label_names, read_json
+from mambahome_jax.datasets.base import Case, Dataset, PatientSource, Split, label_names
 from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.structures import table_of_values
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.support.files import suffix_of, write_text
+from mambahome_jax.imaging.formats import suffix_of
+from mambahome_jax.support.files import read_json, write_json
 from mambahome_jax.support.paths import as_on_disk, local_path, one_form
 
 NAME = "prepared"
@@ -236,11 +236,6 @@ def absent_images(folder: Path) -> dict[str, str]:
     return {
         case: f"{folder / file.name}: {reason}" for case, file in files.items() if one_form(file.name) not in present
     }
-
-
-def write_json(path: Path, content: Any, indent: int | None = 1) -> None:
-    """Write JSON beside its place, then rename it there. Raises OutputError: the folder cannot be written."""
-    write_text(path, json.dumps(content, indent=indent) + "\n")
 
 
 def split_cases(prepared: Prepared, seed: int = 0, hold_out: int = 5) -> tuple[list[str], list[str]]:

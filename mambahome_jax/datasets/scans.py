@@ -12,8 +12,16 @@ from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.files import LONGEST, listed, listing, of_one_kind
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_series import DEEPEST, Series, is_scan, sort_out
-from mambahome_jax.imaging.formats import content_of, foreign_stem, kind_in, reason_of, without_second_halves
-from mambahome_jax.support.files import SCAN_SUFFIXES, hidden, scan_stem
+from mambahome_jax.imaging.formats import (
+    SCAN_SUFFIXES,
+    content_of,
+    foreign_stem,
+    kind_in,
+    reason_of,
+    scan_stem,
+    without_second_halves,
+)
+from mambahome_jax.support.files import hidden
 from mambahome_jax.support.paths import own_name
 
 _LABELS = re.compile(r"(labels?|masks?|segs?|segmentations?)(tr|va|ts)?", re.IGNORECASE)

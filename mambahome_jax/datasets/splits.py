@@ -9,8 +9,8 @@ from mambahome_jax.datasets.base import Case, Dataset, Split
 from mambahome_jax.datasets.files import CHANNEL, listed
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.support.files import scan_stem
-from mambahome_jax.support.jsontext import parse_json
+from mambahome_jax.imaging.formats import scan_stem
+from mambahome_jax.support.files import parse_json
 from mambahome_jax.support.paths import one_form
 
 FILE, OLD_FILE = "splits_final.json", "splits_final.pkl"

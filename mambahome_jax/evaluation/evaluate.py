@@ -10,14 +10,12 @@ import numpy as np
 
 from mambahome_jax.config import Surface
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.evaluation.files import write_json
 from mambahome_jax.evaluation.metrics import compare
 from mambahome_jax.evaluation.scores import METRICS, Score
 from mambahome_jax.imaging.grids import shift_between
 from mambahome_jax.imaging.labels import replace_values, resembles_image
 from mambahome_jax.imaging.volume import Volume, read_grid, read_labels
-from mambahome_jax.support.csvtext import csv_name
-from mambahome_jax.support.files import write_text
+from mambahome_jax.support.files import csv_name, write_csv, write_json
 
 COLUMNS = ("case", "structure", *METRICS, "volume_ml", "reference_volume_ml", "volume_difference_ml")
 DEFINITIONS = {
@@ -139,16 +137,16 @@ def write_metrics(path: Path, scores: Iterable[Score]) -> None:
 
     Names are as `csv_name` makes them.
     """
-    lines = [",".join(COLUMNS)]
-    for row in scores:
-        values = (f"{getattr(row, name):.6g}" for name in COLUMNS[2:])
-        lines.append(",".join((csv_name(row.case), csv_name(row.structure), *values)))
-    write_text(path, "\n".join(lines) + "\n", "--output_dir", parents=True)
+    rows = [
+        (csv_name(row.case), csv_name(row.structure), *(f"{getattr(row, name):.6g}" for name in COLUMNS[2:]))
+        for row in scores
+    ]
+    write_csv(path, COLUMNS, rows, "--output_dir", parents=True)
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json, whole or not at all; JSON has no nan or inf, they become null. Raises OutputError."""
-    write_json(path, summary)
+    write_json(path, summary, "--output_dir", parents=True)
 
 
 def _require_same_grid(pair: Pair) -> None:

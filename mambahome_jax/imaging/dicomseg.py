@@ -21,7 +21,7 @@ import numpy as np
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging import dicom, itk
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.support.files import written_whole
+from mambahome_jax.support.files import atomic_write
 
 INSTALL = 'pip install "mambahome-jax[dicomseg]"'
 # Of the first slice everything but its pixels is read, of the others what places them and what they are called.
@@ -110,7 +110,7 @@ def write(path: Path, labels: Volume, folder: Path, names: Mapping[int, str], se
             pixel_measures=measures,
             **place,
         )
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             segmentation.save_as(partial)
 
 

@@ -7,8 +7,14 @@ from typing import Literal
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_elements import is_dicom
-from mambahome_jax.support.files import SCAN_SUFFIXES, alternatives, head_of, suffix_of
+from mambahome_jax.support.files import head_of
+from mambahome_jax.support.paths import one_form
 
+NIFTI_SUFFIXES = (".nii.gz", ".nii")
+META_SUFFIXES = (".mha", ".mhd")
+ITK_SUFFIXES = (*META_SUFFIXES, ".nrrd")
+SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
+WRITTEN_SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".nrrd")
 DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 Kind = Literal["scan", "slice", "foreign", "unknown", "other"]
 
@@ -57,6 +63,22 @@ _OTHER_ENDINGS = """
 _OTHER = frozenset(_OTHER_ENDINGS.split())
 _NIFTI_MAGIC = (b"n+1\0", b"ni1\0")
 _HEAD = 352
+
+
+def suffix_of(name: str, suffixes: tuple[str, ...] = SCAN_SUFFIXES) -> str:
+    """Return the one of `suffixes` that a file's name ends in, as the name spells it (.NII.GZ too); empty without."""
+    lower = name.lower()
+    return next((name[-len(suffix) :] for suffix in suffixes if lower.endswith(suffix)), "")
+
+
+def scan_stem(path: Path) -> str:
+    """Return the file name without the suffix of a scan, its letters composed: one name on every system."""
+    return one_form(path.name.removesuffix(suffix_of(path.name)))
+
+
+def alternatives(suffixes: tuple[str, ...]) -> str:
+    """Name suffixes in a message: ".nii.gz, .nii or .mha"."""
+    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
 
 
 def kind_of(path: Path) -> Kind:

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.imaging.formats import META_SUFFIXES, suffix_of
 from mambahome_jax.imaging.itk_headers import AGAIN, LONGEST, META_DATA, NRRD_END, require_harmless
 from mambahome_jax.imaging.unpack import DamagedError, Packed, inflated
-from mambahome_jax.support.files import META_SUFFIXES, head_of, suffix_of, written_whole
+from mambahome_jax.support.files import atomic_write, head_of
 from mambahome_jax.support.paths import fault_of_letters
 
 INSTALL = "pip install mambahome-jax[formats]"
@@ -124,7 +125,7 @@ def write(path: Path, array: np.ndarray, affine: np.ndarray, names: Mapping[int,
     writer = sitk.ImageFileWriter()
     writer.SetImageIO(_format(path))
     writer.UseCompressionOn()
-    with written_whole(path) as partial:
+    with atomic_write(path) as partial:
         writer.SetFileName(str(partial))
         try:
             writer.Execute(image)

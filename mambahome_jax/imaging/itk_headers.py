@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.support.files import META_SUFFIXES, head_of, suffix_of
+from mambahome_jax.imaging.formats import META_SUFFIXES, suffix_of
+from mambahome_jax.support.files import head_of
 
 # Tables of segments, as Slicer writes them, take some hundred kilobytes.
 LONGEST = 1 << 22

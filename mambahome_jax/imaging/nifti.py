@@ -18,9 +18,8 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.formats import no_scan
+from mambahome_jax.imaging.formats import no_scan, suffix_of
 from mambahome_jax.imaging.unpack import GZIP_MAGIC, DamagedError, unpacked, unpacked_head
-from mambahome_jax.support.files import suffix_of
 
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _LONGEST = 1e12  # mm

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 
 from mambahome_jax.imaging import deflate
-from mambahome_jax.support.cores import usable_cores
+from mambahome_jax.support.processes import usable_cores
 
 P = TypeVar("P")
 R = TypeVar("R")

@@ -14,17 +14,11 @@ from nibabel.spatialimages import HeaderDataError
 
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging import dicom, itk, nifti
+from mambahome_jax.imaging.formats import ITK_SUFFIXES, NIFTI_SUFFIXES, WRITTEN_SUFFIXES, alternatives, suffix_of
 from mambahome_jax.imaging.header import Header, header_of, require_scale, scaled
 from mambahome_jax.imaging.pack import fortran_bytes, gzipped, parts_of
 from mambahome_jax.imaging.placement import itk_place, nifti_header
-from mambahome_jax.support.files import (
-    ITK_SUFFIXES,
-    NIFTI_SUFFIXES,
-    WRITTEN_SUFFIXES,
-    alternatives,
-    suffix_of,
-    written_whole,
-)
+from mambahome_jax.support.files import atomic_write
 from mambahome_jax.support.paths import openable_path
 
 Forms = tuple[np.ndarray | None, np.ndarray | None, np.ndarray]
@@ -214,7 +208,7 @@ def write_volume(
     extension = _names_extension(names) if names else bytes(4)
     header["vox_offset"] = int(header["sizeof_hdr"]) + len(extension)
     content = bytes(header.binaryblock) + extension
-    with written_whole(path) as partial, partial.open("wb") as file:
+    with atomic_write(path) as partial, partial.open("wb") as file:
         if path.name.endswith(".gz"):
             # A disk that is full must not leave threads behind.
             with contextlib.closing(gzipped(content, array)) as pieces:

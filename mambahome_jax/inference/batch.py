@@ -19,6 +19,7 @@ from mambahome_jax.datasets.label_map import read_image
 from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging import dicomseg
+from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.geometry import coarse_remark, reorient
 from mambahome_jax.imaging.grids import SAME_GRID_MM, shift_between
 from mambahome_jax.imaging.source_record import record_of
@@ -30,7 +31,6 @@ from mambahome_jax.inference.preview import write_preview
 from mambahome_jax.inference.probabilities import whole_probabilities, write_probabilities
 from mambahome_jax.inference.results import files_of, made_from
 from mambahome_jax.inference.segment import case_remark, channels_of, class_names_of
-from mambahome_jax.support.files import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.support.paths import as_on_disk
 from mambahome_jax.support.processes import available_memory
 

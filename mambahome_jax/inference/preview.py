@@ -7,11 +7,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mambahome_jax.config import Modality
-from mambahome_jax.errors import OutputError
 from mambahome_jax.imaging.geometry import reorient
 from mambahome_jax.imaging.intensity import display_range
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.support.files import beside
+from mambahome_jax.support.files import atomic_write
 
 PANEL_PIXELS = 480
 ALPHA = 0.3
@@ -90,12 +89,8 @@ def write_preview(
     path: Path, image: Volume, labels: Volume, names: Mapping[int, str], modality: Modality, title: str = ""
 ) -> None:
     """Write `render`'s picture as a PNG, whole or not at all. Raises OutputError where it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside(path) as partial:
-            render(image, labels, names, modality, title).save(partial, format="PNG")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from error
+    with atomic_write(path, "output folder") as partial:
+        render(image, labels, names, modality, title).save(partial, format="PNG")
 
 
 def _fullest_slices(labels: np.ndarray) -> list[int]:

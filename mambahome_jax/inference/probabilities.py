@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mambahome_jax.support.files import beside, not_written
+from mambahome_jax.support.files import atomic_write
 
 ENTRIES = ("probabilities", "affine", "labels")
 
@@ -25,15 +25,14 @@ def write_probabilities(path: Path, values: np.ndarray, affine: np.ndarray, name
     """
     labels = {str(value): names.get(value, f"label_{value}") for value in range(1, values.shape[-1])}
     text = np.array(json.dumps({"0": "background"} | labels))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Level 1, as most of it is ones and zeros.
-        with beside(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-            for name, array in zip(ENTRIES, (values, affine, text), strict=True):
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                    np.lib.format.write_array(entry, array, allow_pickle=False)
-    except OSError as error:
-        raise not_written(path, error, "folder") from error
+    # Level 1, as most of it is ones and zeros.
+    with (
+        atomic_write(path, "folder") as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+    ):
+        for name, array in zip(ENTRIES, (values, affine, text), strict=True):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
 
 
 def whole_probabilities(path: Path) -> bool:

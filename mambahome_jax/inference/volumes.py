@@ -8,8 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from mambahome_jax.support.csvtext import csv_name
-from mambahome_jax.support.files import write_text
+from mambahome_jax.support.files import csv_name, write_csv
 
 COLUMNS = ("case", "structure", "volume_ml")
 
@@ -20,11 +19,15 @@ def write_volumes(path: Path, cases: Iterable[Mapping[str, Any]]) -> None:
     cases: entries of run.json; those without "volume_ml" have no lines. Names are as `csv_name` makes them.
     Raises OutputError: it cannot be written.
     """
-    lines = [",".join(COLUMNS)]
-    for case in cases:
-        volumes = case.get("volume_ml", {}).items()
-        lines += [f"{csv_name(case['id'])},{csv_name(name)},{ml}" for name, ml in volumes]
-    write_text(path, "\n".join(lines) + "\n")
+    write_csv(
+        path,
+        COLUMNS,
+        [
+            (csv_name(case["id"]), csv_name(name), ml)
+            for case in cases
+            for name, ml in case.get("volume_ml", {}).items()
+        ],
+    )
 
 
 def volumes_by_structure(cases: Iterable[Mapping[str, Any]]) -> dict[str, list[float]]:

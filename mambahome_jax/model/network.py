@@ -241,11 +241,6 @@ class Decoder(nnx.Module):
         return self.out(remat(self.use_checkpoint, self.last, y)), levels[1:]
 
 
-def default_precision() -> Precision:
-    """bf16 on a GPU, fp32 elsewhere."""
-    return "bf16" if jax.default_backend() == "gpu" else "fp32"
-
-
 class MambaHoME(nnx.Module):
     """U-shaped network of Mamba layers and hierarchical soft mixtures of experts.
 

@@ -8,7 +8,7 @@ import numpy as np
 from mambahome_jax.config import CtScale
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.patches.store import INTENSITIES
-from mambahome_jax.support.npz import NPZ_ERRORS
+from mambahome_jax.support.files import NPZ_ERRORS
 
 PERCENTILES = (0.5, 99.5)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mambahome_jax.errors import ConfigError, MambaHomeError, TrainingError
-from mambahome_jax.support import shared_memory
+from mambahome_jax.support import processes
 
 STALL_SECONDS = 45.0
 # Starting the processes, which import everything anew, perhaps from a slow disk.
@@ -79,8 +79,8 @@ class WatchedLoader:
 
     def __iter__(self) -> "WatchedBatches":
         """Start the processes. Raises ConfigError: their queues have no shared memory."""
-        if reason := shared_memory.why_none():
-            raise ConfigError(f"{reason}. {shared_memory.REMEDY}")
+        if reason := processes.why_no_processes():
+            raise ConfigError(f"{reason}. {processes.REMEDY}")
         return WatchedBatches(iter(self.loader), self.notes)
 
 
@@ -147,10 +147,10 @@ def why_killed(error: Exception) -> tuple[str, str] | None:
     # Grain's own words of a process that was killed.
     if "Worker process" in text:
         if f"exit code -{_BUS_ERROR}." in text:
-            return f"was killed for want of shared memory ({shared_memory.FOLDER})", shared_memory.REMEDY
+            return f"was killed for want of shared memory ({processes.SHARED_MEMORY})", processes.REMEDY
         return "was killed", "If memory was short, try fewer --num_workers"
     if isinstance(error, OSError) and "psm_" in f"{error.filename} {text}":
-        return f"has no shared memory ({error.strerror})", shared_memory.REMEDY
+        return f"has no shared memory ({error.strerror})", processes.REMEDY
     return None
 
 

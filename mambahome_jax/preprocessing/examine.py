@@ -14,6 +14,7 @@ from mambahome_jax.datasets.duplicates import thumbnail_of
 from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.label_map import count_values, own_image, read_image, read_label_map
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.geometry import axis_order, orientation_of
 from mambahome_jax.imaging.grids import require_same_grid, shift_between
 from mambahome_jax.imaging.header import grid_shift
@@ -22,7 +23,6 @@ from mambahome_jax.imaging.plausibility import intensity_remark
 from mambahome_jax.imaging.volume import Volume, read_forms, read_grid
 from mambahome_jax.preprocessing import findings as findings_of
 from mambahome_jax.preprocessing.findings import CaseFacts, Finding
-from mambahome_jax.support.files import NIFTI_SUFFIXES, suffix_of
 
 PERCENTILES = (0.0, *SAMPLE_PERCENTILES, 100.0)
 

@@ -16,9 +16,9 @@ from mambahome_jax.datasets.structures import (
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.imaging.dicom_series import contents_of
+from mambahome_jax.imaging.formats import suffix_of
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.preprocessing.findings import SCANS
-from mambahome_jax.support.files import suffix_of
 
 
 def several(paths: Path | tuple[Path, ...]) -> tuple[Path, ...]:

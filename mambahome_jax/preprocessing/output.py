@@ -6,13 +6,12 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
-from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.prepared import DESCRIPTION, begin_prepared
 from mambahome_jax.errors import ConfigError, DatasetError, OutputError
 from mambahome_jax.patches.store import CASE_FILE, read_entry, remove_index
 from mambahome_jax.preprocessing.case import CaseJob
-from mambahome_jax.support.files import not_written
+from mambahome_jax.support.files import not_written, read_json
 from mambahome_jax.support.paths import one_form
 
 _NAMED = 20

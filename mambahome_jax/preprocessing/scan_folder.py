@@ -10,9 +10,9 @@ from mambahome_jax.datasets.find_scans import Scan, find_scans, join_channels
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom_elements import identify
 from mambahome_jax.imaging.dicom_series import files_below, files_in
+from mambahome_jax.imaging.formats import suffix_of
 from mambahome_jax.imaging.volume import read_geometry
 from mambahome_jax.preprocessing.findings import SCANS
-from mambahome_jax.support.files import suffix_of
 from mambahome_jax.support.paths import own_name
 
 # Storage classes of images by their first number after this (DICOM PS3.6, annex A), and what they are.

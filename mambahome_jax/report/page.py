@@ -16,11 +16,12 @@ import numpy as np
 from markupsafe import Markup
 
 from mambahome_jax.evaluation.evaluate import summarise
-from mambahome_jax.evaluation.files import Evaluation, without_nan
+from mambahome_jax.evaluation.files import Evaluation
 from mambahome_jax.evaluation.scores import METRICS, Score, finite_mean, score_matrix, structures_of
 from mambahome_jax.evaluation.statistics import describe
 from mambahome_jax.report.distribution import Chart, chart_of
 from mambahome_jax.report.pictures import Panel
+from mambahome_jax.support.files import jsonable
 
 # attribute of Score -> label, digits, whether it is a share from 0 to 1
 CHOICES: dict[str, tuple[str, int, bool]] = {
@@ -167,7 +168,7 @@ def draw_distribution(
 
 def inline_json(data: Any) -> Markup:
     """JSON without <, > and &, so that no text in it can end the <script> around it; nan and inf become null."""
-    text = json.dumps(without_nan(data), allow_nan=False, separators=(",", ":"))
+    text = json.dumps(jsonable(data), allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 

@@ -8,7 +8,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 _STDERR = 2  # descriptor
 
@@ -64,3 +68,33 @@ def command_line(command: str, *words: str | Path) -> str:
     """`mambahome COMMAND ...` as a shell takes it: words with spaces and the like are quoted."""
     line = ["mambahome", command, *map(str, words)]
     return subprocess.list2cmdline(line) if os.name == "nt" else shlex.join(line)
+
+
+def say(console: "Console", text: str) -> None:
+    """Print a line as it is: no markup, no colours, not cut to the width of the terminal."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def progress_bar(console: "Console", text: str = "{task.description}", *, disable: bool = False) -> "Progress":
+    """Make the bar of a command: what is done, how many, for how long and how much longer. text: before the bar."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=disable)
+
+
+def duration(seconds: float) -> str:
+    """Say seconds as a person does: 42 s, 2 min 30 s, 17 min, 3 h 20 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 600 and (rest := round(seconds) % 60):
+        return f"{round(seconds) // 60} min {rest:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

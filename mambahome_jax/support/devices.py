@@ -1,13 +1,22 @@
-"""How XLA is told to compile this network: options that the program sets so that the user need not know of them."""
+"""Devices: which ones work, how XLA compiles for them, where programs are kept, what reports say. Imports jax late."""
 
 import functools
+import importlib.metadata
 import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
+from mambahome_jax.config import Precision
+from mambahome_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    import jax
 
 _OPTIONS: dict[str, dict[str, str | bool]] = {
-    # YNNPACK takes three to four times as long as Eigen for the gradients of convolutions (JAX 0.10.2). What is beyond
-    # the first level of optimisation costs a fifth of the time to compile, and steps are no faster for it.
+    # YNNPACK takes three to four times as long as Eigen for the gradients of convolutions (JAX 0.10.2). Beyond the
+    # first level of optimisation, compiling takes a fifth longer and steps are no faster.
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": "", "xla_backend_optimization_level": "1"},
     # XLA leaves 3-D convolutions channels-first, and cuDNN then transposes before and after each of them. Triton's
     # matrix products gain little over cuBLAS' here and take much of the time to compile, as does comparing the results
@@ -15,27 +24,105 @@ _OPTIONS: dict[str, dict[str, str | bool]] = {
     "gpu": {"xla_gpu_force_conv_nhwc": True, "xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": "2"},
 }
 
-# The scheduler that hides the time of collectives keeps much more in memory for it: two GPUs with split parameters took
-# 12.8 GiB and 118.5 ms a step with it, 7.9 GiB and 120.4 ms without (docs/performance.md).
+# The scheduler that hides the time of collectives takes memory for it: two GPUs with split parameters took 12.8 GiB and
+# 118.5 ms a step with it, 7.9 GiB and 120.4 ms without (docs/performance.md).
 _LESS_MEMORY: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": False}}
 
 
 @functools.cache
 def compiler_options(less_memory: bool = False) -> dict[str, str | bool]:
-    """The `compiler_options` of jax.jit on the default backend.
+    """Return the `compiler_options` of jax.jit on the default backend that this jaxlib knows and XLA_FLAGS leaves open.
 
-    Without those that this jaxlib does not know, and without those that the user has set in XLA_FLAGS.
     less_memory: at the cost of some time, on several devices.
     """
+    import jax
+
+    def known(options: dict[str, str | bool]) -> bool:
+        try:
+            jax.jit(lambda: 0, compiler_options=options).lower().compile()
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
     backend = jax.default_backend()
     wanted = _OPTIONS.get(backend, {}) | (_LESS_MEMORY.get(backend, {}) if less_memory else {})
     users = {flag.lstrip("-").split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
-    return {name: value for name, value in wanted.items() if name not in users and _known({name: value})}
+    return {name: value for name, value in wanted.items() if name not in users and known({name: value})}
 
 
-def _known(options: dict[str, str | bool]) -> bool:
+def default_precision() -> Precision:
+    """Return bf16 on a GPU, fp32 elsewhere."""
+    import jax
+
+    return "bf16" if jax.default_backend() == "gpu" else "fp32"
+
+
+def choose_devices(parallel: bool = True, num_devices: int | None = None) -> "list[jax.Device]":
+    """Return the devices to work on, process by process: all accelerators or one CPU of each, unless a number is given.
+
+    num_devices: of each process. Raises ConfigError.
+    """
+    import jax
+
+    local = jax.local_devices()
+    count = num_devices if num_devices is not None else 1 if local[0].platform == "cpu" else len(local)
+    if not 1 <= count <= len(local):
+        raise ConfigError(f"--num_devices {count}: this machine has {len(local)} {local[0].platform} devices")
+    processes = jax.process_count()
+    if processes == 1:
+        return local[: count if parallel else 1]
+    if not parallel:
+        raise ConfigError(f"--parallel False, but there are {processes} processes; expected one")
+    shares = [[device for device in jax.devices() if device.process_index == n][:count] for n in range(processes)]
+    if any(len(share) != count for share in shares):
+        found = ", ".join(str(len(share)) for share in shares)
+        raise ConfigError(f"the processes have {found} devices; expected as many in each. Use --num_devices")
+    return [device for share in shares for device in share]
+
+
+def program_cache() -> Path | None:
+    """Return the folder of compiled programs in the user's cache, made where it is missing; None where there is none.
+
+    A relative XDG_CACHE_HOME does not count, as its specification says.
+    """
+    named = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
+        cache = Path(named) if Path(named).is_absolute() else Path.home() / ".cache"
+        # A home that does not exist, as /nonexistent of a service, is not made; of an empty one Path makes "/".
+        if not cache.parent.is_dir() or (not named and os.environ.get("HOME") == ""):
+            return None
+        folder = cache / "mambahome" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        # RuntimeError: neither HOME nor an entry in passwd.
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def device_line() -> str:
+    """Return how many devices there are, and of what kind."""
+    import jax
+
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of Python and of packages; "not installed" where one runs from its sources alone."""
+
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def print_versions() -> None:
+    """Print what a report of a fault needs: Python, the system, the packages, the devices, where programs are kept."""
+    print(f"system: {platform.platform()}")
+    for name, number in versions(("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")).items():
+        print(f"{name} {number}")
+    print(f"devices: {device_line()}")
+    print(f"compiled programs: {program_cache() or 'not kept'}")

@@ -1,40 +1,39 @@
-"""Names of scan files, and writing a file whole or not at all."""
+"""Files of every room: text, JSON and CSV, written whole or not at all; .npz files looked at before they are read."""
 
 import contextlib
+import csv
+import io
+import json
+import math
 import os
+import struct
 import threading
-from collections.abc import Iterator
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.support.paths import one_form
 
-NIFTI_SUFFIXES = (".nii.gz", ".nii")
-META_SUFFIXES = (".mha", ".mhd")
-ITK_SUFFIXES = (*META_SUFFIXES, ".nrrd")
-SCAN_SUFFIXES = (*NIFTI_SUFFIXES, *ITK_SUFFIXES)
-WRITTEN_SUFFIXES = (*NIFTI_SUFFIXES, ".mha", ".nrrd")
-
-
-def suffix_of(name: str, suffixes: tuple[str, ...] = SCAN_SUFFIXES) -> str:
-    """The one of `suffixes` that a file's name ends in, as the name spells it (.NII.GZ too); empty without."""
-    lower = name.lower()
-    return next((name[-len(suffix) :] for suffix in suffixes if lower.endswith(suffix)), "")
-
-
-def scan_stem(path: Path) -> str:
-    """File name without the suffix of a scan, its letters composed: one name on every system."""
-    return one_form(path.name.removesuffix(suffix_of(path.name)))
+# What numpy and zipfile raise for a .npy or .npz file that is missing or damaged, or none at all.
+NPZ_ERRORS = (
+    *(OSError, ValueError, EOFError, KeyError, TypeError, MemoryError, OverflowError, RuntimeError, SyntaxError),
+    *(NotImplementedError, RecursionError, struct.error, tokenize.TokenError, zlib.error, zipfile.BadZipFile),
+)
+_LARGEST_DEFLATE_RATIO = 1032
+# A spreadsheet computes a cell that begins so. The last four are = + - @ in full width, the same to a Japanese one.
+_FORMULA = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+_MARK = "'"
 
 
 def hidden(name: str) -> bool:
     """Whether a file or folder is none of the user's: dot files, and what macOS puts into archives beside the files."""
     return name.startswith(".") or name == "__MACOSX"
-
-
-def alternatives(suffixes: tuple[str, ...]) -> str:
-    """Suffixes for a message: ".nii.gz, .nii or .mha"."""
-    return f"{', '.join(suffixes[:-1])} or {suffixes[-1]}"
 
 
 def head_of(path: Path, size: int) -> bytes:
@@ -46,52 +45,141 @@ def head_of(path: Path, size: int) -> bytes:
         raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
 
 
+def not_written(path: Path | str, error: OSError, elsewhere: str) -> OutputError:
+    """The error of a file or folder that cannot be written. elsewhere: what to name another of."""
+    in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+    action = "Move the file that has its name" if in_the_way else "Free some space"
+    return OutputError(f"{path}: cannot be written: {error.strerror or error}. {action} or name another {elsewhere}")
+
+
 @contextlib.contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """Gives a path beside `path` to write to, which takes its place at the end; nothing is left after an error."""
+def atomic_write(path: Path, elsewhere: str = "", *, parents: bool = True) -> Iterator[Path]:
+    """Give a path beside `path` to write to, which takes its place at the end; nothing is left after an error.
+
+    Args:
+        path: file to write.
+        elsewhere: what to name another of where it fails; empty for the folder.
+        parents: make folders that are missing.
+
+    Raises:
+        OutputError: an OSError, as of a folder that cannot be written or a full disk.
+    """
     # Not the whole name, which may be as long as a name can be.
     partial = path.with_name(f".{path.name[:40]}.{os.getpid()}-{threading.get_ident()}.partial{path.suffix}")
     try:
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         partial.replace(path)
+    except OSError as error:
+        if elsewhere:
+            raise not_written(path, error, elsewhere) from error
+        action = "Nothing was written; free some space or name another output folder"
+        reason = error.strerror or str(error)
+        raise OutputError(f"{path.parent}: cannot write {path.name}: {reason}. {action}") from error
     finally:
         # The folder may have vanished or turned read-only meanwhile; that error is already on its way.
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """`beside` in a folder that is made where it is missing.
-
-    Raises OutputError: an OSError, as of a folder that cannot be written or a full disk.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside(path) as partial:
-            yield partial
-    except OSError as error:
-        reason = error.strerror or str(error)
-        action = "Nothing was written; free some space or name another output folder"
-        raise OutputError(f"{path.parent}: cannot write {path.name}: {reason}. {action}") from error
-
-
 def write_text(path: Path, text: str, elsewhere: str = "output folder", *, parents: bool = False) -> None:
-    """Write a text file whole or not at all, in UTF-8; of a path that is none, its odd bytes are escaped.
+    """Write UTF-8 text by `atomic_write`; the odd bytes of a path in it are escaped. Raises OutputError."""
+    with atomic_write(path, elsewhere, parents=parents) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
-    elsewhere: what to name another of where it fails. parents: make folders that are missing. Raises OutputError.
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON that anybody may have written. Raises ValueError: no JSON, or nested too deeply for Python."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_json(path: Path, action: str | None = None) -> dict[str, Any]:
+    """Read a JSON file that holds an object. action: what to do where it does not.
+
+    Raises DatasetError: missing, not readable, not JSON, not an object.
     """
     try:
-        if parents:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with beside(path) as partial:
-            partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise DatasetError("no such file", file=path, action=action) from error
     except OSError as error:
-        raise not_written(path, error, elsewhere) from error
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path, action=action) from error
+    except ValueError as error:
+        raise DatasetError(f"not valid JSON ({error})", file=path, action=action) from error
+    if not isinstance(content, dict):
+        expected = "an object with keys"
+        raise DatasetError(f"a JSON {type(content).__name__}", file=path, expected=expected, action=action)
+    return content
 
 
-def not_written(path: Path | str, error: OSError, elsewhere: str) -> OutputError:
-    """What to raise where a file or folder cannot be written. elsewhere: what to name another of."""
-    in_the_way = isinstance(error, (FileExistsError, NotADirectoryError))
-    action = "Move the file that has its name" if in_the_way else "Free some space"
-    return OutputError(f"{path}: cannot be written: {error.strerror or error}. {action} or name another {elsewhere}")
+def jsonable(value: Any) -> Any:
+    """The value as JSON takes it, at any depth: paths as text, nan and inf as None."""
+    if isinstance(value, Mapping):
+        return {key: jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def write_json(
+    path: Path, content: Any, elsewhere: str = "output folder", *, indent: int | None = 1, parents: bool = False
+) -> None:
+    """Write the `plain` content as JSON, whole or not at all (see `atomic_write`). Raises OutputError."""
+    text = json.dumps(jsonable(content), indent=indent, allow_nan=False)
+    write_text(path, text + "\n", elsewhere, parents=parents)
+
+
+def csv_name(name: str) -> str:
+    """A name that anybody may have given as a CSV cell: with an apostrophe before what a spreadsheet would compute."""
+    return _MARK + name if name.startswith((*_FORMULA, _MARK)) else name
+
+
+def read_name(cell: str) -> str:
+    """The name of which `csv_name` made a cell, its letters composed."""
+    return one_form(cell[1:] if cell.startswith(_MARK) and cell[1:].startswith((*_FORMULA, _MARK)) else cell)
+
+
+def write_csv(
+    path: Path,
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    elsewhere: str = "output folder",
+    *,
+    parents: bool = False,
+) -> None:
+    """Write a header and rows, whole or not at all (see `atomic_write`); names are to be as `csv_name` makes them.
+
+    Raises OutputError.
+    """
+    text = io.StringIO(newline="")
+    usual, quoted = (
+        csv.writer(text, quoting=quoting, lineterminator="\n") for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL)
+    )
+    for row in (columns, *rows):
+        # A semicolon divides cells where numbers are written with a comma, and a formula may follow it.
+        (quoted if any({*str(cell)} & {*";\t\r\n"} for cell in row) else usual).writerow(row)
+    write_text(path, text.getvalue(), elsewhere, parents=parents)
+
+
+def require_whole_npz(path: Path) -> None:
+    """Raises ValueError: an array larger than its member, or a member larger than the file; NPZ_ERRORS else.
+
+    Looked at before numpy makes room for the arrays that a damaged or hostile file claims.
+    """
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.file_size > _LARGEST_DEFLATE_RATIO * min(member.compress_size, size):
+                raise ValueError(f"{member.filename} claims {member.file_size} bytes of {member.compress_size}")
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+            if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > member.file_size:
+                raise ValueError(f"{member.filename} claims shape {shape} in {member.file_size} bytes")

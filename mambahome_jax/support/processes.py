@@ -1,5 +1,6 @@
-"""Many independent jobs over several processes, where neither an error nor a killed process stops the others."""
+"""Jobs over several processes, where neither an error nor a killed process stops the others; cores and memory."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -17,13 +18,26 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from mambahome_jax.errors import ConfigError, MambaHomeError
-from mambahome_jax.support.cores import usable_cores
-from mambahome_jax.support.shared_memory import why_none
 
 J = TypeVar("J")
 R = TypeVar("R")
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+# Shared memory. Containers have 64 MB of it unless told otherwise; who writes beyond is killed without a word.
+SHARED_MEMORY = Path("/dev/shm")
+# Batches that a worker has there at most: being made, in its queue, taken out and waiting their turn, being freed.
+# Seven were measured.
+_BATCHES_A_WORKER = 8
+# Batches in use by the training itself, and the locks of the queues.
+_BATCHES_IN_USE, _LOCKS = 4, 1 << 20
+REMEDY = (
+    f"Give {SHARED_MEMORY} more room (docker run --shm-size=8g; --ipc=host), or use fewer --num_workers; 0 are threads"
+)
+
+
+def usable_cores() -> int:
+    """Cores that this process was given, where the system tells (Linux), else all of the machine; at least 1."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class WorkerDied(MambaHomeError):
@@ -41,7 +55,7 @@ def run_jobs(
     its process again yields WorkerDied. batch: jobs that a process is given at a time, more than one where handing them
     over takes longer than doing them.
     """
-    if not threads and (reason := why_none()):
+    if not threads and (reason := why_no_processes()):
         print(f"Note: {reason}; the work is done in this process, one job after the other", file=sys.stderr)
         threads = True
     if batch > 1 and not threads:
@@ -206,3 +220,59 @@ def _one_thread_each() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How many processes can read patches, and why they are fewer than asked for; empty where they are not."""
+
+    count: int
+    why_fewer: str = ""
+
+
+def needed_bytes(workers: int, batch_bytes: int) -> int:
+    """Shared memory that so many processes take at most, for batches of `batch_bytes`."""
+    return (_BATCHES_A_WORKER * workers + _BATCHES_IN_USE) * batch_bytes + _LOCKS if workers else 0
+
+
+def batch_bytes(batch_size: int, patch_size: tuple[int, int, int], channels: int) -> int:
+    """Bytes of a batch of the loader: image float32 with its channels, label and case int32."""
+    return batch_size * (math.prod(patch_size) * (channels + 1) + 1) * 4
+
+
+def free_shared_bytes() -> int | None:
+    """Room in the folder of shared memory; None where the system has none that is limited by itself."""
+    try:
+        room = os.statvfs(SHARED_MEMORY)
+    except (AttributeError, OSError):
+        return None
+    return room.f_bavail * room.f_frsize
+
+
+def why_no_processes() -> str:
+    """Why no process can be given work here; empty where it can. Queues need locks in shared memory."""
+    try:
+        multiprocessing.get_context("spawn").Lock()
+    except (OSError, ImportError) as error:
+        return f"shared memory ({SHARED_MEMORY}) cannot be used: {getattr(error, 'strerror', None) or error}"
+    return ""
+
+
+def fitting_workers(wanted: int, size: int) -> Workers:
+    """As many of the `wanted` processes as shared memory holds with batches of `size` bytes; 0 where none fits."""
+    if wanted == 0:
+        return Workers(0)
+    if reason := why_no_processes():
+        return Workers(0, f"{reason}; patches are read in threads. {REMEDY}")
+    free = free_shared_bytes()
+    if free is None or needed_bytes(wanted, size) <= free:
+        return Workers(wanted)
+    fitting = next((count for count in range(wanted - 1, 0, -1) if needed_bytes(count, size) <= free), 0)
+    instead = f"{fitting} processes read patches" if fitting else "patches are read in threads"
+    needed = _megabytes(needed_bytes(wanted, size))
+    need = f"{SHARED_MEMORY} has {_megabytes(free)} free, {wanted} processes may need {needed}"
+    return Workers(fitting, f"{need}; {instead}. {REMEDY}")
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size < 1e7 else f"{size / 1e6:.0f} MB"

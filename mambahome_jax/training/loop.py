@@ -14,10 +14,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mambahome_jax.errors import TrainingError
+from mambahome_jax.support.console import duration
 from mambahome_jax.training.budget import Decision, TimeBudget
 from mambahome_jax.training.checkpoints import CheckpointWriter
 from mambahome_jax.training.distributed import gather
-from mambahome_jax.training.progress import Display, MetricsLog, Shown, device_memory, dice_table, duration
+from mambahome_jax.training.progress import Display, MetricsLog, Shown, device_memory, dice_table
 from mambahome_jax.training.sharding import put_batch, put_tree, replicated
 from mambahome_jax.training.step import Batch, TrainState, deployed_params
 from mambahome_jax.training.stopping import StopOnSignal

@@ -14,7 +14,7 @@ from mambahome_jax.datasets.prepared import Prepared
 from mambahome_jax.errors import ConfigError, MambaHomeError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.recipes import AugmentationConfig, OptimizerConfig
-from mambahome_jax.support.run_report import plain
+from mambahome_jax.support.files import jsonable
 from mambahome_jax.training.report import earlier_report, say_ensemble, say_member, write_report
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
 
@@ -79,7 +79,7 @@ def run_members(
     report: dict[str, Any] = {
         "command": "train",
         "status": "running",
-        "configuration": plain(dataclasses.asdict(config)),
+        "configuration": jsonable(dataclasses.asdict(config)),
         "members": [home.name for home in homes],
     }
     write_report(folder, report)
@@ -122,6 +122,6 @@ def run_members(
 
 def is_finished(report: dict[str, Any], config: TrainConfig) -> bool:
     """Whether run.json tells of a run with these flags that came to its end; one with others says what does not fit."""
-    before, now = report.get("configuration"), plain(dataclasses.asdict(config))
+    before, now = report.get("configuration"), jsonable(dataclasses.asdict(config))
     same = isinstance(before, dict) and all(before.get(name) == now[name] for name in now if name not in OF_THE_START)
     return same and report.get("status") == "finished"

@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mambahome_jax.errors import OutputError
-from mambahome_jax.support.files import beside
+from mambahome_jax.support.console import duration, say
+from mambahome_jax.support.files import atomic_write
 from mambahome_jax.training.board import Board
 from mambahome_jax.training.budget import TimeBudget
 
@@ -153,7 +154,7 @@ def _keep_rows(path: Path, step: int, added: Mapping[str, str] | None = None) ->
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     writer.writerows({**row, **(added or {})} if row["step"] == str(step) else row for row in _rows_up_to(path, step))
-    with beside(path) as partial:
+    with atomic_write(path, "output folder", parents=False) as partial:
         partial.write_bytes(text.getvalue().encode())
 
 
@@ -240,7 +241,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line as it is: paths may hold what rich would take for markup."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(self.console, text)
 
     def tick(self, step: int) -> float | None:
         """A step has ended now; returns images per second over the last ones, None until that can be said."""
@@ -288,13 +289,3 @@ def dice_table(structures: Mapping[str, float], before: Mapping[str, float] | No
         change = value - (before or {}).get(name, math.nan)
         lines.append(f"  {name:<{width}}  {value:.3f}" + (f"  {change:+.3f}" if math.isfinite(change) else ""))
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 2 min 30 s, 17 min, 3 h 20 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 600 and (rest := round(seconds) % 60):
-        return f"{round(seconds) // 60} min {rest:02d} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

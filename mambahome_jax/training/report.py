@@ -12,20 +12,19 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.patients import split_notes
-from mambahome_jax.datasets.prepared import Prepared, write_json
+from mambahome_jax.datasets.prepared import Prepared
 from mambahome_jax.datasets.splits import outside_note, outside_split
 from mambahome_jax.datasets.structures import describe_numbering
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import TrainConfig
-from mambahome_jax.support.console import command_line
+from mambahome_jax.support.console import command_line, duration, say
+from mambahome_jax.support.devices import device_line, versions
+from mambahome_jax.support.files import jsonable, read_json, write_json
 from mambahome_jax.support.paths import working_folder
-from mambahome_jax.support.run_report import device, plain, versions
 from mambahome_jax.training.data import case_digests, trained_on_notes
 from mambahome_jax.training.distributed import is_first
 from mambahome_jax.training.loop import Plan, Validation
-from mambahome_jax.training.progress import duration
 from mambahome_jax.training.setup import Setup, training_settings
 
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -89,9 +88,9 @@ def new_report(folder: Path, config: TrainConfig, setup: Setup, skipped: list[tu
     return {
         "command": "train",
         "status": "starting",
-        "configuration": plain(dataclasses.asdict(config)),
+        "configuration": jsonable(dataclasses.asdict(config)),
         "working_folder": working_folder(folder),
-        "model": plain(dataclasses.asdict(setup.model)),
+        "model": jsonable(dataclasses.asdict(setup.model)),
         "data": {
             "name": setup.prepared.name,
             "fingerprint": dataset_fingerprint(setup.prepared, [*setup.train_cases]),
@@ -102,11 +101,11 @@ def new_report(folder: Path, config: TrainConfig, setup: Setup, skipped: list[tu
             "outside_split": outside_split(setup.prepared),
             "skipped": [{"id": case, "reason": reason} for case, reason in skipped],
         },
-        "training": plain(training_settings(config, setup)),
+        "training": jsonable(training_settings(config, setup)),
         "seed": config.seed,
         "versions": versions(PACKAGES),
         "git": git_state(),
-        "device": device(),
+        "device": device_line(),
         "outputs": {"best": "checkpoints/best", "last": "checkpoints/last", "metrics": "metrics.csv"},
     }
 
@@ -154,7 +153,7 @@ def say_start(
     if start:
         lines.append(f"Resuming after step {start}")
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def data_notes(setup: Setup) -> tuple[str, ...]:
@@ -198,13 +197,13 @@ def say_end(folder: Path, report: dict[str, Any], code: int, console: Console) -
     elif best is not None:
         lines.append(f"Next: {_infer_line([folder / 'checkpoints' / 'best'])}")
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def say_member(number: int, members: int, seed: int, folder: Path, finished: bool, console: Console) -> None:
     """Print which of several networks is about to be trained, or has been."""
     line = f"Network {number + 1} of {members}, seed {seed}, in {folder}" + (": finished already" if finished else "")
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    say(console, line)
 
 
 def say_ensemble(checkpoints: Sequence[Path], members: int, console: Console) -> None:
@@ -213,7 +212,7 @@ def say_ensemble(checkpoints: Sequence[Path], members: int, console: Console) ->
     line = "All together: " if len(checkpoints) == members else line
     if checkpoints:
         line += _infer_line(checkpoints)
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    say(console, line)
 
 
 def _infer_line(checkpoints: Sequence[Path]) -> str:

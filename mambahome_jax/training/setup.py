@@ -25,10 +25,10 @@ from mambahome_jax.datasets.structures import AXES, axis_along, match_structures
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.grids import grids_for, patch_and_grids
-from mambahome_jax.model.network import default_precision
 from mambahome_jax.patches.ranges import training_ranges
 from mambahome_jax.patches.store import Store
 from mambahome_jax.recipes import AugmentationConfig, Ingredients, OptimizerConfig, resolve
+from mambahome_jax.support.devices import default_precision
 from mambahome_jax.training.data import case_digests, trained_on
 from mambahome_jax.training.mirrors import choose_mirrors
 

@@ -7,34 +7,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mambahome_jax.config import Strategy
-from mambahome_jax.errors import ConfigError
 
 AXIS = "data"
 # Below this number of elements the messages of splitting an array cost more than its memory. The optimizer joins arrays
 # below it (grouping.py).
 SMALLEST_SPLIT = 2**17
 Tree = TypeVar("Tree")
-
-
-def choose_devices(parallel: bool = True, num_devices: int | None = None) -> list[jax.Device]:
-    """The devices to train on, process by process: all accelerators, or one CPU of each, unless a number is given.
-
-    num_devices: of each process. Raises ConfigError.
-    """
-    here = jax.local_devices()
-    count = num_devices if num_devices is not None else 1 if here[0].platform == "cpu" else len(here)
-    if not 1 <= count <= len(here):
-        raise ConfigError(f"--num_devices {count}: this machine has {len(here)} {here[0].platform} devices")
-    processes = jax.process_count()
-    if processes == 1:
-        return here[: count if parallel else 1]
-    if not parallel:
-        raise ConfigError(f"--parallel False, but there are {processes} processes; expected one")
-    shares = [[device for device in jax.devices() if device.process_index == n][:count] for n in range(processes)]
-    if any(len(share) != count for share in shares):
-        found = ", ".join(str(len(share)) for share in shares)
-        raise ConfigError(f"the processes have {found} devices; expected as many in each. Use --num_devices")
-    return [device for share in shares for device in share]
 
 
 def make_mesh(devices: list[jax.Device]) -> Mesh:

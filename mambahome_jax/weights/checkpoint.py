@@ -23,7 +23,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
-from mambahome_jax.support.jsontext import parse_json
+from mambahome_jax.support.files import parse_json
 from mambahome_jax.support.paths import openable_path, require_letters
 
 CONFIG_FILE, MODEL_ITEM = "config.json", "model"

@@ -17,9 +17,9 @@ from flax import nnx
 
 from mambahome_jax.config import DataProperties, ModelConfig, Precision
 from mambahome_jax.errors import CheckpointError, ConfigError, OutputError
-from mambahome_jax.model.network import MambaHoME, default_precision
-from mambahome_jax.support.jsontext import parse_json
-from mambahome_jax.support.npz import NPZ_ERRORS, require_held
+from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.support.devices import default_precision
+from mambahome_jax.support.files import NPZ_ERRORS, parse_json, require_whole_npz
 from mambahome_jax.support.paths import openable_path
 from mambahome_jax.weights.checkpoint import read_checkpoint_config, read_checkpoint_params, write_checkpoint
 from mambahome_jax.weights.names import config_of_shapes, dotted, official_shape, targets
@@ -137,7 +137,7 @@ def _json_object(text: str, path: Path) -> dict[str, Any]:
 
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     try:
-        require_held(path)
+        require_whole_npz(path)
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except NPZ_ERRORS as error:

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from mambahome_jax.datasets import load_dataset
-from mambahome_jax.datasets.base import read_json
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, read_prepared, write_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.rerun import with_earlier_flags
+from mambahome_jax.support.files import read_json
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])

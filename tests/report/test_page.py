@@ -7,11 +7,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mambahome_jax.evaluation.files import Evaluation, without_nan
+from mambahome_jax.evaluation.files import Evaluation
 from mambahome_jax.evaluation.paired import compare_runs
 from mambahome_jax.evaluation.scores import Score
 from mambahome_jax.report.page import Report, Shown, draw_distribution, inline_json, render_report, worst_first
 from mambahome_jax.report.pictures import Panel
+from mambahome_jax.support.files import jsonable
 
 EVIL = "</script><script>alert('1')</script>\"<img src=x onerror=alert(2)>&amp;"
 VOID = {"meta", "link", "img"}
@@ -57,7 +58,7 @@ def evil_page():
         shown=[Shown(EVIL, [Panel(b"png", EVIL, EVIL)], remark=EVIL)],
         run=[(EVIL, EVIL)],
         failures=[(EVIL, EVIL)],
-        comparison=without_nan(compare_runs(scores, scores)) | {"only_here": [EVIL], "definition": EVIL},
+        comparison=jsonable(compare_runs(scores, scores)) | {"only_here": [EVIL], "definition": EVIL},
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mambahome_jax import cli
-from mambahome_jax.support.program_cache import program_cache
+from mambahome_jax.support.devices import program_cache
 
 
 @pytest.fixture(autouse=True)

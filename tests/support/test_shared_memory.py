@@ -12,8 +12,8 @@ from mambahome_jax.errors import ConfigError, TrainingError
 from mambahome_jax.patches import workers
 from mambahome_jax.patches.loader import make_loader
 from mambahome_jax.patches.store import Store
-from mambahome_jax.support import processes, shared_memory
-from mambahome_jax.support.shared_memory import Workers, batch_bytes, fitting_workers, needed_bytes, why_none
+from mambahome_jax.support import processes
+from mambahome_jax.support.processes import Workers, batch_bytes, fitting_workers, needed_bytes, why_no_processes
 from tests.commands.test_train import _dataset
 
 DOCKER = 64 << 20
@@ -39,7 +39,7 @@ def test_a_batch_is_as_large_as_the_loader_makes_it(tmp_path):
     ],
 )
 def test_as_many_processes_as_shared_memory_holds(wanted, patch, free, count, monkeypatch):
-    monkeypatch.setattr(shared_memory, "free_bytes", lambda: free)
+    monkeypatch.setattr(processes, "free_shared_bytes", lambda: free)
     workers = fitting_workers(wanted, batch_bytes(2, patch, 1))
     assert workers.count == count and bool(workers.why_fewer) == (count < wanted)
     if count < wanted:
@@ -55,15 +55,15 @@ def test_where_no_lock_can_be_made_threads_do_the_work(monkeypatch, capsys):
 
     monkeypatch.setattr(BaseContext, "Lock", refused)
     reason = "shared memory (/dev/shm) cannot be used: Permission denied"
-    assert why_none() == reason
-    assert fitting_workers(2, 10) == Workers(0, f"{reason}; patches are read in threads. {shared_memory.REMEDY}")
+    assert why_no_processes() == reason
+    assert fitting_workers(2, 10) == Workers(0, f"{reason}; patches are read in threads. {processes.REMEDY}")
     assert sorted(processes.run_jobs(abs, [-1, 2], 2, batch=2)) == [(-1, 1), (2, 2)]
     assert f"Note: {reason}; the work is done in this process" in capsys.readouterr().err
 
 
 def test_without_locks_a_loader_of_processes_says_so(tmp_path, monkeypatch):
     store = Store(_dataset(tmp_path))
-    monkeypatch.setattr(shared_memory, "why_none", lambda: "no room")
+    monkeypatch.setattr(processes, "why_no_processes", lambda: "no room")
     with pytest.raises(ConfigError, match=r"no room\. Give /dev/shm more room"):
         iter(make_loader(store, store.cases, (8, 8, 8), 2, num_workers=1))
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from mambahome_jax.errors import OutputError
-from mambahome_jax.training.progress import MetricsLog, duration
+from mambahome_jax.support.console import duration
+from mambahome_jax.training.progress import MetricsLog
 
 
 def _lines(folder):

@@ -8,10 +8,11 @@ from jax.sharding import PartitionSpec
 
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.recipes import AugmentationConfig, OptimizerConfig
+from mambahome_jax.support.devices import choose_devices
 from mambahome_jax.training import grouping, sharding
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
-from mambahome_jax.training.sharding import choose_devices, make_mesh, put_batch, tree_sharding
+from mambahome_jax.training.sharding import make_mesh, put_batch, tree_sharding
 from mambahome_jax.training.step import init_state, make_train_step
 from tests.training.stand_in import SmallNet
 

@@ -4,10 +4,11 @@ import re
 from pathlib import Path
 
 from mambahome_jax.config import Modality
-from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, read_json, unlabelled_note
+from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, unlabelled_note
 from mambahome_jax.datasets.files import scan_files
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.support.files import scan_stem
+from mambahome_jax.imaging.formats import scan_stem
+from mambahome_jax.support.files import read_json
 
 NAME = "amos"
 LOOKS_FOR = "AMOS 2022: imagesTr, labelsTr, imagesVa, labelsVa, imagesTs with amos_####.nii.gz"

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from mambahome_jax.datasets.base import Case, Dataset, label_names, modality_of, read_json, scan_files
+from mambahome_jax.datasets.base import Case, Dataset, label_names, modality_of, scan_files
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.support.files import scan_stem
+from mambahome_jax.imaging.formats import scan_stem
+from mambahome_jax.support.files import read_json
 from mambahome_jax.support.paths import own_name
 
 NAME = "decathlon"

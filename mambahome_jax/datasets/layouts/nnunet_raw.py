@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, modality_of, read_json, scan_files
+from mambahome_jax.datasets.base import Case, Dataset, Split, label_names, modality_of, scan_files
 from mambahome_jax.datasets.files import CHANNEL
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.support.files import SCAN_SUFFIXES, alternatives
+from mambahome_jax.imaging.formats import SCAN_SUFFIXES, alternatives
+from mambahome_jax.support.files import read_json
 from mambahome_jax.support.paths import one_form, own_name, path_in
 
 NAME = "nnunet_raw"

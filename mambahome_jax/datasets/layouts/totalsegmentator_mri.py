@@ -8,7 +8,7 @@ from mambahome_jax.datasets.base import Case, Dataset, Split, unlabelled_note
 from mambahome_jax.datasets.files import listed, listing, read_table, scans_of, walk
 from mambahome_jax.datasets.splits import WORDS
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.support.files import scan_stem
+from mambahome_jax.imaging.formats import scan_stem
 from mambahome_jax.support.paths import own_name
 
 NAME = "totalsegmentator_mri"
