@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW, CtNormalisation, ct_from_json, ct_to_json
 from mambahome_jax.values import SAMPLE_PERCENTILES as SAMPLE_PERCENTILES
 from mambahome_jax.values import AnatomicalAxis as AnatomicalAxis
 from mambahome_jax.values import CtIntensity as CtIntensity
-from mambahome_jax.values import CtScale as CtScale
 from mambahome_jax.values import Modality as Modality
 from mambahome_jax.values import Precision as Precision
 from mambahome_jax.values import ScanRanges as ScanRanges
@@ -112,8 +112,8 @@ class DataProperties:
     mirror_pairs: MirrorPairs | None = None
     """(axis, pairs of label values that traded places there) of these axes; None: those whose names differ in the side,
     as in checkpoints of earlier versions."""
-    ct_scale: CtScale | None = None
-    """How CT is normalised, where that is not by the published window."""
+    ct_normalisation: CtNormalisation = PUBLISHED_WINDOW
+    """How CT is normalised; other modalities have one way each."""
     # Not compared: networks trained on other cases of one dataset share what is compiled for them.
     ranges: tuple[ScanRanges, ...] = dataclasses.field(default=(), compare=False)
     """What the scans were like, one entry a modality; empty where that was not noted."""
@@ -143,7 +143,7 @@ class DataProperties:
                 lambda v: None if v is None else tuple((axis, _pairs(pairs)) for axis, pairs in v.items()),
                 '{"LR": [[2, 3], ...]}, or null',
             ),
-            "ct_scale": (lambda v: None if v is None else CtScale.from_json(v), "low, high, mean and std, or null"),
+            "ct_scale": (ct_from_json, "low, high, mean and std, or null"),
             "ranges": (
                 lambda v: tuple(
                     ScanRanges.from_json(one_of(name, get_args(Modality)), entry) for name, entry in v.items()
@@ -156,12 +156,18 @@ class DataProperties:
             ),
             "val_dice": (lambda v: None if v is None else float(v), "a number, or null"),
         }
-        return cls(**{name: converted(name, values[name], *form) for name, form in forms.items() if name in values})
+        fields = {name: converted(name, values[name], *form) for name, form in forms.items() if name in values}
+        if "ct_scale" in fields:
+            fields["ct_normalisation"] = fields.pop("ct_scale")
+        return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in config.json: labels as {"1": name}; pairs, values, ranges and score where there are any."""
-        content = dataclasses.asdict(self) | {"labels": {str(value): name for value, name in self.labels}}
-        del content["ranges"], content["values"], content["mirror_pairs"]
+        content = dataclasses.asdict(self) | {
+            "labels": {str(value): name for value, name in self.labels},
+            "ct_scale": ct_to_json(self.ct_normalisation),
+        }
+        del content["ranges"], content["values"], content["mirror_pairs"], content["ct_normalisation"]
         if self.val_dice is None:
             del content["val_dice"]
         if self.mirror_pairs is not None:

@@ -4,12 +4,12 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.imaging.normalisation import Modality as Modality
 
-Modality = Literal["ct", "mr", "us"]
 Precision = Literal["fp32", "tf32", "bf16"]
 # What metrics of distance count: voxels of the surface, or its area.
 Surface = Literal["voxels", "area"]
@@ -21,31 +21,6 @@ CtIntensity = Literal["window", "percentiles"]
 
 # Of a sample of a scan; its least and largest value may be those of a single voxel of metal or of padding.
 SAMPLE_PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
-
-
-@dataclass(frozen=True)
-class CtScale:
-    """How a dataset's own values bring its CT to the network: clipped to [low, high], then (x - mean) / std.
-
-    In HU, one entry a channel: the 0.5 and 99.5 percentiles, mean and standard deviation of its labelled voxels.
-    """
-
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "CtScale":
-        """From {"low": [...], ...}. Raises TypeError, ValueError or KeyError: anything else, or numbers of no use."""
-        columns = [tuple(float(value) for value in entries(values[field.name])) for field in fields(cls)]
-        if not columns[0] or len({len(column) for column in columns}) != 1:
-            raise ValueError("not as many entries in each as there are channels")
-        scale = cls(*columns)
-        ordered = all(low <= high for low, high in zip(scale.low, scale.high, strict=True))
-        if not all(map(math.isfinite, sum(columns, ()))) or min(scale.std) <= 0 or not ordered:
-            raise ValueError("numbers that cannot be")
-        return scale
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,9 @@ def _segment_all(
     unusable = len(outcome.failures)
     for failure in outcome.failures:
         say(console, f"Failed {failure['id']}: {failure['reason']}")
-    mixed = config.modality is None and any(scan.modality not in (None, settings.modality) for scan in scans)
+    mixed = config.modality is None and any(
+        scan.modality not in (None, settings.normalisation.modality) for scan in scans
+    )
     if mixed:
         say(console, "Scans of several modalities: each is normalised by its own, as the dataset says")
     else:
@@ -152,7 +154,7 @@ def _segment_all(
     report = {
         "command": "infer",
         "configuration": configuration,
-        "settings": jsonable(dataclasses.asdict(settings)),
+        "settings": jsonable(settings.to_json()),
         "labels": {str(value): name for value, name in plan.kept_names.items()},
         **({"values": {str(number): value for number, value in stored.items()}} if stored else {}),
         "versions": versions((*PACKAGES, *(name for name in FORMATS if importlib.util.find_spec(name)))),

@@ -12,15 +12,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mambahome_jax.config import CtIntensity, CtScale, Modality
+from mambahome_jax.config import CtIntensity, Modality
 from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, write_prepared
 from mambahome_jax.datasets.structures import describe_numbering
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
+from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW, CtNormalisation
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.patches.ct_scale import ct_scale
-from mambahome_jax.patches.store import StoreEntry, write_index
+from mambahome_jax.patches.store import StoreEntry, ct_scale, write_index
 from mambahome_jax.preprocessing.case import CaseJob, prepare_case, up_to_date
 from mambahome_jax.preprocessing.jobs import choose_workers, make_jobs, open_output
 from mambahome_jax.preprocessing.labels import number_structures
@@ -174,7 +174,9 @@ def prepare(
         labels=labels,
         cases=tuple(_prepared_case(job, entry) for job, entry in ordered),
         skipped=tuple(failed),
-        ct_scale=_scale(output / "store", [job for job, _ in ordered], console) if percentiles else None,
+        ct_normalisation=_scale(output / "store", [job for job, _ in ordered], console)
+        if percentiles
+        else PUBLISHED_WINDOW,
         patients=dataset.patients,
         values=values,
     )
@@ -188,11 +190,11 @@ def _of_scale(jobs: Iterable[CaseJob]) -> list[str]:
     return [job.case.id for job in jobs if job.modality == "ct" and job.case.has_label and job.case.split != "test"]
 
 
-def _scale(store: Path, jobs: Iterable[CaseJob], console: Console) -> CtScale | None:
+def _scale(store: Path, jobs: Iterable[CaseJob], console: Console) -> CtNormalisation:
     found = ct_scale(store, _of_scale(jobs))
     if found is None:
         say(console, "Note: no voxel of a CT is labelled, so CT is normalised by the window of -175 to 250 HU")
-        return None
+        return PUBLISHED_WINDOW
     numbers = "; ".join(
         f"{low:.4g} to {high:.4g} HU, mean {mean:.4g}, deviation {std:.4g}"
         for low, high, mean, std in zip(found.low, found.high, found.mean, found.std, strict=True)

@@ -20,6 +20,7 @@ from mambahome_jax.datasets.splits import with_split_file
 from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.flags import TrainConfig
+from mambahome_jax.imaging.normalisation import normalisations
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.patches.loader import make_loader
 from mambahome_jax.patches.store import Store
@@ -205,8 +206,9 @@ def _train(
     if setup.val_cases:
         val_store = Store(setup.prepared_val.store) if setup.prepared_val else store
         validation = ValidationSettings(
-            *(setup.val_cases, setup.structures, setup.patch_size, config.overlap, config.modality, config.batch_size),
-            ct_scale=setup.properties.ct_scale,
+            *(setup.val_cases, setup.structures, setup.patch_size, config.overlap),
+            normalise=normalisations(setup.properties.ct_normalisation, config.modality),
+            sw_batch_size=config.batch_size,
             values=setup.val_values,
         )
         here = next(device for device in devices if device.process_index == jax.process_index())
@@ -284,8 +286,7 @@ def _batches(
         seed=config.seed,
         num_workers=workers.count,
         class_balanced=setup.ingredients.class_balanced,
-        modality=config.modality,
-        ct_scale=setup.properties.ct_scale,
+        normalise=normalisations(setup.properties.ct_normalisation, config.modality),
         share=(jax.process_index(), jax.process_count()),
     )
     iterator = iter(loader)

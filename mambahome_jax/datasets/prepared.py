@@ -8,12 +8,13 @@ from typing import Any, get_args
 
 import numpy as np
 
-from mambahome_jax.config import CtScale, Modality
+from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset, PatientSource, Split, label_names
 from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.structures import table_of_values
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import suffix_of
+from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW, CtNormalisation, ct_from_json, ct_to_json
 from mambahome_jax.support.files import read_json, write_json
 from mambahome_jax.support.paths import as_on_disk, local_path, one_form
 
@@ -63,8 +64,8 @@ class Prepared:
     """A preprocessed dataset.
 
     spacing: (3,) mm that was asked for, None where every scan kept its own; 0 or below keeps an axis. orientation: of
-    the array axes, such as "RAS". labels: value -> name, without the background. ct_scale: how CT is normalised, None
-    for the published window. patients: who says of which patient a case is, None in folders of earlier versions.
+    the array axes, such as "RAS". labels: value -> name, without the background. patients: who says of which
+    patient a case is, None in folders of earlier versions.
     values: value of `labels` -> value that the dataset's label maps store and infer writes, written only where the two
     differ.
     """
@@ -77,7 +78,7 @@ class Prepared:
     labels: Mapping[int, str]
     cases: tuple[PreparedCase, ...]
     skipped: tuple[tuple[str, str], ...] = field(default=())
-    ct_scale: CtScale | None = None
+    ct_normalisation: CtNormalisation = PUBLISHED_WINDOW
     patients: PatientSource | None = None
     values: Mapping[int, int] = field(default_factory=dict)
 
@@ -150,7 +151,7 @@ def read_prepared(folder: Path) -> Prepared:
         found, action = f"version {content.get('version')!r}", "Run preprocess.py again."
         raise DatasetError(found, file=file, expected=f"version {VERSION} of {LOOKS_FOR}", action=action)
     try:
-        spacing, ct_scale = content["spacing"], content.get("ct_scale")
+        spacing = content["spacing"]
         labels = label_names(content["labels"], file)
         return Prepared(
             root=folder,
@@ -161,7 +162,7 @@ def read_prepared(folder: Path) -> Prepared:
             labels=labels,
             cases=tuple(_case(entry) for entry in content["cases"]),
             skipped=tuple((entry["id"], entry["reason"]) for entry in content["skipped"]),
-            ct_scale=None if ct_scale is None else CtScale.from_json(ct_scale),
+            ct_normalisation=ct_from_json(content.get("ct_scale")),
             patients=_patient_source(content.get("patients")),
             values=table_of_values(content.get("values"), file, labels),
         )
@@ -184,8 +185,8 @@ def write_prepared(prepared: Prepared) -> None:
     }
     if prepared.values:
         content["values"] = {str(value): stored for value, stored in sorted(prepared.values.items())}
-    if prepared.ct_scale is not None:
-        content["ct_scale"] = asdict(prepared.ct_scale)
+    if (ct := ct_to_json(prepared.ct_normalisation)) is not None:
+        content["ct_scale"] = ct
     if prepared.patients is not None:
         content["patients"] = prepared.patients
     write_json(prepared.root / DESCRIPTION, content)

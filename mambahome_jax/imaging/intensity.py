@@ -1,8 +1,4 @@
-"""Intensities: the published windows and scores, and the box of the foreground. Arrays are channels-last.
-
-`normalise` is what the network sees. Training applies it to crops and inference to whole volumes, so it takes the
-volume's statistics as an argument and never computes them from what it is given.
-"""
+"""Statistics and samples of a volume's intensities, and the range that pictures show. Arrays are channels-last."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,10 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mambahome_jax.config import SAMPLE_PERCENTILES, CtScale, Modality
-from mambahome_jax.errors import ConfigError
+from mambahome_jax.config import SAMPLE_PERCENTILES, Modality
 
-CT_WINDOW = (-175.0, 250.0)  # HU, as published
 # Abdominal soft tissue in HU; other scans have no fixed scale and are shown between two percentiles.
 CT_DISPLAY = (-160.0, 240.0)
 DISPLAY_PERCENTILES = (0.5, 99.5)
@@ -101,55 +95,6 @@ def display_range(array: np.ndarray, modality: Modality | None = None) -> tuple[
     step = max(round((array.size / 1_000_000) ** (1 / 3)), 1)
     low, high = np.percentile(array[::step, ::step, ::step], DISPLAY_PERCENTILES)
     return float(low), float(high if high > low else low + 1)
-
-
-def normalise(
-    array: np.ndarray, modality: Modality, stats: IntensityStatistics | None, ct_scale: CtScale | None = None
-) -> np.ndarray:
-    """What the network sees of an array (..., C): float32, same shape.
-
-    ct: window -175 to 250 HU to [0, 1], clipped, or what ct_scale says. mr: z-score by the volume's statistics, zeros
-    stay zero. us: the volume's minimum and maximum to [0, 1].
-    stats: None for ct, which needs none.
-    Raises ConfigError: another modality, a ct_scale of another number of channels.
-    """
-    if modality == "ct" and ct_scale is not None:
-        if len(ct_scale.mean) != array.shape[-1]:
-            raise ConfigError(f"intensities of {len(ct_scale.mean)} channels for a scan of {array.shape[-1]}")
-        low, high, mean, std = (
-            np.asarray(column, np.float32) for column in (ct_scale.low, ct_scale.high, ct_scale.mean, ct_scale.std)
-        )
-        return (np.clip(array.astype(np.float32), low, high) - mean) / std
-    if modality == "ct":
-        return scale_range(array, *CT_WINDOW, 0.0, 1.0, clip=True)
-    if stats is None:
-        raise ValueError(f"no statistics for {modality}")
-    values = array.astype(np.float32)
-    if modality == "mr":
-        scaled = (values - np.asarray(stats.mean, np.float32)) / np.asarray(stats.std, np.float32)
-        scaled[values == 0] = 0
-        return scaled
-    if modality == "us":
-        low = np.asarray(stats.minimum, np.float32)
-        extent = np.asarray(stats.maximum, np.float32) - low
-        return (values - low) / np.where(extent > 0, extent, np.float32(1))
-    raise ConfigError(f"modality {modality!r}; expected ct, mr or us")
-
-
-def scale_range(
-    array: np.ndarray, a_min: float, a_max: float, b_min: float, b_max: float, clip: bool = False
-) -> np.ndarray:
-    """Map [a_min, a_max] to [b_min, b_max], beyond it too unless `clip`. float32, as MONAI's ScaleIntensityRange.
-
-    Raises ConfigError where a_min equals a_max.
-    """
-    if a_min == a_max:
-        raise ConfigError(f"intensity range {a_min} to {a_max}; expected two different values")
-    scaled = array.astype(np.float32)
-    scaled -= np.float32(a_min)
-    scaled *= np.float32((b_max - b_min) / (a_max - a_min))
-    scaled += np.float32(b_min)
-    return np.clip(scaled, b_min, b_max, out=scaled) if clip else scaled
 
 
 def normalise_z(array: np.ndarray, nonzero: bool = True, channelwise: bool = True) -> np.ndarray:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mambahome_jax.config import DataProperties
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.find_scans import Scan
 from mambahome_jax.datasets.label_map import read_image
@@ -22,8 +23,10 @@ from mambahome_jax.imaging import dicomseg
 from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.geometry import coarse_remark, reorient
 from mambahome_jax.imaging.grids import SAME_GRID_MM, shift_between
+from mambahome_jax.imaging.normalisation import normalisation_for
 from mambahome_jax.imaging.source_record import record_of
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_grid, read_labels, read_volume, write_volume
+from mambahome_jax.inference.ensemble import metadata_of
 from mambahome_jax.inference.faults import DICOM_SEG
 from mambahome_jax.inference.postprocess import postprocess, volumes_ml
 from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, network_grid, prepare
@@ -142,7 +145,7 @@ def _read(plan: Plan, scan: Scan) -> tuple[Volume, NetworkInput] | dict[str, Any
         scale = plan.config.spacing_scale
         volume = read_volume(scan.path, as_stored=True, series=scan.series, spacing_scale=scale)
     with naming(scan.path):
-        return volume, prepare(volume, _settings_of(scan, plan.settings), channels_of(plan.models))
+        return volume, prepare(volume, _settings_of(scan, plan), channels_of(plan.models))
 
 
 def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
@@ -173,8 +176,11 @@ def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
     }
 
 
-def _settings_of(scan: Scan, settings: SegmentSettings) -> SegmentSettings:
-    return settings if scan.modality is None else dataclasses.replace(settings, modality=scan.modality)
+def _settings_of(scan: Scan, plan: Plan) -> SegmentSettings:
+    if scan.modality is None:
+        return plan.settings
+    data = metadata_of(plan.models) or DataProperties()
+    return dataclasses.replace(plan.settings, normalisation=normalisation_for(scan.modality, data.ct_normalisation))
 
 
 def write_case(
@@ -189,7 +195,7 @@ def write_case(
     result = postprocess(result, plan.only, plan.largest)
     for values, affine in shares:
         write_probabilities(_shares(config, scan), values, affine, class_names_of(plan.models))
-    modality, structures_ml = scan.modality or settings.modality, volumes_ml(result, names)
+    modality, structures_ml = scan.modality or settings.normalisation.modality, volumes_ml(result, names)
     remark = case_remark(plan.models, volume, modality, structures_ml)
     oriented = reorient(volume, settings.orientation)
     coarse = coarse_remark(oriented.shape, network_grid(oriented, settings)[1])

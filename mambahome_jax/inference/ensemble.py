@@ -11,6 +11,7 @@ from flax import nnx
 
 from mambahome_jax.config import DataProperties, Modality, ScanRanges
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW
 
 # Below it, half of what a network marks is wrong, or half of what there is is missed.
 _POOR_DICE = 0.5
@@ -105,6 +106,6 @@ def _traits(model: Any) -> dict[str, Any]:
         "spacing": spacing,
         "orientation": data.orientation,
         "modality": data.modality,
-        "intensities of CT": data.ct_scale or "by the window",
+        "intensities of CT": "by the window" if data.ct_normalisation == PUBLISHED_WINDOW else data.ct_normalisation,
         "preparation of scans": "published" if is_published(model) else "trained",
     }

@@ -8,6 +8,7 @@ from mambahome_jax.config import Triple, said_multiples
 from mambahome_jax.datasets.find_scans import Scan
 from mambahome_jax.errors import ConfigError, MambaHomeError
 from mambahome_jax.imaging import dicomseg, itk
+from mambahome_jax.imaging.normalisation import CtScale
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.prepare import SegmentSettings, prepare
 from mambahome_jax.inference.sliding_window import window_starts
@@ -55,7 +56,7 @@ def check_settings(settings: SegmentSettings, multiples: Triple) -> None:
     window_starts((1, 1, 1), (1, 1, 1), settings.overlap)
     if settings.sw_batch_size < 1:
         raise ConfigError(f"--sw_batch_size {settings.sw_batch_size}; expected 1 or more")
-    channels = 1 if settings.ct_scale is None else len(settings.ct_scale.mean)
+    channels = len(settings.normalisation.mean) if isinstance(settings.normalisation, CtScale) else 1
     corner = Volume(np.zeros((1, 1, 1, channels), np.float32), np.eye(4))
     prepare(corner, settings)
 

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 
-from mambahome_jax.config import CtScale, Mirror, Modality
+from mambahome_jax.config import Mirror
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.geometry import Box, reorient, resample_to, resampled_grid
-from mambahome_jax.imaging.intensity import IntensityStatistics, normalise, statistics_of_parts
+from mambahome_jax.imaging.intensity import IntensityStatistics, statistics_of_parts
 from mambahome_jax.imaging.nifti import usable_affine
+from mambahome_jax.imaging.normalisation import CtNormalisation, Normalisation, ct_to_json
 from mambahome_jax.imaging.volume import Volume
 
 # An image of the network that takes more than this is made slab by slab when its windows are due: float32 of
@@ -24,32 +26,36 @@ _SLAB_BYTES = 32 << 20
 class SegmentSettings:
     """How a scan is brought to the network and back.
 
-    spacing: (3,) mm at which the network works, None or 0 keeps the scan's own. orientation: of its axes. modality:
-    how intensities are normalised. roi_size: window in voxels, an entry <= 0 takes the whole axis.
+    spacing: (3,) mm at which the network works, None or 0 keeps the scan's own. orientation: of its axes.
+    normalisation: how intensities reach it. roi_size: window in voxels, an entry <= 0 takes the whole axis.
     chain: "trained" resamples first and normalises what came out, as preprocess.py and train.py do, and blends windows
     by a Gaussian. "published" is what the published inference script does: intensity window first, equal weights, zeros
     beyond the border, nearest logits on the way back.
     mirrors: axes along which each window is mirrored too, see `with_mirrors`.
-    ct_scale: see `normalise`.
     """
 
     spacing: Sequence[float] | None
     orientation: str
-    modality: Modality
+    normalisation: Normalisation
     roi_size: Sequence[int]
     overlap: float | Sequence[float] = 0.5
     sw_batch_size: int = 4
     chain: Literal["trained", "published"] = "trained"
     mirrors: tuple[Mirror, ...] = ()
-    ct_scale: CtScale | None = None
 
     def __post_init__(self) -> None:
-        if self.modality not in ("ct", "mr", "us"):
-            raise ConfigError(f"modality is {self.modality!r}; expected ct, mr or us")
         if self.chain not in ("trained", "published"):
             raise ConfigError(f"chain is {self.chain!r}; expected trained or published")
         if len(self.roi_size) != 3:
             raise ConfigError(f"roi_size is {tuple(self.roi_size)}; expected three numbers of voxels")
+
+    def to_json(self) -> dict[str, Any]:
+        """As run.json has it: the normalisation as "modality" and "ct_scale"."""
+        content = asdict(self) | {"modality": self.normalisation.modality, "ct_scale": None}
+        if isinstance(self.normalisation, CtNormalisation):
+            content["ct_scale"] = ct_to_json(self.normalisation)
+        del content["normalisation"]
+        return content
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +64,8 @@ class NetworkInput:
 
     scan: (D, H, W, in) in any real type, reoriented. affine, shape: the network's grid.
     file_affine: (4, 4) of the scan.
-    stats: what `normalise` takes. kept: (*shape, in) float32, None where it is made when it is asked for.
+    statistics: what `settings.normalisation` takes. kept: (*shape, in) float32, None where slabs are made
+      on demand.
     """
 
     scan: Volume
@@ -66,7 +73,7 @@ class NetworkInput:
     shape: tuple[int, int, int]
     file_affine: np.ndarray
     settings: SegmentSettings
-    stats: IntensityStatistics | None = None
+    statistics: IntensityStatistics | None = None
     kept: np.ndarray | None = None
 
     @property
@@ -94,8 +101,7 @@ class NetworkInput:
         box = tuple(slice(start, stop) if a == axis else slice(0, n) for a, n in enumerate(self.shape))
         if self.kept is not None:
             return self.kept[box]
-        modality, scale = self.settings.modality, self.settings.ct_scale
-        return self._box((box[0], box[1], box[2]), lambda values: normalise(values, modality, self.stats, scale))
+        return self._box((box[0], box[1], box[2]), partial(self.settings.normalisation, statistics=self.statistics))
 
     def _box(self, box: Box, then: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """A part of the image, `then` done to it where its settings normalise."""
@@ -145,8 +151,8 @@ def prepare(
     oriented = reorient(replace(volume, array=array), settings.orientation)
     affine, shape = network_grid(oriented, settings)
     prepared = NetworkInput(oriented, affine, shape, volume.affine, settings)
-    if settings.modality != "ct":
-        prepared = replace(prepared, stats=statistics_of_parts(prepared._raw()))
+    if settings.normalisation.needs_statistics:
+        prepared = replace(prepared, statistics=statistics_of_parts(prepared._raw()))
     size = (*shape, array.shape[-1])
     if 4 * math.prod(size) > whole_bytes:
         return prepared

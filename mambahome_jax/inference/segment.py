@@ -17,6 +17,7 @@ from mambahome_jax.datasets.structures import AXES
 from mambahome_jax.errors import ConfigError, DatasetError, ScanWarning
 from mambahome_jax.imaging.geometry import Order, coarse_remark, orientation_of, reorient
 from mambahome_jax.imaging.labels import replace_values
+from mambahome_jax.imaging.normalisation import normalisation_for
 from mambahome_jax.imaging.plausibility import modality_remark, scan_remark, volume_remark
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.ensemble import (
@@ -125,7 +126,7 @@ def segment(
     # A callable that says nothing of its training, called without a modality, may be for anything.
     if modality is not None or metadata_of(model) is not None or is_published(model):
         names = {value: name for value, name in label_names_of(model).items() if only is None or value in only}
-        odd = case_remark(model, volume, settings.modality, volumes_ml(result, names) if names else {})
+        odd = case_remark(model, volume, settings.normalisation.modality, volumes_ml(result, names) if names else {})
         if odd is not None:
             warnings.warn(odd, ScanWarning, stacklevel=2)
     return result
@@ -144,7 +145,7 @@ def case_remark(
     return None if remark is None else str(remark)
 
 
-def settings_for(model: Any, **changes: Any) -> SegmentSettings:
+def settings_for(model: Any, *, modality: Modality | None = None, **changes: Any) -> SegmentSettings:
     """Settings with which the model was trained, those of `changes` that are not None put in their place.
 
     A network without metadata, which is one of published weights, gets the published values and chain. Of an ensemble,
@@ -154,8 +155,7 @@ def settings_for(model: Any, **changes: Any) -> SegmentSettings:
     trained: dict[str, Any] = {
         "spacing": data.spacing,
         "orientation": data.orientation,
-        "modality": data.modality,
-        "ct_scale": data.ct_scale,
+        "normalisation": normalisation_for(modality or data.modality, data.ct_normalisation),
         "roi_size": data.patch_size or PUBLISHED_ROI,
         "chain": "published" if is_published(model) else "trained",
     }

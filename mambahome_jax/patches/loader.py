@@ -1,7 +1,7 @@
 """Training patches through Grain: shuffled, cropped around the foreground, normalised, batched, exactly resumable."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -9,9 +9,9 @@ import numpy as np
 from absl import flags
 from numpy.typing import ArrayLike
 
-from mambahome_jax.config import CtScale, Modality
+from mambahome_jax.config import Modality
 from mambahome_jax.errors import ConfigError, DatasetError
-from mambahome_jax.imaging.intensity import normalise
+from mambahome_jax.imaging.normalisation import Normalisation, normalisations
 from mambahome_jax.patches.store import Store, StoreEntry
 from mambahome_jax.patches.workers import CaseNotes, WatchedLoader, heed_parent
 
@@ -28,8 +28,7 @@ def make_loader(
     num_workers: int = 0,
     positive_fraction: float = 0.75,
     class_balanced: bool = False,
-    modality: Modality | None = None,
-    ct_scale: CtScale | None = None,
+    normalise: Mapping[Modality, Normalisation] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> "grain.IterDataset | WatchedLoader":
     """Endless batches of random patches.
@@ -45,7 +44,7 @@ def make_loader(
 
     cases: ids in `store`, all with a label. positive_fraction: share of patches centred on a foreground voxel; the
     rest lie evenly in the box around the body. class_balanced: the foreground class is drawn evenly instead of by its
-    voxels. modality: instead of each case's own. ct_scale: see `normalise`.
+    voxels. normalise: by each case's modality (default: see `normalisations`).
     share: (n, of so many): each batch is the n-th of so many equal parts of the batch of `batch_size` patches; only its
     patches are read, and the state is that of the whole.
     A worker that dies or hangs ends the iteration with a TrainingError.
@@ -62,7 +61,8 @@ def make_loader(
     if unlabelled:
         raise DatasetError(f"{len(unlabelled)} cases have no label", case=unlabelled[0], file=store.root)
     notes = CaseNotes() if num_workers else None
-    patch = RandomPatch(store, tuple(cases), size, positive_fraction, class_balanced, modality, ct_scale, notes)
+    normalise = normalise or normalisations()
+    patch = RandomPatch(store, tuple(cases), size, positive_fraction, class_balanced, normalise, notes)
     dataset = (
         grain.MapDataset.source(range(len(cases)))
         .seed(seed)
@@ -90,8 +90,7 @@ class RandomPatch(grain.transforms.RandomMap):
     size: tuple[int, int, int]
     positive_fraction: float
     class_balanced: bool
-    modality: Modality | None
-    ct_scale: CtScale | None = None
+    normalise: Mapping[Modality, Normalisation]
     notes: CaseNotes | None = None
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -99,7 +98,7 @@ class RandomPatch(grain.transforms.RandomMap):
         case = self.cases[index]
         with contextlib.nullcontext() if self.notes is None else self.notes.reading(case):
             centre = draw_centre(self.store, case, rng, self.positive_fraction, self.class_balanced)
-            image, label = read_patch(self.store, case, centre, self.size, self.modality, self.ct_scale)
+            image, label = read_patch(self.store, case, centre, self.size, self.normalise)
         return {"image": image, "label": label, "case": np.asarray(index, np.int32)}
 
 
@@ -129,8 +128,7 @@ def read_patch(
     case: str,
     centre: ArrayLike,
     size: Sequence[int],
-    modality: Modality | None = None,
-    ct_scale: CtScale | None = None,
+    normalise: Mapping[Modality, Normalisation] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Image (*size, channels) float32, normalised, and label (*size) int32; zeros outside the volume."""
     entry: StoreEntry = store.entry(case)
@@ -138,7 +136,7 @@ def read_patch(
     stop = start + np.asarray(size)
     image = store.read_image(case, tuple(start), tuple(stop))
     label = store.read_label(case, tuple(start), tuple(stop))
-    image = normalise(image, modality or entry.modality, entry.statistics, ct_scale)
+    image = (normalise or normalisations())[entry.modality](image, entry.statistics)
     inside = tuple(slice(max(-first, 0), max(-first, 0) + n) for first, n in zip(start, label.shape, strict=True))
     patch_image = np.zeros((*size, image.shape[3]), np.float32)
     patch_label = np.zeros(size, np.int32)

@@ -7,7 +7,7 @@ import os
 import shutil
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,7 @@ from mambahome_jax.config import Modality
 from mambahome_jax.datasets.label_map import count_values
 from mambahome_jax.errors import DatasetError, OutputError, why_not_written
 from mambahome_jax.imaging.intensity import IntensityStatistics
+from mambahome_jax.imaging.normalisation import CtScale
 from mambahome_jax.support.files import NPZ_ERRORS, read_json, write_json
 from mambahome_jax.support.paths import as_on_disk, local_path, require_letters
 
@@ -26,6 +27,7 @@ VERSION = 1
 INDEX, CASE_FILE = "index.json", "case.json"
 # Values of labelled voxels of a CT, (SAMPLE, channels) float32: what `ct_scale` is made of.
 INTENSITIES, SAMPLE = "intensities.npy", 10_000
+_MOST_INTENSITIES = 10_000_000  # values at once, all cases together: 40 MB
 # Of a checksum: those of the image, before as many of the label map.
 CRC_LETTERS = 8
 
@@ -192,6 +194,22 @@ def whole_label(root: Path, case: str) -> np.ndarray:
     array = _open(case, path)
     with _naming_damage(case, path):
         return array.read().result()
+
+
+def ct_scale(root: Path, cases: Sequence[str]) -> CtScale | None:
+    """Measure the labelled voxels of CT cases, each counted the same; None where nothing is labelled.
+
+    Raises DatasetError: a case without its sample, or with a damaged one.
+    """
+    parts = []
+    for case in cases:
+        file = root / case / INTENSITIES
+        with _naming_damage(case, file, NPZ_ERRORS), file.open("rb") as opened:
+            values = np.load(opened, allow_pickle=False)
+        step = max(-(-values.size * len(cases) // _MOST_INTENSITIES), 1)
+        parts.append(values[::step])
+    pooled = np.concatenate(parts) if parts else np.empty((0, 1), np.float32)
+    return CtScale.of_voxels(pooled) if len(pooled) else None
 
 
 def read_entry(root: Path, case: str) -> StoreEntry | None:

@@ -152,7 +152,7 @@ def make_setup(
             labels=tuple(structures.items()),
             channels=tuple(prepared.channels),
             patch_size=patch,
-            ct_scale=prepared.ct_scale,
+            ct_normalisation=prepared.ct_normalisation,
             mirror=tuple(name for name in AXES if axis_along(name, prepared.orientation) in mirrored),
             values=tuple(sorted(prepared.values.items())),
             ranges=training_ranges([store.entry(case) for case in train], structures, config.modality),

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mambahome_jax.config import CtScale, Modality
+from mambahome_jax.config import Modality
 from mambahome_jax.errors import CheckpointError, DatasetError
 from mambahome_jax.evaluation.metrics import dice
-from mambahome_jax.imaging.intensity import normalise
 from mambahome_jax.imaging.labels import replace_values
+from mambahome_jax.imaging.normalisation import Normalisation, normalisations
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.preview import render
 from mambahome_jax.inference.segment import apply_network
@@ -30,16 +30,15 @@ from mambahome_jax.training.sharding import copy_to
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """Cases and windows. `labels`: value -> name of the structures scored; modality: instead of each case's own;
-    ct_scale: see `normalise`. values: label value of the cases -> that of training, None where they are the same."""
+    """Cases and windows. `labels`: value -> name of the structures scored; normalise: by each case's modality.
+    values: label value of the cases -> that of training, None where they are the same."""
 
     cases: Sequence[str]
     labels: Mapping[int, str]
     patch_size: tuple[int, int, int]
     overlap: float
-    modality: Modality | None = None
+    normalise: Mapping[Modality, Normalisation] = field(default_factory=normalisations)
     sw_batch_size: int = 2
-    ct_scale: CtScale | None = None
     values: Mapping[int, int] | None = None
 
 
@@ -68,12 +67,11 @@ def make_validate(
                 break
             entry = store.entry(case)
             try:
-                modality = settings.modality or entry.modality
                 image = store.read_image(case)
                 reference = store.read_label(case)
                 if settings.values is not None:
                     reference = replace_values(reference, settings.values)
-                to_unit = partial(normalise, modality=modality, stats=entry.statistics, ct_scale=settings.ct_scale)
+                to_unit = partial(settings.normalise[entry.modality], statistics=entry.statistics)
                 network = Replica(device, partial(apply_network, graphdef, params))
                 prediction = _predict(network, _slabs(image, to_unit), image.shape[:3], settings)
             except (DatasetError, CheckpointError) as error:

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.config import CtScale, DataProperties
+from mambahome_jax.config import DataProperties
 from mambahome_jax.datasets import read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
-from mambahome_jax.imaging.intensity import normalise, statistics
+from mambahome_jax.imaging.intensity import statistics
+from mambahome_jax.imaging.normalisation import CtScale, CtWindow, normalisations
 from mambahome_jax.imaging.volume import read_labels, read_volume
 from mambahome_jax.inference.ensemble import check_members
 from mambahome_jax.inference.prepare import prepare
 from mambahome_jax.inference.segment import settings_for
-from mambahome_jax.patches.ct_scale import ct_scale
 from mambahome_jax.patches.loader import read_patch
-from mambahome_jax.patches.store import INTENSITIES, SAMPLE, Store, foreground_sample
+from mambahome_jax.patches.store import INTENSITIES, SAMPLE, Store, ct_scale, foreground_sample
 from mambahome_jax.training.setup import make_setup, training_settings
 from tests.commands.scans import description, preprocess_config, scan, write
 
@@ -54,7 +54,7 @@ def test_numbers_are_those_of_the_labelled_voxels(config, capsys):
     assert found["low"] + found["high"] == pytest.approx(np.percentile(values, (0.5, 99.5)), abs=1)
     assert found["mean"] + found["std"] == pytest.approx([values.mean(), values.std()], rel=1e-3)
     assert "CT is normalised by its labelled voxels" in capsys.readouterr().out
-    assert read_prepared(config.output_path).ct_scale == CtScale.from_json(found)
+    assert read_prepared(config.output_path).ct_normalisation == CtScale.from_json(found)
 
 
 def test_every_case_counts_the_same_and_test_cases_do_not(config):
@@ -99,31 +99,33 @@ def test_training_and_inference_see_the_same(config):
     prepared = read_prepared(config.output_path)
     flags = TrainConfig(config.output_path, model="MambaHoME_tiny", steps=3)
     setup = make_setup(flags, prepared, None, devices=1)
-    assert setup.properties.ct_scale == prepared.ct_scale
+    assert setup.properties.ct_normalisation == prepared.ct_normalisation
     resumed = json.loads(json.dumps(training_settings(flags, setup)))
-    assert CtScale.from_json(resumed["ct_scale"]) == prepared.ct_scale
+    assert CtScale.from_json(resumed["ct_scale"]) == prepared.ct_normalisation
     properties = DataProperties.from_json(json.loads(json.dumps(setup.properties.to_json())))
     assert properties == setup.properties
     settings = settings_for(Trained(properties))
     seen = prepare(read_volume(config.input_path / "images/a.nii.gz"), settings)
-    patch, _ = read_patch(Store(config.output_path), "a", (8, 8, 4), seen.shape, None, properties.ct_scale)
+    normalise = normalisations(properties.ct_normalisation)
+    patch, _ = read_patch(Store(config.output_path), "a", (8, 8, 4), seen.shape, normalise)
     np.testing.assert_array_equal(seen.image, patch)
     by_slabs = prepare(read_volume(config.input_path / "images/a.nii.gz"), settings, whole_bytes=0)
     np.testing.assert_array_equal(seen.image, by_slabs.image)
     assert seen.image.min() < -1 and seen.image.max() > 0.5
     with pytest.raises(ConfigError, match="intensities of CT"):
-        check_members([Trained(properties), Trained(replace(properties, ct_scale=None))])
+        check_members([Trained(properties), Trained(replace(properties, ct_normalisation=CtWindow()))])
 
 
 def test_normalise_by_the_scale():
     values = np.array([-1000.0, -50, 90, 150, 400, 3000], np.float32).reshape(1, 2, 3, 1)
     expected = np.array([-140, -140, 0, 60, 310, 310], np.float32).reshape(1, 2, 3, 1) / 60
-    np.testing.assert_allclose(normalise(values, "ct", None, SCALE), expected, rtol=1e-6)
+    np.testing.assert_allclose(normalisations(SCALE)["ct"](values, None), expected, rtol=1e-6)
     stats = statistics(values)
     for modality in ("mr", "us"):
-        np.testing.assert_array_equal(normalise(values, modality, stats, SCALE), normalise(values, modality, stats))
+        with_scale, without = normalisations(SCALE)[modality], normalisations()[modality]
+        np.testing.assert_array_equal(with_scale(values, stats), without(values, stats))
     with pytest.raises(ConfigError, match="1 channels for a scan of 2"):
-        normalise(np.zeros((1, 1, 1, 2)), "ct", None, SCALE)
+        SCALE(np.zeros((1, 1, 1, 2)))
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,10 @@ from mambahome_jax.imaging.geometry import crop
 from mambahome_jax.imaging.intensity import (
     IntensityStatistics,
     foreground_box,
-    normalise,
     normalise_z,
-    scale_range,
     statistics,
 )
+from mambahome_jax.imaging.normalisation import MinMax, ZScore, normalisation_for, scale_range
 from mambahome_jax.imaging.volume import Volume
 from tests.conftest import load_golden
 
@@ -105,7 +104,8 @@ def test_a_crop_is_normalised_as_its_volume(modality):
     volume = rng.normal((40, 500), (200, 80), (9, 8, 7, 2)).astype(np.float32)
     volume[:3] = 0
     stats = statistics(volume)
-    whole, part = normalise(volume, modality, stats), normalise(volume[2:6, 1:5, 3:], modality, stats)
+    normalise = normalisation_for(modality)
+    whole, part = normalise(volume, stats), normalise(volume[2:6, 1:5, 3:], stats)
     assert whole.dtype == np.float32 and whole.shape == volume.shape
     np.testing.assert_array_equal(part, whole[2:6, 1:5, 3:])
 
@@ -113,7 +113,7 @@ def test_a_crop_is_normalised_as_its_volume(modality):
 def test_normalise_by_modality():
     array = np.array([-1000.0, -175.0, 0.0, 37.5, 250.0, 3000.0]).reshape(1, 1, 6, 1)
     stats = IntensityStatistics(mean=(100.0,), std=(50.0,), minimum=(-1000.0,), maximum=(3000.0,))
-    ct, mr, us = (normalise(array, modality, stats).ravel() for modality in ("ct", "mr", "us"))
+    ct, mr, us = (normalisation_for(modality)(array, stats).ravel() for modality in ("ct", "mr", "us"))
     np.testing.assert_allclose(ct, [0, 0, 175 / 425, 0.5, 1, 1], rtol=1e-6)
     np.testing.assert_allclose(mr, [-22, -5.5, 0, -1.25, 3, 58], rtol=1e-6)
     np.testing.assert_allclose(us, [0, 825 / 4000, 0.25, 1037.5 / 4000, 1250 / 4000, 1], rtol=1e-6)
@@ -123,18 +123,18 @@ def test_normalise_by_modality():
 def test_mr_normalisation_equals_the_z_score_of_the_volume():
     array = np.random.default_rng(0).normal(300, 40, (9, 8, 7, 2)).astype(np.float32)
     array[::2] = 0
-    np.testing.assert_allclose(normalise(array, "mr", statistics(array)), normalise_z(array), atol=1e-6)
+    np.testing.assert_allclose(ZScore()(array, statistics(array)), normalise_z(array), atol=1e-6)
 
 
 def test_flat_ultrasound_gives_zeros():
     array = np.full((3, 3, 3, 1), 7.0, np.float32)
-    np.testing.assert_array_equal(normalise(array, "us", statistics(array)), 0)
+    np.testing.assert_array_equal(MinMax()(array, statistics(array)), 0)
 
 
 def test_wrong_arguments_are_named():
     array = np.zeros((2, 2, 2, 1), np.float32)
-    with pytest.raises(ConfigError, match="modality 'pet'"):
-        normalise(array, "pet", statistics(array))
+    with pytest.raises(ConfigError, match="modality is 'pet'"):
+        normalisation_for("pet")
     with pytest.raises(ConfigError, match="two different values"):
         scale_range(array, 3, 3, 0, 1)
     for function in (statistics, foreground_box):

@@ -10,6 +10,7 @@ from mambahome_jax.config import DataProperties
 from mambahome_jax.datasets.find_scans import Scan
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import InferConfig
+from mambahome_jax.imaging.normalisation import CtWindow
 from mambahome_jax.inference import batch
 from mambahome_jax.inference.batch import Plan, read_ahead
 from mambahome_jax.inference.faults import reason_of
@@ -26,7 +27,7 @@ def plan_for(folder, cases, num_workers):
     for case in cases:
         write(folder / "in" / f"{case}.nii.gz", np.zeros(SHAPE, np.int16))
     config = InferConfig(folder / "in", folder / "model", folder / "out", num_workers=num_workers)
-    settings = SegmentSettings(None, "RAS", "ct", (16, 16, 32))
+    settings = SegmentSettings(None, "RAS", CtWindow(), (16, 16, 32))
     plan = Plan(config, [Levels((0.0, 1.0))], settings, {}, None, (), None)
     return plan, [Scan(case, folder / "in" / f"{case}.nii.gz") for case in cases]
 

@@ -7,6 +7,7 @@ from flax import nnx
 
 from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.imaging.normalisation import CtWindow
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.mirrors import class_order, mirrored, mirrors_for
 from mambahome_jax.inference.segment import SegmentSettings, segment, with_mirrors
@@ -37,7 +38,7 @@ def test_only_axes_mirrored_in_training_are_mirrored():
     mirrors, remarks = mirrors_for(KIDNEYS, "RAS", ("LR",))
     assert mirrors == ((0, ((2, 3),)),)
     assert ["--mirror AP" in remarks[0], "--mirror IS" in remarks[1]] == [True, True]
-    settings = SegmentSettings(None, "RAS", "ct", (16, 16, 16))
+    settings = SegmentSettings(None, "RAS", CtWindow(), (16, 16, 16))
 
     def network(**data):
         model = nnx.Module()

@@ -10,7 +10,8 @@ from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
 from mambahome_jax.evaluation.metrics import dice
 from mambahome_jax.imaging.geometry import crop, orientation_of, reorient, resample, resample_to, uncrop
-from mambahome_jax.imaging.intensity import foreground_box, scale_range
+from mambahome_jax.imaging.intensity import foreground_box
+from mambahome_jax.imaging.normalisation import CtWindow, MinMax, ZScore, scale_range
 from mambahome_jax.imaging.volume import Volume, read_volume
 from mambahome_jax.inference.prepare import SegmentSettings, prepare
 from mambahome_jax.inference.segment import label_names_of, segment, settings_for
@@ -112,17 +113,17 @@ def test_network_is_traced_once_for_all_volumes():
 
 
 def test_settings_come_from_the_model_then_from_the_caller():
-    published = SegmentSettings((0.8, 0.8, 3.0), "RAS", "ct", (192, 192, 48), chain="published")
+    published = SegmentSettings((0.8, 0.8, 3.0), "RAS", CtWindow(), (192, 192, 48), chain="published")
     assert settings_for(Levels(LEVELS)) == published
     assert (
         settings_for(Levels(LEVELS), chain="trained").chain == settings_for(lambda windows: windows).chain == "trained"
     )
     metadata = DataProperties(None, "LPS", "mr", ((1, "a"),), patch_size=(48, 48, 32))
     model = Levels(LEVELS, metadata=metadata)
-    assert settings_for(model, overlap=None) == SegmentSettings(None, "LPS", "mr", (48, 48, 32))
+    assert settings_for(model, overlap=None) == SegmentSettings(None, "LPS", ZScore(), (48, 48, 32))
     assert label_names_of(model) == {1: "a"}
     assert settings_for(model, modality="us", spacing=(1, 2, 3)) == SegmentSettings(
-        (1, 2, 3), "LPS", "us", (48, 48, 32)
+        (1, 2, 3), "LPS", MinMax(), (48, 48, 32)
     )
 
 

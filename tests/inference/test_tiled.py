@@ -7,6 +7,7 @@ from scipy.special import softmax
 
 from mambahome_jax.config import DataProperties
 from mambahome_jax.imaging.geometry import orientation_of, reorient, resample_to
+from mambahome_jax.imaging.normalisation import CtWindow, MinMax, normalisation_for
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference import targets, tiled
 from mambahome_jax.inference.mirrors import mirrored
@@ -85,7 +86,7 @@ def parts(request, monkeypatch):
 )
 def test_labels_and_probabilities(volume, spacing, overlap, members, mirrors, chain):
     models = [network(seed) for seed in range(members)]
-    settings = SegmentSettings(spacing, "RAS", "ct", ROI, overlap, 3, chain, mirrors)
+    settings = SegmentSettings(spacing, "RAS", CtWindow(), ROI, overlap, 3, chain, mirrors)
     prepared = prepare(volume, settings)
     shares, logits = from_whole_arrays(models, prepared, settings)
     kept = []
@@ -121,7 +122,7 @@ def test_sheared_axes(monkeypatch, chain, orientation, spacing, shear, points):
     affine = straight.affine.copy()
     for axis, along, share in shear:
         affine[:3, along] += share * affine[:3, axis]
-    volume, settings = Volume(straight.array, affine), SegmentSettings(spacing, "RAS", "ct", ROI, 0.5, 2, chain)
+    volume, settings = Volume(straight.array, affine), SegmentSettings(spacing, "RAS", CtWindow(), ROI, 0.5, 2, chain)
     prepared = prepare(volume, settings)
     models = [network(0), network(1)]
     _, logits = from_whole_arrays(models, prepared, settings)
@@ -135,7 +136,7 @@ def test_many_classes_need_two_bytes(share):
     affine = np.eye(4)
     affine[0, 1] = share
     prepared = prepare(
-        Volume(scan((16, 17, 18)).array, affine), settings := SegmentSettings((1.5, 1.5, 1.5), "RAS", "ct", ROI)
+        Volume(scan((16, 17, 18)).array, affine), settings := SegmentSettings((1.5, 1.5, 1.5), "RAS", CtWindow(), ROI)
     )
     found = label(network(0, 300), prepared, settings)
     assert found.array.dtype == np.uint16 and found.array.max() > 255
@@ -146,7 +147,7 @@ def test_many_classes_need_two_bytes(share):
 @pytest.mark.parametrize("axis", range(3))
 def test_slabs_of_the_image_are_those_of_the_whole(modality, chain, axis):
     volume = Volume(np.stack([scan((21, 17, 13)).array, scan((21, 17, 13)).array * 2], -1), scan((21, 17, 13)).affine)
-    settings = SegmentSettings((0.7, 1.9, 1.5), "PSR", modality, ROI, chain=chain)
+    settings = SegmentSettings((0.7, 1.9, 1.5), "PSR", normalisation_for(modality), ROI, chain=chain)
     prepared = prepare(volume, settings, whole_bytes=0)
     planes = [prepared.slab(axis, k, min(k + 4, prepared.shape[axis])) for k in range(0, prepared.shape[axis], 4)]
     whole = prepare(volume, settings)
@@ -168,7 +169,7 @@ def test_the_network_is_not_asked_for_more_than_a_slab():
             asked.append((axis, stop - start))
             return self.prepared.slab(axis, start, stop)
 
-    settings = SegmentSettings(None, "RAS", "ct", ROI)
+    settings = SegmentSettings(None, "RAS", CtWindow(), ROI)
     volume = scan((30, 40, 200))
     label(network(0), Watched(prepare(volume, settings, whole_bytes=0)), settings)
     assert {axis for axis, _ in asked} == {2}
@@ -187,7 +188,7 @@ def test_few_tiles_are_alive(monkeypatch):
         return done
 
     monkeypatch.setattr(tiled.Tiles, "add", counted)
-    settings = SegmentSettings(None, "RAS", "ct", ROI)
+    settings = SegmentSettings(None, "RAS", CtWindow(), ROI)
     label(network(0), prepare(scan((18, 20, 400)), settings), settings)
     tiling = Tiling((18, 20, 400), ROI)
     assert max(most) <= tiling.bytes_alive(4)
@@ -211,7 +212,7 @@ def test_more_than_256_classes_need_two_bytes():
     def predict(windows):
         return jnp.concatenate([jnp.zeros((*windows.shape[:4], 299)), windows[..., :1]], axis=-1)
 
-    settings = SegmentSettings(None, "RAS", "us", (16, 16, 16))
+    settings = SegmentSettings(None, "RAS", MinMax(), (16, 16, 16))
     values = np.zeros((8, 8, 8), np.float32)
     values[2, 3, 4] = 1
     result = label(predict, prepare(Volume(values, np.eye(4)), settings), settings).array
@@ -223,6 +224,6 @@ def test_levels_on_a_grid_of_half_the_size():
     model = Levels((0.0, 0.5, 1.0), metadata=DataProperties(spacing=None))
     coarse = np.random.default_rng(0).integers(0, 3, (12, 10, 9))
     values = np.asarray((-175, 37.5, 250), np.float32)[coarse]
-    settings = SegmentSettings((0.5, 0.5, 0.5), "LAS", "ct", ROI)
+    settings = SegmentSettings((0.5, 0.5, 0.5), "LAS", CtWindow(), ROI)
     result = label(model, prepare(Volume(values, np.eye(4)), settings), settings)
     np.testing.assert_array_equal(result.array, coarse)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.imaging.normalisation import CtWindow
 from mambahome_jax.inference import tiled
 from mambahome_jax.inference.prepare import SegmentSettings, prepare
 from mambahome_jax.inference.segment import label, segment
@@ -31,7 +32,7 @@ def test_volumes_of_other_sizes_compile_nothing(compiled):
 
     def run(chain, shape, orientation="RAS", spacing=(1.0, 1.2, 2.0)):
         # Five windows a call, as in no other test: the first volume must compile.
-        settings = SegmentSettings((1.3, 1.1, 1.6), "RAS", "ct", ROI, 0.5, 5, chain, MIRRORS)
+        settings = SegmentSettings((1.3, 1.1, 1.6), "RAS", CtWindow(), ROI, 0.5, 5, chain, MIRRORS)
         label(models, prepare(scan(shape, orientation, spacing), settings), settings, with_probabilities=kept.append)
 
     kept = []
@@ -50,7 +51,7 @@ def test_volumes_of_other_sizes_compile_nothing(compiled):
 def test_devices_share_the_windows_and_give_the_labels_of_one(count):
     devices = jax.local_devices()[:count]
     assert len(devices) == count, "tests/conftest.py asks for eight"
-    settings = SegmentSettings((1.3, 1.1, 1.6), "RAS", "ct", ROI, 0.5, 2, "trained", MIRRORS)
+    settings = SegmentSettings((1.3, 1.1, 1.6), "RAS", CtWindow(), ROI, 0.5, 2, "trained", MIRRORS)
     models, prepared = [network(0), network(1)], prepare(scan((41, 33, 30)), settings)
     alone, spread = [], []
     one = label(models, prepared, settings, with_probabilities=alone.append)
@@ -73,7 +74,7 @@ def test_every_device_predicts(monkeypatch):
     assert {device for device, _ in seen} == set(devices)
     assert {device for _, device in seen} == {devices[0]}
     seen.clear()
-    settings = SegmentSettings(None, "RAS", "ct", ROI)
+    settings = SegmentSettings(None, "RAS", CtWindow(), ROI)
     label(network(0), prepare(scan((20, 20, 20)), settings), settings, devices=devices, device_bytes=0)
     assert {device for _, device in seen} == {jax.local_devices(backend="cpu")[0]}
 
@@ -84,7 +85,7 @@ def test_predictions_of_another_shape_are_refused():
 
 
 def test_what_fails_while_windows_are_cut_is_raised():
-    prepared = prepare(scan((20, 20, 40)), SegmentSettings(None, "RAS", "ct", ROI))
+    prepared = prepare(scan((20, 20, 40)), SegmentSettings(None, "RAS", CtWindow(), ROI))
 
     class Broken:
         def __getattr__(self, name):

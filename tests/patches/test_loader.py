@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mambahome_jax.errors import ConfigError, DatasetError
-from mambahome_jax.imaging.intensity import normalise, statistics
+from mambahome_jax.imaging.intensity import statistics
+from mambahome_jax.imaging.normalisation import CtWindow, MinMax, normalisation_for, normalisations
 from mambahome_jax.patches.loader import draw_centre, make_loader, patch_start, read_patch
 from mambahome_jax.patches.store import Store, StoreEntry, write_case, write_index
 
@@ -74,7 +75,7 @@ def test_a_batch_holds_normalised_crops_of_the_named_cases(tmp_path, batches):
         assert [batch[key].dtype for key in ("image", "label", "case")] == [np.float32, np.int32, np.int32]
         for image, label, case in zip(batch["image"], batch["label"], batch["case"], strict=True):
             entry = store.entry(store.cases[case])
-            whole = normalise(store.read_image(entry.id), entry.modality, entry.statistics)
+            whole = normalisation_for(entry.modality)(store.read_image(entry.id), entry.statistics)
             start = np.argwhere(whole == image[0, 0, 0])[0][:3]
             region = tuple(slice(a, a + 16) for a in start)
             np.testing.assert_array_equal(image, whole[region])
@@ -85,7 +86,7 @@ def test_small_volumes_are_zero_padded_after_normalisation(tmp_path, batches):
     store = make_store(tmp_path, [(9, 20, 12)], modality="ct")
     (batch,) = batches(make_loader(store, store.cases, (16, 16, 16), 2), 1)
     entry = store.entry("c0")
-    whole = normalise(store.read_image("c0"), "ct", entry.statistics)
+    whole = CtWindow()(store.read_image("c0"), entry.statistics)
     for image, label in zip(batch["image"], batch["label"], strict=True):
         # 16 - 9 = 7 voxels of padding, 4 before; 16 - 12 = 4, 2 before.
         inside = image[4:13, :, 2:14]
@@ -198,8 +199,8 @@ def test_window_lies_inside_where_it_fits_and_holds_its_centre(axes):
 
 def test_modality_can_be_overridden(tmp_path):
     store = make_store(tmp_path, [(20, 20, 20)], modality="ct")
-    image, _ = read_patch(store, "c0", (10, 10, 10), (8, 8, 8), "us")
-    expected = normalise(store.read_image("c0", (6, 6, 6), (14, 14, 14)), "us", store.entry("c0").statistics)
+    image, _ = read_patch(store, "c0", (10, 10, 10), (8, 8, 8), normalisations(override="us"))
+    expected = MinMax()(store.read_image("c0", (6, 6, 6), (14, 14, 14)), store.entry("c0").statistics)
     np.testing.assert_array_equal(image, expected)
 
 

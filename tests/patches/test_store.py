@@ -17,11 +17,11 @@ from mambahome_jax.datasets import label_map
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.patches import store as store_module
-from mambahome_jax.patches.ct_scale import ct_scale
 from mambahome_jax.patches.store import (
     Store,
     StoreEntry,
     count_values,
+    ct_scale,
     foreground_positions,
     read_entry,
     write_case,

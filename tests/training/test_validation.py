@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from mambahome_jax.evaluation.metrics import dice
-from mambahome_jax.imaging.intensity import normalise
+from mambahome_jax.imaging.normalisation import ZScore, normalisations
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.preview import render
 from mambahome_jax.inference.segment import segment
@@ -57,7 +57,7 @@ class Thresholds(nnx.Module):
 
 def _validate(model, store, cases, labels, values=None):
     graphdef, params = nnx.split(model)
-    settings = ValidationSettings(cases, labels, PATCH, 0.5, "mr", values=values)
+    settings = ValidationSettings(cases, labels, PATCH, 0.5, normalisations(override="mr"), values=values)
     return make_validate(graphdef, store, settings, jax.devices()[0])(params, lambda: False)
 
 
@@ -66,7 +66,7 @@ def test_volumes_of_many_windows_are_scored_as_their_images_say(tmp_path):
         return np.random.default_rng(1).integers(0, 3, shape).astype(np.uint8)
 
     store = make_store(tmp_path, [(40, 37, 21)], label=label)
-    image = normalise(store.read_image("c0"), "mr", store.entry("c0").statistics)
+    image = ZScore()(store.read_image("c0"), store.entry("c0").statistics)
     predicted = np.asarray(Thresholds()(image[None])[0]).argmax(-1)
     expected = dice(predicted, store.read_label("c0"), [1, 2])
     result = _validate(Thresholds(), store, ("c0",), {1: "one", 2: "two"})

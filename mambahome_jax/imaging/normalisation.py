@@ -1,0 +1,177 @@
+"""How intensities reach the network: one frozen value a scheme, called with an array and its volume's statistics."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import lazy_loader
+
+from mambahome_jax.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mambahome_jax.imaging.intensity import IntensityStatistics
+else:
+    np = lazy_loader.load("numpy")  # config.py imports this file, and --help shall not wait for NumPy
+
+Modality = Literal["ct", "mr", "us"]
+CT_PERCENTILES = (0.5, 99.5)
+
+
+@dataclass(frozen=True)
+class CtWindow:
+    """Clip HU to a window, and map it to [0, 1]; the default is the published one."""
+
+    low: float = -175.0
+    high: float = 250.0
+
+    modality: ClassVar[Modality] = "ct"
+    needs_statistics: ClassVar[bool] = False
+
+    def __call__(self, array: "np.ndarray", statistics: "IntensityStatistics | None" = None) -> "np.ndarray":
+        """Normalise (..., C) to float32."""
+        return scale_range(array, self.low, self.high, 0.0, 1.0, clip=True)
+
+
+PUBLISHED_WINDOW = CtWindow()
+
+
+@dataclass(frozen=True)
+class CtScale:
+    """Clip HU to [low, high], then (x - mean) / std: the dataset's own numbers, one entry a channel.
+
+    They are the 0.5 and 99.5 percentiles, mean and standard deviation of its labelled voxels.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    modality: ClassVar[Modality] = "ct"
+    needs_statistics: ClassVar[bool] = False
+
+    def __call__(self, array: "np.ndarray", statistics: "IntensityStatistics | None" = None) -> "np.ndarray":
+        """Normalise (..., C) to float32. Raises ConfigError: another number of channels."""
+        if len(self.mean) != array.shape[-1]:
+            raise ConfigError(f"intensities of {len(self.mean)} channels for a scan of {array.shape[-1]}")
+        low, high, mean, std = (np.asarray(getattr(self, field.name), np.float32) for field in fields(self))
+        return (np.clip(array.astype(np.float32), low, high) - mean) / std
+
+    @classmethod
+    def of_voxels(cls, values: "np.ndarray") -> "CtScale":
+        """Measure labelled voxels (n, C)."""
+        low, high = np.percentile(values, CT_PERCENTILES, axis=0)
+        mean, std = values.mean(axis=0, dtype=np.float64), values.std(axis=0, dtype=np.float64)
+        # What float32 cannot resolve is one value, and would be divided by nearly nothing.
+        std = np.where(std > 1e-7 * np.abs(mean), std, 1.0)
+        return cls(*(tuple(float(value) for value in column) for column in (low, high, mean, std)))
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "CtScale":
+        """From {"low": [...], ...}. Raises TypeError, ValueError or KeyError: anything else, or unusable numbers."""
+        lists = [values[field.name] for field in fields(cls)]
+        if not all(isinstance(column, list | tuple) for column in lists):
+            raise TypeError("low, high, mean and std are not all lists")
+        columns = [tuple(map(float, column)) for column in lists]
+        if not columns[0] or len({len(column) for column in columns}) != 1:
+            raise ValueError("not as many entries in each as there are channels")
+        scale = cls(*columns)
+        ordered = all(low <= high for low, high in zip(scale.low, scale.high, strict=True))
+        if not all(map(math.isfinite, sum(columns, ()))) or min(scale.std) <= 0 or not ordered:
+            raise ValueError("numbers that cannot be")
+        return scale
+
+
+@dataclass(frozen=True)
+class ZScore:
+    """Subtract the volume's mean and divide by its deviation, both of its voxels that are not 0; zeros stay 0."""
+
+    modality: ClassVar[Modality] = "mr"
+    needs_statistics: ClassVar[bool] = True
+
+    def __call__(self, array: "np.ndarray", statistics: "IntensityStatistics | None") -> "np.ndarray":
+        """Normalise (..., C) to float32."""
+        stats, values = _required(self, statistics), array.astype(np.float32)
+        scaled = (values - np.asarray(stats.mean, np.float32)) / np.asarray(stats.std, np.float32)
+        scaled[values == 0] = 0
+        return scaled
+
+
+@dataclass(frozen=True)
+class MinMax:
+    """Map the volume's minimum and maximum to 0 and 1."""
+
+    modality: ClassVar[Modality] = "us"
+    needs_statistics: ClassVar[bool] = True
+
+    def __call__(self, array: "np.ndarray", statistics: "IntensityStatistics | None") -> "np.ndarray":
+        """Normalise (..., C) to float32."""
+        stats, values = _required(self, statistics), array.astype(np.float32)
+        low = np.asarray(stats.minimum, np.float32)
+        extent = np.asarray(stats.maximum, np.float32) - low
+        return (values - low) / np.where(extent > 0, extent, np.float32(1))
+
+
+CtNormalisation = CtWindow | CtScale
+Normalisation = CtNormalisation | ZScore | MinMax
+
+
+def normalisations(
+    ct: CtNormalisation | None = None, override: Modality | None = None
+) -> dict[Modality, Normalisation]:
+    """What a case of each modality gets; ct: that of CT (default: the published window).
+
+    override: the modality that every case is taken for.
+    """
+    table: dict[Modality, Normalisation] = {"ct": ct or PUBLISHED_WINDOW, "mr": ZScore(), "us": MinMax()}
+    return table if override is None else dict.fromkeys(table, normalisation_for(override, ct))
+
+
+def normalisation_for(modality: Modality, ct: CtNormalisation | None = None) -> Normalisation:
+    """What a scan of a modality gets. Raises ConfigError: no such modality."""
+    table = normalisations(ct)
+    if modality not in table:
+        raise ConfigError(f"modality is {modality!r}; expected ct, mr or us")
+    return table[modality]
+
+
+def ct_to_json(ct: CtNormalisation) -> dict[str, Any] | None:
+    """As checkpoints and dataset.json keep it under "ct_scale": None for the published window."""
+    return None if ct == PUBLISHED_WINDOW else asdict(ct)
+
+
+def ct_from_json(values: Any) -> CtNormalisation:
+    """From what `ct_to_json` gives. Raises TypeError, ValueError or KeyError: anything else."""
+    if values is None:
+        return PUBLISHED_WINDOW
+    if set(values) != {"low", "high"}:
+        return CtScale.from_json(values)
+    window = CtWindow(float(values["low"]), float(values["high"]))
+    if not -math.inf < window.low < window.high < math.inf:
+        raise ValueError(f"{window.low} to {window.high} is no window")
+    return window
+
+
+def scale_range(
+    array: "np.ndarray", a_min: float, a_max: float, b_min: float, b_max: float, clip: bool = False
+) -> "np.ndarray":
+    """Map [a_min, a_max] to [b_min, b_max], beyond it too unless `clip`. float32, as MONAI's ScaleIntensityRange.
+
+    Raises ConfigError where a_min equals a_max.
+    """
+    if a_min == a_max:
+        raise ConfigError(f"intensity range {a_min} to {a_max}; expected two different values")
+    scaled = array.astype(np.float32)
+    scaled -= np.float32(a_min)
+    scaled *= np.float32((b_max - b_min) / (a_max - a_min))
+    scaled += np.float32(b_min)
+    return np.clip(scaled, b_min, b_max, out=scaled) if clip else scaled
+
+
+def _required(scheme: ZScore | MinMax, statistics: "IntensityStatistics | None") -> "IntensityStatistics":
+    if statistics is None:
+        raise ValueError(f"{type(scheme).__name__} needs the statistics of the volume")
+    return statistics
