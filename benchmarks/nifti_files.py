@@ -5,6 +5,7 @@ the best of the repeats.
 """
 
 import argparse
+import gzip
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from infer_volume import make_scan
 
-from mambahome_jax.imaging import deflate, pack
+from mambahome_jax.imaging import nifti
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
 
 
@@ -61,16 +62,16 @@ def main() -> None:
             "CT, float32": (Volume(values, scan.affine), lambda: read_volume(path)),
             "labels": (Volume(balls(shape), scan.affine), lambda: read_labels(path)),
         }
-        for engine in dict.fromkeys([deflate.engine, zlib]):
-            deflate.engine = engine
+        for engines in dict.fromkeys([(nifti.deflate, nifti.packer), (zlib, gzip)]):
+            nifti.deflate, nifti.packer = engines
             for name, (volume, read) in volumes.items():
                 result = {
                     "volume": name,
-                    "by": engine.__name__,
+                    "by": nifti.packer.__name__,
                     "write": best(lambda volume=volume: write_volume(path, volume), options.repeats),
                     "read": best(read, options.repeats),
                     "megabytes": round(path.stat().st_size / 1e6, 2),
-                    "threads": pack.threads(),
+                    "threads": nifti.threads(),
                     "load": round(os.getloadavg()[0], 1),
                     "python": platform.python_version(),
                 }

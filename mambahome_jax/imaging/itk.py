@@ -10,7 +10,6 @@ import importlib.util
 import json
 import math
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.formats import META_SUFFIXES, suffix_of
 from mambahome_jax.imaging.itk_headers import AGAIN, LONGEST, META_DATA, NRRD_END, require_harmless
-from mambahome_jax.imaging.unpack import DamagedError, Packed, inflated
+from mambahome_jax.imaging.nifti import DamagedError, inflated
 from mambahome_jax.support.files import atomic_write, head_of
 from mambahome_jax.support.paths import fault_of_letters
 
@@ -207,9 +206,7 @@ def _unpacked_bytes(path: Path, file: Path, start: int) -> tuple[int, int]:
     try:
         with file.open("rb") as source:
             source.seek(start)
-            packed = Packed(source)
-            found = sum(len(part) for part in inflated(packed, wbits=32 + zlib.MAX_WBITS))
-            return found, source.tell() - start - packed.left
+            return sum(map(len, inflated(source))), source.tell() - start
     except (OSError, EOFError, DamagedError) as error:
         raise DatasetError(f"truncated or damaged ({error})", file=path, action=AGAIN) from error
 

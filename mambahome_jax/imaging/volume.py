@@ -1,8 +1,5 @@
 """Scans and label maps as they are on disk: read through nifti, itk and dicom; NIfTI is written here."""
 
-import contextlib
-import json
-import struct
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -16,13 +13,11 @@ from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging import dicom, itk, nifti
 from mambahome_jax.imaging.formats import ITK_SUFFIXES, NIFTI_SUFFIXES, WRITTEN_SUFFIXES, alternatives, suffix_of
 from mambahome_jax.imaging.header import Header, header_of, require_scale, scaled
-from mambahome_jax.imaging.pack import fortran_bytes, gzipped, parts_of
 from mambahome_jax.imaging.placement import itk_place, nifti_header
 from mambahome_jax.support.files import atomic_write
 from mambahome_jax.support.paths import openable_path
 
 Forms = tuple[np.ndarray | None, np.ndarray | None, np.ndarray]
-_COMMENT = 6  # kind of a NIfTI header extension: plain text
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,17 +200,8 @@ def write_volume(
         itk.write(path, array, itk_place(volume.affine, volume.header), names)
         return None
     header, note = nifti_header(array.shape, array.dtype, volume.affine, volume.header)
-    extension = _names_extension(names) if names else bytes(4)
-    header["vox_offset"] = int(header["sizeof_hdr"]) + len(extension)
-    content = bytes(header.binaryblock) + extension
-    with atomic_write(path) as partial, partial.open("wb") as file:
-        if path.name.endswith(".gz"):
-            # A disk that is full must not leave threads behind.
-            with contextlib.closing(gzipped(content, array)) as pieces:
-                file.writelines(pieces)
-        else:
-            file.write(content)
-            file.writelines(map(fortran_bytes, parts_of(array)))
+    with atomic_write(path) as partial:
+        nifti.write(partial, array, header, names)
     if note is not None and warn:
         warnings.warn(f"{path}: {note}", stacklevel=2)
     return note
@@ -273,10 +259,3 @@ def _as_stored(path: Path, array: np.ndarray, dtype: np.dtype | type | str | Non
         found = f"values from {array.min():g} to {array.max():g} of type {array.dtype}"
         raise OutputError(f"{path}: cannot write {found} as {target}")
     return stored
-
-
-def _names_extension(names: Mapping[int, str]) -> bytes:
-    text = json.dumps({"labels": {str(value): name for value, name in sorted(names.items())}}).encode()
-    # Four bytes that announce it, then size and kind as int32 and the text, padded so that the size divides by 16.
-    size = -(-(8 + len(text)) // 16) * 16
-    return b"\x01\0\0\0" + struct.pack("<ii", size, _COMMENT) + text.ljust(size - 8, b"\0")

@@ -10,9 +10,9 @@ import pytest
 import SimpleITK as sitk
 
 from mambahome_jax.errors import DatasetError, OutputError
-from mambahome_jax.imaging import deflate
+from mambahome_jax.imaging import nifti
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
-from tests.imaging.engines import ENGINES
+from tests.imaging.test_unpack import ENGINES
 
 ARRAY = np.random.default_rng(0).integers(-900, 900, (5, 6, 7)).astype(np.int16)
 ROTATION = nib.eulerangles.euler2mat(0.3, -0.2, 0.5)
@@ -194,7 +194,7 @@ def test_complex_numbers_are_refused(tmp_path):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("suffix", [".mha", ".mhd", ".nrrd"])
 def test_compressed_files_are_checked_to_their_end(tmp_path, monkeypatch, suffix, engine):
-    monkeypatch.setattr(deflate, "engine", engine)
+    monkeypatch.setattr(nifti, "deflate", engine)
     path = cut(tmp_path / f"a{suffix}", ARRAY, None, useCompression=True)
     np.testing.assert_array_equal(read_volume(path).array, ARRAY.transpose())
     data = tmp_path / "a.zraw" if suffix == ".mhd" else path

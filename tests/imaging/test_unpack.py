@@ -10,14 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mambahome_jax.imaging import deflate, unpack
-from mambahome_jax.imaging.unpack import DamagedError, unpacked, unpacked_head
-from tests.imaging.engines import ENGINES
+from mambahome_jax.imaging import nifti
+from mambahome_jax.imaging.nifti import DamagedError, unpacked, unpacked_head
+
+try:
+    from isal import isal_zlib
+except ImportError:
+    isal_zlib = None
+
+ENGINES = [
+    pytest.param(zlib, id="zlib"),
+    pytest.param(isal_zlib, id="isal", marks=pytest.mark.skipif(isal_zlib is None, reason="isal is not installed")),
+]
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch):
-    monkeypatch.setattr(deflate, "engine", request.param)
+    monkeypatch.setattr(nifti, "deflate", request.param)
     return request.param
 
 
@@ -37,8 +46,8 @@ def reference(packed: bytes) -> bytes:
 def found_in(packed: bytes, size: int, step: int) -> bytes | None:
     """None where it is refused."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unpack, "_STEP", step)
-        patch.setattr(unpack, "_HEAD_STEP", step)
+        patch.setattr(nifti, "_STEP", step)
+        patch.setattr(nifti, "_HEAD_STEP", step)
         try:
             content, found = unpacked(io.BytesIO(packed), size)
         except (EOFError, DamagedError):
@@ -96,7 +105,7 @@ def test_whole_files_are_read_however_they_are_cut(module, packed, step, beyond)
     content = reference(packed)
     step = max(step, len(content) // 500)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deflate, "engine", module)
+        patch.setattr(nifti, "deflate", module)
         size = max(len(content) + beyond, 0)
         assert found_in(packed, size, step) == content[:size]
 
@@ -133,7 +142,7 @@ def test_what_zlib_refuses_is_refused_and_nothing_else(module, packed, kind, whe
     expected = expected_of(damaged)
     step = max(step, len(packed) // 20)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deflate, "engine", module)
+        patch.setattr(nifti, "deflate", module)
         size = len(expected) if expected is not None else 1 << 20
         found = found_in(damaged, size, step)
     # ISA-L takes codes that leave some bits without a meaning; the checksum then still vouches for every voxel.
@@ -159,12 +168,11 @@ WHOLE = gzip.compress(bytes(range(256)) * 40)
         (WHOLE[:100], EOFError, "ended before"),
         (WHOLE[:5], EOFError, "ended before"),
         (b"\x1f\x8b\x08\x08" + bytes(6) + b"a name without end", EOFError, "ended before"),
-        (WHOLE[:-8] + bytes(4) + WHOLE[-4:], DamagedError, "wrong checksum or length"),
-        (WHOLE[:-4] + bytes(4), DamagedError, "wrong checksum or length"),
+        (WHOLE[:-8] + bytes(4) + WHOLE[-4:], DamagedError, "wrong checksum"),
+        (WHOLE[:-4] + bytes(4), DamagedError, "wrong checksum"),
         (WHOLE[:10] + b"\xff" + WHOLE[11:], DamagedError, "invalid packed bytes"),
-        (WHOLE[:2] + b"\x07" + WHOLE[3:], DamagedError, "unknown kind of gzip"),
-        (WHOLE[:3] + b"\x20" + WHOLE[4:], DamagedError, "unknown kind of gzip"),
-        (WHOLE[:3] + b"\x02" + WHOLE[4:10] + bytes(2) + WHOLE[10:], DamagedError, "checksum of its header"),
+        (WHOLE[:2] + b"\x07" + WHOLE[3:], DamagedError, "invalid packed bytes"),
+        (WHOLE[:3] + b"\x02" + WHOLE[4:10] + bytes(2) + WHOLE[10:], DamagedError, "wrong checksum"),
         (gzip.compress(bytes(10000)) + b"\0\0more", DamagedError, "goes on behind its end"),
         (WHOLE + gzip.compress(bytes(1 << 27)), DamagedError, "more than .* bytes in it, 10240 expected"),
     ],
@@ -192,7 +200,7 @@ def test_an_unpacker_that_stands_still_is_left(monkeypatch):
 
     still.decompress = decompress
     engine = types.SimpleNamespace(decompressobj=lambda _: still, error=zlib.error, crc32=zlib.crc32)
-    monkeypatch.setattr(deflate, "engine", engine)
+    monkeypatch.setattr(nifti, "deflate", engine)
     with pytest.raises(EOFError):
         unpacked(io.BytesIO(WHOLE), 10240)
 

@@ -246,7 +246,7 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mambahome_jax.imaging.volume.gzipped", fail)
+    monkeypatch.setattr("mambahome_jax.imaging.nifti.parts_of", fail)
     with pytest.raises(OutputError, match="No space left on device") as caught:
         write_volume(path, Volume(np.zeros((2, 2, 2), np.uint8), np.eye(4)))
     assert str(tmp_path) in str(caught.value)
