@@ -9,8 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from mambahome_jax.commands.evaluate_tables import comparison_table, results_table
-from mambahome_jax.datasets.base import scan_files
-from mambahome_jax.datasets.files import common_name, counterparts, fault_of_name, listing, twins_note
+from mambahome_jax.datasets.files import common_name, counterparts, fault_of_name, listing, scan_files, twins_note
 from mambahome_jax.datasets.prepared import unlisted_files
 from mambahome_jax.datasets.scans import of_labels, search
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError

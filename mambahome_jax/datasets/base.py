@@ -1,13 +1,13 @@
 """What a dataset is once its layout no longer matters: cases with their files, names of the labels and channels."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mambahome_jax.config import Modality
-from mambahome_jax.datasets.files import listed, scan_files
+from mambahome_jax.datasets.files import listed
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.support.files import read_json
 
@@ -15,18 +15,12 @@ Split = Literal["train", "val", "test"]
 # Who says of which patient a case is: the layout or a table, or the names of the cases.
 PatientSource = Literal["given", "names"]
 
-__all__ = [
-    "Case",
-    "Dataset",
-    "PatientSource",
-    "Split",
-    "label_names",
-    "modality_of",
-    "optional_description",
-    "scan_files",
-    "unlabelled_note",
-]
-
+# What tables, folders and split files call the three parts.
+SPLIT_WORDS: dict[str, Split] = {
+    **dict.fromkeys(("train", "training", "tr"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "va"), "val"),
+    **dict.fromkeys(("test", "testing", "ts"), "test"),
+}
 _MODALITY_WORDS: dict[Modality, frozenset[str]] = {
     "ct": frozenset({"ct", "cbct"}),
     "mr": frozenset({"mr", "mri", "t1", "t1w", "t1gd", "t1ce", "t1c", "t2", "t2w", "flair", "adc", "dwi", "pd"}),
@@ -38,15 +32,14 @@ _MODALITY_WORDS: dict[Modality, frozenset[str]] = {
 class Case:
     """One scan, with its label map where there is one.
 
-    id: unique in its dataset, usable as a file name. patient: cases of one patient are never on both sides of a split
-    (default: the case itself). split, modality: None where the dataset does not say.
-    images: the files of all channels in order, where each channel has its own; `image` is then the first.
-    masks: (value, file) of binary masks instead of `label`, in the order in which they are laid over each other.
+    id: unique in its dataset, usable as a file name. patient: whose scan it is, by default nobody else's.
+    split, modality: None where the dataset does not say. in_split: False where a split names the case in no list.
+    images: a file for each channel, in order; `image` is then the first. series: DICOM series to read of a folder.
+    masks: (value, file) of binary masks instead of `label`, each laid over the ones before.
     values: stored label value -> value to use, 0 for background; None where they are used as they are.
     labelled: the values (after `values`) that are labelled in this case wherever they occur; None for all of the table.
     may_be_empty: False where a label map without any structure means that nobody labelled the scan.
-    spacing_scale: as `read_volume` takes it, for all files of the case. series: likewise, for a folder of DICOM slices.
-    in_split: False where the dataset has a split and names this case in none of its lists.
+    spacing_scale: see `read_volume`, for all files of the case.
     """
 
     id: str
@@ -90,10 +83,10 @@ class Dataset:
 
     channels: one name each; more than one means 4D images whose last axis is the channel, or a file a channel.
     labels: value -> name without the background 0, after `Case.values`; empty where the dataset does not name them.
-    skipped: (case id, reason) of what cannot be used. notes: what the user should know but need not mend.
+    values: value of `labels` -> value that the label maps store, where the two differ throughout; empty elsewhere.
+    skipped: (case id, reason) of what cannot be used. notes: what the user should know but need not fix.
     hint: what to do where a label map holds a value that the table does not. layout: NAME of the module that read it.
     patients: who says of which patient a case is; None where each case counts as a patient of its own.
-    values: value of `labels` -> value that the label maps store, where the two differ throughout; empty elsewhere.
     """
 
     name: str
@@ -106,6 +99,33 @@ class Dataset:
     layout: str = ""
     patients: PatientSource | None = None
     values: Mapping[int, int] = field(default_factory=dict)
+
+
+def numbered(*names: str) -> dict[int, str]:
+    """A label table of names in the order of their values 1, 2, 3, ..."""
+    return dict(enumerate(names, start=1))
+
+
+def case_of_masks(
+    case: str, image: Path, modality: Modality, labels: Mapping[int, str], masks: Mapping[str, Path], **fields: Any
+) -> Case:
+    """A case whose structures have a mask each, laid over each other in the order of the table.
+
+    masks: by name of structure. A structure of the table without a mask is not labelled in the case.
+    """
+    known = tuple((value, masks[name]) for value, name in labels.items() if name in masks)
+    labelled = tuple(value for value, _ in known) if 0 < len(known) < len(labels) else None
+    fields |= {"modality": modality, "masks": known, "labelled": labelled, "may_be_empty": False}
+    return Case(case, image, **fields)
+
+
+def require_cases(
+    cases: Collection[Case], absent: str, file: Path, expected: str, skipped: Iterable[tuple[str, str]] = ()
+) -> None:
+    """Raise DatasetError where a layout has no case: which are `absent`, and why the first of them was skipped."""
+    if not cases:
+        reason = next((f" ({reason})" for _, reason in skipped), "")
+        raise DatasetError(f"{absent}{reason}", file=file, expected=expected)
 
 
 def unlabelled_note(cases: Iterable[Case]) -> tuple[str, ...]:
@@ -134,8 +154,16 @@ def label_names(table: object, file: Path) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
+def channel_names(content: Mapping[str, Any], key: str, file: Path) -> tuple[str, ...]:
+    """Channel table of a dataset.json, {"0": "CT", ...}, as names in order. Raises DatasetError: another form."""
+    table = content.get(key)
+    if not isinstance(table, dict) or not table or sorted(table) != sorted(map(str, range(len(table)))):
+        raise DatasetError(f'"{key}" is {table!r}', file=file, expected=f'"{key}": {{"0": "CT"}}, one entry a channel')
+    return tuple(str(table[str(number)]) for number in range(len(table)))
+
+
 def optional_description(folder: Path) -> tuple[dict[int, str], tuple[str, ...]]:
-    """ "labels" and "channels" (a list of names) of folder/dataset.json; empty where the file or the key is absent.
+    """Read "labels" and "channels" (a list of names) of folder/dataset.json; empty where the file or the key is absent.
 
     Raises DatasetError: a damaged file or table.
     """
@@ -144,24 +172,24 @@ def optional_description(folder: Path) -> tuple[dict[int, str], tuple[str, ...]]
     labels = label_names(content["labels"], file) if "labels" in content else {}
     channels = content.get("channels", [])
     if not isinstance(channels, list) or not all(isinstance(name, str) for name in channels):
-        raise DatasetError(
-            f'"channels" is {channels!r}', file=file, expected='a list of names such as ["T1w", "FLAIR"]'
-        )
+        expected = 'a list of names such as ["T1w", "FLAIR"]'
+        raise DatasetError(f'"channels" is {channels!r}', file=file, expected=expected)
     return labels, tuple(channels)
+
+
+def default_channels(count: int) -> tuple[str, ...]:
+    """Names of channels that nobody named."""
+    return ("image",) if count == 1 else tuple(f"channel_{number}" for number in range(count))
 
 
 def modality_of(names: Iterable[str]) -> Modality | None:
     """Modality that channel names such as "CT", "MRI" or "T1w" stand for; None where they do not tell or disagree."""
-    found = {
-        modality
-        for name in names
-        for modality, words in _MODALITY_WORDS.items()
-        if words & set(re.split(r"[^a-z0-9]+", name.lower()))
-    }
-    return found.pop() if len(found) == 1 else None
+    words = {word for name in names for word in re.split(r"[^a-z0-9]+", name.lower())}
+    modalities = [modality for modality, known in _MODALITY_WORDS.items() if known & words]
+    return modalities[0] if len(modalities) == 1 else None
 
 
 def _is_integer(value: object) -> bool:
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, int) or (isinstance(value, str) and re.fullmatch(r"-?\d+", value) is not None)
+    if isinstance(value, str):
+        return re.fullmatch(r"-?\d+", value) is not None
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,15 +1,12 @@
 """Which cases are of one patient: by a table, by the layout, or by the names of the cases.
 
-Scans of one patient resemble each other: a split that parts them gives scores that are too good.
+Scans of one patient resemble each other: a split that separates them gives scores that are too good.
 """
 
-import csv
-import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, PatientSource
@@ -21,7 +18,6 @@ from mambahome_jax.support.paths import one_form
 TABLES = ("patients.csv", "patients.tsv", "participants.tsv")
 _CASE_COLUMNS = ("id", "case", "case_id", "image", "file", "filename", "name", "scan")
 _PATIENT_COLUMNS = ("patient", "patient_id", "participant_id", "participant", "subject", "subject_id")
-_EXPECTED = "columns id (of the case) and patient; in participants.tsv participant_id"
 
 # A DICOM UID is one name, a date is nobody's number. The number of a patient of TCGA or ADNI begins with a site's.
 _YEAR, _DAY = r"(?:19|20)\d\d", r"(?:0[1-9]|[12]\d|3[01])"
@@ -56,7 +52,7 @@ _SITES = _words(
     "fold part group grp vendor scanner set subset collection lab release source src domain split trial project"
 )
 _PATIENTS = _words("patient pat pt subj subject sub participant person volunteer donor")
-_PERSONS = _PATIENTS | _words("case specimen id")
+_PERSONS = _PATIENTS | {"case", "specimen", "id"}
 
 
 @dataclass(frozen=True)
@@ -67,13 +63,113 @@ class _Token:
     end: int
     date: bool = False
 
-    @cached_property
+    @property
     def word(self) -> str:
         return self.text.rstrip("0123456789")
 
-    @property
-    def numbered(self) -> bool:
-        return not self.date and self.text[-1].isdigit()
+
+def with_patients(dataset: Dataset, folder: Path) -> Dataset:
+    """The dataset with the patient of each case, and a note that says so where a patient has several cases.
+
+    A table in the folder (TABLES) wins over what the layout says, that over the names of the cases.
+    Raises DatasetError: a table that cannot be used.
+    """
+    ids = [case.id for case in dataset.cases]
+    file = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    table = _read(file, ids) if file else {}
+    patients = {case.id: case.patient for case in dataset.cases}
+    source: PatientSource = "given"
+    notes = []
+    if file and table:
+        patients, reason = table, f"by {file.name}"
+        if missing := [name for name in ids if name not in table]:
+            count = f"{len(missing)} case{'s' * (len(missing) != 1)}"
+            notes = [f"{file.name} names no patient of {count}: {listed(missing)}"]
+    elif dataset.patients is not None or any(case.patient != case.id for case in dataset.cases):
+        source = dataset.patients or "given"
+        reason = "as the dataset says" if dataset.patients == "given" else "by their names"
+    else:
+        patients, source = patients_of(ids), "names"
+        reason = "by their names; a table patients.csv (id,patient) in the folder wins"
+    if file and not table:
+        notes.append(f"{file.name} is not used, as it names none of the cases, such as {min(ids, default='')}")
+    cases = tuple(replace(case, patient=patients.get(case.id, case.id)) for case in dataset.cases)
+    return replace(dataset, cases=cases, patients=source, notes=(*dataset.notes, *_note(cases, reason), *notes))
+
+
+def split_notes(
+    patients: Mapping[str, str], known: bool, train: Collection[str], val: Collection[str]
+) -> tuple[str, ...]:
+    """What to say of the patients in a split: how many there are, and which of them are on both sides.
+
+    Args:
+        patients: {case: patient}.
+        known: False for a folder of an earlier version, which made each case a patient of its own; the names of the
+            cases are looked at then.
+        train: ids of the cases to train on.
+        val: ids of the cases held out.
+    """
+    patients = patients if known else patients_of(patients)
+    sides: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for side, ids in enumerate((train, val)):
+        for case in ids:
+            if case in patients:
+                sides[patients[case]][side].append(case)
+    split = {patient: ids for patient, ids in sides.items() if all(ids)}
+    count = sum(len(a) + len(b) for a, b in sides.values())
+    if split:
+        examples = listed((f"{patient} ({a[0]} and {b[0]})" for patient, (a, b) in split.items()), 3)
+        why = "as the dataset splits them" if known else "an earlier version preprocessed them, each case by itself"
+        action = "" if known else ". Run preprocess again: it keeps the cases and writes their patients down"
+        return (f"{len(split)} patients are on both sides, so scores are too good ({why}): {examples}{action}",)
+    if known and len(sides) < count:
+        return (f"{len(sides)} patients in {count} cases; all cases of a patient are on one side of the split",)
+    return ()
+
+
+def _note(cases: Sequence[Case], source: str) -> tuple[str, ...]:
+    """One line where patients have several cases; empty else."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for case in cases:
+        groups[case.patient].append(case.id)
+    patient, ids = next(((patient, ids) for patient, ids in groups.items() if len(ids) > 1), ("", []))
+    example = f"such as {patient} of {' and '.join(ids[:2])}"
+    text = f"{len(groups)} patients in {len(cases)} cases, {example}, {source}; no split made here parts them"
+    return (text,) if ids else ()
+
+
+def _read(file: Path, ids: Sequence[str]) -> dict[str, str]:
+    """{case: patient} of a table; cases by their names, with or without a file's ending, or by that of the patient."""
+    expected = "columns id (of the case) and patient; in participants.tsv participant_id"
+    table = read_table(file, expected)
+    patient_column = next((name for name in _PATIENT_COLUMNS if name in table.columns), None)
+    case_column = next((name for name in _CASE_COLUMNS if name in table.columns), None)
+    if patient_column is None:
+        action = "Correct the first line, or rename the file if it is about something else."
+        raise DatasetError(f"columns {table.head!r}", file=file, expected=expected, action=action)
+    known = [one_form(row[patient_column]) for _, row in table.rows]
+    if case_column is None:
+        # A row a participant, as in BIDS: the names of the cases begin with it.
+        return {name: patient for name in ids if (patient := _beginning(name, known))}
+    files = [one_form(Path(row[case_column].replace("\\", "/")).name) for _, row in table.rows]
+    stems = [file.removesuffix(suffix_of(file)) for file in files]
+    # A row may be of a file of each channel.
+    known_ids = set(ids)
+    by_channel = {stem: match[1] for stem in stems if (match := CHANNEL.fullmatch(stem)) and match[1] in known_ids}
+    case_of = by_channel | counterparts(stems, ids)
+    patients: dict[str, str] = {}
+    for stem, patient in zip(stems, known, strict=True):
+        name = case_of.get(stem)
+        if patient and name is not None and patients.setdefault(name, patient) != patient:
+            problem = f"{name} is of patient {patients[name]} and of {patient}"
+            raise DatasetError(problem, file=file, expected="one patient a case")
+    return patients
+
+
+def _beginning(name: str, participants: Collection[str]) -> str:
+    """The longest participant that a name begins with, up to a mark between its parts."""
+    matches = [p for p in participants if p and name.startswith(p) and not name[len(p) : len(p) + 1].isalnum()]
+    return max(matches, key=len, default="")
 
 
 def patients_of(names: Collection[str]) -> dict[str, str]:
@@ -87,134 +183,19 @@ def patients_of(names: Collection[str]) -> dict[str, str]:
     if all(map(_ONE_NUMBER.fullmatch, names)):
         return patients
     tokens = {name: _tokens(name) for name in names}
-    remaining = dict(tokens)
+    remaining = set(names)
     for length in range(1, max(map(len, tokens.values()), default=0) + 1):
         groups: dict[str, list[str]] = defaultdict(list)
-        for name, parts in remaining.items():
+        for name in filter(remaining.__contains__, names):
+            parts = tokens[name]
             if len(parts) >= length and _has_patient_number(parts[:length]):
                 groups[name[: parts[length - 1].end].lower()].append(name)
-        for alike in _families(groups):
-            if _are_patients(alike, tokens, length):
-                for group in alike.values():
-                    patient = group[0][: tokens[group[0]][length - 1].end]
-                    patients |= dict.fromkeys(group, patient)
-                    for name in group:
-                        del remaining[name]
+        for family in _families(groups):
+            if _are_patients(family, tokens, length):
+                for group in family.values():
+                    patients |= dict.fromkeys(group, group[0][: tokens[group[0]][length - 1].end])
+                    remaining -= set(group)
     return patients
-
-
-def with_patients(dataset: Dataset, folder: Path) -> Dataset:
-    """The dataset with the patient of each case, and a note that says so where a patient has several cases.
-
-    A table in the folder (TABLES) wins over what the layout says, that over the names of the cases.
-    Raises DatasetError: a table that cannot be used.
-    """
-    ids = [case.id for case in dataset.cases]
-    file = next((folder / name for name in TABLES if (folder / name).is_file()), None)
-    table = None if file is None else _read(file, ids)
-    if file is not None and table:
-        missing = [name for name in ids if name not in table]
-        dataset = _replaced(dataset, table, "given")
-        notes = [_note(dataset.cases, f"by {file.name}")]
-        if missing:
-            count = f"{len(missing)} case{'s' * (len(missing) != 1)}"
-            notes.append(f"{file.name} names no patient of {count}: {listed(missing)}")
-    elif dataset.patients is not None or any(case.patient != case.id for case in dataset.cases):
-        dataset = dataclasses.replace(dataset, patients=dataset.patients or "given")
-        notes = [_note(dataset.cases, "as the dataset says" if dataset.patients == "given" else "by their names")]
-    else:
-        dataset = _replaced(dataset, patients_of(ids), "names")
-        notes = [_note(dataset.cases, "by their names; a table patients.csv (id,patient) in the folder wins")]
-    if file is not None and not table:
-        notes.append(f"{file.name} is not used, as it names none of the cases, such as {min(ids, default='')}")
-    return dataclasses.replace(dataset, notes=(*dataset.notes, *filter(None, notes)))
-
-
-def split_notes(
-    patients: Mapping[str, str], known: bool, train: Collection[str], val: Collection[str]
-) -> tuple[str, ...]:
-    """What to say of the patients in a split: how many there are, and which of them are on both sides.
-
-    patients: {case: patient}. known: False for a folder of an earlier version, which made each case a patient of its
-    own; the names of the cases are looked at then. train, val: ids of the cases on either side.
-    """
-    patients = patients if known else patients_of(patients)
-    sides: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
-    for side, ids in enumerate((train, val)):
-        for case in ids:
-            if case in patients:
-                sides[patients[case]][side].append(case)
-    split = {patient: ids for patient, ids in sides.items() if all(ids)}
-    count = sum(len(a) + len(b) for a, b in sides.values())
-    notes = []
-    if known and len(sides) < count:
-        notes.append(f"{len(sides)} patients in {count} cases; all cases of a patient are on one side of the split")
-    if split:
-        examples = listed((f"{patient} ({a[0]} and {b[0]})" for patient, (a, b) in split.items()), 3)
-        why = "as the dataset splits them" if known else "an earlier version preprocessed them, each case by itself"
-        action = "" if known else ". Run preprocess again: it keeps the cases and writes their patients down"
-        notes = [f"{len(split)} patients are on both sides, so scores are too good ({why}): {examples}{action}"]
-    return tuple(notes)
-
-
-def _replaced(dataset: Dataset, patients: Mapping[str, str], source: PatientSource) -> Dataset:
-    cases = tuple(dataclasses.replace(case, patient=patients.get(case.id, case.id)) for case in dataset.cases)
-    return dataclasses.replace(dataset, cases=cases, patients=source)
-
-
-def _note(cases: Sequence[Case], source: str) -> str:
-    """One line where patients have several cases; empty else."""
-    groups: dict[str, list[str]] = defaultdict(list)
-    for case in cases:
-        groups[case.patient].append(case.id)
-    several = {patient: ids for patient, ids in groups.items() if len(ids) > 1}
-    if not several:
-        return ""
-    patient, ids = next(iter(several.items()))
-    example = f"such as {patient} of {' and '.join(ids[:2])}"
-    return f"{len(groups)} patients in {len(cases)} cases, {example}, {source}; no split made here parts them"
-
-
-def _read(file: Path, ids: Sequence[str]) -> dict[str, str]:
-    """{case: patient} of a table; cases by their names, with or without a file's ending, or by that of the patient."""
-    try:
-        lines = read_table(file)
-    except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=file) from error
-    head = lines[0] if lines else ""
-    reader = csv.DictReader(lines, delimiter=max("\t,;", key=head.count), skipinitialspace=True)
-    try:
-        reader.fieldnames = columns = [(name or "").strip().lower() for name in reader.fieldnames or ()]
-        rows = list(reader)
-    except csv.Error as error:
-        raise DatasetError(f"damaged near line {reader.line_num} ({error})", file=file, expected=_EXPECTED) from error
-    patient_column = next((name for name in _PATIENT_COLUMNS if name in columns), None)
-    case_column = next((name for name in _CASE_COLUMNS if name in columns), None)
-    if patient_column is None:
-        action = "Correct the first line, or rename the file if it is about something else."
-        raise DatasetError(f"columns {head!r}", file=file, expected=_EXPECTED, action=action)
-    known = [one_form((row.get(patient_column) or "").strip()) for row in rows]
-    if case_column is None:
-        # A row a participant, as in BIDS: the names of the cases begin with it.
-        return {name: found for name in ids if (found := _beginning(name, known))}
-    files = [one_form(Path((row.get(case_column) or "").strip().replace("\\", "/")).name) for row in rows]
-    stems = [file.removesuffix(suffix_of(file)) for file in files]
-    # A row may be of a file of each channel.
-    known_ids = set(ids)
-    by_channel = {stem: match[1] for stem in stems if (match := CHANNEL.fullmatch(stem)) and match[1] in known_ids}
-    case_of = by_channel | counterparts(stems, ids)
-    table: dict[str, str] = {}
-    for stem, patient in zip(stems, known, strict=True):
-        name = case_of.get(stem)
-        if patient and name is not None and table.setdefault(name, patient) != patient:
-            found = f"{name} is of patient {table[name]} and of {patient}"
-            raise DatasetError(found, file=file, expected="one patient a case")
-    return table
-
-
-def _beginning(name: str, participants: Collection[str]) -> str:
-    found = [p for p in participants if p and name.startswith(p) and not name[len(p) : len(p) + 1].isalnum()]
-    return max(found, key=len, default="")
 
 
 def _tokens(name: str) -> list[_Token]:
@@ -242,11 +223,15 @@ def _has_patient_number(tokens: Sequence[_Token]) -> bool:
     return False
 
 
+def _form(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
 def _families(groups: Mapping[str, list[str]]) -> list[dict[str, list[str]]]:
     """The groups by their beginnings without numbers, as P12 and P13; those that are like no other together."""
     families: dict[str, dict[str, list[str]]] = defaultdict(dict)
     for beginning, group in groups.items():
-        families[re.sub(r"\d+", "#", beginning)][beginning] = group
+        families[_form(beginning)][beginning] = group
     single = [family for family in families.values() if len(family) == 1]
     rest = {beginning: group for family in single for beginning, group in family.items()}
     return [family for family in families.values() if len(family) > 1] + [rest]
@@ -255,7 +240,6 @@ def _families(groups: Mapping[str, list[str]]) -> list[dict[str, list[str]]]:
 def _are_patients(groups: Mapping[str, Sequence[str]], tokens: Mapping[str, Sequence[_Token]], length: int) -> bool:
     """Whether beginnings of `length` parts, {beginning: names}, are patients rather than sites, batches or parts."""
     several = [group for group in groups.values() if len(group) > 1]
-    numbers = {"".join(filter(str.isdigit, beginning)) for beginning in groups}
     if not several:
         return False
     rests = [[tokens[name][length:] for name in group] for group in several]
@@ -263,7 +247,7 @@ def _are_patients(groups: Mapping[str, Sequence[str]], tokens: Mapping[str, Sequ
     if len(groups) == 1:
         # A name like no other: of a patient unless it is that of all, or further numbers may be those of patients.
         return scans and len(several[0]) < len(tokens) and not any(map(_has_patient_number, rests[0]))
-    if len(numbers) < 2:
+    if len({"".join(filter(str.isdigit, beginning)) for beginning in groups}) < 2:
         return False
     if scans or all(_names_patient(tokens[group[0]][:length]) for group in several):
         return True
@@ -276,12 +260,11 @@ def _are_patients(groups: Mapping[str, Sequence[str]], tokens: Mapping[str, Sequ
         return False
     every = [head for group in heads for head in group]
     total = sum(map(len, groups.values()))
-    if all(head.isdigit() for head in every) and len(set(every)) == len(every) and 2 * len(groups) <= total:
+    if all(map(str.isdigit, every)) and len(set(every)) == len(every) and 2 * len(groups) <= total:
         # Each number occurs once: it is that of the case, as in TCGA-02-0006.
         return False
-    forms = {re.sub(r"\d+", "#", beginning) for beginning in groups}
     # Other letters for each, as of sites (LUNG1, R01), unless they are codes of many patients.
-    return len(forms) == 1 or len(groups) >= 3 * largest
+    return len(set(map(_form, groups))) == 1 or len(groups) >= 3 * largest
 
 
 def _tells_scans(rest: Sequence[_Token]) -> bool:
@@ -297,7 +280,7 @@ def _names_patient(beginning: Sequence[_Token]) -> bool:
     """Whether a beginning ends in the word patient, or one that means it, and a number."""
     last = beginning[-1]
     words = (last.word, beginning[-2].text if not last.word and len(beginning) > 1 else "")
-    return last.numbered and not _PATIENTS.isdisjoint(words)
+    return not last.date and last.text[-1].isdigit() and not _PATIENTS.isdisjoint(words)
 
 
 def _tells_persons(rest: Sequence[_Token]) -> bool:

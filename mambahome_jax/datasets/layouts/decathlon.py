@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from mambahome_jax.datasets.base import Case, Dataset, label_names, modality_of, scan_files
+from mambahome_jax.datasets.base import Case, Dataset, Split, channel_names, label_names, modality_of
+from mambahome_jax.datasets.files import scan_files
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import scan_stem
 from mambahome_jax.support.files import read_json
 from mambahome_jax.support.paths import own_name
 
 NAME = "decathlon"
-COVERS: tuple[str, ...] = ()
 LOOKS_FOR = 'a Medical Segmentation Decathlon task: imagesTr/, labelsTr/ and dataset.json with "modality"'
+COVERS: tuple[str, ...] = ()
 
 
 def detect(folder: Path) -> bool:
@@ -28,38 +29,29 @@ def load(folder: Path) -> Dataset:
     """
     file = folder / "dataset.json"
     content = read_json(file)
-    channels = _channels(content, file)
-    labels = label_names(content.get("labels"), file)
+    channels, labels = channel_names(content, "modality", file), label_names(content.get("labels"), file)
     modality = modality_of(channels)
     if not (folder / "labelsTr").is_dir():
         raise DatasetError("the folder is missing", file=folder / "labelsTr", expected=LOOKS_FOR)
 
-    images, label_files = scan_files(folder / "imagesTr"), scan_files(folder / "labelsTr")
-    training, validation = (
-        [scan_stem(Path(path)) for path in _images_of(content, key, file)] for key in ("training", "validation")
-    )
-    listed = [stem for stem in (*training, *validation) if stem[0] != "."] or sorted(images | label_files)
+    files = {part: scan_files(folder / part) for part in ("imagesTr", "labelsTr")}
+    images, maps = files.values()
+    training, validation = (_stems(content, key, file) for key in ("training", "validation"))
+    named = [stem for stem in (*training, *validation) if stem[0] != "."] or sorted(images | maps)
     cases, skipped = [], []
-    for stem in dict.fromkeys(listed):
-        missing = [
-            f"{part}/{stem}.nii.gz"
-            for part, files in (("imagesTr", images), ("labelsTr", label_files))
-            if stem not in files
-        ]
+    for stem in dict.fromkeys(named):
+        missing = [f"{part}/{stem}.nii.gz" for part in files if stem not in files[part]]
         if missing:
             skipped.append((stem, f"{' and '.join(missing)} not found"))
         else:
-            cases.append(
-                Case(stem, images[stem], label_files[stem], "val" if stem in validation else "train", modality)
-            )
-    test = scan_files(folder / "imagesTs")
-    cases += [Case(stem, path, None, "test", modality) for stem, path in test.items() if stem not in images]
+            split: Split = "val" if stem in validation else "train"
+            cases.append(Case(stem, images[stem], maps[stem], split, modality))
+    tests = scan_files(folder / "imagesTs")
+    cases += [Case(stem, path, None, "test", modality) for stem, path in tests.items() if stem not in images]
     if not cases:
-        found = f"no case with both files ({len(listed)} named)"
-        raise DatasetError(found, file=folder, expected=LOOKS_FOR)
-    left_out = sorted(set(images) - set(listed))
+        raise DatasetError(f"no case with both files ({len(named)} named)", file=folder, expected=LOOKS_FOR)
     notes: tuple[str, ...] = ()
-    if left_out:
+    if left_out := sorted(set(images) - set(named)):
         notes = (f"{len(left_out)} files of imagesTr are not listed in dataset.json and left out: {left_out[0]}, ...",)
     if any(isinstance(entry, dict) and "fold" in entry for entry in content.get("training") or ()):
         notes += ("the folds that dataset.json gives are not read; write the one to train on as splits_final.json",)
@@ -67,27 +59,12 @@ def load(folder: Path) -> Dataset:
     return Dataset(name, channels, labels, tuple(cases), tuple(skipped), notes)
 
 
-def _channels(content: dict[str, Any], file: Path) -> tuple[str, ...]:
-    table = content.get("modality")
-    if not isinstance(table, dict) or sorted(table) != sorted(str(i) for i in range(len(table))) or not table:
-        raise DatasetError(
-            f'"modality" is {table!r}', file=file, expected='"modality": {"0": "CT"}, one entry a channel'
-        )
-    return tuple(str(table[str(i)]) for i in range(len(table)))
-
-
-def _images_of(content: dict[str, Any], key: str, file: Path) -> list[str]:
-    """Image paths of a case list, whose entries are {"image": path, "label": path} or plain paths, / between."""
-    entries = content.get(key)
-    if entries is None:
-        return []
-    paths = (
-        [entry.get("image") if isinstance(entry, dict) else entry for entry in entries]
-        if isinstance(entries, list)
-        else [None]
-    )
+def _stems(content: dict[str, Any], key: str, file: Path) -> list[str]:
+    """Names of the images of a case list, whose entries are {"image": path, "label": path} or plain paths."""
+    entries = content.get(key) if content.get(key) is not None else []
+    paths = entries if isinstance(entries, list) else [None]
+    paths = [entry.get("image") if isinstance(entry, dict) else entry for entry in paths]
     if not all(isinstance(path, str) and path for path in paths):
-        raise DatasetError(
-            f'"{key}" has entries without an image', file=file, expected='{"image": path, "label": path}'
-        )
-    return [str(path).replace("\\", "/") for path in paths]
+        expected = '{"image": path, "label": path}'
+        raise DatasetError(f'"{key}" has entries without an image', file=file, expected=expected)
+    return [scan_stem(Path(str(path).replace("\\", "/"))) for path in paths]

@@ -1,18 +1,26 @@
 """images/<case>.nii.gz with labels/<case>.nii.gz: what the published converter reads; other formats too."""
 
 import re
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from mambahome_jax.datasets.base import Case, Dataset, modality_of, optional_description, scan_files, unlabelled_note
-from mambahome_jax.datasets.files import by_channel, listing, scans_in
+from mambahome_jax.datasets.base import (
+    Case,
+    Dataset,
+    default_channels,
+    modality_of,
+    optional_description,
+    unlabelled_note,
+)
+from mambahome_jax.datasets.files import by_channel, listing, scan_files, scans_in
 from mambahome_jax.datasets.scans import search
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.support.paths import own_name
 
 NAME = "images_labels"
-COVERS: tuple[str, ...] = ()
 LOOKS_FOR = "images/<case>.nii.gz with labels/<case>.nii.gz"  # or another format of scans
+COVERS: tuple[str, ...] = ()
 
 # The published converter pairs by sorted order, so its users' names may differ in such an ending.
 _IMAGE_ENDING = re.compile(r"[-_. ](0000|image|img|scan|ct|mr|mri|us|volume|vol)$", re.IGNORECASE)
@@ -28,54 +36,50 @@ def load(folder: Path) -> Dataset:
     """Pairs the files of images/ and labels/ by name; an ending such as _0000 or _label may differ.
 
     Files images/<case>_0000, <case>_0001, ... with labels/<case> are the channels of a case where all are called so; a
-    case that lacks one is skipped.
-    An image without a label is kept as unlabelled, and noted; a label without its image is skipped. Names of
-    labels and channels come from an optional dataset.json beside the two folders.
-    An image may also be a folder of DICOM slices, images/<case>/.
-    Raises DatasetError: one of the folders is missing or holds no scan.
+    case that lacks one is skipped. An image may also be a folder of DICOM slices, images/<case>/. An image without a
+    label is kept as unlabelled, a label without its image is skipped. Names of labels and channels come from an
+    optional dataset.json. Raises DatasetError: one of the folders is missing or holds no scan.
     """
     images, labels = _files(folder, "images", scans_in), _files(folder, "labels", scan_files)
     names, channels = optional_description(folder)
-    modality = modality_of(channels)
-    by_key: dict[str, list[str]] = {}
+    by_key: dict[str, list[str]] = defaultdict(list)
     for stem in labels:
-        by_key.setdefault(_LABEL_ENDING.sub("", stem), []).append(stem)
+        by_key[_LABEL_ENDING.sub("", stem)].append(stem)
     numbered = {} if labels.keys() & images.keys() else by_channel(images)
     # Numbers of the cases themselves, scan_0000 and scan_0001, are in the names of their label maps too.
     numbered = numbered if numbered.keys() & by_key.keys() else {}
+    count = 1 + max((max(stems) for stems in numbered.values()), default=0)
     files = {case: tuple(images[stems[n]] for n in sorted(stems)) for case, stems in numbered.items()}
     files = files or {stem: (path,) for stem, path in images.items()}
-    count = 1 + max((max(stems) for stems in numbered.values()), default=0)
     missing = {
         case: f"images/{case}_{number:04} not found; expected a file for each of {count} channels"
         for case, stems in numbered.items()
         for number in range(count)
         if number not in stems
     }
-    channels = channels or (("image",) if count == 1 else tuple(f"channel_{number}" for number in range(count)))
+    channels = channels or default_channels(count)
     cases, used = [], set()
     for case, paths in files.items():
         candidates = [case] if case in labels else by_key.get(_IMAGE_ENDING.sub("", case), [])
-        label = labels[candidates[0]] if len(candidates) == 1 else None
-        used |= set(candidates) if label is not None else set()
-        if case in missing:
-            continue
-        cases.append(Case(case, paths[0], label, None, modality, images=paths if count > 1 else ()))
-    alone = [
-        (stem, f"labels/{path.name} has no image; expected images/{path.name}")
-        for stem, path in labels.items()
-        if stem not in used
-    ]
-    skipped = (*missing.items(), *alone)
-    return Dataset(own_name(folder), channels, names, tuple(cases), skipped, unlabelled_note(cases))
+        label = candidates[0] if len(candidates) == 1 else ""
+        used.add(label)
+        if case not in missing:
+            several = paths if count > 1 else ()
+            cases.append(Case(case, paths[0], labels.get(label), None, modality_of(channels), images=several))
+    skipped = list(missing.items())
+    for stem, path in labels.items():
+        if stem not in used:
+            skipped.append((stem, f"labels/{path.name} has no image; expected images/{path.name}"))
+    return Dataset(own_name(folder), channels, names, tuple(cases), tuple(skipped), unlabelled_note(cases))
 
 
 def _files(root: Path, name: str, files_of: Callable[[Path], dict[str, Path]]) -> dict[str, Path]:
-    spelt = {other.lower(): path for other, path in listing(root)[0].items()} | listing(root)[0]
-    folder = spelt.get(name, root / name)
+    folders = listing(root)[0]
+    folder = ({other.lower(): path for other, path in folders.items()} | folders).get(name, root / name)
     files = files_of(folder)
     if not files:
-        found = "the folder holds no scan" if folder.is_dir() else "the folder is missing"
-        failures = search(folder, deepest=0).failures if folder.is_dir() else ()
-        raise DatasetError(found, file=folder, expected=LOOKS_FOR, action=failures[0][1] if failures else None)
+        is_folder = folder.is_dir()
+        failures = search(folder, deepest=0).failures if is_folder else ()
+        problem = "the folder holds no scan" if is_folder else "the folder is missing"
+        raise DatasetError(problem, file=folder, expected=LOOKS_FOR, action=failures[0][1] if failures else None)
     return files

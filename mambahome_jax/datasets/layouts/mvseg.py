@@ -3,22 +3,20 @@
 import re
 from pathlib import Path
 
-from mambahome_jax.datasets.base import Case, Dataset, unlabelled_note
-from mambahome_jax.datasets.files import plain, scans_of, walk
-from mambahome_jax.datasets.splits import WORDS
-from mambahome_jax.errors import DatasetError
+from mambahome_jax.datasets.base import SPLIT_WORDS, Case, Dataset, numbered, require_cases, unlabelled_note
+from mambahome_jax.datasets.files import paired, plain, scans_of, walk
 from mambahome_jax.support.paths import own_name
 
 NAME = "mvseg"
 LOOKS_FOR = "MVSeg: train/, val/, test/ with <case>-US.nii.gz and <case>-label.nii.gz"
 COVERS: tuple[str, ...] = ()
-LABELS = {1: "posterior_leaflet", 2: "anterior_leaflet"}
+LABELS = numbered("posterior_leaflet", "anterior_leaflet")
 
 
 def detect(folder: Path) -> bool:
     """Whether the folder, or one up to two folders below, holds a <case>-US.nii.gz."""
-    names = (stem for _, _, files in walk(folder, 2) for stem in scans_of(files))
-    return any(stem.endswith("-US") for stem in names) and not plain(folder)
+    stems = (stem for _, _, files in walk(folder, 2) for stem in scans_of(files))
+    return any(stem.endswith("-US") for stem in stems) and not plain(folder)
 
 
 def load(folder: Path) -> Dataset:
@@ -27,16 +25,13 @@ def load(folder: Path) -> Dataset:
     Raises DatasetError: no scan.
     """
     cases, skipped = [], []
-    for home, _, content in walk(folder, 2):
-        files = scans_of(content)
-        stems = {stem.removesuffix(end) for stem in files for end in ("-US", "-label") if stem.endswith(end)}
-        for stem in sorted(stems):
-            split = WORDS.get(home.name.lower()) or WORDS.get(re.split(r"[-_]", stem.lower())[0])
-            if f"{stem}-US" not in files:
-                skipped.append((stem, f"{home.name}/{stem}-US.nii.gz not found"))
+    for home, _, files in walk(folder, 2):
+        for case, (image, label) in paired(scans_of(files), "-US", "-label").items():
+            split = SPLIT_WORDS.get(home.name.lower()) or SPLIT_WORDS.get(re.split(r"[-_]", case.lower())[0])
+            if image is None:
+                skipped.append((case, f"{home.name}/{case}-US.nii.gz not found"))
             else:
-                cases.append(Case(stem, files[f"{stem}-US"], files.get(f"{stem}-label"), split, "us"))
-    if not cases:
-        raise DatasetError("no scan", file=folder, expected=LOOKS_FOR)
+                cases.append(Case(case, image, label, split, "us"))
+    require_cases(cases, "no scan", folder, LOOKS_FOR, skipped)
     notes = unlabelled_note(case for case in cases if case.split != "test")
     return Dataset(own_name(folder), ("US",), LABELS, tuple(cases), tuple(skipped), notes)

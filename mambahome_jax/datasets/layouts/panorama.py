@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from mambahome_jax.datasets.base import Case, Dataset, unlabelled_note
+from mambahome_jax.datasets.base import Case, Dataset, numbered, unlabelled_note
 from mambahome_jax.datasets.files import listing, plain, scans_of, walk
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.support.paths import own_name, real_path
@@ -14,14 +14,9 @@ LOOKS_FOR = (
     "folder: manual_labels/ and automatic_labels/ with ######_#####.nii.gz"
 )
 COVERS: tuple[str, ...] = ("images_labels", "decathlon")
-LABELS = {
-    1: "pdac_lesion",
-    2: "veins",
-    3: "arteries",
-    4: "pancreas_parenchyma",
-    5: "pancreatic_duct",
-    6: "common_bile_duct",
-}
+LABELS = numbered(
+    *("pdac_lesion", "veins", "arteries", "pancreas_parenchyma", "pancreatic_duct", "common_bile_duct"),
+)
 REPOSITORY = "panorama_labels"
 HINT = (
     "Labels cloned before 21 June 2024 hold stray values 7 and 8, mended since: run git pull in panorama_labels and "
@@ -36,8 +31,8 @@ _DEPTH = 3
 
 def detect(folder: Path) -> bool:
     """Whether such scans lie in the folder or up to three folders below."""
-    names = (stem for _, _, files in walk(folder, _DEPTH) for stem in scans_of(files))
-    return any(map(_IMAGE.fullmatch, names)) and not plain(folder)
+    stems = (stem for _, _, files in walk(folder, _DEPTH) for stem in scans_of(files))
+    return any(map(_IMAGE.fullmatch, stems)) and not plain(folder)
 
 
 def load(folder: Path) -> Dataset:
@@ -50,18 +45,17 @@ def load(folder: Path) -> Dataset:
     images: dict[str, Path] = {}
     labels: dict[str, Path] = {}
     neighbours = listing(real_path(folder).parent)[0]
-    beside = [path for name, path in neighbours.items() if name.startswith(REPOSITORY)]
-    for root in [folder, *beside]:
+    for root in [folder, *(path for name, path in neighbours.items() if name.startswith(REPOSITORY))]:
         for home, _, files in walk(root, _DEPTH):
             for stem, path in scans_of(files).items():
-                if found := _IMAGE.fullmatch(stem):
-                    images.setdefault(found[1], path)
+                if match := _IMAGE.fullmatch(stem):
+                    images.setdefault(match[1], path)
                 elif _LABEL.fullmatch(stem) and (stem not in labels or "manual" in home.name):
                     labels[stem] = path
     if not images or not labels:
-        found_only = f"{len(images)} scans and {len(labels)} labels"
         action = "Clone github.com/DIAGNijmegen/panorama_labels into the folder." if images else None
-        raise DatasetError(found_only, file=folder, expected=LOOKS_FOR, action=action)
+        counts = f"{len(images)} scans and {len(labels)} labels"
+        raise DatasetError(counts, file=folder, expected=LOOKS_FOR, action=action)
     cases = tuple(
         Case(study, path, labels.get(study), None, "ct", study.split("_")[0]) for study, path in sorted(images.items())
     )
@@ -78,14 +72,15 @@ def load(folder: Path) -> Dataset:
 def _commit(folder: Path) -> str | None:
     """Commit that the clone around a folder has checked out."""
     for home in (folder, folder.parent):
+        git = home / ".git"
         try:
-            head = (home / ".git/HEAD").read_text().strip()
+            head = (git / "HEAD").read_text().strip()
             name = head.removeprefix("ref: ")
             if name == head:
                 return head
-            if (home / ".git" / name).is_file():
-                return (home / ".git" / name).read_text().strip()
-            packed = (line.split() for line in (home / ".git/packed-refs").read_text().splitlines())
+            if (git / name).is_file():
+                return (git / name).read_text().strip()
+            packed = (line.split() for line in (git / "packed-refs").read_text().splitlines())
             return next((words[0] for words in packed if words[1:] == [name]), None)
         except (OSError, UnicodeDecodeError):
             continue

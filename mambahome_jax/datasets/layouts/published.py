@@ -1,16 +1,16 @@
 """<case>/*ct*.nii.gz with <case>/*labels*.nii.gz: what the published training script reads."""
 
 import re
+from collections import defaultdict
 from pathlib import Path
 
-from mambahome_jax.datasets.base import Case, Dataset, optional_description, scan_files
-from mambahome_jax.datasets.files import listing, of_one_kind, plain
-from mambahome_jax.errors import DatasetError
+from mambahome_jax.datasets.base import Case, Dataset, optional_description, require_cases
+from mambahome_jax.datasets.files import listing, of_one_kind, plain, scan_files
 from mambahome_jax.support.paths import own_name
 
 NAME = "published"
-COVERS: tuple[str, ...] = ()
 LOOKS_FOR = "<case>/*ct*.nii.gz with <case>/*labels*.nii.gz (the published training layout)"
+COVERS: tuple[str, ...] = ()
 
 # A word of its own, as in p1_ct, CT01, scanCT, CTA or cbct, not the letters of subject, actrec or control.
 _CT = (
@@ -23,7 +23,7 @@ _ROLE = re.compile(rf"[-_. ]*({_CT}|(?i:combined_labels|labels))[-_. ]*")
 
 def detect(folder: Path) -> bool:
     """Whether any direct subfolder, but one of images or labels alone, holds a *ct*.nii.gz or *labels*.nii.gz."""
-    cases = [path for path in _subfolders(folder) if not of_one_kind(path.name)]
+    cases = [path for name, path in listing(folder)[0].items() if not of_one_kind(name)]
     return any(images or labels for images, labels in map(_files, cases)) and not plain(folder)
 
 
@@ -37,42 +37,28 @@ def load(folder: Path) -> Dataset:
     Raises DatasetError: no complete pair at all.
     """
     cases, skipped = [], []
-    for subfolder in _subfolders(folder):
-        images, labels = _files(subfolder)
-        if len(images) == 1 and len(labels) == 1:
-            cases.append(Case(subfolder.name, next(iter(images.values())), next(iter(labels.values())), None, "ct"))
-            continue
-        image_keys, label_keys = _by_key(images), _by_key(labels)
-        for key in sorted(image_keys | label_keys):
-            case = f"{subfolder.name}_{key}" if key else subfolder.name
-            found = (image_keys.get(key, []), label_keys.get(key, []))
-            if [len(paths) for paths in found] == [1, 1]:
-                cases.append(Case(case, found[0][0], found[1][0], None, "ct"))
+    for home in listing(folder)[0].values():
+        images, labels = _files(home)
+        single = len(images) == 1 and len(labels) == 1
+        pairs: dict[str, tuple[list[Path], list[Path]]] = defaultdict(lambda: ([], []))
+        for side, files in enumerate((images, labels)):
+            for stem, path in files.items():
+                pairs["" if single else _ROLE.sub("", stem)][side].append(path)
+        for key, (scans, maps) in sorted(pairs.items()):
+            case = f"{home.name}_{key}" if key else home.name
+            if len(scans) == len(maps) == 1:
+                cases.append(Case(case, scans[0], maps[0], None, "ct"))
             else:
-                names = ", ".join(path.name for paths in found for path in paths)
-                reason = f"{subfolder.name}/ holds {names}; expected one *ct*.nii.gz and one *labels*.nii.gz"
-                skipped.append((case, reason))
-    if not cases:
-        reason = f" ({skipped[0][1]})" if skipped else ""
-        raise DatasetError(f"no scan with its labels{reason}", file=folder, expected=LOOKS_FOR)
+                names = ", ".join(path.name for path in scans + maps)
+                expected = "expected one *ct*.nii.gz and one *labels*.nii.gz"
+                skipped.append((case, f"{home.name}/ holds {names}; {expected}"))
+    require_cases(cases, "no scan with its labels", folder, LOOKS_FOR, skipped)
     return Dataset(own_name(folder), ("CT",), optional_description(folder)[0], tuple(cases), tuple(skipped))
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return list(listing(folder)[0].values())
-
-
-def _files(subfolder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+def _files(home: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     """Images and label maps of one subfolder, by stem."""
-    files = scan_files(subfolder)
+    files = scan_files(home)
     labels = {stem: path for stem, path in files.items() if "labels" in stem.lower()}
     images = {stem: path for stem, path in files.items() if _IMAGE.search(stem) and stem not in labels}
     return images, labels
-
-
-def _by_key(files: dict[str, Path]) -> dict[str, list[Path]]:
-    """Files by what is left of their name without its role."""
-    keys: dict[str, list[Path]] = {}
-    for stem, path in files.items():
-        keys.setdefault(_ROLE.sub("", stem), []).append(path)
-    return keys

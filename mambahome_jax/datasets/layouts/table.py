@@ -1,17 +1,18 @@
 """A CSV file of paths, for data in any other form: columns id, image, label, split, modality, patient."""
 
-import csv
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import get_args
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import (
     Case,
     Dataset,
-    PatientSource,
     Split,
+    default_channels,
     modality_of,
     optional_description,
+    require_cases,
     unlabelled_note,
 )
 from mambahome_jax.datasets.files import listed, listing, read_table
@@ -29,8 +30,7 @@ COVERS: tuple[str, ...] = ("images_labels", "published")
 FILES = ("cases.csv", "dataset.csv")
 
 _COLUMNS = ("id", "image", "label", "split", "modality", "patient")
-_SPLITS: dict[str, Split | None] = {"": None, "train": "train", "val": "val", "test": "test"}
-_MODALITIES: dict[str, Modality | None] = {"": None, "ct": "ct", "mr": "mr", "us": "us"}
+_CHOICES = {"split": get_args(Split), "modality": get_args(Modality)}
 
 
 def detect(path: Path) -> bool:
@@ -41,63 +41,34 @@ def detect(path: Path) -> bool:
 def load(path: Path) -> Dataset:
     """One case a row. Several channels: their files in "image", separated by semicolons.
 
-    A row that cannot be used (missing file, unknown split, an id twice) is skipped, and says why. Names
-    of labels and channels: an optional dataset.json beside it.
+    A row that cannot be used (missing file, unknown split, an id twice) is skipped, and says why. Names of labels and
+    channels: an optional dataset.json beside it.
     Raises DatasetError: no such file, not readable, no column "image", no usable row.
     """
     file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), path / FILES[0])
     labels, channels = optional_description(file.parent)
+    table = read_table(file, LOOKS_FOR)
+    if "image" not in table.columns:
+        raise DatasetError(f"columns {table.head!r}", file=file, expected='a first line that names a column "image"')
     cases: dict[str, Case] = {}
     skipped: list[tuple[str, str]] = []
-    rows = _rows(file)
-    for number, row in rows:
+    for number, row in table.rows:
         try:
             case = _case(row, file, number, modality_of(channels))
             if case.id in cases:
                 raise DatasetError(f"the id {case.id} a second time", file=f"{file}, line {number}")
+            cases[case.id] = case
         except DatasetError as error:
             skipped.append((row.get("id") or f"line {number}", str(error)))
-        else:
-            cases[case.id] = case
-    if not cases:
-        reason = f" ({skipped[0][1]})" if skipped else ""
-        raise DatasetError(f"no usable row{reason}", file=file, expected=LOOKS_FOR)
+    require_cases(cases.values(), "no usable row", file, LOOKS_FOR, skipped)
     notes = unlabelled_note(cases.values())
-    unread = [name for name in rows[0][1] if name not in _COLUMNS]
-    notes += (f"columns of {file.name} that are not read: {listed(unread)}",) if unread else ()
-    count = max(len(case.image_files) for case in cases.values())
-    channels = channels or (("image",) if count == 1 else tuple(f"channel_{n}" for n in range(count)))
+    if unread := [name for name in table.rows[0][1] if name not in _COLUMNS]:
+        notes += (f"columns of {file.name} that are not read: {listed(unread)}",)
+    channels = channels or default_channels(max(len(case.image_files) for case in cases.values()))
     name = file.stem if path.is_file() else own_name(path)
-    source: PatientSource | None = "given" if any(row.get("patient") for _, row in rows) else None
-    return Dataset(name, channels, labels, tuple(cases.values()), tuple(skipped), notes, patients=source)
-
-
-def _rows(file: Path) -> list[tuple[int, dict[str, str]]]:
-    """(line, {column: text}) of each row; separated by commas, semicolons or tabs."""
-    try:
-        lines = read_table(file)
-    except FileNotFoundError as error:
-        raise DatasetError("no such file", file=file, expected=LOOKS_FOR) from error
-    except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=file) from error
-    head = lines[0] if lines else ""
-    # A semicolon may separate channels within a field, so it counts only where the names of the columns use it.
-    reader = csv.DictReader(lines, delimiter=max(",;\t", key=head.count), skipinitialspace=True)
-    rows = []
-    try:
-        columns = [(name or "").strip().lower() for name in reader.fieldnames or ()]
-        if "image" not in columns:
-            raise DatasetError(f"columns {head!r}", file=file, expected='a first line that names a column "image"')
-        reader.fieldnames = columns
-        for row in reader:
-            texts = {name: (text or "").strip() for name, text in row.items() if isinstance(text, str | None) and name}
-            if any(texts.values()):
-                rows.append((reader.line_num, texts))
-    except csv.Error as error:
-        # A quotation mark that nothing closes makes one field of all that follows.
-        found = f"damaged near line {reader.line_num} ({error})"
-        raise DatasetError(found, file=file, expected="a CSV file") from error
-    return rows
+    patients = any(row.get("patient") for _, row in table.rows)
+    found = (name, channels, labels, tuple(cases.values()), tuple(skipped), notes)
+    return Dataset(*found, patients="given" if patients else None)
 
 
 def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | None) -> Case:
@@ -116,17 +87,22 @@ def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | N
             raise DatasetError(f"{path} is no scan by its name", file=where, expected=expected, action=action)
         if not _is(path):
             raise DatasetError(f"{path} not found", file=where, expected="a path relative to the CSV file")
-    split, modality = row.get("split", "").lower(), row.get("modality", "").lower()
-    if split not in _SPLITS:
-        raise DatasetError(f"split {split!r}", file=where, expected="train, val, test or nothing")
-    if modality not in _MODALITIES:
-        raise DatasetError(f"modality {modality!r}", file=where, expected="ct, mr, us or nothing")
+    chosen = {column: row.get(column, "").lower() or None for column in _CHOICES}
+    for column, word in chosen.items():
+        if word not in (None, *_CHOICES[column]):
+            raise DatasetError(f"{column} {word!r}", file=where, expected=f"{', '.join(_CHOICES[column])} or nothing")
     name = one_form(row.get("id") or scan_stem(images[0]))
     if name[0] == "." or set(name) & set('/\\:*?"<>|'):
         raise DatasetError(f"id {name!r}", file=where, expected="a name that a file can have, not beginning with a dot")
-    several = tuple(images) if len(images) > 1 else ()
-    chosen = _MODALITIES[modality] or default
-    return Case(name, images[0], label, _SPLITS[split], chosen, one_form(row.get("patient", "")), images=several)
+    return Case(
+        id=name,
+        image=images[0],
+        label=label,
+        split=chosen["split"],  # type: ignore[arg-type]
+        modality=chosen["modality"] or default,  # type: ignore[arg-type]
+        patient=one_form(row.get("patient", "")),
+        images=tuple(images) if len(images) > 1 else (),
+    )
 
 
 def _located(folder: Path, text: str) -> Path:

@@ -1,12 +1,18 @@
 """TotalSegmentator MRI, versions 1 and 2: s####/ with mri.nii.gz and one binary mask a structure; meta.csv."""
 
-import csv
 import re
 from pathlib import Path
 
-from mambahome_jax.datasets.base import Case, Dataset, Split, unlabelled_note
+from mambahome_jax.datasets.base import (
+    SPLIT_WORDS,
+    Dataset,
+    Split,
+    case_of_masks,
+    numbered,
+    require_cases,
+    unlabelled_note,
+)
 from mambahome_jax.datasets.files import listed, listing, read_table, scans_of, walk
-from mambahome_jax.datasets.splits import WORDS
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import scan_stem
 from mambahome_jax.support.paths import own_name
@@ -57,56 +63,37 @@ def load(folder: Path) -> Dataset:
         homes += [path for name, path in folders.items() if _CASE.fullmatch(name)]
         tables += [files["meta.csv"]] if "meta.csv" in files else []
     masks = {home.name: scans_of(listing(home / "segmentations")[1]) for home in homes}
-    labels = dict(enumerate(table_of(set().union(*masks.values())), start=1))
+    labels = numbered(*table_of(set().union(*masks.values())))
     splits = _read_splits(tables[0]) if tables else {}
     cases, skipped = [], []
     for home in homes:
-        scan = scans_of(listing(home)[1]).get("mri")
+        name, scan = home.name, scans_of(listing(home)[1]).get("mri")
         if scan is None:
-            skipped.append((home.name, f"{home.name}/mri.nii.gz not found"))
-            continue
-        known = tuple((value, masks[home.name][part]) for value, part in labels.items() if part in masks[home.name])
-        partial = tuple(value for value, _ in known) if 0 < len(known) < len(labels) else None
-        cases.append(
-            Case(
-                *(home.name, scan, None, splits.get(home.name), "mr"),
-                masks=known,
-                labelled=partial,
-                may_be_empty=False,
-            )
-        )
-    if not cases:
-        raise DatasetError("no case with a scan", file=folder, expected=LOOKS_FOR)
+            skipped.append((name, f"{name}/mri.nii.gz not found"))
+        else:
+            cases.append(case_of_masks(name, scan, "mr", labels, masks[name], split=splits.get(name)))
+    require_cases(cases, "no case with a scan", folder, LOOKS_FOR, skipped)
     notes = unlabelled_note(cases)
-    absent = sorted(splits.keys() - {home.name for home in homes})
-    if absent:
+    if absent := sorted(splits.keys() - masks.keys()):
         notes += (f"cases of meta.csv that are not here ({len(absent)}): {listed(absent)}",)
     if not tables:
         notes += ("meta.csv is not there, so the official split is not known",)
     return Dataset(own_name(folder), ("MRI",), labels, tuple(cases), tuple(skipped), notes)
 
 
-def table_of(found: set[str]) -> tuple[str, ...]:
+def table_of(names: set[str]) -> tuple[str, ...]:
     """Names of the structures in order of their values, given the names of the masks."""
-    if found <= set(STRUCTURES):
+    if names <= set(STRUCTURES):
         return STRUCTURES
-    others = found - set(STRUCTURES[:SHARED])
+    others = names - set(STRUCTURES[:SHARED])
     known = [name for name in STRUCTURES if name in others]
     return (*STRUCTURES[:SHARED], *known, *sorted(others - set(known)))
 
 
 def _read_splits(file: Path) -> dict[str, Split | None]:
-    """Split of each case by meta.csv, whose separator is a semicolon, a comma or a tab."""
-    try:
-        lines = read_table(file)
-    except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=file) from error
-    head = lines[0] if lines else ""
-    rows = csv.DictReader(lines, delimiter=max(";,\t", key=head.count))
-    rows.fieldnames = [(name or "").strip().lower() for name in rows.fieldnames or ()]
-    if not {"image_id", "split"} <= set(rows.fieldnames):
-        raise DatasetError(f"columns {head!r}", file=file, expected="image_id and split among them")
-    return {
-        scan_stem(Path((row["image_id"] or "").strip())): WORDS.get((row["split"] or "").strip().lower())
-        for row in rows
-    }
+    """Split of each case by meta.csv."""
+    expected = "image_id and split among them"
+    table = read_table(file, expected)
+    if not {"image_id", "split"} <= set(table.columns):
+        raise DatasetError(f"columns {table.head!r}", file=file, expected=expected)
+    return {scan_stem(Path(row["image_id"])): SPLIT_WORDS.get(row["split"].lower()) for _, row in table.rows}
