@@ -15,8 +15,7 @@ from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.label_map import count_values, own_image, read_image, read_label_map
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
-from mambahome_jax.imaging.geometry import axis_order, orientation_of
-from mambahome_jax.imaging.grids import require_same_grid, shift_between
+from mambahome_jax.imaging.geometry import axis_order, orientation_of, require_same_grid, shift_between
 from mambahome_jax.imaging.header import grid_shift
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles
 from mambahome_jax.imaging.plausibility import intensity_remark
