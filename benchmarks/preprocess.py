@@ -8,7 +8,6 @@ well, and its time includes that of starting its processes; MONAI's start and im
 """
 
 import argparse
-import io
 import json
 import multiprocessing
 import os
@@ -43,18 +42,19 @@ def make_cases(folder: Path, cases: int, shape: tuple[int, int, int], spacing: t
 
 def ours(source: Path, output: Path, spacing: tuple[float, float, float], workers: int) -> tuple[float, float]:
     """Seconds for all cases, and processor seconds of all processes."""
-    from rich.console import Console
-
-    from mambahome_jax.commands.preprocess import prepare
     from mambahome_jax.datasets import load_dataset
+    from mambahome_jax.flags import PreprocessConfig
+    from mambahome_jax.preprocessing.dataset import prepare_dataset
 
-    dataset = load_dataset(source)
-    quiet = Console(file=io.StringIO())
+    dataset, config = (
+        load_dataset(source),
+        PreprocessConfig(source, output, spacing, modality="ct", num_workers=workers),
+    )
     start, processor = time.perf_counter(), processor_seconds()
-    summary = prepare(dataset, output, spacing=spacing, modality="ct", num_workers=workers, console=quiet)
+    result = prepare_dataset(dataset, config)
     seconds = time.perf_counter() - start
-    if summary.failed:
-        raise SystemExit(f"cases failed: {summary.failed}")
+    if result.failed:
+        raise SystemExit(f"cases failed: {result.failed}")
     return seconds, processor_seconds() - processor
 
 

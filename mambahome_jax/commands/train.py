@@ -12,19 +12,19 @@ import jax
 from flax import nnx
 from rich.console import Console
 
-from mambahome_jax.commands.preprocess import prepare
 from mambahome_jax.datasets import prepared as prepared_layout
 from mambahome_jax.datasets.prepared import Prepared, read_prepared
 from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.datasets.splits import with_split_file
 from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
-from mambahome_jax.flags import TrainConfig
+from mambahome_jax.flags import PreprocessConfig, TrainConfig
 from mambahome_jax.imaging.normalisation import normalisations
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.patches.loader import make_loader
 from mambahome_jax.patches.store import Store
-from mambahome_jax.support.console import say
+from mambahome_jax.preprocessing.dataset import prepare_dataset
+from mambahome_jax.support.console import say, tracked
 from mambahome_jax.support.devices import choose_devices, versions
 from mambahome_jax.support.files import jsonable
 from mambahome_jax.support.output_folder import locked, open_output
@@ -36,7 +36,7 @@ from mambahome_jax.training.data import data_differences, data_summary
 from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
 from mambahome_jax.training.distributed import ending_together, is_first, join_processes, require_same
 from mambahome_jax.training.loop import Parts, Plan, Progressed, train
-from mambahome_jax.training.losses import dice_ce
+from mambahome_jax.training.losses import LossFunction, dice_ce
 from mambahome_jax.training.members import SIGNALLED, Shared, holds_run, is_finished, member_folder, run_members
 from mambahome_jax.training.mirrors import recorded_mirrors
 from mambahome_jax.training.optimizer import make_optimizer
@@ -164,8 +164,8 @@ def _train(
     require_same("The configuration", settings)
     last = folder / "checkpoints" / "last"
     graphdef, trained_graphdef, params = _networks(config, setup, None if resume else report, console)
-    recipe = setup.recipe
-    ema = recipe.ema_decay > 0
+    ingredients = setup.ingredients
+    ema = ingredients.ema_decay > 0
     abstract = abstract_state(params, optimizer, ema)
     data_state, found = None, dict[str, Any]()
     if resume:
@@ -213,20 +213,21 @@ def _train(
         )
         here = next(device for device in devices if device.process_index == jax.process_index())
         validate = make_validate(graphdef, val_store, validation, here)
+    loss_fn: LossFunction = partial(dice_ce, label_smoothing=ingredients.label_smoothing)
     program = (trained_graphdef, setup.augmentation, setup.optimizer)
     compiles = program not in shared.programs
     if compiles:
         shared.programs[program] = make_train_step(
             trained_graphdef,
             optimizer,
-            at_all_levels(dice_ce) if recipe.deep_supervision else dice_ce,
+            at_all_levels(loss_fn) if ingredients.deep_supervision else loss_fn,
             mesh,
             config.seed,
             setup.augmentation,
             config.strategy,
-            recipe.ema_decay,
+            ingredients.ema_decay,
             config.freeze_encoder,
-            recipe.dropout,
+            ingredients.dropout,
         )
     train_step = with_seed(shared.programs[program], config.seed, mesh)
     with (
@@ -284,7 +285,7 @@ def _batches(
         setup.global_batch,
         seed=config.seed,
         num_workers=workers.count,
-        class_balanced=setup.recipe.class_balanced,
+        class_balanced=setup.ingredients.class_balanced,
         normalise=normalisations(setup.properties.ct_normalisation, config.modality),
         share=(jax.process_index(), jax.process_count()),
     )
@@ -314,7 +315,7 @@ def _networks(
         say(console, f"{config.use_pretrained}: {found}")
         report["pretrained"] = {"path": config.use_pretrained, **jsonable(dataclasses.asdict(found))}
         model = nnx.merge(graphdef, params)
-    if not setup.recipe.deep_supervision:
+    if not setup.ingredients.deep_supervision:
         return graphdef, graphdef, params
     trained = DeepSupervision(model, rngs=nnx.Rngs(config.seed + 1), precision=setup.precision)
     return graphdef, *_split(trained)
@@ -361,10 +362,10 @@ def _opened(data: Path, work: Path, config: TrainConfig, console: Console) -> tu
         raise ConfigError(f"{data} is not preprocessed. With several processes run preprocess.py first")
     dataset = consecutive(load_dataset(data))
     say(console, f"{data} is not preprocessed: storing its scans in {work}, at their own spacing")
-    summary = prepare(
-        dataset, work, spacing=None, modality=config.modality, num_workers=None, nifti=False, console=console
-    )
-    if not summary.entries:
+    flags = PreprocessConfig(data, work, modality=config.modality)
+    track = tracked(console, "Preprocessing")
+    result = prepare_dataset(dataset, flags, store_only=True, say=partial(say, console), track=track)
+    if not result.entries:
         action = "Run preprocess.py on it with the flags that the reasons above name, and train on what it writes."
         raise DatasetError("none of its cases can be used", file=data, expected="scans with labels", action=action)
-    return summary.prepared, list(summary.failed)
+    return result.prepared, list(result.failed)

@@ -82,10 +82,11 @@ def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarr
     """Write root/<id>/, whole or not at all, in place of what an earlier run wrote there.
 
     Args:
+        entry: of the case; its class counts are those of `label`, or None to have them counted.
         image: (D, H, W, C) float32.
         label: (D, H, W) uint8 or uint16, or None.
 
-    Returns: the entry with the class counts and the checksum of these arrays.
+    Returns: the entry with class counts and checksum.
     Raises: OutputError: the folder cannot be written.
     """
     image = image.astype(np.float32, copy=False)
@@ -94,7 +95,7 @@ def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarr
     with _partial_folder(root, entry.id) as (partial, folder):
         _write_array(partial / "image", image)
         checksum = _crc(image) + ("" if label is None else _crc(label))
-        counts = None if label is None else count_values(label)
+        counts = None if label is None else entry.class_counts or count_values(label)
         entry = dataclasses.replace(entry, checksum=checksum, class_counts=counts)
         if label is not None:
             _write_array(partial / "label", label)

@@ -1,7 +1,7 @@
-"""What is wrong with a dataset, or worth a look: facts of single cases in, findings out. Reads no file, never jax."""
+"""What is wrong with a dataset, or worth a look: facts of single cases in, findings out. Reads no file."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,12 +13,13 @@ from mambahome_jax.datasets.duplicates import near_duplicates
 from mambahome_jax.datasets.label_map import stray_values
 from mambahome_jax.datasets.structures import describe_numbering, numbering
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.plausibility import Remark, guessed_modality
+from mambahome_jax.imaging.header import grid_shift
+from mambahome_jax.imaging.plausibility import AXES, Remark, guessed_modality
 
 Severity = Literal["error", "warning", "note"]
 
 SCANS = "scans"  # layout of a folder that holds scans and no labels
-_AXES = ("R-L", "A-P", "S-I")
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 _SHIFT_VOXELS = 1e-3  # below that, two grids differ by the rounding of float32 headers
 _FORM_VOXELS = 0.1  # what preprocessing accepts between an image and its label map
 _SHEAR = 1e-3  # cosine between two axes; float32 headers stay below 1e-6
@@ -33,9 +34,9 @@ _REPLACE = "Put a file of the expected form in its place, or leave the case out.
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found. case, file: empty where it is about the dataset as a whole.
+    """One fault or remark. case, file: empty where it is about the dataset as a whole.
 
-    severity: error, preprocessing would refuse the case; warning, worth a look; note, nothing to mend.
+    severity: error, preprocessing would refuse the case; warning, worth a look; note, nothing to fix.
     """
 
     severity: Severity
@@ -43,13 +44,13 @@ class Finding:
     case: str
     file: str
     found: str
-    expected: str
-    action: str
+    expected: str = ""
+    action: str = ""
 
 
 @dataclass(frozen=True)
 class CaseFacts:
-    """What is known of one case; what could not be read, or was not asked for, is None.
+    """Facts of one case; what could not be read, or was not asked for, is None.
 
     shape, spacing (mm): of the axes R-L, A-P and S-I, whatever the file's order. orientation: of the file's axes.
     digest: equal for equal images, "" where unknown or worthless. percentiles: (channel, percentile), see
@@ -81,90 +82,93 @@ class CaseFacts:
         """Whether preprocessing would take the case."""
         return all(finding.severity != "error" for finding in self.findings)
 
+    def finding(self, severity: Severity, kind: str, found: str, expected: str = "", action: str = "") -> Finding:
+        """Make a finding about the image of this case."""
+        return Finding(severity, kind, self.id, self.image, found, expected, action)
+
 
 def error_finding(case: str, kind: str, error: DatasetError) -> Finding:
-    """What a reader refused, in its own words."""
+    """Tell what a reader refused, in its own words."""
     file = str(error.file) if error.file is not None else ""
     return Finding("error", kind, case, file, error.found, error.expected or "", error.action or _REPLACE)
 
 
-def affine_findings(case: str, file: str, affine: np.ndarray) -> list[Finding]:
-    """Axes that are not at right angles, or turned against the patient's. affine (4, 4), voxel to RAS mm."""
+def affine_finding(case: str, file: str, affine: np.ndarray) -> Finding | None:
+    """Look for axes that are not at right angles, or turned against the patient's. affine (4, 4), voxel to RAS mm."""
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     cosines = np.abs(axes.T @ axes - np.eye(3))
     if cosines.max() > _SHEAR:
         angle = 90 - np.degrees(np.arccos(min(cosines.max(), 1.0)))
         action = "Resampling removes the shear; other programs refuse such a file. Correct its header if it is wrong."
         found = f"axes that are {angle:.2g} degrees off a right angle"
-        return [Finding("warning", "affine", case, file, found, "orthonormal axes", action)]
+        return Finding("warning", "affine", case, file, found, "orthonormal axes", action)
     turned = float(np.degrees(np.arccos(np.clip(np.abs(axes).max(axis=0), 0, 1))).max())
     if turned > _OBLIQUE_DEGREES:
         action = "Nothing: the array keeps its axes, and results return to the scan's own grid."
         found = f"oblique: axes turned by {turned:.1f} degrees against the patient's"
-        return [Finding("note", "oblique", case, file, found, "", action)]
-    return []
+        return Finding("note", "oblique", case, file, found, "", action)
+    return None
 
 
-def form_findings(
+def form_finding(
     case: str,
     file: str,
     shape: tuple[int, ...],
     sform: np.ndarray | None,
     qform: np.ndarray | None,
     pixdim: np.ndarray,
-    shift: Callable[[np.ndarray, np.ndarray, tuple[int, ...]], tuple[float, float]],
-) -> list[Finding]:
-    """A header whose ways to state the geometry disagree, or which states none.
+) -> Finding | None:
+    """Look for a header whose ways to state the geometry disagree, or which states none.
 
-    sform, qform: (4, 4), None where not given; pixdim (3,) mm; shift: voxels and mm between two grids.
+    sform, qform: (4, 4), None where not given; pixdim (3,) mm.
     """
     if sform is None and qform is None:
         action = "Make sure that left is left: the axes were taken as R, A, S from the first voxel on."
-        return [Finding("warning", "header", case, file, "neither sform nor qform", "a position in the world", action)]
-    if sform is not None and qform is not None:
-        voxels, mm = shift(sform, qform, shape)
-        if voxels > _FORM_VOXELS:
-            found = f"sform and qform lie up to {mm:.3g} mm ({voxels:.3g} voxels) apart"
-            action = "The sform is used; programs that prefer the qform place it elsewhere. Correct the wrong one."
-            return [Finding("warning", "header", case, file, found, "the same place from both", action)]
-    elif sform is not None:
+        return Finding("warning", "header", case, file, "neither sform nor qform", "a position in the world", action)
+    if sform is None:
+        return None
+    if qform is not None:
+        voxels, mm = grid_shift(sform, qform, shape)
+        apart = voxels > _FORM_VOXELS
+        found, expected = f"sform and qform lie up to {mm:.3g} mm ({voxels:.3g} voxels) apart", "the same place"
+        others = "programs that prefer the qform place it elsewhere"
+    else:
         spacing = np.linalg.norm(sform[:3, :3], axis=0)
-        if not np.allclose(spacing, pixdim, rtol=0.01):
-            found = f"pixdim {_by(pixdim)} mm, but spacing {_by(spacing)} mm in the sform"
-            action = "The sform is used; programs that read pixdim see other sizes. Correct the wrong one."
-            return [Finding("warning", "header", case, file, found, "the same spacing from both", action)]
-    return []
+        apart = not np.allclose(spacing, pixdim, rtol=0.01)
+        found, expected = f"pixdim {_by(pixdim)} mm, but spacing {_by(spacing)} mm in the sform", "the same spacing"
+        others = "programs that read pixdim see other sizes"
+    action = f"The sform is used; {others}. Correct the wrong one."
+    return Finding("warning", "header", case, file, found, f"{expected} from both", action) if apart else None
 
 
-def small_shift_finding(case: str, file: str, voxels: float, mm: float) -> list[Finding]:
-    """A label map that lies beside its image, but near enough to be taken as on the same grid."""
+def shift_finding(case: str, file: str, voxels: float, mm: float) -> Finding | None:
+    """Tell of a label map that lies beside its image, but near enough to be taken as on the same grid."""
     if not _SHIFT_VOXELS < voxels <= _FORM_VOXELS:
-        return []
+        return None
     found = f"lies up to {mm:.2g} mm ({voxels:.2g} voxels) off the image's grid"
-    return [Finding("note", "shift", case, file, found, "", "Nothing: it is taken as on the image's grid.")]
+    return Finding("note", "shift", case, file, found, "", "Nothing: it is taken as on the image's grid.")
 
 
-def label_findings(case: str, file: str, counts: Mapping[int, int]) -> list[Finding]:
-    """A label map without structure or without background. counts: voxels of each value."""
+def label_finding(case: str, file: str, counts: Mapping[int, int]) -> Finding | None:
+    """Look for a label map without structure or without background. counts: voxels of each value."""
     if not any(value != 0 for value in counts):
         action = "Leave the case out, unless it truly shows none of the structures."
-        return [Finding("warning", "label", case, file, "every voxel is background", "a labelled structure", action)]
+        return Finding("warning", "label", case, file, "every voxel is background", "a labelled structure", action)
     if 0 not in counts:
         action = "Is 0 the background in this label map?"
-        return [Finding("warning", "label", case, file, "no voxel is background", "background 0", action)]
-    return []
+        return Finding("warning", "label", case, file, "no voxel is background", "background 0", action)
+    return None
 
 
-def dataset_findings(dataset: Dataset, facts: list[CaseFacts]) -> list[Finding]:
-    """What shows only when all cases are seen together, and what the layout itself left out."""
-    kind, action = "missing", "Add what is missing, or remove the rest of the case."
-    if dataset.layout == SCANS:
-        kind, action = "unreadable", ""  # the reason of a single scan says what to do
-    found = [Finding("error", kind, case, "", reason, "", action) for case, reason in dataset.skipped]
-    found += [Finding("note", "dataset", "", "", note, "", "") for note in dataset.notes]
+def dataset_findings(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding]:
+    """Find what shows only when all cases are seen together, and name what the layout itself left out."""
+    scans = dataset.layout == SCANS
+    # The reason of a single scan says what to do.
+    kind, action = ("unreadable", "") if scans else ("missing", "Add what is missing, or remove the rest of the case.")
     return [
-        *found,
-        *(_unlabelled(facts) if dataset.layout != SCANS else ()),
+        *(Finding("error", kind, case, "", reason, "", action) for case, reason in dataset.skipped),
+        *(Finding("note", "dataset", "", "", note) for note in dataset.notes),
+        *(() if scans else _unlabelled(facts)),
         *_intensities(facts),
         *_outliers(facts),
         *_orientations(facts),
@@ -176,35 +180,34 @@ def dataset_findings(dataset: Dataset, facts: list[CaseFacts]) -> list[Finding]:
     ]
 
 
-def _unlabelled(facts: list[CaseFacts]) -> list[Finding]:
+def _unlabelled(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
     wanted = [fact for fact in facts if fact.split != "test"]
     without = [fact for fact in wanted if not fact.labelled]
     action = "Add the label map; without it the case is not trained on."
     if without and len(without) == len(wanted):
         found = f"none of {len(wanted)} cases has a label map"
-        return [Finding("warning", "missing", "", "", found, "label maps to train on", action)]
-    return [Finding("warning", "missing", fact.id, fact.image, "no label map", "", action) for fact in without]
+        yield Finding("warning", "missing", "", "", found, "label maps to train on", action)
+        return
+    for fact in without:
+        yield fact.finding("warning", "missing", "no label map", "", action)
 
 
-def _intensities(facts: list[CaseFacts]) -> list[Finding]:
-    """Scans that cannot be of their modality; where the dataset names none, of the one that most of them look like."""
+def _intensities(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
+    """Find scans that cannot be of their modality; without a name, of the one that most of them look like."""
     rows = [row for fact in facts if fact.modality is None for row in fact.percentiles or ()]
     guess = guessed_modality([(row[0], row[-1]) for row in rows])
-    found = [(fact, fact.odd.get(fact.modality or guess)) for fact in facts]
-    return [
-        Finding("warning", "intensity", fact.id, fact.image, remark.found, remark.expected, remark.action)
-        for fact, remark in found
-        if remark is not None
-    ]
+    for fact in facts:
+        if remark := fact.odd.get(fact.modality or guess):
+            yield fact.finding("warning", "intensity", remark.found, remark.expected, remark.action)
 
 
-def _outliers(facts: list[CaseFacts]) -> list[Finding]:
-    """Spacing or shape far from the median of the same modality: by a factor, and by the spread of the others."""
-    findings = []
+def _outliers(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
+    """Find spacings and shapes far from the median of their modality: by a factor, and by the spread of the others."""
     groups: dict[Modality | None, list[CaseFacts]] = defaultdict(list)
     for fact in facts:
         if fact.shape is not None and fact.spacing is not None:
             groups[fact.modality].append(fact)
+    action = "Look at it: a localiser, another series, or a wrong unit in the header?"
     for group in groups.values():
         if len(group) < _FEWEST_TO_COMPARE:
             continue
@@ -215,139 +218,108 @@ def _outliers(facts: list[CaseFacts]) -> list[Finding]:
             spread = 1.4826 * np.median(distance, axis=0)
             out = distance > np.maximum(np.log(_OUTLIER_FACTOR), _OUTLIER_DEVIATIONS * spread)
             for index in np.flatnonzero(out.any(axis=1)):
-                axes = ", ".join(name for name, far in zip(_AXES, out[index], strict=True) if far)
+                axes = ", ".join(name for name, far in zip(AXES, out[index], strict=True) if far)
                 found = f"{kind} {_by(values[index])}{unit}, far off along {axes}"
-                expected = f"near {_by(median)}{unit}, the median"
-                action = "Look at it: a localiser, another series, or a wrong unit in the header?"
-                fact = group[index]
-                findings.append(Finding("warning", kind, fact.id, fact.image, found, expected, action))
-    return findings
+                yield group[index].finding("warning", kind, found, f"near {_by(median)}{unit}, the median", action)
 
 
-def _orientations(facts: list[CaseFacts]) -> list[Finding]:
+def _orientations(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
     known = [fact for fact in facts if fact.orientation]
     counts = Counter(fact.orientation for fact in known)
-    if len(counts) < 2:
-        return []
-    usual = max(sorted(counts), key=lambda name: counts[name])
-    findings = []
+    usual = max(sorted(counts), key=lambda name: counts[name], default="")
+    action = "Nothing: preprocessing brings all to one orientation by their affines."
     for fact in known:
         if fact.orientation != usual:
             mirrored = ", of the other handedness" if _handedness(fact.orientation) != _handedness(usual) else ""
             found = f"stored as {fact.orientation}{mirrored}; {counts[usual]} of {len(known)} scans are {usual}"
-            action = "Nothing: preprocessing brings all to one orientation by their affines."
-            findings.append(Finding("note", "orientation", fact.id, fact.image, found, "", action))
-    return findings
+            yield fact.finding("note", "orientation", found, "", action)
 
 
-def _duplicates(facts: list[CaseFacts]) -> list[Finding]:
+def _duplicates(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
     first: dict[str, CaseFacts] = {}
-    findings = []
     for fact in facts:
-        if not fact.digest:
-            continue
-        other = first.setdefault(fact.digest, fact)
-        if other is fact:
-            continue
-        findings.append(_duplicate(fact, other, "the same image as"))
+        if fact.digest and (other := first.setdefault(fact.digest, fact)) is not fact:
+            yield _duplicate(fact, other, "the same image as")
     by_id = {fact.id: fact for fact in facts}
     seen = {fact.id: fact.thumbnail for fact in facts if fact.thumbnail is not None and fact.shape is not None}
     for name, twin in near_duplicates(seen, {name: by_id[name].shape or () for name in seen}):
         fact, other = by_id[name], by_id[twin]
         if not fact.digest or fact.digest != other.digest:
-            findings.append(_duplicate(fact, other, "but for rounding, scaling or the order of axes the same image as"))
-    return findings
+            yield _duplicate(fact, other, "but for rounding, scaling or the order of axes the same image as")
 
 
-def _duplicate(fact: CaseFacts, other: CaseFacts, said: str) -> Finding:
-    found, kind = f"{said} {other.id}", "duplicate"
+def _duplicate(fact: CaseFacts, other: CaseFacts, same: str) -> Finding:
+    found, kind = f"{same} {other.id}", "duplicate"
     if fact.split != other.split:
         found += f", which is in {other.split or 'no split'} and this one in {fact.split or 'no split'}"
         kind = "leak"
-    return Finding("warning", kind, fact.id, fact.image, found, "each image once", "Remove one of them.")
+    return fact.finding("warning", kind, found, "each image once", "Remove one of them.")
 
 
-def _leaks(facts: list[CaseFacts]) -> list[Finding]:
+def _leaks(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
     splits: dict[str, dict[Split, list[CaseFacts]]] = defaultdict(lambda: defaultdict(list))
     for fact in facts:
         if fact.split is not None:
             splits[fact.patient][fact.split].append(fact)
-    findings = []
+    action = "Move all scans of the patient to one split; the scores would be too good."
     for patient, by_split in splits.items():
-        if len(by_split) < 2:
-            continue
-        where = "; ".join(f"{split}: {_some([fact.id for fact in cases])}" for split, cases in by_split.items())
-        last = list(by_split.values())[-1][0]
-        action = "Move all scans of the patient to one split; the scores would be too good."
-        findings.append(
-            Finding(
-                "warning",
-                "leak",
-                last.id,
-                last.image,
-                f"patient {patient} in {where}",
-                "each patient in one split",
-                action,
-            )
-        )
-    return findings
+        if len(by_split) > 1:
+            where = "; ".join(f"{split}: {_some([fact.id for fact in cases])}" for split, cases in by_split.items())
+            last = list(by_split.values())[-1][0]
+            yield last.finding("warning", "leak", f"patient {patient} in {where}", "each patient in one split", action)
 
 
-def _numbering(dataset: Dataset, facts: list[CaseFacts]) -> list[Finding]:
-    """Stored label values that are not 1, 2, 3, ..., as preprocessing numbers them."""
+def _numbering(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]:
+    """Tell of stored label values that are not 1, 2, 3, ..., as preprocessing numbers them."""
     values = dataset.values
     if not dataset.labels:
         values = numbering(value for fact in facts if fact.usable for value in fact.label_voxels or ())
-    return [Finding("note", "label", "", "", describe_numbering(values), "", "")] if values else []
+    if values:
+        yield Finding("note", "label", "", "", describe_numbering(values))
 
 
-def _strays(dataset: Dataset, facts: list[CaseFacts]) -> list[Finding]:
+def _strays(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]:
     known = {fact.id: fact.label_voxels for fact in facts if fact.usable and fact.label_voxels is not None}
     files = {case.id: str(case.label_files[0]) for case in dataset.cases if case.has_label}
     action = "Look at it: if it is a slip, correct the label map; a structure of so few voxels cannot be learnt."
-    findings = []
     for stray in stray_values(known):
         stored, name = dataset.values.get(stray.value, stray.value), dataset.labels.get(stray.value)
         title = f"label value {stored}" + (f" ({name})" if name else "")
         expected = f"a structure of more than {len(stray.voxels)} of {len(known)} label maps"
         for case, voxels in stray.voxels.items():
             found = f"{title} in {voxels} voxel{'s' * (voxels != 1)}"
-            findings.append(Finding("warning", "label value", case, files[case], found, expected, action))
-    return findings
+            yield Finding("warning", "label value", case, files[case], found, expected, action)
 
 
-def _rare_structures(dataset: Dataset, facts: list[CaseFacts]) -> list[Finding]:
+def _rare_structures(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]:
     labelled = {case.id: case.labelled for case in dataset.cases}
     maps = [fact for fact in facts if fact.volumes_ml is not None]
-    findings = []
     for value, name in dataset.labels.items():
         # Where a case's own dataset never labels a structure, its absence says nothing.
         seen = [fact for fact in maps if value in (labelled.get(fact.id) or dataset.labels)]
-        modalities = sorted({str(fact.modality) for fact in seen})
         if not seen:
             continue
-        ids = [fact.id for fact in seen if value in (fact.volumes_ml or {})]
+        having = [fact for fact in seen if value in (fact.volumes_ml or {})]
         title = f"label {value} ({name})"
-        if not ids:
+        if not having:
             action = "It cannot be learnt: correct the label table, or leave it out."
             found, expected = f"{title} occurs in none of {len(seen)} label maps", "each structure in some"
-            findings.append(Finding("warning", "structure", "", "", found, expected, action))
+            yield Finding("warning", "structure", "", "", found, expected, action)
             continue
-        if len(ids) <= _RARE_SHARE * len(seen):
-            found = f"{title} occurs in {len(ids)} of {len(seen)} label maps: {_some(ids)}"
+        if len(having) <= _RARE_SHARE * len(seen):
+            where = _some([fact.id for fact in having])
+            found = f"{title} occurs in {len(having)} of {len(seen)} label maps: {where}"
             action = "Expect little of it, and make sure that each split has some."
-            findings.append(Finding("note", "structure", "", "", found, "", action))
-        for modality in modalities if len(modalities) > 1 else ():
-            group = [fact for fact in seen if str(fact.modality) == modality]
-            if not any(value in (fact.volumes_ml or {}) for fact in group):
-                found = f"{title} occurs in none of the {len(group)} label maps of modality {modality}"
-                action = "Leave it out of the mean score of that modality."
-                findings.append(Finding("note", "structure", "", "", found, "", action))
-    return findings
+            yield Finding("note", "structure", "", "", found, "", action)
+        of_modality = Counter(str(fact.modality) for fact in seen)
+        for modality in sorted(of_modality.keys() - {str(fact.modality) for fact in having}):
+            found = f"{title} occurs in none of the {of_modality[modality]} label maps of modality {modality}"
+            action = "Leave it out of the mean score of that modality."
+            yield Finding("note", "structure", "", "", found, "", action)
 
 
 def _handedness(orientation: str) -> bool:
-    """Whether axes that run along three letters such as RAS form a right-handed system."""
+    """Tell whether axes that run along three letters such as RAS form a right-handed system."""
     matrix = np.zeros((3, 3))
     for axis, letter in enumerate(orientation):
         row = next(i for i, pair in enumerate(("RL", "AP", "SI")) if letter in pair)

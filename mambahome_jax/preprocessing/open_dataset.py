@@ -1,11 +1,15 @@
-"""The dataset that the flags of preprocess mean: read, joined, its structures chosen."""
+"""The dataset that the flags of check and preprocess mean: read, joined, its structures chosen; or scans alone."""
 
+import contextlib
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from mambahome_jax.config import Modality
 from mambahome_jax.datasets import Dataset, load_dataset
-from mambahome_jax.datasets.files import listed
+from mambahome_jax.datasets.base import Case
+from mambahome_jax.datasets.files import channels_of, listed, listing
+from mambahome_jax.datasets.find_scans import find_scans, join_channels
 from mambahome_jax.datasets.structures import (
     consecutive,
     join_datasets,
@@ -14,50 +18,90 @@ from mambahome_jax.datasets.structures import (
     select_structures,
 )
 from mambahome_jax.errors import ConfigError, DatasetError
-from mambahome_jax.flags import PreprocessConfig
-from mambahome_jax.imaging.dicom_series import contents_of
+from mambahome_jax.flags import CheckConfig, PreprocessConfig
+from mambahome_jax.imaging.dicom_elements import identify
+from mambahome_jax.imaging.dicom_series import contents_of, files_below, files_in
 from mambahome_jax.imaging.formats import suffix_of
 from mambahome_jax.imaging.header import require_scale
+from mambahome_jax.imaging.volume import read_geometry
 from mambahome_jax.preprocessing.findings import SCANS
+from mambahome_jax.support.paths import own_name
+
+# Storage classes of images by their first number after this (DICOM PS3.6, annex A), and what they are.
+_STORAGE = "1.2.840.10008.5.1.4.1.1."
+_MODALITIES: dict[str, Modality] = {"2": "ct", "3": "us", "4": "mr", "6": "us"}
 
 
 def several(paths: Path | tuple[Path, ...]) -> tuple[Path, ...]:
-    """The paths of a flag that takes one or several."""
+    """Give the paths of a flag that takes one or several."""
     return paths if isinstance(paths, tuple) else (paths,)
 
 
-def read_datasets(paths: tuple[Path, ...], layouts: tuple[str, ...]) -> Dataset:
-    """The dataset of a folder or a CSV file; of several, all of them joined by the names of their structures.
+def open_dataset(config: PreprocessConfig) -> Dataset:
+    """Read every --input_path, join them where there are several, and keep or merge the structures asked for.
+
+    The labels become 1, 2, 3, ...; every case knows which stored value stands for which.
+    Raises DatasetError: a folder, a label map or a name of a structure that does not work. ConfigError: flags that
+    contradict each other.
+    """
+    paths = several(config.input_path)
+    if config.labels and config.label_map is not None:
+        raise ConfigError("--labels and --label_map both choose structures; give one of them")
+    dataset = _by_flags(_read_datasets(paths, config.dataset), config)
+    if config.only is not None:
+        cases = tuple(case for case in dataset.cases if case.modality == config.only)
+        if not cases:
+            known = sorted({str(case.modality) for case in dataset.cases})
+            found = f"--only {config.only}: no such case; the dataset says {', '.join(known)}"
+            raise DatasetError(found, file=paths[0])
+        dataset = dataclasses.replace(dataset, cases=cases)
+    if config.label_map is not None:
+        return merge_structures(dataset, read_structure_table(config.label_map))
+    return select_structures(dataset, config.labels) if config.labels else consecutive(dataset)
+
+
+def open_checked(config: CheckConfig) -> Dataset:
+    """Read the dataset as preprocess takes it, else the scans of a folder without labels. Raises as `open_dataset`."""
+    paths = several(config.folder)
+    try:
+        dataset = consecutive(_read_datasets(paths, config.dataset))
+    except DatasetError:
+        scans: Dataset | None = None
+        if not config.dataset and len(paths) == 1 and _holds_scans_alone(paths[0]):
+            # Where there is no scan either, what a dataset looks like is what helps.
+            with contextlib.suppress(DatasetError):
+                scans = _read_scans(paths[0])
+        if scans is None:
+            raise
+        dataset = scans
+    return _by_flags(dataset, config)
+
+
+def _read_datasets(paths: tuple[Path, ...], layouts: tuple[str, ...]) -> Dataset:
+    """Read a folder or CSV file; of several, all of them joined by the names of their structures.
 
     layouts: none, to recognise them, one for all, or one for each path.
-    Raises DatasetError: a folder that cannot be read, datasets that cannot be joined. ConfigError: no path, an unknown
-    layout, another number of them.
     """
     if not paths:
         raise ConfigError("no folder is named; expected that of a dataset, or a CSV file")
     if len(layouts) not in (0, 1, len(paths)):
         raise ConfigError(f"--dataset has {len(layouts)} names for {len(paths)} folders; expected 1 or {len(paths)}")
     names = layouts if len(layouts) == len(paths) else (layouts[0] if layouts else None,) * len(paths)
-    found = [load_dataset(path, name) for path, name in zip(paths, names, strict=True)]
-    return join_datasets(found) if len(found) > 1 else found[0]
+    datasets = [load_dataset(path, name) for path, name in zip(paths, names, strict=True)]
+    return join_datasets(datasets) if len(datasets) > 1 else datasets[0]
 
 
-def with_scale(dataset: Dataset, spacing_scale: float | None) -> Dataset:
-    """The dataset, its files read with this `spacing_scale`. Raises ConfigError: it is not above 0."""
-    require_scale(spacing_scale)
-    if spacing_scale is None:
-        return dataset
-    cases = tuple(dataclasses.replace(case, spacing_scale=spacing_scale) for case in dataset.cases)
-    return dataclasses.replace(dataset, cases=cases)
+def _by_flags(dataset: Dataset, config: CheckConfig | PreprocessConfig) -> Dataset:
+    """Have the files read by --spacing_scale and --series. Raises ConfigError, DatasetError."""
+    require_scale(config.spacing_scale)
+    if config.spacing_scale is not None:
+        cases = tuple(dataclasses.replace(case, spacing_scale=config.spacing_scale) for case in dataset.cases)
+        dataset = dataclasses.replace(dataset, cases=cases)
+    return _with_series(dataset, config.series) if config.series else dataset
 
 
-def with_series(dataset: Dataset, uids: Collection[str]) -> Dataset:
-    """The dataset with the DICOM series of these SeriesInstanceUIDs, where a folder holds several.
-
-    Raises DatasetError: a UID that no folder of the dataset has.
-    """
-    if not uids:
-        return dataset
+def _with_series(dataset: Dataset, uids: Collection[str]) -> Dataset:
+    """Choose the DICOM series of these SeriesInstanceUIDs where a folder holds several; some folder has each."""
     cases, known = [], set()
     for case in dataset.cases:
         if case.images or suffix_of(case.image.name) or not case.image.is_dir():
@@ -71,33 +115,72 @@ def with_series(dataset: Dataset, uids: Collection[str]) -> Dataset:
             cases.append(dataclasses.replace(case, series=chosen if len(series) > 1 else ()))
         elif set(case.series or series) & set(chosen):
             cases.append(case)
-    unknown = [uid for uid in uids if uid not in known]
-    if unknown:
+    if unknown := [uid for uid in uids if uid not in known]:
         expected = f"one of {listed(sorted(known))}" if known else "folders of DICOM slices"
-        raise DatasetError(
-            f"no series {listed(unknown)}", file=dataset.name, expected=expected, action="Check --series."
-        )
+        found = f"no series {listed(unknown)}"
+        raise DatasetError(found, file=dataset.name, expected=expected, action="Check --series.")
     return dataclasses.replace(dataset, cases=tuple(cases))
 
 
-def open_dataset(config: PreprocessConfig) -> Dataset:
-    """Read every --input_path, join them where there are several, and keep or merge the structures asked for.
+def _holds_scans_alone(path: Path) -> bool:
+    """Tell whether a path that is no dataset may hold scans alone: there is no label map and no dataset.json.
 
-    The labels become 1, 2, 3, ...; every case knows which stored value stands for which.
-    Raises DatasetError: a folder, a label map or a name of a structure that does not work. ConfigError: flags that
-    contradict each other.
+    Else what is wrong with the dataset is what a user wants to read.
     """
-    paths = several(config.input_path)
-    if config.labels and config.label_map is not None:
-        raise ConfigError("--labels and --label_map both choose structures; give one of them")
-    dataset = with_series(with_scale(read_datasets(paths, config.dataset), config.spacing_scale), config.series)
-    if config.only is not None:
-        cases = tuple(case for case in dataset.cases if case.modality == config.only)
-        if not cases:
-            known = sorted({str(case.modality) for case in dataset.cases})
-            found_only = f"--only {config.only}: no such case; the dataset says {', '.join(known)}"
-            raise DatasetError(found_only, file=paths[0])
-        dataset = dataclasses.replace(dataset, cases=cases)
-    if config.label_map is not None:
-        return merge_structures(dataset, read_structure_table(config.label_map))
-    return select_structures(dataset, config.labels) if config.labels else consecutive(dataset)
+    if path.is_file():
+        return bool(suffix_of(path.name))
+    folders, files = listing(path)
+    labelled = any(name.lower().startswith(("label", "segmentation")) for name in folders)
+    return not labelled and "dataset.json" not in files
+
+
+def _read_scans(path: Path) -> Dataset:
+    """Read the scans that `infer` would find, each a case without a label; those that it would refuse are skipped.
+
+    Files <case>_0000, <case>_0001, ... are the channels of a case where all are called so.
+    The number of channels is that of the first scan that can be read. Raises DatasetError: no scan.
+    """
+    found = find_scans(path)
+    files = channels_of([scan.case for scan in found.scans])
+    scans, incomplete = join_channels(path, found.scans, max(map(len, files.values()), default=1))
+    cases = tuple(
+        Case(
+            id=scan.case,
+            image=scan.path,
+            label=None,
+            split=None,
+            modality=scan.modality or _dicom_modality(scan.path),
+            images=scan.channels,
+            series=scan.series,
+        )
+        for scan in scans
+    )
+    channels = _count_channels(cases)
+    return Dataset(
+        name=own_name(path),
+        channels=("image",) if channels == 1 else tuple(f"channel {number}" for number in range(channels)),
+        labels={},
+        cases=cases,
+        skipped=tuple((failure["id"], failure["reason"]) for failure in [*found.failures, *incomplete]),
+        notes=found.notes,
+        layout=SCANS,
+    )
+
+
+def _dicom_modality(path: Path) -> Modality | None:
+    """Read what DICOM slices say that they are; None of other scans and other classes of images."""
+    # What cannot be read is reported when its turn comes.
+    with contextlib.suppress(DatasetError, OSError):
+        files = [path] if path.is_file() else files_in(path) or files_below(path)
+        identity = identify(files[0]) if files else None
+        if identity is not None:
+            return _MODALITIES.get(identity.sop_class.removeprefix(_STORAGE).partition(".")[0])
+    return None
+
+
+def _count_channels(cases: Iterable[Case]) -> int:
+    for case in cases:
+        with contextlib.suppress(DatasetError):
+            shape, _ = read_geometry(case.image, spacing_scale=1, series=case.series)
+            return len(case.images) or (shape[3] if len(shape) == 4 else 1)
+    return 1

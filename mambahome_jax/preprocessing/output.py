@@ -1,6 +1,7 @@
-"""What an earlier run of preprocess left in its output folder: known by record, removed where it belongs to no case."""
+"""The folder that preprocess writes to: what an earlier run left is known by record, and removed if it has no case."""
 
 import contextlib
+import os
 import shutil
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -14,122 +15,144 @@ from mambahome_jax.preprocessing.case import CaseJob
 from mambahome_jax.support.files import not_written, read_json
 from mambahome_jax.support.paths import one_form
 
+_LEFTOVERS = (".*.partial", ".*.partial.*", ".*.old", ".*.probe")
 _NAMED = 20
-_ARRAYS = ("image", "label")
 
 
-def require_own(output: Path, cases: Iterable[str]) -> None:
-    """Raises ConfigError: the folder is a dataset as downloaded, of which files would be replaced.
+class OutputFolder:
+    """The files of this run's jobs in a folder, and those of the cases of earlier runs.
 
-    cases: ids of those that are about to be written.
+    root: the folder. say: takes a line about what is removed, or is not ours.
     """
-    if (output / "store").is_dir():
-        return
-    file = output / DESCRIPTION
-    try:
-        content = read_json(file)
-    except DatasetError:
-        # Missing, or damaged by whatever stopped an earlier run.
-        content = {}
-    if not content.keys().isdisjoint(("cases", "unfinished")):
-        return
-    names = {f"{case}.nii.gz" for case in cases}
-    there = [path for part in ("images", "labels") for path in listing(output / part)[1].values()]
-    foreign = [file] if content else [path for path in there if one_form(path.name) in names]
-    if foreign:
-        raise ConfigError(f"{foreign[0]}: not written by preprocess, but would be replaced. Name another --output_path")
+
+    def __init__(self, root: Path, jobs: Sequence[CaseJob], say: Callable[[str], None]):
+        self.root, self.jobs, self.say = root, jobs, say
+        self.earlier: set[str] = set()
+
+    def open(self, nifti: bool) -> None:
+        """Make the folders, clear what an interrupted run left behind, and remove files that no job writes any more.
+
+        Raises OutputError: they cannot be written. ConfigError: files of a dataset as downloaded would be replaced.
+        """
+        self._require_own()
+        store, images, labels = (self.root / part for part in ("store", "images", "labels"))
+        try:
+            for folder in (store, images, labels) if nifti else (store,):
+                folder.mkdir(parents=True, exist_ok=True)
+                probe = folder / f".{os.getpid()}.probe"
+                probe.write_bytes(b"")
+                probe.unlink()
+            for folder in (self.root, store, images, labels):
+                for leftover in (path for pattern in _LEFTOVERS for path in folder.glob(pattern)):
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        except OSError as error:
+            raise not_written(error.filename or self.root, error, "--output_path") from error
+        self.earlier = self._earlier_cases()
+        self._remove_stale()
+
+    def begin(self) -> None:
+        """Mark the folder as unfinished before anything in it changes. Raises OutputError."""
+        # Old entries would be read beside new voxels if this run does not reach its end.
+        remove_index(self.root / "store")
+        begin_prepared(self.root, sorted({*self.earlier, *(job.case.id for job in self.jobs)}))
+
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """`begin`; after an OutputError the mark is taken back where nothing was written yet. Raises OutputError."""
+        self.begin()
+        try:
+            yield
+        except OutputError:
+            if not any(self._files(job.case.id) for job in self.jobs) and not self.earlier:
+                with contextlib.suppress(OSError):
+                    (self.root / DESCRIPTION).unlink(missing_ok=True)
+            raise
+
+    def remove_failed(self, failed: Iterable[str]) -> None:
+        """Remove the files of cases that failed now. Raises OutputError: they cannot be removed."""
+        lost = []
+        for case in failed:
+            paths = self._files(case)
+            _remove(paths)
+            lost += [case] if paths and case in self.earlier else []
+        if lost:
+            self.say(f"Removed from the output: {_cases(lost)} of an earlier run, failing now: {listed(lost, _NAMED)}")
+
+    def say_foreign(self, done: Iterable[CaseJob]) -> None:
+        """Name the files in images/ and labels/ that preprocess did not write."""
+        wanted = {path for job in done for path in _written(job)}
+        foreign = [path for path in self._scans() if path.with_name(one_form(path.name)) not in wanted]
+        if foreign:
+            names = listed([str(path.relative_to(self.root)) for path in foreign], _NAMED)
+            self.say(f"Note: files that preprocess did not write stay in the output and are of no case: {names}")
+
+    def _require_own(self) -> None:
+        if (self.root / "store").is_dir():
+            return
+        content = self._description()
+        if not content.keys().isdisjoint(("cases", "unfinished")):
+            return
+        names = {f"{job.case.id}.nii.gz" for job in self.jobs}
+        replaced = [path for path in self._scans() if one_form(path.name) in names]
+        if content or replaced:
+            file = self.root / DESCRIPTION if content else replaced[0]
+            raise ConfigError(f"{file}: not written by preprocess, but would be replaced. Name another --output_path")
+
+    def _description(self) -> dict:
+        try:
+            return read_json(self.root / DESCRIPTION)
+        except DatasetError:
+            # Missing, or damaged by whatever stopped an earlier run.
+            return {}
+
+    def _scans(self) -> list[Path]:
+        return [path for part in ("images", "labels") for path in listing(self.root / part)[1].values()]
+
+    def _earlier_cases(self) -> set[str]:
+        """Find all cases that an earlier run wrote or had begun to, whether or not it reached its end."""
+        content, store = self._description(), self.root / "store"
+        cases, unfinished = content.get("cases"), content.get("unfinished")
+        named = [entry.get("id") for entry in cases if isinstance(entry, dict)] if isinstance(cases, list) else []
+        named += unfinished if isinstance(unfinished, list) else []
+        parts = (CASE_FILE, "image", "label")
+        for folder in store.iterdir() if store.is_dir() else ():
+            if folder.name[0] != "." and any((folder / part).exists() for part in parts):
+                named.append(folder.name)
+        return {one_form(name) for name in named if isinstance(name, str) and not fault_of_name(name)}
+
+    def _remove_stale(self) -> None:
+        # Before the work, as on some file systems the files of a case and of one spelt otherwise are the same.
+        wanted = {path for job in self.jobs for path in (*_written(job), job.store / job.case.id)}
+        stale = {case: paths for case in sorted(self.earlier) if (paths := self._files(case, wanted))}
+        if not stale:
+            return
+        self.begin()
+        for paths in stale.values():
+            _remove(paths)
+        present = {job.case.id for job in self.jobs}
+        gone, changed = ([case for case in stale if (case in present) is kept] for kept in (False, True))
+        parts = [f"{_cases(gone)} that this dataset no longer has: {listed(gone, _NAMED)}"] if gone else []
+        parts += [f"files no longer made of {_cases(changed)}: {listed(changed, _NAMED)}"] if changed else []
+        self.say(f"Removed from the output: {'; '.join(parts)}")
+
+    def _files(self, case: str, wanted: Set[Path] = frozenset()) -> list[Path]:
+        """Find the files of a case, but those that are wanted, by the places that preprocess writes to."""
+        names = (("images", f"{case}.nii.gz"), ("labels", f"{case}.nii.gz"), ("store", case))
+        places = [self.root / part / name for part, name in names]
+        paths = [path for path in places if path not in wanted]
+        if not case.isascii():
+            # As macOS writes names; it is the case's own file where there is no other.
+            others = [place.with_name(unicodedata.normalize("NFD", place.name)) for place in places]
+            pairs = zip(others, places, strict=True)
+            paths += [path for path, place in pairs if place not in wanted or _both_exist(path, place)]
+        return [path for path in paths if path.is_symlink() or path.exists()]
 
 
-def earlier_cases(output: Path) -> set[str]:
-    """Ids of all cases that an earlier run wrote to this folder or had begun to, whether or not it reached its end."""
-    try:
-        content = read_json(output / DESCRIPTION)
-    except DatasetError:
-        content = {}
-    cases, unfinished = content.get("cases"), content.get("unfinished")
-    named = [entry.get("id") for entry in cases if isinstance(entry, dict)] if isinstance(cases, list) else []
-    named += unfinished if isinstance(unfinished, list) else []
-    store = output / "store"
-    stored = [folder.name for folder in store.iterdir() if _is_case(folder)] if store.is_dir() else []
-    return {one_form(name) for name in (*named, *stored) if isinstance(name, str) and not fault_of_name(name)}
+def _written(job: CaseJob) -> tuple[Path, ...]:
+    return job.written(None if job.nifti else read_entry(job.store, job.case.id))
 
 
-def begin(output: Path, earlier: Iterable[str], jobs: Iterable[CaseJob]) -> None:
-    """Mark the folder as unfinished before anything in it changes. Raises OutputError."""
-    # Old entries would be read beside new voxels if this run does not reach its end.
-    remove_index(output / "store")
-    begin_prepared(output, sorted({*earlier, *(job.case.id for job in jobs)}))
-
-
-@contextlib.contextmanager
-def begun(output: Path, earlier: Iterable[str], jobs: Sequence[CaseJob]) -> Iterator[None]:
-    """`begin`; after an OutputError the mark is taken back where nothing was written yet. Raises OutputError."""
-    begin(output, earlier, jobs)
-    try:
-        yield
-    except OutputError:
-        if not any(_existing(output, job.case.id) for job in jobs) and not set(earlier):
-            with contextlib.suppress(OSError):
-                (output / DESCRIPTION).unlink(missing_ok=True)
-        raise
-
-
-def remove_stale(output: Path, jobs: Sequence[CaseJob], say: Callable[[str], None]) -> set[str]:
-    """Remove, before the work begins, what an earlier run wrote and no case of this one has; returns `earlier_cases`.
-
-    Before it, as on some file systems the files of a case and of one spelt otherwise are the same.
-    Raises OutputError: it cannot be removed.
-    """
-    earlier = earlier_cases(output)
-    wanted = {path for job in jobs for path in (*_written(job), job.output / "store" / job.case.id)}
-    stale = {case: _existing(output, case, wanted) for case in sorted(earlier)}
-    stale = {case: paths for case, paths in stale.items() if paths}
-    if not stale:
-        return earlier
-    begin(output, earlier, jobs)
-    for paths in stale.values():
-        _remove(paths)
-    present = {job.case.id for job in jobs}
-    gone, changed = ([case for case in stale if (case in present) is kept] for kept in (False, True))
-    parts = [f"{_cases(gone)} that this dataset no longer has: {listed(gone, _NAMED)}"] if gone else []
-    parts += [f"files no longer made of {_cases(changed)}: {listed(changed, _NAMED)}"] if changed else []
-    say(f"Removed from the output: {'; '.join(parts)}")
-    return earlier
-
-
-def remove_failed(output: Path, failed: Iterable[str], earlier: set[str], say: Callable[[str], None]) -> None:
-    """Remove what the output holds of cases that failed now. Raises OutputError: it cannot be removed."""
-    lost = []
-    for case in failed:
-        paths = _existing(output, case)
-        _remove(paths)
-        lost += [case] if paths and case in earlier else []
-    if lost:
-        say(f"Removed from the output: {_cases(lost)} of an earlier run, failing now: {listed(lost, _NAMED)}")
-
-
-def say_foreign(output: Path, jobs: Iterable[CaseJob], say: Callable[[str], None]) -> None:
-    """Name the files in images/ and labels/ that preprocess did not write."""
-    wanted = {path for job in jobs for path in _written(job)}
-    there = [path for part in ("images", "labels") for path in listing(output / part)[1].values()]
-    found = [path for path in there if path.with_name(one_form(path.name)) not in wanted]
-    if found:
-        names = listed([str(path.relative_to(output)) for path in found], _NAMED)
-        say(f"Note: files that preprocess did not write stay in the output and are of no case: {names}")
-
-
-def _existing(output: Path, case: str, wanted: Set[Path] = frozenset()) -> list[Path]:
-    """What there is of a case, but what is wanted, by the places that preprocess writes to."""
-    places = output / "images" / f"{case}.nii.gz", output / "labels" / f"{case}.nii.gz", output / "store" / case
-    paths = [path for path in places if path not in wanted]
-    if not case.isascii():
-        # As macOS writes names; it is the case's own file where there is no other.
-        others = [place.with_name(unicodedata.normalize("NFD", place.name)) for place in places]
-        paths += [path for path, place in zip(others, places, strict=True) if place not in wanted or _both(path, place)]
-    return [path for path in paths if path.is_symlink() or path.exists()]
-
-
-def _both(path: Path, other: Path) -> bool:
+def _both_exist(path: Path, other: Path) -> bool:
     return path.exists() and other.exists() and not path.samefile(other)
 
 
@@ -143,18 +166,6 @@ def _remove(paths: Iterable[Path]) -> None:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise not_written(path, error, "--output_path") from error
-
-
-def _written(job: CaseJob) -> tuple[Path, ...]:
-    if not job.nifti:
-        entry = read_entry(job.output / "store", job.case.id) if job.case.has_label else None
-        return (job.label_path,) if entry is not None and entry.values else ()
-    return (job.image_path, job.label_path) if job.case.has_label else (job.image_path,)
-
-
-def _is_case(folder: Path) -> bool:
-    """Whether a folder of the store was written for a case, to its end or not."""
-    return folder.name[0] != "." and any((folder / part).exists() for part in (CASE_FILE, *_ARRAYS))
 
 
 def _cases(cases: list[str]) -> str:

@@ -7,12 +7,17 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
+
+T = TypeVar("T")
+# Takes results as they come, and how many there will be; passes them on.
+Track = Callable[[Iterable[T], int], Iterable[T]]
 
 _STDERR = 2  # descriptor
 
@@ -64,6 +69,15 @@ def protect_output() -> None:
         setattr(sys, name, protected)
 
 
+def silent(text: str) -> None:
+    """Say nothing: for work whose lines nobody reads."""
+
+
+def untracked(results: Iterable[T], total: int) -> Iterable[T]:
+    """Pass results on and show nothing, in the place of `tracked`."""
+    return results
+
+
 def command_line(command: str, *words: str | Path) -> str:
     """`mambahome COMMAND ...` as a shell takes it: words with spaces and the like are quoted."""
     line = ["mambahome", command, *map(str, words)]
@@ -88,6 +102,19 @@ def progress_bar(console: "Console", text: str = "{task.description}", *, disabl
 
     columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=disable)
+
+
+def tracked(console: "Console", text: str) -> Track:
+    """Make what passes results on and shows a bar meanwhile, `text` before it."""
+
+    def track(results: Iterable[T], total: int) -> Iterator[T]:
+        with progress_bar(console, text, disable=not total) as progress:
+            bar = progress.add_task("", total=total)
+            for result in results:
+                progress.advance(bar)
+                yield result
+
+    return track
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
@@ -90,20 +91,42 @@ def available_memory() -> int | None:
     return max(min(found), 0) if found else None
 
 
-def count_workers(asked: int | None, jobs: Sequence[J], peak_bytes: Callable[[J], int]) -> tuple[int, int]:
-    """Processes that the cores and jobs call for, and how many of them memory holds; at least 1 each.
+def count_workers(
+    asked: int | None, jobs: Sequence[J], peak_bytes: Callable[[J], int], say: Callable[[str], None]
+) -> int:
+    """Count the processes that the cores and jobs call for and that memory holds, at least 1.
 
-    asked: None for one a core. peak_bytes: memory of one job at its peak; the largest counts.
-    Raises ConfigError: a negative number asked for.
+    Args:
+        asked: None for one a core.
+        peak_bytes: memory of one job at its peak; the largest counts.
+        say: takes a line where memory holds fewer.
+
+    Raises: ConfigError: a negative number asked for.
     """
     if asked is not None and asked < 0:
         raise ConfigError(f"num_workers is {asked}; expected 0 or more")
     wanted = max(min(usable_cores() if asked is None else asked, len(jobs)), 1)
     available = available_memory()
     if wanted == 1 or available is None:
-        return wanted, wanted
+        return wanted
     fitting = max(int(0.9 * available / max(map(peak_bytes, jobs), default=1)), 1)
-    return wanted, min(wanted, fitting)
+    if fitting < wanted:
+        say(f"{fitting} processes instead of {wanted}: memory for more of the largest scan is not free")
+    return min(wanted, fitting)
+
+
+def why_failed(error: BaseException, say: Callable[[str], None], out_of_memory: str = "") -> str:
+    """Say in a line why a job failed; of a fault of ours `say` gets the traceback, which is needed to fix it.
+
+    out_of_memory: what to do about that.
+    """
+    if isinstance(error, MambaHomeError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error})" + (f". {out_of_memory}" if out_of_memory else "")
+    if not isinstance(error, OSError):
+        say("".join(traceback.format_exception(error)))
+    return f"{type(error).__name__}: {error}"
 
 
 def _run_batches(

@@ -9,11 +9,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mambahome_jax.commands import check
 from mambahome_jax.commands.check import run
 from mambahome_jax.commands.preprocess import run as preprocess
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.flags import CheckConfig, PreprocessConfig
+from mambahome_jax.preprocessing import examine
 from mambahome_jax.support import processes
 from mambahome_jax.support.processes import WorkerDied
 from tests.commands import odd_cases as odd
@@ -210,10 +210,10 @@ def test_many_small_cases_are_handed_over_in_batches(folder, monkeypatch):
         asked.append(batch)
         return processes.run_jobs(function, jobs, workers, threads=threads, batch=batch)
 
-    monkeypatch.setattr(check, "run_jobs", run_jobs)
-    monkeypatch.setattr(check, "_THREAD_BELOW", 2)
-    monkeypatch.setattr(check, "_BATCH", 3)
-    monkeypatch.setattr(check, "_BATCHES", 1)
+    monkeypatch.setattr(examine, "run_jobs", run_jobs)
+    monkeypatch.setattr(examine, "_THREAD_BELOW", 2)
+    monkeypatch.setattr(examine, "_BATCH", 3)
+    monkeypatch.setattr(examine, "_BATCHES", 1)
     run(CheckConfig(folder, json=folder.parent / "batches.json", num_workers=2))
     assert {**alone, "seconds": 0} == {**json.loads((folder.parent / "batches.json").read_text()), "seconds": 0}
     assert asked == [3]
@@ -225,7 +225,7 @@ def test_a_case_whose_process_died_is_a_finding(folder, monkeypatch):
         for job in jobs:
             yield job, results.get(job.case.id) or function(job)
 
-    monkeypatch.setattr(check, "run_jobs", run_jobs)
+    monkeypatch.setattr(examine, "run_jobs", run_jobs)
     content = report(folder)
     found = {item["case"]: item["found"] for item in content["findings"] if item["severity"] == "error"}
     assert found == {

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands.check import run as check
-from mambahome_jax.commands.preprocess import prepare, run
+from mambahome_jax.commands.preprocess import run
 from mambahome_jax.datasets import load_dataset, read_prepared
 from mambahome_jax.flags import CheckConfig, PreprocessConfig
 from mambahome_jax.imaging.volume import Volume, read_labels, write_volume
 from mambahome_jax.patches.store import Store
-from mambahome_jax.preprocessing import labels as preprocess
+from mambahome_jax.preprocessing import dataset as preprocessing
+from mambahome_jax.preprocessing.dataset import prepare_dataset
 from tests.commands.scans import AFFINE, description, preprocess_config, reasons, scan, write
 
 
@@ -85,7 +86,7 @@ def test_values_without_names_are_numbered_by_what_occurs(config, capsys, values
 
 
 def test_values_without_gaps_are_left_as_they_are(config, monkeypatch, capsys):
-    monkeypatch.setattr(preprocess, "renumber_case", None)
+    monkeypatch.setattr(preprocessing, "renumber_case", None)
     assert run(config) == 0
     assert "values" not in description(config) and "structure 1" not in capsys.readouterr().out
 
@@ -126,7 +127,7 @@ def test_kept_cases_follow_the_values_of_all_cases(config, capsys):
 def test_cases_that_were_written_before_values_were_numbered_are_numbered_now(config, monkeypatch):
     store_values(config, (0, 100, 200))
     with monkeypatch.context() as patch:
-        patch.setattr(preprocess, "renumber_jobs", lambda jobs, entries: ({}, []))
+        patch.setattr(preprocessing, "numbering", lambda stored: {})
         assert run(config) == 0
     assert Store(config.output_path).entry("a").foreground_counts.keys() == {100, 200}
     assert run(config) == 0
@@ -136,15 +137,15 @@ def test_cases_that_were_written_before_values_were_numbered_are_numbered_now(co
 
 def test_a_case_that_cannot_be_numbered_is_reported_and_done_again_next_time(config, monkeypatch):
     store_values(config, (0, 100, 200))
-    rewrite = preprocess.renumber_case
+    rewrite = preprocessing.renumber_case
 
-    def failing(task):
-        if task.job.case.id == "b":
+    def failing(job, **table):
+        if job.case.id == "b":
             raise OSError("gone")
-        return rewrite(task)
+        return rewrite(job, **table)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preprocess, "renumber_case", failing)
+        patch.setattr(preprocessing, "renumber_case", failing)
         assert run(config) == 1
     assert reasons(config).keys() == {"b"} and Store(config.output_path).cases == ("a", "c")
     assert run(config) == 0
@@ -161,11 +162,11 @@ def test_a_checksum_is_of_the_numbers(config):
 
 def test_a_store_alone_gets_label_maps_of_its_numbers(config):
     store_values(config, (0, 100, 200))
-    summary = prepare(load_dataset(config.input_path), config.output_path, spacing=None, nifti=False, num_workers=1)
+    summary = prepare_dataset(load_dataset(config.input_path), config, store_only=True)
     require_numbered(config)
     assert [case.label for case in summary.prepared.cases] == [f"labels/{case}.nii.gz" for case in "abc"]
     (config.output_path / "labels/b.nii.gz").unlink()
-    again = prepare(load_dataset(config.input_path), config.output_path, spacing=None, nifti=False, num_workers=1)
+    again = prepare_dataset(load_dataset(config.input_path), config, store_only=True)
     assert again.done == ("b",)
     require_numbered(config)
 

@@ -10,11 +10,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mambahome_jax.commands.preprocess import prepare, run
+from mambahome_jax.commands.preprocess import run
 from mambahome_jax.datasets import load_dataset, read_prepared
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.imaging.volume import read_volume
 from mambahome_jax.patches.store import Store
+from mambahome_jax.preprocessing.dataset import prepare_dataset
 from tests.commands.scans import AFFINE, description, preprocess_config, reasons, scan, write
 
 
@@ -212,7 +213,8 @@ def test_store_alone_from_the_published_layout(tmp_path):
     image, label = scan()
     write(tmp_path / "in/p1/ct.nii.gz", image)
     write(tmp_path / "in/p1/labels.nii.gz", label)
-    summary = prepare(load_dataset(tmp_path / "in"), tmp_path / "out", spacing=None, nifti=False, num_workers=1)
+    config = PreprocessConfig(tmp_path / "in", tmp_path / "out", num_workers=1)
+    summary = prepare_dataset(load_dataset(config.input_path), config, store_only=True)
     assert (summary.exit_code, summary.done) == (0, ("p1",))
     assert not (tmp_path / "out/images").exists()
     found = read_prepared(tmp_path / "out")
@@ -221,7 +223,7 @@ def test_store_alone_from_the_published_layout(tmp_path):
     # From LPS to RAS: two axes turn round, no value changes.
     np.testing.assert_array_equal(Store(tmp_path / "out").read_image("p1")[..., 0], image[::-1, ::-1])
     np.testing.assert_array_equal(Store(tmp_path / "out").read_label("p1"), label[::-1, ::-1])
-    again = prepare(load_dataset(tmp_path / "in"), tmp_path / "out", spacing=None, nifti=False, num_workers=1)
+    again = prepare_dataset(load_dataset(config.input_path), config, store_only=True)
     assert (again.done, again.kept) == ((), ("p1",))
 
 

@@ -9,12 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mambahome_jax.commands import preprocess
 from mambahome_jax.commands.preprocess import run
 from mambahome_jax.errors import ConfigError, DatasetError, OutputError
 from mambahome_jax.patches import store
 from mambahome_jax.patches.store import Store
 from mambahome_jax.preprocessing import case as prepare_module
+from mambahome_jax.preprocessing import dataset
 from mambahome_jax.support import processes
 from mambahome_jax.support.processes import WorkerDied
 from tests.commands.scans import AFFINE, description, preprocess_config, reasons, scan, write
@@ -209,7 +209,7 @@ def test_case_whose_process_died_or_ran_out_of_memory(config, monkeypatch):
         for job in jobs:
             yield job, results.get(job.case.id) or function(job)
 
-    monkeypatch.setattr(preprocess, "run_jobs", run_jobs)
+    monkeypatch.setattr(dataset, "run_jobs", run_jobs)
     assert run(config) == 1
     assert "its process was killed" in reasons(config)["a"]
     assert "out of memory (3 GiB). Try fewer --num_workers" in reasons(config)["b"]
@@ -221,7 +221,7 @@ def test_a_fault_of_ours_shows_its_traceback_and_the_rest_goes_on(config, monkey
             raise ZeroDivisionError("ours")
         return prepare_module.prepare_case(job)
 
-    monkeypatch.setattr(preprocess, "prepare_case", fail_for_b)
+    monkeypatch.setattr(dataset, "prepare_case", fail_for_b)
     assert run(config) == 1
     assert reasons(config) == {"b": "ZeroDivisionError: ours"}
     assert "Traceback" in capsys.readouterr().out

@@ -72,7 +72,9 @@ def test_killed_with_two_processes_and_run_again_at_once(config, tmp_path):
 
 def test_a_store_that_is_half_redone_is_not_read(config, monkeypatch):
     assert run(config) == 0
-    monkeypatch.setattr("mambahome_jax.commands.preprocess._work", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "mambahome_jax.preprocessing.dataset._work", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         run(replace(config, spacing=interrupted.OTHER))
     with pytest.raises(DatasetError, match=r"index.json: no such file: .*Run preprocess.py again"):

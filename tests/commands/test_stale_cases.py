@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands.evaluate import find_pairs
-from mambahome_jax.commands.preprocess import prepare, run
+from mambahome_jax.commands.preprocess import run
 from mambahome_jax.datasets import load_dataset, read_prepared
 from mambahome_jax.datasets.find_scans import find_scans
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.imaging.volume import read_volume, write_volume
 from mambahome_jax.patches.store import Store
+from mambahome_jax.preprocessing.dataset import prepare_dataset
 from tests.commands.scans import description, preprocess_config, scan, write
 
 CASES = {"a", "b", "c"}
@@ -114,7 +115,7 @@ def test_another_dataset_in_the_same_folder_replaces_the_first(config, tmp_path)
 
 
 def test_a_store_alone_leaves_no_files_of_an_earlier_run(config):
-    prepare(load_dataset(config.input_path), config.output_path, spacing=None, nifti=False, num_workers=1)
+    prepare_dataset(load_dataset(config.input_path), config, store_only=True)
     assert holds(config) == {"images": set(), "labels": set(), "store": CASES}
 
 
@@ -124,7 +125,7 @@ def test_numbered_label_maps_beside_a_store_alone_are_kept(tmp_path, capsys):
         write(source(config, "labels", case), scan()[1] * np.uint8(100))
     for _ in range(2):
         dataset = load_dataset(config.input_path)
-        prepare(dataset, config.output_path, spacing=None, nifti=False, num_workers=1)
+        prepare_dataset(dataset, config, store_only=True, say=print)
         assert holds(config) == {"images": set(), "labels": CASES, "store": CASES}
     shown = capsys.readouterr().out
     assert "3 of 3 cases are up to date" in shown and "Removed" not in shown and "did not write" not in shown
@@ -171,7 +172,9 @@ def test_a_link_in_the_place_of_a_case_is_removed_and_not_what_it_leads_to(confi
 
 
 def test_a_run_that_was_stopped_leaves_a_folder_that_no_command_reads(config, monkeypatch):
-    monkeypatch.setattr("mambahome_jax.commands.preprocess._work", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "mambahome_jax.preprocessing.dataset._work", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         run(replace(config, spacing=(2, 1, 3)))
     monkeypatch.undo()

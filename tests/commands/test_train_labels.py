@@ -12,7 +12,7 @@ from mambahome_jax.datasets import read_prepared
 from mambahome_jax.datasets.structures import match_structures
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import TrainConfig
-from mambahome_jax.preprocessing import labels
+from mambahome_jax.preprocessing import dataset as preprocessing
 from mambahome_jax.training.report import label_lines
 from mambahome_jax.training.setup import make_setup
 from tests.commands.scans import preprocess_config, scan, write
@@ -45,9 +45,7 @@ def test_a_network_has_a_channel_for_each_structure_and_knows_the_stored_values(
 
 
 def test_a_folder_of_an_earlier_version_trains_as_it_is_and_its_gaps_are_named(tmp_path, monkeypatch):
-
-    monkeypatch.setattr(labels, "renumber_jobs", lambda jobs, entries: ({}, []))
-    monkeypatch.setattr(labels, "names_of", lambda stored: {value: f"label_{value}" for value in stored})
+    monkeypatch.setattr(preprocessing, "numbering", lambda stored: {})
     setup = setup_of(folder(tmp_path, (0, 1, 40)))
     assert setup.model.out_chans == 41 and setup.properties.values == ()
     assert label_lines(setup) == [

@@ -2,11 +2,12 @@
 
 import pytest
 
-from mambahome_jax.commands.preprocess import prepare, run
+from mambahome_jax.commands.preprocess import run
 from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.find_scans import find_scans, join_channels
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import PreprocessConfig
+from mambahome_jax.preprocessing.dataset import prepare_dataset
 from tests.commands.scans import preprocess_config
 from tests.datasets import miniatures
 from tests.datasets.drawn import draw, write
@@ -25,7 +26,7 @@ def test_each_scan_of_a_mixed_dataset_has_its_own_modality(tmp_path):
 
 def test_the_arrays_of_a_preprocessed_folder_are_not_looked_at(tmp_path):
     scans = preprocess_config(tmp_path)
-    prepare(load_dataset(scans.input_path), scans.output_path, spacing=None, nifti=False, num_workers=1)
+    prepare_dataset(load_dataset(scans.input_path), scans, store_only=True)
     found = find_scans(scans.output_path)
     assert [scan.path.parent.parent for scan in found.scans] == [scans.input_path] * 3
     assert (found.failures, found.notes) == ([], ())

@@ -1,0 +1,336 @@
+"""The whole of preprocess without a console: a dataset becomes NIfTI files, a patch store and dataset.json."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, write_prepared
+from mambahome_jax.datasets.label_map import stray_values
+from mambahome_jax.datasets.structures import describe_numbering, numbering
+from mambahome_jax.errors import ConfigError, DatasetError, OutputError
+from mambahome_jax.flags import PreprocessConfig
+from mambahome_jax.imaging.geometry import reorient, resampled_grid
+from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW, CtNormalisation, Modality
+from mambahome_jax.imaging.plausibility import guessed_modality
+from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
+from mambahome_jax.patches.store import StoreEntry, ct_scale, write_index
+from mambahome_jax.preprocessing.case import CaseJob, new_numbers, prepare_case, renumber_case, up_to_date
+from mambahome_jax.preprocessing.open_dataset import open_dataset, several
+from mambahome_jax.preprocessing.output import OutputFolder
+from mambahome_jax.support.console import Track, silent, untracked
+from mambahome_jax.support.output_folder import locked
+from mambahome_jax.support.paths import local_path, real_path, require_letters
+from mambahome_jax.support.processes import count_workers, run_jobs, why_failed
+
+_SHOWN = 20
+_SAMPLED = 3  # scans of which the modality is guessed
+# Of the scan before and after resampling together: 9 measured for an int16 CT, more for stored float64.
+_BYTES_A_VOXEL = 16
+# Label maps whose values are replaced sooner than processes start.
+_FEW = 8
+
+
+@dataclass(frozen=True)
+class Preprocessed:
+    """What came of a dataset: ids of the cases done now and kept from before, (id, reason) of those that failed.
+
+    prepared: what dataset.json says. entries: of the patch store, in the order of prepared.cases.
+    """
+
+    prepared: Prepared
+    entries: tuple[StoreEntry, ...]
+    done: tuple[str, ...]
+    kept: tuple[str, ...]
+    failed: tuple[tuple[str, str], ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done, 1 some cases failed, 2 no case is usable."""
+        return 2 if not self.entries else int(bool(self.failed))
+
+
+def preprocess_folders(
+    config: PreprocessConfig, say: Callable[[str], None] = silent, track: Track = untracked
+) -> Preprocessed:
+    """Preprocess config.input_path into config.output_path.
+
+    Args:
+        say: takes each line about what is done and found.
+        track: as of `untracked`, gets the results as they come and their number.
+
+    Raises: DatasetError: a folder as a whole cannot be read. ConfigError, OutputError: see `prepare_dataset`.
+    """
+    if real_path(config.output_path) in {real_path(path) for path in several(config.input_path)}:
+        raise ConfigError(f"{config.output_path}: input_path and output_path are the same folder; name another output")
+    dataset = open_dataset(config)
+    named = f"{len(dataset.labels)} structures" if dataset.labels else "labels without names"
+    say(f"Dataset: {dataset.name}, layout {dataset.layout}: {len(dataset.cases)} cases, {named}")
+    with locked(config.output_path, "preprocess", "--output_path"):
+        return prepare_dataset(dataset, config, say=say, track=track)
+
+
+def prepare_dataset(
+    dataset: Dataset,
+    config: PreprocessConfig,
+    *,
+    store_only: bool = False,
+    say: Callable[[str], None] = silent,
+    track: Track = untracked,
+) -> Preprocessed:
+    """Bring every case of a dataset to one orientation and spacing and write OUT/images, labels, store, dataset.json.
+
+    Results of the same files with the same settings are kept, unless config.overwrite. A case that fails is reported
+    and the others go on. The voxels of a CT stay in HU, however training is to normalise them.
+
+    Args:
+        config: its flags but those that choose the dataset.
+        store_only: write no NIfTI files and keep every scan's own spacing, for a training on folders as they are;
+            dataset.json then names the files of the dataset itself.
+        say, track: see `preprocess_folders`.
+
+    Raises: OutputError: the output folder cannot be written. ConfigError: an orientation or spacing that cannot work,
+    percentiles of CT without a labelled CT, a folder that preprocess did not write.
+    """
+    output = local_path(config.output_path)
+    require_letters(output)
+    reorient(Volume(np.zeros((1, 1, 1)), np.eye(4)), config.orientation)
+    resampled_grid(np.eye(4), (1, 1, 1), config.spacing)
+    for note in dataset.notes:
+        say(f"Note: {note}")
+    jobs = _make_jobs(dataset, config, output, store_only, say)
+    percentiles = config.ct_intensity == "percentiles"
+    if percentiles and not _of_scale(jobs):
+        raise ConfigError("--ct_intensity percentiles, but there is no CT with a label that is not of the test split")
+    for case, reason in dataset.skipped[:_SHOWN]:
+        say(f"Skipped {case}: {reason}")
+    if len(dataset.skipped) > _SHOWN:
+        say(f"and {len(dataset.skipped) - _SHOWN} more skipped; {output / 'dataset.json'} will list them all")
+    folder = OutputFolder(output, jobs, say)
+    folder.open(nifti=not store_only)
+
+    entries = {} if config.overwrite else _entries_up_to_date(jobs)
+    kept = tuple(entries)
+    if kept:
+        say(f"{len(kept)} of {len(jobs)} cases are up to date and kept (--overwrite does them again)")
+    # What is odd about a case is so in every run.
+    for entry in entries.values():
+        _say_remarks(entry, say)
+    todo = [job for job in jobs if job.case.id not in entries]
+    with folder.begun() if todo else contextlib.nullcontext():
+        failing = _work(prepare_case, todo, entries, config.num_workers, say, track)
+    labels, values = dict(dataset.labels), dict(dataset.values)
+    if not labels:
+        labels, values, errors = _number_structures(jobs, entries, folder, config.num_workers, say)
+        failing += errors
+    if values:
+        say(f"Labels: {describe_numbering(values)}")
+    folder.remove_failed([case for case, _ in failing])
+    done = [job for job in jobs if job.case.id in entries]
+    folder.say_foreign(done)
+
+    ordered = [entries[job.case.id] for job in done]
+    write_index(output / "store", ordered)
+    prepared = Prepared(
+        root=output,
+        name=dataset.name,
+        spacing=None if store_only else config.spacing,
+        orientation=config.orientation.upper(),
+        channels=dataset.channels,
+        labels=labels,
+        cases=tuple(_prepared_case(job, entry) for job, entry in zip(done, ordered, strict=True)),
+        skipped=(*dataset.skipped, *failing),
+        ct_normalisation=_scale(output / "store", done, say) if percentiles else PUBLISHED_WINDOW,
+        patients=dataset.patients,
+        values=values,
+    )
+    write_prepared(prepared)
+    new = tuple(entry.id for entry in ordered if entry.id not in kept)
+    return Preprocessed(prepared, tuple(ordered), new, kept, prepared.skipped)
+
+
+def _make_jobs(
+    dataset: Dataset, config: PreprocessConfig, output: Path, store_only: bool, say: Callable[[str], None]
+) -> list[CaseJob]:
+    """Make one job a case, in the dataset's order."""
+    modality, named = config.modality, sorted({str(case.modality) for case in dataset.cases})
+    reason, override = f"{', '.join(named)}, as the dataset says", "; --modality ct|mr|us overrides"
+    if modality is not None:
+        reason, override = f"{modality}, as asked for by --modality", ""
+    guess: Modality | None = None
+    if modality is None and any(case.modality is None for case in dataset.cases):
+        guess, why = _guess_modality(dataset)
+        reason = f"{guess}, {why}"
+    say(f"Modality: {reason}{override}")
+    return [
+        CaseJob(
+            case=case,
+            output=output,
+            channels=len(dataset.channels),
+            labels=dict(dataset.labels),
+            spacing=None if store_only else config.spacing,
+            orientation=config.orientation.upper(),
+            modality=modality or case.modality or guess or "ct",
+            # A label map that is made here, or channels put together, are in no file of the dataset's own.
+            nifti=not store_only or bool(case.masks or case.images or case.values),
+            hint=dataset.hint,
+            sampled=config.ct_intensity == "percentiles",
+        )
+        for case in dataset.cases
+    ]
+
+
+def _guess_modality(dataset: Dataset) -> tuple[Modality, str]:
+    """Guess the modality of the cases that do not name their own, and say why, by the values of a few scans."""
+    extremes: list[tuple[float, float]] = []
+    for index in np.random.default_rng(0).permutation(len(dataset.cases)):
+        case = dataset.cases[index]
+        if case.modality is None and len(extremes) < _SAMPLED:
+            # A scan that cannot be read is reported when its turn comes.
+            with contextlib.suppress(DatasetError):
+                array = read_volume(case.image, spacing_scale=case.spacing_scale, series=case.series).array
+                extremes.append((float(array.min()), float(array.max())))
+    values = ", ".join(f"{low:g}" for low, _ in extremes) or "unknown"
+    why = f"guessed from the lowest values of {len(extremes)} scans ({values})"
+    if guessed_modality(extremes) == "ct":
+        return "ct", f"{why}: Hounsfield units of air"
+    return "mr", f"{why}: no Hounsfield units of air"
+
+
+def _entries_up_to_date(jobs: Iterable[CaseJob]) -> dict[str, StoreEntry]:
+    entries = {}
+    for job in jobs:
+        # A file that is missing is reported by the worker in its own words.
+        with contextlib.suppress(DatasetError):
+            if entry := up_to_date(job):
+                entries[job.case.id] = entry
+    return entries
+
+
+def _work(
+    function: Callable[[CaseJob], StoreEntry],
+    todo: Sequence[CaseJob],
+    entries: dict[str, StoreEntry],
+    num_workers: int | None,
+    say: Callable[[str], None],
+    track: Track = untracked,
+    few: int = 1,
+) -> list[tuple[str, str]]:
+    """Do the cases, adding to `entries`; returns (id, reason) of those that failed, which leave `entries`.
+
+    few: cases for which no process is worth its start. Raises OutputError when the first result cannot be written;
+    later, the rest is given up and reported.
+    """
+    failed: list[tuple[str, str]] = []
+    workers = count_workers(num_workers, todo, _peak_bytes, say)
+    waiting = dict.fromkeys(job.case.id for job in todo)
+    for job, result in track(run_jobs(function, todo, workers, threads=workers == 1 or len(todo) <= few), len(todo)):
+        case = job.case.id
+        del waiting[case]
+        if isinstance(result, StoreEntry):
+            if case not in entries:
+                _say_remarks(result, say)
+            entries[case] = result
+            continue
+        if isinstance(result, OutputError) and not entries:
+            raise result
+        reason = why_failed(result, say, "Try fewer --num_workers, or a coarser --spacing")
+        failed.append((case, reason))
+        say(f"Failed {case}: {reason}")
+        if isinstance(result, OutputError):
+            failed += [(case, "not begun, as the output folder cannot be written") for case in waiting]
+            break
+    for case, _ in failed:
+        entries.pop(case, None)
+    return failed
+
+
+def _peak_bytes(job: CaseJob) -> int:
+    """Memory that a case takes at its peak, judged by its header; little where it is damaged or its grid refused."""
+    try:
+        shape, affine = read_geometry(job.case.image, spacing_scale=job.case.spacing_scale, series=job.case.series)
+        oriented = reorient(Volume(np.broadcast_to(np.uint8(0), shape), affine), job.orientation)
+        new = oriented.shape if job.spacing is None else resampled_grid(oriented.affine, oriented.shape, job.spacing)[1]
+    except DatasetError:
+        # Reported when the case's turn comes.
+        return 1
+    return _BYTES_A_VOXEL * job.channels * int(np.prod(oriented.shape, dtype=float) + np.prod(new, dtype=float))
+
+
+def _number_structures(
+    jobs: Sequence[CaseJob],
+    entries: dict[str, StoreEntry],
+    folder: OutputFolder,
+    num_workers: int | None,
+    say: Callable[[str], None],
+) -> tuple[dict[int, str], dict[int, int], list[tuple[str, str]]]:
+    """Number structures without names 1, 2, 3, ... by the values of all cases, once every case is done.
+
+    Where the values have gaps, label maps are written once more by the table of all cases; elsewhere nothing is.
+    Returns number -> name, number -> stored value (empty without gaps), and (id, reason) of cases that failed.
+    """
+    ordered = [entries[job.case.id] for job in jobs if job.case.id in entries]
+    counts = {entry.id: entry.stored_counts for entry in ordered if entry.stored_counts}
+    for stray in stray_values(counts):
+        say(f"Note: {stray}: look at it with mambahome check; it counts as a structure")
+    stored = {entry.values.get(value, value) for entry in ordered for value in entry.foreground_counts}
+    for value in sorted({value for voxels in counts.values() for value in voxels} - stored):
+        say(f"Note: label value {value} is in no voxel at this spacing, and is no structure")
+    values = numbering(stored)
+    names = {number: f"label_{value}" for number, value in (values or {v: v for v in sorted(stored)}).items()}
+    tables = {entry.id: new_numbers(entry, values) for entry in ordered}
+    todo = [job for job in jobs if any(old != new for old, new in tables.get(job.case.id, {}).items())]
+    if not todo:
+        return names, values, []
+    folder.begin()
+    renumber = functools.partial(renumber_case, values=values, names=names)
+    return names, values, _work(renumber, todo, entries, num_workers, say, few=_FEW - 1)
+
+
+def _say_remarks(entry: StoreEntry, say: Callable[[str], None]) -> None:
+    for remark in entry.remarks:
+        say(f"Note: {entry.id}: {remark}")
+
+
+def _of_scale(jobs: Iterable[CaseJob]) -> list[str]:
+    """Ids of the cases whose labelled voxels say how CT is normalised."""
+    return [job.case.id for job in jobs if job.modality == "ct" and job.case.has_label and job.case.split != "test"]
+
+
+def _scale(store: Path, jobs: Iterable[CaseJob], say: Callable[[str], None]) -> CtNormalisation:
+    scale = ct_scale(store, _of_scale(jobs))
+    if scale is None:
+        say("Note: no voxel of a CT is labelled, so CT is normalised by the window of -175 to 250 HU")
+        return PUBLISHED_WINDOW
+    numbers = "; ".join(
+        f"{low:.4g} to {high:.4g} HU, mean {mean:.4g}, deviation {std:.4g}"
+        for low, high, mean, std in zip(scale.low, scale.high, scale.mean, scale.std, strict=True)
+    )
+    say(f"CT is normalised by its labelled voxels: {numbers}")
+    return scale
+
+
+def _prepared_case(job: CaseJob, entry: StoreEntry) -> PreparedCase:
+    case, written = job.case, job.written(entry)
+    image, label = str(real_path(case.image)), str(real_path(case.label)) if case.label is not None else None
+    if job.image_path in written:
+        image = job.image_path.relative_to(job.output).as_posix()
+    if job.label_path in written:
+        label = job.label_path.relative_to(job.output).as_posix()
+    return PreparedCase(
+        id=case.id,
+        image=image,
+        label=label,
+        split=case.split,
+        modality=job.modality,
+        shape=entry.shape,
+        spacing=entry.spacing,
+        source="/".join(case.image.parts[-2:]),
+        patient=case.patient,
+        labelled=entry.labelled,
+        remarks=entry.remarks,
+        in_split=case.in_split,
+    )
