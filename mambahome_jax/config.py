@@ -3,30 +3,67 @@
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW, CtNormalisation, ct_from_json, ct_to_json
-from mambahome_jax.values import SAMPLE_PERCENTILES as SAMPLE_PERCENTILES
-from mambahome_jax.values import AnatomicalAxis as AnatomicalAxis
-from mambahome_jax.values import CtIntensity as CtIntensity
-from mambahome_jax.values import Modality as Modality
-from mambahome_jax.values import Precision as Precision
-from mambahome_jax.values import ScanRanges as ScanRanges
-from mambahome_jax.values import StructureRange as StructureRange
-from mambahome_jax.values import Surface as Surface
-from mambahome_jax.values import converted, entries, integers, one_of, text, three
+from mambahome_jax.imaging.normalisation import Modality as Modality
 
+Precision = Literal["fp32", "tf32", "bf16"]
 Strategy = Literal["ddp", "fsdp"]
+Surface = Literal["voxels", "area"]  # what metrics of distance count
+AnatomicalAxis = Literal["LR", "AP", "IS"]  # each named by the two letters that an orientation such as "RAS" has for it
+CtIntensity = Literal["window", "percentiles"]  # how CT is normalised, see CtWindow and CtScale
 Triple = tuple[int, int, int]
-# An axis of the array, and the pairs of label values that trade places where a volume is mirrored along it.
-Mirror = tuple[int, tuple[tuple[int, int], ...]]
-# The same of anatomical axes (LR, AP, IS).
-MirrorPairs = tuple[tuple[str, tuple[tuple[int, int], ...]], ...]
-# Of layers and experts in a stage, and of channels anywhere: far more than any network has.
+Pairs = tuple[tuple[int, int], ...]
+Mirror = tuple[int, Pairs]  # an axis of the array, and the label values that trade places where it is mirrored
+MirrorPairs = tuple[tuple[str, Pairs], ...]  # the same of anatomical axes
+# Percentiles of a sample of a scan. Its least and largest value may be single voxels of metal or of padding.
+SAMPLE_PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
+# Layers and experts in a stage, and channels anywhere: far more than any network has, or building it would never end.
 MOST_PARTS, MOST_CHANNELS = 1000, 1 << 16
+
+
+def converted(name: str, value: Any, convert: Callable[[Any], Any], expected: str) -> Any:
+    """convert(value). Raises ConfigError where it cannot be: the value is of another type or form."""
+    try:
+        return convert(value)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise ConfigError(f"{name} is {value!r}; expected {expected}") from error
+
+
+def entries(value: Any, convert: Callable[[Any], Any] = lambda entry: entry) -> tuple[Any, ...]:
+    """Convert each entry of a list or tuple. Raises TypeError for anything else, text too."""
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{type(value).__name__} is no list")
+    return tuple(map(convert, value))
+
+
+def three(value: Any, convert: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
+    """Convert the three entries of a list. Raises TypeError or ValueError for another number or type."""
+    a, b, c = entries(value, convert)
+    return a, b, c
+
+
+def text(value: Any) -> str:
+    """Return text as it is. Raises TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} is no text")
+    return value
+
+
+def one_of(value: Any, choices: Sequence[Any]) -> Any:
+    """Return a value that is among the choices. Raises ValueError for any other."""
+    if value not in choices:
+        raise ValueError(f"{value!r} is none of {choices}")
+    return value
+
+
+def optional(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Let None pass a conversion."""
+    return lambda value: None if value is None else convert(value)
 
 
 @dataclass(frozen=True)
@@ -53,32 +90,31 @@ class ModelConfig:
     use_checkpoint: bool = False
 
     def __post_init__(self) -> None:
-        # The values may come from a file that anybody wrote, so their types are not taken on trust.
+        # The values may come from a file that anybody wrote.
         for name in ("depths", "feat_size", "experts_list", "experts_list_second", "group_list"):
-            value = converted(name, getattr(self, name), integers, "four positive integers, one a stage")
-            object.__setattr__(self, name, value)
+            expected = "four positive integers, one a stage of the encoder"
+            value = self._convert(name, lambda v: entries(v, operator.index), expected)
+            most = {"feat_size": MOST_CHANNELS, "group_list": math.inf}.get(name, MOST_PARTS)
             if len(value) != 4 or min(value) < 1:
-                raise ConfigError(f"{name} is {value}; expected four positive integers, one a stage of the encoder")
-            # A network of a billion layers would be built for ever before its weights are seen to be missing.
-            if name != "group_list" and max(value) > (MOST_CHANNELS if name == "feat_size" else MOST_PARTS):
-                raise ConfigError(f"{name} is {value}; expected at most {MOST_PARTS}, and {MOST_CHANNELS} channels")
+                raise ConfigError(f"{name} is {value}; expected {expected}")
+            if max(value) > most:
+                raise ConfigError(f"{name} is {value}; expected at most {most} in a stage")
         for name in ("in_chans", "out_chans", "hidden_size", "expert_mult", "num_slots_per_expert_first"):
-            if not 1 <= converted(name, getattr(self, name), operator.index, "a positive integer") <= MOST_CHANNELS:
-                found = f"{name} is {getattr(self, name)}"
-                raise ConfigError(f"{found}; expected a positive integer, at most {MOST_CHANNELS}")
+            expected = f"a positive integer, at most {MOST_CHANNELS}"
+            if not 1 <= self._convert(name, operator.index, expected) <= MOST_CHANNELS:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected {expected}")
         for name, count, choices in (("strides", 4, (1, 2)), ("kernel_sizes", 5, (1, 3))):
             expected = f"{count} triples of {choices[0]} or {choices[1]}, an entry an axis"
-            value = converted(
-                name,
-                getattr(self, name),
-                lambda v: tuple(three(entry, operator.index) for entry in entries(v)),
-                expected,
-            )
-            object.__setattr__(self, name, value)
+            value = self._convert(name, lambda v: entries(v, lambda axes: three(axes, operator.index)), expected)
             if len(value) != count or not {size for entry in value for size in entry} <= set(choices):
                 raise ConfigError(f"{name} is {value}; expected {expected}")
         if not isinstance(self.use_checkpoint, bool):
             raise ConfigError(f"use_checkpoint is {self.use_checkpoint!r}; expected true or false")
+
+    def _convert(self, name: str, convert: Callable[[Any], Any], expected: str) -> Any:
+        value = converted(name, getattr(self, name), convert, expected)
+        object.__setattr__(self, name, value)
+        return value
 
     def replace(self, **changes) -> "ModelConfig":
         return dataclasses.replace(self, **changes)
@@ -93,6 +129,89 @@ class ModelConfig:
 def said_multiples(multiples: Triple) -> str:
     """ "16", or "16 16 2" where the axes differ."""
     return str(multiples[0]) if len(set(multiples)) == 1 else " ".join(map(str, multiples))
+
+
+@dataclass(frozen=True)
+class StructureRange:
+    """Volume of a structure in ml, from `least` to `most` over the `present` cases of those whose dataset labels it."""
+
+    name: str
+    labelled: int
+    present: int
+    least: float
+    most: float
+
+    def joined(self, other: "StructureRange") -> "StructureRange":
+        """Return the range of the cases of both."""
+        ranges = [item for item in (self, other) if item.present]
+        least, most = min((item.least for item in ranges), default=0.0), max((i.most for i in ranges), default=0.0)
+        return StructureRange(self.name, self.labelled + other.labelled, self.present + other.present, least, most)
+
+
+@dataclass(frozen=True)
+class ScanRanges:
+    """What the scans of one modality were like in training: (least, largest) value over the cases.
+
+    extent_mm: along R-L, A-P and S-I. percentiles: for each channel, of each of SAMPLE_PERCENTILES; () where they are
+    not known of every case.
+    """
+
+    modality: Modality
+    cases: int
+    extent_mm: tuple[tuple[float, float], ...]
+    percentiles: tuple[tuple[tuple[float, float], ...], ...] = ()
+    structures: tuple[StructureRange, ...] = ()
+
+    def joined(self, other: "ScanRanges") -> "ScanRanges":
+        """Return the ranges of both together, of the same modality; what only one of them knows is left out."""
+        theirs = {item.name: item for item in other.structures}
+        known = len(self.percentiles) == len(other.percentiles)
+        channels = zip(self.percentiles, other.percentiles, strict=True) if known else ()
+        return ScanRanges(
+            self.modality,
+            self.cases + other.cases,
+            tuple(map(_span, self.extent_mm, other.extent_mm)),
+            tuple(tuple(map(_span, ours, others)) for ours, others in channels),
+            tuple(item.joined(theirs[item.name]) for item in self.structures if item.name in theirs),
+        )
+
+    @classmethod
+    def from_json(cls, modality: Modality, values: Mapping[str, Any]) -> "ScanRanges":
+        """Read what `to_json` gives. Raises TypeError, ValueError or KeyError for anything else."""
+        structures = tuple(
+            StructureRange(
+                text(name), operator.index(entry["labelled"]), operator.index(entry["present"]), *_range(entry["ml"])
+            )
+            for name, entry in values["volumes_ml"].items()
+        )
+        percentiles = entries(values["percentiles"], lambda channel: entries(channel, _range))
+        if any(len(channel) != len(SAMPLE_PERCENTILES) for channel in percentiles):
+            raise ValueError(f"not {len(SAMPLE_PERCENTILES)} percentiles in each channel")
+        extent_mm = three(values["extent_mm"], _range)
+        return cls(modality, operator.index(values["cases"]), extent_mm, percentiles, structures)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of "ranges" in config.json, whose key is the modality."""
+        return {
+            "cases": self.cases,
+            "extent_mm": self.extent_mm,
+            "percentiles": self.percentiles,
+            "volumes_ml": {
+                item.name: {"labelled": item.labelled, "present": item.present, "ml": (item.least, item.most)}
+                for item in self.structures
+            },
+        }
+
+
+def _span(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
+    return min(one[0], other[0]), max(one[1], other[1])
+
+
+def _range(values: Any) -> tuple[float, float]:
+    low, high = entries(values, float)
+    if not -math.inf < low <= high < math.inf:
+        raise ValueError(f"{low} to {high} is no range")
+    return low, high
 
 
 @dataclass(frozen=True)
@@ -128,33 +247,29 @@ class DataProperties:
 
         Raises ConfigError: an entry of another form.
         """
+        modalities, axes = get_args(Modality), get_args(AnatomicalAxis)
         forms: dict[str, tuple[Callable[[Any], Any], str]] = {
-            "spacing": (lambda v: None if v is None else three(v, float), "three numbers in mm, or null"),
+            "spacing": (optional(lambda v: three(v, float)), "three numbers in mm, or null"),
             "orientation": (text, "three letters such as RAS"),
-            "modality": (lambda v: one_of(v, get_args(Modality)), f"one of {', '.join(get_args(Modality))}"),
+            "modality": (lambda v: one_of(v, modalities), f"one of {', '.join(modalities)}"),
             "labels": (lambda v: tuple((int(value), text(name)) for value, name in v.items()), '{"1": name, ...}'),
-            "channels": (lambda v: tuple(text(name) for name in entries(v)), "a list of names"),
-            "patch_size": (lambda v: None if v is None else three(v, operator.index), "three integers, or null"),
-            "mirror": (
-                lambda v: tuple(one_of(name, get_args(AnatomicalAxis)) for name in entries(v)),
-                "axes of LR, AP, IS",
-            ),
+            "channels": (lambda v: entries(v, text), "a list of names"),
+            "patch_size": (optional(lambda v: three(v, operator.index)), "three integers, or null"),
+            "mirror": (lambda v: entries(v, lambda name: one_of(name, axes)), "axes of LR, AP, IS"),
             "mirror_pairs": (
-                lambda v: None if v is None else tuple((axis, _pairs(pairs)) for axis, pairs in v.items()),
+                optional(lambda v: tuple((axis, entries(pairs, _pair)) for axis, pairs in v.items())),
                 '{"LR": [[2, 3], ...]}, or null',
             ),
             "ct_scale": (ct_from_json, "low, high, mean and std, or null"),
             "ranges": (
-                lambda v: tuple(
-                    ScanRanges.from_json(one_of(name, get_args(Modality)), entry) for name, entry in v.items()
-                ),
+                lambda v: tuple(ScanRanges.from_json(one_of(name, modalities), entry) for name, entry in v.items()),
                 "the ranges of each modality",
             ),
             "values": (
                 lambda v: _stored(v, values.get("labels") or ()),
                 'a stored value of its own, 1 to 65535, for each label: {"1": 255, ...}',
             ),
-            "val_dice": (lambda v: None if v is None else float(v), "a number, or null"),
+            "val_dice": (optional(float), "a number, or null"),
         }
         fields = {name: converted(name, values[name], *form) for name, form in forms.items() if name in values}
         if "ct_scale" in fields:
@@ -186,8 +301,9 @@ def _stored(values: Any, labels: Iterable[Any]) -> tuple[tuple[int, int], ...]:
     return stored
 
 
-def _pairs(values: Any) -> tuple[tuple[int, int], ...]:
-    return tuple((operator.index(one), operator.index(other)) for one, other in entries(values))
+def _pair(values: Any) -> tuple[int, int]:
+    one, other = entries(values, operator.index)
+    return one, other
 
 
 @dataclass(frozen=True)
@@ -235,3 +351,83 @@ MODEL_SIZES = {
         patch_size=(48, 48, 48),
     ),
 }
+
+
+_SMALLEST = (4, 2, 1)  # voxels left along an axis that is halved: the first of these with which an axis can be
+_ALIKE = 2  # voxel sizes below so many times the finest count as the same
+
+
+class Grids(NamedTuple):
+    """Fields of ModelConfig, and the patch that they are for, raised to multiples."""
+
+    patch_size: Triple
+    strides: tuple[Triple, ...]
+    kernel_sizes: tuple[Triple, ...]
+
+
+def grids_for(spacing: Sequence[float], patch_size: Sequence[int]) -> Grids:
+    """Choose grids for patches of so many voxels of so many mm, as nnU-Net's planner does.
+
+    Each stage halves the axes whose voxels are, at that stage, less than twice as long as the finest of those that have
+    enough voxels left; so thick slices are left alone until the voxels within them are about as long. On each grid an
+    axis has kernels of 3 once its voxels are less than twice as long as the finest, and of 1 before that; the deepest
+    grid has 3 along all.
+    """
+    length, size = list(map(float, spacing)), list(patch_size)
+    strides: list[Triple] = []
+    kernels: list[Triple] = []
+    wide = [False] * 3
+    for _ in range(4):
+        wide = [was or mm < _ALIKE * min(length) for was, mm in zip(wide, length, strict=True)]
+        kernels.append(_triple(3 if w else 1 for w in wide))
+        halved = _halved(size, length)
+        strides.append(_triple(2 if axis in halved else 1 for axis in range(3)))
+        for axis in halved:
+            size[axis], length[axis] = -(-size[axis] // 2), 2 * length[axis]
+    kernels.append((3, 3, 3))
+    multiples = ModelConfig(strides=tuple(strides)).multiples
+    whole = _triple(-(-n // m) * m for n, m in zip(patch_size, multiples, strict=True))
+    return Grids(whole, tuple(strides), tuple(kernels))
+
+
+def patch_and_grids(spacing: Sequence[float], shape: Sequence[int], voxels: int = 128**3) -> Grids:
+    """Choose the patch of about so many voxels, and its grids.
+
+    It is as long in mm along each axis as along the others, or as long as the scans (`shape`: the median of theirs),
+    whichever is less.
+    """
+    low, high = 0.0, max(n * mm for n, mm in zip(shape, spacing, strict=True))
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if math.prod(_cut(middle, spacing, shape)) <= voxels else (low, middle)
+    wanted = [max(1, round(n)) for n in _cut(low, spacing, shape)]
+    patch = wanted
+    # Once more for the patch that is whole: a few voxels may decide whether an axis is halved.
+    for _ in range(2):
+        multiples = ModelConfig(strides=grids_for(spacing, patch).strides).multiples
+        # Up where the scan ends, so that it is covered; else to the nearest.
+        patch = [
+            -(-n // m) * m if n >= whole else max(1, round(n / m)) * m
+            for n, m, whole in zip(wanted, multiples, shape, strict=True)
+        ]
+    return grids_for(spacing, patch)
+
+
+def _cut(millimetres: float, spacing: Sequence[float], shape: Sequence[int]) -> list[float]:
+    return [min(n, millimetres / mm) for n, mm in zip(shape, spacing, strict=True)]
+
+
+def _halved(size: Sequence[int], length: Sequence[float]) -> list[int]:
+    for smallest in _SMALLEST:
+        able = [axis for axis in range(3) if size[axis] >= 2 * smallest]
+        finest = min((length[axis] for axis in able), default=0)
+        halved = [axis for axis in able if length[axis] < _ALIKE * finest]
+        # One axis by itself has to be long, or the grid gets lopsided.
+        if len(halved) > 1 or (halved and size[halved[0]] >= 3 * smallest):
+            return halved
+    return []
+
+
+def _triple(values) -> Triple:
+    a, b, c = values
+    return a, b, c

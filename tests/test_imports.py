@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # Belong to no room: the public names, the version, errors and configuration.
-LEAVES = {"config", "errors", "flags", "grids", "recipes", "version"}
+LEAVES = {"config", "errors", "flags", "recipes", "version"}
 # room -> rooms that it may import, beside itself and the leaves
 ALLOWED = {
     "mambahome_kernels": set(),

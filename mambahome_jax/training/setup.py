@@ -18,13 +18,14 @@ from mambahome_jax.config import (
     ModelConfig,
     Precision,
     Triple,
+    grids_for,
+    patch_and_grids,
     said_multiples,
 )
 from mambahome_jax.datasets.prepared import DESCRIPTION, Prepared, split_cases
 from mambahome_jax.datasets.structures import AXES, axis_along, match_structures
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
-from mambahome_jax.grids import grids_for, patch_and_grids
 from mambahome_jax.patches.ranges import training_ranges
 from mambahome_jax.patches.store import Store
 from mambahome_jax.recipes import AugmentationConfig, Ingredients, OptimizerConfig, resolve

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mambahome_jax.config import MODEL_SIZES, ModelConfig
+from mambahome_jax.config import MODEL_SIZES, ModelConfig, grids_for, patch_and_grids
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.grids import grids_for, patch_and_grids
 from mambahome_jax.model.layers import conv3d
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
