@@ -35,7 +35,6 @@ INGREDIENTS = {
     "base": BASE,
     "not mirrored": f"{BASE} --mirror none",
     "no warm-up, no clipping": f"{BASE} --warmup_steps 0 --clip_norm 0",
-    "label smoothing": f"{BASE} --label_smoothing 0.1",
     "no moving average": f"{BASE} --ema_decay 0",
     "not class-balanced": f"{BASE} --class_balanced False",
     "no deep supervision": f"{BASE} --deep_supervision False",

@@ -19,7 +19,6 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from mambahome_jax import flags
 from mambahome_jax.errors import ConfigError, MambaHomeError
-from mambahome_jax.rerun import with_earlier_flags
 from mambahome_jax.support.console import protect_output
 from mambahome_jax.support.devices import program_cache
 from mambahome_jax.support.paths import openable_path
@@ -46,6 +45,15 @@ SUMMARIES = {
     "demo": "See the whole way work on synthetic scans, in a few minutes",
 }
 _COMPILING = ("train", "infer")
+_REMOVED = {
+    "train": {
+        "--config": 'run.json holds all flags of a run under "configuration"; give those that you need',
+        "--schedule_step": "the schedule steps after the last update of an epoch",
+        "--label_smoothing": "it brought nothing; leave it out",
+        "--momentum": "SGD has none, or 0.99 with --recipe strong; leave it out",
+    },
+    "infer": {"--overwrite": "every scan is segmented again; --skip_existing keeps results that are there and whole"},
+}
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
@@ -62,7 +70,9 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
     `--use_pretrained False` is none.
     """
     booleans = {
-        f"--{field.name}" for field in dataclasses.fields(COMMANDS[command]) if field.type in (bool, bool | None)
+        f"--{field.name}"
+        for field in dataclasses.fields(COMMANDS[command])
+        if getattr(field.type, "__origin__", field.type) in (bool, bool | None)  # that of Annotated
     }
     paths = {f"--{name}" for name in path_names(command)}
     out: list[str] = []
@@ -74,6 +84,8 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
             continue
         name, equals, value = word.partition("=")
         name = "--" + name[2:].replace("-", "_")
+        if name in _REMOVED.get(command, {}):
+            raise ConfigError(f"{name} is no longer a flag: {_REMOVED[command][name]}")
         following = value if equals else (arguments[0] if arguments else None)
         spelled = following.lower() if following is not None else ""
         if name in booleans:
@@ -93,15 +105,14 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
 def parse(command: str, argv: Sequence[str], prog: str):
     """The configuration of a command from its arguments; exits with 2 and a message on wrong usage.
 
-    Raises ConfigError: --config names no run.json of this command.
+    Raises ConfigError: a flag that is no longer there, a path that cannot be opened.
     """
-    names = [field.name for field in dataclasses.fields(COMMANDS[command])]
     arguments = normalise_arguments(command, argv)
     registry = ConstructorRegistry()
     registry.primitive_rule(_path_rule)
     settings: Any = tyro.cli(
         COMMANDS[command],
-        args=with_earlier_flags(command, arguments, names, path_names(command)) if "config" in names else arguments,
+        args=arguments,
         prog=prog,
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff,),

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from mambahome_jax.config import CtIntensity, Modality, Precision, Strategy, Surface
-from mambahome_jax.recipes import RecipeFlags
+from mambahome_jax.recipes import with_ingredient_flags
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class PreprocessConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig(RecipeFlags):
+@with_ingredient_flags
+class TrainConfig:
     """Train on a preprocessed folder, or straight on <case>/*ct*.nii.gz with <case>/*labels*.nii.gz."""
 
     data_train: Path
@@ -82,10 +83,8 @@ class TrainConfig(RecipeFlags):
     """Another such folder for validation; without it the cases marked "val", else every fifth case, are held out."""
     hold_out: int = 5
     """Hold out every n-th patient of a folder without marks to validate on; 0: none, the last weights are "best"."""
-    config: Path | None = None
-    """run.json of an earlier run, to run it again with its flags; those that are given win."""
     output_dir: Path | None = None
-    """Where the run is written (default: runs/<checkpoint_name>; with --config a folder beside the earlier run)."""
+    """Where the run is written (default: runs/<checkpoint_name>)."""
     checkpoint_name: str = ""
     """Name of the run (default: that of --model)."""
     model: Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny"] = "MambaHoME"
@@ -111,8 +110,6 @@ class TrainConfig(RecipeFlags):
     count on from --seed. --max_minutes is of all together; --steps and --epochs are of each."""
     scheduler: Literal["CALR"] = "CALR"
     """Cosine annealing of the learning rate to 0, a step every --skip_val epochs (every epoch with --steps)."""
-    schedule_step: Literal["epoch", "published"] = "epoch"
-    """When the schedule steps: after the last update of an epoch, or one update later, as the published loop does."""
     skip_val: int = 1
     """Epochs between validations."""
     val_every: int | None = None
@@ -160,6 +157,8 @@ class TrainConfig(RecipeFlags):
     """Several processes: number of this one, from 0."""
     pin_memory: bool = True
     """Accepted for command lines of the published code; has no meaning in JAX."""
+    recipe: Literal["published", "strong"] = "published"
+    """Defaults of the flags from here on: as in the published code, or stronger."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +214,6 @@ class InferConfig:
     """Write previews/<case>.png beside the results."""
     skip_existing: bool = False
     """Leave a case whose result is there, whole, and of the same weights and scan; read it for volumes.csv."""
-    overwrite: bool = True
-    """Segment a case again when its result is there; False keeps whatever has the result's name."""
     gpu: bool = False
     """Insist on a GPU; without this flag the best device present is used."""
 

@@ -1,55 +1,82 @@
-"""Recipes: named sets of defaults for the flags that decide how a network is trained; a flag given wins.
+"""Recipes: named sets of ingredients that decide how a network is trained. A flag of an ingredient wins over them.
 
-Part of the configuration (config.py), in a file of its own; nothing here imports jax.
+An ingredient is one field here, with its published default, what it is and which values can work; its flag, the help
+and the table in docs/ come from the field. Imports no jax.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from mambahome_jax.config import AnatomicalAxis, Mirror
+from tyro.conf import arg
+
+from mambahome_jax.config import MODEL_SIZES, AnatomicalAxis, Mirror
 from mambahome_jax.errors import ConfigError
 
 MirrorAxis = Literal["none", AnatomicalAxis]
-ADAM_EPS = 1e-8
-MOST_ELASTIC_STD = 3.0
+ADAM_EPS = 1e-8  # torch's default: the published Adam keeps it, the published AdamW does not
+T = TypeVar("T")
+
+
+class Valid(NamedTuple):
+    """Which values of an ingredient can work, for the program and for its user."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+POSITIVE = Valid(lambda value: value > 0, "a positive number")
+NOT_NEGATIVE = Valid(lambda value: value >= 0, "0 or more")
+PART = Valid(lambda value: 0 <= value <= 1, "0 to 1")
+BELOW_ONE = Valid(lambda value: 0 <= value < 1, "0 or more, and below 1")
+
+
+def ingredient(default: T, text: str, valid: Valid | None = None, flag: str = "") -> T:
+    """A field that is an ingredient of a recipe; its flag has the field's name unless `flag` is another."""
+    return dataclasses.field(default=default, metadata={"help": text, "valid": valid, "flag": flag})
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """What decides an update. `steps_per_period` updates share a learning rate; after `t_max` periods it is eta_min.
 
-    warmup_steps: the rate of the first updates is multiplied by 1/n, 2/n ... 1. clip_norm: largest Euclidean norm of
-    the gradient of all parameters together. momentum: of SGD, Nesterov's form. encoder_lr_scale: factor on the updates
-    of the parameters under "encoder", 0 keeps them as they are.
+    momentum: of SGD, in Nesterov's form. schedule_step: "epoch" lowers the rate after the last update of a period,
+    "published" one update later. encoder_lr_scale: factor on the updates of the encoder, 0 keeps it as it is.
     """
 
-    name: Literal["AdamW", "Adam", "SGD"] = "AdamW"
-    lr: float = 1e-4
-    weight_decay: float = 1e-4
-    eps: float = 1e-4
+    name: Literal["AdamW", "Adam", "SGD"] = ingredient("AdamW", "Optimizer.", flag="optimizer")
+    lr: float = ingredient(1e-4, "Learning rate.", POSITIVE)
+    weight_decay: float = ingredient(
+        1e-4, "Decoupled weight decay of AdamW; coupled for Adam and SGD, as published.", NOT_NEGATIVE
+    )
+    eps: float = ingredient(1e-4, "Epsilon of AdamW and Adam (Adam: 1e-8).", POSITIVE)
     betas: tuple[float, float] = (0.9, 0.999)
     steps_per_period: int = 1
     t_max: int = 1
     eta_min: float = 0.0
     schedule_step: Literal["epoch", "published"] = "epoch"
-    warmup_steps: int = 0
-    clip_norm: float | None = None
+    warmup_steps: int = ingredient(0, "Steps over which the learning rate rises linearly.", NOT_NEGATIVE)
+    clip_norm: float = ingredient(
+        0.0, "Largest norm of the gradient of all parameters together, 0 for any.", NOT_NEGATIVE
+    )
     momentum: float = 0.0
     encoder_lr_scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class AugmentationConfig:
-    """Probabilities and ranges of the published data_loader.py, applied to each patch of a batch on its own.
+    """Probabilities and ranges of what is done to each patch of a batch on its own; the defaults are published.
 
-    What follows from `mirror` on is not in it; a probability of None leaves the operation out of the program.
+    Zoom, quarter turns, shift, smoothing and noise are the published operations. The others are left out of the
+    compiled program where their probability is 0. mirror, voxel_size (mm): of the dataset.
     """
 
-    zoom_probability: float = 0.3
+    zoom_probability: float = ingredient(0.3, "Published zoom in, by 1.3 to 1.5.", PART)
     zoom_range: tuple[float, float] = (1.3, 1.5)
-    rotate90_probability: float = 0.1
+    rotate90_probability: float = ingredient(
+        0.1, "Published turns by 90, 180 or 270 degrees in the plane of the first two axes.", PART
+    )
     shift_probability: float = 0.2
     shift_range: float = 0.1
     smooth_probability: float = 0.2
@@ -57,185 +84,152 @@ class AugmentationConfig:
     noise_probability: float = 0.2
     noise_std: float = 0.01
     mirror: tuple[Mirror, ...] = ()
-    affine_probability: float | None = None
-    affine_rotation: float = 15.0
-    affine_scale: tuple[float, float] = (0.85, 1.15)
-    elastic_probability: float | None = None
-    elastic_std: float = 2.0
+    affine_probability: float = ingredient(0.0, "Rotation about all axes and isotropic scale, resampled once.", PART)
+    affine_rotation: float = ingredient(15.0, "Largest angle about each axis, in degrees.", NOT_NEGATIVE)
+    affine_scale: tuple[float, float] = ingredient(
+        (0.85, 1.15),
+        "Smallest and largest scale.",
+        Valid(lambda scale: 0 < scale[0] <= scale[1], "a smaller and a larger positive scale"),
+    )
+    elastic_probability: float = ingredient(0.0, "Smooth random deformation, in the same resampling.", PART)
+    elastic_std: float = ingredient(
+        2.0,
+        "Largest standard deviation of it in voxels of the finest axis, at points 16 such voxels apart.",
+        Valid(lambda std: 0 <= std <= 3, "0 to 3, beyond which tissue would fold"),
+    )
     voxel_size: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    brightness_probability: float | None = None
-    brightness_range: tuple[float, float] = (0.75, 1.25)
-    contrast_probability: float | None = None
-    contrast_range: tuple[float, float] = (0.75, 1.25)
-    gamma_probability: float | None = None
+    gamma_probability: float = ingredient(0.0, "Power of 0.7 to 1.5 of the intensities between their extremes.", PART)
     gamma_range: tuple[float, float] = (0.7, 1.5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RecipeFlags:
-    """The ingredients. None: as the recipe has it."""
-
-    recipe: Literal["published", "strong"] = "published"
-    """Defaults of the flags from here to --brightness_probability: as in the published code, or stronger."""
-    optimizer: Literal["AdamW", "Adam", "SGD"] | None = None
-    """Optimizer (published: AdamW; strong: AdamW)."""
-    lr: float | None = None
-    """Learning rate (published: 1e-4 for MambaHoME, 3e-4 for _small, 2e-3 for _tiny; strong: 3e-4, 1e-3, 2e-3)."""
-    weight_decay: float | None = None
-    """Decoupled weight decay of AdamW; coupled for Adam and SGD, as published (published: 1e-4; strong: 0.05)."""
-    eps: float | None = None
-    """Epsilon of AdamW (published: 1e-4 for MambaHoME, 1e-8 for the smaller sizes; strong: 1e-8)."""
-    momentum: float | None = None
-    """Nesterov momentum of SGD (published: 0; strong: 0.99)."""
-    warmup_steps: int | None = None
-    """Steps over which the learning rate rises linearly (published: 0; strong: 100)."""
-    clip_norm: float | None = None
-    """Largest norm of the gradient of all parameters together, 0 for any (published: 0; strong: 1)."""
-    ema_decay: float | None = None
-    """Validate and save a moving average of the weights with this decay, 0 for none (published: 0; strong: 0.999)."""
-    label_smoothing: float | None = None
-    """Share of the target that cross entropy spreads over all classes (published: 0; strong: 0)."""
-    dropout: float | None = None
-    """Share of the channels of the encoder's and the decoder's volumes that each step of training drops (published: 0;
-    strong: 0.1)."""
-    deep_supervision: bool | None = None
-    """Loss at half and quarter resolution too (published: False; strong: True)."""
-    class_balanced: bool | None = None
-    """Centre positive patches on a class drawn evenly, not on a voxel of the foreground (published: False; strong:
-    True)."""
-    augment: bool | None = None
-    """Augmentation as a whole; the published one zooms, turns, shifts, smooths and adds noise (both: True)."""
-    zoom_probability: float | None = None
-    """Published zoom in, by 1.3 to 1.5 (published: 0.3; strong: 0, as the affine map scales)."""
-    rotate90_probability: float | None = None
-    """Published turns by 90, 180 or 270 degrees in the plane of the first two axes (published: 0.1; strong: 0)."""
-    affine_probability: float | None = None
-    """Rotation about all axes and isotropic scale, resampled once (published: 0; strong: 0.7)."""
-    affine_rotation: float | None = None
-    """Largest angle about each axis, in degrees (published: 15; strong: 30)."""
-    affine_scale: tuple[float, float] | None = None
-    """Smallest and largest scale (published: 0.85 1.15; strong: 0.7 1.4)."""
-    elastic_probability: float | None = None
-    """Smooth random deformation, in the same resampling (published: 0; strong: 0.5)."""
-    elastic_std: float | None = None
-    """Largest standard deviation of it in voxels of the finest axis, at points 16 such voxels apart (both: 2)."""
-    mirror: tuple[MirrorAxis, ...] | None = None
-    """Axes to mirror along, each with probability 1/2; labels of pairs such as left and right kidney are swapped with
-    it (published: none; strong: LR)."""
-    gamma_probability: float | None = None
-    """Power of 0.7 to 1.5 of the intensities between their extremes (published: 0; strong: 0.3)."""
-    contrast_probability: float | None = None
-    """Distance to the mean times 0.75 to 1.25 (published: 0; strong: 0.15)."""
-    brightness_probability: float | None = None
-    """Intensities times 0.75 to 1.25 (published: 0; strong: 0.15)."""
+    contrast_probability: float = ingredient(0.0, "Distance to the mean times 0.75 to 1.25.", PART)
+    contrast_range: tuple[float, float] = (0.75, 1.25)
+    brightness_probability: float = ingredient(0.0, "Intensities times 0.75 to 1.25.", PART)
+    brightness_range: tuple[float, float] = (0.75, 1.25)
 
 
 @dataclass(frozen=True)
-class Ingredients:
-    """The flags of RecipeFlags, each with its value; the defaults are the published ones.
+class Recipe:
+    """All ingredients of a training; the defaults are those of the published code."""
 
-    lr and eps None: those of the network's size (config.MODEL_SIZES).
-    """
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: float = ingredient(
+        0.0, "Validate and save a moving average of the weights with this decay, 0 for none.", BELOW_ONE
+    )
+    dropout: float = ingredient(
+        0.0, "Share of the channels of the encoder's and the decoder's volumes that a training step drops.", BELOW_ONE
+    )
+    deep_supervision: bool = ingredient(False, "Loss at half and quarter resolution too.")
+    class_balanced: bool = ingredient(
+        False, "Centre positive patches on a class drawn evenly, not on a voxel of the foreground."
+    )
+    augment: bool = ingredient(
+        True, "Augmentation as a whole; the published one zooms, turns, shifts, smooths and adds noise."
+    )
+    mirror: tuple[MirrorAxis, ...] = ingredient(
+        ("none",),
+        "Axes to mirror along, each with probability 1/2; labels of pairs such as left and right kidney are swapped.",
+    )
+    augmentation: AugmentationConfig = AugmentationConfig()
 
-    optimizer: Literal["AdamW", "Adam", "SGD"] = "AdamW"
-    lr: float | None = None
-    weight_decay: float = 1e-4
-    eps: float | None = None
-    momentum: float = 0.0
-    warmup_steps: int = 0
-    clip_norm: float = 0.0
-    ema_decay: float = 0.0
-    label_smoothing: float = 0.0
-    dropout: float = 0.0
-    deep_supervision: bool = False
-    class_balanced: bool = False
-    augment: bool = True
-    zoom_probability: float = 0.3
-    rotate90_probability: float = 0.1
-    affine_probability: float = 0.0
-    affine_rotation: float = 15.0
-    affine_scale: tuple[float, float] = (0.85, 1.15)
-    elastic_probability: float = 0.0
-    elastic_std: float = 2.0
-    mirror: tuple[MirrorAxis, ...] = ("none",)
-    gamma_probability: float = 0.0
-    contrast_probability: float = 0.0
-    brightness_probability: float = 0.0
+    def ingredients(self) -> dict[str, Any]:
+        """Flag -> value of every ingredient."""
+        return {flag: getattr(self._holder(part), field.name) for flag, (part, field) in INGREDIENTS.items()}
+
+    def replace(self, given: Mapping[str, Any]) -> "Recipe":
+        """This recipe with other values of some ingredients, by their flags."""
+        recipe = self
+        for flag, value in given.items():
+            part, field = INGREDIENTS[flag]
+            holder = dataclasses.replace(recipe._holder(part), **{field.name: value})
+            recipe = dataclasses.replace(recipe, **{part: holder}) if part else holder
+        return recipe
+
+    def _holder(self, part: str) -> Any:
+        return getattr(self, part) if part else self
 
 
-RECIPES: Mapping[str, Ingredients] = {
-    "published": Ingredients(),
-    "strong": Ingredients(
-        eps=1e-8,
-        weight_decay=0.05,
-        momentum=0.99,
-        warmup_steps=100,
-        clip_norm=1.0,
+def _ingredients() -> dict[str, tuple[str, dataclasses.Field]]:
+    """Flag -> (the field of Recipe that holds the ingredient, "" for itself; the ingredient's field)."""
+    fields = []
+    for field in dataclasses.fields(Recipe):
+        inner = dataclasses.fields(field.type) if dataclasses.is_dataclass(field.type) else ()
+        fields += [(field.name, item) for item in inner] or [("", field)]
+    return {field.metadata["flag"] or field.name: (part, field) for part, field in fields if field.metadata}
+
+
+INGREDIENTS = _ingredients()
+RECIPES: Mapping[str, Recipe] = {
+    "published": Recipe(),
+    "strong": Recipe(
+        OptimizerConfig(eps=ADAM_EPS, weight_decay=0.05, momentum=0.99, warmup_steps=100, clip_norm=1.0),
         ema_decay=0.999,
         dropout=0.1,
         deep_supervision=True,
         class_balanced=True,
-        zoom_probability=0.0,
-        rotate90_probability=0.0,
-        affine_probability=0.7,
-        affine_rotation=30.0,
-        affine_scale=(0.7, 1.4),
-        elastic_probability=0.5,
         mirror=("LR",),
-        gamma_probability=0.3,
-        contrast_probability=0.15,
-        brightness_probability=0.15,
+        augmentation=AugmentationConfig(
+            # The affine map scales and turns.
+            zoom_probability=0.0,
+            rotate90_probability=0.0,
+            affine_probability=0.7,
+            affine_rotation=30.0,
+            affine_scale=(0.7, 1.4),
+            elastic_probability=0.5,
+            gamma_probability=0.3,
+            contrast_probability=0.15,
+            brightness_probability=0.15,
+        ),
     ),
 }
-_PARTS = (
-    "label_smoothing",
-    "zoom_probability",
-    "rotate90_probability",
-    "affine_probability",
-    "elastic_probability",
-    "gamma_probability",
-    "contrast_probability",
-    "brightness_probability",
-)
 
 
-def resolve(flags: RecipeFlags, size_lr: float, size_eps: float, strong_lr: float) -> Ingredients:
-    """Every ingredient's value: that of its flag, else that of the recipe, else that of the size.
+def recipe_for(recipe: str, model: str) -> Recipe:
+    """The recipe of that name with the learning rate, and the published epsilon, of the model's size."""
+    size = MODEL_SIZES[model]
+    if recipe == "published":
+        return RECIPES[recipe].replace({"lr": size.lr, "eps": size.eps})
+    return RECIPES[recipe].replace({"lr": size.strong_lr})
 
-    Raises ConfigError for a value that cannot work.
+
+def given_ingredients(flags: Any) -> dict[str, Any]:
+    """The ingredients that the flags of a training name."""
+    return {flag: getattr(flags, flag) for flag in INGREDIENTS if getattr(flags, flag) is not None}
+
+
+def resolve(flags: Any) -> Recipe:
+    """The recipe of `flags.recipe` for `flags.model`, with the ingredients that the flags name.
+
+    Raises ConfigError: a value that cannot work.
     """
-    names = [field.name for field in dataclasses.fields(Ingredients)]
-    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
-    found = dataclasses.replace(RECIPES[flags.recipe], **given)
-    if found.lr is None:
-        found = dataclasses.replace(found, lr=size_lr if flags.recipe == "published" else strong_lr)
-    if found.eps is None:
-        # torch's default; the published Adam keeps it, unlike the published AdamW.
-        found = dataclasses.replace(found, eps=size_eps if found.optimizer == "AdamW" else ADAM_EPS)
-    _check(found)
-    return found
+    given = given_ingredients(flags)
+    if given.get("optimizer") in ("Adam", "SGD"):
+        given = {"eps": ADAM_EPS} | given
+    recipe = recipe_for(flags.recipe, flags.model).replace(given)
+    for flag, value in recipe.ingredients().items():
+        valid = INGREDIENTS[flag][1].metadata["valid"]
+        if valid is not None and not valid.holds(value):
+            raise ConfigError(f"--{flag} {as_typed(value)}; expected {valid.expected}")
+    return recipe
 
 
-def _check(found: Ingredients) -> None:
-    if found.lr is None or found.eps is None or not (found.lr > 0 and found.eps > 0 and found.weight_decay >= 0):
-        raise ConfigError(
-            f"--lr {found.lr}, --weight_decay {found.weight_decay}, --eps {found.eps}; expected a positive lr and eps, "
-            "and a weight decay of 0 or more"
-        )
-    for name in _PARTS:
-        if not 0 <= getattr(found, name) <= 1:
-            raise ConfigError(f"--{name} {getattr(found, name)}; expected 0 to 1")
-    for name in ("momentum", "ema_decay", "dropout"):
-        if not 0 <= getattr(found, name) < 1:
-            raise ConfigError(f"--{name} {getattr(found, name)}; expected 0 or more, and below 1")
-    if found.warmup_steps < 0 or found.clip_norm < 0:
-        raise ConfigError(f"--warmup_steps {found.warmup_steps}, --clip_norm {found.clip_norm}; expected 0 or more")
-    low, high = found.affine_scale
-    if not 0 <= found.elastic_std <= MOST_ELASTIC_STD:
-        found_std = f"--elastic_std {found.elastic_std}"
-        raise ConfigError(f"{found_std}; expected 0 to {MOST_ELASTIC_STD:g}, beyond which tissue would fold")
-    if not 0 < low <= high or found.affine_rotation < 0:
-        raise ConfigError(
-            f"--affine_scale {low} {high}, --affine_rotation {found.affine_rotation}; expected a smaller and a larger "
-            "positive scale, and an angle of 0 degrees or more"
-        )
+def as_typed(value: Any) -> str:
+    """A value of an ingredient as it stands on a command line."""
+    if isinstance(value, tuple):
+        return " ".join(map(as_typed, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def default_of(flag: str, recipe: str) -> str:
+    """The value of an ingredient in a recipe; several where the sizes of --model differ in it, in their order."""
+    values = [as_typed(recipe_for(recipe, model).ingredients()[flag]) for model in MODEL_SIZES]
+    return values[0] if len({*values}) == 1 else f"{', '.join(values)} by --model"
+
+
+def with_ingredient_flags(cls: type[T]) -> type[T]:
+    """Give the class of a command, before it becomes a dataclass, a flag of each ingredient; None: by the recipe."""
+    for flag, (_, field) in INGREDIENTS.items():
+        defaults = "; ".join(f"{recipe}: {default_of(flag, recipe)}" for recipe in RECIPES)
+        described = arg(help=field.metadata["help"], help_behavior_hint=f"({defaults})")
+        kind: Any = field.type
+        cls.__annotations__[flag] = Annotated[kind | None, described]
+        setattr(cls, flag, None)
+    return cls

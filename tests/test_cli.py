@@ -95,6 +95,12 @@ def _run(*arguments):
         (("evaluate", "--predictions", "p", "--references", "r", "--output_dir", "o"), "Error: p: no such folder"),
         (("report", "--evaluation", "e"), "Error: e/metrics.csv: no such file; expected an evaluation"),
         (("train",), "--data_train"),
+        (
+            ("train", "--data_train", "d", "--label-smoothing", "0.1"),
+            "--label_smoothing is no longer a flag: it",
+        ),
+        (("train", "--config=run.json"), "Error: --config is no longer a flag: run.json holds all flags of a run"),
+        (("infer", "--overwrite", "False"), "Error: --overwrite is no longer a flag: every scan is segmented again"),
         (("dance",), "no command 'dance'"),
     ],
 )

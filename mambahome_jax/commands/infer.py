@@ -22,7 +22,6 @@ from mambahome_jax.inference.batch import (
     Reading,
     existing_result,
     held_bytes,
-    input_of,
     read_ahead,
     write_case,
 )
@@ -126,7 +125,7 @@ def _segment_all(
     weights = tuple(digest_of(model) for model in models)
     scans, incomplete = join_channels(config.data_path, scans, channels_of(models) or 1)
     earlier = _earlier_results(config, scans, weights)
-    again = [case for case, origin in earlier.origins.items() if origin in ("weights", "scan") and config.overwrite]
+    again = [case for case, origin in earlier.origins.items() if origin in ("weights", "scan")]
     plan = Plan(
         *(config, models, settings, label_names_of(models), only, largest, devices if len(devices) > 1 else None),
         weights=weights,
@@ -190,7 +189,7 @@ def _segment_all(
 def _earlier_results(config: InferConfig, scans: list[Scan], weights: tuple[str, ...]) -> Earlier:
     """What the output folder says of its results, with the origin of those that the flags would keep."""
     earlier = read_earlier(config.output_dir)
-    if config.skip_existing or not config.overwrite:
+    if config.skip_existing:
         for scan in scans:
             result = existing_result(config, scan)
             if result.exists():
@@ -214,22 +213,8 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
     """Segment the scans one after the other, while threads read the next ones and write the last one's result."""
     config = plan.config
     configuration = jsonable(dataclasses.asdict(config))
-    todo = [scan for scan in scans if config.overwrite or not existing_result(config, scan).exists()]
-    for scan in scans:
-        if scan not in todo:
-            outcome.cases.append(
-                {
-                    "id": scan.case,
-                    "input": input_of(config, scan),
-                    "output": existing_result(config, scan).name,
-                    "kept": True,
-                }
-            )
-    if len(todo) < len(scans):
-        say(console, f"{len(scans) - len(todo)} results are there already and kept")
-
-    with progress_bar(console, disable=not todo) as progress, ThreadPoolExecutor(1) as writer:
-        cases = progress.add_task("scans", total=len(todo))
+    with progress_bar(console, disable=not scans) as progress, ThreadPoolExecutor(1) as writer:
+        cases = progress.add_task("scans", total=len(scans))
         windows = progress.add_task("windows", total=None)
         written: deque[tuple[Scan, Future]] = deque()
         full = False
@@ -275,7 +260,7 @@ def _work(plan: Plan, scans: list[Scan], outcome: Outcome, console: Console) -> 
             written.append((scan, writer.submit(write_case, plan, scan, volume, result, shares, begun)))
 
         held = held_bytes()
-        for scan, reading in read_ahead(plan, todo, held):
+        for scan, reading in read_ahead(plan, scans, held):
             if full:
                 fail(scan, OutputError("not begun, as the output folder cannot be written"))
                 continue

@@ -18,8 +18,7 @@ from mambahome_jax.evaluation.label_tables import judged_values, labelled_values
 from mambahome_jax.evaluation.scores import METRICS
 from mambahome_jax.flags import ReportConfig
 from mambahome_jax.imaging.formats import scan_stem
-from mambahome_jax.imaging.geometry import resample_to
-from mambahome_jax.imaging.grids import SAME_GRID_MM, shift_between
+from mambahome_jax.imaging.geometry import resample_to, same_grid
 from mambahome_jax.imaging.intensity import display_range
 from mambahome_jax.imaging.volume import Volume, read_volume
 from mambahome_jax.report.page import Report, Shown, render_report, worst_first
@@ -159,7 +158,7 @@ def _draw(pair: Pair, scan: Scan | None, window: tuple[float, float] | None, mod
 
 def _on_grid(image: Volume, reference: Volume) -> Volume:
     """The scan where the reference's voxels are; predictions may lie on a resampled grid."""
-    if image.shape == reference.shape and shift_between(reference, image)[1] < SAME_GRID_MM:
+    if same_grid(reference, image):
         return image
     return resample_to(image, reference.affine, reference.shape)
 

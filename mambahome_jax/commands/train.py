@@ -36,7 +36,7 @@ from mambahome_jax.training.data import data_differences, data_summary
 from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
 from mambahome_jax.training.distributed import ending_together, is_first, join_processes, require_same
 from mambahome_jax.training.loop import Parts, Plan, Progressed, train
-from mambahome_jax.training.losses import LossFunction, dice_ce
+from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.members import SIGNALLED, Shared, holds_run, is_finished, member_folder, run_members
 from mambahome_jax.training.mirrors import recorded_mirrors
 from mambahome_jax.training.optimizer import make_optimizer
@@ -164,8 +164,8 @@ def _train(
     require_same("The configuration", settings)
     last = folder / "checkpoints" / "last"
     graphdef, trained_graphdef, params = _networks(config, setup, None if resume else report, console)
-    ingredients = setup.ingredients
-    ema = ingredients.ema_decay > 0
+    recipe = setup.recipe
+    ema = recipe.ema_decay > 0
     abstract = abstract_state(params, optimizer, ema)
     data_state, found = None, dict[str, Any]()
     if resume:
@@ -213,21 +213,20 @@ def _train(
         )
         here = next(device for device in devices if device.process_index == jax.process_index())
         validate = make_validate(graphdef, val_store, validation, here)
-    loss_fn: LossFunction = partial(dice_ce, label_smoothing=ingredients.label_smoothing)
     program = (trained_graphdef, setup.augmentation, setup.optimizer)
     compiles = program not in shared.programs
     if compiles:
         shared.programs[program] = make_train_step(
             trained_graphdef,
             optimizer,
-            at_all_levels(loss_fn) if ingredients.deep_supervision else loss_fn,
+            at_all_levels(dice_ce) if recipe.deep_supervision else dice_ce,
             mesh,
             config.seed,
             setup.augmentation,
             config.strategy,
-            ingredients.ema_decay,
+            recipe.ema_decay,
             config.freeze_encoder,
-            ingredients.dropout,
+            recipe.dropout,
         )
     train_step = with_seed(shared.programs[program], config.seed, mesh)
     with (
@@ -285,7 +284,7 @@ def _batches(
         setup.global_batch,
         seed=config.seed,
         num_workers=workers.count,
-        class_balanced=setup.ingredients.class_balanced,
+        class_balanced=setup.recipe.class_balanced,
         normalise=normalisations(setup.properties.ct_normalisation, config.modality),
         share=(jax.process_index(), jax.process_count()),
     )
@@ -315,7 +314,7 @@ def _networks(
         say(console, f"{config.use_pretrained}: {found}")
         report["pretrained"] = {"path": config.use_pretrained, **jsonable(dataclasses.asdict(found))}
         model = nnx.merge(graphdef, params)
-    if not setup.ingredients.deep_supervision:
+    if not setup.recipe.deep_supervision:
         return graphdef, graphdef, params
     trained = DeepSupervision(model, rngs=nnx.Rngs(config.seed + 1), precision=setup.precision)
     return graphdef, *_split(trained)

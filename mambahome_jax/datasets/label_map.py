@@ -8,7 +8,7 @@ import numpy as np
 
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.grids import require_same_grid
+from mambahome_jax.imaging.geometry import require_same_grid
 from mambahome_jax.imaging.labels import replace_values, resembles_image, same_voxels
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume
 

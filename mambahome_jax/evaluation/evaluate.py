@@ -12,7 +12,7 @@ from mambahome_jax.config import Surface
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.metrics import compare
 from mambahome_jax.evaluation.scores import METRICS, Score
-from mambahome_jax.imaging.grids import shift_between
+from mambahome_jax.imaging.geometry import SCORE_VOXELS, require_same_grid
 from mambahome_jax.imaging.labels import replace_values, resembles_image
 from mambahome_jax.imaging.volume import Volume, read_grid, read_labels
 from mambahome_jax.support.files import csv_name, write_csv, write_json
@@ -32,8 +32,6 @@ DEFINITIONS_BY_AREA = {
     "assd": "mm; mean of both directions' distances by area; inf where one mask is empty, nan where both are",
     "nsd": "share of the surfaces' area within the tolerance; 0 where one mask is empty, nan where both are",
 }
-# Share of a voxel by which the corners of two grids may differ and still count as the same place.
-SAME_PLACE = 0.05
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,9 @@ def read_pair(pair: Pair) -> tuple[Volume, Volume]:
 
     Raises DatasetError: a file cannot be read, is no label map, or the two are not on the same grid.
     """
-    _require_same_grid(pair)
+    ours, truth = (read_grid(file, spacing_scale=pair.spacing_scale) for file in (pair.prediction, pair.reference))
+    action = f"Bring it to the grid of {pair.reference} first."
+    require_same_grid(truth, ours, pair.prediction, action, voxels=SCORE_VOXELS, name="reference")
     prediction, reference = (
         read_labels(file, spacing_scale=pair.spacing_scale) for file in (pair.prediction, pair.reference)
     )
@@ -147,20 +147,6 @@ def write_metrics(path: Path, scores: Iterable[Score]) -> None:
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
     """Write summary.json, whole or not at all; JSON has no nan or inf, they become null. Raises OutputError."""
     write_json(path, summary, "--output_dir", parents=True)
-
-
-def _require_same_grid(pair: Pair) -> None:
-    prediction, reference = (
-        read_grid(file, spacing_scale=pair.spacing_scale) for file in (pair.prediction, pair.reference)
-    )
-    action = f"Bring it to the grid of {pair.reference} first."
-    if prediction.array.shape != reference.array.shape:
-        found, expected = f"shape {prediction.array.shape}", f"{reference.array.shape}"
-        raise DatasetError(found, file=pair.prediction, expected=expected, action=action)
-    _, apart = shift_between(reference, prediction)
-    if apart > SAME_PLACE * reference.spacing.min():
-        found = f"its corners lie up to {apart:.4g} mm from those of the reference"
-        raise DatasetError(found, file=pair.prediction, expected="equal affines", action=action)
 
 
 def _values(volume: Volume) -> list[int]:

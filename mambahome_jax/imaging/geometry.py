@@ -1,4 +1,4 @@
-"""Orientation, resampling and cropping of volumes, and the way back. Everything follows the affine, never pixdim.
+"""Orientation, grids and resampling of volumes, and the way back. Everything follows the affine, never pixdim.
 
 Grids and sampling agree with MONAI's Spacing (defaults, padding "border") and with its inverse. Where the two grids'
 axes are parallel, which is nearly always so, sampling is done one axis after the other.
@@ -6,6 +6,7 @@ axes are parallel, which is nearly always so, sampling is done one axis after th
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -13,11 +14,14 @@ from nibabel import orientations
 from scipy import ndimage
 
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.imaging.header import ROUNDING_VOXELS, grid_shift
 from mambahome_jax.imaging.volume import Volume
 
 Order = Literal["linear", "nearest"]
 Box = tuple[slice, slice, slice]
 
+# Voxels by which a label map may lie off its image, and a prediction off its reference: affines are often text.
+LABEL_VOXELS, SCORE_VOXELS = 0.1, 0.05
 _SAME = 1e-3  # spacings and affines closer than this count as equal (MONAI's AFFINE_TOL)
 _CORNER = 1e-8  # a corner of the old grid counts as the new grid's first voxel up to here
 _FINER = 512  # eight times as fine along each axis
@@ -96,7 +100,7 @@ def resampled_grid(
     result = np.eye(4)
     result[:3, :3], result[:3, 3] = new_axes, origin
     new_shape = (int(new_size[0]), int(new_size[1]), int(new_size[2]))
-    if _same_grid(affine, shape, result, new_shape):
+    if _unmoved(affine, shape, result, new_shape):
         return affine, (shape[0], shape[1], shape[2])
     return result, new_shape
 
@@ -150,28 +154,20 @@ def resample_to(
     first = np.array([part.start for part in box])
     part_affine = affine.copy()
     part_affine[:3, 3] += affine[:3, :3] @ first
-    to_old = np.linalg.inv(volume.affine) @ affine
-    source = _parallel_axes(to_old[:3, :3], shape)
-    if source is None:
+    axes = _axis_positions(volume.affine, volume.shape, affine, shape)
+    if axes is None:
+        to_old = np.linalg.inv(volume.affine) @ affine
         to_old[:3, 3] += to_old[:3, :3] @ first
         part = (box[0].stop - box[0].start, box[1].stop - box[1].start, box[2].stop - box[2].start)
         return Volume(_sample_anywhere(before(array), to_old, part, order), part_affine, volume.header)
-    array, to_old = array.transpose(*source, *range(3, array.ndim)), to_old[[*source, 3]]
-    swapped = volume.affine[:, [*source, 3]]
-    if _same_grid(swapped, array.shape, affine, shape):
-        values = before(array[box])
-        values = values if order == "nearest" else values.astype(np.float32, copy=False)
-        return Volume(values, part_affine, volume.header)
-    # Positions along an axis with the other two indices in the middle: what is left of them is smallest there.
-    middle = (np.array(shape) - 1) / 2
+    source, every = axes
+    array = array.transpose(*source, *range(3, array.ndim))
     positions, used = [], []
-    for axis, (size, old_size) in enumerate(zip(shape, array.shape, strict=False)):
-        start = to_old[axis, 3] + to_old[axis, :3] @ middle - to_old[axis, axis] * middle[axis]
-        # Rounding to 1e-9 voxel makes ties and unmoved axes exact, whatever the noise of the matrix product.
-        every = np.clip(np.round(start + to_old[axis, axis] * np.arange(size), 9), 0, old_size - 1)[box[axis]]
-        low = int(every.min())
-        used.append(slice(low, min(int(every.max()) + 2, old_size)))
-        positions.append(every - low)
+    for axis, old_size in enumerate(array.shape[:3]):
+        inside = every[axis][box[axis]]
+        low, high = int(inside.min()), int(np.ceil(inside.max()))
+        used.append(slice(low, min(high + 1, old_size)))
+        positions.append(inside - low)
     # The one that shrinks most first: no array on the way exceeds both input and output. Of the whole grids, so that
     # every box of them is computed alike.
     turns = sorted(range(3), key=lambda axis: shape[axis] / array.shape[axis])
@@ -179,44 +175,85 @@ def resample_to(
     return Volume(sampled, part_affine, volume.header)
 
 
-def crop(volume: Volume, start: Sequence[int], end: Sequence[int]) -> Volume:
-    """The box from voxel `start` to `end` (exclusive); zeros where it lies outside the volume."""
-    first, last, size = np.array(start), np.array(end), np.array(volume.shape)
-    box = np.maximum(last - first, 0)
-    low, high = np.clip(first, 0, size), np.clip(last, 0, size)
-    affine = volume.affine.copy()
-    affine[:3, 3] += affine[:3, :3] @ first
-    inside = volume.array[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
-    if inside.shape[:3] == tuple(box):
-        return Volume(inside, affine, volume.header)
-    array = np.zeros((*box, *volume.array.shape[3:]), volume.array.dtype)
-    if inside.size:
-        array[tuple(slice(a, b) for a, b in zip(low - first, high - first, strict=True))] = inside
-    return Volume(array, affine, volume.header)
+def positions_on(
+    affine: np.ndarray, shape: Sequence[int], target_affine: np.ndarray, target_shape: Sequence[int]
+) -> list[np.ndarray] | None:
+    """Find where the target's voxels lie along each axis of a grid, in voxels, ascending and within it.
+
+    None where the axes of the two are turned, flipped or sheared against each other.
+    """
+    axes = _axis_positions(affine, shape, target_affine, target_shape)
+    if axes is None or axes[0] != [0, 1, 2] or any(position[0] > position[-1] for position in axes[1]):
+        return None
+    return axes[1]
 
 
-def uncrop(volume: Volume, start: Sequence[int], shape: Sequence[int]) -> Volume:
-    """Undo `crop(_, start, end)` of a volume of `shape`: zeros where nothing was kept."""
-    first = np.array(start)
-    return crop(volume, (-first).tolist(), (np.array(shape[:3]) - first).tolist())
+def shift_between(image: Volume, label: Volume) -> tuple[float, float]:
+    """Measure how far apart two volumes of one shape lie in the program that sees them nearest: voxels and mm.
+
+    A label map that was drawn where an ITK program shows a scan fits the scan's other form, not its affine.
+    """
+    if np.array_equal(image.affine, label.affine):
+        return 0.0, 0.0
+    pairs = [(grid, label.affine) for grid in image.grids] + [(image.affine, grid) for grid in label.grids]
+    return min(grid_shift(one, other, image.shape) for one, other in pairs)
 
 
-def _same_grid(affine: np.ndarray, shape: Sequence[int], other: np.ndarray, other_shape: Sequence[int]) -> bool:
+def same_grid(image: Volume, other: Volume, voxels: float = ROUNDING_VOXELS) -> bool:
+    """Whether two volumes have one shape and lie no further apart than `voxels`."""
+    return image.shape == other.shape and shift_between(image, other)[0] <= voxels
+
+
+def require_same_grid(
+    image: Volume,
+    label: Volume,
+    file: Path,
+    action: str = "Bring the label map onto the grid of its image first.",
+    *,
+    voxels: float = LABEL_VOXELS,
+    name: str = "image",
+) -> None:
+    """Raise DatasetError unless `same_grid`. file: of the label map. name: of what it should lie on."""
+    if same_grid(image, label, voxels):
+        return
+    if image.shape != label.shape:
+        size, wanted = (" x ".join(map(str, volume.shape)) for volume in (label, image))
+        found, expected = f"grid of {size} voxels", f"{wanted} as in the {name}"
+        raise DatasetError(found, file=file, expected=expected, action=action)
+    shift, largest = grid_shift(image.affine, label.affine, image.shape)
+    found = f"a grid that lies up to {largest:.3g} mm ({shift:.3g} voxels) off the {name}'s"
+    raise DatasetError(found, file=file, expected=f"at most {voxels} voxels", action=action)
+
+
+def _unmoved(affine: np.ndarray, shape: Sequence[int], other: np.ndarray, other_shape: Sequence[int]) -> bool:
     if tuple(shape[:3]) != tuple(other_shape[:3]):
         return False
     close = np.allclose(affine, other, atol=_SAME)
     return bool(close or np.allclose(np.linalg.inv(affine) @ other, np.eye(4), atol=_SAME))
 
 
-def _parallel_axes(matrix: np.ndarray, shape: tuple[int, int, int]) -> list[int] | None:
-    """For each new axis the old axis that it runs along; None where the grids are turned or sheared to each other."""
-    source = [int(axis) for axis in np.abs(matrix).argmax(axis=0)]
+def _axis_positions(
+    affine: np.ndarray, shape: Sequence[int], target_affine: np.ndarray, target_shape: Sequence[int]
+) -> tuple[list[int], list[np.ndarray]] | None:
+    """For each axis of the target the axis of a grid that it runs along, and where its voxels lie on that, in voxels
+    within the grid; None where the two are turned or sheared to each other."""
+    matrix, middle = np.linalg.inv(affine) @ target_affine, (np.array(target_shape[:3]) - 1) / 2
+    source = [int(axis) for axis in np.abs(matrix[:3, :3]).argmax(axis=0)]
     if sorted(source) != [0, 1, 2]:
         return None
-    rest = np.abs(matrix[source])
-    np.fill_diagonal(rest, 0)
-    error = rest @ ((np.array(shape) - 1) / 2)
-    return source if error.max() < _PARALLEL else None
+    matrix, sizes = matrix[source], [shape[axis] for axis in source]
+    steps, rest = np.diag(matrix), matrix[:, :3] - np.diag(np.diag(matrix))
+    if (np.abs(rest) @ middle).max() >= _PARALLEL:
+        return None
+    if _unmoved(affine[:, [*source, 3]], sizes, target_affine, target_shape):
+        return source, [np.arange(size, dtype=np.float64) for size in sizes]
+    # With the other two indices in the middle: what is left of them is smallest there.
+    start = matrix[:, 3] + matrix[:, :3] @ middle - steps * middle
+    # Rounding to 1e-9 voxel makes ties and unmoved axes exact, whatever the noise of the matrix product.
+    return source, [
+        np.clip(np.round(start[axis] + steps[axis] * np.arange(target_shape[axis]), 9), 0, sizes[axis] - 1)
+        for axis in range(3)
+    ]
 
 
 def _sample_anywhere(array: np.ndarray, to_old: np.ndarray, shape: tuple[int, int, int], order: Order) -> np.ndarray:

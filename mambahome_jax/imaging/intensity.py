@@ -1,7 +1,7 @@
 """Statistics and samples of a volume's intensities, and the range that pictures show. Arrays are channels-last."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,7 +34,7 @@ def statistics(array: np.ndarray) -> IntensityStatistics:
     if array.ndim != 4:
         raise ValueError(f"array {array.shape}; expected (D, H, W, C)")
     channels = [array[..., c] for c in range(array.shape[3])]
-    moments = [_moments(channel, nonzero=True) for channel in channels]
+    moments = [_moments(channel) for channel in channels]
     return IntensityStatistics(
         mean=tuple(mean for mean, _ in moments),
         std=tuple(std for _, std in moments),
@@ -97,51 +97,6 @@ def display_range(array: np.ndarray, modality: Modality | None = None) -> tuple[
     return float(low), float(high if high > low else low + 1)
 
 
-def normalise_z(array: np.ndarray, nonzero: bool = True, channelwise: bool = True) -> np.ndarray:
-    """(x - mean) / std of an array (D, H, W, C), float32, as MONAI's NormalizeIntensity.
-
-    nonzero: only voxels that are not 0 count and change. channelwise: each channel by itself. A std of 0 counts as 1.
-    """
-    result = array.astype(np.float32)
-    for part in [result[..., c] for c in range(result.shape[-1])] if channelwise else [result]:
-        changed = part != 0 if nonzero else np.ones(part.shape, bool)
-        if changed.any():
-            mean, std = _moments(part, nonzero)
-            part[changed] = (part[changed] - np.float32(mean)) / np.float32(std)
-    return result
-
-
-def foreground_box(
-    array: np.ndarray,
-    margin: int | Sequence[int] = 0,
-    k_divisible: int | Sequence[int] = 1,
-    allow_smaller: bool = False,
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Start and end (exclusive) of the voxels above 0 in any channel of (D, H, W, C), as MONAI's CropForeground.
-
-    The box is widened by `margin` voxels, cut to the volume if `allow_smaller`, then widened on both sides until its
-    size is a multiple of `k_divisible`. It may therefore lie partly outside: `geometry.crop` puts zeros there.
-    Without foreground both are (0, 0, 0).
-    """
-    if array.ndim != 4:
-        raise ValueError(f"array {array.shape}; expected (D, H, W, C)")
-    mask = np.asarray((array > 0).any(axis=3))
-    if not mask.any():
-        return (0, 0, 0), (0, 0, 0)
-    margins, multiples = np.broadcast_to(margin, 3), np.broadcast_to(k_divisible, 3)
-    box = []
-    for axis, size in enumerate(mask.shape):
-        used = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
-        start, end = int(used[0] - margins[axis]), int(used[-1] + 1 + margins[axis])
-        if allow_smaller:
-            start, end = max(start, 0), min(end, size)
-        length = -(-(end - start) // int(multiples[axis])) * int(multiples[axis])
-        start -= (length - (end - start)) // 2
-        box.append((start, start + length))
-    (a, b, c), (d, e, f) = zip(*box, strict=True)
-    return (a, b, c), (d, e, f)
-
-
 class _Running:
     """Moments of the voxels that are not 0, joined part by part (Chan et al., 1983)."""
 
@@ -167,11 +122,11 @@ class _Running:
         return _resolved(math.sqrt(self.square / self.count) if self.count else 0.0, self.mean)
 
 
-def _moments(array: np.ndarray, nonzero: bool) -> tuple[float, float]:
+def _moments(array: np.ndarray) -> tuple[float, float]:
     """Mean and population standard deviation in float64, in two passes over small parts; 0 deviation gives 1."""
     flat = array.ravel(order="K")
     parts = [flat[i : i + _SLAB] for i in range(0, flat.size, _SLAB)]
-    count = int(np.count_nonzero(flat)) if nonzero else flat.size
+    count = int(np.count_nonzero(flat))
     only_used = 0 < count < flat.size
     count = count if only_used else flat.size
     mean = sum(float(part.sum(dtype=np.float64)) for part in parts) / count

@@ -12,8 +12,7 @@ from nibabel.spatialimages import HeaderDataError
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging import dicom, itk, nifti
 from mambahome_jax.imaging.formats import ITK_SUFFIXES, NIFTI_SUFFIXES, WRITTEN_SUFFIXES, alternatives, suffix_of
-from mambahome_jax.imaging.header import Header, header_of, require_scale, scaled
-from mambahome_jax.imaging.placement import itk_place, nifti_header
+from mambahome_jax.imaging.header import Header, header_of, itk_place, nifti_header, require_scale, scaled
 from mambahome_jax.support.files import atomic_write
 from mambahome_jax.support.paths import openable_path
 

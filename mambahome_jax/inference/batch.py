@@ -21,8 +21,7 @@ from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging import dicomseg
 from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
-from mambahome_jax.imaging.geometry import coarse_remark, reorient
-from mambahome_jax.imaging.grids import SAME_GRID_MM, shift_between
+from mambahome_jax.imaging.geometry import coarse_remark, reorient, same_grid
 from mambahome_jax.imaging.normalisation import normalisation_for
 from mambahome_jax.imaging.source_record import record_of
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_grid, read_labels, read_volume, write_volume
@@ -165,7 +164,7 @@ def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
             grid = read_grid(scan.path, series=scan.series, spacing_scale=scale)
     except DatasetError:
         return None
-    if labels.shape != grid.shape or shift_between(grid, labels)[1] > SAME_GRID_MM:
+    if not same_grid(grid, labels):
         return None
     return {
         "id": scan.case,

@@ -18,7 +18,7 @@ from mambahome_jax.support.paths import one_form
 Origin = Literal["same", "weights", "scan", "changed", "unknown"]
 # Flags on which the labels do not depend.
 _WITHOUT_EFFECT = {
-    *("data_path", "output_dir", "save_probabilities", "previews", "skip_existing", "overwrite"),
+    *("data_path", "output_dir", "save_probabilities", "previews", "skip_existing"),
     *("num_workers", "num_devices", "sw_batch_size", "gpu", "series"),
 }
 _NAMED = 20
@@ -27,8 +27,6 @@ _AGAIN = {
     "scan": "Segmented again, as their scans changed since: {}",
 }
 _KEPT = {
-    "weights": "Note: kept as --overwrite False says, but made by other weights: {}",
-    "scan": "Note: kept as --overwrite False says, but made of scans that changed since: {}",
     "changed": "Note: kept, but changed by somebody else after they were made: {}",
     "unknown": "Note: kept, but nothing says which weights and scans they were made of: {}",
 }

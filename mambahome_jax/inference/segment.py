@@ -15,7 +15,7 @@ from flax import nnx
 from mambahome_jax.config import DataProperties, Mirror, Modality, ModelConfig, Triple
 from mambahome_jax.datasets.structures import AXES
 from mambahome_jax.errors import ConfigError, DatasetError, ScanWarning
-from mambahome_jax.imaging.geometry import Order, coarse_remark, orientation_of, reorient
+from mambahome_jax.imaging.geometry import Order, coarse_remark, orientation_of, positions_on, reorient
 from mambahome_jax.imaging.labels import replace_values
 from mambahome_jax.imaging.normalisation import normalisation_for
 from mambahome_jax.imaging.plausibility import modality_remark, scan_remark, volume_remark
@@ -32,7 +32,6 @@ from mambahome_jax.inference.mirrors import mirrored, mirrors_for
 from mambahome_jax.inference.postprocess import ALL, postprocess, values_named, volumes_ml
 from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
 from mambahome_jax.inference.probabilities import write_probabilities
-from mambahome_jax.inference.restore import positions_on
 from mambahome_jax.inference.sliding_window import PADDING_MODE
 from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole
 from mambahome_jax.inference.tiled import Replica, Stitching, Tiling, predict_tiled, probabilities_of_tile

@@ -17,7 +17,7 @@ from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.label_map import count_values, read_counted_label_map, read_image
 from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.imaging.geometry import coarse_remark, reorient, resample
-from mambahome_jax.imaging.header import grid_shift
+from mambahome_jax.imaging.header import ROUNDING_VOXELS, grid_shift
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles, statistics
 from mambahome_jax.imaging.labels import replace_values
 from mambahome_jax.imaging.plausibility import intensity_remark
@@ -31,7 +31,6 @@ from mambahome_jax.support.paths import as_on_disk
 CODE_VERSION = 2
 
 _MAY_LOSE = 8  # voxels that become one where a structure of some voxels may be lost
-_SAME_VOXELS = 1e-3  # by which float32 headers may say two places
 _BODY_ABOVE: dict[Modality, float] = {"ct": -175.0, "mr": 0.0, "us": 0.0}
 
 
@@ -236,7 +235,7 @@ def _as_in_version_1(case: Case) -> bool:
         if path.is_dir():
             return False
         grid = read_grid(path, spacing_scale=case.spacing_scale)
-        alike = all(grid_shift(grid.affine, other, grid.shape)[0] < _SAME_VOXELS for other in grid.grids)
+        alike = all(grid_shift(grid.affine, other, grid.shape)[0] < ROUNDING_VOXELS for other in grid.grids)
         if not alike or grid.header is None or grid.header.scale != 1:
             return False
     return True

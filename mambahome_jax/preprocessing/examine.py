@@ -17,8 +17,7 @@ from mambahome_jax.datasets.label_map import count_values, own_image, read_image
 from mambahome_jax.errors import DatasetError, MambaHomeError
 from mambahome_jax.flags import CheckConfig
 from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
-from mambahome_jax.imaging.geometry import axis_order, orientation_of
-from mambahome_jax.imaging.grids import require_same_grid, shift_between
+from mambahome_jax.imaging.geometry import axis_order, orientation_of, require_same_grid, shift_between
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles
 from mambahome_jax.imaging.plausibility import intensity_remark
 from mambahome_jax.imaging.volume import Volume, read_forms, read_geometry, read_grid

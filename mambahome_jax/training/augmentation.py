@@ -92,14 +92,14 @@ def _spatial(
     mirror_key, happens_key, angle_key, scale_key = (jax.random.fold_in(key, _MORE_KEYS + n) for n in range(4))
     if config.mirror:
         image, label = mirror(mirror_key, image, label, config.mirror)
-    if config.affine_probability is None and config.elastic_probability is None:
+    if not config.affine_probability and not config.elastic_probability:
         return image, label
-    happens = jax.random.bernoulli(happens_key, config.affine_probability or 0.0)
+    happens = jax.random.bernoulli(happens_key, config.affine_probability)
     limit = jnp.deg2rad(config.affine_rotation)
     angles = jnp.where(happens, jax.random.uniform(angle_key, (3,), jnp.float32, -limit, limit), 0)
     scale = jnp.where(happens, jax.random.uniform(scale_key, (), jnp.float32, *config.affine_scale), 1)
     matrix = affine_matrix(angles, scale, config.voxel_size)
-    if config.elastic_probability is None:
+    if not config.elastic_probability:
         return resample(image, label, matrix)
     std_key, field_key = jax.random.split(jax.random.fold_in(key, _ELASTIC_KEY))
     std = _draw(std_key, config.elastic_probability, (0.0, config.elastic_std), neutral=0.0)
@@ -113,7 +113,7 @@ def _intensity(key: jax.Array, image: jax.Array, config: AugmentationConfig) -> 
         (change_gamma, config.gamma_probability, config.gamma_range),
     )
     for number, (change, probability, bounds) in enumerate(changes, _MORE_KEYS + 4):
-        if probability is None:
+        if not probability:
             continue
         happens_key, value_key = jax.random.split(jax.random.fold_in(key, number))
         value = jax.random.uniform(value_key, (), jnp.float32, *bounds)

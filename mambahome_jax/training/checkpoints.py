@@ -15,7 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from mambahome_jax.config import BEFORE_THERE_WERE, PUBLISHED_GRID, Strategy
+from mambahome_jax.config import BEFORE_THERE_WERE, GONE, PUBLISHED_GRID, Strategy
 from mambahome_jax.errors import CheckpointError, ConfigError, OutputError, why_not_written
 from mambahome_jax.support.paths import local_path
 from mambahome_jax.training.distributed import is_first
@@ -222,7 +222,7 @@ def check_settings(
         differ = [
             f"{name} was {before.get(name)}, now {now.get(name)}"
             for name in sorted({*before, *now})
-            if before.get(name) != now.get(name)
+            if before.get(name) != now.get(name, GONE.get(name))
         ]
         if differ:
             raise error(f"{folder} is of another configuration: {'; '.join(differ)}. {advice}")

@@ -18,7 +18,6 @@ def dice_ce(
     include_background: bool = True,
     batch: bool = False,
     squared: bool = False,
-    label_smoothing: float = 0.0,
 ) -> jax.Array:
     """Dice loss plus cross entropy.
 
@@ -31,7 +30,6 @@ def dice_ce(
         include_background: class 0 counts in the Dice term (in the cross entropy it always does).
         batch: sums of the Dice term run over the samples as well.
         squared: squared probabilities in the denominator of the Dice term.
-        label_smoothing: share of the target of the cross entropy that is spread evenly over the (labelled) classes.
 
     Returns:
         scalar, float32 or float64: mean over samples and classes of 1 - (2 sum(p y) + s) / (sum p + sum y + s), absent
@@ -63,9 +61,6 @@ def dice_ce(
         dice = dice[..., 1:]
         counts = None if counts is None else counts[..., 1:]
     cross_entropy = -jnp.sum(jnp.where(is_class, log_p, 0)) / labels.size
-    if label_smoothing:
-        spread = _mean_over_classes(log_p, labelled)
-        cross_entropy = (1 - label_smoothing) * cross_entropy - label_smoothing * spread
     if counts is None:
         return jnp.mean(dice) + cross_entropy
     # Each sample by the classes that it can be judged by; without any (no background wanted) it does not count.
@@ -83,11 +78,3 @@ def _merge_into_background(log_p: jax.Array, labels: jax.Array, labelled: jax.Ar
     log_p = jnp.where(background, merged, jnp.where(known, log_p, jnp.finfo(log_p.dtype).min))
     has_label = jax.vmap(lambda row, values: row[values])(labelled, labels)
     return log_p, jnp.where(has_label, labels, 0)
-
-
-def _mean_over_classes(log_p: jax.Array, labelled: jax.Array | None) -> jax.Array:
-    if labelled is None:
-        return jnp.mean(log_p)
-    known = labelled[:, None, None, None, :]
-    sums = jnp.sum(jnp.where(known, log_p, 0), axis=-1) / labelled.sum(axis=-1)[:, None, None, None]
-    return jnp.mean(sums)

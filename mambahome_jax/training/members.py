@@ -21,7 +21,7 @@ from mambahome_jax.weights.checkpoint import read_checkpoint_config
 SIGNALLED = 128
 # Of how a run was started; it may be another way of starting that finds it finished.
 OF_THE_START = {
-    *("config", "resume", "load_checkpoint", "output_dir", "checkpoint_name"),
+    *("resume", "load_checkpoint", "output_dir", "checkpoint_name"),
     *("coordinator_address", "num_processes", "process_id"),
 }
 Program = tuple[nnx.GraphDef, AugmentationConfig | None, OptimizerConfig]

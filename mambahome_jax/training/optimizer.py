@@ -60,7 +60,7 @@ def make_optimizer(config: OptimizerConfig) -> Optimizer:
     adam = optax.scale_by_adam(*config.betas, eps=config.eps)
     sgd = (decay, optax.trace(config.momentum, nesterov=True)) if config.momentum else (decay,)
     parts = list({"AdamW": (adam, decay), "Adam": (decay, adam), "SGD": sgd}[config.name])
-    if config.clip_norm is not None:
+    if config.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     transform = on_groups(optax.chain(*parts, _scale_by_rate(schedule)))
     if config.encoder_lr_scale != 1:

@@ -32,15 +32,14 @@ PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint
 
 def say_ingredients(setup: Setup) -> str:
     """The ingredients that are used, as one line."""
-    used, optimizer = setup.ingredients, setup.optimizer
+    used, optimizer = setup.recipe.ingredients(), setup.optimizer
     parts = [f"{optimizer.name}, lr {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}"]
     if optimizer.name != "SGD":
         parts.append(f"eps {optimizer.eps:g}")
-    names = ["warmup_steps", "clip_norm", "ema_decay", "label_smoothing", "dropout"]
-    names += ["deep_supervision", "class_balanced"]
-    if optimizer.momentum:
-        names.insert(0, "momentum")
-    parts += [f"{name} {getattr(used, name)}" for name in names if getattr(used, name)]
+    if optimizer.name == "SGD" and optimizer.momentum:
+        parts.append(f"momentum {optimizer.momentum}")
+    names = ("warmup_steps", "clip_norm", "ema_decay", "dropout", "deep_supervision", "class_balanced")
+    parts += [f"{name} {used[name]}" for name in names if used[name]]
     if setup.augmentation is None:
         parts.append("no augmentation")
     else:

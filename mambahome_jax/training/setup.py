@@ -28,7 +28,7 @@ from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.patches.ranges import training_ranges
 from mambahome_jax.patches.store import Store
-from mambahome_jax.recipes import AugmentationConfig, Ingredients, OptimizerConfig, resolve
+from mambahome_jax.recipes import AugmentationConfig, OptimizerConfig, Recipe, given_ingredients, resolve
 from mambahome_jax.support.devices import default_precision
 from mambahome_jax.training.data import case_digests, trained_on
 from mambahome_jax.training.mirrors import choose_mirrors
@@ -56,7 +56,7 @@ class Setup:
     properties: DataProperties
     patch_size: tuple[int, int, int]
     precision: Precision
-    ingredients: Ingredients
+    recipe: Recipe
     augmentation: AugmentationConfig | None
     mirror_lines: tuple[str, ...]
     labelled: np.ndarray | None
@@ -102,8 +102,7 @@ def make_setup(
         raise ConfigError(f"{found}; expected a positive number, and one of the two alone")
     if not 0 <= config.overlap < 1:
         raise ConfigError(f"--overlap {config.overlap}; expected at least 0 and below 1")
-    size = MODEL_SIZES[config.model]
-    ingredients = resolve(config, size.lr, size.eps, size.strong_lr)
+    recipe = resolve(config)
     store = Store(prepared.store)
     store_val = store if prepared_val is None else Store(prepared_val.store)
     train, val = _cases(config, prepared, prepared_val)
@@ -128,11 +127,11 @@ def make_setup(
     total = config.steps or config.epochs * steps_per_epoch
     timed = config.max_minutes is not None
     val_every = config.val_every or config.skip_val * steps_per_epoch
-    axes = ingredients.mirror if ingredients.augment else ()
-    mirrors, mirror_lines = choose_mirrors(axes, prepared, structures, explicit=config.mirror is not None)
+    axes = recipe.mirror if recipe.augment else ()
+    mirrors, mirror_lines = choose_mirrors(axes, prepared, structures, explicit="mirror" in given_ingredients(config))
     if mirrors != recorded and {axis for axis, _ in mirrors} == {axis for axis, _ in recorded}:
         mirrors, mirror_lines = tuple(recorded), ("In mirrored scans labels trade places as when this run began",)
-    augmentation = make_augmentation(ingredients, prepared, structures, mirrors=mirrors)
+    augmentation = make_augmentation(recipe, prepared, structures, mirrors=mirrors)
     mirrored = {axis for axis, _ in augmentation.mirror} if augmentation else set()
     return Setup(
         prepared=prepared,
@@ -161,11 +160,11 @@ def make_setup(
         ),
         patch_size=patch,
         precision=config.precision or default_precision(),
-        ingredients=ingredients,
+        recipe=recipe,
         augmentation=augmentation,
         mirror_lines=mirror_lines,
         labelled=labelled_classes(prepared, train, classes),
-        optimizer=_optimizer(config, ingredients, steps_per_epoch, total),
+        optimizer=_optimizer(config, recipe, steps_per_epoch, total),
         global_batch=batch,
         steps_per_epoch=steps_per_epoch,
         total_steps=None if timed else total,
@@ -184,7 +183,8 @@ def training_settings(config: TrainConfig, setup: Setup) -> dict[str, Any]:
         "global_batch": setup.global_batch,
         "total_steps": setup.total_steps,
         "max_minutes": config.max_minutes,
-        **dataclasses.asdict(setup.ingredients),
+        **setup.recipe.ingredients(),
+        "momentum": setup.recipe.optimizer.momentum,
         "mirror": () if setup.augmentation is None else setup.augmentation.mirror,
         "schedule_step": optimizer.schedule_step,
         "steps_per_period": optimizer.steps_per_period,
@@ -309,36 +309,23 @@ def labelled_classes(prepared: Prepared, cases: Sequence[str], classes: int) -> 
 
 
 def make_augmentation(
-    ingredients: Ingredients,
+    recipe: Recipe,
     prepared: Prepared,
     structures: Mapping[int, str],
     explicit: bool = True,
     mirrors: Sequence[Mirror] | None = None,
 ) -> AugmentationConfig | None:
-    """What the ingredients ask of augment(); None for none.
+    """What a recipe asks of augment(); None for none.
 
     Mirroring along an axis swaps the label values that trade places there, see `choose_mirrors`. Raises ConfigError
     where one of a pair is not among the labels and the flag was given (`explicit`). mirrors: where they are chosen
     already.
     """
-    if not ingredients.augment:
+    if not recipe.augment:
         return None
     if mirrors is None:
-        mirrors, _ = choose_mirrors(ingredients.mirror, prepared, structures, explicit)
-    return AugmentationConfig(
-        zoom_probability=ingredients.zoom_probability,
-        rotate90_probability=ingredients.rotate90_probability,
-        mirror=tuple(mirrors),
-        affine_probability=ingredients.affine_probability or None,
-        affine_rotation=ingredients.affine_rotation,
-        affine_scale=ingredients.affine_scale,
-        elastic_probability=ingredients.elastic_probability or None,
-        elastic_std=ingredients.elastic_std,
-        voxel_size=_voxel_size(prepared),
-        brightness_probability=ingredients.brightness_probability or None,
-        contrast_probability=ingredients.contrast_probability or None,
-        gamma_probability=ingredients.gamma_probability or None,
-    )
+        mirrors, _ = choose_mirrors(recipe.mirror, prepared, structures, explicit)
+    return dataclasses.replace(recipe.augmentation, mirror=tuple(mirrors), voxel_size=_voxel_size(prepared))
 
 
 def _anatomical(mirrors: Sequence[Mirror], orientation: str) -> MirrorPairs:
@@ -357,8 +344,7 @@ def _voxel_size(prepared: Prepared) -> tuple[float, float, float]:
     return a, b, c
 
 
-def _optimizer(config: TrainConfig, ingredients: Ingredients, steps_per_epoch: int, total: int) -> OptimizerConfig:
-    assert ingredients.lr is not None and ingredients.eps is not None
+def _optimizer(config: TrainConfig, recipe: Recipe, steps_per_epoch: int, total: int) -> OptimizerConfig:
     scale = 0.0 if config.freeze_encoder else config.encoder_lr_scale
     if scale < 0:
         raise ConfigError(f"--encoder_lr_scale {scale}; expected 0 or more")
@@ -367,19 +353,7 @@ def _optimizer(config: TrainConfig, ingredients: Ingredients, steps_per_epoch: i
         period, t_max = config.skip_val * steps_per_epoch, max(config.epochs // config.skip_val, 1)
     else:
         period, t_max = steps_per_epoch, -(-total // steps_per_epoch)
-    return OptimizerConfig(
-        name=ingredients.optimizer,
-        lr=ingredients.lr,
-        weight_decay=ingredients.weight_decay,
-        eps=ingredients.eps,
-        steps_per_period=period,
-        t_max=t_max,
-        schedule_step=config.schedule_step,
-        warmup_steps=ingredients.warmup_steps,
-        clip_norm=ingredients.clip_norm or None,
-        momentum=ingredients.momentum if ingredients.optimizer == "SGD" else 0.0,
-        encoder_lr_scale=scale,
-    )
+    return dataclasses.replace(recipe.optimizer, steps_per_period=period, t_max=t_max, encoder_lr_scale=scale)
 
 
 def _digest(names: tuple[str, ...]) -> str:

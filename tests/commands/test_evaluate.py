@@ -90,7 +90,7 @@ def test_faulty_cases_are_reported_and_the_rest_is_scored(folders, capsys):
     assert set(reasons) == {"only_prediction", "only_reference", "other_grid", "truncated"}
     assert "no reference" in reasons["only_prediction"]
     assert "no prediction" in reasons["only_reference"]
-    assert "shape (16, 14, 13)" in reasons["other_grid"]
+    assert "grid of 16 x 14 x 13 voxels" in reasons["other_grid"]
     assert "truncated" in reasons["truncated"]
     printed = capsys.readouterr().out
     assert all(f"Not scored: {case}" in printed for case in reasons)

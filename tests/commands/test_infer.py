@@ -153,15 +153,6 @@ def test_nothing_could_be_done(tmp_path, levels):
     assert infer.run(config(tmp_path)) == 2
 
 
-def test_results_that_are_there_are_kept_on_request(tmp_path, levels):
-    scans(tmp_path / "in", "a", "b")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "a.nii.gz").write_bytes(b"mine")
-    assert infer.run(config(tmp_path, overwrite=False)) == 0
-    assert (tmp_path / "out" / "a.nii.gz").read_bytes() == b"mine"
-    assert [case.get("kept", False) for case in report(tmp_path)["cases"]] == [True, False]
-
-
 def test_a_full_disk_stops_the_run_with_a_report(tmp_path, levels, monkeypatch):
     scans(tmp_path / "in", "a", "b", "c", "d")
     written = []

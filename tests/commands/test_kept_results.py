@@ -173,18 +173,6 @@ def test_what_a_stopped_run_made_is_known(tmp_path, capsys, use, monkeypatch):
     assert again(settings, capsys) == ([], ["one", "two"])
 
 
-def test_what_is_never_overwritten_is_named(settings, capsys, use):
-    settings = dataclasses.replace(settings, skip_existing=False, overwrite=False)
-    assert again(settings, capsys) == ([], ["one", "two"])
-    use(TWO)
-    (settings.data_path / "two.nii.gz").write_bytes(b"no scan")
-    said = "Note: kept as --overwrite False says, but made by other weights: one, two"
-    assert again(settings, capsys) == ([said], ["one", "two"])
-    use(ONE)
-    said = "Note: kept as --overwrite False says, but made of scans that changed since: two"
-    assert again(settings, capsys) == ([said], ["one", "two"])
-
-
 def test_a_digest_is_of_all_weights_and_of_what_goes_with_them():
     assert digest_of(ONE) == digest_of(Levels((0.0, 0.5, 1.0), metadata=PROPERTIES)) != digest_of(TWO)
     others = [dataclasses.replace(PROPERTIES, spacing=(1.0, 1.0, 1.0)), DataProperties(labels=((1, "liver"),)), None]

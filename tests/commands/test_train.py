@@ -21,7 +21,7 @@ from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.imaging.volume import Volume, write_volume
 from mambahome_jax.patches.store import StoreEntry, write_case, write_index
-from mambahome_jax.recipes import Ingredients
+from mambahome_jax.recipes import AugmentationConfig, Recipe
 from mambahome_jax.training import loop
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.report import dataset_fingerprint, git_state
@@ -273,15 +273,17 @@ def test_the_strong_recipe_trains_and_its_average_is_the_checkpoint(tmp_path, ca
 def test_mirroring_goes_by_the_names_of_the_structures(tmp_path):
     prepared = read_prepared(_dataset(tmp_path / "data"))
     pairs, lonely = {1: "kidney_left", 2: "kidney_right"}, {1: "left atrium"}
-    found = make_augmentation(Ingredients(mirror=("LR", "AP")), prepared, pairs)
-    assert found.mirror == ((0, ((1, 2),)), (1, ())) and found.affine_probability is None
+    found = make_augmentation(Recipe(mirror=("LR", "AP")), prepared, pairs)
+    assert found.mirror == ((0, ((1, 2),)), (1, ())) and found.affine_probability == 0
     lps = dataclasses.replace(prepared, orientation="SRA", spacing=(0.8, -1.0, 3.0))
-    found = make_augmentation(Ingredients(mirror=("LR",), affine_probability=0.5), lps, pairs)
+    found = make_augmentation(
+        Recipe(mirror=("LR",), augmentation=AugmentationConfig(affine_probability=0.5)), lps, pairs
+    )
     assert found.mirror == ((1, ((1, 2),)),) and found.voxel_size == (0.8, 1.0, 3.0)
     with pytest.raises(ConfigError, match="left atrium"):
-        make_augmentation(Ingredients(mirror=("LR",)), prepared, lonely)
-    assert make_augmentation(Ingredients(mirror=("LR",)), prepared, lonely, explicit=False).mirror == ()
-    assert make_augmentation(Ingredients(augment=False), prepared, pairs) is None
+        make_augmentation(Recipe(mirror=("LR",)), prepared, lonely)
+    assert make_augmentation(Recipe(mirror=("LR",)), prepared, lonely, explicit=False).mirror == ()
+    assert make_augmentation(Recipe(augment=False), prepared, pairs) is None
 
 
 def test_classes_that_a_case_s_dataset_never_labelled_reach_the_loss(tmp_path, monkeypatch):
@@ -333,15 +335,15 @@ def test_feature_size_keeps_the_proportions():
     assert model.in_chans == 2 and model.out_chans == 5
 
 
-def test_a_run_again_from_its_report_has_the_same_bits(tmp_path):
+def test_a_run_again_has_the_same_bits(tmp_path):
     data = str(_dataset(tmp_path / "data"))
-    flags = ["--data_train", data, "--output_dir", str(tmp_path / "one"), "--model", "MambaHoME_tiny", "--steps", "4"]
-    assert run_command("train", [*flags, "--val_every", "2"], "train.py") == 0
-    assert run_command("train", ["--config", str(tmp_path / "one" / "run.json")], "train.py") == 0
-    one, two = (read_checkpoint_params(tmp_path / name / "checkpoints" / "last") for name in ("one", "one_2"))
+    flags = ["--data_train", data, "--model", "MambaHoME_tiny", "--steps", "4", "--val_every", "2"]
+    for name in ("one", "two"):
+        assert run_command("train", [*flags, "--output_dir", str(tmp_path / name)], "train.py") == 0
+    one, two = (read_checkpoint_params(tmp_path / name / "checkpoints" / "last") for name in ("one", "two"))
     assert jax.tree.all(jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), one, two))
     losses = []
-    for name in ("one", "one_2"):
+    for name in ("one", "two"):
         with (tmp_path / name / "metrics.csv").open() as file:
             losses.append([(row["step"], row["loss"], row["val_dice"]) for row in csv.DictReader(file)])
     assert losses[0] == losses[1] and len(losses[0]) == 4

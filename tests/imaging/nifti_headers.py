@@ -7,6 +7,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from mambahome_jax.imaging.header import grid_shift
+from mambahome_jax.imaging.volume import Volume
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
@@ -59,3 +60,11 @@ def in_itk(path: Path) -> np.ndarray | None:
 def apart(one: np.ndarray, other: np.ndarray, shape=SHAPE) -> float:
     """Voxels by which two grids differ at most."""
     return grid_shift(one, other, shape)[0]
+
+
+def crop(volume: Volume, start, end) -> Volume:
+    """The box from voxel `start` to `end` (exclusive), zeros beyond the volume."""
+    padded = np.pad(volume.array, [(9, 9)] * 3 + [(0, 0)] * (volume.array.ndim - 3))
+    affine = volume.affine.copy()
+    affine[:3, 3] += affine[:3, :3] @ start
+    return Volume(padded[tuple(slice(a + 9, b + 9) for a, b in zip(start, end, strict=True))], affine, volume.header)

@@ -10,11 +10,10 @@ import pytest
 import SimpleITK as sitk
 
 from mambahome_jax.errors import ConfigError, DatasetError
-from mambahome_jax.imaging.geometry import crop, reorient, resample
-from mambahome_jax.imaging.grids import require_same_grid, shift_between
+from mambahome_jax.imaging.geometry import reorient, require_same_grid, resample, shift_between
 from mambahome_jax.imaging.header import itk_form, mm_per_unit
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels, read_volume, write_volume
-from tests.imaging.nifti_headers import MOVED, OBLIQUE, SHAPE, STRAIGHT, apart, in_itk, save, sheared
+from tests.imaging.nifti_headers import MOVED, OBLIQUE, SHAPE, STRAIGHT, apart, crop, in_itk, save, sheared
 
 SFORMS = {"straight": STRAIGHT, "oblique": OBLIQUE, "micrometres": sheared(0.015), "sheared": sheared(0.4)}
 QFORMS = {"straight": STRAIGHT, "moved": MOVED, "oblique": OBLIQUE}

@@ -130,6 +130,16 @@ def test_settings_that_differ_are_all_named(tmp_path):
         check_settings(tmp_path / "last", {**CONFIG, "training": training | {"dropout": 0.1}})
 
 
+def test_a_run_with_a_flag_that_is_gone_goes_on_where_it_did_nothing(tmp_path):
+    for name, value in (("neutral", 0.0), ("used", 0.1)):
+        with CheckpointWriter() as writer:
+            earlier = CONFIG["training"] | {"label_smoothing": value}
+            writer.save(tmp_path / name, _state(), {**CONFIG, "training": earlier})
+    assert check_settings(tmp_path / "neutral", CONFIG)["step"] == 1
+    with pytest.raises(ConfigError, match=r"label_smoothing was 0.1, now None"):
+        check_settings(tmp_path / "used", CONFIG)
+
+
 @pytest.mark.parametrize(("keep", "kept"), [(1, []), (3, ["step_00000002", "step_00000003"])])
 def test_the_last_checkpoints_are_kept_and_each_can_be_resumed(tmp_path, keep, kept):
     state = _state()
