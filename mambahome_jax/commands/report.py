@@ -20,9 +20,9 @@ from mambahome_jax.flags import ReportConfig
 from mambahome_jax.imaging.formats import scan_stem
 from mambahome_jax.imaging.geometry import resample_to, same_grid
 from mambahome_jax.imaging.intensity import display_range
+from mambahome_jax.imaging.pictures import Panel, draw_planes
 from mambahome_jax.imaging.volume import Volume, read_volume
 from mambahome_jax.report.page import Report, Shown, render_report, worst_first
-from mambahome_jax.report.pictures import Panel, draw_planes
 from mambahome_jax.report.provenance import run_rows, without_folders
 from mambahome_jax.support.console import progress_bar, say
 from mambahome_jax.support.files import read_json, write_text

@@ -9,10 +9,8 @@ import numpy as np
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.geometry import require_same_grid
-from mambahome_jax.imaging.labels import replace_values, resembles_image, same_voxels
-from mambahome_jax.imaging.volume import Volume, read_labels, read_volume
-
-_SLAB = 1 << 20
+from mambahome_jax.imaging.plausibility import resembles_image, same_voxels
+from mambahome_jax.imaging.volume import Volume, count_values, read_labels, read_volume, replace_values
 
 
 def read_image(case: Case, channels: int, *, as_stored: bool = False) -> Volume:
@@ -77,18 +75,6 @@ def read_counted_label_map(
         return None, (), {}
     # The label takes the image's affine: both are then resampled to exactly one grid.
     return replace(image, array=label), remarks, counts
-
-
-def count_values(label: np.ndarray) -> dict[int, int]:
-    """Voxels of each value that occurs in a label map of uint8 or uint16, by value."""
-    flat = label.ravel(order="K")
-    counts = np.zeros(1, np.int64)
-    # bincount widens what it is given to int64: eight times a label map, were it not for the slabs.
-    for start in range(0, flat.size, _SLAB):
-        found = np.bincount(flat[start : start + _SLAB], minlength=len(counts))
-        found[: len(counts)] += counts
-        counts = found
-    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
 def _checked(

@@ -13,8 +13,8 @@ from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.metrics import compare
 from mambahome_jax.evaluation.scores import METRICS, Score
 from mambahome_jax.imaging.geometry import SCORE_VOXELS, require_same_grid
-from mambahome_jax.imaging.labels import replace_values, resembles_image
-from mambahome_jax.imaging.volume import Volume, read_grid, read_labels
+from mambahome_jax.imaging.plausibility import resembles_image
+from mambahome_jax.imaging.volume import Volume, read_grid, read_labels, replace_values
 from mambahome_jax.support.files import csv_name, write_csv, write_json
 
 COLUMNS = ("case", "structure", *METRICS, "volume_ml", "reference_volume_ml", "volume_difference_ml")

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mambahome_jax.datasets.base import label_names
-from mambahome_jax.datasets.label_map import count_values
 from mambahome_jax.datasets.structures import match_structures, table_of_values
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.evaluation.evaluate import Pair
 from mambahome_jax.imaging.formats import scan_stem
-from mambahome_jax.imaging.volume import read_labels
+from mambahome_jax.imaging.volume import count_values, read_labels
 from mambahome_jax.support.files import read_json
 from mambahome_jax.support.paths import one_form
 

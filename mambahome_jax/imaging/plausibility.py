@@ -1,5 +1,5 @@
-"""Scans that cannot be what they are taken for: intensities that their modality does not have, and sizes, intensities
-and structures far from all that a network was trained on. One set of rules for check, preprocess, infer and segment.
+"""Files that cannot be what they are taken for: label maps that are images, intensities that their modality does not
+have, and sizes, intensities and structures far from all that a network was trained on. For every command alike.
 
 Every rule is for values that no scan of the modality has, not for rare ones: crops, padding, metal and contrast agent
 pass. What is said of good scans is soon read of none.
@@ -50,6 +50,8 @@ _WIDTH_FACTOR = 4.0
 # Organs of sick people differ by some times in volume; what is missed or flooded does by far more.
 _LEAST_FACTOR, _MOST_FACTOR = 10.0, 3.0
 _NAMED = 3
+# Of a label map, neighbours within structures nearly always agree; of an image with noise, a tenth or fewer do.
+_FEWEST_VALUES, _FEWEST_EQUAL = 20, 0.5
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,39 @@ def guessed_modality(extremes: Sequence[tuple[float, float]]) -> Modality:
     """
     telling = [low for low, high in extremes if high > _BYTE or low < -max(1.5, 0.1 * high)]
     return "ct" if telling and 2 * sum(low < _AIR_BELOW for low in telling) >= len(telling) else "mr"
+
+
+def same_voxels(label: np.ndarray, image: np.ndarray, values: int = 0) -> bool:
+    """Whether a label map (D0, D1, D2) equals a channel of an image (D0, D1, D2[, C]), voxel by voxel.
+
+    values: how many the label map has; of many, an image whose fractions were cut off or rounded is equal too.
+    """
+    channels = image if image.ndim == 4 else image[..., None]
+    if channels.shape[:3] != label.shape:
+        return False
+    equal = np.array_equal if values <= _FEWEST_VALUES else _equal_but_for_fractions
+    # Plane by plane: the first tells of nearly every pair.
+    return any(
+        all(equal(label[:, :, k], channels[:, :, k, c]) for k in range(label.shape[2]))
+        for c in range(channels.shape[3])
+    )
+
+
+def _equal_but_for_fractions(label: np.ndarray, image: np.ndarray) -> bool:
+    return bool((np.abs(label - image.astype(np.float32)) < 1).all())
+
+
+def resembles_image(array: np.ndarray, values: int) -> bool:
+    """Whether a label map (D0, D1, D2) of so many `values` is rather an image: neighbours in structures differ."""
+    if values <= _FEWEST_VALUES:
+        return False
+    pairs = equal = 0
+    for k in range(array.shape[2]):
+        plane = array[:, :, k]
+        labelled = (plane[1:] > 0) & (plane[:-1] > 0)
+        pairs += int(np.count_nonzero(labelled))
+        equal += int(np.count_nonzero(labelled & (plane[1:] == plane[:-1])))
+    return equal < _FEWEST_EQUAL * pairs
 
 
 def _ct_remark(values: np.ndarray) -> Remark | None:

@@ -16,6 +16,8 @@ from mambahome_jax.imaging.header import Header, header_of, itk_place, nifti_hea
 from mambahome_jax.support.files import atomic_write
 from mambahome_jax.support.paths import openable_path
 
+_SLAB = 1 << 20  # voxels that are counted at a time
+
 Forms = tuple[np.ndarray | None, np.ndarray | None, np.ndarray]
 
 
@@ -204,6 +206,36 @@ def write_volume(
     if note is not None and warn:
         warnings.warn(f"{path}: {note}", stacklevel=2)
     return note
+
+
+def count_values(label: np.ndarray) -> dict[int, int]:
+    """Voxels of each value that occurs in a label map of uint8 or uint16, by value."""
+    flat = label.ravel(order="K")
+    counts = np.zeros(1, np.int64)
+    # bincount widens what it is given to int64: eight times a label map, were it not for the slabs.
+    for start in range(0, flat.size, _SLAB):
+        found = np.bincount(flat[start : start + _SLAB], minlength=len(counts))
+        found[: len(counts)] += counts
+        counts = found
+    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+
+
+def replace_values(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
+    """A label map (any shape, integers) with its values replaced, 0 where `table` has none.
+
+    table: stored value, of any size and sign -> value from 0 to 65535. Returns uint8, or uint16 beyond 255.
+    """
+    dtype = np.uint8 if max(table.values(), default=0) <= 255 else np.uint16
+    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
+        lookup = np.zeros(max([*table, int(array.max(initial=0)), 0]) + 1, dtype)
+        for stored, value in table.items():
+            if stored >= 0:
+                lookup[stored] = value
+        return lookup[array]
+    values, places = np.unique(array, return_inverse=True)
+    lookup = np.array([table.get(int(value), 0) for value in values], dtype)
+    # Label maps of files have their first axis fastest, and stay so.
+    return np.asfortranarray(lookup[places].reshape(array.shape))
 
 
 def _stored(

@@ -23,16 +23,16 @@ from mambahome_jax.imaging import dicomseg
 from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.geometry import coarse_remark, reorient, same_grid
 from mambahome_jax.imaging.normalisation import normalisation_for
-from mambahome_jax.imaging.source_record import record_of
+from mambahome_jax.imaging.pictures import write_preview
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_grid, read_labels, read_volume, write_volume
 from mambahome_jax.inference.ensemble import metadata_of
 from mambahome_jax.inference.faults import DICOM_SEG
 from mambahome_jax.inference.postprocess import postprocess, volumes_ml
 from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, network_grid, prepare
-from mambahome_jax.inference.preview import write_preview
 from mambahome_jax.inference.probabilities import whole_probabilities, write_probabilities
 from mambahome_jax.inference.results import files_of, made_from
 from mambahome_jax.inference.segment import case_remark, channels_of, class_names_of
+from mambahome_jax.support.files import record_of
 from mambahome_jax.support.paths import as_on_disk
 from mambahome_jax.support.processes import available_memory
 

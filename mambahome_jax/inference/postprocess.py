@@ -8,8 +8,7 @@ from scipy import ndimage
 
 from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.preview import label_counts
+from mambahome_jax.imaging.volume import Volume, count_values
 
 ALL = "all"
 # Voxels belong together where they share a face, an edge or a corner.
@@ -77,14 +76,16 @@ def keep_largest(labels: np.ndarray, values: Collection[int] | None = None) -> n
         structure = labels[box] == value
         parts, count = ndimage.label(structure, _NEIGHBOURS)
         if count > 1:
-            sizes = label_counts(parts)
+            sizes = count_values(parts)
+            sizes.pop(0, None)
             kept[box][structure & (parts != max(sizes, key=lambda part: sizes[part]))] = 0
     return kept
 
 
 def volumes_ml(labels: Volume, names: Mapping[int, str]) -> dict[str, float]:
     """Millilitres of each structure: of every one in `names` (value -> name), and of other values that occur."""
-    counts = label_counts(labels.array)
+    counts = count_values(labels.array)
+    counts.pop(0, None)
     voxel_ml = float(abs(np.linalg.det(labels.affine[:3, :3]))) / 1000
     return {
         names.get(value, f"label_{value}"): round(counts.get(value, 0) * voxel_ml, 4)

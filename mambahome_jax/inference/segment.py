@@ -16,10 +16,9 @@ from mambahome_jax.config import DataProperties, Mirror, Modality, ModelConfig, 
 from mambahome_jax.datasets.structures import AXES
 from mambahome_jax.errors import ConfigError, DatasetError, ScanWarning
 from mambahome_jax.imaging.geometry import Order, coarse_remark, orientation_of, positions_on, reorient
-from mambahome_jax.imaging.labels import replace_values
 from mambahome_jax.imaging.normalisation import normalisation_for
 from mambahome_jax.imaging.plausibility import modality_remark, scan_remark, volume_remark
-from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.imaging.volume import Volume, replace_values
 from mambahome_jax.inference.ensemble import (
     check_members,
     is_published,

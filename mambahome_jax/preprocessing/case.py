@@ -14,17 +14,16 @@ import numpy as np
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.files import parts
-from mambahome_jax.datasets.label_map import count_values, read_counted_label_map, read_image
+from mambahome_jax.datasets.label_map import read_counted_label_map, read_image
 from mambahome_jax.errors import DatasetError, OutputError, naming
 from mambahome_jax.imaging.geometry import coarse_remark, reorient, resample
 from mambahome_jax.imaging.header import ROUNDING_VOXELS, grid_shift
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles, statistics
-from mambahome_jax.imaging.labels import replace_values
 from mambahome_jax.imaging.plausibility import intensity_remark
-from mambahome_jax.imaging.source_record import place_of, record_of, renewed
-from mambahome_jax.imaging.volume import Volume, read_grid, read_labels, write_volume
+from mambahome_jax.imaging.volume import Volume, count_values, read_grid, read_labels, replace_values, write_volume
 from mambahome_jax.patches import store
 from mambahome_jax.patches.store import StoreEntry
+from mambahome_jax.support.files import place_of, record_of, renewed
 from mambahome_jax.support.paths import as_on_disk
 
 # Raise it when the same input would give other files: every case is then done again.

@@ -13,14 +13,14 @@ from mambahome_jax.config import SAMPLE_PERCENTILES, Modality
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.duplicates import thumbnail_of
 from mambahome_jax.datasets.files import parts
-from mambahome_jax.datasets.label_map import count_values, own_image, read_image, read_label_map
+from mambahome_jax.datasets.label_map import own_image, read_image, read_label_map
 from mambahome_jax.errors import DatasetError, MambaHomeError
 from mambahome_jax.flags import CheckConfig
 from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.geometry import axis_order, orientation_of, require_same_grid, shift_between
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles
 from mambahome_jax.imaging.plausibility import intensity_remark
-from mambahome_jax.imaging.volume import Volume, read_forms, read_geometry, read_grid
+from mambahome_jax.imaging.volume import Volume, count_values, read_forms, read_geometry, read_grid
 from mambahome_jax.preprocessing import findings as look
 from mambahome_jax.preprocessing.findings import SCANS, SEVERITIES, CaseFacts, Finding
 from mambahome_jax.preprocessing.open_dataset import open_checked, several

@@ -19,8 +19,8 @@ from mambahome_jax.evaluation.evaluate import summarise
 from mambahome_jax.evaluation.files import Evaluation
 from mambahome_jax.evaluation.scores import METRICS, Score, finite_mean, score_matrix, structures_of
 from mambahome_jax.evaluation.statistics import describe
+from mambahome_jax.imaging.pictures import Panel
 from mambahome_jax.report.distribution import Chart, chart_of
-from mambahome_jax.report.pictures import Panel
 from mambahome_jax.support.files import jsonable
 
 # attribute of Score -> label, digits, whether it is a share from 0 to 1

@@ -14,10 +14,9 @@ from flax import nnx
 from mambahome_jax.config import Modality
 from mambahome_jax.errors import CheckpointError, DatasetError
 from mambahome_jax.evaluation.metrics import dice
-from mambahome_jax.imaging.labels import replace_values
 from mambahome_jax.imaging.normalisation import Normalisation, normalisations
-from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.preview import render
+from mambahome_jax.imaging.pictures import render
+from mambahome_jax.imaging.volume import Volume, replace_values
 from mambahome_jax.inference.segment import apply_network
 from mambahome_jax.inference.sliding_window import PADDING_MODE, window_size
 from mambahome_jax.inference.targets import Labels

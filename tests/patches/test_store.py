@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mambahome_jax.datasets import label_map
 from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.imaging import volume
 from mambahome_jax.imaging.intensity import statistics
+from mambahome_jax.imaging.volume import count_values
 from mambahome_jax.patches import store as store_module
 from mambahome_jax.patches.store import (
     Store,
     StoreEntry,
-    count_values,
     ct_scale,
     foreground_positions,
     read_entry,
@@ -135,7 +135,7 @@ def test_sample_of_foreground_positions_is_even_and_always_the_same():
 
 
 def test_counts_of_values_in_slabs(monkeypatch):
-    monkeypatch.setattr(label_map, "_SLAB", 7)
+    monkeypatch.setattr(volume, "_SLAB", 7)
     label = np.random.default_rng(0).integers(0, 4, (5, 6, 7)).astype(np.uint16)
     label[0, 0, 0] = 900
     assert count_values(label) == dict(zip(*map(np.ndarray.tolist, np.unique(label, return_counts=True)), strict=True))

@@ -10,8 +10,8 @@ import pytest
 from mambahome_jax.evaluation.files import Evaluation
 from mambahome_jax.evaluation.paired import compare_runs
 from mambahome_jax.evaluation.scores import Score
+from mambahome_jax.imaging.pictures import Panel
 from mambahome_jax.report.page import Report, Shown, draw_distribution, inline_json, render_report, worst_first
-from mambahome_jax.report.pictures import Panel
 from mambahome_jax.support.files import jsonable
 
 EVIL = "</script><script>alert('1')</script>\"<img src=x onerror=alert(2)>&amp;"

@@ -7,8 +7,8 @@ from flax import nnx
 
 from mambahome_jax.evaluation.metrics import dice
 from mambahome_jax.imaging.normalisation import ZScore, normalisations
+from mambahome_jax.imaging.pictures import render
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.preview import render
 from mambahome_jax.inference.segment import segment
 from mambahome_jax.patches.loader import read_patch
 from mambahome_jax.training.validation import ValidationSettings, make_validate

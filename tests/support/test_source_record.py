@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging import source_record
-from mambahome_jax.imaging.source_record import record_of, renewed
+from mambahome_jax.support import files
+from mambahome_jax.support.files import record_of, renewed
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def replace_unseen(path: Path, content: bytes) -> None:
 
 def test_a_file_that_nobody_touched_is_not_read(file, monkeypatch):
     record = record_of([file])
-    monkeypatch.setattr(source_record, "_content", lambda files: pytest.fail("read"))
+    monkeypatch.setattr(files, "_content", lambda files: pytest.fail("read"))
     assert renewed(record, [file]) == record
 
 
