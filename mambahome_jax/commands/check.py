@@ -12,7 +12,7 @@ from mambahome_jax.flags import CheckConfig
 from mambahome_jax.preprocessing.examine import PERCENTILES, Checked, check_folders, write_checked
 from mambahome_jax.preprocessing.findings import SCANS, Finding
 from mambahome_jax.preprocessing.open_dataset import several
-from mambahome_jax.preprocessing.summary import Range, Summary
+from mambahome_jax.preprocessing.summary import DatasetSummary, Range
 from mambahome_jax.support.console import command_line, say, tracked
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
@@ -90,7 +90,7 @@ def _print_summary(checked: Checked, console: Console) -> None:
             say(console, f"  {reason}")
 
 
-def _next_line(config: CheckConfig, summary: Summary) -> str:
+def _next_line(config: CheckConfig, summary: DatasetSummary) -> str:
     """Give the command that prepares what was checked, with what was suggested for it."""
     words = ["--input_path", *map(str, several(config.folder)), "--output_path", "READY"]
     words += ["--dataset", *config.dataset] if config.dataset else []

@@ -31,6 +31,7 @@ _MOST_INTENSITIES = 10_000_000  # values at once, all cases together: 40 MB
 # Of a checksum: those of the image, before as many of the label map.
 CRC_LETTERS = 8
 
+_BODY_ABOVE: dict[Modality, float] = {"ct": -175.0, "mr": 0.0, "us": 0.0}
 _POSITIONS = 20_000  # of a class, at most
 _CHUNK = 64
 _CACHE_BYTES = 256 * 2**20
@@ -147,7 +148,6 @@ def _partial_folder(root: Path, case: str) -> Iterator[tuple[Path, Path]]:
 
     Raises OutputError: an OSError, as of a full disk.
     """
-    root = local_path(root)
     partial, folder = root / f".{case}.{os.getpid()}.partial", root / case
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -158,6 +158,17 @@ def _partial_folder(root: Path, case: str) -> Iterator[tuple[Path, Path]]:
         raise OutputError(f"{reason}. Free some space or name another output folder") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def body_box(image: np.ndarray, modality: Modality) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Find the first and end (exclusive) voxel of the body in image (D, H, W, C); the whole volume where none is."""
+    mask = image > _BODY_ABOVE[modality]
+    start, stop = [], []
+    for axis in range(3):
+        inside = np.flatnonzero(mask.any(axis=tuple(other for other in range(4) if other != axis)))
+        start.append(int(inside[0]) if len(inside) else 0)
+        stop.append(int(inside[-1]) + 1 if len(inside) else mask.shape[axis])
+    return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
 
 
 def foreground_positions(label: np.ndarray, limit: int = _POSITIONS) -> dict[int, np.ndarray]:

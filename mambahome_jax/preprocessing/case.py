@@ -30,7 +30,6 @@ from mambahome_jax.support.paths import as_on_disk
 CODE_VERSION = 2
 
 _MAY_LOSE = 8  # voxels that become one where a structure of some voxels may be lost
-_BODY_ABOVE: dict[Modality, float] = {"ct": -175.0, "mr": 0.0, "us": 0.0}
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,8 @@ def prepare_case(job: CaseJob) -> StoreEntry:
     """
     case = job.case
     made_from = {"sources": record_of(_sources(case))} | job.settings()
+    # An entry of other settings would vouch for NIfTI files that are no longer its own, if this run ends between them.
+    store.remove_entry(job.store, case.id)
     image = read_image(case, job.channels)
     label, notes, stored_counts = read_counted_label_map(case, image, job.labels, job.hint)
     sample = intensity_sample(image.array if image.array.ndim == 4 else image.array[..., None])
@@ -120,8 +121,6 @@ def prepare_case(job: CaseJob) -> StoreEntry:
     array = image.array if image.array.ndim == 4 else image.array[..., None]
     spacing = (float(image.spacing[0]), float(image.spacing[1]), float(image.spacing[2]))
     class_counts = None if label is None else count_values(label.array)
-    # An entry of other settings would vouch for NIfTI files that are no longer its own, if this run ends between them.
-    store.remove_entry(job.store, case.id)
     try:
         if job.nifti:
             note = write_volume(job.image_path, image, dtype=np.float32, warn=False)
@@ -139,7 +138,7 @@ def prepare_case(job: CaseJob) -> StoreEntry:
             affine=tuple(tuple(float(v) for v in row) for row in image.affine),
             modality=job.modality,
             statistics=statistics(array),
-            body_box=_bounding_box(array > _BODY_ABOVE[job.modality]),
+            body_box=store.body_box(array, job.modality),
             class_counts=class_counts,
             fingerprint=made_from,
             labelled=case.labelled,
@@ -166,16 +165,6 @@ def _present(case: Case, label: Volume, counts: Mapping[int, int], shape: tuple[
         return {value if case.values is None else case.values.get(value, 0) for value in counts} - {0}
     few = math.prod(shape) * _MAY_LOSE <= math.prod(label.shape)
     return count_values(label.array).keys() - {0} if few else set()
-
-
-def _bounding_box(mask: np.ndarray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """First and end (exclusive) voxel of what is true in mask (D, H, W, C); the whole volume where nothing is."""
-    start, stop = [], []
-    for axis in range(3):
-        inside = np.flatnonzero(mask.any(axis=tuple(other for other in range(4) if other != axis)))
-        start.append(int(inside[0]) if len(inside) else 0)
-        stop.append(int(inside[-1]) + 1 if len(inside) else mask.shape[axis])
-    return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
 
 
 def _by(spacing: tuple[float, ...]) -> str:

@@ -24,7 +24,7 @@ from mambahome_jax.imaging.volume import Volume, count_values, read_forms, read_
 from mambahome_jax.preprocessing import findings as look
 from mambahome_jax.preprocessing.findings import SCANS, SEVERITIES, CaseFacts, Finding
 from mambahome_jax.preprocessing.open_dataset import open_checked, several
-from mambahome_jax.preprocessing.summary import Summary, likely_modality, summarise
+from mambahome_jax.preprocessing.summary import DatasetSummary, likely_modality, summarise_dataset
 from mambahome_jax.support.console import Track, silent, untracked
 from mambahome_jax.support.files import write_json
 from mambahome_jax.support.processes import count_workers, run_jobs, why_failed
@@ -50,7 +50,7 @@ class Checked:
     dataset: Dataset
     facts: tuple[CaseFacts, ...]
     findings: tuple[Finding, ...]
-    summary: Summary
+    summary: DatasetSummary
     fast: bool
     seconds: float
 
@@ -97,7 +97,7 @@ def check_folders(config: CheckConfig, say: Callable[[str], None] = silent, trac
         dataset,
         tuple(facts),
         tuple(findings),
-        summarise(dataset, facts),
+        summarise_dataset(dataset, facts),
         config.fast,
         round(time.perf_counter() - started, 1),
     )

@@ -1,4 +1,4 @@
-"""What a dataset is like in numbers, and the settings that these suggest. Reads no file, never jax."""
+"""What a dataset is like in numbers, and the settings that these suggest. Reads no file."""
 
 import math
 from collections import Counter
@@ -60,34 +60,31 @@ class Suggestion:
 
 
 @dataclass(frozen=True)
-class Summary:
+class DatasetSummary:
     """Numbers of a dataset. cases: (split, modality, cases, of these labelled); unknown ones are "-"."""
 
     cases: tuple[tuple[str, str, int, int], ...]
-    spacing_mm: Range | None
-    shape: Range | None
-    extent_mm: Range | None
-    intensities: tuple[Intensities, ...]
-    structures: tuple[Structure, ...]
-    suggestion: Suggestion | None
+    spacing_mm: Range | None = None
+    shape: Range | None = None
+    extent_mm: Range | None = None
+    intensities: tuple[Intensities, ...] = ()
+    structures: tuple[Structure, ...] = ()
+    suggestion: Suggestion | None = None
 
 
-def summarise(dataset: Dataset, facts: Sequence[CaseFacts]) -> Summary:
-    """Numbers over the cases that can be used; what was not read is left out."""
+def summarise_dataset(dataset: Dataset, facts: Sequence[CaseFacts]) -> DatasetSummary:
+    """Sum up the cases that can be used; what was not read is left out."""
     usable = [fact for fact in facts if fact.usable and fact.shape is not None and fact.spacing is not None]
-    counts: Counter[tuple[str, str]] = Counter()
-    labelled: Counter[tuple[str, str]] = Counter()
-    for fact in usable:
-        key = (fact.split or "-", fact.modality or "-")
-        counts[key] += 1
-        labelled[key] += fact.labelled
-    cases = tuple((*key, counts[key], labelled[key]) for key in sorted(counts))
+    kinds = [(fact.split or "-", fact.modality or "-", fact.labelled) for fact in usable]
+    cases = Counter((split, modality) for split, modality, _ in kinds)
+    labelled = Counter((split, modality) for split, modality, has_label in kinds if has_label)
+    rows = tuple((*kind, cases[kind], labelled[kind]) for kind in sorted(cases))
     if not usable:
-        return Summary(cases, None, None, None, (), (), None)
+        return DatasetSummary(rows)
     spacing = np.array([fact.spacing for fact in usable], float)
     shape = np.array([fact.shape[:3] for fact in usable if fact.shape is not None], float)
-    return Summary(
-        cases=cases,
+    return DatasetSummary(
+        cases=rows,
         spacing_mm=_range(spacing),
         shape=_range(shape),
         extent_mm=_range(spacing * shape),
@@ -169,45 +166,47 @@ def _suggest(usable: Sequence[CaseFacts], spacing: np.ndarray, shape: np.ndarray
 
 
 def likely_modality(usable: Sequence[CaseFacts]) -> tuple[Modality | None, str]:
-    """The modality that all cases are of, None where they are of several or do not tell; and why."""
+    """Give the modality that all cases are of, None where they are of several or do not tell; and why."""
     named = {fact.modality for fact in usable if fact.modality is not None}
     if len(named) > 1:
         return None, "each case has its own"
     if named:
         return next(iter(named)), "as the dataset says"
-    lows = [row[0] for fact in usable for row in fact.percentiles or ()]
-    highs = [row[-1] for fact in usable for row in fact.percentiles or ()]
-    if not lows:
+    extremes = [(row[0], row[-1]) for fact in usable for row in fact.percentiles or ()]
+    if not extremes:
         return None, "the headers do not tell"
-    if guessed_modality(list(zip(lows, highs, strict=True))) == "ct":
-        return "ct", f"guessed from the lowest values, about {np.median(lows):g}: Hounsfield units of air"
+    lows, highs = zip(*extremes, strict=True)
+    why = f"guessed from the lowest values, about {np.median(lows):g}"
+    if guessed_modality(extremes) == "ct":
+        return "ct", f"{why}: Hounsfield units of air"
     if min(lows) >= 0 and max(highs) <= 255:
         return "mr", "guessed from the values, 0 to 255, which might as well be ultrasound (us)"
-    return "mr", f"guessed from the lowest values, about {np.median(lows):g}: no Hounsfield units of air"
+    return "mr", f"{why}: no Hounsfield units of air"
 
 
 def _intensities(dataset: Dataset, usable: Sequence[CaseFacts]) -> tuple[Intensities, ...]:
-    found = []
+    items = []
     for modality in sorted({fact.modality or "-" for fact in usable}):
         group = [fact for fact in usable if (fact.modality or "-") == modality]
         for index, channel in enumerate(dataset.channels):
-            rows = [fact.percentiles[index] for fact in group if fact.percentiles and index < len(fact.percentiles)]
-            inner = [fact.foreground[index] for fact in group if fact.foreground and index < len(fact.foreground)]
+            rows, inner = (
+                [row[index] for row in table if row and index < len(row)]
+                for table in ([fact.percentiles for fact in group], [fact.foreground for fact in group])
+            )
             if rows:
-                found.append(Intensities(modality, channel, _median(rows), _median(inner) if inner else None))
-    return tuple(found)
+                items.append(Intensities(modality, channel, _median(rows), _median(inner) if inner else None))
+    return tuple(items)
 
 
 def _structures(dataset: Dataset, usable: Sequence[CaseFacts]) -> tuple[Structure, ...]:
     volumes = [fact.volumes_ml for fact in usable if fact.volumes_ml is not None]
-    names: Mapping[int, str] = dataset.labels or {
-        value: f"label_{value}" for value in sorted({value for volume in volumes for value in volume})
-    }
+    values = sorted({value for volume in volumes for value in volume})
+    names: Mapping[int, str] = dataset.labels or {value: f"label_{value}" for value in values}
     structures = []
-    for value, name in names.items():
+    for value, name in names.items() if volumes else ():
         ml = [[volume[value]] for volume in volumes if value in volume]
         structures.append(Structure(value, name, len(ml), _range(np.array(ml)) if ml else None))
-    return tuple(structures) if volumes else ()
+    return tuple(structures)
 
 
 def _range(values: np.ndarray) -> Range:

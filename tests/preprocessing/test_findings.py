@@ -7,7 +7,7 @@ import pytest
 
 from mambahome_jax.datasets import Dataset
 from mambahome_jax.preprocessing.findings import CaseFacts, dataset_findings
-from mambahome_jax.preprocessing.summary import suggest_patch, suggest_spacing, summarise
+from mambahome_jax.preprocessing.summary import suggest_patch, suggest_spacing, summarise_dataset
 
 
 def facts(name: str, **changes) -> CaseFacts:
@@ -107,7 +107,7 @@ def test_suggested_patch_is_multiples_of_16_within_the_budget(shape, expected):
     ],
 )
 def test_few_thick_slices_are_suggested_thinner(spacing, shape, new, patch):
-    hint = summarise(dataset(), [facts(name, spacing=spacing, shape=shape) for name in "abc"]).suggestion
+    hint = summarise_dataset(dataset(), [facts(name, spacing=spacing, shape=shape) for name in "abc"]).suggestion
     assert hint is not None and (hint.spacing, hint.patch_size) == (new, patch)
     assert ("--strides auto" in hint.reasons[0]) == (new != spacing)
 
@@ -119,7 +119,7 @@ def test_few_thick_slices_are_suggested_thinner(spacing, shape, new, patch):
 def test_suggested_modality(modality, low, high, expected):
     row = (low, low, low, low, high, high, high)
     cases = [facts(name, modality=modality, percentiles=(row,)) for name in "abc"]
-    hint = summarise(dataset(), cases).suggestion
+    hint = summarise_dataset(dataset(), cases).suggestion
     assert hint is not None and hint.modality == expected
 
 
@@ -127,7 +127,7 @@ def test_unusable_cases_do_not_enter_the_summary():
     bad = facts("bad", spacing=(50.0, 50.0, 50.0))
     broken = replace(bad, findings=tuple(dataset_findings(dataset(skipped=(("bad", "x"),)), [])))
     assert not broken.usable
-    summary = summarise(dataset(), [facts("a"), broken])
+    summary = summarise_dataset(dataset(), [facts("a"), broken])
     assert summary.spacing_mm is not None and summary.spacing_mm.max == (1, 1, 2)
     assert summary.cases == (("train", "ct", 1, 1),)
-    assert summarise(dataset(), [broken]).suggestion is None
+    assert summarise_dataset(dataset(), [broken]).suggestion is None
