@@ -1,4 +1,4 @@
-"""The command line: flags from the dataclasses of config.py, errors of the user to a message and an exit code.
+"""The command line: flags from the dataclasses of flags.py, errors of the user to a message and an exit code.
 
 Exit codes: 0 all done, 1 some cases failed, 2 wrong usage or nothing could be done (train adds 128 + signal).
 Arguments are parsed before anything heavy is imported, so that --help is instant.
@@ -14,27 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
-
-from mambahome_jax import flags
 from mambahome_jax.errors import ConfigError, MambaHomeError
 from mambahome_jax.support.console import protect_output
-from mambahome_jax.support.devices import program_cache
 from mambahome_jax.support.paths import openable_path
 from mambahome_jax.version import __version__
 
+# The class of a command's flags is flags.<Command>Config, what it does is run() of commands/<command>.py.
 COMMANDS = {
-    "check": flags.CheckConfig,
-    "preprocess": flags.PreprocessConfig,
-    "train": flags.TrainConfig,
-    "infer": flags.InferConfig,
-    "evaluate": flags.EvaluateConfig,
-    "report": flags.ReportConfig,
-    "convert": flags.ConvertConfig,
-    "demo": flags.DemoConfig,
-}
-SUMMARIES = {
     "check": "Look through a dataset, list what is wrong with it and suggest settings",
     "preprocess": "Reorient and resample a folder of scans",
     "train": "Train a network on a preprocessed folder",
@@ -57,24 +43,19 @@ _REMOVED = {
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
-def path_names(command: str) -> set[str]:
-    """Flags of a command that are paths; --use_pretrained is one, or False."""
-    fields = dataclasses.fields(COMMANDS[command])
-    return {field.name for field in fields if "Path" in str(field.type) or field.name == "use_pretrained"}
+def flags_of(command: str) -> Any:
+    """Return the dataclass of a command's flags."""
+    return getattr(importlib.import_module("mambahome_jax.flags"), f"{command.capitalize()}Config")
 
 
 def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
     """Spell what the published scripts accept as tyro reads it.
 
     A bare boolean flag is True, True and False may have any case, dashes stand for underscores, and
-    `--use_pretrained False` is none.
+    `--use_pretrained False` is none. Raises ConfigError: a flag that there is no longer.
     """
-    booleans = {
-        f"--{field.name}"
-        for field in dataclasses.fields(COMMANDS[command])
-        if getattr(field.type, "__origin__", field.type) in (bool, bool | None)  # that of Annotated
-    }
-    paths = {f"--{name}" for name in path_names(command)}
+    # __origin__: of what is Annotated.
+    kinds = {f"--{f.name}": getattr(f.type, "__origin__", f.type) for f in dataclasses.fields(flags_of(command))}
     out: list[str] = []
     arguments = list(argv)
     while arguments:
@@ -84,11 +65,11 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
             continue
         name, equals, value = word.partition("=")
         name = "--" + name[2:].replace("-", "_")
-        if name in _REMOVED.get(command, {}):
-            raise ConfigError(f"{name} is no longer a flag: {_REMOVED[command][name]}")
+        if reason := _REMOVED.get(command, {}).get(name):
+            raise ConfigError(f"{name} is no longer a flag: {reason}")
         following = value if equals else (arguments[0] if arguments else None)
         spelled = following.lower() if following is not None else ""
-        if name in booleans:
+        if kinds.get(name) in (bool, bool | None):
             if not equals and spelled in _TRUE + _FALSE:
                 arguments.pop(0)
             out += [name, "False" if spelled in _FALSE else "True"]
@@ -97,22 +78,36 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
                 arguments.pop(0)
         else:
             # tyro would take a path that begins with a dash for a flag.
-            value = f"./{value}" if name in paths and value.startswith("-") else value
+            is_path = "Path" in str(kinds.get(name)) or name == "--use_pretrained"
+            value = f"./{value}" if is_path and value.startswith("-") else value
             out += [name, value] if equals else [name]
     return out
 
 
-def parse(command: str, argv: Sequence[str], prog: str):
-    """The configuration of a command from its arguments; exits with 2 and a message on wrong usage.
+def parse(command: str, argv: Sequence[str], prog: str) -> Any:
+    """Return the configuration of a command from its arguments; exits with 2 and a message on wrong usage.
 
-    Raises ConfigError: a flag that is no longer there, a path that cannot be opened.
+    Raises ConfigError: a flag that there is no longer, a path that cannot be opened.
     """
-    arguments = normalise_arguments(command, argv)
+    import tyro
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    def path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda words: _typed_path(words[0]),
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda path: [str(path)],
+        )
+
     registry = ConstructorRegistry()
-    registry.primitive_rule(_path_rule)
-    settings: Any = tyro.cli(
-        COMMANDS[command],
-        args=arguments,
+    registry.primitive_rule(path_rule)
+    settings = tyro.cli(
+        flags_of(command),
+        args=normalise_arguments(command, argv),
         prog=prog,
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff,),
@@ -120,19 +115,6 @@ def parse(command: str, argv: Sequence[str], prog: str):
     )
     weights = getattr(settings, "use_pretrained", "")
     return dataclasses.replace(settings, use_pretrained=str(_typed_path(weights))) if weights else settings
-
-
-def _path_rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-    """Every path of every command: no configuration holds one as it was typed."""
-    if info.type is not Path:
-        return None
-    return PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=lambda words: _typed_path(words[0]),
-        is_instance=lambda value: isinstance(value, Path),
-        str_from_instance=lambda path: [str(path)],
-    )
 
 
 def _typed_path(text: str) -> Path:
@@ -151,7 +133,7 @@ def _typed_path(text: str) -> Path:
 
 
 def run_command(command: str, argv: Sequence[str], prog: str) -> int:
-    """Parse, run, and turn what is the user's to mend into a message on stderr and exit code 2."""
+    """Parse and run a command; an error of the user becomes a message on stderr and exit code 2."""
     started = time.monotonic()
     # JAX keeps those alone that took a second; the hundreds of small ones take ten seconds on a GPU together.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -173,6 +155,8 @@ def run_command(command: str, argv: Sequence[str], prog: str) -> int:
 
 def _keep_programs(command: str) -> None:
     """Name JAX the folder for compiled programs, unless the user does or there is none."""
+    from mambahome_jax.support.devices import program_cache
+
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     folder = program_cache()
@@ -191,7 +175,7 @@ def _say_version(verbose: bool) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """`mambahome COMMAND ...`."""
+    """Run `mambahome COMMAND ...`."""
     protect_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--version"]:
@@ -199,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: mambahome COMMAND [flags]      (mambahome COMMAND --help lists the flags)\n")
         print("  --version   Print the version; with --verbose also those of JAX and the like, and the devices")
-        print("\n".join(f"  {name:<12}{text}" for name, text in SUMMARIES.items()))
+        print("\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items()))
         raise SystemExit(0 if arguments else 2)
     command = arguments.pop(0)
     if command not in COMMANDS:
@@ -209,6 +193,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def script(command: str) -> None:
-    """What preprocess.py, train.py and infer.py call."""
+    """Run a command for preprocess.py, train.py and infer.py."""
     protect_output()
     raise SystemExit(run_command(command, sys.argv[1:], f"python {command}.py"))

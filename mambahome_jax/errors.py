@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class MambaHomeError(Exception):
-    """Base of every error that is the user's to mend; anything else is a fault of ours and keeps its traceback."""
+    """Base of the errors that a user can fix; any other is a bug of ours and keeps its traceback."""
 
 
 class ConfigError(MambaHomeError):
@@ -26,56 +26,51 @@ class OutputError(MambaHomeError):
 
 
 class ScanWarning(UserWarning):
-    """A scan whose intensities, size or result are far from those of the scans that a model is for."""
+    """A scan whose intensities, size or result are far from those that the model was trained for."""
 
 
 def why_not_written(error: Exception) -> str:
-    """The reason in a few words; Orbax and TensorStore wrap that of the system in a page of their own."""
+    """Return the reason in a few words; Orbax and TensorStore wrap that of the system in a page of their own."""
     text = str(getattr(error, "strerror", None) or error)
     known = ("No space left on device", "Disk quota exceeded", "Read-only file system", "Permission denied")
     return next((reason for reason in known if reason in text), text.partition("\n")[0] or type(error).__name__)
 
 
-_LONGEST = 2000
+_LONGEST = 2000  # letters of a fault that are printed: a damaged or hostile file may say anything at any length
 
 
 class DatasetError(MambaHomeError):
     """A scan, a label map or a folder that is not what it should be.
 
-    Says which file, what was found, what was expected and what to do, in that order.
+    Says which file, what is wrong with it, what was expected and what to do, in that order.
     """
 
     def __init__(
         self,
-        found: str,
+        fault: str,
         *,
         case: str | None = None,
         file: str | Path | None = None,
         expected: str | None = None,
         action: str | None = None,
     ):
-        self.found, self.case, self.file, self.expected, self.action = found, case, file, expected, action
+        self.fault, self.case, self.file, self.expected, self.action = fault, case, file, expected, action
         super().__init__(self.message())
 
     def message(self) -> str:
-        """One line: `case: file: found; expected ...; what to do`."""
-        head = ": ".join(str(part) for part in (self.case, self.file) if part is not None)
-        # What was found may be what a damaged or hostile file says, at any length.
-        found = self.found if len(self.found) <= _LONGEST else f"{self.found[:_LONGEST]}..."
-        text = f"{head}: {found}" if head else found
-        if self.expected:
-            text += f"; expected {self.expected}"
+        """Return one line: `case: file: fault; expected ...; what to do`."""
+        fault = self.fault if len(self.fault) <= _LONGEST else f"{self.fault[:_LONGEST]}..."
+        text = ": ".join(str(part) for part in (self.case, self.file, fault) if part is not None)
+        text += f"; expected {self.expected}" if self.expected else ""
         return f"{text}. {self.action}" if self.action else text
 
-
-@contextlib.contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """A DatasetError that names no file, as of a volume in memory, leaves as one of `file`."""
-    try:
-        yield
-    except DatasetError as error:
-        if error.file is not None:
-            raise
-        raise DatasetError(
-            error.found, case=error.case, file=file, expected=error.expected, action=error.action
-        ) from error
+    @classmethod
+    @contextlib.contextmanager
+    def with_file(cls, file: Path) -> Iterator[None]:
+        """Name `file` in a DatasetError raised inside that names none, as one of a volume in memory."""
+        try:
+            yield
+        except cls as error:
+            if error.file is not None:
+                raise
+            raise cls(error.fault, case=error.case, file=file, expected=error.expected, action=error.action) from error

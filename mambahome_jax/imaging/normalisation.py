@@ -1,11 +1,12 @@
-"""How intensities reach the network: one frozen value a scheme, called with an array and its volume's statistics."""
+"""How intensities reach the network: one frozen value a scheme, called with an array and its volume's statistics.
+
+NumPy is imported late: config.py imports this file, and --help does not wait for it.
+"""
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
-
-import lazy_loader
 
 from mambahome_jax.errors import ConfigError
 
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from mambahome_jax.imaging.intensity import IntensityStatistics
-else:
-    np = lazy_loader.load("numpy")  # config.py imports this file, and --help shall not wait for NumPy
 
 Modality = Literal["ct", "mr", "us"]
 CT_PERCENTILES = (0.5, 99.5)
@@ -55,6 +54,8 @@ class CtScale:
 
     def __call__(self, array: "np.ndarray", statistics: "IntensityStatistics | None" = None) -> "np.ndarray":
         """Normalise (..., C) to float32. Raises ConfigError: another number of channels."""
+        import numpy as np
+
         if len(self.mean) != array.shape[-1]:
             raise ConfigError(f"intensities of {len(self.mean)} channels for a scan of {array.shape[-1]}")
         low, high, mean, std = (np.asarray(getattr(self, field.name), np.float32) for field in fields(self))
@@ -63,6 +64,8 @@ class CtScale:
     @classmethod
     def of_voxels(cls, values: "np.ndarray") -> "CtScale":
         """Measure labelled voxels (n, C)."""
+        import numpy as np
+
         low, high = np.percentile(values, CT_PERCENTILES, axis=0)
         mean, std = values.mean(axis=0, dtype=np.float64), values.std(axis=0, dtype=np.float64)
         # What float32 cannot resolve is one value, and would be divided by nearly nothing.
@@ -94,6 +97,8 @@ class ZScore:
 
     def __call__(self, array: "np.ndarray", statistics: "IntensityStatistics | None") -> "np.ndarray":
         """Normalise (..., C) to float32."""
+        import numpy as np
+
         stats, values = _required(self, statistics), array.astype(np.float32)
         scaled = (values - np.asarray(stats.mean, np.float32)) / np.asarray(stats.std, np.float32)
         scaled[values == 0] = 0
@@ -109,6 +114,8 @@ class MinMax:
 
     def __call__(self, array: "np.ndarray", statistics: "IntensityStatistics | None") -> "np.ndarray":
         """Normalise (..., C) to float32."""
+        import numpy as np
+
         stats, values = _required(self, statistics), array.astype(np.float32)
         low = np.asarray(stats.minimum, np.float32)
         extent = np.asarray(stats.maximum, np.float32) - low
@@ -162,6 +169,8 @@ def scale_range(
 
     Raises ConfigError where a_min equals a_max.
     """
+    import numpy as np
+
     if a_min == a_max:
         raise ConfigError(f"intensity range {a_min} to {a_max}; expected two different values")
     scaled = array.astype(np.float32)

@@ -17,7 +17,7 @@ from mambahome_jax.config import DataProperties
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.find_scans import Scan
 from mambahome_jax.datasets.label_map import read_image
-from mambahome_jax.errors import DatasetError, OutputError, naming
+from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging import dicomseg
 from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
@@ -143,7 +143,7 @@ def _read(plan: Plan, scan: Scan) -> tuple[Volume, NetworkInput] | dict[str, Any
     else:
         scale = plan.config.spacing_scale
         volume = read_volume(scan.path, as_stored=True, series=scan.series, spacing_scale=scale)
-    with naming(scan.path):
+    with DatasetError.with_file(scan.path):
         return volume, prepare(volume, _settings_of(scan, plan), channels_of(plan.models))
 
 

@@ -15,7 +15,7 @@ from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.label_map import read_counted_label_map, read_image
-from mambahome_jax.errors import DatasetError, OutputError, naming
+from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.geometry import coarse_remark, reorient, resample
 from mambahome_jax.imaging.header import ROUNDING_VOXELS, grid_shift
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles, statistics
@@ -108,7 +108,7 @@ def prepare_case(job: CaseJob) -> StoreEntry:
     present: set[int] = set()
     if job.spacing is not None:
         shape = image.shape
-        with naming(case.image):
+        with DatasetError.with_file(case.image):
             image = resample(image, job.spacing, order="linear")
         remarks.append(coarse_remark(shape, image.shape))
         if label is not None:

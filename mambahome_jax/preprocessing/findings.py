@@ -90,7 +90,7 @@ class CaseFacts:
 def error_finding(case: str, kind: str, error: DatasetError) -> Finding:
     """Tell what a reader refused, in its own words."""
     file = str(error.file) if error.file is not None else ""
-    return Finding("error", kind, case, file, error.found, error.expected or "", error.action or _REPLACE)
+    return Finding("error", kind, case, file, error.fault, error.expected or "", error.action or _REPLACE)
 
 
 def affine_finding(case: str, file: str, affine: np.ndarray) -> Finding | None:
