@@ -45,7 +45,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     from dataclasses import replace
 
     import jax
-    from train_step import make_step, random_batch
+    from train_step import RATE, make_step, random_batch
 
     seconds, last = {}, [time.perf_counter()]
     seconds["import"] = last[0] - started
@@ -59,7 +59,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     batch = random_batch(mesh, args.batch, tuple(args.patch), 1, args.classes)
     jax.block_until_ready((state, batch))
     mark("init")
-    traced = step.trace(state, batch)
+    traced = step.trace(state, batch, RATE)
     mark("trace")
     lowered = traced.lower()
     mark("lower")
@@ -74,7 +74,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
     samples = []
     for _ in range(args.runs + 2):
         start = time.perf_counter()
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, batch, RATE)
         jax.block_until_ready(metrics)
         samples.append((time.perf_counter() - start) * 1e3)
     return seconds | {"first_step": samples[0] / 1e3, "ms": statistics.median(samples[2:])}

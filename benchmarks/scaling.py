@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from figures import planned_gib, write_rows
 from profiling import kernel_times
-from train_step import make_step
+from train_step import RATE, make_step
 
 from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.patches.loader import make_loader
@@ -70,7 +70,7 @@ class Step:
         self.make = functools.partial(make_step, config, args.precision, len(devices), strategy)
         step, self.state, self.mesh = self.make()
         begun = time.perf_counter()
-        self.compiled = step.lower(self.state, put_batch(batch, self.mesh)).compile()
+        self.compiled = step.lower(self.state, put_batch(batch, self.mesh), RATE).compile()
         self.compile_s = time.perf_counter() - begun
 
     def begin_again(self) -> None:
@@ -79,7 +79,7 @@ class Step:
         self.state = self.make()[1]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        self.state, metrics = self.compiled(self.state, put_batch(batch, self.mesh))
+        self.state, metrics = self.compiled(self.state, put_batch(batch, self.mesh), RATE)
         return metrics
 
 

@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "model.network": ["MambaHoME"],
         "weights.weights": ["export_official", "load_model"],
         "training.losses": ["dice_ce"],
+        "training.runs": ["train"],
         "version": ["__version__"],
     },
 )

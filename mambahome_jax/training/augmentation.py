@@ -1,27 +1,23 @@
-"""Augmentation of a batch on the device, as the published data_loader.py lists it, and what recipes add to that.
+"""Augmentation of a batch on the device: what the published data_loader.py lists, and what recipes add to that.
 
-Every operation that is linear along one axis (zoom, smoothing) is a small matrix a sample and axis, the identity where
-the sample is left alone, so that one compiled function without branches serves all.
+Every operation is one on a whole sample that changes nothing where it is not drawn (zoom and smoothing are small
+matrices along each axis), so that one compiled function without branches serves a batch under vmap.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from mambahome_jax.config import Mirror
+from mambahome_jax.datasets.structures import swap_table
 from mambahome_jax.recipes import AugmentationConfig
-from mambahome_jax.training.strong_augmentation import (
-    affine_matrix,
-    change_brightness,
-    change_contrast,
-    change_gamma,
-    elastic_displacement,
-    mirror,
-    mirror_labelled,
-    resample,
-)
 
 SPATIAL = 3
 # So that the identity, where a sample is left alone, changes no bit of it.
 FULL = jax.lax.Precision.HIGHEST
+# Distance of the points at which an elastic deformation is drawn, in voxels of the finest axis.
+CONTROL_DISTANCE = 16
 # What is drawn beside the published operations leaves their keys as they are.
 _MORE_KEYS = 100
 _ELASTIC_KEY = 200
@@ -30,9 +26,10 @@ _ELASTIC_KEY = 200
 def augment(
     key: jax.Array, image: jax.Array, label: jax.Array, config: AugmentationConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Zoom, quarter turns in the plane of the first two axes, intensity shift, smoothing and noise, each by its own
-    probability and each sample on its own; before them mirroring, an affine map and an elastic deformation, behind them
-    brightness, contrast and gamma, where the configuration has them.
+    """Augment each sample of a batch on its own, each operation by its own probability.
+
+    In this order: mirroring, affine map and elastic deformation, zoom, quarter turns in the plane of the first two axes
+    (half turns where D and H differ), intensity shift, smoothing, noise, brightness, contrast, gamma.
 
     Args:
         key: from jax.random.key; sample n draws from fold_in(key, n), whatever the size of the batch.
@@ -40,17 +37,14 @@ def augment(
         label: (batch, D, H, W), integer.
 
     Returns:
-        image and label of the same shapes and dtypes. Zoom keeps the size and the centre (image linear, label nearest).
-        Where D and H differ only the half turn is possible. Without `config.mirror` nothing is mirrored: left and right
-        are different organs.
+        image and label of the same shapes and dtypes.
     """
     keys = _sample_keys(key, image.shape[0])
     return jax.vmap(lambda k, x, y: _augment_sample(k, x, y, config))(keys, image, label)
 
 
 def augment_labelled(key: jax.Array, labelled: jax.Array, config: AugmentationConfig) -> jax.Array:
-    """Which classes each sample has labels of, (batch, classes) bool, after `augment` with the same key: where it was
-    mirrored, those of a pair trade places."""
+    """Classes that each sample has labels of, (batch, classes) bool, after `augment` with the same key."""
     keys = _sample_keys(key, labelled.shape[0])
     return jax.vmap(lambda k, row: mirror_labelled(jax.random.fold_in(k, _MORE_KEYS), row, config.mirror))(
         keys, labelled
@@ -64,7 +58,7 @@ def _sample_keys(key: jax.Array, batch: int) -> jax.Array:
 def _augment_sample(
     key: jax.Array, image: jax.Array, label: jax.Array, config: AugmentationConfig
 ) -> tuple[jax.Array, jax.Array]:
-    image, label = _spatial(key, image, label, config)
+    image, label = _deform(key, image, label, config)
     zoom_key, turn_key, shift_key, smooth_key, noise_key = jax.random.split(key, 5)
     zoom = _draw(zoom_key, config.zoom_probability, config.zoom_range, neutral=1.0)
     turns = _draw_turns(turn_key, config.rotate90_probability, square=label.shape[0] == label.shape[1])
@@ -83,10 +77,10 @@ def _augment_sample(
         label = jnp.take(label, nearest, axis=axis, mode="clip")
     image, label = _turn(image, turns), _turn(label, turns)
     noise = jax.random.normal(normal_key, image.shape, dtype)
-    return _intensity(key, image + shift.astype(dtype) + noise_std.astype(dtype) * noise, config), label
+    return _change_intensity(key, image + shift.astype(dtype) + noise_std.astype(dtype) * noise, config), label
 
 
-def _spatial(
+def _deform(
     key: jax.Array, image: jax.Array, label: jax.Array, config: AugmentationConfig
 ) -> tuple[jax.Array, jax.Array]:
     mirror_key, happens_key, angle_key, scale_key = (jax.random.fold_in(key, _MORE_KEYS + n) for n in range(4))
@@ -106,7 +100,7 @@ def _spatial(
     return resample(image, label, matrix, elastic_displacement(field_key, std, label.shape, config.voxel_size))
 
 
-def _intensity(key: jax.Array, image: jax.Array, config: AugmentationConfig) -> jax.Array:
+def _change_intensity(key: jax.Array, image: jax.Array, config: AugmentationConfig) -> jax.Array:
     changes = (
         (change_brightness, config.brightness_probability, config.brightness_range),
         (change_contrast, config.contrast_probability, config.contrast_range),
@@ -124,16 +118,13 @@ def _intensity(key: jax.Array, image: jax.Array, config: AugmentationConfig) -> 
 def _draw(
     key: jax.Array, probability: float, bounds: tuple[float, float], neutral: float, shape: tuple[int, ...] = ()
 ) -> jax.Array:
-    """Uniform within bounds with the given probability, else the value that changes nothing; float32."""
+    """Draw uniformly within bounds with the given probability, else take the value that changes nothing; float32."""
     happens_key, value_key = jax.random.split(key)
     value = jax.random.uniform(value_key, shape, jnp.float32, *bounds)
     return jnp.where(jax.random.bernoulli(happens_key, probability), value, neutral)
 
 
-def _draw_turns(key: jax.Array, probability: float, square: bool) -> jax.Array:
-    happens_key, value_key = jax.random.split(key)
-    turns = jax.random.randint(value_key, (), 1, 4) if square else 2
-    return jnp.where(jax.random.bernoulli(happens_key, probability), turns, 0)
+# --- Zoom, smoothing and turns, as published ---------------------------------------------------------------------
 
 
 def zoom_coordinates(zoom: jax.Array, size: int) -> jax.Array:
@@ -164,9 +155,155 @@ def _along_axis(matrix: jax.Array, image: jax.Array, axis: int) -> jax.Array:
     return jnp.einsum(subscripts, matrix, image, precision=FULL)
 
 
+def _draw_turns(key: jax.Array, probability: float, square: bool) -> jax.Array:
+    happens_key, value_key = jax.random.split(key)
+    turns = jax.random.randint(value_key, (), 1, 4) if square else 2
+    return jnp.where(jax.random.bernoulli(happens_key, probability), turns, 0)
+
+
 def _turn(array: jax.Array, turns: jax.Array) -> jax.Array:
     half = jnp.flip(array, (0, 1))
     if array.shape[0] != array.shape[1]:
         return jnp.where(turns == 2, half, array)
     quarter = jnp.rot90(array)
     return jnp.select([turns == 1, turns == 2, turns == 3], [quarter, half, jnp.flip(quarter, (0, 1))], array)
+
+
+# --- Affine map and elastic deformation --------------------------------------------------------------------------
+
+
+def affine_matrix(angles: jax.Array, scale: jax.Array, voxel_size: Sequence[float]) -> jax.Array:
+    """Where the content of each output voxel comes from: (3, 3) float32, about the centre, in voxels.
+
+    angles: (3,) radians, about the three axes one after the other; the content turns from the lower to the higher of
+    the other two axes. scale: above 1 enlarges. voxel_size: (3,), so that it is a rotation in space.
+    """
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    matrix = jnp.eye(3)
+    for axis in range(3):
+        a, b = (other for other in range(3) if other != axis)
+        turn = jnp.eye(3).at[a, a].set(cos[axis]).at[b, b].set(cos[axis])
+        turn = turn.at[a, b].set(sin[axis]).at[b, a].set(-sin[axis])
+        matrix = jnp.matmul(turn, matrix, precision=FULL)
+    size = jnp.asarray(voxel_size, jnp.float32)
+    return matrix * size / size[:, None] / scale
+
+
+def elastic_displacement(
+    key: jax.Array, std: jax.Array, shape: Sequence[int], voxel_size: Sequence[float]
+) -> list[jax.Array]:
+    """A smooth random displacement, one (D, H, W) float32 in voxels for each axis.
+
+    Normal at control points, cubic between them. std: of each component at these points, in voxels of the finest axis
+    and as long along the others in space.
+    """
+    finest = min(voxel_size)
+    distance = finest * CONTROL_DISTANCE
+    points = [max(2, round(n * size / distance)) for n, size in zip(shape, voxel_size, strict=True)]
+    drawn = jax.random.normal(key, (3, *points), jnp.float32) * std
+    smooth = jax.image.resize(drawn, (3, *shape), "cubic", precision=FULL)
+    return [field * (finest / size) for field, size in zip(smooth, voxel_size, strict=True)]
+
+
+def resample(
+    image: jax.Array, label: jax.Array, matrix: jax.Array, displacement: Sequence[jax.Array | float] = (0.0, 0.0, 0.0)
+) -> tuple[jax.Array, jax.Array]:
+    """Sample image (D, H, W, C) and label (D, H, W) at matrix @ (voxel - centre) + centre + displacement.
+
+    The image is interpolated trilinearly; the label is that of the eight voxels around whose shares in it are largest
+    together, which gives smoother borders than the nearest voxel. Outside the volume its border is repeated. The
+    identity changes no bit. displacement: (D, H, W) for each axis, in voxels.
+    """
+    shape = label.shape
+    centre = [(n - 1) / 2 for n in shape]
+    offsets = [jnp.arange(n, dtype=jnp.float32) - c for n, c in zip(shape, centre, strict=True)]
+    grids = jnp.meshgrid(*offsets, indexing="ij", sparse=True)
+    low, high, weight = [], [], []
+    for row, size, middle, moved in zip(matrix, shape, centre, displacement, strict=True):
+        # Products and sums instead of a matrix product, which a GPU might shorten.
+        place = row[0] * grids[0] + row[1] * grids[1] + row[2] * grids[2] + middle + moved
+        place = jnp.clip(place, 0, size - 1)
+        below = jnp.floor(place)
+        low.append(below.astype(jnp.int32))
+        high.append(jnp.minimum(low[-1] + 1, size - 1))
+        weight.append(place - below)
+    total = jnp.zeros_like(image)
+    shares, labels = [], []
+    for corner in range(8):
+        above = [corner >> axis & 1 for axis in range(3)]
+        index = tuple(high[a] if up else low[a] for a, up in enumerate(above))
+        first, second, third = (weight[a] if up else 1 - weight[a] for a, up in enumerate(above))
+        shares.append(first * second * third)
+        labels.append(label[index])
+        total = total + shares[-1].astype(image.dtype)[..., None] * image[index]
+    return total, _largest_share(shares, labels)
+
+
+def _largest_share(shares: Sequence[jax.Array], labels: Sequence[jax.Array]) -> jax.Array:
+    """The label with the largest sum of shares; of equal ones the first."""
+    most, chosen = jnp.full_like(shares[0], -1), labels[0]
+    for candidate in labels:
+        total = sum(
+            (jnp.where(label == candidate, share, 0) for share, label in zip(shares, labels, strict=True)),
+            start=jnp.zeros_like(most),
+        )
+        chosen = jnp.where(total > most, candidate, chosen)
+        most = jnp.maximum(total, most)
+    return chosen
+
+
+# --- Mirroring and intensities -----------------------------------------------------------------------------------
+
+
+def mirror(
+    key: jax.Array, image: jax.Array, label: jax.Array, mirrors: Sequence[Mirror], probability: float = 0.5
+) -> tuple[jax.Array, jax.Array]:
+    """Flip image (D, H, W, C) and label (D, H, W) along each axis, and swap the labels of that axis' pairs with it."""
+    for number, (axis, pairs) in enumerate(mirrors):
+        happens = _mirrors(key, number, probability)
+        flipped = jnp.flip(label, axis)
+        if pairs:
+            size = max(max(pair) for pair in pairs) + 1
+            swapped = jnp.take(jnp.asarray(swap_table(pairs, size), label.dtype), flipped, mode="clip")
+            flipped = jnp.where(flipped < size, swapped, flipped)
+        image = jnp.where(happens, jnp.flip(image, axis), image)
+        label = jnp.where(happens, flipped, label)
+    return image, label
+
+
+def mirror_labelled(
+    key: jax.Array, labelled: jax.Array, mirrors: Sequence[Mirror], probability: float = 0.5
+) -> jax.Array:
+    """Which classes (classes,) bool a sample has labels of once `mirror` with the same key is done with it."""
+    for number, (_, pairs) in enumerate(mirrors):
+        swapped = labelled[swap_table(pairs, labelled.shape[0])]
+        labelled = jnp.where(_mirrors(key, number, probability), swapped, labelled)
+    return labelled
+
+
+def _mirrors(key: jax.Array, number: int, probability: float) -> jax.Array:
+    return jax.random.bernoulli(jax.random.fold_in(key, number), probability)
+
+
+def change_brightness(image: jax.Array, factor: jax.Array) -> jax.Array:
+    """Multiply the intensities."""
+    return image * factor.astype(image.dtype)
+
+
+def change_contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
+    """Multiply the distance to the channel's mean, kept within the extremes from before; image (D, H, W, C)."""
+    low, high = _extremes(image)
+    mean = image.mean(axis=(0, 1, 2), keepdims=True)
+    return jnp.clip(mean + (image - mean) * factor.astype(image.dtype), low, high)
+
+
+def change_gamma(image: jax.Array, gamma: jax.Array) -> jax.Array:
+    """Raise each channel of (D, H, W, C) to a power, scaled to [0, 1] for it and back."""
+    low, high = _extremes(image)
+    width = jnp.maximum(high - low, 1e-6)
+    return ((image - low) / width) ** gamma.astype(image.dtype) * width + low
+
+
+def _extremes(image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    axes = (0, 1, 2)
+    return image.min(axis=axes, keepdims=True), image.max(axis=axes, keepdims=True)

@@ -1,4 +1,5 @@
-"""Checkpoints of a training: everything that the next step depends on, written in the background, whole or not at all.
+"""Checkpoints of a training: everything that the next step depends on, written in the background, whole or not at all;
+and whether a run may be continued from one.
 
 The folders are those of weights/checkpoint.py with two more items: "optimizer" (step, state of the optimizer, and the
 parameters that are trained where the model is their moving average, or trained with auxiliary heads) and
@@ -6,8 +7,10 @@ parameters that are trained where the model is their moving average, or trained 
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from mambahome_jax.config import BEFORE_THERE_WERE, GONE, PUBLISHED_GRID, Strategy
+from mambahome_jax.datasets.files import listed
 from mambahome_jax.errors import CheckpointError, ConfigError, OutputError, why_not_written
+from mambahome_jax.support.devices import versions
+from mambahome_jax.support.files import jsonable
 from mambahome_jax.support.paths import local_path
 from mambahome_jax.training.distributed import is_first
+from mambahome_jax.training.setup import Setup, digest_of, training_settings
 from mambahome_jax.training.sharding import tree_sharding
 from mambahome_jax.training.step import TrainState, deployed_params
 from mambahome_jax.weights.checkpoint import (
@@ -39,6 +46,10 @@ from mambahome_jax.weights.checkpoint import (
 )
 
 OPTIMIZER_ITEM, DATA_ITEM = "optimizer", "data"
+PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+# Of the entry "data" in config.json; what else it holds is a setting of its own or follows from the voxels.
+PROPERTIES = ("spacing", "orientation", "channels", "labels", "values")
+_PARTS = {"train": "train on", "val": "validate on"}
 
 
 class CheckpointWriter:
@@ -193,23 +204,44 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
+# --- May a run be continued? -------------------------------------------------------------------------------------
+
+
+def checkpoint_settings(setup: Setup) -> dict[str, Any]:
+    """What config.json of every checkpoint says of its run, as JSON."""
+    settings = {
+        "model": dataclasses.asdict(setup.model.replace(use_checkpoint=False)),
+        "data": setup.properties.to_json(),
+        "cases": data_summary(setup.digests),
+        "training": training_settings(setup),
+        "versions": versions(PACKAGES),
+    }
+    return jsonable(settings)
+
+
+def require_same_run(folder: Path, setup: Setup, recorded: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """config.json of the last checkpoint of a run, which has to be one of this setup.
+
+    recorded: the digests of run.json, which tell whose data changed. Raises CheckpointError: another network.
+    ConfigError: other settings or data.
+    """
+    settings = checkpoint_settings(setup)
+    differences = partial(data_differences, now=settings, recorded=recorded, digests=setup.digests)
+    return check_settings(folder / "checkpoints" / "last", settings, differences)
+
+
 def check_settings(
     folder: Path,
     settings: Mapping[str, Any],
-    data_differences: Callable[[Mapping[str, Any]], list[str]] | None = None,
+    differences: Callable[[Mapping[str, Any]], list[str]] = lambda config: [],
 ) -> dict[str, Any]:
-    """Configuration of a checkpoint to resume, after making sure that it was written by a run like this one.
+    """Configuration of a checkpoint to resume, whose entries "model" and "training" have to be those of `settings`.
 
-    Args:
-        settings: {"model": {...}, "training": {...}}, JSON values; these entries have to agree, others may differ.
-        data_differences: what differs between the data that a configuration was written of and those of today.
-
-    Raises CheckpointError for another network, ConfigError for other data or settings that change the result; both list
-    every field that differs.
+    differences: between the data of a configuration and those of today. Raises CheckpointError for another network,
+    ConfigError for other data or settings that change the result; both list every field that differs.
     """
     config = read_checkpoint_config(folder)
-    changed = data_differences(config) if data_differences else []
-    if changed:
+    if changed := differences(config):
         advice = "Resume on the data that it began with, or start anew with --use_pretrained"
         raise ConfigError(f"{folder} was trained on other data: {'; '.join(changed)}. {advice}")
     for entry, error, advice in (
@@ -227,3 +259,57 @@ def check_settings(
         if differ:
             raise error(f"{folder} is of another configuration: {'; '.join(differ)}. {advice}")
     return config
+
+
+def data_summary(digests: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str | None]]:
+    """For each part digests of its cases and, where all are known, of their voxels; ids of cases cannot be read off it.
+
+    digests: {"train": ..., "val": ...}, each as `case_digests` gives it.
+    """
+    return {part: _summary(cases) for part, cases in digests.items()}
+
+
+def _summary(cases: Mapping[str, str]) -> dict[str, str | None]:
+    rows = [(case, *digest.split(":")) for case, digest in sorted(cases.items())]
+    voxels = [(case, checksum) for case, _, checksum in rows]
+    complete = all(checksum for _, checksum in voxels)
+    return {"facts": digest_of([row[:2] for row in rows]), "voxels": digest_of(voxels) if complete else None}
+
+
+def data_differences(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    recorded: Mapping[str, Mapping[str, str]],
+    digests: Mapping[str, Mapping[str, str]],
+) -> list[str]:
+    """How the data of a run that is resumed differ from those that it began with; empty where they are the same.
+
+    before, now: config.json and what a checkpoint of today would say. recorded, digests: {part: {case: digest}} of
+    run.json and of today, which tell whose data changed. What an earlier version did not write is not compared.
+    """
+    properties = before.get("data", {})
+    differ = [
+        f"{name} was {properties[name]}, now {now['data'][name]}"
+        for name in PROPERTIES
+        if name in properties and name in now["data"] and properties[name] != now["data"][name]
+    ]
+    for part, state in now["cases"].items():
+        known = before.get("cases", {}).get(part, {})
+        if any(value and known.get(key) and known[key] != value for key, value in state.items()):
+            differ.append(_changed_cases(part, recorded.get(part, {}), digests[part]))
+    return differ
+
+
+def _changed_cases(part: str, before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    lists = {
+        "no longer there": sorted(before.keys() - now.keys()),
+        "new": sorted(now.keys() - before.keys()),
+        "with other voxels": [case for case in now if case in before and _differ(before[case], now[case])],
+    }
+    texts = [f"{what}: {listed(cases)}" for what, cases in lists.items() if cases and before]
+    return f"cases to {_PARTS[part]} changed" + (f" ({'; '.join(texts)})" if texts else "")
+
+
+def _differ(one: str, other: str) -> bool:
+    (facts, voxels), (other_facts, other_voxels) = (text.split(":") for text in (one, other))
+    return facts != other_facts or bool(voxels and other_voxels and voxels != other_voxels)

@@ -1,4 +1,4 @@
-"""Several processes, on one host or many: how they start, how they agree, and that none of them waits for a dead one.
+"""Several processes, on one host or many: how they start, agree and stop, and that none of them waits for a dead one.
 
 Each process runs the same program on its own devices; JAX joins them through a service in the first one. What every
 process has to decide alike (whether to resume, when to stop) is gathered from all of them first.
@@ -7,9 +7,12 @@ process has to decide alike (whether to resume, when to stop) is gathered from a
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import jax
@@ -42,7 +45,8 @@ def join_processes(
         num_processes: of the whole job.
         process_id: of this process, from 0.
 
-    Raises ConfigError: some of the three are missing or impossible, or the others do not answer.
+    Raises:
+        ConfigError: some of the three are missing or impossible, or the others do not answer.
     """
     given: dict[str, Any] = {
         "coordinator_address": coordinator_address or environment.get("JAX_COORDINATOR_ADDRESS"),
@@ -81,6 +85,15 @@ def launched_as_several(environment: Mapping[str, str]) -> bool:
     return slurm or mpi
 
 
+def _whole(value: int | None, environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name)
+    if value is not None or text is None:
+        return value
+    if not text.isdigit():
+        raise ConfigError(f"{name}={text}; expected a whole number")
+    return int(text)
+
+
 def is_first() -> bool:
     """Whether this process writes the files and talks to the person."""
     return jax.process_index() == 0
@@ -100,13 +113,39 @@ def gather(value: Any) -> list[Any]:
 
 
 def require_same(what: str, value: Any) -> None:
-    """Raises ConfigError, in every process, where the processes differ in `value`."""
-    found = gather(value)
-    if any(other != found[0] for other in found):
+    """Raise ConfigError, in every process, where the processes differ in `value`."""
+    values = gather(value)
+    if any(other != values[0] for other in values):
         raise ConfigError(
             f"{what} differs between the processes. Start all of them with the same flags, and with a --data_train and "
             "an --output_dir that every host sees"
         )
+
+
+@contextlib.contextmanager
+def exit_all_processes_on_error() -> Iterator[None]:
+    """End one of several processes at once on an error; a regular exit would wait for the others, and they for it.
+
+    The others end when the service notices, after HEARTBEAT_SECONDS at the latest. The exit code is 2 for what the user
+    can correct, 130 for an interrupt, else 1. With one process the error passes through.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if jax.process_count() == 1:
+            raise
+        process = f"process {jax.process_index()} of {jax.process_count()}"
+        if isinstance(error, MambaHomeError):
+            print(f"Error ({process}): {error}", file=sys.stderr)
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            lost = "another process may have died, look at its last messages"
+            print(f"Error ({process}): {error}\n{lost}. The same command with --resume continues", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        os._exit(2 if isinstance(error, MambaHomeError) and not isinstance(error, TrainingError) else code)
 
 
 class Votes:
@@ -118,7 +157,7 @@ class Votes:
         self._largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
 
     def cast(self, number: int) -> int:
-        """Vote; returns the result of the vote before this one, 0 for the first."""
+        """Vote; return the result of the vote before this one, 0 for the first."""
         before, self._pending = self._pending, self._start(number)
         return 0 if before is None else int(before)
 
@@ -129,40 +168,51 @@ class Votes:
 
     def _start(self, number: int) -> jax.Array:
         sharding = batch_sharding(self._mesh)
-        here = np.full(len(sharding.addressable_devices), number, np.int32)
-        return self._largest(jax.make_array_from_process_local_data(sharding, here))
+        votes = np.full(len(sharding.addressable_devices), number, np.int32)
+        return self._largest(jax.make_array_from_process_local_data(sharding, votes))
 
 
-@contextlib.contextmanager
-def ending_together() -> Iterator[None]:
-    """An error in one of several processes ends it at once; a regular exit would wait for the others, and they for it.
+class StopOnSignal(contextlib.AbstractContextManager):
+    """Notes SIGTERM and SIGINT, so that the step is finished and a checkpoint written; the second SIGINT interrupts.
 
-    The others end when the service notices, after HEARTBEAT_SECONDS at the latest. The exit code is 2 for what is the
-    user's to mend, 130 for an interrupt, else 1. With one process the error passes through.
+    Several processes stop after the same step, whichever of them was asked to: each step they vote.
     """
-    try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        if jax.process_count() == 1:
-            raise
-        here = f"process {jax.process_index()} of {jax.process_count()}"
-        if isinstance(error, MambaHomeError):
-            print(f"Error ({here}): {error}", file=sys.stderr)
-        elif isinstance(error, jax.errors.JaxRuntimeError):
-            lost = "another process may have died, look at its last messages"
-            print(f"Error ({here}): {error}\n{lost}. The same command with --resume continues", file=sys.stderr)
-        else:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        os._exit(2 if isinstance(error, MambaHomeError) and not isinstance(error, TrainingError) else code)
 
+    def __init__(self, say: Callable[[str], None], mesh: Mesh):
+        self.received: int | None = None
+        self._decided: int | None = None
+        self._votes = Votes(mesh) if jax.process_count() > 1 else None
+        self._say = say
+        self._before: dict[int, Any] = {}
 
-def _whole(value: int | None, environment: Mapping[str, str], name: str) -> int | None:
-    text = environment.get(name)
-    if value is not None or text is None:
-        return value
-    if not text.isdigit():
-        raise ConfigError(f"{name}={text}; expected a whole number")
-    return int(text)
+    def __enter__(self) -> "StopOnSignal":
+        # Python delivers signals to the main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def noticed(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.received is not None
+
+    def requested(self) -> int | None:
+        """The signal to stop for, None for none: the same answer in every process."""
+        return self.received if self._votes is None else self._decided
+
+    def agree(self, at_once: bool = False) -> None:
+        """Take part in a vote; without `at_once` its result counts from the next one on, when it is there anyway."""
+        if self._votes is not None and self._decided is None:
+            vote = self._votes.settle if at_once else self._votes.cast
+            self._decided = vote(self.received or 0) or None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+        name = signal.Signals(number).name
+        self._say(f"{name}: finishing this step and writing a checkpoint (a compilation ends first)")

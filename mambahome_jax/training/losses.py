@@ -1,13 +1,20 @@
-"""DiceCE, as MONAI's DiceCELoss(to_onehot_y=True, softmax=True) computes it."""
+"""DiceCE, as MONAI's DiceCELoss(to_onehot_y=True, softmax=True) computes it, and deep supervision of it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+
+from mambahome_jax.config import Precision
+from mambahome_jax.model.layers import ChannelDropout, Conv3d, Numerics
 
 # (logits, labels[, labelled]) -> scalar
 LossFunction = Callable[..., jax.Array]
 SMOOTH = 1e-5  # MONAI's smooth_nr and smooth_dr
+HEADS = 2
+NETWORK = "network"
 
 
 def dice_ce(
@@ -19,17 +26,17 @@ def dice_ce(
     batch: bool = False,
     squared: bool = False,
 ) -> jax.Array:
-    """Dice loss plus cross entropy.
+    """Compute Dice loss plus cross entropy.
 
     Args:
         logits: (batch, D, H, W, classes), floating; evaluated in float32 at least.
         labels: (batch, D, H, W), integer in 0..classes-1.
-        labelled: (batch, classes) bool, which classes the dataset of each sample has labels of; None: all. The others
-            are one with the background, so that predicting them there is no mistake, and take no part in the mean of
-            the Dice term.
-        include_background: class 0 counts in the Dice term (in the cross entropy it always does).
-        batch: sums of the Dice term run over the samples as well.
-        squared: squared probabilities in the denominator of the Dice term.
+        labelled: (batch, classes) bool, the classes that the dataset of each sample has labels of; None: all.
+            Unlabelled classes are merged into the background (predicting them is not penalised) and excluded from the
+            Dice mean.
+        include_background: count class 0 in the Dice term (the cross entropy always does).
+        batch: sum the Dice term over the samples as well.
+        squared: square the probabilities in the denominator of the Dice term.
 
     Returns:
         scalar, float32 or float64: mean over samples and classes of 1 - (2 sum(p y) + s) / (sum p + sum y + s), absent
@@ -70,11 +77,54 @@ def dice_ce(
 
 
 def _merge_into_background(log_p: jax.Array, labels: jax.Array, labelled: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities in which class 0 is the background or any class that was not labelled, those at 0 probability;
-    and labels in which such a class, should it occur, is background."""
+    """Log-probabilities and labels in which every unlabelled class is background."""
     known = labelled[:, None, None, None, :]
     background = jnp.arange(log_p.shape[-1]) == 0
     merged = jax.nn.logsumexp(jnp.where(known & ~background, -jnp.inf, log_p), axis=-1, keepdims=True)
     log_p = jnp.where(background, merged, jnp.where(known, log_p, jnp.finfo(log_p.dtype).min))
     has_label = jax.vmap(lambda row, values: row[values])(labelled, labels)
     return log_p, jnp.where(has_label, labels, 0)
+
+
+class DeepSupervision(nnx.Module):
+    """A network with a 1x1x1 convolution on its decoder's volumes at 1/2 and 1/4 of the grid (Lee et al. 2015).
+
+    model(x): (batch, D, H, W, in) -> [logits (batch, D, H, W, classes), the same at 1/2, at 1/4]. The heads lie beside
+    the network, not in it, so that checkpoints and exported weights are those of the network.
+    """
+
+    def __init__(self, network: Any, *, rngs: nnx.Rngs, precision: Precision = "fp32"):
+        config = network.config
+        self.network = network
+        self.heads = nnx.List(
+            [
+                Conv3d(width, config.out_chans, 1, bias=True, rngs=rngs, numerics=Numerics(precision=precision))
+                for width in config.feat_size[1 : 1 + HEADS]
+            ]
+        )
+
+    def __call__(self, x: jax.Array, *dropout: ChannelDropout) -> list[jax.Array]:
+        logits, levels = self.network.with_levels(x, *dropout)
+        return [logits, *(head(level) for head, level in zip(self.heads, levels[:HEADS], strict=True))]
+
+
+def network_params(params: Any) -> Any:
+    """The network's own part of parameters that may have heads beside it."""
+    return params.get(NETWORK, params)
+
+
+def at_all_levels(loss_fn: LossFunction) -> LossFunction:
+    """Sum the loss over a list of logits, each on a grid half as fine and weighing half as much as the one before.
+
+    The weights sum to 1 (as in nnU-Net); labels of a coarse grid are every n-th voxel along each axis.
+    """
+
+    def loss(outputs: list[jax.Array], labels: jax.Array, *more: jax.Array) -> jax.Array:
+        weights = [0.5**level for level in range(len(outputs))]
+        terms = []
+        for logits, weight in zip(outputs, weights, strict=True):
+            a, b, c = (n // m for n, m in zip(labels.shape[1:4], logits.shape[1:4], strict=True))
+            terms.append(weight / sum(weights) * loss_fn(logits, labels[:, ::a, ::b, ::c], *more))
+        return sum(terms[1:], start=terms[0])
+
+    return loss

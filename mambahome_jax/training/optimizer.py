@@ -1,71 +1,39 @@
-"""Optimizers and the learning rate as published (parity/README.md, section 5), and what other recipes change."""
+"""Optimizers as published (parity/README.md, section 5) and what other recipes change, on small arrays joined to one.
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+What is done to each element by itself is then one program, not hundreds, which XLA compiles and a GPU starts in a
+fraction of the time.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from mambahome_jax.recipes import OptimizerConfig
-from mambahome_jax.training.grouping import on_groups
+from mambahome_jax.training.sharding import SMALLEST_SPLIT
+
+# Both are part of what a checkpoint looks like.
+SMALL = SMALLEST_SPLIT  # elements of an array below which it is joined: what is split would have to be gathered for it
+_MULTIPLE = 1024  # of elements of a vector, so that it can be split over any usual number of devices
 
 
-class Schedule(Protocol):
-    """(number of updates already made, fraction of the time spent or None) -> learning rate, both scalars."""
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Make torch's AdamW (decoupled decay), Adam or SGD (decay added to the gradient); `update` takes `rate` too.
 
-    def __call__(self, count: jax.Array, fraction: jax.Array | None = None) -> jax.Array: ...
-
-
-class Optimizer(NamedTuple):
-    """An optax transformation together with its learning rate; `update` also takes `fraction`, see make_schedule."""
-
-    init: Callable
-    update: Callable
-    schedule: Schedule
-
-
-def make_schedule(config: OptimizerConfig) -> Schedule:
-    """Cosine annealing, constant within a period: function of the number of updates already made.
-
-    With a fraction (0 to 1) of a time budget, the cosine runs over that, without periods, and the count matters for the
-    warm-up alone. "epoch" lowers the rate after the last update of a period, as the textbook has it; "published" one
-    update later, since the published loop steps its scheduler after the first update of the next epoch.
+    Adam and AdamW correct the bias of both moments and add eps outside the root, after the correction. Decay acts on
+    every parameter; clipping comes before everything else.
     """
-    late = int(config.schedule_step == "published")
-
-    def schedule(count: jax.Array, fraction: jax.Array | None = None) -> jax.Array:
-        # sin² of the way left equals (1 + cos)/2 of the way done, without its cancellation near the end.
-        if fraction is None:
-            period = jnp.clip((count - late) // config.steps_per_period, 0, config.t_max)
-            left = jnp.sin(jnp.pi / 2 * (config.t_max - period) / config.t_max)
-        else:
-            left = jnp.sin(jnp.pi / 2 * (1 - jnp.clip(fraction, 0, 1)))
-        rate = config.eta_min + (config.lr - config.eta_min) * left**2
-        if config.warmup_steps:
-            rate = rate * jnp.minimum(count + 1, config.warmup_steps) / config.warmup_steps
-        return rate
-
-    return schedule
-
-
-def make_optimizer(config: OptimizerConfig) -> Optimizer:
-    """torch's AdamW (decoupled decay), Adam and SGD (decay added to the gradient); decay acts on every parameter.
-
-    Adam and AdamW correct the bias of both moments and add eps outside the root, after the correction. Clipping comes
-    before everything else.
-    """
-    schedule = make_schedule(config)
     decay = optax.add_decayed_weights(config.weight_decay)
     adam = optax.scale_by_adam(*config.betas, eps=config.eps)
     sgd = (decay, optax.trace(config.momentum, nesterov=True)) if config.momentum else (decay,)
     parts = list({"AdamW": (adam, decay), "Adam": (decay, adam), "SGD": sgd}[config.name])
     if config.clip_norm:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
-    transform = on_groups(optax.chain(*parts, _scale_by_rate(schedule)))
+    transform = on_groups(optax.chain(*parts, _scale_by_rate()))
     if config.encoder_lr_scale != 1:
         transform = optax.chain(transform, _scale_encoder(config.encoder_lr_scale))
-    return Optimizer(transform.init, transform.update, schedule)
+    return optax.with_extra_args_support(transform)
 
 
 def is_encoder(path: tuple) -> bool:
@@ -73,22 +41,14 @@ def is_encoder(path: tuple) -> bool:
     return any(getattr(key, "key", None) == "encoder" for key in path)
 
 
-def _scale_by_rate(schedule: Schedule) -> optax.GradientTransformationExtraArgs:
-    """optax.scale_by_learning_rate with a rate that may follow the fraction of a time budget; same state."""
+def _scale_by_rate() -> optax.GradientTransformationExtraArgs:
+    """Multiply by -rate. The state is that of optax.scale_by_learning_rate, as checkpoints hold it."""
 
     def init(params: Any) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
-    def update(
-        updates: Any,
-        state: optax.ScaleByScheduleState,
-        params: Any = None,
-        *,
-        fraction: jax.Array | None = None,
-        **_: Any,
-    ) -> tuple[Any, optax.ScaleByScheduleState]:
-        rate = -schedule(state.count, fraction)
-        updates = jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates)
+    def update(updates: Any, state: Any, params: Any = None, *, rate: Any, **_: Any) -> tuple[Any, Any]:
+        updates = jax.tree.map(lambda u: jnp.asarray(-rate, u.dtype) * u, updates)
         return updates, optax.ScaleByScheduleState(optax.safe_increment(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -100,3 +60,49 @@ def _scale_encoder(scale: float) -> optax.GradientTransformation:
             lambda path, u: u * scale if is_encoder(path) else u, updates
         )
     )
+
+
+def on_groups(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Apply `inner`, which must treat every element alike, to the grouped tree; its state is grouped too."""
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params: Any) -> Any:
+        return inner.init(group(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        grouped, state = inner.update(group(updates), state, None if params is None else group(params), **extra)
+        return ungroup(grouped, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def group(tree: Any) -> dict[str, Any]:
+    """{"large": {path: array}, "small": {dtype: vector}} of a tree of arrays; vectors end with zeros."""
+    large: dict[str, jax.Array] = {}
+    small: dict[str, list[jax.Array]] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if leaf.size < SMALL:
+            small.setdefault(str(leaf.dtype), []).append(leaf.ravel())
+        else:
+            large[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
+    return {"large": large, "small": {dtype: _concatenate(leaves) for dtype, leaves in small.items()}}
+
+
+def _concatenate(vectors: list[jax.Array]) -> jax.Array:
+    rest = -sum(v.size for v in vectors) % _MULTIPLE
+    return jnp.concatenate([*vectors, jnp.zeros(rest, vectors[0].dtype)])
+
+
+def ungroup(grouped: dict[str, Any], like: Any) -> Any:
+    """Undo `group`; `like` has the tree's structure, shapes and dtypes."""
+    starts = dict.fromkeys(grouped["small"], 0)
+
+    def leaf_of(path: tuple, leaf: jax.Array) -> jax.Array:
+        if leaf.size >= SMALL:
+            return grouped["large"][jax.tree_util.keystr(path, simple=True, separator="/")]
+        dtype = str(leaf.dtype)
+        start = starts[dtype]
+        starts[dtype] += leaf.size
+        return grouped["small"][dtype][start : start + leaf.size].reshape(leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(leaf_of, like)

@@ -1,12 +1,12 @@
 """What a person sees of a training, and what is kept of it: progress bar or lines, metrics.csv, TensorBoard."""
 
+import contextlib
 import csv
 import io
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,19 @@ import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import image, scalar
 
+from mambahome_jax.datasets.files import listed
+from mambahome_jax.datasets.patients import split_notes
+from mambahome_jax.datasets.splits import outside_note, outside_split
+from mambahome_jax.datasets.structures import describe_numbering
 from mambahome_jax.errors import OutputError
-from mambahome_jax.support.console import duration, say
+from mambahome_jax.support.console import command_line, duration, say
 from mambahome_jax.support.files import atomic_write
-from mambahome_jax.training.board import Board
-from mambahome_jax.training.budget import TimeBudget
+from mambahome_jax.training.schedule import Schedule
+from mambahome_jax.training.setup import Setup
 
 COLUMNS = (
     "step",
@@ -33,13 +40,32 @@ COLUMNS = (
     "data_wait",
     "seconds",
 )
-# Without a terminal: a line after this many seconds, and one for about each hundredth of the way if that is slower.
+# Without a terminal: a line after this many seconds.
 LINE_SECONDS = 10.0
 # Without a validation or checkpoint, who watches sees nothing new for so long.
 FLUSH_SECONDS = 120.0
 
 
-class MetricsLog:
+class MetricsLog(contextlib.AbstractContextManager):
+    """Keeps nothing: what the processes beside the first one write to."""
+
+    def write(self, row: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
+        """Keep the values of a step, named as in COLUMNS; `extra` goes to TensorBoard alone."""
+
+    def complete(self, values: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
+        """Add to the row of `values["step"]`, the last one that is kept; `extra` goes to TensorBoard alone."""
+
+    def picture(self, name: str, picture: np.ndarray, step: int) -> None:
+        """Keep an RGB picture (rows, columns, 3) uint8 for TensorBoard."""
+
+    def flush(self) -> None:
+        """Bring everything to the disk, for who watches."""
+
+    def __exit__(self, *_: object) -> None:
+        """Bring everything to the disk, and close the files."""
+
+
+class FileLog(MetricsLog):
     """RUN/metrics.csv, one row a step, and RUN/tensorboard. Has to be closed; a context manager does it.
 
     On a resume after `start` steps the rows beyond are dropped: the steps are done again. say: called with what
@@ -48,14 +74,12 @@ class MetricsLog:
 
     def __init__(self, folder: Path, start: int = 0, say: Callable[[str], None] = print):
         self._path, self._say, self._flush_due = folder / "metrics.csv", say, 0.0
-        try:
+        with self._writing():
             self._open(start)
-        except OSError as error:
-            raise self._failure(error) from error
 
     def _open(self, start: int) -> None:
         self._open_rows(start)
-        self._board = Board(self._path.with_name("tensorboard"), start + 1 if start else None)
+        self._events = EventWriter(self._path.with_name("tensorboard"), start + 1 if start else None)
 
     def _open_rows(self, step: int, added: Mapping[str, str] | None = None) -> None:
         _keep_rows(self._path, step, added)
@@ -63,93 +87,75 @@ class MetricsLog:
         self._file = self._path.open("a", newline="", encoding="utf-8", buffering=1)
         self._writer = csv.DictWriter(self._file, COLUMNS)
 
-    def _to_board(self, row: Mapping[str, Any], extra: Mapping[str, float] | None) -> None:
+    def _to_events(self, row: Mapping[str, Any], extra: Mapping[str, float] | None) -> None:
         for name, value in {**row, **(extra or {})}.items():
             if name not in ("step", "epoch") and value is not None:
-                self._board.scalar(name, value, row["step"])
+                self._events.write(scalar(name, value), row["step"])
 
     def write(self, row: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
-        """Keep the values of a step, named as in COLUMNS; `extra` goes to TensorBoard alone."""
-        try:
+        with self._writing():
             self._writer.writerow({name: _text(row.get(name)) for name in COLUMNS})
-            self._to_board(row, extra)
+            self._to_events(row, extra)
             if time.monotonic() >= self._flush_due:
                 self._flush_due = time.monotonic() + FLUSH_SECONDS
                 self.flush()
-        except OSError as error:
-            raise self._failure(error) from error
 
     def complete(self, values: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
-        """Add to the row of `values["step"]`, the last one that is kept; `extra` goes to TensorBoard alone."""
-        try:
+        with self._writing():
             self._file.close()
             self._open_rows(values["step"], {name: _text(values[name]) for name in COLUMNS if name in values})
-            self._to_board(values, extra)
-        except OSError as error:
-            raise self._failure(error) from error
+            self._to_events(values, extra)
 
     def picture(self, name: str, picture: np.ndarray, step: int) -> None:
-        """An RGB picture (rows, columns, 3) uint8 for TensorBoard."""
-        try:
-            self._board.picture(name, picture, step)
-        except OSError as error:
-            raise self._failure(error) from error
+        with self._writing():
+            self._events.write(image(name, picture, dataformats="HWC"), step)
 
     def flush(self) -> None:
-        """Bring everything to the disk, for who watches; into new files where they were removed meanwhile."""
-        try:
+        with self._writing():
             self._file.flush()
-            self._board.flush()
+            self._events.flush()
             if not self._path.exists():
                 self._file.close()
-                self._board.close()
+                self._events.close()
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._open(0)
                 self._say(f"{self._path} is gone, and the values so far with it; a new one goes on from here")
-        except OSError as error:
-            raise self._failure(error) from error
-
-    def __enter__(self) -> "MetricsLog":
-        return self
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with self._writing():
             self._file.close()
-            self._board.close()
+            self._events.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise self._failure(error) from error
-
-    def _failure(self, error: OSError) -> OutputError:
-        return OutputError(
-            f"{self._path}: cannot be written: {error.strerror or error}. Is the disk full or read-only?"
-        )
+            reason = error.strerror or error
+            raise OutputError(f"{self._path}: cannot be written: {reason}. Is the disk full or read-only?") from error
 
 
-class NoLog(MetricsLog):
-    """Keeps nothing: for the processes beside the first."""
+class EventWriter(EventsWriter):
+    """TensorBoard's file of a run; raises OSError where it cannot be written.
 
-    def __init__(self) -> None:
-        pass
+    The SummaryWriter of tensorboardX hands everything to a thread. A full disk ends that with a traceback, and the
+    training waits for ever to hand over the next value. purge_step: from here on values of earlier files do not count.
+    """
 
-    def write(self, row: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
-        """Nothing."""
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        super().__init__(str(folder / "events"))
+        if purge_step is not None:
+            start = SessionLog(status=SessionLog.START)
+            self.write_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
 
-    def complete(self, values: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
-        """Nothing."""
-
-    def picture(self, name: str, picture: np.ndarray, step: int) -> None:
-        """Nothing."""
-
-    def flush(self) -> None:
-        """Nothing."""
-
-    def __exit__(self, *_: object) -> None:
-        pass
+    def write(self, summary: Any, step: int) -> None:
+        """Write a summary of a step: a scalar, or a picture."""
+        self.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
 
 def _keep_rows(path: Path, step: int, added: Mapping[str, str] | None = None) -> None:
-    """Write the header and the rows up to a step, its own with what is `added`, in the place of the file: a run that is
-    killed here has either."""
+    """Replace the file by its header and rows up to a step, its own with what is `added`; a kill leaves either."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
@@ -171,49 +177,11 @@ def _text(value: Any) -> Any:
     return f"{value:.7g}" if isinstance(value, float) else "" if value is None else value
 
 
-@dataclass(frozen=True)
-class Shown:
-    """What the progress line tells of a step. memory: bytes used and there on the fullest device; waiting: share of
-    the time, 0 to 1, in which the loop waited for data."""
-
-    loss: float
-    lr: float
-    images_per_second: float | None = None
-    memory: tuple[int, int] | None = None
-    waiting: float | None = None
-
-    def __str__(self) -> str:
-        parts = [f"loss {self.loss:.4f}", f"lr {self.lr:.2e}"]
-        if self.images_per_second:
-            parts.append(f"{self.images_per_second:.3g} images/s")
-        if self.memory is not None:
-            used, there = (value / 2**30 for value in self.memory)
-            parts.append(f"GPU {used:.1f}/{there:.0f} GiB")
-        if self.waiting is not None:
-            parts.append(f"data wait {self.waiting:.0%}")
-        return "  ".join(parts)
-
-
-def device_memory(devices: Sequence[jax.Device]) -> tuple[int, int] | None:
-    """(largest use so far, limit) in bytes of the fullest device, None where the devices do not tell (CPUs)."""
-    stats = [found for device in devices if (found := device.memory_stats())]
-    pairs = [(s["peak_bytes_in_use"], s["bytes_limit"]) for s in stats if {"peak_bytes_in_use", "bytes_limit"} <= {*s}]
-    return max(pairs) if pairs else None
-
-
 class Display:
     """Progress of a training on the terminal; plain lines from time to time where it is not one."""
 
-    def __init__(
-        self,
-        console: Console,
-        total: int | None,
-        start: int = 0,
-        images_per_step: int = 1,
-        budget: TimeBudget | None = None,
-    ):
-        self.console, self.total, self.start, self.images = console, total, start, images_per_step
-        self.budget = budget
+    def __init__(self, console: Console, schedule: Schedule, start: int = 0, images_per_step: int = 1):
+        self.console, self.schedule, self.start, self.images = console, schedule, start, images_per_step
         self._times: deque[float] = deque(maxlen=32)
         self._line_due = 0.0
         self._bar: Progress | None = None
@@ -229,7 +197,8 @@ class Display:
                 TimeRemainingColumn(),
             )
             self._bar = Progress(*columns, console=self.console)
-            total = self.total if self.budget is None else self.budget.seconds
+            budget = self.schedule.budget
+            total = budget.seconds if budget.limited else self.schedule.total_steps
             self._task = self._bar.add_task("", total=total, values="")
             self._bar.update(self._task, completed=self._done(self.start))
             self._bar.start()
@@ -240,45 +209,62 @@ class Display:
             self._bar.stop()
 
     def say(self, text: str) -> None:
-        """One line as it is: paths may hold what rich would take for markup."""
+        """Print lines above the progress."""
         say(self.console, text)
 
     def tick(self, step: int) -> float | None:
-        """A step has ended now; returns images per second over the last ones, None until that can be said."""
+        """Note that a step has ended now; return images per second over the last ones, None before that is known."""
+        total = self.schedule.total_steps
         self._times.append(time.perf_counter())
         if len(self._times) < 2:
             return None
         rate = (len(self._times) - 1) / (self._times[-1] - self._times[0])
         # The first step compiles; the second and third say how long the rest takes.
-        if step - self.start == 4 and self.total is not None and step < self.total:
-            left = duration((self.total - step) / rate)
-            self.say(f"{rate * self.images:.2g} images/s: the {self.total - step} steps left take about {left}")
+        if step - self.start == 4 and total is not None and step < total:
+            left = duration((total - step) / rate)
+            self.say(f"{rate * self.images:.2g} images/s: the {total - step} steps left take about {left}")
         return rate * self.images
 
     def pause(self) -> None:
-        """What follows (validation) does not count as time of steps."""
+        """Leave what follows (validation) out of the time of steps."""
         self._times.clear()
 
-    def update(self, step: int, shown: Shown) -> None:
-        """Show how far the training is."""
-        count = f"step {step}" if self.total is None else f"step {step}/{self.total}"
-        values = f"{count}  {shown}"
+    def update(self, row: Mapping[str, Any], memory: tuple[int, int] | None = None) -> None:
+        """Show how far the training is. memory: bytes used and available on the fullest device."""
+        step, total, rate = row["step"], self.schedule.total_steps, row["images_per_second"]
+        parts = [f"step {step}" if total is None else f"step {step}/{total}"]
+        parts += [f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}"]
+        if rate:
+            parts.append(f"{rate:.3g} images/s")
+        if memory is not None:
+            used, limit = (value / 2**30 for value in memory)
+            parts.append(f"GPU {used:.1f}/{limit:.0f} GiB")
+        parts.append(f"data wait {row['data_wait']:.0%}")
+        values = "  ".join(parts)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done(step), values=values)
             return
         now = time.perf_counter()
-        if now >= self._line_due or step == self.total:
+        if now >= self._line_due or step == total:
             self._line_due = now + LINE_SECONDS
-            left = self._left(step, shown.images_per_second)
+            left = self._left(step, rate)
             self.say(values + ("" if left is None else f"  left {duration(left)}"))
 
     def _done(self, step: int) -> float:
-        return step if self.budget is None else self.budget.spent()
+        return self.schedule.budget.spent() if self.schedule.budget.limited else step
 
     def _left(self, step: int, rate: float | None) -> float | None:
-        if self.budget is not None:
-            return max(self.budget.left(), 0.0)
-        return (self.total - step) * self.images / rate if rate and self.total is not None else None
+        if self.schedule.budget.limited:
+            return max(self.schedule.budget.left(), 0.0)
+        total = self.schedule.total_steps
+        return (total - step) * self.images / rate if rate and total is not None else None
+
+
+def device_memory(devices: Sequence[jax.Device]) -> tuple[int, int] | None:
+    """(largest use so far, limit) in bytes of the fullest device, None where the devices do not tell (CPUs)."""
+    stats = [stats for device in devices if (stats := device.memory_stats())]
+    pairs = [(s["peak_bytes_in_use"], s["bytes_limit"]) for s in stats if {"peak_bytes_in_use", "bytes_limit"} <= {*s}]
+    return max(pairs) if pairs else None
 
 
 def dice_table(structures: Mapping[str, float], before: Mapping[str, float] | None = None) -> str:
@@ -289,3 +275,105 @@ def dice_table(structures: Mapping[str, float], before: Mapping[str, float] | No
         change = value - (before or {}).get(name, math.nan)
         lines.append(f"  {name:<{width}}  {value:.3f}" + (f"  {change:+.3f}" if math.isfinite(change) else ""))
     return "\n".join(lines)
+
+
+# --- The words about a run ---------------------------------------------------------------------------------------
+
+
+def start_lines(
+    setup: Setup, schedule: Schedule, parameters: int, devices: Sequence[jax.Device], checkpoint: Mapping | None
+) -> list[str]:
+    """Say what is about to be trained, on what and for how long. checkpoint: config.json of the one gone on from."""
+    patch = " x ".join(map(str, setup.patch_size))
+    held_out = f"{len(setup.val_cases)} to validate on" if setup.val_cases else "none to validate on"
+    names = ", ".join(setup.structures.values())
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return [
+        f"{setup.prepared.name}: {len(setup.train_cases)} cases to train on, {held_out}; {setup.properties.modality}",
+        f"{setup.model.out_chans} classes: background, {names}",
+        *label_lines(setup),
+        f"{parameters / 1e6:.2f} M parameters; patches of {patch}, {setup.global_batch} a step, {setup.precision}, "
+        f"on {len(devices)} x {devices[0].device_kind}{processes}",
+        str(schedule),
+        f"recipe {setup.flags.recipe}: {_ingredients(setup)}",
+        *setup.mirror_lines,
+        *_patient_lines(setup),
+        *(f"Note: {note}" for note in data_notes(setup)),
+        *([f"Resuming after step {checkpoint['step']}"] if checkpoint else []),
+    ]
+
+
+def _ingredients(setup: Setup) -> str:
+    used, optimizer = setup.recipe.ingredients(), setup.optimizer
+    parts = [f"{optimizer.name}, lr {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}"]
+    if optimizer.name != "SGD":
+        parts.append(f"eps {optimizer.eps:g}")
+    if optimizer.name == "SGD" and optimizer.momentum:
+        parts.append(f"momentum {optimizer.momentum}")
+    names = ("warmup_steps", "clip_norm", "ema_decay", "dropout", "deep_supervision", "class_balanced")
+    parts += [f"{name} {used[name]}" for name in names if used[name]]
+    if setup.augmentation is None:
+        parts.append("no augmentation")
+    else:
+        mirrors = [f"axis {axis}, {len(pairs)} pairs of labels swapped" for axis, pairs in setup.augmentation.mirror]
+        parts.append(f"mirrored along {'; '.join(mirrors)}" if mirrors else "not mirrored")
+    return ", ".join(parts)
+
+
+def data_notes(setup: Setup) -> tuple[str, ...]:
+    """Notes on the cases: those in no list of the split, and those on both sides of it."""
+    notes = outside_note(outside_split(setup.prepared))
+    if not setup.trained_on:
+        return notes
+    folders = [prepared.root.resolve() for prepared in (setup.prepared, setup.prepared_val) if prepared]
+    same = len(folders) == 2 and folders[0] == folders[1]
+    which = "--data_val is the folder of --data_train: " if same else ""
+    what = "are trained on too" if same else "are images that are trained on too"
+    text = f"{which}{len(setup.trained_on)} of {len(setup.val_cases)} cases to validate on {what}"
+    return (*notes, f"{text} ({listed(setup.trained_on)}); scores tell nothing of unseen cases")
+
+
+def _patient_lines(setup: Setup) -> tuple[str, ...]:
+    patients = {case.id: case.patient for case in setup.prepared.cases}
+    known = setup.prepared.patients is not None or any(case != patient for case, patient in patients.items())
+    return split_notes(patients, known, setup.train_cases, () if setup.prepared_val else setup.val_cases)
+
+
+def label_lines(setup: Setup) -> list[str]:
+    """A line on label values that are not 1, 2, 3, ..., as they are stored or in a folder of an earlier version."""
+    lines = []
+    if setup.prepared_val is not None and setup.val_values is not None:
+        left = [name for value, name in setup.prepared_val.labels.items() if value not in setup.val_values]
+        lines += [f"Note: {', '.join(left)} of --data_val: not trained, so background there"] if left else []
+    if setup.properties.values:
+        return [*lines, f"Labels: {describe_numbering(dict(setup.properties.values))}"]
+    largest = max(setup.structures)
+    if largest == len(setup.structures):
+        return lines
+    found = f"{largest - len(setup.structures)} output channels stand for no structure"
+    return [*lines, f"Note: {found}, as label values go up to {largest}; preprocess.py numbers them without gaps"]
+
+
+def end_lines(folder: Path, report: Mapping[str, Any]) -> list[str]:
+    """Say how a run ended and what to type next, by its run.json."""
+    best = report["best"]
+    lines = [f"{report['status']}: step {report['step']} after {duration(report['seconds'])}"]
+    if best is not None:
+        score = "" if best["val_dice"] is None else f", validation Dice {best['val_dice']:.4f}"
+        lines.append(f"Best: step {best['step']}{score}, in {folder / 'checkpoints' / 'best'}")
+    if report["exit_code"] in (130, 143):
+        lines.append("The same command with --resume continues")
+    elif best is not None:
+        lines.append(f"Next: {_infer_line([folder / 'checkpoints' / 'best'])}")
+    return lines
+
+
+def ensemble_line(checkpoints: Sequence[Path], members: int) -> str:
+    """Say what to type to segment with all networks together, as far as they came to a checkpoint."""
+    line = f"{len(checkpoints)} of {members} networks have a checkpoint. "
+    line = "All together: " if len(checkpoints) == members else line
+    return line + _infer_line(checkpoints) if checkpoints else line
+
+
+def _infer_line(checkpoints: Sequence[Path]) -> str:
+    return command_line("infer", "--data_path", "SCANS", "--model_path", *checkpoints, "--output_dir", "PRED")

@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 
 from mambahome_jax.config import (
     MODEL_SIZES,
+    AnatomicalAxis,
     DataProperties,
     Mirror,
     MirrorPairs,
@@ -23,17 +26,29 @@ from mambahome_jax.config import (
     said_multiples,
 )
 from mambahome_jax.datasets.prepared import DESCRIPTION, Prepared, split_cases
-from mambahome_jax.datasets.structures import AXES, axis_along, match_structures
+from mambahome_jax.datasets.structures import (
+    AXES,
+    FEWEST_VOXELS,
+    Shape,
+    axis_along,
+    choose_swaps,
+    match_structures,
+    mirror_pairs,
+    shape_of,
+    sides,
+)
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.patches.ranges import training_ranges
-from mambahome_jax.patches.store import Store
+from mambahome_jax.patches.store import CRC_LETTERS, Store, StoreEntry
 from mambahome_jax.recipes import AugmentationConfig, OptimizerConfig, Recipe, given_ingredients, resolve
 from mambahome_jax.support.devices import default_precision
-from mambahome_jax.training.data import case_digests, trained_on
-from mambahome_jax.training.mirrors import choose_mirrors
+from mambahome_jax.weights.checkpoint import read_checkpoint_config
 
 GPU_WORKERS = 4
+# Cases whose label maps are looked at; reading the positions of two structures takes some milliseconds a case.
+_CASES = 20
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,7 @@ class Setup:
     images are trained on too. digests: see `case_digests`, of "train" and of all of "val".
     """
 
+    flags: TrainConfig
     prepared: Prepared
     prepared_val: Prepared | None
     train_cases: tuple[str, ...]
@@ -134,6 +150,7 @@ def make_setup(
     augmentation = make_augmentation(recipe, prepared, structures, mirrors=mirrors)
     mirrored = {axis for axis, _ in augmentation.mirror} if augmentation else set()
     return Setup(
+        flags=config,
         prepared=prepared,
         prepared_val=prepared_val,
         train_cases=train,
@@ -174,9 +191,9 @@ def make_setup(
     )
 
 
-def training_settings(config: TrainConfig, setup: Setup) -> dict[str, Any]:
+def training_settings(setup: Setup) -> dict[str, Any]:
     """The settings that change the result of a run: a resumed one has to agree with them."""
-    optimizer = setup.optimizer
+    config, optimizer = setup.flags, setup.optimizer
     return {
         "train_cases": f"{len(setup.train_cases)} with digest {_digest(setup.train_cases)}",
         "patch_size": setup.patch_size,
@@ -364,3 +381,108 @@ def _workers(config: TrainConfig) -> int:
     if config.num_workers is not None:
         return config.num_workers
     return GPU_WORKERS if jax.default_backend() == "gpu" else 0
+
+
+# --- Mirrors ---
+
+
+def choose_mirrors(
+    axes: Sequence[AnatomicalAxis | str], prepared: Prepared, structures: Mapping[int, str], explicit: bool
+) -> tuple[tuple[Mirror, ...], tuple[str, ...]]:
+    """The mirrors of a training and what to say of them.
+
+    Every labelled case but those of the test split is looked at, so that networks which hold out others agree.
+    Raises ConfigError where a side has no counterpart among the labels and the axis was asked for (`explicit`); that of
+    a recipe is left out then, and said.
+    """
+    mirrors: list[Mirror] = []
+    lines: list[str] = []
+    for name in axes:
+        if name == "none":
+            continue
+        pairs, alone = sides(structures, name)
+        if alone and explicit:
+            mirror_pairs(structures, name)
+        if alone:
+            lines.append(f"Not mirrored along {name}: the labels have no counterpart of {', '.join(alone)}")
+            continue
+        axis = axis_along(name, prepared.orientation)
+        swapped, more = choose_swaps(structures, pairs, _shapes(prepared, pairs), axis)
+        mirrors.append((axis, swapped))
+        lines += more
+    return tuple(mirrors), tuple(lines)
+
+
+def recorded_mirrors(run: Path) -> tuple[Mirror, ...]:
+    """The mirrors that an earlier part of the run trained with, by its last checkpoint. Raises CheckpointError."""
+    found = read_checkpoint_config(run / "checkpoints" / "last").get("training", {}).get("mirror", ())
+    return tuple((axis, tuple((one, other) for one, other in pairs)) for axis, pairs in found)
+
+
+def _shapes(prepared: Prepared, pairs: Sequence[Pair]) -> dict[Pair, list[tuple[Shape, Shape]]]:
+    """The shapes of both structures of each pair, in up to _CASES cases that have both."""
+    if not pairs:
+        return {}
+    store = Store(prepared.store)
+    usable = [case.id for case in prepared.cases if case.label is not None and case.split != "test"]
+    counts = {case: store.entry(case).foreground_counts for case in usable}
+    chosen: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        both = [case for case in usable if min(counts[case].get(value, 0) for value in pair) >= FEWEST_VOXELS]
+        for index in np.unique(np.linspace(0, len(both) - 1, min(len(both), _CASES)).astype(int)):
+            chosen[both[index]].append(pair)
+    shapes = defaultdict(list)
+    for case, those in chosen.items():
+        spacing = store.entry(case).spacing
+        for pair in those:
+            one, other = (shape_of(store.class_positions(case, v), counts[case][v], spacing) for v in pair)
+            shapes[pair].append((one, other))
+    return shapes
+
+
+# --- What tells the data of a case from other data ---
+
+
+def case_digests(prepared: Prepared, cases: Sequence[str]) -> dict[str, str]:
+    """{case: what tells its data from other data}, read off the store's index: grid, intensities, voxels a class, and
+    a checksum of all voxels, which stores of earlier versions lack."""
+    store = Store(prepared.store)
+    return {case: _case_digest(store.entry(case)) for case in cases}
+
+
+def trained_on(train: Iterable[StoreEntry], val: Iterable[StoreEntry]) -> list[str]:
+    """Ids of those in `val` whose image is that of a case in `train`, or was made of the same files, whatever the two
+    are called."""
+    train, val = list(train), list(val)
+    # Where a store of an earlier version has none, intensities to the last digit have to do.
+    checksums = all(entry.checksum for entry in (*train, *val))
+    known = {_image_key(entry, checksums) for entry in train}
+    files = {content for entry in train if (content := _files(entry))}
+    return [entry.id for entry in val if _image_key(entry, checksums) in known or _files(entry) in files]
+
+
+def _image_key(entry: StoreEntry, checksum: bool) -> str:
+    return digest_of(
+        [entry.shape, entry.channels, _intensities(entry), entry.checksum[:CRC_LETTERS] if checksum else ""]
+    )
+
+
+def _files(entry: StoreEntry) -> str | None:
+    """Digest of the files that a case was made of, at whatever spacing; None where an earlier version made it."""
+    sources = entry.fingerprint.get("sources")
+    return sources.get("content") if isinstance(sources, Mapping) else None
+
+
+def _intensities(entry: StoreEntry) -> list[tuple[float, ...]]:
+    found = entry.statistics
+    return [found.mean, found.std, found.minimum, found.maximum]
+
+
+def _case_digest(entry: StoreEntry) -> str:
+    counts = None if entry.class_counts is None else sorted(entry.class_counts.items())
+    grid = [entry.shape, entry.channels, entry.spacing, entry.affine, entry.modality]
+    return f"{digest_of([grid, _intensities(entry), counts, entry.labelled])}:{entry.checksum}"
+
+
+def digest_of(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]

@@ -10,7 +10,7 @@ from mambahome_jax.config import Strategy
 
 AXIS = "data"
 # Below this number of elements the messages of splitting an array cost more than its memory. The optimizer joins arrays
-# below it (grouping.py).
+# below it.
 SMALLEST_SPLIT = 2**17
 Tree = TypeVar("Tree")
 
@@ -54,8 +54,8 @@ def _spec(shape: tuple[int, ...], devices: int, strategy: Strategy) -> Partition
     return PartitionSpec(*(AXIS if axis == largest else None for axis in range(len(shape))))
 
 
-def put_tree(tree: Any, shardings: Any) -> Any:
-    """Host values, or arrays of one process that all processes have alike, to where they belong."""
+def device_put_tree(tree: Any, shardings: Any) -> Any:
+    """Place host values (identical in every process) on devices according to `shardings`."""
 
     def put(value: Any, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable:

@@ -1,4 +1,4 @@
-"""One training step, compiled: augmentation, loss, gradient, update. Knows no files."""
+"""One training step, compiled: augmentation, loss, gradient, update. Knows no files and no schedule."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from mambahome_jax.model.layers import ChannelDropout
 from mambahome_jax.recipes import AugmentationConfig
 from mambahome_jax.support.devices import compiler_options
 from mambahome_jax.training.augmentation import augment, augment_labelled
-from mambahome_jax.training.deep_supervision import network_params
-from mambahome_jax.training.grouping import group
-from mambahome_jax.training.losses import LossFunction
-from mambahome_jax.training.optimizer import Optimizer, is_encoder
-from mambahome_jax.training.sharding import put_tree, replicated, tree_sharding
+from mambahome_jax.training.losses import LossFunction, network_params
+from mambahome_jax.training.optimizer import group, is_encoder
+from mambahome_jax.training.sharding import device_put_tree, replicated, tree_sharding
 
 Batch = dict[str, jax.Array]
+# (state, batch, learning rate) -> (state, metrics)
+TrainStep = Callable[..., tuple["TrainState", dict[str, jax.Array]]]
 _DROPOUT_KEY = 1 << 30  # beyond any sample of a batch, from whose places augmentation draws
 
 
@@ -43,33 +43,29 @@ def deployed_params(state: TrainState) -> Any:
     return network_params(state.params) if state.ema is None else state.ema
 
 
-def abstract_state(params: Any, optimizer: Optimizer, ema: bool = False) -> TrainState:
-    """Shapes and dtypes of a state, from those of its parameters: what a checkpoint is restored into."""
-    return jax.eval_shape(lambda p: _start(p, optimizer, ema), params)
-
-
-def _start(params: Any, optimizer: Optimizer, ema: bool) -> TrainState:
+def _new_state(params: Any, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
     average = jax.tree.map(jnp.copy, network_params(params)) if ema else None
     return TrainState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), optimizer.init(params), average)
 
 
+def abstract_state(params: Any, optimizer: optax.GradientTransformation, ema: bool = False) -> TrainState:
+    """Shapes and dtypes of a state, from those of its parameters: what a checkpoint is restored into."""
+    return jax.eval_shape(lambda p: _new_state(p, optimizer, ema), params)
+
+
 def init_state(
-    params: Any, optimizer: Optimizer, mesh: Mesh, strategy: Strategy = "ddp", ema: bool = False
+    params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, strategy: Strategy = "ddp", ema: bool = False
 ) -> TrainState:
     """State before the first step. The parameters are copied, as each step gives its state's memory to the next."""
-
-    def start(params: Any) -> TrainState:
-        return _start(params, optimizer, ema)
-
     shardings = tree_sharding(abstract_state(params, optimizer, ema), mesh, strategy)
     # Split before the state is made of them: no device holds a whole one.
-    params = put_tree(params, shardings.params)
-    return jax.jit(start, out_shardings=shardings)(params)
+    params = device_put_tree(params, shardings.params)
+    return jax.jit(lambda p: _new_state(p, optimizer, ema), out_shardings=shardings)(params)
 
 
 def make_train_step(
     graphdef: nnx.GraphDef,
-    optimizer: Optimizer,
+    optimizer: optax.GradientTransformationExtraArgs,
     loss_fn: LossFunction,
     mesh: Mesh,
     seed: int,
@@ -78,32 +74,30 @@ def make_train_step(
     ema_decay: float = 0.0,
     freeze_encoder: bool = False,
     dropout: float = 0.0,
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """jit of (state, batch, fraction=None) -> (state, metrics): batch split over `data`, state donated.
+) -> TrainStep:
+    """Compile (state, batch, rate) -> (state, metrics): batch split over `data`, state donated.
 
     Args:
-        graphdef: of the model, `nnx.split(model)[0]`; model((b, D, H, W, in)) -> logits (b, D, H, W, classes), with
-            dropout model(x, ChannelDropout).
+        graphdef: `nnx.split(model)[0]`; model((b, D, H, W, in)) -> what loss_fn takes, with dropout
+            model(x, ChannelDropout).
         loss_fn: (logits, labels (b, D, H, W) integer) -> scalar, a mean over the batch; a batch with "labelled"
             (b, classes) gives it that as the third argument.
-        seed: of augmentation and dropout; their key is fold_in(key(seed), step), so that nothing but the step is to be
-            stored. An argument of the compiled program, so that the compilation cache has it for every seed.
-        augmentation: None for none.
-        ema_decay: of the moving average, in a state that has one; less in the first steps, see `average_decay`.
+        seed: of augmentation and dropout, whose key is fold_in(key(seed), step). An argument of the compiled program,
+            so that the compilation cache has it for every seed; see `with_seed`.
+        ema_decay: of the moving average, in a state that has one; see `average_decay`.
         freeze_encoder: no gradient reaches the parameters under "encoder", whose backward pass is left out.
         dropout: rate of the ChannelDropout; 0: the model is called without one.
 
-    With `fraction`, float32 scalar, the part of a time budget that is spent, the learning rate follows that instead of
-    the step. The batch is {"image": (b, D, H, W, in), "label": (b, D, H, W)}. Metrics are scalars of this step: loss
-    and grad_norm before its update, update_norm, and the lr used.
+    Returns:
+        the step. Its batch is {"image": (b, D, H, W, in), "label": (b, D, H, W)}; `rate` is the learning rate. Metrics
+        are scalars: loss and grad_norm before the update, update_norm, lr.
     """
 
-    def gradient(state: TrainState, batch: Batch, seeded: jax.Array | None) -> Any:
+    def loss_and_gradient(state: TrainState, batch: Batch, seeded: jax.Array | None) -> Any:
         image, label = batch["image"], batch["label"]
         labelled: tuple[jax.Array, ...] = (batch["labelled"],) if "labelled" in batch else ()
         drop: tuple[ChannelDropout, ...] = ()
-        if augmentation is not None or dropout:
-            assert seeded is not None
+        if seeded is not None:
             key = jax.random.fold_in(jax.random.wrap_key_data(seeded), state.step)
         if dropout:
             drop = (ChannelDropout(jax.random.fold_in(key, _DROPOUT_KEY), dropout),)
@@ -121,11 +115,10 @@ def make_train_step(
         return jax.value_and_grad(objective)(state.params)
 
     def train_step(
-        state: TrainState, batch: Batch, fraction: jax.Array | None = None, *, seeded: jax.Array | None = None
+        state: TrainState, batch: Batch, rate: jax.Array, *, seeded: jax.Array | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, grads = gradient(state, batch, seeded)
-        timed = {} if fraction is None else {"fraction": fraction}
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **timed)
+        loss, grads = loss_and_gradient(state, batch, seeded)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, rate=rate)
         params, average = optax.apply_updates(state.params, updates), state.ema
         if average is not None:
             rest = 1 - average_decay(ema_decay, state.step + 1)
@@ -134,7 +127,7 @@ def make_train_step(
             "loss": loss,
             "grad_norm": optax.tree.norm(group(grads)),
             "update_norm": optax.tree.norm(group(updates)),
-            "lr": optimizer.schedule(state.step, fraction),
+            "lr": rate,
         }
         new = TrainState(state.step + 1, params, opt_state, average)
         new = jax.lax.with_sharding_constraint(new, tree_sharding(new, mesh, strategy))
@@ -148,15 +141,14 @@ def make_train_step(
     return with_seed(partial(compiled), seed, mesh)
 
 
-def with_seed(train_step: Callable, seed: int, mesh: Mesh) -> Callable:
+def with_seed(train_step: TrainStep, seed: int, mesh: Mesh) -> TrainStep:
     """A step of make_train_step, compiled or not, with another seed; one that draws nothing as it is."""
     if not isinstance(train_step, partial):
         return train_step
-    seeded = put_tree(np.asarray(jax.random.key_data(jax.random.key(seed))), replicated(mesh))
+    seeded = device_put_tree(np.asarray(jax.random.key_data(jax.random.key(seed))), replicated(mesh))
     return partial(train_step.func, seeded=seeded)
 
 
 def average_decay(decay: float, updates: jax.Array) -> jax.Array:
-    """Decay of the moving average after so many updates: (1 + n) / (10 + n) until that exceeds `decay`, so that the
-    initial values are soon forgotten."""
+    """Decay of the moving average: (1 + n) / (10 + n) up to `decay`, so that initial values are soon forgotten."""
     return jnp.minimum(decay, (1 + updates) / (10 + updates))

@@ -23,8 +23,24 @@ from mambahome_jax.inference.targets import Labels
 from mambahome_jax.inference.tiled import Replica, Slab, Stitching, Tiling, predict_tiled
 from mambahome_jax.patches.store import Store, StoreEntry
 from mambahome_jax.training.distributed import gather
-from mambahome_jax.training.loop import Validation
 from mambahome_jax.training.sharding import copy_to
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean Dice over structures, nan where no case had any, and that of each structure."""
+
+    dice: float
+    structures: Mapping[str, float]
+    failures: tuple[tuple[str, str], ...] = ()
+    seconds_again: float | None = None
+    """How long the same would take once more, where that is known: the first one compiles."""
+    picture: np.ndarray | None = None
+    """RGB (rows, columns, 3) uint8 of a case, the same one each time."""
+
+
+# (params, asked to stop?) -> result, or None where it was interrupted
+Validate = Callable[[Any, Callable[[], bool]], Validation | None]
 
 
 @dataclass(frozen=True)
@@ -41,9 +57,7 @@ class ValidationSettings:
     values: Mapping[int, int] | None = None
 
 
-def make_validate(
-    graphdef: nnx.GraphDef, store: Store, settings: ValidationSettings, device: jax.Device
-) -> Callable[[Any, Callable[[], bool]], Validation | None]:
+def make_validate(graphdef: nnx.GraphDef, store: Store, settings: ValidationSettings, device: jax.Device) -> Validate:
     """A function (params, asked to stop?) -> Validation, None when it was asked to stop on the way.
 
     With several processes each takes every so-manieth case, and all get the same result; device: one of this process.

@@ -100,7 +100,7 @@ def test_training_and_inference_see_the_same(config):
     flags = TrainConfig(config.output_path, model="MambaHoME_tiny", steps=3)
     setup = make_setup(flags, prepared, None, devices=1)
     assert setup.properties.ct_normalisation == prepared.ct_normalisation
-    resumed = json.loads(json.dumps(training_settings(flags, setup)))
+    resumed = json.loads(json.dumps(training_settings(setup)))
     assert CtScale.from_json(resumed["ct_scale"]) == prepared.ct_normalisation
     properties = DataProperties.from_json(json.loads(json.dumps(setup.properties.to_json())))
     assert properties == setup.properties

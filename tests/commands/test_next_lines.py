@@ -4,12 +4,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from mambahome_jax import cli
 from mambahome_jax.commands import check, evaluate, infer, preprocess, report
 from mambahome_jax.flags import CheckConfig, EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig
-from mambahome_jax.training.report import say_end, say_ensemble
+from mambahome_jax.training.progress import end_lines, ensemble_line
 from tests.commands.scans import preprocess_config
 from tests.faults.fuzz_worker import PROPERTIES
 from tests.inference.models import Levels
@@ -54,10 +53,11 @@ def test_from_check_to_report(home, capsys):
 
 def test_from_train_to_infer(tmp_path, capsys):
     folder = tmp_path / "my run"
-    ended = {"status": "finished", "step": 3, "seconds": 1.0, "best": {"step": 3, "val_dice": None}}
-    say_end(folder, ended, 0, Console())
+    best = {"step": 3, "val_dice": None}
+    ended = {"status": "finished", "exit_code": 0, "step": 3, "seconds": 1.0, "best": best}
+    print("\n".join(end_lines(folder, ended)))
     command, config = following(capsys)
     assert (command, config.model_path) == ("infer", folder / "checkpoints/best")
-    say_ensemble([folder / "a", folder / "b c"], 2, Console())
+    print(ensemble_line([folder / "a", folder / "b c"], 2))
     command, config = following(capsys)
     assert (command, config.model_path) == ("infer", (folder / "a", folder / "b c"))

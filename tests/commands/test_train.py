@@ -22,9 +22,9 @@ from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.imaging.volume import Volume, write_volume
 from mambahome_jax.patches.store import StoreEntry, write_case, write_index
 from mambahome_jax.recipes import AugmentationConfig, Recipe
-from mambahome_jax.training import loop
+from mambahome_jax.training import train as training
 from mambahome_jax.training.losses import dice_ce
-from mambahome_jax.training.report import dataset_fingerprint, git_state
+from mambahome_jax.training.runs import dataset_fingerprint, git_state
 from mambahome_jax.training.setup import (
     choose_patch,
     labelled_classes,
@@ -51,7 +51,7 @@ def _small(monkeypatch):
 
 
 def small_networks(monkeypatch):
-    monkeypatch.setattr(command, "MambaHoME", StandIn)
+    monkeypatch.setattr(training, "MambaHoME", StandIn)
     size = MODEL_SIZES["MambaHoME_tiny"]
     monkeypatch.setitem(
         MODEL_SIZES, "MambaHoME_tiny", ModelSize(size.model, lr=1e-2, eps=1e-8, strong_lr=1e-2, patch_size=(32, 16, 16))
@@ -137,15 +137,15 @@ def test_a_run_writes_what_the_design_promises(tmp_path, capsys):
 def test_stop_and_resume_give_the_bits_of_a_straight_run(tmp_path, monkeypatch):
     data = _dataset(tmp_path / "data")
     assert command.run(_config(data, tmp_path / "straight", steps=6, val_every=3)) == 0
-    fetch, count = loop._Run.fetch, [0]
+    put, count = training.put_batch, [0]
 
-    def stopping(run, batches):
+    def stopping(batch, mesh):
         count[0] += 1
         if count[0] == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        return fetch(run, batches)
+        return put(batch, mesh)
 
-    monkeypatch.setattr(loop._Run, "fetch", stopping)
+    monkeypatch.setattr(training, "put_batch", stopping)
     config = _config(data, tmp_path / "run", steps=6, val_every=4)
     assert command.run(config) == 143
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "stopped by a signal"
@@ -296,7 +296,7 @@ def test_classes_that_a_case_s_dataset_never_labelled_reach_the_loss(tmp_path, m
         jax.debug.callback(lambda values: seen.append(np.asarray(values).tolist()), labelled)
         return dice_ce(logits, labels, labelled, **options)
 
-    monkeypatch.setattr(command, "dice_ce", loss)
+    monkeypatch.setattr(training, "dice_ce", loss)
     assert command.run(_config(prepared.root, tmp_path / "run", steps=2, augment=False)) == 0
     jax.effects_barrier()
     # An epoch of two steps holds each of the four cases once.

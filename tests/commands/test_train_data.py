@@ -13,9 +13,10 @@ from mambahome_jax.datasets.prepared import read_prepared, write_prepared
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.patches.store import Store, write_case, write_index
-from mambahome_jax.training.data import case_digests, data_differences, data_summary
-from mambahome_jax.training.report import data_notes, new_report
-from mambahome_jax.training.setup import make_setup
+from mambahome_jax.training.checkpoints import data_differences, data_summary
+from mambahome_jax.training.progress import data_notes
+from mambahome_jax.training.runs import new_report
+from mambahome_jax.training.setup import case_digests, make_setup
 from tests.commands.scans import preprocess_config
 from tests.commands.test_train import _config, _dataset, _small, small_networks  # noqa: F401
 
@@ -233,5 +234,5 @@ def test_cases_in_no_list_of_the_split_are_said_and_reported(tmp_path):
     describe(data, cases=tuple(dataclasses.replace(case, in_split=case.id != "c2") for case in cases))
     setup, notes = said(data)
     assert notes == ("cases in no list of the dataset's split, not trained on (1): c2",)
-    report = new_report(tmp_path, _config(data, None), setup, [])["data"]
+    report = new_report(tmp_path, setup, [])["data"]
     assert report["outside_split"] == ["c2"] and report["train"] == ["c0", "c1", "c3"]

@@ -13,7 +13,7 @@ from mambahome_jax.datasets.structures import match_structures
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing import dataset as preprocessing
-from mambahome_jax.training.report import label_lines
+from mambahome_jax.training.progress import label_lines
 from mambahome_jax.training.setup import make_setup
 from tests.commands.scans import preprocess_config, scan, write
 

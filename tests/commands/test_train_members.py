@@ -1,5 +1,6 @@
 """Several networks in one training command."""
 
+import csv
 import dataclasses
 import json
 
@@ -12,7 +13,9 @@ from mambahome_jax.datasets.prepared import read_prepared, write_prepared
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.volume import Volume, write_volume
 from mambahome_jax.support.files import jsonable
-from mambahome_jax.training import members
+from mambahome_jax.training import runs
+from mambahome_jax.training import train as training
+from mambahome_jax.training.runs import TrainResult
 from mambahome_jax.weights.checkpoint import read_checkpoint_params
 from tests.commands.test_train import SHAPE, _config, _dataset, _scan, _small  # noqa: F401
 
@@ -20,8 +23,8 @@ from tests.commands.test_train import SHAPE, _config, _dataset, _scan, _small  #
 @pytest.fixture
 def made(monkeypatch):
     """One entry for each training step that was made anew."""
-    made, make = [], command.make_train_step
-    monkeypatch.setattr(command, "make_train_step", lambda *args, **named: made.append(1) or make(*args, **named))
+    made, make = [], training.make_train_step
+    monkeypatch.setattr(training, "make_train_step", lambda *args, **named: made.append(1) or make(*args, **named))
     return made
 
 
@@ -80,7 +83,7 @@ def test_resume_leaves_finished_networks_as_they_are(tmp_path, capsys):
         command.run(dataclasses.replace(config, members=0))
 
 
-def test_a_network_with_another_schedule_has_a_step_of_its_own(tmp_path, made):
+def test_a_network_with_another_schedule_follows_its_own_with_the_same_step(tmp_path, made):
     """With patients of several scans the seed decides how many cases an epoch has."""
     root = _dataset(tmp_path / "data", val=())
     prepared = read_prepared(root)
@@ -88,9 +91,17 @@ def test_a_network_with_another_schedule_has_a_step_of_its_own(tmp_path, made):
     write_prepared(dataclasses.replace(prepared, cases=tuple(cases)))
     config = _config(root, tmp_path / "run", steps=None, val_every=None, epochs=2, hold_out=3, members=4)
     assert command.run(dataclasses.replace(config, batch_size=1)) == 0
-    reports = [_report(tmp_path / "run" / f"member_{n}")["training"] for n in range(4)]
-    schedules = {(report["t_max"], report["steps_per_period"]) for report in reports}
-    assert len(made) == len(schedules) > 1
+    assert len(made) == 1, "the schedule is no part of the program"
+    schedules = set()
+    for number in range(4):
+        report = _report(tmp_path / "run" / f"member_{number}")["training"]
+        steps, periods = report["steps_per_period"], report["t_max"]
+        with (tmp_path / "run" / f"member_{number}" / "metrics.csv").open() as file:
+            rates = [float(row["lr"]) for row in csv.DictReader(file)]
+        passed = np.arange(len(rates)) // steps / periods
+        np.testing.assert_allclose(rates, report["lr"] * (1 + np.cos(np.pi * passed)) / 2, rtol=1e-6)
+        schedules.add((steps, periods, len(rates)))
+    assert len(schedules) > 1
 
 
 def test_data_that_is_not_preprocessed_is_stored_once(tmp_path):
@@ -115,15 +126,15 @@ def test_networks_without_a_checkpoint_are_not_named(tmp_path, capsys):
 def test_networks_share_what_is_left_and_a_signal_ends_them_all(tmp_path, monkeypatch, capsys):
     now, calls = [100.0], []
 
-    def one(folder, config, begun, console, shared):
-        calls.append((folder.name, config.max_minutes, config.seed, begun, shared.seconds, shared.parts))
+    def one(folder, config, clock, *_):
+        calls.append((folder.name, config.max_minutes, config.seed, *clock))
         now[0] += 150.0
-        return (0, 1, 143)[len(calls) - 1]
+        return TrainResult(folder, "ended", (0, 1, 143)[len(calls) - 1])
 
-    monkeypatch.setattr(members.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(command, "_run", one)
+    monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(runs, "_train_one", one)
     config = _config(tmp_path, tmp_path / "run", steps=None, max_minutes=8.0, members=4)
-    assert command.run(config, begun=95.0) == 143
+    assert command.run(config, 95.0) == 143
     assert calls == [
         ("member_0", 2.0, 0, 95.0, 480.0, 4),
         ("member_1", 2.0, 1, 250.0, 325.0, 3),

@@ -12,8 +12,7 @@ from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.inference.mirrors import mirrors_for
 from mambahome_jax.patches.store import StoreEntry, write_case, write_index
-from mambahome_jax.training.mirrors import choose_mirrors, recorded_mirrors
-from mambahome_jax.training.setup import make_setup
+from mambahome_jax.training.setup import choose_mirrors, make_setup, recorded_mirrors
 
 SHAPE = (48, 16, 16)
 KIDNEYS = {1: "left kidney", 2: "right kidney"}

@@ -16,6 +16,7 @@ from mambahome_jax.commands import train as command
 from mambahome_jax.config import MODEL_SIZES, ModelSize
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.flags import TrainConfig
+from mambahome_jax.training import train as training
 from mambahome_jax.training.distributed import gather, join_processes, launched_as_several, require_same
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
 from tests.commands.test_train import StandIn, _dataset
@@ -36,7 +37,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr(command, "MambaHoME", StandIn)
+    monkeypatch.setattr(training, "MambaHoME", StandIn)
     size = MODEL_SIZES["MambaHoME_tiny"]
     monkeypatch.setitem(
         MODEL_SIZES, "MambaHoME_tiny", ModelSize(size.model, lr=1e-2, eps=1e-8, strong_lr=1e-2, patch_size=(32, 16, 16))

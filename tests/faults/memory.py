@@ -14,7 +14,7 @@ from typing import Any
 
 from mambahome_jax.commands import infer, train
 from mambahome_jax.flags import InferConfig, TrainConfig
-from mambahome_jax.training import loop
+from mambahome_jax.training import train as training
 from tests.commands.scans import scan, write
 from tests.commands.test_train import StandIn, _dataset
 from tests.faults.fuzz_worker import PROPERTIES, resident
@@ -46,14 +46,14 @@ def over_cases(folder: Path, count: int, sizes: int) -> list[int]:
 def over_steps(folder: Path, count: int) -> list[int]:
     """Resident kilobytes at each of `count` steps of `train`, with a validation and checkpoint every twentieth."""
     seen: list[int] = []
-    train.MambaHoME = StandIn  # type: ignore[misc, assignment]
-    fetch = loop._Run.fetch
+    training.MambaHoME = StandIn  # type: ignore[misc, assignment]
+    put = training.put_batch
 
-    def noted(run: Any, batches: Any) -> Any:
+    def noted(batch: Any, mesh: Any) -> Any:
         seen.append(resident("VmRSS"))
-        return fetch(run, batches)
+        return put(batch, mesh)
 
-    loop._Run.fetch = noted  # type: ignore[method-assign]
+    training.put_batch = noted
     sizes = {"model": "MambaHoME_tiny", "patch_size": (32, 16, 16), "batch_size": 1, "parallel": False}
     settings = {"steps": count, "val_every": max(count // 20, 1), **sizes}
     assert train.run(TrainConfig(_dataset(folder / "data"), output_dir=folder / "run", **settings)) == 0

@@ -12,8 +12,7 @@ from mambahome_jax.config import MODEL_SIZES, ModelConfig, grids_for, patch_and_
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.model.layers import conv3d
 from mambahome_jax.model.network import MambaHoME
-from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels
-from mambahome_jax.training.losses import dice_ce
+from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce
 from mambahome_jax.weights.weights import Weights, _leaves, dotted, export_official, read_weights, write_weights
 
 TINY = MODEL_SIZES["MambaHoME_tiny"].model.replace(out_chans=3)

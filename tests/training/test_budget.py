@@ -3,19 +3,17 @@
 import contextlib
 import io
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
 from mambahome_jax.recipes import OptimizerConfig
-from mambahome_jax.training.budget import TimeBudget
-from mambahome_jax.training.loop import Parts, Plan, Progressed, Validation, train
-from mambahome_jax.training.optimizer import make_schedule
-from mambahome_jax.training.progress import Display, MetricsLog
+from mambahome_jax.training.progress import Display, FileLog
+from mambahome_jax.training.schedule import Schedule, TimeBudget, learning_rate
+from mambahome_jax.training.train import Feed, Run, train
+from mambahome_jax.training.validation import Validation
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
-from tests.training.test_loop import CASES, MESH, STEP, Batches, _state
+from tests.training.test_loop import CASES, CONFIG, MESH, STEP, Batches, _state
 
 
 class Clock:
@@ -37,7 +35,6 @@ def _run(
     saving=0.0,
     spent_before=0.0,
     to_first_step=None,
-    progressed=None,
     val_every=None,
 ):
     """A run in which each step, validation, saving takes so long: clock, rates, times of validations, progress.
@@ -47,9 +44,9 @@ def _run(
     folder.mkdir(exist_ok=True)
     clock, rates, validated, saved = Clock(5.0), [], [], []
 
-    def train_step(state, batch, fraction):
+    def train_step(state, batch, rate):
         clock.now += step + (0 if rates else compile_time)
-        state, metrics = STEP(state, batch, fraction)
+        state, metrics = STEP(state, batch, rate)
         rates.append(float(metrics["lr"]))
         return state, metrics
 
@@ -71,21 +68,21 @@ def _run(
 
     own = val_every is None
     budget = SlowDisk(seconds, 5.0, spent_before, to_first_step, own_validations=own, clock=clock)
-    progressed = progressed or Progressed()
-    plan = Plan(None, steps_per_epoch=2, val_every=val_every, budget=budget)
-    with MetricsLog(folder) as log, Display(Console(file=io.StringIO()), None, budget=budget) as display:
-        validate_ = None if validation is None else validate
-        parts = Parts(train_step, MESH, CASES, validate_, folder, {"model": {}, "training": {}}, log, display)
-        train(_state(), Batches(), parts, plan, progressed)
-    return clock.now - 5.0, rates, saved if validation is None else validated, progressed
+    schedule = Schedule(CONFIG, None, steps_per_epoch=2, val_every=val_every, budget=budget)
+    display = Display(Console(file=io.StringIO()), schedule)
+    run = Run(folder, {"model": {}, "training": {}}, schedule, display)
+    run.validate = None if validation is None else validate
+    with FileLog(folder) as run.log, display:
+        train(_state(), Feed(Batches(), MESH, CASES), train_step, run)
+    return clock.now - 5.0, rates, saved if validation is None else validated, run
 
 
 def test_the_run_ends_in_time_with_a_validation_of_its_last_step(tmp_path):
-    end, rates, validated, progressed = _run(tmp_path, seconds=1000, compile_time=100)
+    end, rates, validated, run = _run(tmp_path, seconds=1000, compile_time=100)
     assert 930 <= end <= 1000
     # The first one at a fifth of the time for training, the last at the end; 40 s each.
     assert len(validated) >= 2 and 300 <= validated[0] <= 360 and validated[-1] == end
-    assert progressed.validated_until == progressed.step == len(rates)
+    assert run.validated_until == run.step == len(rates)
     for name in ("best", "last"):
         config = read_checkpoint_config(tmp_path / name)
         assert config["seconds_spent"] <= 1000
@@ -102,10 +99,10 @@ def test_checkpoints_that_take_longer_than_the_validations_leave_the_time_to_the
 
 def test_without_cases_to_validate_on_checkpoints_take_a_twentieth_of_the_time(tmp_path):
     """From a fifth of the time on, every step was once followed by a checkpoint."""
-    end, rates, saved, progressed = _run(tmp_path, seconds=1000, step=2.0, validation=None, saving=2.0)
+    end, rates, saved, run = _run(tmp_path, seconds=1000, step=2.0, validation=None, saving=2.0)
     assert 970 <= end <= 1000 and len(rates) > 440
     assert 190 <= saved[0] <= 210 and 10 <= len(saved) <= 22
-    assert progressed.best == {"step": len(rates), "val_dice": None}
+    assert run.best == {"step": len(rates), "val_dice": None}
 
 
 def test_the_rate_follows_the_time_that_compilation_leaves(tmp_path):
@@ -146,8 +143,8 @@ def test_no_time_is_left_for_training(tmp_path):
 
 
 def test_a_validation_that_does_not_fit_is_given_up_and_checkpoints_are_there(tmp_path):
-    end, _, validated, progressed = _run(tmp_path, seconds=100, compile_time=30, validation=4000)
-    assert validated == [] and progressed.best == {"step": progressed.step, "val_dice": None}
+    end, _, validated, run = _run(tmp_path, seconds=100, compile_time=30, validation=4000)
+    assert validated == [] and run.best == {"step": run.step, "val_dice": None}
     assert read_checkpoint_config(tmp_path / "best")["step"] == read_checkpoint_config(tmp_path / "last")["step"]
     assert end < 1100
 
@@ -174,8 +171,8 @@ def test_validations_at_steps_that_the_user_asked_for(tmp_path):
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 0.9, 1.0, 1.2])
 def test_cosine_over_the_fraction_with_warm_up_by_steps(fraction):
-    schedule = make_schedule(OptimizerConfig(lr=2e-3, warmup_steps=4))
+    config = OptimizerConfig(lr=2e-3, warmup_steps=4)
     cosine = 2e-3 * (1 + np.cos(np.pi * min(fraction, 1))) / 2
     for count, factor in ((0, 0.25), (1, 0.5), (3, 1.0), (90, 1.0)):
-        rate = jax.jit(schedule)(jnp.int32(count), jnp.float32(fraction))
+        rate = learning_rate(config, fraction, count)
         np.testing.assert_allclose(rate, cosine * factor, rtol=1e-5, atol=1e-10)

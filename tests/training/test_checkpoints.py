@@ -178,7 +178,9 @@ def test_a_disk_that_is_read_only_says_so_and_leaves_no_thread_that_waits(small_
             writer.wait()
     # They kept the process from its end for ten minutes.
     left = [thread for thread in threading.enumerate() if thread.name not in before and not thread.daemon]
-    assert not left
+    for thread in left:
+        thread.join(60)
+    assert not [thread for thread in left if thread.is_alive()]
     assert restore_state(small_disk / "last", state, make_mesh(jax.devices()[:1]))[1] == {"at": 1}
 
 

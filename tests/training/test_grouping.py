@@ -6,13 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from mambahome_jax.training import grouping
-from mambahome_jax.training.grouping import group, on_groups, ungroup
+from mambahome_jax.training import optimizer
+from mambahome_jax.training.optimizer import group, on_groups, ungroup
 
 
 @pytest.fixture
 def tree(monkeypatch):
-    monkeypatch.setattr(grouping, "SMALL", 20)
+    monkeypatch.setattr(optimizer, "SMALL", 20)
     rng = np.random.default_rng(0)
     shapes = {"encoder": {"a": (3, 4), "b": (40,)}, "decoder": [(), (5,), (2, 30)]}
     return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s)), shapes, is_leaf=lambda s: isinstance(s, tuple))

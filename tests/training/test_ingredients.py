@@ -11,8 +11,7 @@ from mambahome_jax.config import ModelConfig
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.recipes import OptimizerConfig
 from mambahome_jax.training.checkpoints import CheckpointWriter, restore_state
-from mambahome_jax.training.deep_supervision import DeepSupervision, at_all_levels, network_params
-from mambahome_jax.training.losses import dice_ce
+from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce, network_params
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.sharding import make_mesh, put_batch
 from mambahome_jax.training.step import (
@@ -59,7 +58,7 @@ def _train(model, steps=3, optimizer=None, loss_fn=dice_ce, ema_decay=0.0, **set
     step = make_train_step(graphdef, optimizer, loss_fn, MESH, 0, ema_decay=ema_decay, **settings)
     seen = [jax.device_get(state.params)]
     for number in range(steps):
-        state, metrics = step(state, put_batch(_batch(number), MESH))
+        state, metrics = step(state, put_batch(_batch(number), MESH), 1e-2)
         seen.append(jax.device_get(state.params))
     return state, seen, metrics
 
@@ -103,9 +102,9 @@ def test_checkpoints_keep_the_deployed_network_and_resume_what_is_trained(tmp_pa
 def test_clipping_bounds_the_norm_of_the_gradient():
     optimizer = make_optimizer(OptimizerConfig("SGD", lr=1.0, weight_decay=0.0, clip_norm=0.5))
     params = {"w": jnp.zeros(2)}
-    updates, _ = optimizer.update({"w": jnp.array([3.0, -4.0])}, optimizer.init(params), params)
+    updates, _ = optimizer.update({"w": jnp.array([3.0, -4.0])}, optimizer.init(params), params, rate=1.0)
     np.testing.assert_allclose(updates["w"], [-0.3, 0.4], rtol=1e-6)
-    updates, _ = optimizer.update({"w": jnp.array([0.3, 0.0])}, optimizer.init(params), params)
+    updates, _ = optimizer.update({"w": jnp.array([0.3, 0.0])}, optimizer.init(params), params, rate=1.0)
     np.testing.assert_allclose(updates["w"], [-0.3, 0.0], rtol=1e-6)
 
 
@@ -114,7 +113,7 @@ def test_sgd_with_nesterov_momentum_as_torch_has_it():
     w, expected, buffer = jnp.array([1.0, -2.0]), np.array([1.0, -2.0]), np.zeros(2)
     state = optimizer.init(w)
     for gradient in ([0.5, 0.1], [-0.2, 0.3], [0.1, 0.1]):
-        updates, state = optimizer.update(jnp.array(gradient), state, w)
+        updates, state = optimizer.update(jnp.array(gradient), state, w, rate=0.1)
         w = w + updates
         g = np.array(gradient) + 0.01 * expected
         buffer = 0.9 * buffer + g
@@ -168,10 +167,10 @@ def test_a_step_gives_the_loss_what_each_sample_was_labelled_with():
     optimizer = make_optimizer(OptimizerConfig())
     state = init_state(nnx.to_pure_dict(params), optimizer, MESH)
     step = make_train_step(graphdef, optimizer, loss, MESH, 0)
-    _, metrics = step(state, put_batch(_batch() | {"labelled": np.ones((2, 2), bool)}, MESH))
+    _, metrics = step(state, put_batch(_batch() | {"labelled": np.ones((2, 2), bool)}, MESH), 1e-4)
     plain = make_train_step(graphdef, optimizer, dice_ce, MESH, 0)
     state = init_state(nnx.to_pure_dict(params), optimizer, MESH)
-    _, without = plain(state, put_batch(_batch(), MESH))
+    _, without = plain(state, put_batch(_batch(), MESH), 1e-4)
     assert given == [(2, 2)]
     np.testing.assert_allclose(metrics["loss"], without["loss"], rtol=1e-6)
     assert optax.tree.norm(metrics) > 0

@@ -15,19 +15,22 @@ from rich.console import Console
 from mambahome_jax.errors import TrainingError
 from mambahome_jax.recipes import AugmentationConfig, OptimizerConfig
 from mambahome_jax.training.checkpoints import CheckpointWriter, restore_state
-from mambahome_jax.training.loop import Parts, Plan, Progressed, Validation, train
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
-from mambahome_jax.training.progress import Display, MetricsLog
+from mambahome_jax.training.progress import Display, FileLog
+from mambahome_jax.training.schedule import Schedule
 from mambahome_jax.training.sharding import make_mesh
 from mambahome_jax.training.step import abstract_state, init_state, make_train_step
+from mambahome_jax.training.train import Feed, Run, train
+from mambahome_jax.training.validation import Validation
 from mambahome_jax.weights.checkpoint import read_checkpoint_config, read_checkpoint_params
 from tests.training.stand_in import SmallNet
 
 CASES = ("anna", "bert", "carl")
 MESH = make_mesh(jax.devices()[:1])
 GRAPHDEF, _ = nnx.split(nnx.eval_shape(SmallNet))
-OPTIMIZER = make_optimizer(OptimizerConfig(lr=1e-2, steps_per_period=2, t_max=3))
+CONFIG = OptimizerConfig(lr=1e-2, steps_per_period=2, t_max=3)
+OPTIMIZER = make_optimizer(CONFIG)
 STEP = make_train_step(GRAPHDEF, OPTIMIZER, dice_ce, MESH, 0, AugmentationConfig(noise_probability=1.0))
 
 
@@ -60,15 +63,21 @@ def _state():
     return init_state(params, OPTIMIZER, MESH)
 
 
-def _train(folder, steps=6, state=None, batches=None, validate=None, progressed=None, **plan):
+def _train(folder, steps=6, state=None, batches=None, validate=None, config=None, **plan):
     folder.mkdir(exist_ok=True)
-    progressed = progressed or Progressed()
     text = io.StringIO()
-    plan = Plan(steps, steps_per_epoch=2, val_every=plan.pop("val_every", steps), **plan)
-    with MetricsLog(folder, progressed.step) as log, Display(Console(file=text), steps) as display:
-        parts = Parts(STEP, MESH, CASES, validate, folder, {"model": {}, "training": {}}, log, display)
-        state = train(state or _state(), batches or Batches(), parts, plan, progressed)
-    return state, progressed, text.getvalue()
+    schedule = Schedule(CONFIG, steps, steps_per_epoch=2, val_every=plan.pop("val_every", steps), **plan)
+    run = Run.resumed(
+        config or {},
+        folder=folder,
+        settings={"model": {}, "training": {}},
+        schedule=schedule,
+        display=Display(Console(file=text), schedule),
+        validate=validate,
+    )
+    with FileLog(folder, run.step) as run.log, run.display:
+        state = train(state or _state(), Feed(batches or Batches(), MESH, CASES), STEP, run)
+    return state, run, text.getvalue()
 
 
 def _resume(folder, **settings):
@@ -76,8 +85,7 @@ def _resume(folder, **settings):
         folder / "last", abstract_state(nnx.to_pure_dict(nnx.state(SmallNet())), OPTIMIZER), MESH
     )
     config = read_checkpoint_config(folder / "last")
-    progressed = Progressed(config["step"], config["best"], config["validated_until"])
-    return _train(folder, state=state, batches=Batches(**data), progressed=progressed, **settings)
+    return _train(folder, state=state, batches=Batches(**data), config=config, **settings)
 
 
 def _rows(folder):
@@ -94,12 +102,12 @@ def test_stopped_and_resumed_is_bit_equal_to_straight(tmp_path, number, stopped_
     straight, _, _ = _train(tmp_path / "straight")
     before = signal.getsignal(number)
     # The batch at position 3 is fetched while step 3 runs.
-    stopped, progressed, text = _train(tmp_path / "run", batches=Batches(signal_at=3, number=number))
-    assert progressed.signal == number and progressed.step == stopped_after == int(stopped.step)
+    stopped, run, text = _train(tmp_path / "run", batches=Batches(signal_at=3, number=number))
+    assert run.signal == number and run.step == stopped_after == int(stopped.step)
     assert "writing a checkpoint" in text and signal.getsignal(number) is before
     assert read_checkpoint_config(tmp_path / "run" / "last")["step"] == 3
-    resumed, progressed, _ = _resume(tmp_path / "run")
-    assert progressed.signal is None
+    resumed, run, _ = _resume(tmp_path / "run")
+    assert run.signal is None
     _assert_equal(resumed, straight)
     a, b = _rows(tmp_path / "straight"), _rows(tmp_path / "run")
     assert [row["step"] for row in b] == [str(n) for n in range(1, 7)]
@@ -148,9 +156,9 @@ def test_best_follows_the_score_and_validation_joins_the_metrics(tmp_path):
         picture = np.full((8, 12, 3), 255 * len(seen) // 3, np.uint8)
         return Validation(score, {"liver": score, "spleen": float("nan")}, (("dora", "damaged"),), picture=picture)
 
-    _, progressed, text = _train(tmp_path / "run", validate=validate, val_every=2)
-    assert progressed.best == {"step": 4, "val_dice": 0.7}
-    assert progressed.failures == {"dora": "damaged"}
+    _, run, text = _train(tmp_path / "run", validate=validate, val_every=2)
+    assert run.best == {"step": 4, "val_dice": 0.7}
+    assert run.failures == {"dora": "damaged"}
     _assert_equal(read_checkpoint_params(tmp_path / "run" / "best"), seen[1])
     assert read_checkpoint_config(tmp_path / "run" / "best")["step"] == 4
     config = read_checkpoint_config(tmp_path / "run" / "last")
@@ -174,10 +182,10 @@ def test_validation_is_made_up_for_when_a_stop_prevented_it(tmp_path):
         calls.append(1)
         return Validation(0.5, {})
 
-    _, progressed, _ = _train(tmp_path / "run", validate=stopping, val_every=2)
-    assert progressed.step == 2 and progressed.best is None
-    _, progressed, _ = _resume(tmp_path / "run", validate=validate, val_every=2)
-    assert len(calls) == 3 and progressed.best == {"step": 2, "val_dice": 0.5}
+    _, run, _ = _train(tmp_path / "run", validate=stopping, val_every=2)
+    assert run.step == 2 and run.best is None
+    _, run, _ = _resume(tmp_path / "run", validate=validate, val_every=2)
+    assert len(calls) == 3 and run.best == {"step": 2, "val_dice": 0.5}
     rows = _rows(tmp_path / "run")
     assert [row["val_dice"] for row in rows] == ["", "0.5", "", "0.5", "", "0.5"]
     assert [row["step"] for row in rows] == [str(n) for n in range(1, 7)] and all(row["loss"] for row in rows)

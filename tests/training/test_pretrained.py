@@ -11,7 +11,7 @@ from mambahome_jax.commands import train as command
 from mambahome_jax.config import MODEL_SIZES, DataProperties, ModelSize
 from mambahome_jax.errors import CheckpointError
 from mambahome_jax.model.network import MambaHoME
-from mambahome_jax.training import loop
+from mambahome_jax.training import train as training
 from mambahome_jax.training.pretrained import transfer
 from mambahome_jax.weights.weights import read_weights
 from tests.commands.test_train import _config, _dataset
@@ -82,8 +82,8 @@ def test_a_run_starts_from_published_weights_and_says_what_it_took(tmp_path, mon
         ModelSize(weights.config, size.lr, size.eps, size.strong_lr, patch_size=(32, 16, 16)),
     )
     # Training itself is tested elsewhere; this network takes long to compile.
-    monkeypatch.setattr(command, "train", lambda state, *_: started.append(state))
-    started: list[loop.TrainState] = []
+    monkeypatch.setattr(training, "train", lambda state, *_: started.append(state))
+    started: list[training.TrainState] = []
     path = str(golden_path("mambahome_tiny.pth"))
     config = _config(_dataset(tmp_path / "data"), tmp_path / "run", use_pretrained=path, freeze_encoder=True)
     assert command.run(config) == 0

@@ -8,7 +8,7 @@ import pytest
 
 from mambahome_jax.errors import OutputError
 from mambahome_jax.support.console import duration
-from mambahome_jax.training.progress import MetricsLog
+from mambahome_jax.training.progress import FileLog
 
 
 def _lines(folder):
@@ -16,12 +16,12 @@ def _lines(folder):
 
 
 def test_rows_are_in_the_file_before_anything_is_flushed_or_closed(tmp_path):
-    log = MetricsLog(tmp_path)
+    log = FileLog(tmp_path)
     for step in (1, 2, 3):
         log.write({"step": step, "loss": 0.5})
     assert [line.split(",")[0] for line in _lines(tmp_path)] == ["step", "1", "2", "3"]
     # As a run that is killed right after it was resumed from step 2.
-    again = MetricsLog(tmp_path, start=2)
+    again = FileLog(tmp_path, start=2)
     assert [line.split(",")[0] for line in _lines(tmp_path)] == ["step", "1", "2"]
     again.write({"step": 3, "loss": 0.25})
     assert _lines(tmp_path)[-1].startswith("3,") and not list(tmp_path.glob(".*"))
@@ -32,7 +32,7 @@ def test_rows_are_in_the_file_before_anything_is_flushed_or_closed(tmp_path):
 def test_a_folder_that_was_removed_is_made_again_and_told(tmp_path):
     said = []
     (tmp_path / "run").mkdir()
-    log = MetricsLog(tmp_path / "run", say=said.append)
+    log = FileLog(tmp_path / "run", say=said.append)
     log.write({"step": 1, "loss": 0.5})
     log.flush()
     shutil.rmtree(tmp_path / "run")
@@ -48,9 +48,9 @@ def test_a_folder_that_was_removed_is_made_again_and_told(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
 def test_a_full_disk_is_told_and_nobody_waits_for_it(tmp_path):
     threads = threading.active_count()
-    log = MetricsLog(tmp_path)
+    log = FileLog(tmp_path)
     log.write({"step": 1, "loss": 0.5})
-    records = log._board._writer._py_recordio_writer
+    records = log._events._py_recordio_writer
     records.close()
     with Path("/dev/full").open("wb", buffering=0) as records._writer:
         for step in range(2, 30):

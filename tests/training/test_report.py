@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from mambahome_jax.training.report import git_state
+from mambahome_jax.training.runs import git_state
 
 
 def test_the_commit_of_the_code_and_what_differs_from_it(tmp_path):

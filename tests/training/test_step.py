@@ -9,10 +9,12 @@ from jax.sharding import PartitionSpec
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.recipes import AugmentationConfig, OptimizerConfig
 from mambahome_jax.support.devices import choose_devices
-from mambahome_jax.training import grouping, sharding
+from mambahome_jax.training import optimizer as optimizer_module
+from mambahome_jax.training import sharding
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
-from mambahome_jax.training.sharding import make_mesh, put_batch, tree_sharding
+from mambahome_jax.training.schedule import learning_rate, progress_in_steps
+from mambahome_jax.training.sharding import device_put_tree, make_mesh, put_batch, replicated, tree_sharding
 from mambahome_jax.training.step import init_state, make_train_step
 from tests.training.stand_in import SmallNet
 
@@ -29,14 +31,17 @@ def _train(devices, strategy="ddp", steps=20, augmentation=None, seed=0, **setti
     """SmallNet, whose arrays are split from 1024 elements on."""
     mesh = make_mesh(jax.devices()[:devices])
     graphdef, params = nnx.split(SmallNet())
-    optimizer = make_optimizer(OptimizerConfig(lr=1e-2, steps_per_period=5, t_max=4))
+    config = OptimizerConfig(lr=1e-2, steps_per_period=5, t_max=4)
+    optimizer = make_optimizer(config)
     state = init_state(nnx.to_pure_dict(params), optimizer, mesh, strategy)
     train_step = make_train_step(graphdef, optimizer, dice_ce, mesh, seed, augmentation, strategy, **settings)
     metrics = []
     for step in range(steps):
         batch = put_batch(BATCHES[step % len(BATCHES)], mesh)
+        rate = learning_rate(config, progress_in_steps(config, step), step)
+        rate = device_put_tree(np.float32(rate), replicated(mesh))
         with jax.transfer_guard("disallow"):
-            state, values = train_step(state, batch)
+            state, values = train_step(state, batch, rate)
         metrics.append(jax.device_get(values))
     return state, {name: np.array([m[name] for m in metrics]) for name in metrics[0]}
 
@@ -45,7 +50,7 @@ def _train(devices, strategy="ddp", steps=20, augmentation=None, seed=0, **setti
 def small_arrays_are_split():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "SMALLEST_SPLIT", 1024)
-        patch.setattr(grouping, "SMALL", 1024)
+        patch.setattr(optimizer_module, "SMALL", 1024)
         yield
 
 
@@ -92,7 +97,7 @@ def test_dropout_depends_on_seed_and_step_and_not_on_devices():
     step = make_train_step(graphdef, optimizer, dice_ce, mesh, 0, dropout=0.5)
     losses = []
     for _ in range(2):
-        state, metrics = step(state, put_batch(BATCHES[0], mesh))
+        state, metrics = step(state, put_batch(BATCHES[0], mesh), 1e-30)
         losses.append(float(metrics["loss"]))
     assert abs(losses[0] - losses[1]) > 1e-3
 
@@ -103,7 +108,7 @@ def test_parameters_given_stay_usable():
     mesh, optimizer = make_mesh(jax.devices()[:1]), make_optimizer(OptimizerConfig())
     state = init_state(params, optimizer, mesh)
     step = make_train_step(nnx.split(SmallNet())[0], optimizer, dice_ce, mesh, 0)
-    step(state, put_batch(BATCHES[0], mesh))
+    step(state, put_batch(BATCHES[0], mesh), 1e-4)
     assert np.isfinite(np.asarray(jax.tree.leaves(params)[0])).all()
 
 

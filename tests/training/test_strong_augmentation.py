@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from mambahome_jax.training.augmentation import augment, augment_labelled
-from mambahome_jax.training.strong_augmentation import (
+from mambahome_jax.training.augmentation import (
     affine_matrix,
+    augment,
+    augment_labelled,
     change_brightness,
     change_contrast,
     change_gamma,

@@ -6,13 +6,14 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from mambahome_jax.recipes import OptimizerConfig
-from mambahome_jax.training.grouping import ungroup
 from mambahome_jax.training.losses import dice_ce
-from mambahome_jax.training.optimizer import Optimizer, make_optimizer
+from mambahome_jax.training.optimizer import make_optimizer, ungroup
+from mambahome_jax.training.schedule import learning_rate, progress_in_steps
 from mambahome_jax.training.sharding import make_mesh, put_batch
 from mambahome_jax.training.step import init_state, make_train_step
 from mambahome_jax.weights.weights import export_official, load_model
@@ -26,32 +27,31 @@ def golden():
     return load_golden("training_tiny.npz")
 
 
-def _optimizer(golden, run):
+def _config(golden, run):
     hyper = json.loads(str(golden["hyper_json"]))[run]
-    return make_optimizer(
-        OptimizerConfig(
-            "AdamW",
-            lr=hyper["lr"],
-            weight_decay=hyper["weight_decay"],
-            eps=hyper["eps"],
-            betas=tuple(hyper["betas"]),
-            steps_per_period=3,
-            t_max=hyper["T_max"],
-            eta_min=hyper["eta_min"],
-            schedule_step="published" if run == "A" else "epoch",
-        )
+    return OptimizerConfig(
+        "AdamW",
+        lr=hyper["lr"],
+        weight_decay=hyper["weight_decay"],
+        eps=hyper["eps"],
+        betas=tuple(hyper["betas"]),
+        steps_per_period=3,
+        t_max=hyper["T_max"],
+        eta_min=hyper["eta_min"],
+        schedule_step="published" if run == "A" else "epoch",
     )
 
 
 def _selectable(a, b):
     """The optimizer of one run or the other, as its state says: compiling the step takes longer than all its steps."""
 
-    def update(grads, state, params):
+    def update(grads, state, params, rate):
         index, inner = state
-        updates, inner = jax.lax.switch(index, [a.update, b.update], grads, inner, params)
+        branches = [lambda *given, one=one: one.update(*given, rate=rate) for one in (a, b)]
+        updates, inner = jax.lax.switch(index, branches, grads, inner, params)
         return updates, (index, inner)
 
-    return Optimizer(lambda params: (jnp.int32(0), a.init(params)), update, a.schedule)
+    return optax.GradientTransformationExtraArgs(lambda params: (jnp.int32(0), a.init(params)), update)
 
 
 def _trajectories(golden, dtype):
@@ -59,8 +59,8 @@ def _trajectories(golden, dtype):
     model = load_model(golden_path("mambahome_tiny.pth"), param_dtype=dtype, precision="fp32")
     graphdef, params = nnx.split(model)
     params = nnx.to_pure_dict(params)
-    mesh, optimizers = make_mesh(jax.devices()[:1]), [_optimizer(golden, run) for run in RUNS]
-    optimizer = _selectable(*optimizers)
+    mesh, configs = make_mesh(jax.devices()[:1]), [_config(golden, run) for run in RUNS]
+    optimizer = _selectable(*map(make_optimizer, configs))
     step = make_train_step(graphdef, optimizer, dice_ce, mesh, seed=0)
     batches = [
         {
@@ -75,7 +75,8 @@ def _trajectories(golden, dtype):
         state = dataclasses.replace(state, opt_state=(jnp.full_like(state.opt_state[0], index), state.opt_state[1]))
         metrics, tensors = [], {0: export_official(params)}
         for number, batch in enumerate(golden["batch_of_step"], 1):
-            state, values = step(state, put_batch(batches[batch], mesh))
+            rate = learning_rate(configs[index], progress_in_steps(configs[index], number - 1), number - 1)
+            state, values = step(state, put_batch(batches[batch], mesh), dtype(rate))
             metrics.append(jax.device_get(values))
             if number == 1:
                 # After one step the first moment is (1 - beta1) times the gradient.
@@ -84,7 +85,6 @@ def _trajectories(golden, dtype):
             if number in (1, 6, 12):
                 tensors[number] = export_official(state.params)
         series = {name: np.array([m[name] for m in metrics]) for name in metrics[0]}
-        series["lr"] = np.array([optimizers[index].schedule(jnp.int32(k)) for k in range(12)])
         found[run] = (series, tensors, gradient)
     return found
 

@@ -1,14 +1,19 @@
-"""A run that ends in a given wall-clock time, its last validation and checkpoint included."""
+"""How far a run is, and when it validates, saves and ends: counted in steps, or within a given wall-clock time."""
 
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from mambahome_jax.recipes import OptimizerConfig
+from mambahome_jax.support.console import duration
 
 # The first validation, which tells how long one takes, comes after this part of the time for training or these seconds;
 # after that they take, with the checkpoints that follow them, about a twentieth of the time together.
@@ -18,6 +23,22 @@ STEPS_PER_VALIDATION_TIME = 19.0
 SAFETY, MARGIN_SECONDS, MARGIN_PART = 1.15, 1.0, 0.005
 # On top of that for the last validation, which may be shorter than what one step differs from another.
 SLACK_SECONDS, SLACK_PART = 1.0, 0.005
+
+
+def learning_rate(config: OptimizerConfig, progress: float, updates: int) -> float:
+    """Cosine annealing over `progress` (0 to 1), with a linear warm-up over the number of updates already made."""
+    rate = config.eta_min + (config.lr - config.eta_min) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+    return rate * min(updates + 1, config.warmup_steps) / config.warmup_steps if config.warmup_steps else rate
+
+
+def progress_in_steps(config: OptimizerConfig, updates: int) -> float:
+    """Share of the periods of a constant rate that have passed after so many updates.
+
+    "epoch" lowers the rate after the last update of a period, as the textbook has it; "published" one update later,
+    since the published loop steps its scheduler after the first update of the next epoch.
+    """
+    late = int(config.schedule_step == "published")
+    return min(max((updates - late) // config.steps_per_period, 0), config.t_max) / config.t_max
 
 
 class Decision(NamedTuple):
@@ -35,7 +56,7 @@ class TimeBudget:
     """Time of a run in seconds, measured from the start of the program; a resumed run goes on with what was spent.
 
     Args:
-        seconds: the budget; what is left of it when the first step is done is cut to one part in `parts`.
+        seconds: the budget, infinite for none; what is left of it after the first step is cut to one part in `parts`.
         started: value of `clock` at the start of the program.
         spent_before: by the runs that this one continues.
         to_first_step: of that, the part until the first step was done, compilation included.
@@ -44,8 +65,8 @@ class TimeBudget:
 
     def __init__(
         self,
-        seconds: float,
-        started: float,
+        seconds: float = math.inf,
+        started: float = 0.0,
         spent_before: float = 0.0,
         to_first_step: float | None = None,
         parts: int = 1,
@@ -59,6 +80,11 @@ class TimeBudget:
         self._step_ended: float | None = None
         self._validated: float | None = None
         self._validation_seconds = self._saving_seconds = 0.0
+
+    @property
+    def limited(self) -> bool:
+        """Whether there is an end in time at all."""
+        return math.isfinite(self.seconds)
 
     def spent(self) -> float:
         """Seconds since the start."""
@@ -113,10 +139,12 @@ class TimeBudget:
 
     def must_save(self) -> bool:
         """Whether a validation has to be given up, so that the checkpoint is still written in time."""
-        return self.left() < SAFETY * self._saving_seconds + self.margin()
+        return self.limited and self.left() < SAFETY * self._saving_seconds + self.margin()
 
     def decide(self) -> Decision:
         """What comes after the step that has been started; the same on every host."""
+        if not self.limited:
+            return Decision(False, False, 0.0)
         step = max(self._steps, default=0.0)
         reserve = SAFETY * (self._validation_seconds + self._saving_seconds) + self.margin()
         reserve += min(SLACK_SECONDS, SLACK_PART * self.seconds)
@@ -138,3 +166,69 @@ class TimeBudget:
         pause = STEPS_PER_VALIDATION_TIME * (self._validation_seconds + self._saving_seconds)
         # Not so late that the last one follows at once.
         return spent - self._validated >= pause + self._saving_seconds and self.left() - reserve >= pause
+
+    def to_json(self) -> dict[str, Any]:
+        """What a run of a given time has to know of itself to be continued."""
+        if not self.limited:
+            return {}
+        return {
+            "seconds_in_all": self.seconds,
+            "seconds_spent": self.spent(),
+            "seconds_to_first_step": self.to_first_step,
+        }
+
+
+class Due(NamedTuple):
+    """What is due after a step, and the learning rate of the next one."""
+
+    validate: bool
+    save: bool
+    stop: bool
+    rate: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When things happen. Within a budget `total_steps` is None, and `val_every` None leaves validations to it."""
+
+    optimizer: OptimizerConfig
+    total_steps: int | None
+    steps_per_epoch: int
+    val_every: int | None
+    checkpoint_every: int | None = None
+    budget: TimeBudget = field(default_factory=TimeBudget)
+
+    def after(self, step: int) -> Due:
+        """What is due after `step` updates; the same on every host."""
+        last, validate, fraction = self.budget.decide()
+        validate |= self.validates(step) or last
+        progress = fraction if self.total_steps is None else progress_in_steps(self.optimizer, step)
+        return Due(
+            validate=validate,
+            save=validate or _divides(self.checkpoint_every, step),
+            stop=last or self.ends(step),
+            rate=learning_rate(self.optimizer, progress, step),
+        )
+
+    def validates(self, step: int) -> bool:
+        """Whether the number of steps asks for a validation."""
+        return _divides(self.val_every, step) or step == self.total_steps
+
+    def ends(self, step: int) -> bool:
+        """Whether the number of steps is reached."""
+        return self.total_steps is not None and step >= self.total_steps
+
+    def __str__(self) -> str:
+        length = f"{self.total_steps} steps"
+        if self.budget.limited:
+            length = f"{duration(self.budget.seconds)}, of which {duration(self.budget.spent())} are spent"
+            if self.budget.parts > 1:
+                length = f"1/{self.budget.parts} of what the first step leaves of {length}"
+        validation = (
+            "validation as time allows" if self.val_every is None else f"validation every {self.val_every} steps"
+        )
+        return f"{length}; {self.steps_per_epoch} steps an epoch; {validation}"
+
+
+def _divides(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0

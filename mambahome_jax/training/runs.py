@@ -1,0 +1,400 @@
+"""Training runs in their folders: one network, or several one after the other (--members), with lock and run.json."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+from mambahome_jax.datasets import prepared as prepared_layout
+from mambahome_jax.datasets.prepared import Prepared, read_prepared
+from mambahome_jax.datasets.registry import load_dataset
+from mambahome_jax.datasets.splits import outside_split, with_split_file
+from mambahome_jax.datasets.structures import consecutive
+from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
+from mambahome_jax.flags import PreprocessConfig, TrainConfig
+from mambahome_jax.preprocessing.dataset import prepare_dataset
+from mambahome_jax.support.console import say, tracked
+from mambahome_jax.support.devices import choose_devices, device_line, versions
+from mambahome_jax.support.files import jsonable, read_json, write_json
+from mambahome_jax.support.output_folder import locked, open_output
+from mambahome_jax.support.paths import local_path, require_letters, working_folder
+from mambahome_jax.training.checkpoints import PACKAGES, checkpoint_settings, require_same_run
+from mambahome_jax.training.distributed import is_first, require_same
+from mambahome_jax.training.pretrained import Transfer
+from mambahome_jax.training.progress import end_lines, ensemble_line, start_lines
+from mambahome_jax.training.schedule import Schedule
+from mambahome_jax.training.setup import Setup, case_digests, make_setup, recorded_mirrors, training_settings
+from mambahome_jax.training.train import Clock, Programs, train_network
+from mambahome_jax.weights.checkpoint import read_checkpoint_config
+
+SIGNALLED = 128
+# Flags that say how a run was started; it may be another way of starting that finds it finished.
+_OF_THE_START = {
+    *("resume", "load_checkpoint", "output_dir", "checkpoint_name"),
+    *("coordinator_address", "num_processes", "process_id"),
+}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A training that ended: "finished", "stopped by a signal", or why else.
+
+    best: checkpoint to segment with; dice: its validation's mean. structures: Dice of the last validation. failures:
+    case -> reason. networks: those of --members, whose largest exit code is that of all.
+    """
+
+    folder: Path
+    status: str
+    exit_code: int
+    step: int = 0
+    best: Path | None = None
+    dice: float | None = None
+    structures: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
+    failures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    networks: tuple["TrainResult", ...] = ()
+
+    @classmethod
+    def from_report(cls, folder: Path, report: Mapping[str, Any]) -> "TrainResult":
+        """From run.json of one network."""
+        best = report["best"]
+        return cls(
+            folder,
+            report["status"],
+            report["exit_code"],
+            report["step"],
+            None if best is None else folder / "checkpoints" / "best",
+            None if best is None else best["val_dice"],
+            report["last_validation"] or {},
+            {item["id"]: item["reason"] for item in (*report["data"]["skipped"], *report["failures"])},
+        )
+
+
+def train(**flags: Any) -> TrainResult:
+    """Train as `mambahome train` does, silently; keywords are its flags.
+
+    Raises:
+        ConfigError, DatasetError, CheckpointError, OutputError: before anything is trained.
+        TrainingError: loss, gradient or update was no longer finite; the checkpoints before it are kept.
+    """
+    result = run_training(TrainConfig(**flags), Console(quiet=True))
+    for network in result.networks or (result,):
+        if network.exit_code == 1 and network.status != "finished":
+            raise TrainingError(network.status)
+    return result
+
+
+class Data(NamedTuple):
+    """Folders that a training reads, and (id, reason) of the cases that cannot be used."""
+
+    prepared: Prepared
+    prepared_val: Prepared | None
+    skipped: tuple[tuple[str, str], ...]
+
+
+def run_training(config: TrainConfig, console: Console, started: float | None = None) -> TrainResult:
+    """Train as `config` says and tell `console` of it. started: time.monotonic() at the start of the program.
+
+    Raises ConfigError, DatasetError, CheckpointError and OutputError before anything is trained.
+    """
+    clock = Clock(
+        time.monotonic() if started is None else started, *([config.max_minutes * 60] if config.max_minutes else ())
+    )
+    folder = local_path(config.output_dir or Path("runs") / (config.checkpoint_name or config.model))
+    data = functools.cache(lambda: open_data(config, folder, console))
+    if config.members == 1:
+        if holds_run(member_folder(folder, 0)):
+            raise ConfigError(f"{folder} holds several networks. Say --members, or name another --output_dir")
+        return _train_one(folder, config, clock, data, {}, console)
+    with _locked(folder):
+        return _train_members(folder, config, clock, data, console)
+
+
+def _locked(folder: Path) -> contextlib.AbstractContextManager:
+    # The other processes of the same run write to it too.
+    return locked(folder, "train") if is_first() else contextlib.nullcontext()
+
+
+# --- One network -------------------------------------------------------------------------------------------------
+
+
+def _train_one(
+    folder: Path, config: TrainConfig, clock: Clock, data: Callable[[], Data], programs: Programs, console: Console
+) -> TrainResult:
+    with _locked(folder):
+        resume = _may_start(config, folder, console)
+        devices = choose_devices(config.parallel, config.num_devices)
+        setup, checkpoint = _resolve(folder, config, data(), len(devices), resume)
+        started = time.perf_counter()
+        earlier = earlier_report(folder) if resume else {}
+        if config.max_minutes is not None and is_finished(earlier, config):
+            # What it had kept free for its end would be time again.
+            say(console, f"{folder}: finished already")
+            return TrainResult.from_report(folder, earlier)
+        report = new_report(folder, setup, data().skipped)
+        report |= {name: earlier[name] for name in ("pretrained",) if name in earlier}
+
+        def begin(schedule: Schedule, parameters: int, transferred: Transfer | None) -> None:
+            if transferred is not None:
+                say(console, f"{config.use_pretrained}: {transferred}")
+                report["pretrained"] = {"path": config.use_pretrained, **dataclasses.asdict(transferred)}
+            report["status"] = "running"
+            write_report(folder, report)
+            for line in start_lines(setup, schedule, parameters, devices, checkpoint):
+                say(console, line)
+
+        try:
+            run = train_network(setup, folder, checkpoint, devices, clock, programs, console, begin)
+        except MambaHomeError as error:
+            # A run that cannot be continued with these flags keeps its report.
+            if report["status"] == "running" or not earlier:
+                with contextlib.suppress(OutputError):
+                    write_report(folder, report | {"status": str(error), "exit_code": 2})
+            raise
+        status, code = "finished", int(bool(data().skipped or run.failures))
+        if run.error is not None:
+            say(console, f"Error: {run.error}")
+            status, code = run.error, 1
+        elif run.signal is not None:
+            status, code = "stopped by a signal", SIGNALLED + run.signal
+        report |= {
+            "status": status,
+            "exit_code": code,
+            "seconds": round(earlier.get("seconds", 0.0) + time.perf_counter() - started, 3),
+            "step": run.step,
+            # A finished run that is resumed trains nothing more.
+            "loss": earlier.get("loss") if run.loss is None else run.loss,
+            "best": run.best,
+            "last_validation": run.validation.structures if run.validation else earlier.get("last_validation"),
+            "failures": [{"id": case, "reason": reason} for case, reason in run.failures.items()],
+        }
+        write_report(folder, report)
+        for line in end_lines(folder, report):
+            say(console, line)
+        return TrainResult.from_report(folder, jsonable(report))
+
+
+def _resolve(
+    folder: Path, config: TrainConfig, data: Data, devices: int, resume: bool
+) -> tuple[Setup, dict[str, Any] | None]:
+    """The setup, and config.json of the last checkpoint of a run to be continued.
+
+    Raises CheckpointError, ConfigError: it is of another network, other settings or other data.
+    """
+    recorded = recorded_mirrors(folder) if resume else ()
+    setup = make_setup(config, data.prepared, data.prepared_val, devices, recorded)
+    require_same("The configuration", checkpoint_settings(setup))
+    if not resume:
+        return setup, None
+    return setup, require_same_run(folder, setup, earlier_report(folder).get("data", {}).get("digests", {}))
+
+
+def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
+    """Whether to resume. Raises where a new run would destroy an earlier one, or the folder cannot be written."""
+    require_letters(folder)
+    exists = holds_run(folder)
+    # Before the first process can write one, so that all of them see the same.
+    require_same(f"Whether {folder} holds a checkpoint", exists)
+    open_output(folder)
+    open_output(folder / "checkpoints")
+    resume = config.resume or config.load_checkpoint
+    if exists and not resume:
+        raise ConfigError(f"{folder} holds a run already. Continue it with --resume, or name another --output_dir")
+    if resume and not exists:
+        say(console, f"No checkpoint in {folder} yet: starting from the beginning")
+    return exists
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether there is a checkpoint to resume."""
+    return any((folder / "checkpoints" / name).is_dir() for name in ("last", "last.previous"))
+
+
+def is_finished(report: Mapping[str, Any], config: TrainConfig) -> bool:
+    """Whether run.json tells of a run with these flags that came to its end; one with others says what does not fit."""
+    before, now = report.get("configuration"), jsonable(dataclasses.asdict(config))
+    same = isinstance(before, dict) and all(before.get(name) == now[name] for name in now if name not in _OF_THE_START)
+    return same and report.get("status") == "finished"
+
+
+# --- Several networks --------------------------------------------------------------------------------------------
+
+
+def member_folder(folder: Path, number: int) -> Path:
+    """Where the run of one of several networks is."""
+    return folder / f"member_{number}"
+
+
+def _train_members(
+    folder: Path, config: TrainConfig, clock: Clock, data: Callable[[], Data], console: Console
+) -> TrainResult:
+    """Train config.members networks, each a run of its own with a seed of its own.
+
+    Those that an earlier run finished on the same data stay as they are. A signal ends all. Raises ConfigError,
+    OutputError.
+    """
+    homes = [member_folder(folder, number) for number in range(config.members)]
+    resume = config.resume or config.load_checkpoint
+    if config.members < 1:
+        raise ConfigError(f"--members {config.members}; expected 1 or more")
+    if holds_run(folder):
+        raise ConfigError(f"{folder} holds the run of one network already. Name another --output_dir")
+    held = [home for home in homes if holds_run(home)]
+    if held and not resume:
+        raise ConfigError(f"{held[0]} holds a run already. Continue all with --resume, or name another --output_dir")
+    report: dict[str, Any] = {
+        "command": "train",
+        "status": "running",
+        "configuration": dataclasses.asdict(config),
+        "members": [home.name for home in homes],
+    }
+    write_report(folder, report)
+    programs: Programs = {}
+    networks: list[TrainResult] = []
+    for number, home in enumerate(homes):
+        earlier = earlier_report(home) if resume else {}
+        member = dataclasses.replace(
+            config,
+            members=1,
+            seed=config.seed + number,
+            max_minutes=None if config.max_minutes is None else config.max_minutes / config.members,
+            output_dir=home,
+            checkpoint_name="",
+        )
+        finished = holds_run(home) and is_finished(earlier, member)
+        line = f"Network {number + 1} of {config.members}, seed {member.seed}, in {home}"
+        say(console, line + (": finished already" if finished else ""))
+        try:
+            if finished:
+                _resolve(home, member, data(), len(choose_devices(config.parallel, config.num_devices)), resume=True)
+                networks.append(TrainResult.from_report(home, earlier))
+            else:
+                share = clock._replace(parts=config.members - number)
+                networks.append(_train_one(home, member, share, data, programs, console))
+        except MambaHomeError as error:
+            write_report(folder, report | {"status": str(error), "exit_code": 2})
+            raise
+        if networks[-1].exit_code > SIGNALLED:
+            break
+        clock = _after(clock, home)
+    else:
+        best = [home / "checkpoints" / "best" for home in homes]
+        say(console, ensemble_line([path for path in best if path.is_dir()], len(best)))
+    code = max(network.exit_code for network in networks)
+    report |= {"status": "stopped by a signal" if code > SIGNALLED else "finished", "exit_code": code}
+    write_report(folder, report)
+    return TrainResult(folder, report["status"], code, networks=tuple(networks))
+
+
+def _after(clock: Clock, home: Path) -> Clock:
+    """The time that a network leaves: without what it took in this process, or in all by its checkpoint."""
+    spent = read_checkpoint_config(home / "checkpoints" / "last").get("seconds_spent", 0.0) if holds_run(home) else 0.0
+    now = time.monotonic()
+    return Clock(now, max(clock.seconds - max(now - clock.started, spent), 0.0))
+
+
+# --- Data --------------------------------------------------------------------------------------------------------
+
+
+def open_data(config: TrainConfig, folder: Path, console: Console) -> Data:
+    """A preprocessed folder as it is; any other layout brought into a patch store in `folder`, at its own spacing."""
+    prepared, skipped = _open_folder(config.data_train, folder / "data", config, console)
+    if config.data_val is None:
+        return Data(prepared, None, skipped)
+    prepared_val, more = _open_folder(config.data_val, folder / "data_val", config, console)
+    return Data(prepared, prepared_val, skipped + more)
+
+
+def _open_folder(
+    data: Path, work: Path, config: TrainConfig, console: Console
+) -> tuple[Prepared, tuple[tuple[str, str], ...]]:
+    if data.is_dir() and prepared_layout.detect(data):
+        prepared, notes = with_split_file(read_prepared(data))
+        for note in notes:
+            say(console, f"Note: {note}")
+        return prepared, ()
+    if jax.process_count() > 1:
+        raise ConfigError(f"{data} is not preprocessed. With several processes run preprocess.py first")
+    say(console, f"{data} is not preprocessed: storing its scans in {work}, at their own spacing")
+    dataset = consecutive(load_dataset(data))
+    flags = PreprocessConfig(data, work, modality=config.modality)
+    tell, track = functools.partial(say, console), tracked(console, "Preprocessing")
+    result = prepare_dataset(dataset, flags, store_only=True, say=tell, track=track)
+    if not result.entries:
+        action = "Run preprocess.py on it with the flags that the reasons above name, and train on what it writes."
+        raise DatasetError("none of its cases can be used", file=data, expected="scans with labels", action=action)
+    return result.prepared, result.failed
+
+
+# --- run.json ----------------------------------------------------------------------------------------------------
+
+
+def new_report(folder: Path, setup: Setup, skipped: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """What run.json says of a run that begins in a folder."""
+    return {
+        "command": "train",
+        "status": "starting",
+        "configuration": dataclasses.asdict(setup.flags),
+        "working_folder": working_folder(folder),
+        "model": dataclasses.asdict(setup.model),
+        "data": {
+            "name": setup.prepared.name,
+            "fingerprint": dataset_fingerprint(setup.prepared, setup.train_cases),
+            **setup.properties.to_json(),
+            "train": list(setup.train_cases),
+            "val": list(setup.val_cases),
+            "digests": {part: dict(cases) for part, cases in setup.digests.items()},
+            "outside_split": outside_split(setup.prepared),
+            "skipped": [{"id": case, "reason": reason} for case, reason in skipped],
+        },
+        "training": training_settings(setup),
+        "seed": setup.flags.seed,
+        "versions": versions(PACKAGES),
+        "git": git_state(),
+        "device": device_line(),
+        "outputs": {"best": "checkpoints/best", "last": "checkpoints/last", "metrics": "metrics.csv"},
+    }
+
+
+def earlier_report(folder: Path) -> dict[str, Any]:
+    """What run.json says of the run that is being continued; empty where it says nothing."""
+    try:
+        return read_json(folder / "run.json")
+    except DatasetError:
+        return {}
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+    """Write run.json, in the first process only. Raises OutputError."""
+    if is_first():
+        write_json(folder / "run.json", report)
+
+
+def dataset_fingerprint(prepared: Prepared, cases: Sequence[str]) -> str:
+    """SHA-256 of what `case_digests` says of the cases and of the label table: equal for the same data anywhere."""
+    content = [sorted(prepared.labels.items()), sorted(case_digests(prepared, cases).items())]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def git_state(folder: Path | None = None) -> dict[str, Any] | None:
+    """{"commit", "changed": files that differ from it} of the checkout of this code, or `folder`; None without one."""
+    folder = folder or Path(__file__).parent
+    try:
+        commit, changed = (
+            subprocess.run(
+                ["git", "-C", folder, *command], capture_output=True, text=True, check=True, timeout=10
+            ).stdout
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.strip(), "changed": [line[3:] for line in changed.splitlines()]}

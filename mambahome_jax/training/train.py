@@ -1,0 +1,464 @@
+"""The training of one network, to be read downwards: data, network, state, step, validation, loop."""
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from rich.console import Console
+
+from mambahome_jax.errors import TrainingError
+from mambahome_jax.imaging.normalisation import normalisations
+from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.patches.loader import make_loader
+from mambahome_jax.patches.store import Store
+from mambahome_jax.recipes import AugmentationConfig
+from mambahome_jax.support.console import duration
+from mambahome_jax.support.processes import batch_bytes, fitting_workers
+from mambahome_jax.training.checkpoints import CheckpointWriter, checkpoint_settings, restore_state
+from mambahome_jax.training.distributed import StopOnSignal, gather, is_first
+from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce
+from mambahome_jax.training.optimizer import make_optimizer
+from mambahome_jax.training.pretrained import Transfer, transfer
+from mambahome_jax.training.progress import Display, FileLog, MetricsLog, device_memory, dice_table
+from mambahome_jax.training.schedule import Schedule, TimeBudget
+from mambahome_jax.training.setup import Setup
+from mambahome_jax.training.sharding import device_put_tree, make_mesh, put_batch, replicated
+from mambahome_jax.training.step import (
+    Batch,
+    TrainState,
+    TrainStep,
+    abstract_state,
+    deployed_params,
+    init_state,
+    make_train_step,
+    with_seed,
+)
+from mambahome_jax.training.validation import Validate, Validation, ValidationSettings, make_validate
+from mambahome_jax.weights.weights import read_weights
+
+# Compiled steps by all that differs between the networks of one command. JAX's own cache would not know one again, as
+# Pallas numbers the kernels of a process.
+Programs = dict[tuple[nnx.GraphDef, AugmentationConfig | None], TrainStep]
+
+
+class Clock(NamedTuple):
+    """When the program started, the seconds that it is given, and the number of networks that they are for."""
+
+    started: float = 0.0
+    seconds: float = math.inf
+    parts: int = 1
+
+    def budget(self, earlier: Mapping[str, Any] | None, own_validations: bool) -> TimeBudget:
+        """The time of a run, which goes on with what it has spent according to its last checkpoint."""
+        known = earlier or {}
+        return TimeBudget(
+            known.get("seconds_in_all", self.seconds),
+            self.started,
+            known.get("seconds_spent", 0.0),
+            None if earlier is None else known.get("seconds_to_first_step", 0.0),
+            parts=self.parts if earlier is None else 1,
+            own_validations=own_validations,
+        )
+
+
+def train_network(
+    setup: Setup,
+    folder: Path,
+    earlier: Mapping[str, Any] | None,
+    devices: Sequence[jax.Device],
+    clock: Clock,
+    programs: Programs,
+    console: Console,
+    begin: Callable[[Schedule, int, Transfer | None], None],
+) -> "Run":
+    """Train one network in `folder`; how far it came, and what stopped it, is in the result.
+
+    Args:
+        earlier: config.json of the last checkpoint, to go on from that; None for a new run.
+        programs: steps compiled before; that of this network is added.
+        begin: called with schedule, number of parameters and what was transferred, once nothing is left to be refused.
+
+    Raises:
+        CheckpointError: weights or checkpoint to start from that do not fit.
+        DatasetError, OutputError: also while it trains.
+    """
+    flags, recipe = setup.flags, setup.recipe
+
+    # --- Network and optimizer -----------------------------------------------------------------------------------
+    mesh, optimizer = make_mesh(list(devices)), make_optimizer(setup.optimizer)
+    graphdef, trained_graphdef, params, transferred = build_networks(setup, new=earlier is None)
+    abstract = abstract_state(params, optimizer, recipe.ema_decay > 0)
+
+    # --- State: new, or from the last checkpoint -----------------------------------------------------------------
+    position = None
+    if earlier is None:
+        state = init_state(params, optimizer, mesh, flags.strategy, recipe.ema_decay > 0)
+    else:
+        params = None  # or they lie in the device's memory beside the state
+        state, position = restore_state(folder / "checkpoints" / "last", abstract, mesh, flags.strategy)
+    del params
+
+    # --- Schedule ------------------------------------------------------------------------------------------------
+    schedule = Schedule(
+        setup.optimizer,
+        setup.total_steps,
+        setup.steps_per_epoch,
+        setup.val_every,
+        flags.checkpoint_every,
+        clock.budget(earlier, own_validations=setup.val_every is None),
+    )
+    begin(schedule, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)), transferred)
+
+    # --- Step ----------------------------------------------------------------------------------------------------
+    program = (trained_graphdef, setup.augmentation)
+    compiles = program not in programs
+    if compiles:
+        programs[program] = make_train_step(
+            trained_graphdef,
+            optimizer,
+            at_all_levels(dice_ce) if recipe.deep_supervision else dice_ce,
+            mesh,
+            flags.seed,
+            setup.augmentation,
+            flags.strategy,
+            recipe.ema_decay,
+            flags.freeze_encoder,
+            recipe.dropout,
+        )
+    train_step = with_seed(programs[program], flags.seed, mesh)
+
+    # --- Validation, and the loop --------------------------------------------------------------------------------
+    display = Display(console, schedule, int(state.step), setup.global_batch)
+    run = Run.resumed(
+        earlier or {},
+        folder=folder / "checkpoints",
+        settings=checkpoint_settings(setup),
+        schedule=schedule,
+        display=display,
+        validate=open_validation(graphdef, setup, devices),
+        keep_last=flags.keep_last,
+    )
+    with contextlib.ExitStack() as stack:
+        if is_first():
+            run.log = stack.enter_context(FileLog(folder, run.step, display.say))
+        stack.enter_context(display)
+        batches = stack.enter_context(open_batches(setup, mesh, position, display.say))
+        if compiles and not schedule.ends(run.step):
+            display.say("Compiling the training step, once; the first step follows")
+        try:
+            train(state, batches, train_step, run)
+        except TrainingError as error:
+            run.error = str(error)
+    return run
+
+
+# --- Data --------------------------------------------------------------------------------------------------------
+
+
+class Feed:
+    """Batches on their way to the devices. `position`: state of their iterator after the batch that was given last."""
+
+    def __init__(self, iterator: Any, mesh: Mesh, case_ids: Sequence[str], labelled: np.ndarray | None = None):
+        self.iterator, self.mesh, self.case_ids, self.labelled = iterator, mesh, case_ids, labelled
+        self.position: dict[str, Any] = iterator.get_state()
+        self.cases: tuple[str, ...] = ()
+
+    def next(self, stop: StopOnSignal) -> Batch | None:
+        """Start the transfer of the next batch; None where the run is to stop, also since this was called."""
+        if stop.requested():
+            return None
+        batch = dict(next(self.iterator))
+        indices = np.asarray(batch.pop("case"))
+        if self.labelled is not None:
+            batch["labelled"] = self.labelled[indices]
+        arrays = put_batch(batch, self.mesh)
+        if stop.requested():
+            return None
+        self.position, self.cases = self.iterator.get_state(), tuple(self.case_ids[index] for index in indices)
+        return arrays
+
+
+@contextlib.contextmanager
+def open_batches(
+    setup: Setup, mesh: Mesh, position: dict[str, Any] | None, say: Callable[[str], None]
+) -> Iterator[Feed]:
+    """Open the training batches from `position` on; closed at the end, or their threads and processes would live on."""
+    size = batch_bytes(setup.global_batch // jax.process_count(), setup.patch_size, setup.model.in_chans)
+    workers = fitting_workers(setup.num_workers, size)
+    if workers.why_fewer:
+        say(f"Note: {workers.why_fewer}")
+    loader = make_loader(
+        Store(setup.prepared.store),
+        setup.train_cases,
+        setup.patch_size,
+        setup.global_batch,
+        seed=setup.flags.seed,
+        num_workers=workers.count,
+        class_balanced=setup.recipe.class_balanced,
+        normalise=normalisations(setup.properties.ct_normalisation, setup.flags.modality),
+        share=(jax.process_index(), jax.process_count()),
+    )
+    iterator = iter(loader)
+    try:
+        if position is not None:
+            iterator.set_state(position)
+        yield Feed(iterator, mesh, setup.train_cases, setup.labelled)
+    finally:
+        iterator.close()
+
+
+# --- Network -----------------------------------------------------------------------------------------------------
+
+
+def build_networks(setup: Setup, new: bool) -> tuple[nnx.GraphDef, nnx.GraphDef, Any, Transfer | None]:
+    """The network's structure, that of what is trained (with heads for deep supervision), and the latter's parameters.
+
+    new: start from --use_pretrained, whose account comes last; else the run goes on with parameters of its own.
+    Raises CheckpointError where the weights to start from are of another network.
+    """
+    seed, source, transferred = setup.flags.seed, setup.flags.use_pretrained, None
+    # Not traced by nnx.eval_shape where values are not needed: that takes longer than to draw them.
+    model = MambaHoME(setup.model, rngs=nnx.Rngs(seed), precision=setup.precision, metadata=setup.properties)
+    graphdef, params = _split(model)
+    if new and source not in ("", "False"):
+        params, transferred = transfer(read_weights(source), params, setup.model, setup.properties, source)
+        model = nnx.merge(graphdef, params)
+    if not setup.recipe.deep_supervision:
+        return graphdef, graphdef, params, transferred
+    trained = DeepSupervision(model, rngs=nnx.Rngs(seed + 1), precision=setup.precision)
+    return graphdef, *_split(trained), transferred
+
+
+def _split(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+# --- Validation --------------------------------------------------------------------------------------------------
+
+
+def open_validation(graphdef: nnx.GraphDef, setup: Setup, devices: Sequence[jax.Device]) -> Validate | None:
+    """What validates the network on the cases held out; None where there are none."""
+    if not setup.val_cases:
+        return None
+    settings = ValidationSettings(
+        *(setup.val_cases, setup.structures, setup.patch_size, setup.flags.overlap),
+        normalise=normalisations(setup.properties.ct_normalisation, setup.flags.modality),
+        sw_batch_size=setup.flags.batch_size,
+        values=setup.val_values,
+    )
+    store = Store((setup.prepared_val or setup.prepared).store)
+    device = next(device for device in devices if device.process_index == jax.process_index())
+    return make_validate(graphdef, store, settings, device)
+
+
+# --- Loop --------------------------------------------------------------------------------------------------------
+
+
+def train(state: TrainState, batches: Feed, train_step: TrainStep, run: "Run") -> TrainState:
+    """Train from `state` until the schedule ends, or SIGTERM or SIGINT comes, which `run.signal` then names.
+
+    Args:
+        state: after `run.step` updates; `batches` stand after as many.
+        run: changed in place. Checkpoints: `last` after each validation, every --checkpoint_every steps and on a stop;
+            `best`, parameters alone, after the best validation (after each one, where there is no score).
+
+    Raises:
+        TrainingError: loss, gradient or update is no longer finite (with step and cases); the checkpoints before stay.
+        OutputError: a checkpoint or metrics.csv cannot be written.
+    """
+    with CheckpointWriter() as run.writer, StopOnSignal(run.display.say, batches.mesh) as run.stop:
+        if run.step and run.schedule.validates(run.step) and run.validated_until < run.step:
+            # The run before was stopped between this step and its validation.
+            run.complete(run.validate_and_keep_best(state))
+        due, saved = run.schedule.after(run.step), run.step
+        while not due.stop and (batch := run.fetch(batches)) is not None:
+            rate = device_put_tree(np.float32(due.rate), replicated(batches.mesh))
+            with jax.transfer_guard("disallow"):
+                state, metrics = train_step(state, batch, rate)
+            # While the devices work on this step.
+            if row := run.finish_step():
+                run.keep(row)
+            run.started_step(metrics, batches.cases)
+            run.stop.agree()
+            due = run.schedule.after(run.step)
+            if due.save:
+                row = run.finish_step()
+                run.keep(row, run.validate_and_keep_best(state) if due.validate else None)
+                run.save_last(state, batches.position)
+                saved = run.step
+                due = run.schedule.after(run.step)
+        if row := run.finish_step():
+            run.keep(row)
+        if run.step > saved:
+            run.save_last(state, batches.position)
+        run.signal = run.stop.requested()
+    return state
+
+
+@dataclass
+class Run:
+    """A run under way: what its loop drives, and how far it is.
+
+    folder: of the checkpoints; settings: entries of their config.json. validated_until: the step up to which that is
+    done. error: why it ended before its time.
+    """
+
+    folder: Path
+    settings: Mapping[str, Any]
+    schedule: Schedule
+    display: Display
+    log: MetricsLog = field(default_factory=MetricsLog)
+    validate: Validate | None = None
+    keep_last: int = 1
+    step: int = 0
+    best: dict[str, Any] | None = None
+    validated_until: int = 0
+    loss: float | None = None
+    validation: Validation | None = None
+    failures: dict[str, str] = field(default_factory=dict)
+    signal: int | None = None
+    error: str | None = None
+    writer: CheckpointWriter = field(init=False)
+    stop: StopOnSignal = field(init=False)
+    _pending: tuple[dict[str, jax.Array], tuple[str, ...]] | None = None
+    _begun: float = field(default_factory=time.perf_counter)
+    _waited: float = 0.0
+    _step_ended: float = field(default_factory=time.perf_counter)
+
+    @classmethod
+    def resumed(cls, config: Mapping[str, Any], **parts: Any) -> "Run":
+        """A run that goes on from the checkpoint with this config.json; a new one where that is empty."""
+        return cls(**parts, **{name: config[name] for name in ("step", "best", "validated_until") if name in config})
+
+    def fetch(self, batches: Feed) -> Batch | None:
+        """The next batch; time in which the devices had nothing to do meanwhile counts as waiting."""
+        begun = time.perf_counter()
+        batch = batches.next(self.stop)
+        if self._pending is not None and self._pending[0]["loss"].is_ready():  # type: ignore[attr-defined]
+            # The devices had nothing more to do when the batch came: at most so long.
+            self._waited += time.perf_counter() - begun
+        return batch
+
+    def started_step(self, metrics: dict[str, jax.Array], cases: tuple[str, ...]) -> None:
+        """Note that the devices have been given the next step."""
+        self.step += 1
+        self._pending = metrics, cases
+
+    def finish_step(self) -> dict[str, Any]:
+        """Wait for the step that was started last, check and show it; its row of metrics.csv, empty without one."""
+        if self._pending is None:
+            return {}
+        (metrics, cases), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+        if wrong:
+            all_cases = [case for share in gather(cases) for case in share]
+            raise TrainingError(
+                f"step {self.step}: {', '.join(wrong)}; cases of this batch: {', '.join(all_cases)}. Stopped; "
+                "the checkpoints before it are kept. Look at these cases, or use a lower --lr or --precision fp32"
+            )
+        self.schedule.budget.step_ended()
+        self.loss = values["loss"]
+        now = time.perf_counter()
+        waiting = self._waited / max(now - self._step_ended, 1e-9)
+        self._waited, self._step_ended = 0.0, now
+        row = {
+            "step": self.step,
+            "epoch": (self.step - 1) // self.schedule.steps_per_epoch + 1,
+            "images_per_second": self.display.tick(self.step),
+            "data_wait": waiting,
+            "seconds": now - self._begun,
+            **values,
+        }
+        self.display.update(row, device_memory(jax.local_devices()))
+        return row
+
+    def keep(self, row: dict[str, Any], validation: Validation | None = None) -> None:
+        """Write a row to metrics.csv and TensorBoard; flushed when a validation is with it."""
+        if validation is None:
+            self.log.write(row)
+        else:
+            self._keep_validation(self.log.write, row, validation)
+
+    def complete(self, validation: Validation | None) -> None:
+        """Add to the row of a step that an earlier run wrote without its validation."""
+        if validation is not None:
+            self._keep_validation(self.log.complete, {"step": self.step}, validation)
+
+    def _keep_validation(self, write: Callable[..., None], row: dict[str, Any], validation: Validation) -> None:
+        extra = {f"val_dice/{name}": value for name, value in validation.structures.items() if math.isfinite(value)}
+        write(row | {"val_dice": _finite(validation.dice)}, extra)
+        if validation.picture is not None:
+            self.log.picture("validation", validation.picture, row["step"])
+        self.log.flush()
+
+    def validate_and_keep_best(self, state: TrainState) -> Validation | None:
+        """Validate, and write `best` where that is the best so far. None without cases, and when interrupted."""
+        validation, before = None, self.validation
+        begun = time.perf_counter()
+        # Without cases too: the checkpoints that follow need their pause.
+        with self.schedule.budget.validating():
+            if self.validate is not None:
+                validation = self.validate(deployed_params(state), self._must_stop)
+        if self.validate is not None:
+            self.stop.agree(at_once=True)
+            self.display.pause()
+            self._waited, self._step_ended = 0.0, time.perf_counter()
+            if validation is None:
+                if not self.stop.requested():
+                    self.display.say("validation given up: the time is nearly over")
+                    # `best` is not to be missing at the end.
+                    self._keep_best(state, None)
+                return None
+            self.schedule.budget.expect_validation(validation.seconds_again)
+            self.display.say(
+                f"step {self.step}: validation Dice {validation.dice:.4f} in {duration(time.perf_counter() - begun)}\n"
+                + dice_table(validation.structures, before.structures if before else None)
+            )
+            self.validation = dataclasses.replace(validation, picture=None)
+            self.failures.update(validation.failures)
+        self.validated_until = self.step
+        self._keep_best(state, None if validation is None else _finite(validation.dice))
+        return validation
+
+    def _must_stop(self) -> bool:
+        """Whether a validation is to be given up: a signal came, or the time is up."""
+        return self.stop.noticed() or self.schedule.budget.must_save()
+
+    def _keep_best(self, state: TrainState, score: float | None) -> None:
+        best = None if self.best is None else self.best["val_dice"]
+        if best is None or (score is not None and score > best):
+            self.best = {"step": self.step, "val_dice": score}
+            self.writer.save(self.folder / "best", state, self._config())
+
+    def save_last(self, state: TrainState, position: dict[str, Any]) -> None:
+        """Write `last`; with a time budget wait for it, which tells how long that takes."""
+        # A run that is killed goes on from this checkpoint, and the metrics up to it have to be there.
+        self.log.flush()
+        with self.schedule.budget.saving():
+            self.writer.save(self.folder / "last", state, self._config(), position, self.keep_last)
+            if self.schedule.budget.limited:
+                self.writer.wait()
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            **self.settings,
+            "step": self.step,
+            "epoch": self.step // self.schedule.steps_per_epoch,
+            "best": self.best,
+            "validated_until": self.validated_until,
+        } | self.schedule.budget.to_json()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
