@@ -2,19 +2,28 @@
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset
-from mambahome_jax.datasets.files import CHANNEL, channels_of, fault_of_name, listed, listing, of_one_kind, twins_note
+from mambahome_jax.datasets.files import (
+    CHANNEL,
+    channels_of,
+    fault_of_name,
+    listed,
+    listing,
+    of_one_kind,
+    printable,
+    twins_note,
+)
 from mambahome_jax.datasets.prepared import absent_images, detect, unlisted_files
 from mambahome_jax.datasets.registry import LISTED, load_dataset
-from mambahome_jax.datasets.scans import Found, Search, is_output, search
+from mambahome_jax.datasets.scans import Candidate, Failures, Search, is_output, search
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import SCAN_SUFFIXES, kind_of, no_scan, scan_stem, suffix_of
-from mambahome_jax.support.files import hidden
 from mambahome_jax.support.paths import own_name
 
 # Folders that hold the scans when the folder itself holds none: of the Decathlon, of preprocess.py.
@@ -28,10 +37,9 @@ _LABEL = re.compile(r"(?<![a-z])(labels?|segs?|segmentations?|masks?|gt|dseg)(?!
 class Scan:
     """A scan to segment and the name of its result.
 
-    path: a file, or a folder of DICOM slices. modality: None where it is that of the model. channels: all files in
-    order, where each channel has its own; `path` is then the first. other_name: what its result was called by versions
-    that took the channel's number in <case>_0000 for a part of the case's name; empty where that is no other.
-    series: the SeriesInstanceUID of its slices where other series lie in their folder, else nothing.
+    path: a file, or a folder of DICOM slices. modality: None where it is that of the model. channels: a file each, in
+    order; `path` is then the first. series: SeriesInstanceUID of its slices where other series lie in their folder.
+    other_name: what versions called its result that took the number of <case>_0000 for a part of the case's name.
     """
 
     case: str
@@ -44,8 +52,8 @@ class Scan:
 
 @dataclass(frozen=True)
 class ScanFolder:
-    """folder: the file or folder with the scans. failures: {"id", "reason"} of what could be a scan and is none to
-    segment, or whose results would collide. notes: what else was passed over."""
+    """The scans of a file or folder. failures: {"id", "reason"} of what could be a scan and is none to segment, or of
+    results that would collide. notes: what else was passed over."""
 
     folder: Path
     scans: list[Scan]
@@ -54,7 +62,7 @@ class ScanFolder:
 
 
 def find_scans(data_path: Path, series: Collection[str] = (), leave: Collection[Path] = ()) -> ScanFolder:
-    """The scans of a file or of a folder and all folders below it, named as `datasets.scans.search` does.
+    """Find the scans of a file, or of a folder and all below it, named as `datasets.scans.search` does.
 
     Of a folder without scan files of its own the first of SCAN_FOLDERS that holds scans is taken; else the scans
     that a dataset names are called by their cases there. series: UIDs of the DICOM series to take; none takes all.
@@ -62,7 +70,9 @@ def find_scans(data_path: Path, series: Collection[str] = (), leave: Collection[
     Raises DatasetError: nothing there, no scan nor anything that could be one, none of the series.
     """
     if data_path.is_file():
-        return ScanFolder(data_path, [_single(data_path)], [])
+        if kind_of(data_path) != "scan":
+            raise no_scan(data_path)
+        return ScanFolder(data_path, [Scan(scan_stem(data_path), data_path)], [])
     if not data_path.is_dir():
         raise DatasetError("no such file or folder", file=data_path, action="Check --data_path.")
     root, found, beside = _root(data_path, leave)
@@ -70,8 +80,8 @@ def find_scans(data_path: Path, series: Collection[str] = (), leave: Collection[
     taken = {path for scan in scans for path in (scan.path, *scan.channels)}
     # Of two forms of a file the dataset has chosen one.
     chosen_of = {name for name, alike in found.alike.items() if any(one.path in taken for one in alike)}
-    missed = [failure for failure in found.failures if failure[0] not in chosen_of]
-    failures += [{"id": _printable(name), "reason": reason} for name, reason in (*missed, *beside.failures)]
+    failures += [(name, reason) for name, reason in found.failures if name not in chosen_of]
+    failures += beside.failures
     twins = twins_note(one.path for name in chosen_of for one in found.alike[name] if one.path in taken)
     chosen = [scan for scan in scans if not series or not scan.series or set(scan.series) & set(series)]
     uids = {uid for scan in scans for uid in scan.series}
@@ -79,30 +89,22 @@ def find_scans(data_path: Path, series: Collection[str] = (), leave: Collection[
     if missing and not chosen:
         expected = f"one of {', '.join(sorted(uids))}" if uids else "DICOM slices"
         raise DatasetError(f"no series {listed(missing)}", file=data_path, expected=expected, action="Check --series.")
-    failures += [{"id": uid, "reason": f"{data_path}: no series of this UID. Check --series"} for uid in missing]
-    left = len(scans) - len(chosen)
-    notes = (
-        *found.notes,
-        *beside.notes,
-        *passed,
-        *twins,
-        *((f"{left} other series are left out by --series",) if left else ()),
-    )
+    failures += [(uid, f"{data_path}: no series of this UID. Check --series") for uid in missing]
+    notes = (*found.notes, *beside.notes, *passed, *twins)
+    if left := len(scans) - len(chosen):
+        notes += (f"{left} other series are left out by --series",)
     if not chosen and not failures:
         kinds = f"{', '.join(SCAN_SUFFIXES)} or DICOM"
         expected = f"scans there, or in its {' or '.join(SCAN_FOLDERS)}, or a folder of DICOM slices a case"
         also = f" ({'; '.join(notes)})" if notes else ""
         raise DatasetError(f"no {kinds} file{also}", file=data_path, expected=expected, action="Check --data_path.")
     several = {one.path for one in found.scans if one.one_of_several}
-    chosen = [scan if not scan.series or scan.path in several else replace(scan, series=()) for scan in chosen]
-    return ScanFolder(root, chosen, failures, notes)
+    chosen = [scan if scan.path in several else replace(scan, series=()) for scan in chosen]
+    return ScanFolder(root, chosen, _entries(failures), notes)
 
 
-def _single(path: Path) -> Scan:
-    """A scan file. Raises DatasetError: it is none."""
-    if kind_of(path) != "scan":
-        raise no_scan(path)
-    return Scan(scan_stem(path), path)
+def _entries(failures: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"id": printable(name), "reason": reason} for name, reason in failures]
 
 
 def _root(data_path: Path, leave: Collection[Path]) -> tuple[Path, Search, Search]:
@@ -110,108 +112,113 @@ def _root(data_path: Path, leave: Collection[Path]) -> tuple[Path, Search, Searc
     if detect(data_path):
         # Arrays that preprocess wrote are no scans.
         leave = (*leave, data_path / "store")
-    if not _holds_scan_files(data_path):
-        folders, _ = listing(data_path)
+    folders, files = listing(data_path)
+    if not any(map(suffix_of, files)):
         for name in SCAN_FOLDERS:
-            found = search(data_path / name, leave) if name in folders else Search(())
+            found = search(data_path / name, leave) if name in folders else Search()
             if found.scans:
                 return data_path / name, found, _beside(data_path, name, folders, leave)
-    return data_path, search(data_path, leave), Search(())
-
-
-def _holds_scan_files(folder: Path) -> bool:
-    try:
-        with os.scandir(folder) as entries:
-            return any(suffix_of(entry.name) and not hidden(entry.name) and entry.is_file() for entry in entries)
-    except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=folder) from error
+    return data_path, search(data_path, leave), Search()
 
 
 def _beside(home: Path, taken: str, folders: Mapping[str, Path], leave: Collection[Path]) -> Search:
     """What lies beside the folder of the scans: a failure where it could be scans, unless it is another part of the
     dataset, which a note names."""
-    others = [path for name, path in folders.items() if name != taken and not of_one_kind(name)]
     left = {os.path.realpath(path) for path in leave}
-    others = [path for path in others if os.path.realpath(path) not in left and not is_output(path)]
-    found = [(home, search(home, leave, deepest=0)), *((path, search(path, leave)) for path in others)]
+    failures: Failures = []
+    found = {home: search(home, leave, deepest=0)}
+    for name, path in folders.items():
+        if name != taken and not of_one_kind(name) and os.path.realpath(path) not in left and not is_output(path):
+            found[path] = search(path, leave)
     reason = f"lie beside {taken}/, whose scans are taken. Name that folder, or move them"
-    failures = [(own_name(path), f"{path}: {len(one.scans)} scans {reason}") for path, one in found if one.scans] + [
-        failure for _, one in found for failure in one.failures
+    failures = [
+        (own_name(path), f"{path}: {len(one.scans)} scans {reason}") for path, one in found.items() if one.scans
     ]
+    failures += [failure for one in found.values() for failure in one.failures]
     parts = [name for name in folders if name in DATASET_FOLDERS and name != taken]
     notes = (f"the scans of {listed(parts)} are not taken; name the folder itself to segment them",) if parts else ()
     return Search((), tuple(failures), notes)
 
 
-def _scans_of(root: Path, found: Search) -> tuple[list[Scan], list[dict[str, str]], list[str]]:
+def _scans_of(root: Path, found: Search) -> tuple[list[Scan], Failures, list[str]]:
     """The scans of a folder, those of a dataset by its cases; failures: names that no file can have; notes."""
     direct = [one.path.name for one in found.scans if one.depth == 0 and not one.series]
     # Of a folder that preprocess wrote only what its dataset.json names.
-    others = unlisted_files(root, direct)
-    failures = [{"id": scan_stem(Path(name)), "reason": reason} for name, reason in others.items()]
-    failures += [{"id": case, "reason": reason} for case, reason in absent_images(root).items()]
+    unlisted = unlisted_files(root, direct)
+    failures = [(scan_stem(Path(name)), reason) for name, reason in unlisted.items()]
+    failures += absent_images(root).items()
     part = root.name in DATASET_FOLDERS
     # Beside scan files of the folder itself a dataset only says which of the files below are label maps.
     below = bool(direct) and any(one.depth for one in found.scans)
     dataset = _dataset(root.parent if part else root) if part or not direct or below else None
-    modalities = {} if dataset is None else _by_path(dataset.cases)
-    of_cases = _series_of_cases(root, found.scans, () if dataset is None else dataset.cases)
+    cases = () if dataset is None else dataset.cases
+    modalities = _modalities(cases)
+    of_cases = _series_of_cases(root, found.scans, cases)
     homes = {home for home, _ in of_cases.values()}
-    listing_cases = dataset is not None and not part and bool(dataset.cases)
-    cases = [case for case in dataset.cases if case.image not in homes] if listing_cases and dataset else []
-    drawn = {path for case in cases for path in case.label_files} if below else set()
-    cases = [] if below else cases
-    scans = [Scan(case.id, case.image, modalities.get(case.image), case.images) for case in cases]
-    used = {path for case in cases for path in (*case.image_files, *case.label_files)}
+    named = [case for case in cases if case.image not in homes] if not part else []
+    drawn = {path for case in named for path in case.label_files} if below else set()
+    named = [] if below else named
+    scans = [Scan(case.id, case.image, modalities.get(case.image), case.images) for case in named]
+    used = {path for case in named for path in (*case.image_files, *case.label_files)}
     names = {scan.case for scan in scans}
     labels = []
     for one in found.scans:
         home, name = of_cases.get(one, (one.path, one.name))
-        if used and (one.path in used or not used.isdisjoint(one.path.parents)):
+        if one.path in used or not used.isdisjoint(one.path.parents) or (one.depth == 0 and one.path.name in unlisted):
             continue
-        if others and one.depth == 0 and one.path.name in others:
-            continue
-        unlisted = listing_cases and one not in of_cases and not (below and one.depth == 0)
-        no_scan = dataset is not None and (dataset.layout in LISTED or bool(_LABEL.search(name)))
-        if one.path in drawn or (unlisted and no_scan):
+        of_no_case = bool(cases) and not part and one not in of_cases and not (below and one.depth == 0)
+        label = dataset is not None and (dataset.layout in LISTED or _LABEL.search(name))
+        if one.path in drawn or (of_no_case and label):
             labels.append(name)
-        elif fault_of_name(name):
-            reason = f"{str(one.path)!r}: {fault_of_name(name)}"
-            failures.append({"id": _printable(name), "reason": reason})
+        elif fault := fault_of_name(name):
+            failures.append((name, f"{str(one.path)!r}: {fault}"))
         elif name in names:
             reason = f"the results of two scans would have one name, {name}: {one.path} is left out. Rename it"
-            failures.append({"id": name, "reason": reason})
+            failures.append((name, reason))
         else:
             names.add(name)
-            series = (one.series,) if one.series else ()
-            scans.append(Scan(name, one.path, modalities.get(home) if modalities else None, series=series))
-    notes = [f"passed over, as the dataset does not list them as scans: {listed(labels)}"] if labels else []
-    return scans, failures, notes
+            scans.append(Scan(name, one.path, modalities.get(home), series=(one.series,) if one.series else ()))
+    return (
+        scans,
+        failures,
+        [f"passed over, as the dataset does not list them as scans: {listed(labels)}"] * bool(labels),
+    )
 
 
-def _series_of_cases(root: Path, found: Iterable[Found], cases: Iterable[Case]) -> dict[Found, tuple[Path, str]]:
+def _series_of_cases(
+    root: Path, found: Iterable[Candidate], cases: Iterable[Case]
+) -> dict[Candidate, tuple[Path, str]]:
     """Series in or below a folder that is the image of a case, with that folder and a name for their results.
 
     The name is that of the case, as label maps have it; of several series with what tells them apart behind it.
     """
     slices = [one for one in found if not suffix_of(one.path.name)]
     names = {case.image: case.id for case in cases if not case.images} if slices else {}
-    groups: dict[Path, list[Found]] = {}
+    groups: dict[Path, list[Candidate]] = defaultdict(list)
     for one in slices:
-        home = next((path for path in (one.path, *one.path.parents) if path in names), None)
-        if home is not None:
-            groups.setdefault(home, []).append(one)
+        if home := next((path for path in (one.path, *one.path.parents) if path in names), None):
+            groups[home].append(one)
     result = {}
     for home, series in groups.items():
         beginning = "_".join(home.relative_to(root).parts) + "_"
         for one in series:
-            name = f"{names[home]}_{one.name.removeprefix(beginning)}" if len(series) > 1 else names[home]
-            result[one] = home, name
+            tail = f"_{one.name.removeprefix(beginning)}" if len(series) > 1 else ""
+            result[one] = home, names[home] + tail
     return result
 
 
-def _printable(name: str) -> str:
-    return repr(name)[1:-1] if fault_of_name(name) else name
+def _modalities(cases: Iterable[Case]) -> dict[Path, Modality]:
+    """Modality by file; empty where all are of one, which the model knows better: it may be trained on another."""
+    modalities = {case.image: case.modality for case in cases if case.modality is not None}
+    return modalities if len(set(modalities.values())) > 1 else {}
+
+
+def _dataset(folder: Path) -> Dataset | None:
+    """The dataset of a folder; None where it is none, as scans to segment need not lie in one."""
+    try:
+        return load_dataset(folder)
+    except DatasetError:
+        return None
 
 
 def join_channels(data_path: Path, scans: list[Scan], channels: int) -> tuple[list[Scan], list[dict[str, str]]]:
@@ -223,67 +230,49 @@ def join_channels(data_path: Path, scans: list[Scan], channels: int) -> tuple[li
     """
     if channels < 2:
         return _without_channel(data_path, scans), []
-    groups: dict[str, dict[int, Path]] = {}
+    groups: dict[str, dict[int, Path]] = defaultdict(dict)
     joined = []
     for scan in _with_siblings(scans) if data_path.is_file() else scans:
-        found = None if scan.channels else CHANNEL.fullmatch(scan.case)
-        if found:
-            groups.setdefault(found[1], {})[int(found[2])] = scan.path
+        match = None if scan.channels else CHANNEL.fullmatch(scan.case)
+        if match:
+            groups[match[1]][int(match[2])] = scan.path
         else:
             joined.append(scan)
-    failures = []
     modalities = {scan.path: scan.modality for scan in scans}
     taken = {scan.case for scan in joined}
+    failures = []
     for case, files in groups.items():
-        reason = _no_channels(case, files, channels, case in taken)
-        if reason:
-            failures.append({"id": case, "reason": reason})
+        missing = [f"{case}_{number:04}" for number in range(channels) if number not in files]
+        beyond = [files[number].name for number in sorted(files) if number >= channels]
+        expected = f"expected {channels} channels, as the model takes"
+        if missing:
+            failures.append((case, f"{listed(missing)} not found; {expected}, a file each"))
+        elif beyond:
+            failures.append((case, f"also {listed(beyond)}; {expected}. Move them elsewhere"))
+        elif case in taken:
+            reason = f"a scan {case} lies beside its channels {case}_0000, .... Rename or move one of them"
+            failures.append((case, reason))
         else:
             paths = tuple(files[number] for number in range(channels))
             joined.append(Scan(case, paths[0], modalities.get(paths[0]), paths))
-    return sorted(joined, key=lambda scan: scan.case), failures
+    return sorted(joined, key=lambda scan: scan.case), _entries(failures)
 
 
 def _without_channel(data_path: Path, scans: list[Scan]) -> list[Scan]:
     """The scans named without the ending _0000 where it is the number of the only channel, by all files beside them."""
-    beside = listing(data_path.parent)[1].values() if data_path.is_file() else ()
-    names = [scan_stem(path) for path in beside if suffix_of(path.name)] or [scan.case for scan in scans]
+    siblings = listing(data_path.parent)[1].values() if data_path.is_file() else ()
+    names = [scan_stem(path) for path in siblings if suffix_of(path.name)] or [scan.case for scan in scans]
     case_of = {files[0]: case for case, files in channels_of(names).items() if len(files) == 1}
     return [
         replace(scan, case=case_of[scan.case], other_name=scan.case) if scan.case in case_of else scan for scan in scans
     ]
 
 
-def _no_channels(case: str, files: dict[int, Path], channels: int, taken: bool) -> str:
-    """Why files of a case by number of channel are no scan of so many; empty where they are one."""
-    missing = [f"{case}_{number:04}" for number in range(channels) if number not in files]
-    beyond = [files[number].name for number in sorted(files) if number >= channels]
-    if missing:
-        return f"{listed(missing)} not found; expected {channels} channels, as the model takes, a file each"
-    if beyond:
-        return f"also {listed(beyond)}; expected {channels} channels, as the model takes. Move them elsewhere"
-    return f"a scan {case} lies beside its channels {case}_0000, .... Rename or move one of them" if taken else ""
-
-
 def _with_siblings(scans: list[Scan]) -> list[Scan]:
     """A single scan file, last, as of two forms of it the named one counts, after those of the same case beside it."""
-    found = CHANNEL.fullmatch(scans[0].case)
-    if not found:
+    match = CHANNEL.fullmatch(scans[0].case)
+    if not match:
         return scans
-    beside = [path for path in listing(scans[0].path.parent)[1].values() if suffix_of(path.name)]
-    name = re.compile(rf"{re.escape(found[1])}_\d{{4}}")
-    return [*(Scan(scan_stem(path), path) for path in beside if name.fullmatch(scan_stem(path))), *scans]
-
-
-def _by_path(cases: Iterable[Case]) -> dict[Path, Modality]:
-    """Modality by file; empty where all are of one, which the model knows better: it may be trained on another."""
-    found = {case.image: case.modality for case in cases if case.modality is not None}
-    return found if len(set(found.values())) > 1 else {}
-
-
-def _dataset(folder: Path) -> Dataset | None:
-    """The dataset of a folder; None where it is none, as scans to segment need not lie in one."""
-    try:
-        return load_dataset(folder)
-    except DatasetError:
-        return None
+    files = [path for path in listing(scans[0].path.parent)[1].values() if suffix_of(path.name)]
+    name = re.compile(rf"{re.escape(match[1])}_\d{{4}}")
+    return [*(Scan(scan_stem(path), path) for path in files if name.fullmatch(scan_stem(path))), *scans]

@@ -19,26 +19,24 @@ from mambahome_jax.support.files import read_json, write_json
 from mambahome_jax.support.paths import as_on_disk, local_path, one_form
 
 NAME = "prepared"
-COVERS: tuple[str, ...] = ("images_labels", "decathlon", "nnunet_raw")
 LOOKS_FOR = "dataset.json with store/ (a folder that preprocess.py wrote)"
+COVERS: tuple[str, ...] = ("images_labels", "decathlon", "nnunet_raw")
 VERSION = 1
 DESCRIPTION = "dataset.json"
 
 # Folders of the cases' files, and the keys of dataset.json that name them.
 _PARTS = {"images": "image", "labels": "label"}
-_KEYS = ("id", "image", "label", "split", "modality", "shape", "spacing", "source")
+_REQUIRED = ("id", "image", "label", "split", "modality", "shape", "spacing", "source")
 
 
 @dataclass(frozen=True)
 class PreparedCase:
-    """One entry of "cases" in dataset.json.
+    """One entry of "cases" in dataset.json; fields with a default are written only where they differ from it.
 
     image, label: paths, relative to the folder where the file lies in it. shape: (D, H, W) voxels and spacing: (3,) mm
-    after resampling. source: the image file that the user gave, with its folder's name. patient: written only where it
-    is not the id.
-    labelled: the values that this case's dataset labels at all, written only where that is not the whole table.
-    remarks: what was found and dealt with, such as masks that overlap. in_split: False, and written only then, where
-    the dataset has a split and names this case in none of its lists.
+    after resampling. source: the image file that the user gave, with its folder's name. patient: by default the id.
+    labelled: the values that this case's dataset labels at all; None for the whole table.
+    remarks: what was dealt with, such as masks that overlap. in_split: False where a split names the case in no list.
     """
 
     id: str
@@ -64,10 +62,9 @@ class Prepared:
     """A preprocessed dataset.
 
     spacing: (3,) mm that was asked for, None where every scan kept its own; 0 or below keeps an axis. orientation: of
-    the array axes, such as "RAS". labels: value -> name, without the background. patients: who says of which
-    patient a case is, None in folders of earlier versions.
-    values: value of `labels` -> value that the dataset's label maps store and infer writes, written only where the two
-    differ.
+    the array axes, such as "RAS". labels: value -> name, without the background. patients: who says of which patient a
+    case is, None in folders of earlier versions. values: value of `labels` -> value that the dataset's label maps store
+    and infer writes, where the two differ.
     """
 
     root: Path
@@ -77,7 +74,7 @@ class Prepared:
     channels: tuple[str, ...]
     labels: Mapping[int, str]
     cases: tuple[PreparedCase, ...]
-    skipped: tuple[tuple[str, str], ...] = field(default=())
+    skipped: tuple[tuple[str, str], ...] = ()
     ct_normalisation: CtNormalisation = PUBLISHED_WINDOW
     patients: PatientSource | None = None
     values: Mapping[int, int] = field(default_factory=dict)
@@ -104,37 +101,24 @@ def detect(folder: Path) -> bool:
 def load(folder: Path) -> Dataset:
     """The folder as a Dataset, to preprocess it once more."""
     prepared = read_prepared(folder)
-    cases = tuple(
-        Case(
-            case.id,
-            prepared.image_path(case),
-            prepared.label_path(case),
-            case.split,
-            case.modality,
-            case.patient,
-            labelled=case.labelled,
-            in_split=case.in_split,
-        )
-        for case in prepared.cases
-    )
+    cases = []
+    for case in prepared.cases:
+        files = (prepared.image_path(case), prepared.label_path(case))
+        fields = {"labelled": case.labelled, "in_split": case.in_split}
+        cases.append(Case(case.id, *files, case.split, case.modality, case.patient, **fields))  # type: ignore[arg-type]
+    known = {one_form(path) for case in prepared.cases for path in (case.image, case.label) if path is not None}
+    scans = [f"{part}/{name}" for part in _PARTS for name in listing(prepared.root / part)[1] if suffix_of(name)]
+    others = [path for path in scans if one_form(path) not in known]
     return Dataset(
         prepared.name,
         prepared.channels,
         dict(prepared.labels),
-        cases,
+        tuple(cases),
         prepared.skipped,
-        notes=_of_no_case(prepared),
+        notes=(f"of no case in {DESCRIPTION}, and left out: {listed(others)}",) if others else (),
         patients=prepared.patients,
         values=dict(prepared.values),
     )
-
-
-def _of_no_case(prepared: Prepared) -> tuple[str, ...]:
-    """A note that names the scans which lie in the folder and are of no case; empty without any."""
-    known = {one_form(path) for case in prepared.cases for path in (case.image, case.label) if path is not None}
-    there = [f"{part}/{name}" for part in _PARTS for name in listing(prepared.root / part)[1] if suffix_of(name)]
-    others = [path for path in there if one_form(path) not in known]
-    return (f"of no case in {DESCRIPTION}, and left out: {listed(others)}",) if others else ()
 
 
 def read_prepared(folder: Path) -> Prepared:
@@ -144,31 +128,60 @@ def read_prepared(folder: Path) -> Prepared:
     """
     folder = local_path(folder)
     file = folder / DESCRIPTION
+    action = "Run preprocess.py again."
     content = read_json(file)
     if "unfinished" in content:
-        raise DatasetError("preprocessing did not reach its end", file=file, action="Run preprocess.py again.")
+        raise DatasetError("preprocessing did not reach its end", file=file, action=action)
     if content.get("version") != VERSION:
-        found, action = f"version {content.get('version')!r}", "Run preprocess.py again."
-        raise DatasetError(found, file=file, expected=f"version {VERSION} of {LOOKS_FOR}", action=action)
+        expected = f"version {VERSION} of {LOOKS_FOR}"
+        raise DatasetError(f"version {content.get('version')!r}", file=file, expected=expected, action=action)
     try:
-        spacing = content["spacing"]
         labels = label_names(content["labels"], file)
         return Prepared(
             root=folder,
             name=str(content["name"]),
-            spacing=None if spacing is None else _three(spacing, float),
+            spacing=None if content["spacing"] is None else _three(content["spacing"], float),
             orientation=str(content.get("orientation", "RAS")),
             channels=tuple(content["channels"]),
             labels=labels,
-            cases=tuple(_case(entry) for entry in content["cases"]),
+            cases=tuple(map(_read_case, content["cases"])),
             skipped=tuple((entry["id"], entry["reason"]) for entry in content["skipped"]),
             ct_normalisation=ct_from_json(content.get("ct_scale")),
-            patients=_patient_source(content.get("patients")),
+            patients=_one_of(get_args(PatientSource), content.get("patients"), "patients"),
             values=table_of_values(content.get("values"), file, labels),
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        found = f"damaged ({type(error).__name__}: {error})"
-        raise DatasetError(found, file=file, expected=LOOKS_FOR, action="Run preprocess.py again.") from error
+        problem = f"damaged ({type(error).__name__}: {error})"
+        raise DatasetError(problem, file=file, expected=LOOKS_FOR, action=action) from error
+
+
+def _read_case(entry: dict[str, Any]) -> PreparedCase:
+    """A case of its entry. Raises KeyError, TypeError, ValueError or OverflowError: damaged."""
+    name, labelled = entry["id"], entry.get("labelled")
+    if not isinstance(name, str):
+        raise TypeError(f"case {name!r}")
+    if fault := fault_of_name(name):
+        raise ValueError(f"case {name!r}: {fault}")
+    _one_of(get_args(Split), entry["split"], f"case {name!r}: split")
+    return PreparedCase(
+        **{key: entry[key] for key in _REQUIRED}
+        | {"shape": _three(entry["shape"], int), "spacing": _three(entry["spacing"], float)},
+        patient=entry.get("patient", ""),
+        labelled=None if labelled is None else tuple(map(int, labelled)),
+        remarks=tuple(entry.get("remarks", ())),
+        in_split=entry.get("in_split", True) is not False,
+    )
+
+
+def _one_of(words: Sequence[str], value: Any, name: str) -> Any:
+    if value not in (None, *words):
+        raise ValueError(f"{name} {value!r}, none of {', '.join(words)}, null")
+    return value
+
+
+def _three(values: Any, kind: type) -> Any:
+    a, b, c = (kind(value) for value in values)
+    return (a, b, c)
 
 
 def write_prepared(prepared: Prepared) -> None:
@@ -183,13 +196,17 @@ def write_prepared(prepared: Prepared) -> None:
         "cases": [_entry(case) for case in prepared.cases],
         "skipped": [{"id": case, "reason": reason} for case, reason in prepared.skipped],
     }
-    if prepared.values:
-        content["values"] = {str(value): stored for value, stored in sorted(prepared.values.items())}
-    if (ct := ct_to_json(prepared.ct_normalisation)) is not None:
-        content["ct_scale"] = ct
-    if prepared.patients is not None:
-        content["patients"] = prepared.patients
-    write_json(prepared.root / DESCRIPTION, content)
+    optional = {
+        "values": {str(value): stored for value, stored in sorted(prepared.values.items())},
+        "ct_scale": ct_to_json(prepared.ct_normalisation),
+        "patients": prepared.patients,
+    }
+    write_json(prepared.root / DESCRIPTION, content | {key: value for key, value in optional.items() if value})
+
+
+def _entry(case: PreparedCase) -> dict[str, Any]:
+    default = {"patient": case.id, "labelled": None, "remarks": (), "in_split": True}
+    return {key: value for key, value in asdict(case).items() if key in _REQUIRED or value != default[key]}
 
 
 def begin_prepared(root: Path, cases: Sequence[str]) -> None:
@@ -200,13 +217,14 @@ def begin_prepared(root: Path, cases: Sequence[str]) -> None:
     write_json(root / DESCRIPTION, {"version": VERSION, "unfinished": list(cases)})
 
 
-def cases_around(folder: Path) -> Prepared | None:
-    """The preprocessed dataset whose images/ or labels/ a folder is, as links lead; None for any other folder.
-
-    Raises DatasetError: see `read_prepared`.
-    """
+def _files_of_part(folder: Path) -> tuple[str, dict[str, Path]] | None:
+    """dataset.json, and {case: file}, where a folder is images/ or labels/ of a preprocessed dataset, as links lead."""
     place = Path(os.path.realpath(folder))
-    return read_prepared(place.parent) if place.name in _PARTS and detect(place.parent) else None
+    if place.name not in _PARTS or not detect(place.parent):
+        return None
+    prepared = read_prepared(place.parent)
+    paths = {case.id: getattr(case, _PARTS[place.name]) for case in prepared.cases}
+    return str(prepared.root / DESCRIPTION), {case: Path(path) for case, path in paths.items() if path is not None}
 
 
 def unlisted_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -214,12 +232,12 @@ def unlisted_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
     names: of files in `folder`. Raises DatasetError: see `read_prepared`.
     """
-    prepared = cases_around(folder)
-    if prepared is None:
+    part = _files_of_part(folder)
+    if part is None:
         return {}
-    key = _PARTS[Path(os.path.realpath(folder)).name]
-    known = {one_form(Path(path).name) for path in (getattr(case, key) for case in prepared.cases) if path is not None}
-    reason = f"of no case in {prepared.root / DESCRIPTION}, so it is left out. Move it elsewhere"
+    description, files = part
+    known = {one_form(path.name) for path in files.values()}
+    reason = f"of no case in {description}, so it is left out. Move it elsewhere"
     return {name: f"{folder / name}: {reason}" for name in names if one_form(name) not in known}
 
 
@@ -228,19 +246,17 @@ def absent_images(folder: Path) -> dict[str, str]:
 
     Raises DatasetError: see `read_prepared`.
     """
-    prepared = cases_around(folder)
-    if prepared is None or Path(os.path.realpath(folder)).name != "images":
+    part = _files_of_part(folder)
+    if part is None or Path(os.path.realpath(folder)).name != "images":
         return {}
     present = {one_form(name) for name in listing(folder)[1]}
-    files = {case.id: Path(case.image) for case in prepared.cases if not Path(case.image).is_absolute()}
     reason = f"not found, which {DESCRIPTION} lists. Run preprocess again"
-    return {
-        case: f"{folder / file.name}: {reason}" for case, file in files.items() if one_form(file.name) not in present
-    }
+    files = {case: file.name for case, file in part[1].items() if not file.is_absolute()}
+    return {case: f"{folder / name}: {reason}" for case, name in files.items() if one_form(name) not in present}
 
 
 def split_cases(prepared: Prepared, seed: int = 0, hold_out: int = 5) -> tuple[list[str], list[str]]:
-    """Ids to train on and ids to validate on.
+    """Choose ids to train on and ids to validate on.
 
     Held out are the cases marked "val"; without any, every `hold_out`-th patient in an order drawn from the seed, none
     for 0. Cases with split "test", without a label, or in no list of the dataset's split are in neither list; a single
@@ -249,52 +265,8 @@ def split_cases(prepared: Prepared, seed: int = 0, hold_out: int = 5) -> tuple[l
     usable = [case for case in prepared.cases if case.label is not None and case.split != "test" and case.in_split]
     held_out = {case.id for case in usable if case.split == "val"}
     if not held_out and hold_out:
-        patients = sorted({case.patient for case in usable if case.split != "val"})
+        patients = sorted({case.patient for case in usable})
         order = np.random.default_rng(seed).permutation(len(patients))
         chosen = {patients[i] for i in order[::hold_out]} if len(patients) > 1 else set()
         held_out = {case.id for case in usable if case.patient in chosen}
     return [case.id for case in usable if case.id not in held_out], [case.id for case in usable if case.id in held_out]
-
-
-def _entry(case: PreparedCase) -> dict[str, Any]:
-    entry = asdict(case)
-    if case.patient == case.id:
-        del entry["patient"]
-    if case.labelled is None:
-        del entry["labelled"]
-    if not case.remarks:
-        del entry["remarks"]
-    if case.in_split:
-        del entry["in_split"]
-    return entry
-
-
-def _case(entry: dict[str, Any]) -> PreparedCase:
-    values = {key: entry[key] for key in _KEYS}
-    if not isinstance(entry["id"], str):
-        raise TypeError(f"case {entry['id']!r}")
-    fault = fault_of_name(entry["id"])
-    if fault:
-        raise ValueError(f"case {entry['id']!r}: {fault}")
-    values |= {"shape": _three(entry["shape"], int), "spacing": _three(entry["spacing"], float)}
-    if entry["split"] not in (None, *get_args(Split)):
-        raise ValueError(f"case {entry['id']!r}: split {entry['split']!r}, none of train, val, test, null")
-    labelled = entry.get("labelled")
-    return PreparedCase(
-        **values,
-        patient=entry.get("patient", ""),
-        labelled=None if labelled is None else tuple(int(value) for value in labelled),
-        remarks=tuple(entry.get("remarks", ())),
-        in_split=entry.get("in_split", True) is not False,
-    )
-
-
-def _patient_source(value: Any) -> PatientSource | None:
-    if value not in (None, *get_args(PatientSource)):
-        raise ValueError(f"patients {value!r}")
-    return value
-
-
-def _three(values: Any, kind: type) -> Any:
-    a, b, c = (kind(value) for value in values)
-    return (a, b, c)

@@ -1,18 +1,17 @@
-"""Names of structures: which of them are meant, which are one organ in two datasets."""
+"""Structures by their names, values and sides: which are one organ, chosen, merged, or traded places by a mirror."""
 
-import dataclasses
 import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 
 from mambahome_jax.config import AnatomicalAxis
-from mambahome_jax.datasets.base import Case, Dataset
+from mambahome_jax.datasets.base import Case, Dataset, numbered
 from mambahome_jax.datasets.files import listed
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.support.paths import one_form
@@ -34,6 +33,41 @@ _SYNONYMS = {
 _ANYBODYS = frozenset({"prepared", "nnunet_raw", "decathlon", "csv", "images_labels", "published", ""})
 _NAME_THEM = 'Name them in a dataset.json in its folder: {"labels": {"1": "liver"}}.'
 _SIDES = {"left": "left", "l": "left", "right": "right", "r": "right"}
+_MOST_LISTED = 20
+
+AXES: tuple[str, ...] = get_args(AnatomicalAxis)
+_OPPOSITES = {"LR": {"left": "right", "l": "r", "lt": "rt", "lh": "rh"}, "AP": {}, "IS": {}}
+# Anterior and posterior tell two structures apart by their place here; elsewhere (hippocampus) by their form too.
+_LEAFLET_OPPOSITES = {"anterior": "posterior"}
+
+# Structures told apart by form although their names differ in the side alone: chambers of the heart, lobes, the vessels
+# and parts of organs that branch or lie unlike.
+_BY_FORM = re.compile(
+    r"\b(ventric|atri(um|a|al)\b|auric|appendage|myocard|heart|lob(e|es|ar|us)\b|bronch|flexure|hemiliver|liver|hepatic|"
+    r"colon\b|colic|coronary|pulmonary|portal|gastric|gastroepiploic|brachiocephalic|innominate|subclavian|"
+    r"common carotid|(renal|gonadal|testicular|ovarian|adrenal|suprarenal) (vein|vena)|recurrent|(hemi)?diaphragm)"
+)
+# Alike on both sides all the same: ventricles and lobes of the brain, lobes of these glands.
+_ALIKE = re.compile(
+    r"lateral ventric|ventric.* lateral|\b(frontal|pariet|tempor|occipit|insul|cerebr|cerebel|brain|thyroid|prostat)"
+)
+FEWEST_CASES = 3
+FEWEST_VOXELS = 30
+_MEASURES = ("volume", "extent", "extent", "extent", "tilt", "tilt", "tilt", "compactness")
+# Differences below these are none, in logarithms (tilt: correlation of two axes): lungs differ by 10 to 15 % in volume.
+# The right and the left ventricle of ACDC, without their names, differ by 0.47 in one extent and 0.34 in compactness.
+_TOLERANCE = np.array([0.2, 0.15, 0.15, 0.15, 0.2, 0.2, 0.2, 0.15])
+# Where the names say that the form tells the two apart, the label maps have to show the contrary without doubt.
+_STRICT_TOLERANCE = np.array([0.05, 0.05, 0.05, 0.05, 0.1, 0.1, 0.1, 0.05])
+
+
+def _words(name: str) -> tuple[str, ...]:
+    return tuple(word for word in re.split(r"[\W_]+", name.lower()) if word)
+
+
+def words_of(name: str) -> tuple[str, ...]:
+    """The words of a structure's name in lower case: ("kidney", "left") of kidney_left, Kidney-Left and KidneyLeft."""
+    return _words(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
 
 
 def structure_key(name: str) -> str:
@@ -42,21 +76,47 @@ def structure_key(name: str) -> str:
     Equal keys mean the same organ on the same side.
     """
     words = _words(one_form(name))
-    sides = [_SIDES[word] for word in words if word in _SIDES]
     stem = "_".join(word for word in words if word not in _SIDES)
-    return "_".join([_SYNONYMS.get(stem, stem), *sides])
+    return "_".join([_SYNONYMS.get(stem, stem), *(_SIDES[word] for word in words if word in _SIDES)])
 
 
-def consecutive(dataset: Dataset) -> Dataset:
-    """The dataset with its label values made 1, 2, 3, ... in their order; itself where they are that, or not named."""
-    if not dataset.labels or list(dataset.labels) == list(range(1, len(dataset.labels) + 1)):
-        return dataset
-    values = {old: new for new, old in enumerate(dataset.labels, start=1)}
-    found = _relabel(dataset, values, {new: dataset.labels[old] for old, new in values.items()})
-    if any(case.masks or case.values is not None for case in dataset.cases):
-        # Of these the table's values are in no file.
-        return found
-    return dataclasses.replace(found, values={new: dataset.values.get(old, old) for old, new in values.items()})
+# Numbers of structures, 1, 2, 3, ..., beside the values that label maps store, such as 255 of a mask.
+
+
+def numbering(values: Iterable[int]) -> dict[int, int]:
+    """Number -> stored value of structures, in the order of the stored `values`; empty where all keep their value."""
+    stored = sorted({*values} - {0})
+    return {} if stored == list(range(1, len(stored) + 1)) else dict(enumerate(stored, start=1))
+
+
+def table_of_values(table: object, file: Path, labels: Iterable[int] = ()) -> dict[int, int]:
+    """The entry "values" of a dataset.json or run.json, {"1": 255}, as number -> stored value; empty without one.
+
+    labels: numbers that it must have. Raises DatasetError: another form, or one that lacks such a number.
+    """
+    expected = ""
+    values: dict[int, int] = {}
+    try:
+        entries = {} if table is None else table.items()  # type: ignore[attr-defined]
+        values = {int(number): int(stored) for number, stored in dict(entries).items()}
+    except (AttributeError, TypeError, ValueError):
+        expected = '"values": {"1": 255, ...}, a stored value from 1 to 65535 for each label'
+    if len({*values.values()}) < len(values) or not all(0 < stored < 1 << 16 for stored in values.values()):
+        expected = "distinct values from 1 to 65535"
+    elif values and not {*labels} <= {*values}:
+        expected = 'a stored value for each of "labels"'
+    if expected:
+        raise DatasetError(f'"values" is {table!r}', file=file, expected=expected)
+    return values
+
+
+def describe_numbering(values: Mapping[int, int]) -> str:
+    """One line about number -> stored value."""
+    more = f" and so on, {len(values)} in all" if len(values) > _MOST_LISTED else ""
+    numbers, stored = (", ".join(map(str, list(part)[:_MOST_LISTED])) for part in (values.keys(), values.values()))
+    if len(values) == 1:
+        return f"stored label value {stored} is structure {numbers}; infer writes {stored}"
+    return f"stored label values {stored}{more} are structures {numbers}{more}; infer writes the stored values"
 
 
 def match_structures(
@@ -67,8 +127,12 @@ def match_structures(
 ) -> dict[int, int]:
     """Value of one table -> value of another for each structure that is in both, by `structure_key` of their names.
 
-    theirs, ours: value -> name. their_values, our_values: value -> stored value where the two differ; where one of two
-    structures is only called by its stored value, label_255, the stored value tells.
+    Args:
+        theirs: value -> name.
+        ours: value -> name.
+        their_values: value -> stored value where the two differ. Where one of two structures is only called by its
+            stored value, label_255, the stored value tells.
+        our_values: the same of `ours`.
     """
     keys = {structure_key(name): value for value, name in ours.items()}
     matched = {value: keys[structure_key(name)] for value, name in theirs.items() if structure_key(name) in keys}
@@ -80,14 +144,29 @@ def match_structures(
     return {value: matched[value] for value in theirs if value in matched}
 
 
+# Datasets with other structures.
+
+
+def consecutive(dataset: Dataset) -> Dataset:
+    """The dataset with its label values made 1, 2, 3, ... in their order; itself where they are that, or not named."""
+    if not dataset.labels or list(dataset.labels) == list(range(1, len(dataset.labels) + 1)):
+        return dataset
+    values = {old: new for new, old in enumerate(dataset.labels, start=1)}
+    relabelled = _relabel(dataset, values, numbered(*dataset.labels.values()))
+    if any(case.masks or case.values is not None for case in dataset.cases):
+        # Of these the table's values are in no file.
+        return relabelled
+    return replace(relabelled, values={new: dataset.values.get(old, old) for old, new in values.items()})
+
+
 def select_structures(dataset: Dataset, names: Sequence[str]) -> Dataset:
     """The dataset with the structures of these names only, as 1, 2, 3, ... in this order; the others are background.
 
     Names are compared by `structure_key`. Raises DatasetError: a name that the dataset does not have, or no names.
     """
-    found = [_value_of(name, dataset) for name in dict.fromkeys(names)]
-    values = dict.fromkeys(dataset.labels, 0) | {value: new for new, value in enumerate(found, start=1)}
-    return _relabel(dataset, values, {values[value]: dataset.labels[value] for value in found})
+    chosen = dict.fromkeys(_value_of(name, dataset) for name in dict.fromkeys(names))
+    values = dict.fromkeys(dataset.labels, 0) | {value: new for new, value in enumerate(chosen, start=1)}
+    return _relabel(dataset, values, numbered(*(dataset.labels[value] for value in chosen)))
 
 
 def merge_structures(dataset: Dataset, table: Mapping[str, Sequence[int | str]]) -> Dataset:
@@ -104,14 +183,14 @@ def merge_structures(dataset: Dataset, table: Mapping[str, Sequence[int | str]])
         for part in parts:
             value = _value_of(part, dataset)
             if values.get(value, 0) not in (0, new):
-                found = f"{dataset.labels.get(value, value)} is in {name} and in another structure"
-                raise DatasetError(found, file="label map", expected="each part in one structure")
+                problem = f"{dataset.labels.get(value, value)} is in {name} and in another structure"
+                raise DatasetError(problem, file="label map", expected="each part in one structure")
             values[value] = new
-    return _relabel(dataset, values, dict(enumerate(names, start=1)))
+    return _relabel(dataset, values, numbered(*names))
 
 
 def read_structure_table(file: Path) -> dict[str, list[int | str]]:
-    """Table of a TOML file with lines such as `pancreas = [4, 5]` or `kidneys = ["kidney_left", "kidney_right"]`.
+    """Read the TOML of --label_map, such as `pancreas = [4, 5]` or `kidneys = ["kidney_left", "kidney_right"]`.
 
     Raises DatasetError: no such file, not TOML, an entry of another form, no entry.
     """
@@ -122,12 +201,10 @@ def read_structure_table(file: Path) -> dict[str, list[int | str]]:
         raise DatasetError("no such file", file=file, expected=expected) from error
     except (OSError, ValueError) as error:
         raise DatasetError(f"cannot be read ({error})", file=file, expected=expected) from error
-    table: dict[str, list[int | str]] = {}
-    for name, parts in content.items():
-        parts = parts if isinstance(parts, list) else [parts]
+    table = {name: parts if isinstance(parts, list) else [parts] for name, parts in content.items()}
+    for name, parts in table.items():
         if not parts or not all(isinstance(part, int | str) and not isinstance(part, bool) for part in parts):
             raise DatasetError(f"{name} = {parts!r}", file=file, expected=expected)
-        table[name] = parts
     if not table:
         raise DatasetError("no structure", file=file, expected=expected)
     return table
@@ -142,16 +219,16 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
     of the loss.
     Raises DatasetError: another number of channels, a dataset whose labels have no names.
     """
-    names = _distinct_names(datasets)
+    first = datasets[0]
     for dataset in datasets:
         if not dataset.labels:
             raise DatasetError("labels without names cannot be joined", file=dataset.name, action=_NAME_THEM)
-        if len(dataset.channels) != len(datasets[0].channels):
-            found, expected = (f"{len(d.channels)} channels" for d in (dataset, datasets[0]))
-            raise DatasetError(found, file=dataset.name, expected=f"{expected} as in {datasets[0].name}")
-    keys = dict.fromkeys(structure_key(name) for dataset in datasets for name in dataset.labels.values())
-    labels = dict(enumerate(keys, start=1))
+        if len(dataset.channels) != len(first.channels):
+            expected = f"{len(first.channels)} channels as in {first.name}"
+            raise DatasetError(f"{len(dataset.channels)} channels", file=dataset.name, expected=expected)
+    labels = numbered(*dict.fromkeys(structure_key(name) for dataset in datasets for name in dataset.labels.values()))
     value_of = {key: value for value, key in labels.items()}
+    names = _distinct_names(datasets)
     cases: list[Case] = []
     skipped: list[tuple[str, str]] = []
     for dataset, prefix in zip(datasets, names, strict=True):
@@ -162,15 +239,12 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
         values = {old: value_of[structure_key(name)] for old, name in dataset.labels.items()}
         for case in _relabel(dataset, values, labels).cases:
             labelled = tuple(sorted(set(values.values()))) if case.labelled is None else case.labelled
-            cases.append(
-                dataclasses.replace(
-                    case, id=f"{prefix}_{case.id}", patient=f"{family}_{case.patient}", labelled=labelled
-                )
-            )
-    channels = {dataset.channels for dataset in datasets}
+            patient = f"{family}_{case.patient}"
+            cases.append(replace(case, id=f"{prefix}_{case.id}", patient=patient, labelled=labelled))
+    same = all(dataset.channels == first.channels for dataset in datasets)
     return Dataset(
         name="+".join(names),
-        channels=datasets[0].channels if len(channels) == 1 else ("image",) * len(datasets[0].channels),
+        channels=first.channels if same else ("image",) * len(first.channels),
         labels=labels,
         cases=tuple(cases),
         skipped=tuple(skipped),
@@ -182,25 +256,23 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
 
 
 def _relabel(dataset: Dataset, values: Mapping[int, int], labels: Mapping[int, str]) -> Dataset:
-    """Every value of the table replaced by another (0: background), on top of what the cases replace already."""
-    cases = tuple(_relabel_case(case, values) for case in dataset.cases)
-    return dataclasses.replace(dataset, labels=labels, cases=cases, values={})
-
-
-def _relabel_case(case: Case, values: Mapping[int, int]) -> Case:
-    if not case.has_label:
-        return case
-    before = {value: value for value in values} if case.values is None else case.values
-    # Parts of one structure that a joint table merges may be labelled in one dataset each, hence any, not all.
-    labelled = None if case.labelled is None else sorted({values.get(value, 0) for value in case.labelled} - {0})
-    return dataclasses.replace(
-        case,
-        values={stored: values.get(value, 0) for stored, value in before.items()},
-        labelled=None if labelled is None else tuple(labelled),
-    )
+    """Replace every value of the table by another (0: background), on top of what the cases replace already."""
+    cases = []
+    for case in dataset.cases:
+        before = {value: value for value in values} if case.values is None else case.values
+        # Parts of one structure that a joint table merges may be labelled in one dataset each, hence any, not all.
+        labelled = None if case.labelled is None else sorted({values.get(value, 0) for value in case.labelled} - {0})
+        changed = replace(
+            case,
+            values={stored: values.get(value, 0) for stored, value in before.items()},
+            labelled=None if labelled is None else tuple(labelled),
+        )
+        cases.append(changed if case.has_label else case)
+    return replace(dataset, labels=labels, cases=tuple(cases), values={})
 
 
 def _value_of(part: int | str, dataset: Dataset) -> int:
+    """The label value that a value or a name means. Raises DatasetError: none of the dataset's."""
     if isinstance(part, int):
         if part in dataset.labels or not dataset.labels:
             return part
@@ -216,7 +288,7 @@ def _value_of(part: int | str, dataset: Dataset) -> int:
 
 
 def _distinct_names(datasets: Iterable[Dataset]) -> list[str]:
-    """Names of the datasets as parts of file names, a number behind those that come again."""
+    """Names of the datasets as parts of file names, with a number where one comes again."""
     names: list[str] = []
     for dataset in datasets:
         plain = re.sub(r"[^A-Za-z0-9.-]+", "_", dataset.name).strip("._") or "dataset"
@@ -225,52 +297,8 @@ def _distinct_names(datasets: Iterable[Dataset]) -> list[str]:
     return names
 
 
-def _words(name: str) -> list[str]:
-    return [word for word in re.split(r"[\W_]+", name.lower()) if word]
-
-
-_LISTED = 20
-
-
-def numbering(values: Iterable[int]) -> dict[int, int]:
-    """Number -> stored value of structures, in the order of the stored `values`; empty where all keep their value."""
-    stored = sorted({*values} - {0})
-    return {} if stored == list(range(1, len(stored) + 1)) else dict(enumerate(stored, start=1))
-
-
-def table_of_values(table: object, file: Path, labels: Iterable[int] = ()) -> dict[int, int]:
-    """The entry "values" of a dataset.json or run.json, {"1": 255}, as number -> stored value; empty without one.
-
-    labels: numbers that it must have. Raises DatasetError: another form, or one that lacks such a number.
-    """
-    if table is None:
-        return {}
-    try:
-        values = {int(number): int(stored) for number, stored in table.items()}  # type: ignore[attr-defined]
-    except (AttributeError, TypeError, ValueError) as error:
-        expected = '"values": {"1": 255, ...}, a stored value from 1 to 65535 for each label'
-        raise DatasetError(f'"values" is {table!r}', file=file, expected=expected) from error
-    if len({*values.values()}) < len(values) or not all(0 < stored < 1 << 16 for stored in values.values()):
-        raise DatasetError(f'"values" is {table!r}', file=file, expected="distinct values from 1 to 65535")
-    if values and not {*labels} <= {*values}:
-        raise DatasetError(f'"values" is {table!r}', file=file, expected='a stored value for each of "labels"')
-    return values
-
-
-def describe_numbering(values: Mapping[int, int]) -> str:
-    """One line about number -> stored value."""
-    shown = list(values.items())[:_LISTED]
-    more = f" and so on, {len(values)} in all" if len(values) > _LISTED else ""
-    stored, numbers = (", ".join(map(str, part)) for part in zip(*((old, new) for new, old in shown), strict=True))
-    if len(values) == 1:
-        return f"stored label value {stored} is structure {numbers}; infer writes {stored}"
-    return f"stored label values {stored}{more} are structures {numbers}{more}; infer writes the stored values"
-
-
-AXES: tuple[str, ...] = get_args(AnatomicalAxis)
-_OTHER_SIDES = {"LR": {"left": "right", "l": "r", "lt": "rt", "lh": "rh"}, "AP": {}, "IS": {}}
-# Anterior and posterior tell two structures apart by their place here; elsewhere (hippocampus) by their form too.
-_LEAFLET_SIDES = {"anterior": "posterior"}
+# Mirrored volumes: left and right organs trade places, and MVSeg's two leaflets. A left kidney in a mirrored scan is a
+# right kidney. A left ventricle is not a right one: it is known by its form.
 
 
 def axis_along(name: str, orientation: str) -> int:
@@ -286,19 +314,8 @@ def swap_table(pairs: Iterable[tuple[int, int]], size: int) -> np.ndarray:
     return table
 
 
-def words_of(name: str) -> tuple[str, ...]:
-    """The words of a structure's name in lower case: ("kidney", "left") of kidney_left, Kidney-Left and KidneyLeft."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)
-    return tuple(word for word in re.split(r"[^a-z0-9]+", spaced.lower()) if word)
-
-
 def mirror_pairs(labels: Mapping[int, str], axis: str) -> tuple[tuple[int, int], ...]:
-    """Pairs of label values to swap where a volume is mirrored along an anatomical axis.
-
-    labels: value -> name. axis: "LR", "AP" or "IS". Names are pairs where they differ in one word alone: left and right
-    (also l and r, lt and rt, lh and rh) along LR, anterior and posterior of leaflets along AP.
-    Raises ConfigError where a structure of one side has no counterpart in the table.
-    """
+    """The pairs of `sides`. Raises ConfigError where a structure of one side has no counterpart in the table."""
     pairs, alone = sides(labels, axis)
     if alone:
         raise ConfigError(
@@ -309,45 +326,26 @@ def mirror_pairs(labels: Mapping[int, str], axis: str) -> tuple[tuple[int, int],
 
 
 def sides(labels: Mapping[int, str], axis: str) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
-    """The pairs of `mirror_pairs`, and the names of the structures of one side that have no counterpart."""
-    words = {value: words_of(name) for value, name in labels.items()}
-    by_words = {name: value for value, name in words.items()}
+    """Pairs of label values of opposite sides along "LR", "AP" or "IS", and names of structures without a counterpart.
+
+    Names are pairs where they differ in one word alone: left and right (also l and r, lt and rt, lh and rh) along LR,
+    anterior and posterior of leaflets along AP.
+    """
+    by_words = {words_of(name): value for value, name in labels.items()}
     pairs, alone = [], []
-    for value, name in words.items():
-        other_side = dict(_OTHER_SIDES[axis])
-        if axis == "AP" and any(word.startswith("leaflet") for word in name):
-            other_side |= _LEAFLET_SIDES
-        other_side |= {b: a for a, b in other_side.items()}
-        if not any(word in other_side for word in name):
+    for value, name in labels.items():
+        words = words_of(name)
+        leaflet = axis == "AP" and any(word.startswith("leaflet") for word in words)
+        opposites = _OPPOSITES[axis] | (_LEAFLET_OPPOSITES if leaflet else {})
+        opposites |= {b: a for a, b in opposites.items()}
+        if opposites.keys().isdisjoint(words):
             continue
-        other = by_words.get(tuple(other_side.get(word, word) for word in name))
+        other = by_words.get(tuple(opposites.get(word, word) for word in words))
         if other is None:
-            alone.append(labels[value])
+            alone.append(name)
         elif value < other:
             pairs.append((value, other))
     return tuple(pairs), tuple(alone)
-
-
-# Structures told apart by form although their names differ in the side alone: chambers of the heart, lobes, the vessels
-# and parts of organs that branch or lie unlike.
-_BY_FORM = re.compile(
-    r"\b(ventric|atri(um|a|al)\b|auric|appendage|myocard|heart|lob(e|es|ar|us)\b|bronch|flexure|hemiliver|liver|hepatic|"
-    r"colon\b|colic|coronary|pulmonary|portal|gastric|gastroepiploic|brachiocephalic|innominate|subclavian|"
-    r"common carotid|(renal|gonadal|testicular|ovarian|adrenal|suprarenal) (vein|vena)|recurrent|(hemi)?diaphragm)"
-)
-# Alike on both sides all the same: ventricles and lobes of the brain, lobes of these glands.
-_ALIKE = re.compile(
-    r"lateral ventric|ventric.* lateral|\b(frontal|pariet|tempor|occipit|insul|cerebr|cerebel|brain|thyroid|prostat)"
-)
-
-FEWEST_CASES = 3
-FEWEST_VOXELS = 30
-_MEASURES = ("volume", "extent", "extent", "extent", "tilt", "tilt", "tilt", "compactness")
-# Differences below these are none, in logarithms (tilt: correlation of two axes): lungs differ by 10 to 15 % in volume.
-# The right and the left ventricle of ACDC, without their names, differ by 0.47 in one extent and 0.34 in compactness.
-_TOLERANCE = np.array([0.2, 0.15, 0.15, 0.15, 0.2, 0.2, 0.2, 0.15])
-# Where the names say that the form tells the two apart, the label maps have to show the contrary without doubt.
-_STRICT_TOLERANCE = np.array([0.05, 0.05, 0.05, 0.05, 0.1, 0.1, 0.1, 0.05])
 
 
 @dataclass(frozen=True)
@@ -373,31 +371,43 @@ def told_by_form(name: str) -> bool:
 
 def differences(one: Shape, other: Shape, axis: int) -> np.ndarray:
     """(8,) of `_MEASURES`: `one`, mirrored along an axis of the array, minus `other`."""
-    return _measures(one, axis) - _measures(other, None)
+    mirror = np.ones(3)
+    mirror[axis] = -1
+    return _measures(one, mirror) - _measures(other, np.ones(3))
+
+
+def _measures(shape: Shape, mirror: np.ndarray) -> np.ndarray:
+    deviations = np.sqrt(np.diag(shape.covariance))
+    correlations = shape.covariance / np.outer(deviations, deviations) * np.outer(mirror, mirror)
+    # Of an ellipsoid of these moments; a crescent fills less of it, and a cube 0.9.
+    ellipsoid = 4 / 3 * math.pi * 5**1.5 * math.sqrt(max(np.linalg.det(shape.covariance), 1e-12))
+    tilts = correlations[[0, 0, 1], [1, 2, 2]]
+    return np.array([math.log(shape.volume), *np.log(deviations), *tilts, math.log(shape.volume / ellipsoid)])
 
 
 def swap_reason(names: tuple[str, str], shapes: Sequence[tuple[Shape, Shape]], axis: int) -> tuple[bool, str]:
     """Whether the labels of two structures trade places in a mirrored volume, and why.
 
+    Fewer than FEWEST_CASES cases say nothing; the names decide then. Else the label maps do: volume, extents, tilt and
+    compactness of one, mirrored, are those of the other within the spread of the cases.
+
     Args:
         names: of the two structures, which differ in the side.
         shapes: of both in each case that has both.
         axis: of the array, along which volumes are mirrored.
-
-    Fewer than FEWEST_CASES cases say nothing; the names decide then. Else the label maps do: volume, extents, tilt and
-    compactness of one, mirrored, are those of the other within the spread of the cases.
     """
     by_form = any(map(told_by_form, names))
     if len(shapes) < FEWEST_CASES:
         return not by_form, f"by their names, as {len(shapes)} cases have both"
-    found = np.array([differences(one, other, axis) for one, other in shapes])
-    middle = np.median(found, axis=0)
-    limit = _STRICT_TOLERANCE if by_form else np.maximum(_TOLERANCE, found.std(axis=0, ddof=1))
+    rows = np.array([differences(one, other, axis) for one, other in shapes])
+    middle = np.median(rows, axis=0)
+    limit = _STRICT_TOLERANCE if by_form else np.maximum(_TOLERANCE, rows.std(axis=0, ddof=1))
     excess = np.abs(middle) / limit
     worst = int(excess.argmax())
     if excess[worst] <= 1:
         return True, f"mirror images of each other in {len(shapes)} cases"
-    share = f"{abs(math.expm1(middle[worst])):.0%}" if worst not in (4, 5, 6) else f"{abs(middle[worst]):.2f}"
+    tilt = _MEASURES[worst] == "tilt"
+    share = f"{abs(middle[worst]):.2f}" if tilt else f"{abs(math.expm1(middle[worst])):.0%}"
     return False, f"not mirror images in {len(shapes)} cases: {_MEASURES[worst]} differs by {share}"
 
 
@@ -409,32 +419,22 @@ def choose_swaps(
 ) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
     """The pairs whose labels trade places in a mirrored volume; a line that names them, and one on each other pair.
 
-    labels: value -> name. pairs: of values whose names differ in the side. shapes: of each pair, of both structures in
-    every case that has both. axis: of the array.
+    Args:
+        labels: value -> name.
+        pairs: of values whose names differ in the side.
+        shapes: of each pair, of both structures in every case that has both.
+        axis: of the array.
     """
     swapped: dict[tuple[int, int], str] = {}
     lines = []
     for pair in pairs:
         names = (labels[pair[0]], labels[pair[1]])
         swap, reason = swap_reason(names, shapes.get(pair, ()), axis)
-        said = f"{names[0]} and {names[1]}"
         if swap:
-            swapped[pair] = f"{said} ({reason})"
+            swapped[pair] = f"{' and '.join(names)} ({reason})"
         else:
             kept = "keep their labels, as form and not side tells them apart"
-            lines.append(f"In mirrored scans {said} {kept} ({reason})")
+            lines.append(f"In mirrored scans {' and '.join(names)} {kept} ({reason})")
     if swapped:
         lines.insert(0, f"In mirrored scans labels trade places: {listed(swapped.values())}")
     return tuple(swapped), tuple(lines)
-
-
-def _measures(shape: Shape, mirrored: int | None) -> np.ndarray:
-    deviations = np.sqrt(np.diag(shape.covariance))
-    correlations = shape.covariance / np.outer(deviations, deviations)
-    if mirrored is not None:
-        correlations[mirrored] *= -1
-        correlations[:, mirrored] *= -1
-    # Of an ellipsoid of these moments; a crescent fills less of it, and a cube 0.9.
-    ellipsoid = 4 / 3 * math.pi * 5**1.5 * math.sqrt(max(np.linalg.det(shape.covariance), 1e-12))
-    tilts = (correlations[0, 1], correlations[0, 2], correlations[1, 2])
-    return np.array([math.log(shape.volume), *np.log(deviations), *tilts, math.log(shape.volume / ellipsoid)])
