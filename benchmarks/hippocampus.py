@@ -21,8 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mambahome_jax.datasets.registry import load_dataset
-from mambahome_jax.evaluation.files import read_evaluation
-from mambahome_jax.evaluation.paired import compare_runs
+from mambahome_jax.evaluation.results import read_evaluation
+from mambahome_jax.evaluation.statistics import compare_runs
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {

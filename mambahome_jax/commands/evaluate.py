@@ -1,261 +1,135 @@
 """evaluate: label maps against references, into metrics.csv, summary.json and a table, and against another run."""
 
-import contextlib
-import dataclasses
+import math
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from mambahome_jax.commands.evaluate_tables import comparison_table, results_table
-from mambahome_jax.datasets.files import common_name, counterparts, fault_of_name, listing, scan_files, twins_note
-from mambahome_jax.datasets.prepared import unlisted_files
-from mambahome_jax.datasets.scans import of_labels, search
-from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
-from mambahome_jax.evaluation.evaluate import (
-    DEFINITIONS,
-    DEFINITIONS_BY_AREA,
-    Pair,
-    evaluate_case,
-    summarise,
-    write_metrics,
-    write_summary,
-)
-from mambahome_jax.evaluation.files import Evaluation, read_evaluation
-from mambahome_jax.evaluation.label_tables import named_pairs
-from mambahome_jax.evaluation.paired import compare_runs
-from mambahome_jax.evaluation.scores import Score
-from mambahome_jax.evaluation.statistics import describe
+from mambahome_jax.evaluation.evaluate import Evaluated, evaluate_folders
+from mambahome_jax.evaluation.results import DISTANCES, METRICS, VOLUMES
 from mambahome_jax.flags import EvaluateConfig
-from mambahome_jax.imaging.dicom_series import files_in, sort_out
-from mambahome_jax.imaging.formats import SCAN_SUFFIXES, alternatives, scan_stem
-from mambahome_jax.imaging.header import require_scale
-from mambahome_jax.support.console import command_line, progress_bar, say
-from mambahome_jax.support.files import write_json
-from mambahome_jax.support.output_folder import locked, open_output
-from mambahome_jax.support.paths import real_path
-from mambahome_jax.support.processes import run_jobs, usable_cores
+from mambahome_jax.support.console import command_line, say, tracked
 
-# Starting a process takes about as long as a handful of small cases; files below this many bytes are small.
-SMALL_BYTES = 20_000_000
 SHOWN = 10
-_REFERENCE = "reference_volume_ml"
-_DICOM = "DICOM, which is not compared. Convert it, or segment with --output_format nii.gz"
+# Columns of the terminal from which the table of results also shows medians, intervals and volume differences.
+WIDE = 110
+_LABELS = {"dice": "Dice", "hd95": "HD95", "assd": "ASSD", "nsd": "NSD", "absolute_volume_difference_ml": "|diff.| ml"}
+_ALONE = {
+    "only_here": "Cases that the other run lacks",
+    "only_there": "Cases that only the other run has",
+    "structures_only_here": "Structures that the other run lacks",
+    "structures_only_there": "Structures that only the other run has",
+}
 
 
 def run(config: EvaluateConfig) -> int:
-    """Score config.predictions against config.references; returns the exit code.
-
-    0 all cases scored, 1 some have no counterpart or cannot be scored, 2 none could be scored.
-    Raises DatasetError (no pairs, no names where they were asked for, no evaluation at config.compare), ConfigError and
-    OutputError.
-    """
+    """Score config.predictions against config.references; returns the exit code (Evaluated.exit_code)."""
     console = Console()
-    require_scale(config.spacing_scale)
-    if not config.tolerance_mm >= 0:
-        raise ConfigError(f"--tolerance_mm {config.tolerance_mm}; expected 0 or more")
-    if config.num_workers is not None and config.num_workers < 0:
-        raise ConfigError(f"--num_workers {config.num_workers}; expected 0 or more")
-    pairs, alone = find_pairs(config.predictions, config.references, {}, config.tolerance_mm)
-    pairs, names, values, source = named_pairs(pairs, config.predictions, config.references, config.labels)
-    pairs = [dataclasses.replace(pair, surface=config.surface, spacing_scale=config.spacing_scale) for pair in pairs]
-    if values is not None:
-        text = ", ".join(f"{old} is {new} ({names.get(new, f'label_{new}')})" for old, new in values.items())
-        say(console, f"The references name other values than the predictions; compared by name: {text}")
-    for note in twins_note(path for pair in pairs for path in (pair.prediction, pair.reference)):
-        say(console, f"Note: {note}")
-    say(console, f"Names of the structures: {source or 'none found (--labels FILE gives them)'}")
-    other = _other_run(config, {pair.case for pair in pairs})
-    files = ["metrics.csv", "summary.json", *(["comparison.json"] if other else [])]
-    with locked(config.output_dir, "evaluate"):
-        open_output(config.output_dir, files)
-        scores, failed = _score(pairs, config.num_workers, console)
-        failures = alone + failed
-        summary = summarise(scores)
-        summary |= {
-            "statistics": describe(scores),
-            "cases": len(pairs) - len(failed),
-            "failures": [{"case": case, "reason": reason} for case, reason in failures],
-            "tolerance_mm": config.tolerance_mm,
-            "spacing_scale": config.spacing_scale,
-            "labels": {str(value): name for value, name in names.items()},
-            "reference_values": None if values is None else {str(old): new for old, new in values.items()},
-            "predictions": str(config.predictions),
-            "references": str(config.references),
-            "surface": config.surface,
-            "definitions": DEFINITIONS | (DEFINITIONS_BY_AREA if config.surface == "area" else {}),
-        }
-        console.print(results_table(summary, console.width))
-        if apart := _values_apart(scores):
-            say(console, f"Note: {apart}. If they are the same structures, say by --labels what the values mean")
-        for case, reason in failures[:SHOWN]:
-            say(console, f"Not scored: {case}: {reason}")
-        if len(failures) > SHOWN:
-            say(console, f"and {len(failures) - SHOWN} more, all in {config.output_dir / 'summary.json'}")
-        # After the table: scores that took hours are not lost to a disk that filled up meanwhile.
-        write_metrics(config.output_dir / "metrics.csv", scores)
-        write_summary(config.output_dir / "summary.json", summary)
-        if other is None:
-            # One of an earlier evaluation does not belong to these scores.
-            with contextlib.suppress(OSError):
-                (config.output_dir / "comparison.json").unlink(missing_ok=True)
-        else:
-            comparison = _compare(scores, other, console)
-            write_json(config.output_dir / "comparison.json", comparison | {"other": str(config.compare)})
-        say(console, f"Written in {config.output_dir}: {', '.join(files)}")
-        if summary["cases"] == 0:
-            return 2
+    result = evaluate_folders(config, partial(say, console), tracked(console, "Evaluating"), partial(_show, console))
+    say(console, f"Written in {config.output_dir}: {', '.join(file.name for file in result.files)}")
+    if result.exit_code < 2:
         folders = ("--predictions", config.predictions, "--references", config.references)
         say(console, f"Next: {command_line('report', '--evaluation', config.output_dir, *folders)}")
-        return 1 if failures else 0
+    return result.exit_code
 
 
-def _values_apart(scores: list[Score]) -> str:
+def _show(console: Console, result: Evaluated) -> None:
+    console.print(results_table(result.summary, console.width))
+    if note := _values_apart(result):
+        say(console, f"Note: {note}. If they are the same structures, say by --labels what the values mean")
+    for case, reason in result.failures[:SHOWN]:
+        say(console, f"Not scored: {case}: {reason}")
+    if len(result.failures) > SHOWN:
+        say(console, f"and {len(result.failures) - SHOWN} more, all in {result.output_dir / 'summary.json'}")
+    if result.comparison is None:
+        return
+    for metric in ("dice", "hd95"):
+        console.print(comparison_table(result.comparison, metric))
+    for key, text in _ALONE.items():
+        if names := result.comparison[key]:
+            more = f" and {len(names) - SHOWN} more, all in comparison.json" if len(names) > SHOWN else ""
+            say(console, f"{text}: {', '.join(names[:SHOWN])}{more}")
+
+
+def _values_apart(result: Evaluated) -> str:
     """What to say where each side holds structures, but none that the other has in any case; else nothing."""
-    ours, theirs = ({row.label for row in scores if getattr(row, name) > 0} for name in ("volume_ml", _REFERENCE))
+    ours, theirs = ({row.label for row in result.scores if getattr(row, name) > 0} for name in VOLUMES[:2])
     if not ours or not theirs or ours & theirs:
         return ""
     found, expected = (", ".join(map(str, sorted(values)[:SHOWN])) for values in (ours, theirs))
     return f"the predictions hold label values {found}, the references {expected}, and none of these"
 
 
-def find_pairs(
-    predictions: Path, references: Path, names: Mapping[int, str], tolerance_mm: float = 1.0
-) -> tuple[list[Pair], list[tuple[str, str]]]:
-    """Pairs of the same case in two folders (or of two files), and (case, reason) of what has no counterpart.
+def results_table(summary: Mapping[str, Any], width: int = 80) -> Table:
+    """One row a structure and one for the mean of all; more columns where the terminal has `width` for them."""
+    wide = width >= WIDE
+    plural = "case" if summary["cases"] == 1 else "cases"
+    caption = f"HD95, ASSD in mm; NSD at {summary['tolerance_mm']:g} mm; missed: cases without the structure found"
+    caption += "; 95 %: bootstrap interval of the mean Dice; diff.: prediction minus reference" if wide else ""
+    spread, difference = (("95 %", "median"), ("diff. ml",)) if wide else ((), ())
+    headings = ("Dice", *spread, "HD95", "ASSD", "NSD", "ml", "ref. ml", *difference, "missed")
+    table = _table(f"{summary['cases']} {plural}, mean of each structure", caption, headings)
+    volumes = VOLUMES if wide else VOLUMES[:2]
+    statistics = summary["statistics"]
 
-    Names are equal, or differ in nnU-Net's number of a channel (`counterparts`), which is no part of the case.
+    def metrics(entry: Mapping[str, Any], dice: Mapping[str, Any]) -> list[str]:
+        cells = [number(entry[metric], 2 if metric in DISTANCES else 3) for metric in METRICS]
+        return [cells[0], *((interval(dice, 3), number(dice["median"], 3)) if wide else ()), *cells[1:]]
 
-    Raises DatasetError: a folder is missing or without label maps, or no name is in both.
-    """
-    if predictions.is_file() and references.is_file():
-        if not scan_stem(predictions).isprintable():
-            raise DatasetError(fault_of_name(scan_stem(predictions)), file=repr(str(predictions)))
-        return [Pair(scan_stem(predictions), predictions, references, names, tolerance_mm)], []
-    ours, unlisted = _label_maps(predictions)
-    theirs, of_no_case = _label_maps(references)
-    unlisted |= of_no_case
-    both = counterparts(ours, theirs)
-    # A table of lines, in UTF-8, cannot have them.
-    unfit = [(_shown(case), fault_of_name(case)) for case in both if not case.isprintable()]
-    pairs = [
-        Pair(common_name(case, other), ours[case], theirs[other], names, tolerance_mm)
-        for case, other in both.items()
-        if case.isprintable()
-    ]
-    alone = unfit + [(_shown(case), f"no prediction in {predictions}") for case in theirs.keys() - both.values()]
-    alone += [(_shown(case), f"no reference in {references}") for case in ours.keys() - both.keys()]
-    alone = [(case, unlisted.pop(case, reason)) for case, reason in alone] + list(unlisted.items())
-    if not pairs and unfit:
-        raise DatasetError(f"{unfit[0][0]}: {unfit[0][1]}", file=predictions)
-    if not pairs:
-        example = f"{next(iter(ours.values())).name} in the one, {next(iter(theirs.values())).name} in the other"
-        raise DatasetError("no file name is in both folders", file=predictions, expected="equal names", action=example)
-    return pairs, sorted(alone)
+    for name, entry in summary["structures"].items():
+        cells = metrics(entry, statistics["structures"][name]["dice"])
+        table.add_row(escape(name), *cells, *(number(entry[key], 1) for key in volumes), str(entry["cases"]["missed"]))
+    table.add_section()
+    cells = metrics(summary["mean"], statistics["overall"]["dice"])
+    table.add_row("mean", *cells, *("" for _ in volumes), "", style="bold")
+    return table
 
 
-def _label_maps(folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    """{case: file} of a folder, and {case: reason} of what else there could be one: what a preprocessed folder does not
-    name in its dataset.json, other formats, DICOM, label maps in folders below.
+def comparison_table(comparison: Mapping[str, Any], metric: str = "dice") -> Table:
+    """One row a structure and one for all: both means, their difference, its interval and the test's p."""
+    entries = comparison["metrics"][metric]
+    digits = 2 if metric in DISTANCES else 3
+    caption = "diff.: this run minus the other; 95 %: its bootstrap interval; p: Wilcoxon signed-rank, uncorrected"
+    title = f"{_LABELS[metric]}, {len(comparison['cases'])} cases of both"
+    table = _table(title, caption, ("this", "other", "diff.", "95 %", "p", "cases"))
 
-    Raises DatasetError: no such folder, no label map.
-    """
-    if not folder.is_dir():
-        raise DatasetError("no such folder", file=folder)
-    files = scan_files(folder)
-    reasons = unlisted_files(folder, [path.name for path in files.values()])
-    listed = {case: path for case, path in files.items() if path.name not in reasons}
-    missed = _not_compared(folder)
-    if not listed:
-        below = [f"Name its folder {name}." for name in listing(folder)[0] if of_labels(name)]
-        found = next(iter((*reasons.values(), *below, *missed.values())), "")
-        raise DatasetError(
-            f"no {alternatives(SCAN_SUFFIXES)} file", file=folder, expected="label maps", action=found or None
-        )
-    return listed, missed | {_shown(case): reasons[path.name] for case, path in files.items() if path.name in reasons}
+    def add(name: str, entry: Mapping[str, Any], style: str | None = None) -> None:
+        values = (number(entry[key], digits) for key in ("mean", "other_mean"))
+        difference = number(entry["difference"], digits, sign=True), interval(entry, digits, sign=True)
+        table.add_row(escape(name), *values, *difference, probability(entry["p"]), str(entry["cases"]), style=style)
 
-
-def _not_compared(folder: Path) -> dict[str, str]:
-    """{case: reason} of what could be a label map, but is no scan file of the folder itself."""
-    found = search(folder)
-    # Of two forms of one file here the first is compared, and a note says so.
-    reasons = {_shown(name): reason for name, reason in found.failures if name not in found.alike}
-    for one in (*found.scans, *(one for alike in found.alike.values() for one in alike)):
-        if one.path.is_dir():
-            reasons[_shown(one.name)] = f"{one.path}: {_DICOM}"
-        elif one.depth:
-            reason = "in a folder below; only files of the folder itself are compared. Name that folder, or move it"
-            reasons[_shown(one.name)] = f"{one.path}: {reason}"
-    return reasons | {_shown(path.stem): f"{path}: {_DICOM}" for path in sort_out(files_in(folder)).beside}
+    for name, entry in entries["structures"].items():
+        add(name, entry)
+    table.add_section()
+    add("mean", entries["overall"], "bold")
+    return table
 
 
-def _shown(case: str) -> str:
-    return case if case.isprintable() else repr(case)[1:-1]
+def _table(title: str, caption: str, headings: tuple[str, ...]) -> Table:
+    table = Table(title=title, caption=caption)
+    table.add_column("structure", overflow="fold", min_width=12)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
 
 
-def _other_run(config: EvaluateConfig, cases: set[str]) -> Evaluation | None:
-    """The evaluation to compare with, looked at before the work: None where none was asked for.
-
-    Raises DatasetError: no evaluation, or none of `cases` in it. ConfigError: NSD at another tolerance, other
-    definitions of distance, or the evaluation would be overwritten.
-    """
-    if config.compare is None:
-        return None
-    if real_path(config.compare) == real_path(config.output_dir):
-        raise ConfigError(f"--compare {config.compare} is the --output_dir itself. Name another --output_dir")
-    other = read_evaluation(config.compare)
-    tolerance = other.summary.get("tolerance_mm", config.tolerance_mm)
-    if tolerance != config.tolerance_mm:
-        found = (
-            f"--compare {config.compare}: NSD was taken at {tolerance} mm there; expected {config.tolerance_mm:g} mm"
-        )
-        raise ConfigError(f"{found}. Pass --tolerance_mm {tolerance}, or evaluate the other run again")
-    surface = other.summary.get("surface", "voxels")
-    if surface != config.surface:
-        found = f"--compare {config.compare}: distances were taken of {surface} there; expected {config.surface}"
-        raise ConfigError(f"{found}. Pass --surface {surface}, or evaluate the other run again")
-    theirs = sorted({row.case for row in other.scores})
-    ours = counterparts(theirs, cases)
-    if not ours:
-        expected = f"some of the cases of --predictions, such as {min(cases)}"
-        action = "Name the evaluation of the same cases."
-        raise DatasetError(f"other cases, such as {theirs[0]}", file=config.compare, expected=expected, action=action)
-    scores = [dataclasses.replace(row, case=ours.get(row.case, row.case)) for row in other.scores]
-    return dataclasses.replace(other, scores=scores)
+def number(value: float, digits: int, sign: bool = False) -> str:
+    """A number for a person; - where there is none."""
+    return f"{value:{'+' if sign else ''}z.{digits}f}" if math.isfinite(value) else "-"
 
 
-def _compare(scores: list[Score], other: Evaluation, console: Console) -> dict[str, Any]:
-    """Differences to another run; prints those of Dice and HD95 and names what only one side has."""
-    comparison = compare_runs(scores, other.scores)
-    for metric in ("dice", "hd95"):
-        console.print(comparison_table(comparison, metric))
-    for key, text in (
-        ("only_here", "Cases that the other run lacks"),
-        ("only_there", "Cases that only the other run has"),
-        ("structures_only_here", "Structures that the other run lacks"),
-        ("structures_only_there", "Structures that only the other run has"),
-    ):
-        names = comparison[key]
-        if names:
-            more = f" and {len(names) - SHOWN} more, all in comparison.json" if len(names) > SHOWN else ""
-            say(console, f"{text}: {', '.join(names[:SHOWN])}{more}")
-    return comparison
+def interval(entry: Mapping[str, Any], digits: int, sign: bool = False) -> str:
+    """ "low to high" of an entry; - where there is none."""
+    low, high = (number(entry[key], digits, sign) for key in ("low", "high"))
+    return "-" if "-" in (low, high) else f"{low} to {high}"
 
 
-def _score(pairs: list[Pair], num_workers: int | None, console: Console) -> tuple[list[Score], list[tuple[str, str]]]:
-    workers = min(usable_cores() if num_workers is None else num_workers, len(pairs))
-    small = sum(pair.reference.stat().st_size for pair in pairs) < SMALL_BYTES
-    scores: list[Score] = []
-    failed: list[tuple[str, str]] = []
-    with progress_bar(console, "Evaluating") as progress:
-        bar = progress.add_task("", total=len(pairs))
-        for pair, result in run_jobs(evaluate_case, pairs, max(workers, 1), threads=workers <= 1 or small):
-            progress.advance(bar)
-            if not isinstance(result, BaseException):
-                scores += result
-            elif isinstance(result, MambaHomeError | OSError | MemoryError):
-                failed.append((pair.case, str(result) or type(result).__name__))
-            else:
-                raise result
-    return sorted(scores, key=lambda row: (row.case, row.label)), sorted(failed)
+def probability(p: float) -> str:
+    """A p value with two digits."""
+    if not math.isfinite(p):
+        return "-"
+    return "<0.001" if p < 0.001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"

@@ -1,23 +1,31 @@
-"""Label maps against references, case by case, and what comes of all cases together."""
+"""Label maps against references: the scores of a case, and of two folders into metrics.csv and summary.json."""
 
-import math
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mambahome_jax.config import Surface
-from mambahome_jax.errors import DatasetError
+from mambahome_jax.datasets.files import counterparts, twins_note
+from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.evaluation.metrics import compare
-from mambahome_jax.evaluation.scores import METRICS, Score
-from mambahome_jax.imaging.geometry import SCORE_VOXELS, require_same_grid
+from mambahome_jax.evaluation.pairs import Pair, find_pairs, named_pairs, read_pair
+from mambahome_jax.evaluation.results import Evaluation, Score, read_evaluation, write_metrics
+from mambahome_jax.evaluation.statistics import compare_runs, describe, summarise
+from mambahome_jax.flags import EvaluateConfig
+from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.imaging.plausibility import resembles_image
-from mambahome_jax.imaging.volume import Volume, read_grid, read_labels, replace_values
-from mambahome_jax.support.files import csv_name, write_csv, write_json
+from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.support.console import Track, silent, untracked
+from mambahome_jax.support.files import write_json
+from mambahome_jax.support.output_folder import locked, open_output
+from mambahome_jax.support.paths import from_keywords, real_path
+from mambahome_jax.support.processes import run_jobs, usable_cores
 
-COLUMNS = ("case", "structure", *METRICS, "volume_ml", "reference_volume_ml", "volume_difference_ml")
+# Starting a process takes about as long as a handful of small cases; files below this many bytes are small.
+SMALL_BYTES = 20_000_000
 DEFINITIONS = {
     "mean": "mean over structures of each structure's mean over cases; nan and inf are left out",
     "dice": "2TP / (P + R); nan where the reference is empty",
@@ -26,7 +34,6 @@ DEFINITIONS = {
     "volume_difference_ml": "prediction minus reference",
     "nsd": "share of surface voxels within the tolerance; 0 where one mask is empty, nan where both are",
 }
-# What is else with surface="area".
 DEFINITIONS_BY_AREA = {
     "hd95": "mm; larger of both directions' distances that 95 % of the area is within; inf where a mask is empty",
     "assd": "mm; mean of both directions' distances by area; inf where one mask is empty, nan where both are",
@@ -35,28 +42,153 @@ DEFINITIONS_BY_AREA = {
 
 
 @dataclass(frozen=True)
-class Pair:
-    """A label map to judge and its reference, both files; names: label value -> structure, judged in any case.
+class Evaluated:
+    """What `evaluate` found and wrote.
 
-    surface: what distances are taken of, see `metrics`.
-    reference_values: what to replace the reference's values by (others become background), None for nothing.
-    labelled: values that the reference labels wherever they occur, None for all; the others are not judged.
-    spacing_scale: as `read_volume` takes it, for both files.
+    scores: of each case and structure. summary, comparison: the contents of summary.json and, where another run was
+    given, comparison.json. failures: (case, reason) of what was not scored.
     """
 
-    case: str
-    prediction: Path
-    reference: Path
-    names: Mapping[int, str]
-    tolerance_mm: float = 1.0
-    surface: Surface = "voxels"
-    reference_values: Mapping[int, int] | None = None
-    labelled: tuple[int, ...] | None = None
-    spacing_scale: float | None = None
+    scores: tuple[Score, ...]
+    summary: Mapping[str, Any]
+    comparison: Mapping[str, Any] | None
+    failures: tuple[tuple[str, str], ...]
+    output_dir: Path
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        names = ("metrics.csv", "summary.json", *(["comparison.json"] if self.comparison is not None else []))
+        return tuple(self.output_dir / name for name in names)
+
+    @property
+    def exit_code(self) -> int:
+        """0 all cases scored, 1 some have no counterpart or cannot be scored, 2 none could be scored."""
+        return 2 if self.summary["cases"] == 0 else int(bool(self.failures))
+
+
+def evaluate(**flags: Any) -> Evaluated:
+    """Score label maps against references, as `mambahome evaluate` does, and print nothing.
+
+    Args:
+        flags: those of the command, as keywords: predictions, references, output_dir, ... (flags.EvaluateConfig).
+
+    Raises:
+        DatasetError: no pairs, no names where they were asked for, no evaluation at compare.
+        ConfigError, OutputError.
+    """
+    return evaluate_folders(from_keywords(EvaluateConfig, flags))
+
+
+def evaluate_folders(
+    config: EvaluateConfig,
+    say: Callable[[str], None] = silent,
+    track: Track = untracked,
+    show: Callable[[Evaluated], None] = lambda _: None,
+) -> Evaluated:
+    """Score config.predictions against config.references; see `evaluate`.
+
+    Args:
+        say, track: of support.console.
+        show: takes the result before anything of it is written.
+    """
+    require_scale(config.spacing_scale)
+    if not config.tolerance_mm >= 0:
+        raise ConfigError(f"--tolerance_mm {config.tolerance_mm}; expected 0 or more")
+    if config.num_workers is not None and config.num_workers < 0:
+        raise ConfigError(f"--num_workers {config.num_workers}; expected 0 or more")
+    pairs, alone = find_pairs(config.predictions, config.references)
+    pairs, names, values, source = named_pairs(pairs, config.predictions, config.references, config.labels)
+    options = {name: getattr(config, name) for name in ("tolerance_mm", "surface", "spacing_scale")}
+    pairs = [replace(pair, **options) for pair in pairs]
+    if values is not None:
+        text = ", ".join(f"{old} is {new} ({names.get(new, f'label_{new}')})" for old, new in values.items())
+        say(f"The references name other values than the predictions; compared by name: {text}")
+    for note in twins_note(path for pair in pairs for path in (pair.prediction, pair.reference)):
+        say(f"Note: {note}")
+    say(f"Names of the structures: {source or 'none found (--labels FILE gives them)'}")
+    other = _other_run(config, {pair.case for pair in pairs})
+    with locked(config.output_dir, "evaluate"):
+        open_output(config.output_dir, ["metrics.csv", "summary.json", *(["comparison.json"] if other else [])])
+        scores, failed = _score(pairs, config.num_workers, track)
+        failures = tuple(alone + failed)
+        summary = summarise(scores) | {
+            "statistics": describe(scores),
+            "cases": len(pairs) - len(failed),
+            "failures": [{"case": case, "reason": reason} for case, reason in failures],
+            "tolerance_mm": config.tolerance_mm,
+            "spacing_scale": config.spacing_scale,
+            "labels": {str(value): name for value, name in names.items()},
+            "reference_values": None if values is None else {str(old): new for old, new in values.items()},
+            "predictions": str(config.predictions),
+            "references": str(config.references),
+            "surface": config.surface,
+            "definitions": DEFINITIONS | (DEFINITIONS_BY_AREA if config.surface == "area" else {}),
+        }
+        comparison = compare_runs(scores, other.scores) | {"other": str(config.compare)} if other else None
+        result = Evaluated(tuple(scores), summary, comparison, failures, config.output_dir)
+        # Scores that took hours are not lost to a disk that filled up meanwhile.
+        show(result)
+        write_metrics(config.output_dir / "metrics.csv", scores)
+        write_json(config.output_dir / "summary.json", summary, "--output_dir")
+        if comparison is not None:
+            write_json(config.output_dir / "comparison.json", comparison, "--output_dir")
+        else:
+            # One of an earlier evaluation does not belong to these scores.
+            with contextlib.suppress(OSError):
+                (config.output_dir / "comparison.json").unlink(missing_ok=True)
+    return result
+
+
+def _other_run(config: EvaluateConfig, cases: set[str]) -> Evaluation | None:
+    """Read the evaluation to compare with, before the work; None where none was asked for.
+
+    Raises DatasetError: no evaluation, or none of `cases` in it. ConfigError: NSD at another tolerance, other
+    definitions of distance, or the evaluation would be overwritten.
+    """
+    if config.compare is None:
+        return None
+    if real_path(config.compare) == real_path(config.output_dir):
+        raise ConfigError(f"--compare {config.compare} is the --output_dir itself. Name another --output_dir")
+    other = read_evaluation(config.compare)
+    tolerance = other.summary.get("tolerance_mm", config.tolerance_mm)
+    surface = other.summary.get("surface", "voxels")
+    if tolerance != config.tolerance_mm:
+        found = f"NSD was taken at {tolerance} mm there; expected {config.tolerance_mm:g} mm"
+        raise ConfigError(_differs(config, found, f"--tolerance_mm {tolerance}"))
+    if surface != config.surface:
+        found = f"distances were taken of {surface} there; expected {config.surface}"
+        raise ConfigError(_differs(config, found, f"--surface {surface}"))
+    theirs = sorted({row.case for row in other.scores})
+    ours = counterparts(theirs, cases)
+    if not ours:
+        expected = f"some of the cases of --predictions, such as {min(cases)}"
+        action = "Name the evaluation of the same cases."
+        raise DatasetError(f"other cases, such as {theirs[0]}", file=config.compare, expected=expected, action=action)
+    return replace(other, scores=[replace(row, case=ours.get(row.case, row.case)) for row in other.scores])
+
+
+def _differs(config: EvaluateConfig, found: str, flag: str) -> str:
+    return f"--compare {config.compare}: {found}. Pass {flag}, or evaluate the other run again"
+
+
+def _score(pairs: list[Pair], num_workers: int | None, track: Track) -> tuple[list[Score], list[tuple[str, str]]]:
+    workers = min(usable_cores() if num_workers is None else num_workers, len(pairs))
+    small = sum(pair.reference.stat().st_size for pair in pairs) < SMALL_BYTES
+    scores: list[Score] = []
+    failed: list[tuple[str, str]] = []
+    results = run_jobs(evaluate_case, pairs, max(workers, 1), threads=workers <= 1 or small)
+    for pair, result in track(results, len(pairs)):
+        if not isinstance(result, BaseException):
+            scores += result
+        elif isinstance(result, MambaHomeError | OSError | MemoryError):
+            failed.append((pair.case, str(result) or type(result).__name__))
+        else:
+            raise result
+    return sorted(scores, key=lambda row: (row.case, row.label)), sorted(failed)
 
 
 def evaluate_case(pair: Pair) -> list[Score]:
-    """Every structure that is named, or found in either label map.
+    """Score every structure that is named, or found in either label map.
 
     Raises DatasetError: a file cannot be read, is no label map (an image too), or the two are not on the same grid.
     """
@@ -79,82 +211,18 @@ def evaluate_case(pair: Pair) -> list[Score]:
             case=pair.case,
             label=label,
             structure=pair.names.get(label, f"label_{label}"),
-            dice=found.dice(),
-            hd95=found.hausdorff(95),
-            assd=found.mean_distance(),
-            nsd=found.surface_dice(pair.tolerance_mm),
-            volume_ml=found.predicted * voxel_ml,
-            reference_volume_ml=found.reference * voxel_ml,
+            dice=both.dice(),
+            hd95=both.hausdorff(95),
+            assd=both.mean_distance(),
+            nsd=both.surface_dice(pair.tolerance_mm),
+            volume_ml=both.predicted * voxel_ml,
+            reference_volume_ml=both.reference * voxel_ml,
         )
-        for label, found in zip(labels, comparisons, strict=True)
+        for label, both in zip(labels, comparisons, strict=True)
     ]
-
-
-def read_pair(pair: Pair) -> tuple[Volume, Volume]:
-    """Prediction and reference, (D0, D1, D2) label values of the prediction's table, on the same grid.
-
-    Raises DatasetError: a file cannot be read, is no label map, or the two are not on the same grid.
-    """
-    ours, truth = (read_grid(file, spacing_scale=pair.spacing_scale) for file in (pair.prediction, pair.reference))
-    action = f"Bring it to the grid of {pair.reference} first."
-    require_same_grid(truth, ours, pair.prediction, action, voxels=SCORE_VOXELS, name="reference")
-    prediction, reference = (
-        read_labels(file, spacing_scale=pair.spacing_scale) for file in (pair.prediction, pair.reference)
-    )
-    if pair.reference_values is not None:
-        reference = replace(reference, array=replace_values(reference.array, pair.reference_values))
-    return prediction, reference
-
-
-def summarise(scores: Iterable[Score]) -> dict[str, Any]:
-    """{"mean": {metric: value}, "structures": {name: {metric: value, "cases": counts}}}.
-
-    A structure's value is its mean over cases, the mean that over structures; nan and inf are left out, and where
-    nothing is left the value is nan. counts: cases with the structure in "both" label maps, "missed" (reference only),
-    "invented" (prediction only) and "absent" (neither).
-    """
-    rows = list(scores)
-    structures: dict[str, Any] = {}
-    for _, name in sorted({(row.label, row.structure) for row in rows}):
-        own = [row for row in rows if row.structure == name]
-        entry: dict[str, Any] = {metric: _finite_mean([getattr(row, metric) for row in own]) for metric in METRICS}
-        for volume in ("volume_ml", "reference_volume_ml", "volume_difference_ml"):
-            entry[volume] = _finite_mean([getattr(row, volume) for row in own])
-        present = [(row.volume_ml > 0, row.reference_volume_ml > 0) for row in own]
-        entry["cases"] = {
-            "both": present.count((True, True)),
-            "missed": present.count((False, True)),
-            "invented": present.count((True, False)),
-            "absent": len({row.case for row in rows}) - len(present) + present.count((False, False)),
-        }
-        structures[name] = entry
-    mean = {metric: _finite_mean([entry[metric] for entry in structures.values()]) for metric in METRICS}
-    return {"mean": mean, "structures": structures}
-
-
-def write_metrics(path: Path, scores: Iterable[Score]) -> None:
-    """Write metrics.csv (COLUMNS; undefined values as nan and inf), whole or not at all. Raises OutputError.
-
-    Names are as `csv_name` makes them.
-    """
-    rows = [
-        (csv_name(row.case), csv_name(row.structure), *(f"{getattr(row, name):.6g}" for name in COLUMNS[2:]))
-        for row in scores
-    ]
-    write_csv(path, COLUMNS, rows, "--output_dir", parents=True)
-
-
-def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Write summary.json, whole or not at all; JSON has no nan or inf, they become null. Raises OutputError."""
-    write_json(path, summary, "--output_dir", parents=True)
 
 
 def _values(volume: Volume) -> list[int]:
     present = np.zeros(int(volume.array.max()) + 1, bool)
     present[volume.array] = True
     return [int(value) for value in np.flatnonzero(present)]
-
-
-def _finite_mean(values: list[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan

@@ -1,13 +1,17 @@
 """Paths as people type them, in the one form in which every library opens the same file."""
 
+import dataclasses
 import os
 import re
 import sys
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from mambahome_jax.errors import ConfigError
 
+Config = TypeVar("Config")
 # Two letters at least: C:/ is a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -82,6 +86,24 @@ def openable_path(path: str | Path) -> Path:
         action = "Copy what lies there, or mount it"
         raise ConfigError(f"{path}: a URL; expected a file or folder of this machine. {action}")
     return local_path(path)
+
+
+def from_keywords(kind: type[Config], flags: Mapping[str, Any]) -> Config:
+    """Make a command's configuration of its flags as keywords, its paths of text as `openable_path` makes them.
+
+    Raises ConfigError: as `openable_path`; a flag that there is not, or one that is missing.
+    """
+    paths = {field.name for field in dataclasses.fields(kind) if "Path" in str(field.type)}  # type: ignore[arg-type]
+
+    def openable(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(openable(entry) for entry in value)
+        return openable_path(value) if isinstance(value, str | Path) else value
+
+    try:
+        return kind(**{name: openable(value) if name in paths else value for name, value in flags.items()})
+    except TypeError as error:
+        raise ConfigError(str(error).replace(f"{kind.__name__}.__init__()", "this command")) from error
 
 
 def path_in(folder: Path, text: str) -> Path:

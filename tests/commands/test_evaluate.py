@@ -5,10 +5,11 @@ import os
 import numpy as np
 import pytest
 
-from mambahome_jax.commands import evaluate
+import mambahome_jax as mh
 from mambahome_jax.commands.evaluate import run
 from mambahome_jax.errors import ConfigError, DatasetError, OutputError
-from mambahome_jax.evaluation.label_tables import find_names, reconcile_names
+from mambahome_jax.evaluation import evaluate
+from mambahome_jax.evaluation.pairs import find_names, reconcile_names
 from mambahome_jax.flags import EvaluateConfig
 from mambahome_jax.imaging.volume import Volume, write_volume
 from tests.imaging.dicom_files import RTSTRUCT, write_slice
@@ -62,10 +63,27 @@ def test_all_cases(folders, capsys):
     assert "0.833" in printed
 
 
+def test_as_a_function_nothing_is_printed_and_all_is_returned(folders, capsys):
+    write(folders / "PRED" / "c.nii.gz")
+    found = mh.evaluate(
+        predictions=str(folders / "PRED"), references=folders / "OUT/labels", output_dir=folders / "EVAL"
+    )
+    assert capsys.readouterr() == ("", "")
+    assert found.summary["mean"]["dice"] == summary_of(folders)["mean"]["dice"]
+    assert [(row.case, row.structure) for row in found.scores][:2] == [("a", "liver"), ("a", "spleen")]
+    assert [case for case, _ in found.failures] == ["c"] and found.exit_code == 1
+    assert all(path.is_file() for path in found.files) and len(found.files) == 2
+    page = mh.report(evaluation=folders / "EVAL")
+    assert page.path.stat().st_size > 1000 and page.shown == ("b", "a") and page.exit_code == 0
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'refs'"):
+        mh.evaluate(predictions="a", refs="b", output_dir="c")
+
+
 def test_processes_give_the_same(folders, monkeypatch):
     assert run(config(folders)) == 0
     one = summary_of(folders)
-    monkeypatch.setattr("mambahome_jax.commands.evaluate.SMALL_BYTES", 0)
+    monkeypatch.setattr("mambahome_jax.evaluation.evaluate.SMALL_BYTES", 0)
     assert run(config(folders, num_workers=2)) == 0
     assert summary_of(folders) == one
 

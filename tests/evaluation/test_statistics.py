@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from mambahome_jax.evaluation.scores import Score
+from mambahome_jax.evaluation.results import Score
 from mambahome_jax.evaluation.statistics import DESCRIBED, bootstrap_means, describe, finite_median, mean_intervals
 
 

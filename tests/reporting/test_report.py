@@ -1,4 +1,4 @@
-from mambahome_jax.report.provenance import run_rows, without_folders
+from mambahome_jax.reporting.report import run_rows, without_folders
 
 
 def test_what_a_run_was():

@@ -7,11 +7,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mambahome_jax.evaluation.files import Evaluation
-from mambahome_jax.evaluation.paired import compare_runs
-from mambahome_jax.evaluation.scores import Score
+from mambahome_jax.evaluation.results import Evaluation, Score
+from mambahome_jax.evaluation.statistics import compare_runs
 from mambahome_jax.imaging.pictures import Panel
-from mambahome_jax.report.page import Report, Shown, draw_distribution, inline_json, render_report, worst_first
+from mambahome_jax.reporting.page import Report, Shown, draw_distribution, inline_json, render_report, worst_first
 from mambahome_jax.support.files import jsonable
 
 EVIL = "</script><script>alert('1')</script>\"<img src=x onerror=alert(2)>&amp;"

@@ -8,9 +8,8 @@ from html import unescape
 
 import pytest
 
-from mambahome_jax.evaluation.files import Evaluation
-from mambahome_jax.evaluation.scores import Score
-from mambahome_jax.report.page import Report, render_report
+from mambahome_jax.evaluation.results import Evaluation, Score
+from mambahome_jax.reporting.page import Report, render_report
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 EVIL = "</script><script>document.title='broken'</script>"

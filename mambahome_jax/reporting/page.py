@@ -15,12 +15,10 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from mambahome_jax.evaluation.evaluate import summarise
-from mambahome_jax.evaluation.files import Evaluation
-from mambahome_jax.evaluation.scores import METRICS, Score, finite_mean, score_matrix, structures_of
-from mambahome_jax.evaluation.statistics import describe
+from mambahome_jax.evaluation.results import METRICS, VOLUMES, Evaluation, Score, score_matrix, structures_of
+from mambahome_jax.evaluation.statistics import describe, finite_mean, summarise
 from mambahome_jax.imaging.pictures import Panel
-from mambahome_jax.report.distribution import Chart, chart_of
+from mambahome_jax.reporting.charts import Chart, chart_of
 from mambahome_jax.support.files import jsonable
 
 # attribute of Score -> label, digits, whether it is a share from 0 to 1
@@ -33,7 +31,6 @@ CHOICES: dict[str, tuple[str, int, bool]] = {
     "volume_ml": ("volume, ml", 2, False),
     "reference_volume_ml": ("reference volume, ml", 2, False),
 }
-_VOLUMES = ("volume_ml", "reference_volume_ml", "volume_difference_ml")
 _CHARTS: tuple[tuple[str, str, str, tuple[float, float] | None], ...] = (
     ("dice", "Dice", "Dice", (0.0, 1.0)),
     ("nsd", "NSD", "NSD", (0.0, 1.0)),
@@ -195,8 +192,8 @@ def _structures(statistics: Mapping[str, Any], scores: Sequence[Score]) -> Table
 
 
 def _volumes(statistics: Mapping[str, Any]) -> Table:
-    rows = [Row(name, _spread(entry, _VOLUMES)) for name, entry in statistics["structures"].items()]
-    return Table("volumes", "Volumes of each structure", ["structure", *_spread_headings(_VOLUMES)], rows)
+    rows = [Row(name, _spread(entry, VOLUMES)) for name, entry in statistics["structures"].items()]
+    return Table("volumes", "Volumes of each structure", ["structure", *_spread_headings(VOLUMES)], rows)
 
 
 def _spread_headings(metrics: Sequence[str]) -> list[str]:

@@ -3,10 +3,9 @@ import math
 import pytest
 
 from mambahome_jax.errors import DatasetError, OutputError
-from mambahome_jax.evaluation.evaluate import summarise, write_metrics, write_summary
-from mambahome_jax.evaluation.files import read_evaluation
-from mambahome_jax.evaluation.scores import Score
-from mambahome_jax.support.files import write_text
+from mambahome_jax.evaluation.results import Score, read_evaluation, write_metrics
+from mambahome_jax.evaluation.statistics import summarise
+from mambahome_jax.support.files import write_json, write_text
 
 SCORES = [
     Score("a", 1, "liver", 0.5, math.nan, math.inf, 1.0, 2.0, 1.0),
@@ -16,7 +15,7 @@ SCORES = [
 
 def test_comes_back_as_written(tmp_path):
     write_metrics(tmp_path / "metrics.csv", [SCORES[1], SCORES[0]])
-    write_summary(tmp_path / "summary.json", summarise(SCORES))
+    write_json(tmp_path / "summary.json", summarise(SCORES))
     read = read_evaluation(tmp_path)
     assert [(row.case, row.label, row.structure) for row in read.scores] == [("b", 2, "spleen"), ("a", 1, "liver")]
     assert math.isnan(read.scores[1].hd95) and math.isinf(read.scores[1].assd)

@@ -1,0 +1,114 @@
+"""The laws of the house: imports run one way, what starts at once imports no jax, files and functions stay short."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# What the house may grow to, `__init__`s apart.
+MOST_FILES, MOST_LINES = 160, 26_000
+LONGEST_FILE, LONGEST_FUNCTION = 500, 160
+# Belong to no room: the public names, the version, errors and configuration.
+LEAVES = {"config", "errors", "flags", "grids", "recipes", "values", "version"}
+# room -> rooms that it may import, beside itself and the leaves
+ALLOWED = {
+    "mambahome_kernels": set(),
+    "support": set(),
+    "imaging": {"support"},
+    "datasets": {"support", "imaging"},
+    "patches": {"support", "imaging", "datasets"},
+    "preprocessing": {"support", "imaging", "datasets", "patches"},
+    "model": {"mambahome_kernels"},
+    "weights": {"support", "model"},
+    "inference": {"support", "imaging", "datasets", "model", "weights"},
+    "training": {"support", "imaging", "datasets", "patches", "model", "weights", "inference", "evaluation"},
+    "evaluation": {"support", "imaging", "datasets"},
+    "reporting": {"support", "imaging", "datasets", "evaluation"},
+}
+ALLOWED["commands"] = {*ALLOWED} - {"mambahome_kernels"}
+# Rooms and modules that start without jax, and those that start without what extras install too.
+WITHOUT_JAX = ("support", "imaging", "datasets", "preprocessing", "evaluation", "reporting")
+WITHOUT_JAX_TOO = ("cli", "config", "flags", "recipes", "commands.check", "commands.evaluate", "commands.report")
+EXTRAS = ("SimpleITK", "highdicom")
+
+
+def sources() -> list[Path]:
+    files = [path for folder in ("mambahome_jax", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    return sorted(path for path in files if path.name != "__init__.py")
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_imports_run_one_way(package):
+    folder = ROOT / "kernels" / package if package == "mambahome_kernels" else ROOT / "mambahome_jax" / package
+    files = list(folder.rglob("*.py"))
+    assert files
+    for path in files:
+        for name in imported(path):
+            top, _, rest = name.partition(".")
+            if top == "mambahome_jax":
+                part = rest.split(".")[0]
+                assert part in ALLOWED[package] | {package} | LEAVES, f"{path} imports {name}"
+            if top == "mambahome_kernels" and package != top:
+                assert top in ALLOWED[package], f"{path} imports {name}"
+
+
+def test_what_must_start_at_once_imports_no_jax_and_no_extra():
+    """Each module in turn in one process: the first one after which jax is there is the one that imports it."""
+    rooms = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sources()
+        if path.relative_to(ROOT).parts[1] in WITHOUT_JAX
+    ]
+    modules = [f"mambahome_jax.{name}" for name in WITHOUT_JAX_TOO] + rooms
+    code = f"""
+import importlib, json, sys
+late = {{}}
+for name in {modules}:
+    importlib.import_module(name)
+    for package in {("jax", *EXTRAS)}:
+        if package in sys.modules:
+            late.setdefault(package, name)
+print(json.dumps(late))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout) == {}
+
+
+def test_public_names_load():
+    import mambahome_jax as mh
+
+    for name in mh.__all__:
+        assert getattr(mh, name) is not None
+
+
+def test_no_file_and_no_function_is_long():
+    lengths = {path: len(path.read_text().splitlines()) for path in sources()}
+    long = {str(path.relative_to(ROOT)): lines for path, lines in lengths.items() if lines > LONGEST_FILE}
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                if lines > LONGEST_FUNCTION:
+                    long[f"{path.relative_to(ROOT)}:{node.name}"] = lines
+    assert not long
+
+
+def test_the_house_stays_small():
+    files = sources()
+    lines = sum(len(path.read_text().splitlines()) for path in files)
+    print(f"{len(files)} files of at most {MOST_FILES}, {lines} lines of at most {MOST_LINES}")
+    assert len(files) <= MOST_FILES and lines <= MOST_LINES, f"{len(files)} files, {lines} lines"
