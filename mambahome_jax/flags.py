@@ -150,7 +150,7 @@ class TrainConfig:
     strategy: Strategy = "ddp"
     """ddp: parameters on every device; fsdp: parameters and optimizer state split over the devices."""
     coordinator_address: str | None = None
-    """Several processes: host:port of the first (default: asked of SLURM or Open MPI); see docs/clusters.md."""
+    """Several processes: host:port of the first (default: asked of SLURM or Open MPI); see docs/how-to/clusters.md."""
     num_processes: int | None = None
     """Several processes: how many there are in all."""
     process_id: int | None = None

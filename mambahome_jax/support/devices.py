@@ -25,7 +25,7 @@ _OPTIONS: dict[str, dict[str, str | bool]] = {
 }
 
 # The scheduler that hides the time of collectives takes memory for it: two GPUs with split parameters took 12.8 GiB and
-# 118.5 ms a step with it, 7.9 GiB and 120.4 ms without (docs/performance.md).
+# 118.5 ms a step with it, 7.9 GiB and 120.4 ms without (docs/experiments/speed.md).
 _LESS_MEMORY: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": False}}
 
 
