@@ -1,4 +1,4 @@
-"""Train on hippocampus MRI with the commands of docs/how-to/train.md, or one ingredient changed, and score unseen cases.
+"""Train on hippocampus MRI as docs/how-to/train.md does, or with one ingredient changed, and score unseen cases.
 
 python benchmarks/hippocampus.py --data TASK04 --output_dir OUT
 python benchmarks/hippocampus.py --data TASK04 --output_dir OUT --runs ingredients --weights last --at_once 4

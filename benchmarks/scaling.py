@@ -2,7 +2,7 @@
 
 python benchmarks/scaling.py --json scaling.json                      # 1, 2, 4, 8 devices, as many as there are
 python benchmarks/scaling.py --strategies ddp --store READY           # the real loader beside synthetic batches
-srun --ntasks-per-node=8 python benchmarks/scaling.py --devices 8           # a process each GPU; see docs/how-to/clusters.md
+srun --ntasks-per-node=8 python benchmarks/scaling.py --devices 8  # one process per GPU; see docs/how-to/clusters.md
 
 Where one device is not among --devices there is nothing to compare with, and the efficiency is nan. "real loader": of
 all steps together, beside medians of synthetic batches.
