@@ -31,27 +31,24 @@ def make_loader(
     normalise: Mapping[Modality, Normalisation] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> "grain.IterDataset | WatchedLoader":
-    """Endless batches of random patches.
+    """Make endless batches of random patches.
 
-    Each batch is a dict: "image" (batch, depth, height, width, channels) float32, normalised with the case's own
+    A batch is a dict: "image" (batch, depth, height, width, channels) float32, normalised with the case's own
     statistics and then zero-padded where the volume is smaller than the patch; "label" (batch, depth, height, width)
-    int32; "case" (batch,) int32, index into `cases`. Every case comes once before any comes again, in an order drawn
-    anew each time.
+    int32; "case" (batch,) int32, index into `cases`. Every case comes once before any comes again.
 
-    `iter()` of the result has get_state() (a dict for JSON), set_state(state), after which the same batches follow as
-    followed when the state was taken, and close(), which has to be called. Same seed, same batches, whatever
-    `num_workers` is: 0 reads in threads of this process, more in so many processes.
+    `iter()` of the result has get_state() (a dict for JSON), set_state(state), after which the same batches follow, and
+    close(), which has to be called. Same seed, same batches, whatever `num_workers` is: 0 reads in threads.
 
-    cases: ids in `store`, all with a label. positive_fraction: share of patches centred on a foreground voxel; the
-    rest lie evenly in the box around the body. class_balanced: the foreground class is drawn evenly instead of by its
-    voxels. normalise: by each case's modality (default: see `normalisations`).
-    share: (n, of so many): each batch is the n-th of so many equal parts of the batch of `batch_size` patches; only its
-    patches are read, and the state is that of the whole.
-    A worker that dies or hangs ends the iteration with a TrainingError.
-    Raises DatasetError: no cases, an unknown case, one without a label. ConfigError: a size that is not positive, a
-    batch that cannot be divided.
+    cases: ids in `store`, all with a label. positive_fraction: share of patches centred on a foreground voxel; the rest
+    lie evenly in the body box. class_balanced: draw the foreground class evenly, not by its voxels. normalise: by each
+    case's modality. share: (n, of so many) equal parts of each batch; only its patches are read, and the state is that
+    of the whole. Raises DatasetError: no cases, an unknown one, one without a label. ConfigError: sizes that cannot be.
+    TrainingError, while iterating: a worker died or hangs.
     """
-    size = _patch_size(patch_size)
+    if len(patch_size) != 3 or min(patch_size) < 1:
+        raise ConfigError(f"patch_size is {tuple(patch_size)}; expected three positive numbers")
+    size = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
     part, parts = share
     if batch_size < 1 or batch_size % parts:
         raise ConfigError(f"batch_size is {batch_size}; expected at least 1, and a multiple of {parts}")
@@ -105,7 +102,7 @@ class RandomPatch(grain.transforms.RandomMap):
 def draw_centre(
     store: Store, case: str, rng: np.random.Generator, positive_fraction: float, class_balanced: bool
 ) -> np.ndarray:
-    """Centre of a patch, int (3,), in voxels of the case: on the foreground, or anywhere in the body box."""
+    """Draw the centre of a patch, int (3,), in voxels: on the foreground, or anywhere in the body box."""
     entry = store.entry(case)
     counts = entry.foreground_counts
     if counts and rng.random() < positive_fraction:
@@ -117,8 +114,11 @@ def draw_centre(
 
 
 def patch_start(centre: ArrayLike, size: ArrayLike, shape: ArrayLike) -> np.ndarray:
-    """First voxel of the patch around `centre`, int (3,): moved to lie inside the volume along every axis where it fits
-    (as MONAI's RandCropByPosNegLabel), else placed so that the volume lies in its middle (negative start)."""
+    """Place the patch around `centre`: int (3,), its first voxel.
+
+    It is moved to lie inside the volume along every axis where it fits (as MONAI's RandCropByPosNegLabel), else placed
+    so that the volume lies in its middle (negative start).
+    """
     half, room = np.asarray(size) // 2, np.asarray(shape) - np.asarray(size)
     return np.where(room >= 0, np.clip(np.asarray(centre) - half, 0, np.maximum(room, 0)), room // 2)
 
@@ -130,7 +130,7 @@ def read_patch(
     size: Sequence[int],
     normalise: Mapping[Modality, Normalisation] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Image (*size, channels) float32, normalised, and label (*size) int32; zeros outside the volume."""
+    """Read an image (*size, channels) float32, normalised, and its label (*size) int32; zeros outside the volume."""
     entry: StoreEntry = store.entry(case)
     start = patch_start(centre, size, entry.shape)
     stop = start + np.asarray(size)
@@ -142,10 +142,3 @@ def read_patch(
     patch_label = np.zeros(size, np.int32)
     patch_image[inside], patch_label[inside] = image, label
     return patch_image, patch_label
-
-
-def _patch_size(patch_size: Sequence[int]) -> tuple[int, int, int]:
-    if len(patch_size) != 3 or min(patch_size) < 1:
-        raise ConfigError(f"patch_size is {tuple(patch_size)}; expected three positive numbers")
-    a, b, c = (int(n) for n in patch_size)
-    return a, b, c

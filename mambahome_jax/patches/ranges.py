@@ -1,4 +1,4 @@
-"""What the scans of a training are like: the ranges that its checkpoint carries, from what preprocessing noted."""
+"""The ranges of the scans of a training, which its checkpoint carries, from the entries of the patch store."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,10 +12,7 @@ from mambahome_jax.patches.store import StoreEntry
 def training_ranges(
     entries: Sequence[StoreEntry], structures: Mapping[int, str], modality: Modality | None = None
 ) -> tuple[ScanRanges, ...]:
-    """Ranges of the cases that are trained on, one entry a modality.
-
-    structures: label value -> name. modality: instead of each case's own.
-    """
+    """Measure the cases that are trained on, one entry a modality; modality: instead of each case's own."""
     groups: dict[Modality, list[StoreEntry]] = {}
     for entry in entries:
         groups.setdefault(modality or entry.modality, []).append(entry)
@@ -32,11 +29,9 @@ def training_ranges(
 
 
 def _percentiles(entries: Sequence[StoreEntry]) -> tuple[tuple[tuple[float, float], ...], ...]:
+    percentiles = [entry.percentiles for entry in entries]
     # A store of an earlier version has none, and the ranges of some cases are not those of all.
-    found = [entry.percentiles for entry in entries]
-    if not all(found):
-        return ()
-    return tuple(_ranges(channel) for channel in np.array(found).transpose(1, 0, 2))
+    return tuple(map(_ranges, np.array(percentiles).transpose(1, 0, 2))) if all(percentiles) else ()
 
 
 def _structure(entries: Sequence[StoreEntry], value: int, name: str) -> StructureRange:

@@ -43,16 +43,14 @@ _OVERWRITE = "Run preprocess.py again with --overwrite."
 
 @dataclass(frozen=True)
 class StoreEntry:
-    """What case.json holds.
+    """What case.json holds; affine: voxel to RAS mm; what earlier versions lack is empty.
 
-    shape (D, H, W) voxels; channels; spacing (3,) mm; affine (4, 4), voxel to RAS mm; class_counts: label value ->
-    voxels, background included, None without a label; body_box: first and end (exclusive) voxel of the region in which
-    patches without a foreground centre are drawn; fingerprint: what the entry was made from; labelled: the label values
-    that this case's dataset labels at all, None for all of the table; remarks: what was found and dealt with;
-    checksum: of the voxels of image and label map, empty in entries of earlier versions;
-    percentiles: SAMPLE_PERCENTILES of each channel of the scan before resampling, empty in stores of earlier versions;
-    values: label value -> value that the dataset's label map stores, where the two differ; stored_counts: voxels of
-    each stored value but 0 before resampling, empty where that is not known.
+    class_counts: label value -> voxels, background included, None without a label. body_box: first and end (exclusive)
+    voxel of the region in which patches without a foreground centre are drawn. fingerprint: what the entry was made
+    from. labelled: the label values that this case's dataset labels at all, None for all of the table. checksum: of
+    image and label map. percentiles: SAMPLE_PERCENTILES of each channel of the scan before resampling. values: label
+    value -> value that the dataset's label map stores, where they differ. stored_counts: voxels of each stored value
+    but 0 before resampling.
     """
 
     id: str
@@ -80,15 +78,9 @@ class StoreEntry:
 
 
 def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarray | None) -> StoreEntry:
-    """Write root/<id>/, whole or not at all, in place of what an earlier run wrote there.
+    """Write root/<id>/, whole or not at all, and return the entry with checksum and class counts. Raises OutputError.
 
-    Args:
-        entry: of the case; its class counts are those of `label`, or None to have them counted.
-        image: (D, H, W, C) float32.
-        label: (D, H, W) uint8 or uint16, or None.
-
-    Returns: the entry with class counts and checksum.
-    Raises: OutputError: the folder cannot be written.
+    image (D, H, W, C) float32; label (D, H, W) uint8, uint16 or None, counted where entry.class_counts is None.
     """
     image = image.astype(np.float32, copy=False)
     if label is not None and label.dtype != np.uint16:
@@ -115,13 +107,9 @@ def write_case(root: Path, entry: StoreEntry, image: np.ndarray, label: np.ndarr
 
 
 def rewrite_label(root: Path, entry: StoreEntry, label: np.ndarray, table: Mapping[int, int]) -> StoreEntry:
-    """Replace the label map of a case by the same structures under other values.
+    """Replace the label map of a case by one of other values, and return the new entry, which is written last.
 
-    Args:
-        label: (D, H, W) uint8 or uint16, the values of `entry` already replaced by those of `table`, one to one.
-
-    Returns: the new entry, which is written last: if that fails, the case counts as not done.
-    Raises: OutputError: the folder cannot be written. DatasetError: the case's files are damaged.
+    table: value in `entry` -> value in `label` (D, H, W), one to one. Raises OutputError, DatasetError.
     """
     counts = {table.get(value, value): count for value, count in (entry.class_counts or {}).items()}
     # The voxels of the image stay, and with them its part.
@@ -144,10 +132,7 @@ def rewrite_label(root: Path, entry: StoreEntry, label: np.ndarray, table: Mappi
 
 @contextlib.contextmanager
 def _partial_folder(root: Path, case: str) -> Iterator[tuple[Path, Path]]:
-    """Give an empty folder beside that of a case, and that of the case; the first is gone at the end.
-
-    Raises OutputError: an OSError, as of a full disk.
-    """
+    """Give an empty folder to write a case to, and that of the case; turn an OSError into an OutputError."""
     partial, folder = root / f".{case}.{os.getpid()}.partial", root / case
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -172,10 +157,7 @@ def body_box(image: np.ndarray, modality: Modality) -> tuple[tuple[int, int, int
 
 
 def foreground_positions(label: np.ndarray, limit: int = _POSITIONS) -> dict[int, np.ndarray]:
-    """Find up to `limit` voxels of each class but the background, int32 (n, 3), in C order.
-
-    Of a larger class, take an even sample without replacement, always the same for the same label (D, H, W).
-    """
+    """Find the voxels of each class but the background, int32 (n, 3), in C order; of many, always the same sample."""
     flat = label.ravel()
     where = np.flatnonzero(flat)
     # One stable sort by value instead of a pass over the volume for each class.
@@ -261,10 +243,9 @@ def _remove(file: Path) -> None:
 
 
 class Store:
-    """Read access to a patch store, from any thread; can be pickled for other processes.
+    """Read access to a patch store, from any thread and in bounded memory; can be pickled for other processes.
 
-    root: the folder that holds index.json, or the preprocessed folder above it. Memory stays bounded whatever the
-    number of cases: decoded chunks, open arrays and positions each have a limit.
+    root: the folder that holds index.json, or the preprocessed folder above it.
     """
 
     _headers: ClassVar = threading.Lock()
@@ -303,9 +284,8 @@ class Store:
     def read_image(
         self, case: str, start: tuple[int, ...] = (0, 0, 0), stop: tuple[int, ...] | None = None
     ) -> np.ndarray:
-        """Read the part [start, stop) of the image, (d, h, w, C) float32, as stored (not normalised).
+        """Read the part of the image from start to stop that the volume has, (d, h, w, C) float32, not normalised.
 
-        What lies outside the volume is cut off, so the result may be smaller than stop - start: the caller pads.
         Raises DatasetError: no such case, or damaged files.
         """
         return self._region(case, "image", start, stop)
@@ -313,10 +293,7 @@ class Store:
     def read_label(
         self, case: str, start: tuple[int, ...] = (0, 0, 0), stop: tuple[int, ...] | None = None
     ) -> np.ndarray:
-        """Read the part [start, stop) of the label map, (d, h, w) uint8 (uint16 beyond 255), cut off like `read_image`.
-
-        Raises DatasetError: no such case, no label, or damaged files.
-        """
+        """Read a part of the label map likewise, (d, h, w) uint8 or uint16. Raises DatasetError: also without one."""
         if self.entry(case).class_counts is None:
             raise DatasetError("has no label", case=case, file=self.root / case)
         return self._region(case, "label", start, stop)

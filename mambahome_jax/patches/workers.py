@@ -117,7 +117,7 @@ class WatchedBatches:
             raise TrainingError(f"{found}. Stopped. {reason[1]}; --resume continues") from error
 
     def get_state(self) -> dict[str, Any]:
-        """Give the loader's state."""
+        """Give the state of the loader."""
         return self._batches.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -155,10 +155,7 @@ def why_killed(error: Exception) -> tuple[str, str] | None:
 
 
 def _without_names(batch: Any) -> Any:
-    """Take the names off a batch's shared memory: the system frees it with the batch, however this program ends.
-
-    Left to Grain, what is in use at the end is removed too late, and Python warns of leaked memory.
-    """
+    """Take the names off a batch's shared memory: the system then frees it with the batch, without a warning."""
     for array in batch.values() if isinstance(batch, dict) else ():
         memory = getattr(array, "shm", None)
         if memory is not None and getattr(array, "_unlink_on_del", False):

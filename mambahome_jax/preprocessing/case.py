@@ -36,9 +36,8 @@ _MAY_LOSE = 8  # voxels that become one where a structure of some voxels may be 
 class CaseJob:
     """All that a process needs to know to do one case.
 
-    spacing: None keeps each scan's own. labels: the values that may occur, empty for any. nifti: write images/ and
-    labels/ too, not only the store. hint: what to do about a label value that the table does not have.
-    sampled: values of the labelled voxels of a CT are needed, which stores of earlier versions lack.
+    spacing: None keeps the scan's own. labels: the values that may occur, empty for any; hint: what to do about others.
+    nifti: write images/ and labels/ too, not only the store. sampled: values of the labelled voxels of a CT are needed.
     """
 
     case: Case
@@ -91,10 +90,7 @@ class CaseJob:
 
 
 def prepare_case(job: CaseJob) -> StoreEntry:
-    """Read, check, reorient, resample and write one case; the store entry comes last and marks it as done.
-
-    Raises DatasetError: a file that cannot be read or used. OutputError: one that cannot be written.
-    """
+    """Read, check, reorient, resample and write one case; its entry comes last. Raises DatasetError, OutputError."""
     case = job.case
     made_from = {"sources": record_of(_sources(case))} | job.settings()
     # An entry of other settings would vouch for NIfTI files that are no longer its own, if this run ends between them.
@@ -157,10 +153,7 @@ def prepare_case(job: CaseJob) -> StoreEntry:
 
 
 def _present(case: Case, label: Volume, counts: Mapping[int, int], shape: tuple[int, ...]) -> set[int]:
-    """Find the structures of a label map that is to have another shape, as numbered in the dataset.
-
-    Masks were not counted as they were read; here they are where so little is left that some may be lost.
-    """
+    """Find the structures of a label map that is to have another shape; masks only where some may be lost."""
     if counts:
         return {value if case.values is None else case.values.get(value, 0) for value in counts} - {0}
     few = math.prod(shape) * _MAY_LOSE <= math.prod(label.shape)
@@ -172,10 +165,7 @@ def _by(spacing: tuple[float, ...]) -> str:
 
 
 def up_to_date(job: CaseJob) -> StoreEntry | None:
-    """Give the entry of a case that is done already from the same content with the same settings, else None.
-
-    Raises DatasetError: a file is missing. OutputError: the entry cannot be written again for files that were moved.
-    """
+    """Give the entry of a case that is done from the same content and settings. Raises DatasetError, OutputError."""
     entry = store.read_entry(job.store, job.case.id)
     if entry is None or entry.id != job.case.id:
         return None
@@ -237,13 +227,9 @@ def new_numbers(entry: StoreEntry, values: Mapping[int, int]) -> dict[int, int]:
 
 
 def renumber_case(job: CaseJob, values: Mapping[int, int], names: Mapping[int, str]) -> StoreEntry:
-    """Write the label maps of a case that is done by the dataset's numbers; the entry comes last.
+    """Write the label maps of a case that is done by the dataset's numbers. Raises DatasetError, OutputError.
 
-    Args:
-        values: number -> stored value, of the whole dataset.
-        names: number -> structure.
-
-    Raises: DatasetError: what preprocessing wrote is damaged. OutputError: it cannot be written.
+    values: number -> stored value, of the whole dataset. names: number -> structure.
     """
     entry = store.read_entry(job.store, job.case.id)
     if entry is None:

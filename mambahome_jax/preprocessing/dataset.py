@@ -155,7 +155,7 @@ def prepare_dataset(
 def _make_jobs(
     dataset: Dataset, config: PreprocessConfig, output: Path, store_only: bool, say: Callable[[str], None]
 ) -> list[CaseJob]:
-    """Make one job a case, in the dataset's order."""
+    """Make a job for each case, in the dataset's order."""
     modality, named = config.modality, sorted({str(case.modality) for case in dataset.cases})
     reason, override = f"{', '.join(named)}, as the dataset says", "; --modality ct|mr|us overrides"
     if modality is not None:
@@ -219,10 +219,9 @@ def _work(
     track: Track = untracked,
     few: int = 1,
 ) -> list[tuple[str, str]]:
-    """Do the cases, adding to `entries`; returns (id, reason) of those that failed, which leave `entries`.
+    """Do the cases, adding to `entries`; return (id, reason) of those that failed, which leave `entries`.
 
-    few: cases for which no process is worth its start. Raises OutputError when the first result cannot be written;
-    later, the rest is given up and reported.
+    few: cases for which no process is worth its start. A full disk gives up the rest; as the first result, it raises.
     """
     failed: list[tuple[str, str]] = []
     workers = count_workers(num_workers, todo, _peak_bytes, say)
@@ -267,9 +266,8 @@ def _number_structures(
     num_workers: int | None,
     say: Callable[[str], None],
 ) -> tuple[dict[int, str], dict[int, int], list[tuple[str, str]]]:
-    """Number structures without names 1, 2, 3, ... by the values of all cases, once every case is done.
+    """Number structures without names by the values of all cases, and write label maps anew where these have gaps.
 
-    Where the values have gaps, label maps are written once more by the table of all cases; elsewhere nothing is.
     Returns number -> name, number -> stored value (empty without gaps), and (id, reason) of cases that failed.
     """
     ordered = [entries[job.case.id] for job in jobs if job.case.id in entries]

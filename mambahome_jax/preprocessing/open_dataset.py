@@ -38,11 +38,9 @@ def several(paths: Path | tuple[Path, ...]) -> tuple[Path, ...]:
 
 
 def open_dataset(config: PreprocessConfig) -> Dataset:
-    """Read every --input_path, join them where there are several, and keep or merge the structures asked for.
+    """Read every --input_path, join them, and number the structures that are asked for 1, 2, 3, ...
 
-    The labels become 1, 2, 3, ...; every case knows which stored value stands for which.
-    Raises DatasetError: a folder, a label map or a name of a structure that does not work. ConfigError: flags that
-    contradict each other.
+    Raises DatasetError: a folder, a label map or a name that does not work. ConfigError: flags that contradict.
     """
     paths = several(config.input_path)
     if config.labels and config.label_map is not None:
@@ -78,10 +76,7 @@ def open_checked(config: CheckConfig) -> Dataset:
 
 
 def _read_datasets(paths: tuple[Path, ...], layouts: tuple[str, ...]) -> Dataset:
-    """Read a folder or CSV file; of several, all of them joined by the names of their structures.
-
-    layouts: none, to recognise them, one for all, or one for each path.
-    """
+    """Read a folder or CSV file, or join several. layouts: none to recognise them, one for all, or one for each."""
     if not paths:
         raise ConfigError("no folder is named; expected that of a dataset, or a CSV file")
     if len(layouts) not in (0, 1, len(paths)):
@@ -123,10 +118,7 @@ def _with_series(dataset: Dataset, uids: Collection[str]) -> Dataset:
 
 
 def _holds_scans_alone(path: Path) -> bool:
-    """Tell whether a path that is no dataset may hold scans alone: there is no label map and no dataset.json.
-
-    Else what is wrong with the dataset is what a user wants to read.
-    """
+    """Tell whether a path that is no dataset may hold scans alone; else the fault of the dataset is to be told."""
     if path.is_file():
         return bool(suffix_of(path.name))
     folders, files = listing(path)
@@ -135,11 +127,7 @@ def _holds_scans_alone(path: Path) -> bool:
 
 
 def _read_scans(path: Path) -> Dataset:
-    """Read the scans that `infer` would find, each a case without a label; those that it would refuse are skipped.
-
-    Files <case>_0000, <case>_0001, ... are the channels of a case where all are called so.
-    The number of channels is that of the first scan that can be read. Raises DatasetError: no scan.
-    """
+    """Read the scans that `infer` would find, with the channels of the first that can be read. Raises DatasetError."""
     found = find_scans(path)
     files = channels_of([scan.case for scan in found.scans])
     scans, incomplete = join_channels(path, found.scans, max(map(len, files.values()), default=1))

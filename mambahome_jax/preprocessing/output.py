@@ -20,17 +20,14 @@ _NAMED = 20
 
 
 class OutputFolder:
-    """The files of this run's jobs in a folder, and those of the cases of earlier runs.
-
-    root: the folder. say: takes a line about what is removed, or is not ours.
-    """
+    """The files of this run's jobs in a folder, and those of the cases of earlier runs."""
 
     def __init__(self, root: Path, jobs: Sequence[CaseJob], say: Callable[[str], None]):
         self.root, self.jobs, self.say = root, jobs, say
         self.earlier: set[str] = set()
 
     def open(self, nifti: bool) -> None:
-        """Make the folders, clear what an interrupted run left behind, and remove files that no job writes any more.
+        """Make the folders and remove what interrupted runs left and no job writes any more.
 
         Raises OutputError: they cannot be written. ConfigError: files of a dataset as downloaded would be replaced.
         """
