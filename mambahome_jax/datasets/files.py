@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom_series import files_below, files_in, has_series, is_scan
+from mambahome_jax.imaging.dicom import files_below, files_in, has_series, is_scan
 from mambahome_jax.imaging.formats import SCAN_SUFFIXES, scan_stem, suffix_of
 from mambahome_jax.support.files import hidden
 from mambahome_jax.support.paths import fault_of_letters, one_form

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.files import LONGEST, listed, listing, of_one_kind
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom_series import DEEPEST, Series, is_scan, sort_out
+from mambahome_jax.imaging.dicom import DEEPEST, Series, is_scan, sort_out
 from mambahome_jax.imaging.formats import (
     SCAN_SUFFIXES,
     content_of,

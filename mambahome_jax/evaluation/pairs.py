@@ -13,7 +13,7 @@ from mambahome_jax.datasets.prepared import unlisted_files
 from mambahome_jax.datasets.scans import of_labels, search
 from mambahome_jax.datasets.structures import match_structures, table_of_values
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom_series import files_in, sort_out
+from mambahome_jax.imaging.dicom import files_in, sort_out
 from mambahome_jax.imaging.formats import SCAN_SUFFIXES, alternatives, scan_stem
 from mambahome_jax.imaging.geometry import SCORE_VOXELS, require_same_grid
 from mambahome_jax.imaging.volume import Volume, read_grid, read_labels, replace_values

@@ -4,8 +4,9 @@ The grid comes from the slices' positions, not from their names or numbers. What
 read: no name, date or free text can reach a result or a message.
 """
 
+import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,55 @@ import numpy as np
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging import itk
-from mambahome_jax.imaging.dicom_elements import outline, transfer_syntax
-from mambahome_jax.imaging.dicom_series import Series, contents_of
-from mambahome_jax.support.files import head_of
+from mambahome_jax.imaging.formats import (
+    MODALITY_LUT,
+    PIXELS,
+    UNKNOWN,
+    content_of,
+    dicom_values,
+    identify,
+    kind_in,
+    kind_of,
+)
+from mambahome_jax.support.files import head_of, hidden
 
 # Share of the distance between slices by which one may lie elsewhere than evenly between the outermost ones: positions
 # are often written with one decimal only.
 UNEVEN = 0.1
 # Largest difference of direction cosines, and of mm between pixels, that counts as rounding.
 _ROUNDING = 1e-3
-_UNPACKED = (b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.1", b"1.2.840.10008.1.2.2", b"")
 # Slices that a message names one by one.
 _NAMED = 20
-# Pixels that a byte of a file may stand for at most: one bit each, or as well packed as an empty picture is.
-_MOST_UNPACKED, _MOST_PACKED = 8, 10_000
 # Bytes in which the header of a slice usually ends.
 _HEADER = 1 << 14
+# Levels below a folder in which the slices of a scan are looked for, as in <patient>/<study>/<series>/.
+DEEPEST = 8
+# Classes of objects that lie beside scans and hold no slices: DICOMDIR; raw data, segmentations, registrations, tables
+# of values and surfaces; presentation states, reports and key images; structure sets, plans and doses of radiotherapy;
+# what Siemens (CSA non-image) and Philips put into exports for their own programs.
+_BESIDE = re.compile(
+    r"1\.2\.840\.10008\.(1\.3\.10$|5\.1\.4\.1\.1\.(66|67|68|11|88|481|104|9)(\.|$))"
+    r"|1\.3\.12\.2\.1107\.5\.9\.1$|1\.3\.46\.670589\.11\.0\.0\.12(\.|$)"
+)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Files of one series in order of name. uid, number: SeriesInstanceUID and SeriesNumber, empty where not given."""
+
+    uid: str
+    number: str
+    paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What files are. beside: DICOM objects that hold no slices. unreadable: files, and why. others: not DICOM."""
+
+    series: tuple[Series, ...]
+    beside: tuple[Path, ...] = ()
+    unreadable: tuple[tuple[Path, str], ...] = ()
+    others: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,32 +129,29 @@ def affine_of(slices: list[Slice], step: np.ndarray) -> np.ndarray:
     return itk.affine_from(np.column_stack([slices[0].steps, step]), slices[0].position)
 
 
-def _require_held(path: Path, size: tuple[int, int]) -> None:
-    """Raises DatasetError where a file claims more pixels than it can hold: they would be allocated before reading."""
-    most = _MOST_UNPACKED if transfer_syntax(head_of(path, 1024)) in _UNPACKED else _MOST_PACKED
-    if size[0] * size[1] > most * path.stat().st_size:
-        claimed = f"truncated or damaged ({size[0]} x {size[1]} pixels in {path.stat().st_size} bytes)"
-        raise DatasetError(claimed, file=path, expected="a whole DICOM slice", action="Copy or export it again.")
-
-
-def _require_whole(path: Path) -> None:
-    """Raises DatasetError where an element claims more bytes than follow: GDCM would make room for them, up to 4 GB."""
+def _require_whole(path: Path, reader: Any) -> None:
+    """Raise DatasetError where ITK would give other values than the file has, without a word."""
     try:
-        whole, modality_lut = outline(path)
+        with path.open("rb") as file:
+            values = dicom_values(file, (MODALITY_LUT, PIXELS))
     except OSError as error:
         raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
-    if not whole:
-        raise _damaged(path)
-    if modality_lut:
-        # ITK would give the stored values as they are.
+    if MODALITY_LUT in values and values[MODALITY_LUT].length:
+        # It would leave the stored values as they are.
         found, expected = "a table of real values (Modality LUT Sequence)", "rescale slope and intercept"
         action = "Convert the series with a program that applies it, for example dcm2niix."
         raise DatasetError(found, file=path, expected=expected, action=action)
+    columns, rows = reader.GetSize()[:2]
+    bits = (_number(reader, "0028|0002") or 1) * _number(reader, "0028|0100")
+    held, needed = values[PIXELS].length if PIXELS in values else UNKNOWN, int(columns * rows * bits / 8)
+    # It would fill up what is missing with whatever the memory holds. Packed pixels have no length.
+    if held < needed:
+        raise _damaged(path, f" ({columns} x {rows} pixels in {held} bytes)")
 
 
-def _damaged(path: Path) -> DatasetError:
+def _damaged(path: Path, reason: str = "") -> DatasetError:
     expected, action = "a whole DICOM slice", "Copy or export it again, or remove it if it is no slice."
-    return DatasetError("truncated or damaged", file=path, expected=expected, action=action)
+    return DatasetError(f"truncated or damaged{reason}", file=path, expected=expected, action=action)
 
 
 def _reader(path: Path) -> Any:
@@ -131,7 +162,6 @@ def _reader(path: Path) -> Any:
 
 
 def _header(path: Path) -> Slice:
-    _require_whole(path)
     reader = _reader(path)
     try:
         reader.ReadImageInformation()
@@ -141,7 +171,7 @@ def _header(path: Path) -> Slice:
         found = "several slices in one file (enhanced DICOM or a mosaic)"
         action = "Convert the series to NIfTI, for example with dcm2niix."
         raise DatasetError(found, file=path, expected="a slice a file", action=action)
-    _require_held(path, reader.GetSize()[:2])
+    _require_whole(path, reader)
     orientation = _numbers(path, reader, "0020|0037", 6, "ImageOrientationPatient")
     spacing = _numbers(path, reader, "0028|0030", 2, "PixelSpacing")
     between = _text(reader, "0018|0088") or _text(reader, "0018|0050")
@@ -335,3 +365,92 @@ def _number(image: Any, tag: str) -> float:
 
 def _listed(steps: np.ndarray) -> str:
     return ", ".join(f"{value:.4g}" for value in steps.T.ravel())
+
+
+def holds_slices(folder: Path) -> bool:
+    """Whether a folder has a DICOM file in it, by its name or its content."""
+    return any(map(_is_dicom, files_in(folder)))
+
+
+def has_series(folder: Path) -> bool:
+    """Whether a folder holds slices itself, so that `contents_of` does not look below it."""
+    return any(sort_out([path]).series for path in files_in(folder))
+
+
+def is_scan(folder: Path) -> bool:
+    """Whether a folder holds DICOM slices, itself or, where no scan file lies among them, in the folders below it."""
+    return holds_slices(folder) or any(map(_is_dicom, files_below(folder)))
+
+
+def contents_of(folder: Path) -> Contents:
+    """What the files of a folder are, or, where it holds no slices, those of the folders below it. Raises DatasetError:
+    a folder cannot be read."""
+    contents = sort_out(files_in(folder))
+    return contents if contents.series else sort_out(files_below(folder))
+
+
+def sort_out(paths: Iterable[Path]) -> Contents:
+    """Sort files by their series; only the first elements of each are read.
+
+    A file that is DICOM by its name alone, or does not name its series, belongs to the only one that there is, else to
+    one without a UID.
+    """
+    series: dict[str, list[Path]] = {}
+    numbers: dict[str, str] = {}
+    beside, unreadable, others = [], [], []
+    for path in paths:
+        try:
+            identity = identify(path)
+        except OSError as error:
+            unreadable.append((path, f"{path}: cannot be read: {error.strerror or error}"))
+            continue
+        if identity is None and kind_of(path) != "slice":
+            others.append(path)
+        elif identity is not None and _BESIDE.match(identity.sop_class):
+            beside.append(path)
+        else:
+            uid = "" if identity is None else identity.series
+            series.setdefault(uid, []).append(path)
+            numbers.setdefault(uid, "" if identity is None else identity.number)
+    if "" in series and len(series) == 2:
+        (uid,) = series.keys() - {""}
+        series = {uid: sorted(series[uid] + series[""])}
+    found = (Series(uid, numbers[uid], tuple(files)) for uid, files in series.items())
+    return Contents(tuple(found), tuple(beside), tuple(unreadable), tuple(others))
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Files of all folders below one that could be DICOM slices, sorted; none where a scan file lies among them.
+
+    Raises DatasetError: a folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=error.filename) from error
+
+    found = []
+    for home, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        deep = len(Path(home).relative_to(folder).parts) >= DEEPEST
+        folders[:] = [] if deep else [name for name in folders if not hidden(name)]
+        if any(kind_of(Path(name)) == "scan" and not hidden(name) for name in names):
+            return []
+        found += [path for name in names if not hidden(name) and _may_be_slice(path := Path(home, name))]
+    return sorted(found)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Visible files that could be DICOM slices, sorted. Raises DatasetError: the folder cannot be read."""
+    try:
+        return sorted(
+            path for path in folder.iterdir() if not hidden(path.name) and _may_be_slice(path) and path.is_file()
+        )
+    except OSError as error:
+        raise DatasetError(f"cannot be read: {error.strerror or error}", file=folder) from error
+
+
+def _may_be_slice(path: Path) -> bool:
+    return kind_in(path) in ("slice", "unknown")
+
+
+def _is_dicom(path: Path) -> bool:
+    return kind_of(path) == "slice" or content_of(path) == "DICOM"

@@ -1,12 +1,17 @@
-"""Files that could be scans by their names or by their first bytes, among them formats that are not read."""
+"""What a file is by its name or by its first bytes: a scan, a DICOM slice and of which series, a format not read.
 
+Facts of DICOM: PS3.5, sections 7.1 (explicit and implicit kinds), 7.5 (sequences and items), 10 (transfer syntaxes).
+"""
+
+import contextlib
+import io
 import re
 import zlib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom_elements import is_dicom
 from mambahome_jax.support.files import head_of
 from mambahome_jax.support.paths import one_form
 
@@ -63,6 +68,36 @@ _OTHER_ENDINGS = """
 _OTHER = frozenset(_OTHER_ENDINGS.split())
 _NIFTI_MAGIC = (b"n+1\0", b"ni1\0")
 _HEAD = 352
+
+Tag = tuple[int, int]
+SOP_CLASS, SERIES, SERIES_NUMBER = (0x0008, 0x0016), (0x0020, 0x000E), (0x0020, 0x0011)
+MODALITY_LUT, PIXELS = (0x0028, 0x3000), (0x7FE0, 0x0010)
+UNKNOWN = 0xFFFFFFFF  # length of a value that ends with a mark
+_ITEM, _ITEM_ENDS, _SEQUENCE_ENDS = (0xFFFE, 0xE000), (0xFFFE, 0xE00D), (0xFFFE, 0xE0DD)
+_TRANSFER = re.compile(rb"\x02\x00\x10\x00UI..([0-9.]+)", re.DOTALL)
+_IMPLICIT, _DEFLATED, _BIG = b"1.2.840.10008.1.2", b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.2"
+# Kinds whose length has two bytes, and those that have four after two of padding.
+_SHORT = frozenset(b"AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US ??".split())
+_LONG = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+_DEEPEST = 32  # no object of the standard nests its sequences deeper
+_FARTHEST = 1 << 24  # byte up to which elements are looked for; pixels may begin behind large private ones
+_LONGEST = 66  # bytes of a value that are kept: more than a UID has
+_UID, _DIGITS = re.compile(rb"[0-9.]{1,64}"), re.compile(rb"[0-9]{1,12}")
+
+
+class Identity(NamedTuple):
+    """What a DICOM file says it is; empty where it does not. number: of the series, digits only."""
+
+    sop_class: str
+    series: str
+    number: str
+
+
+class Value(NamedTuple):
+    """Length of an element's value, which may be UNKNOWN, and the first bytes that it has."""
+
+    length: int
+    start: bytes
 
 
 def suffix_of(name: str, suffixes: tuple[str, ...] = SCAN_SUFFIXES) -> str:
@@ -168,3 +203,112 @@ def foreign_stem(path: Path) -> str:
     """File name without the ending of a format that is not read."""
     suffix = suffix_of(path.name, _FOREIGN_SUFFIXES)
     return path.name[: -len(suffix)] if suffix else path.name
+
+
+def is_dicom(path: Path, head: bytes) -> bool:
+    """Whether a file is DICOM: marked as such, or by its elements. head: its first 132 bytes or more.
+
+    Raises OSError.
+    """
+    if head[128:132] == b"DICM":
+        return True
+    # Unmarked it begins with group 2 or 8, in either order of bytes: that rules nearly all other files out.
+    return head[:2] in (b"\x02\0", b"\x08\0", b"\0\x08") and identify(path) is not None
+
+
+def identify(path: Path) -> Identity | None:
+    """Say what a DICOM file says it is; None for a file that is none. Raises OSError: it cannot be read."""
+    with path.open("rb") as file:
+        marked = file.read(132)[128:] == b"DICM"
+        values = dicom_values(file, (SOP_CLASS, SERIES, SERIES_NUMBER))
+    texts = []
+    for tag, form in ((SOP_CLASS, _UID), (SERIES, _UID), (SERIES_NUMBER, _DIGITS)):
+        text = values[tag].start.strip(b" \0") if tag in values else b""
+        texts.append(text.decode() if form.fullmatch(text) else "")
+    return Identity(*texts) if marked or texts[0] else None
+
+
+def dicom_values(file: BinaryIO, tags: Collection[Tag]) -> dict[Tag, Value]:
+    """Find the outermost elements `tags` of a DICOM file, as far as its elements can be followed. Raises OSError."""
+    values: dict[Tag, Value] = {}
+    with contextlib.suppress(_DamagedError, zlib.error):
+        elements = _Elements(file)
+        while (element := elements.next()).tag <= max(tags):
+            if element.tag in tags:
+                start = elements.file.read(min(element.length, _LONGEST))
+                elements.file.seek(-len(start), io.SEEK_CUR)
+                values[element.tag] = Value(element.length, start)
+            elements.skip(element)
+    return values
+
+
+class _DamagedError(Exception):
+    pass
+
+
+class _Element(NamedTuple):
+    tag: Tag
+    kind: bytes  # empty where it is implicit
+    length: int
+
+
+class _Elements:
+    """The elements behind the meta header of a file, one after the other."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.implicit = file, False
+        self.order: Literal["little", "big"] = "little"
+        file.seek(0)
+        head = file.read(1024)
+        syntax = match[1] if (match := _TRANSFER.search(head)) else b""
+        file.seek(132 if head[128:132] == b"DICM" else 0)
+        # The meta header is explicit and little-endian in every file.
+        while (start := self._peek())[:2] == b"\x02\0":
+            self.skip(self.next())
+        if syntax == _DEFLATED:
+            self.file = io.BytesIO(zlib.decompressobj(-zlib.MAX_WBITS).decompress(file.read(), _FARTHEST))
+            start = self._peek()
+        self.order = "big" if syntax == _BIG else "little"
+        self.implicit = syntax == _IMPLICIT or start[4:6] not in _SHORT | _LONG
+
+    def next(self) -> _Element:
+        """The element that begins here, up to its value."""
+        head, order = self._read(8), self.order
+        tag, kind = (int.from_bytes(head[:2], order), int.from_bytes(head[2:4], order)), head[4:6]
+        if tag[0] != 0xFFFE and not self.implicit:
+            if kind in _SHORT:
+                return _Element(tag, kind, int.from_bytes(head[6:], order))
+            if kind in _LONG:
+                return _Element(tag, kind, int.from_bytes(self._read(4), order))
+        # Some devices write implicit elements into sequences of explicit files.
+        return _Element(tag, b"", int.from_bytes(head[4:], order))
+
+    def skip(self, element: _Element, depth: int = 0) -> None:
+        """Go on behind the value of an element, that of a sequence without a length item by item."""
+        if element.length != UNKNOWN:
+            self.file.seek(element.length, io.SEEK_CUR)
+            return
+        if depth > _DEEPEST:
+            raise _DamagedError
+        # Of a kind that its writer did not know, it is an implicit sequence whatever the file.
+        before, self.implicit = self.implicit, self.implicit or element.kind == b"UN"
+        while (item := self.next()).tag != _SEQUENCE_ENDS:
+            if item.tag != _ITEM:
+                raise _DamagedError
+            if item.length != UNKNOWN:
+                self.skip(item)
+                continue
+            while (inner := self.next()).tag != _ITEM_ENDS:
+                self.skip(inner, depth + 1)
+        self.implicit = before
+
+    def _peek(self) -> bytes:
+        start = self.file.read(8)
+        self.file.seek(-len(start), io.SEEK_CUR)
+        return start
+
+    def _read(self, count: int) -> bytes:
+        content = self.file.read(count)
+        if len(content) < count or self.file.tell() > _FARTHEST:
+            raise _DamagedError
+        return content

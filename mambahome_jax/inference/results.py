@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mambahome_jax.datasets.files import listed, parts
 from mambahome_jax.datasets.find_scans import Scan
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom_series import contents_of
+from mambahome_jax.imaging.dicom import contents_of
 from mambahome_jax.support.files import parse_json, read_json, record_of, renewed
 from mambahome_jax.support.paths import one_form
 

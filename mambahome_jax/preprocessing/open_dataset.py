@@ -19,9 +19,8 @@ from mambahome_jax.datasets.structures import (
 )
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import CheckConfig, PreprocessConfig
-from mambahome_jax.imaging.dicom_elements import identify
-from mambahome_jax.imaging.dicom_series import contents_of, files_below, files_in
-from mambahome_jax.imaging.formats import suffix_of
+from mambahome_jax.imaging.dicom import contents_of, files_below, files_in
+from mambahome_jax.imaging.formats import identify, suffix_of
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.imaging.volume import read_geometry
 from mambahome_jax.preprocessing.findings import SCANS

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom_series import holds_slices
+from mambahome_jax.imaging.dicom import holds_slices
 from mambahome_jax.imaging.volume import read_volume
 from tests.imaging.dicom_files import MR, PATIENT, RTSTRUCT, write_slice
 

@@ -1,4 +1,4 @@
-"""What a DICOM file's elements claim, against what the file holds."""
+"""What a DICOM file's elements claim, against what the file holds: such a file is read or refused, never half read."""
 
 import struct
 import time
@@ -8,10 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mambahome_jax.imaging.dicom_elements import fits
-from tests.imaging.dicom_files import element, write_slice
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.formats import identify
+from mambahome_jax.imaging.volume import read_volume
+from tests.imaging.dicom_files import CT, element, write_slice
 
 UNKNOWN = 0xFFFFFFFF
+
+
+def fits(path) -> bool:
+    try:
+        read_volume(path.parent)
+    except DatasetError as error:
+        assert f"{path}: truncated or damaged" in str(error)
+        return False
+    return True
 
 
 def _item(content: bytes, known: bool = True) -> bytes:
@@ -58,25 +69,33 @@ def test_an_item_ends_where_its_length_says(tmp_path):
 
 
 def test_implicit_elements_in_sequences_of_an_explicit_file(tmp_path):
+    known = (CT, "1.2.3.4", "7")
     inner = struct.pack("<HHI", 8, 0x1150, 6) + b"1.2.3\0"
-    assert fits(_file(tmp_path, _sequence(_item(inner))))
+    assert identify(_file(tmp_path, _sequence(_item(inner)))) == known
     nested = (
         struct.pack("<HHI", 8, 0x1140, UNKNOWN) + _item(inner, known=False) + struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
     )
-    assert fits(_file(tmp_path, _sequence(_item(nested, known=False), known=False, kind=b"UN")))
+    assert identify(_file(tmp_path, _sequence(_item(nested, known=False), known=False, kind=b"UN"))) == known
     claims = struct.pack("<HHI", 8, 0x1150, 1 << 30) + b"1.2.3\0"
     assert not fits(_file(tmp_path, _sequence(_item(claims, known=False), known=False, kind=b"UN")))
 
 
-def test_packed_pixels(tmp_path):
+def test_packed_pixels_that_claim_more_than_there_is(tmp_path):
     path = _file(tmp_path, b"")
     whole = path.read_bytes()
     at = whole.rindex(struct.pack("<HH2s", 0x7FE0, 0x10, b"OW"))
     head = struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OB", 0, UNKNOWN)
     end = struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
-    path.write_bytes(whole[:at] + head + _item(b"") + _item(bytes(30)) + end)
-    assert fits(path)
-    path.write_bytes(whole[:at] + head + _item(b"") + struct.pack("<HHI", 0xFFFE, 0xE000, 1 << 29) + bytes(30) + end)
+    path.write_bytes(whole[:at] + head + _item(b"") + struct.pack("<HHI", 0xFFFE, 0xE000, 1 << 20) + bytes(30) + end)
+    assert not fits(path)
+
+
+@pytest.mark.parametrize("rows", [5, 16, 0xFFFF])
+def test_rows_beyond_the_pixels_are_not_filled_with_what_the_memory_holds(tmp_path, rows):
+    path = _file(tmp_path, b"")
+    whole = path.read_bytes()
+    at = whole.rindex(struct.pack("<HH2s", 0x28, 0x10, b"US")) + 8
+    path.write_bytes(whole[:at] + struct.pack("<H", rows) + whole[at + 2 :])
     assert not fits(path)
 
 
@@ -93,7 +112,7 @@ def test_other_spellings_as_pydicom_writes_them(tmp_path, syntax):
     data = pydicom.dcmread(_file(tmp_path, _sequence(_item(element(8, 0x1150, "UI", "1.2.3")))))
     uid = getattr(pydicom.uid, syntax)
     data.file_meta.TransferSyntaxUID = uid
-    path = tmp_path / "other.dcm"
+    path = tmp_path / "slice.dcm"
     if uid.is_little_endian:
         pydicom.dcmwrite(path, data, implicit_vr=uid.is_implicit_VR, little_endian=True)
     else:
@@ -114,5 +133,5 @@ def test_any_damage_is_answered_at_once(tmp_path_factory, seed, bytes_changed):
     damaged[rng.integers(0, len(damaged), bytes_changed)] = rng.integers(0, 256, bytes_changed)
     path.write_bytes(damaged.tobytes())
     begun = time.perf_counter()
-    fits(path)
+    identify(path)
     assert time.perf_counter() - begun < 1

@@ -7,9 +7,8 @@ import pytest
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging import dicom
-from mambahome_jax.imaging.dicom_elements import identify
-from mambahome_jax.imaging.dicom_series import holds_slices, is_scan, sort_out
-from mambahome_jax.imaging.formats import content_of
+from mambahome_jax.imaging.dicom import holds_slices, is_scan, sort_out
+from mambahome_jax.imaging.formats import content_of, identify
 from mambahome_jax.imaging.volume import read_volume
 from tests.imaging.dicom_files import CT, RTSTRUCT, element, write_slice
 

@@ -17,7 +17,7 @@ from mambahome_jax.datasets.base import (
 )
 from mambahome_jax.datasets.files import listed, listing, read_table
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.dicom_series import is_scan
+from mambahome_jax.imaging.dicom import is_scan
 from mambahome_jax.imaging.formats import SCAN_SUFFIXES, alternatives, kind_of, reason_of, scan_stem, suffix_of
 from mambahome_jax.support.paths import one_form, own_name, path_in
 
