@@ -20,8 +20,7 @@ from flax import nnx
 
 from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.imaging.volume import Volume, read_volume, write_volume
-from mambahome_jax.inference.prepare import prepare
-from mambahome_jax.inference.segment import label, settings_for
+from mambahome_jax.inference.segment import SegmentOptions, label, settings_for, to_network_grid
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.support.devices import default_precision
 
@@ -66,9 +65,9 @@ def segment_file(model: Any, source: Path, result: Path, settings: Any) -> dict[
 
     volume = read_volume(source)
     done("read")
-    prepared = prepare(volume, settings, 1)
+    image = to_network_grid(volume, settings, 1)
     done("prepare")
-    labels = label(model, prepared, settings)
+    labels = label(model, image, settings)
     done("windows and back to the scan's grid")
     write_volume(result, labels)
     done("write")
@@ -84,14 +83,14 @@ def main() -> None:
     config = MODEL_SIZES[args.model].model.replace(in_chans=1, out_chans=args.classes)
     precision = args.precision or default_precision()
     model = MambaHoME(config, rngs=nnx.Rngs(0), precision=precision)
-    settings = settings_for(
-        model,
+    options = SegmentOptions(
         spacing=args.spacing,
         roi_size=args.roi_size,
         overlap=args.overlap,
         sw_batch_size=args.sw_batch_size,
         chain="trained",
     )
+    settings = settings_for(model, options)
     device = jax.devices()[0].device_kind
     print(f"{device}, JAX {jax.__version__}, Python {platform.python_version()}; {args.model}, {precision}")
     print(f"{args.shape} voxels of {args.voxel} mm, {args.classes} classes; seconds")

@@ -23,6 +23,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "evaluation.evaluate": ["evaluate"],
         "evaluation.metrics": ["assd", "dice", "hd95", "nsd"],
         "reporting.report": ["report"],
+        "inference.batch": ["infer"],
         "inference.postprocess": ["volumes_ml"],
         "inference.segment": ["segment"],
         "inference.sliding_window": ["sliding_window"],

@@ -1,72 +1,368 @@
-"""One scan of infer's: read ahead of its turn, and its result written."""
+"""infer without a console: find scans, read ahead, segment, write results, and report on the run."""
 
-import dataclasses
+import importlib.util
 import math
+import re
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
+from flax import nnx
 
-from mambahome_jax.config import DataProperties
+from mambahome_jax.config import said_multiples
 from mambahome_jax.datasets.base import Case
-from mambahome_jax.datasets.find_scans import Scan
+from mambahome_jax.datasets.find_scans import Scan, find_scans, join_channels
 from mambahome_jax.datasets.label_map import read_image
-from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.flags import InferConfig
-from mambahome_jax.imaging import dicomseg
+from mambahome_jax.imaging import dicomseg, itk
 from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
-from mambahome_jax.imaging.geometry import coarse_remark, reorient, same_grid
-from mambahome_jax.imaging.normalisation import normalisation_for
-from mambahome_jax.imaging.pictures import write_preview
-from mambahome_jax.imaging.volume import Volume, read_geometry, read_grid, read_labels, read_volume, write_volume
-from mambahome_jax.inference.ensemble import metadata_of
-from mambahome_jax.inference.faults import DICOM_SEG
-from mambahome_jax.inference.postprocess import postprocess, volumes_ml
-from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, network_grid, prepare
-from mambahome_jax.inference.probabilities import whole_probabilities, write_probabilities
-from mambahome_jax.inference.results import files_of, made_from
-from mambahome_jax.inference.segment import case_remark, channels_of, class_names_of
-from mambahome_jax.support.files import record_of
-from mambahome_jax.support.paths import as_on_disk
+from mambahome_jax.imaging.geometry import coarse_remark
+from mambahome_jax.imaging.header import require_scale
+from mambahome_jax.imaging.normalisation import CtScale, normalisation_for
+from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
+from mambahome_jax.inference.ensemble import Ensemble
+from mambahome_jax.inference.results import DICOM_SEG, REPORT, VOLUMES, Entry, Results, Segmented
+from mambahome_jax.inference.segment import NetworkInput, Segmenter, SegmentOptions, label, to_network_grid
+from mambahome_jax.inference.tiled import Progress, window_starts
+from mambahome_jax.support.console import Track, silent, untracked
+from mambahome_jax.support.devices import choose_devices, device_line, versions
+from mambahome_jax.support.files import csv_name, jsonable, write_csv, write_json
+from mambahome_jax.support.output_folder import locked, open_output
+from mambahome_jax.support.paths import openable_path, real_path
 from mambahome_jax.support.processes import available_memory
+from mambahome_jax.weights.digest import digest_of
+from mambahome_jax.weights.weights import load_model
 
+PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
+FORMATS = ("SimpleITK", "highdicom", "pydicom")  # where they are installed
+# What a damaged scan, a full disk or a device that is too small can raise; anything else is a fault of ours.
+CASE_ERRORS = (MambaHomeError, OSError, MemoryError, jax.errors.JaxRuntimeError)
 # What the scans that are read ahead may take together, in bytes of float32: 512 x 512 x 512 voxels anywhere, and a part
 # of the memory where it is plentiful, up to four of 512 x 512 x 1000. A larger one is read when the last one is done.
 HELD_BYTES = 512 << 20
 MOST_HELD_BYTES, HELD_PART = 4 << 30, 32
 
+T = TypeVar("T")
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What is the same for every scan.
 
-    models: one, or several as an ensemble. names: value in results -> structure, all that the models know.
-    only, largest: as `postprocess` takes them. devices: over which the windows of a scan are spread,
-    None where there is one. weights: a digest of each model. again: scans whose results are made again, whatever lies
-    there. sources: what the files of each scan that was read were then, see `record_of`.
-    """
+@dataclass(frozen=True)
+class Inferred:
+    """What came of a run. cases, failures: entries of run.json; report, volumes: its files, None where not written."""
 
-    config: InferConfig
-    models: list[Any]
-    settings: SegmentSettings
-    names: Mapping[int, str]
-    only: tuple[int, ...] | None
-    largest: tuple[int, ...] | None
-    devices: Sequence[jax.Device] | None
-    weights: tuple[str, ...] = ()
-    again: frozenset[str] = frozenset()
-    sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    output_dir: Path
+    cases: tuple[Entry, ...]
+    failures: tuple[dict[str, str], ...]
+    report: Path | None
+    volumes: Path | None
 
     @property
-    def kept_names(self) -> dict[int, str]:
-        """Names of the structures that results may hold."""
-        return {value: name for value, name in self.names.items() if self.only is None or value in self.only}
+    def exit_code(self) -> int:
+        """0 all done, 1 some cases failed or a report is missing, 2 nothing was done."""
+        if self.failures:
+            return 1 if self.cases else 2
+        return 0 if self.report and self.volumes else 1
+
+    @property
+    def results(self) -> dict[str, Path]:
+        """Case -> its label map."""
+        return {case["id"]: self.output_dir / case["output"] for case in self.cases}
+
+    @property
+    def volumes_ml(self) -> dict[str, list[float]]:
+        """Structure -> its millilitres in each case that has any of it."""
+        found: dict[str, list[float]] = {}
+        for case in self.cases:
+            for name, ml in case.get("volume_ml", {}).items():
+                found.setdefault(name, []).extend([ml] if ml > 0 else [])
+        return found
+
+
+def infer(**flags: Any) -> Inferred:
+    """Segment scans as `mambahome infer` does, silently; keywords are its flags, such as data_path and model_path.
+
+    Scans that fail are listed in the result; the others go on.
+
+    Raises:
+        ConfigError, DatasetError, CheckpointError, OutputError: nothing could be begun.
+    """
+    paths = ("data_path", "model_path", "output_dir")
+    for name in flags.keys() & set(paths):
+        several = flags[name] if isinstance(flags[name], list | tuple) else None
+        flags[name] = openable_path(flags[name]) if several is None else tuple(map(openable_path, several))
+    return infer_scans(InferConfig(**flags))
+
+
+def infer_scans(
+    config: InferConfig,
+    say: Callable[[str], None] = silent,
+    track: Track = untracked,
+    windows: Progress | None = None,
+) -> Inferred:
+    """Segment the scans of a file or folder.
+
+    Args:
+        say: gets each line about what happens.
+        track: passes the scans on as they end, see `support.console.tracked`.
+        windows: called with (windows done, windows in all) of the scan at work.
+
+    Raises:
+        ConfigError, DatasetError, CheckpointError, OutputError: nothing could be begun.
+    """
+    started = time.perf_counter()
+    _require_possible(config)
+    found = find_scans(config.data_path, config.series, leave=(config.output_dir,))
+    scans, unfit = _only_writable(config.output_format, found.scans)
+    if found.folder != config.data_path:
+        say(f"Using the scans in {found.folder}")
+    homes = {found.folder.parent} if found.folder.is_file() else {found.folder, config.data_path}
+    if real_path(config.output_dir) in {real_path(path) for path in homes}:
+        raise ConfigError(f"{config.output_dir}: --output_dir holds the scans themselves. Name another folder")
+    with locked(config.output_dir, "infer"):
+        for note in found.notes:
+            say(f"Note: {note}")
+        open_output(config.output_dir, [REPORT, VOLUMES])
+        devices = choose_devices(num_devices=config.num_devices)
+        segmenter = _load(config)
+        for remark in segmenter.remarks:
+            say(f"Note: {remark}")
+        scans, incomplete = join_channels(config.data_path, scans, segmenter.networks.channels or 1)
+        weights = tuple(digest_of(network) for network in segmenter.networks.members)
+        run = Run(config, segmenter, Results.of(config, weights, scans), devices if len(devices) > 1 else None)
+        failures = [*found.failures, *unfit, *incomplete]
+        cases, failed = _segment_all(run, _of_one_modality(run, scans, failures, say), say, track, windows)
+        return _report(run, cases, [*failures, *failed], time.perf_counter() - started, say)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What is the same for every scan. devices: over which the windows are spread, None where there is one."""
+
+    config: InferConfig
+    segmenter: Segmenter
+    results: Results
+    devices: Sequence[jax.Device] | None = None
+
+    def read(self, scan: Scan) -> "tuple[Volume, NetworkInput] | Entry":
+        """Read a scan and bring it to the network's grid; or the entry of its result, where that is whole and stays."""
+        kept = self.results.kept(scan, self.segmenter)
+        if kept is not None:
+            return kept
+        self.results.note_source(scan)
+        networks, settings, scale = self.segmenter.networks, self.segmenter.settings, self.config.spacing_scale
+        if scan.channels:
+            case = Case(scan.case, scan.path, images=scan.channels, spacing_scale=scale)
+            volume = read_image(case, networks.channels or len(scan.channels), as_stored=True)
+        else:
+            volume = read_volume(scan.path, as_stored=True, series=scan.series, spacing_scale=scale)
+        if scan.modality is not None:
+            normalisation = normalisation_for(scan.modality, networks.data.ct_normalisation)
+            settings = replace(settings, normalisation=normalisation)
+        with DatasetError.with_file(scan.path):
+            return volume, to_network_grid(volume, settings, networks.channels)
+
+    def segment(self, scan: Scan, volume: Volume, image: NetworkInput, windows: Progress | None) -> Segmented:
+        """Predict the labels of a scan, and probabilities where they are asked for."""
+        begun = time.perf_counter()
+        probabilities: list[np.ndarray] = []
+        take = probabilities.append if self.config.save_probabilities else None
+        labels = label(self.segmenter.networks, image, image.settings, windows, take, devices=self.devices)
+        coarse = coarse_remark(image.oriented.shape, image.shape)
+        remarks = () if coarse is None else (coarse,)
+        return Segmented(scan, volume, labels, remarks, (probabilities[0], image.affine) if take else None, begun)
+
+
+def _require_possible(config: InferConfig) -> None:
+    """Refuse flags that nothing can come of, before scans or weights are looked for. Raises ConfigError."""
+    ending = config.output_format
+    if ending in ("mha", "nrrd") and not itk.installed():
+        raise ConfigError(f"--output_format {ending} needs SimpleITK. Run: {itk.INSTALL}")
+    if ending == DICOM_SEG and not dicomseg.installed():
+        raise ConfigError(f"--output_format {ending} needs highdicom and SimpleITK. Run: {dicomseg.INSTALL}")
+    require_scale(config.spacing_scale)
+    if config.gpu and jax.default_backend() != "gpu":
+        action = "Install the extra [cuda] and check nvidia-smi, or leave --gpu out."
+        raise ConfigError(f"--gpu was given, but JAX sees only {jax.devices()[0].platform} devices. {action}")
+
+
+def _only_writable(ending: str, scans: list[Scan]) -> tuple[list[Scan], list[dict[str, str]]]:
+    """Scans whose results can have this --output_format, and failures: those that are no DICOM slices, for a DICOM SEG.
+
+    Raises ConfigError: none of them can.
+    """
+    if ending != DICOM_SEG:
+        return scans, []
+    usable = [scan for scan in scans if scan.path.is_dir() and not scan.channels]
+    needs = f"--output_format {ending} is DICOM SEG, which refers to DICOM slices"
+    if scans and not usable:
+        raise ConfigError(f"{scans[0].path}: {needs}; this scan is of another format. Name another --output_format")
+    others = [scan for scan in scans if scan not in usable]
+    return usable, [{"id": scan.case, "reason": f"{scan.path}: {needs}; this scan has none"} for scan in others]
+
+
+def _load(config: InferConfig) -> Segmenter:
+    """The networks of --model_path with all that the flags choose. Raises CheckpointError, ConfigError."""
+    paths = config.model_path if isinstance(config.model_path, tuple) else (config.model_path,)
+    models = [load_model(path, precision=config.precision) for path in paths]
+    networks = Ensemble.of(models, [str(path) for path in paths])
+    for model in models:
+        # Bound to its device as in validation, so that the program which that compiled is found in the cache.
+        nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
+    options = SegmentOptions(**{field.name: getattr(config, field.name) for field in fields(SegmentOptions)})
+    segmenter = Segmenter.of(networks, options)
+    settings, multiples = segmenter.settings, networks.multiples
+    roi, said = " ".join(map(str, settings.roi_size)), said_multiples(multiples)
+    near = [n if n <= 0 else max(round(n / m), 1) * m for n, m in zip(settings.roi_size, multiples, strict=True)]
+    if tuple(near) != tuple(settings.roi_size):
+        raise ConfigError(f"--roi_size {roi}; expected multiples of {said}, such as {' '.join(map(str, near))}")
+    if tuple(settings.roi_size) == multiples:
+        raise ConfigError(
+            f"--roi_size {roi} is {said} along every axis; expected twice that or more along at least one"
+        )
+    if settings.spacing is not None and not all(0 <= step < np.inf for step in settings.spacing):
+        spacing = " ".join(str(step) for step in settings.spacing)
+        raise ConfigError(f"--spacing {spacing}; expected mm above 0, or 0 for an axis that keeps its own")
+    window_starts((1, 1, 1), (1, 1, 1), settings.overlap)
+    for name, least in (("sw_batch_size", 1), ("num_workers", 0)):
+        if getattr(config, name) < least:
+            raise ConfigError(f"--{name} {getattr(config, name)}; expected {least} or more")
+    channels = len(settings.normalisation.mean) if isinstance(settings.normalisation, CtScale) else 1
+    to_network_grid(Volume(np.zeros((1, 1, 1, channels), np.float32), np.eye(4)), settings)
+    return segmenter
+
+
+def _of_one_modality(
+    run: Run, scans: list[Scan], failures: Sequence[Mapping[str, str]], say: Callable[[str], None]
+) -> list[Scan]:
+    """Say what is known before the first scan is read; scans keep a modality only where they are of several."""
+    for failure in failures:
+        say(f"Failed {failure['id']}: {failure['reason']}")
+    trained = run.segmenter.settings.normalisation.modality
+    mixed = run.config.modality is None and any(scan.modality not in (None, trained) for scan in scans)
+    if mixed:
+        say("Scans of several modalities: each is normalised by its own, as the dataset says")
+    for line in run.results.lines_again():
+        say(line)
+    return scans if mixed else [replace(scan, modality=None) for scan in scans]
+
+
+def _segment_all(
+    run: Run, scans: list[Scan], say: Callable[[str], None], track: Track, windows: Progress | None
+) -> tuple[list[Entry], list[dict[str, str]]]:
+    """Segment scans; returns the entries of those that are done, in their order, and of those that failed."""
+    configuration = jsonable(vars(run.config))
+    cases: list[Entry] = []
+    failures: list[dict[str, str]] = []
+    for scan, outcome in track(_outcomes(run, scans, windows), len(scans)):
+        if isinstance(outcome, str):
+            failures.append({"id": scan.case, "reason": outcome})
+            say(f"Failed {scan.case}: {outcome}")
+            continue
+        cases.append(outcome)
+        if not outcome.get("kept"):
+            run.results.note_made(outcome, configuration)
+            for remark in outcome.get("remarks", ()):
+                say(f"Note: {scan.case}: {remark}")
+    kept = [case for case in cases if case.get("kept")]
+    if kept:
+        say(f"{len(kept)} results are there already and whole, and kept")
+    for line in run.results.account_for(kept):
+        say(line)
+    order = {scan.case: number for number, scan in enumerate(scans)}
+    return sorted(cases, key=lambda entry: order[entry["id"]]), failures
+
+
+def _outcomes(run: Run, scans: list[Scan], windows: Progress | None) -> Iterator[tuple[Scan, Entry | str]]:
+    """Segment one scan after the other, while threads read the next ones and write the last one's result.
+
+    Yields each scan's entry, or why it failed: no exception, whose traceback would keep the scan in memory.
+    """
+    written: deque[tuple[Scan, Future[Entry]]] = deque()
+    held, full = held_bytes(), False
+    with ThreadPoolExecutor(1) as writer:
+
+        def begin(scan: Scan, reading: Reading) -> Entry | str | None:
+            """What a scan takes is let go here, before the next one is read; only its result waits."""
+            try:
+                outcome = reading.take()
+                if isinstance(outcome, dict):
+                    return outcome
+                done = run.segment(scan, outcome[0], outcome[1], windows)
+            except CASE_ERRORS as error:
+                return failure_reason(error)
+            written.append((scan, writer.submit(run.results.save_result, done, run.segmenter)))
+            return None
+
+        def finish() -> tuple[Scan, Entry | str]:
+            nonlocal full
+            scan, writing = written.popleft()
+            try:
+                return scan, writing.result()
+            except CASE_ERRORS as error:
+                full = isinstance(error, OutputError)
+                return scan, failure_reason(error)
+
+        for scan, reading in read_ahead(run.read, scans, max(run.config.num_workers, 1), held):
+            outcome = "not begun, as the output folder cannot be written" if full else begin(scan, reading)
+            if outcome is not None:
+                yield scan, outcome
+            # One result may wait for the disk where scans are read ahead too; more would pile up in memory.
+            while len(written) > (1 if reading.nbytes <= held else 0) and not full:
+                yield finish()
+        while written:
+            yield finish()
+
+
+def failure_reason(error: BaseException) -> str:
+    """Why a case failed, in one line with what to do."""
+    if isinstance(error, MemoryError):
+        return "out of memory. Close other programs, or segment at a coarser --spacing"
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return "out of device memory. Try a smaller --sw_batch_size or --roi_size"
+    text = str(error) if isinstance(error, MambaHomeError) else f"{type(error).__name__}: {error}"
+    return re.sub(r"([:;,])?\s*\n\s*", lambda match: f"{match[1] or ';'} ", text.strip())
+
+
+def _report(
+    run: Run, cases: list[Entry], failures: list[dict[str, str]], seconds: float, say: Callable[[str], None]
+) -> Inferred:
+    """Write run.json and volumes.csv; one that cannot be written is said, and missing in what is returned."""
+    folder, stored = run.config.output_dir, run.segmenter.networks.stored_values
+    content = {
+        "command": "infer",
+        "configuration": vars(run.config),
+        "settings": run.segmenter.settings.to_json(),
+        "labels": {str(value): name for value, name in run.segmenter.names.items()},
+        **({"values": {str(number): value for number, value in stored.items()}} if stored else {}),
+        "versions": versions((*PACKAGES, *(name for name in FORMATS if importlib.util.find_spec(name)))),
+        "device": device_line(),
+        "seconds": round(seconds, 3),
+        "cases": cases,
+        "failures": failures,
+    }
+    rows = [
+        (csv_name(case["id"]), csv_name(name), ml) for case in cases for name, ml in case.get("volume_ml", {}).items()
+    ]
+    report: Path | None = folder / REPORT
+    volumes: Path | None = folder / VOLUMES
+    try:
+        write_json(folder / REPORT, content)
+    except OutputError as error:
+        report = None
+        say(f"There is no report of this run: {error}")
+    run.results.forget_notes()
+    try:
+        write_csv(folder / VOLUMES, ("case", "structure", "volume_ml"), rows)
+    except OutputError as error:
+        volumes = None
+        say(f"There is no table of volumes: {error}")
+    return Inferred(folder, tuple(cases), tuple(failures), report, volumes)
 
 
 def held_bytes() -> int:
@@ -74,18 +370,18 @@ def held_bytes() -> int:
     return min(max(HELD_BYTES, (available_memory() or 0) // HELD_PART), MOST_HELD_BYTES)
 
 
-class Reading:
+class Reading(Generic[T]):
     """A scan that is being read, and what it will take in memory.
 
     nbytes: as float32, of the scan alone; an estimate where its header does not tell.
     """
 
-    def __init__(self, future: Future, nbytes: int) -> None:
-        self._future: Future | None = future
+    def __init__(self, future: "Future[T]", nbytes: int) -> None:
+        self._future: Future[T] | None = future
         self.nbytes = nbytes
 
-    def take(self) -> tuple[Volume, NetworkInput] | dict[str, Any]:
-        """What `_read` gives, once: it is not kept here. Raises what reading raised."""
+    def take(self) -> T:
+        """What was read, once: it is not kept here. Raises what reading raised."""
         future, self._future = self._future, None
         assert future is not None
         return future.result()
@@ -96,20 +392,21 @@ class Reading:
             self._future.cancel()
 
 
-def read_ahead(plan: Plan, scans: Sequence[Scan], held: int) -> Iterator[tuple[Scan, Reading]]:
-    """Each scan with its reading: at most `num_workers` beyond the one in use, and no more than `held` bytes of them.
+def read_ahead(
+    read: Callable[[Scan], T], scans: Sequence[Scan], threads: int, held: int
+) -> Iterator[tuple[Scan, Reading[T]]]:
+    """Each scan with its reading: at most `threads` beyond the one in use, and no more than `held` bytes of them.
 
     A scan that takes more by itself is read when the one before it is done with.
     """
-    threads = max(plan.config.num_workers, 1)
     with ThreadPoolExecutor(threads) as readers:
-        waiting: deque[tuple[Scan, Reading]] = deque()
+        waiting: deque[tuple[Scan, Reading[T]]] = deque()
         try:
             for scan in scans:
                 nbytes = _nbytes(scan)
                 while waiting and sum(reading.nbytes for _, reading in waiting) + nbytes > held:
                     yield waiting.popleft()
-                waiting.append((scan, Reading(readers.submit(_read, plan, scan), nbytes)))
+                waiting.append((scan, Reading(readers.submit(read, scan), nbytes)))
                 if len(waiting) > threads:
                     yield waiting.popleft()
             while waiting:
@@ -129,121 +426,3 @@ def _nbytes(scan: Scan) -> int:
         return 4 * sum(file.stat().st_size for file in listed)
     except (DatasetError, OSError):
         return 0
-
-
-def _read(plan: Plan, scan: Scan) -> tuple[Volume, NetworkInput] | dict[str, Any]:
-    """A scan and what the network gets of it; the entry of run.json where its result is whole and may stay."""
-    kept = _whole_result(plan, scan) if plan.config.skip_existing and scan.case not in plan.again else None
-    if kept is not None:
-        return kept
-    plan.sources[scan.case] = record_of(files_of(scan))
-    if scan.channels:
-        case = Case(scan.case, scan.path, images=scan.channels, spacing_scale=plan.config.spacing_scale)
-        volume = read_image(case, channels_of(plan.models) or len(scan.channels), as_stored=True)
-    else:
-        scale = plan.config.spacing_scale
-        volume = read_volume(scan.path, as_stored=True, series=scan.series, spacing_scale=scale)
-    with DatasetError.with_file(scan.path):
-        return volume, prepare(volume, _settings_of(scan, plan), channels_of(plan.models))
-
-
-def _whole_result(plan: Plan, scan: Scan) -> dict[str, Any] | None:
-    """The entry of run.json for a result that an earlier run wrote; None where it is missing, damaged, or of a scan on
-    another grid."""
-    path = existing_result(plan.config, scan)
-    if not path.is_file() or (plan.config.save_probabilities and not whole_probabilities(_shares(plan.config, scan))):
-        return None
-    try:
-        seg = plan.config.output_format == DICOM_SEG
-        # Of a DICOM SEG this looks itself whether it is of these slices.
-        scale = plan.config.spacing_scale
-        if seg:
-            labels = grid = dicomseg.read(path, scan.path, plan.kept_names, scan.series)
-        else:
-            labels = read_labels(path, spacing_scale=scale)
-            grid = read_grid(scan.path, series=scan.series, spacing_scale=scale)
-    except DatasetError:
-        return None
-    if not same_grid(grid, labels):
-        return None
-    return {
-        "id": scan.case,
-        "input": input_of(plan.config, scan),
-        "output": path.name,
-        "kept": True,
-        "volume_ml": volumes_ml(labels, plan.names),
-    }
-
-
-def _settings_of(scan: Scan, plan: Plan) -> SegmentSettings:
-    if scan.modality is None:
-        return plan.settings
-    data = metadata_of(plan.models) or DataProperties()
-    return dataclasses.replace(plan.settings, normalisation=normalisation_for(scan.modality, data.ct_normalisation))
-
-
-def write_case(
-    plan: Plan, scan: Scan, volume: Volume, result: Volume, shares: list[tuple[np.ndarray, np.ndarray]], begun: float
-) -> dict[str, Any]:
-    """Write a label map, its preview and what there is of probabilities; returns the entry of run.json.
-
-    shares: probabilities (D, H, W, classes) and their affine (4, 4), or nothing. A preview that fails is a remark.
-    """
-    config, settings, names = plan.config, plan.settings, plan.kept_names
-    path = result_of(config, scan)
-    result = postprocess(result, plan.only, plan.largest)
-    for values, affine in shares:
-        write_probabilities(_shares(config, scan), values, affine, class_names_of(plan.models))
-    modality, structures_ml = scan.modality or settings.normalisation.modality, volumes_ml(result, names)
-    remark = case_remark(plan.models, volume, modality, structures_ml)
-    oriented = reorient(volume, settings.orientation)
-    coarse = coarse_remark(oriented.shape, network_grid(oriented, settings)[1])
-    remarks = [line for line in (remark, coarse) if line is not None]
-    preview: Path | None = config.output_dir / "previews" / f"{scan.case}.png" if config.previews else None
-    try:
-        if preview is not None:
-            write_preview(preview, volume, result, names, modality, scan.case)
-    except OutputError as error:
-        remarks.append(f"without preview: {error}")
-        preview = None
-    # Last: a case with a label map is done, and one that was killed before it is not kept as whole without the rest.
-    if config.output_format == DICOM_SEG:
-        dicomseg.write(path, result, scan.path, names, scan.series)
-    else:
-        note = write_volume(path, result, names=names, warn=False)
-        remarks += [] if note is None else [f"{path.name}: {note} (--output_format nrrd)"]
-    return {
-        "id": scan.case,
-        "input": input_of(config, scan),
-        "modality": modality,
-        "output": path.name,
-        "preview": None if preview is None else str(preview.relative_to(config.output_dir)),
-        "shape": list(result.shape),
-        "seconds": round(time.perf_counter() - begun, 3),
-        "volume_ml": structures_ml,
-        "made_from": made_from(plan.weights, plan.sources.pop(scan.case, None), path),
-    } | ({"remarks": remarks} if remarks else {})
-
-
-def result_of(config: InferConfig, scan: Scan) -> Path:
-    """Where the label map of a scan goes."""
-    return config.output_dir / f"{scan.case}.{config.output_format}"
-
-
-def existing_result(config: InferConfig, scan: Scan) -> Path:
-    """Where the label map of a scan is: `result_of`, or under the other name that earlier versions gave it."""
-    path = result_of(config, scan)
-    other = path.with_name(f"{scan.other_name}.{config.output_format}")
-    return other if scan.other_name and not path.exists() and other.exists() else as_on_disk(path)
-
-
-def input_of(config: InferConfig, scan: Scan) -> str | list[str]:
-    """The file of a scan, or those of its channels, as seen from --data_path, which run.json has as it was given."""
-    home = config.data_path if config.data_path.is_dir() else config.data_path.parent
-    names = [str(path.relative_to(home)) if path.is_relative_to(home) else path.name for path in scan.channels]
-    whole = str(scan.path.relative_to(home)) if scan.path.is_relative_to(home) else scan.path.name
-    return names if scan.channels else whole
-
-
-def _shares(config: InferConfig, scan: Scan) -> Path:
-    return config.output_dir / f"{scan.case}.npz"

@@ -1,83 +1,164 @@
-"""Several networks as one: the mean of their softmax probabilities."""
+"""The networks that segment a scan, one or several that vote: what they say of their training, and how they run."""
 
 import dataclasses
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mambahome_jax.config import DataProperties, Modality, ScanRanges
+from mambahome_jax.config import DataProperties, Mirror, Modality, ModelConfig, ScanRanges, Triple
+from mambahome_jax.datasets.structures import AXES
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW
+from mambahome_jax.inference.mirrors import mirrored
+from mambahome_jax.inference.tiled import Replica
+from mambahome_jax.support.devices import compiler_options
 
 # Below it, half of what a network marks is wrong, or half of what there is is missed.
 _POOR_DICE = 0.5
 
 
-def members_of(model: Any) -> tuple[Any, ...]:
-    """The networks of an ensemble, given as a list or tuple; of a single network itself. Raises ConfigError: none."""
-    members = tuple(model) if isinstance(model, list | tuple) else (model,)
-    if not members:
-        raise ConfigError("no model; expected one, or several as an ensemble")
-    return members
+@dataclass(frozen=True, eq=False)
+class Ensemble:
+    """Networks whose softmax probabilities are averaged; what one tells for all is told by the first.
 
-
-def metadata_of(model: Any) -> DataProperties | None:
-    """What a model says of its training; of an ensemble, the first network. None where it says nothing."""
-    return getattr(members_of(model)[0], "metadata", None)
-
-
-def ranges_of(model: Any, modality: Modality) -> ScanRanges | None:
-    """What the scans of a modality were like in training, over all networks; None where one of them does not say.
-
-    Without the volumes of structures where the validation of a network found it poor: whatever the scan, its results
-    are far from them.
+    A member may also be any callable on windows, which says nothing of its training.
     """
-    found, scores = [], []
-    for member in members_of(model):
-        data = metadata_of(member)
-        found.append(next((item for item in data.ranges if item.modality == modality), None) if data else None)
-        scores.append(data.val_dice if data else None)
-    known = [item for item in found if item is not None]
-    if len(known) < len(found):
-        return None
-    ranges = functools.reduce(ScanRanges.joined, known)
-    poor = any(score is not None and score < _POOR_DICE for score in scores)
-    return dataclasses.replace(ranges, structures=()) if poor else ranges
+
+    members: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, model: Any, names: Sequence[str] | None = None) -> "Ensemble":
+        """Join what `load_model` gives, or a list of several; names: of each (default: model 1, model 2, ...).
+
+        Raises ConfigError: none, or several that differ in classes, labels, channels or how scans are prepared.
+        """
+        if isinstance(model, cls):
+            return model
+        members = tuple(model) if isinstance(model, list | tuple) else (model,)
+        if not members:
+            raise ConfigError("no model; expected one, or several as an ensemble")
+        names = names or [f"model {n}" for n in range(1, len(members) + 1)]
+        first = _traits(members[0])
+        for name, member in zip(names[1:], members[1:], strict=True):
+            traits = _traits(member)
+            differing = [
+                f"{trait} {traits[trait]} against {first[trait]}"
+                for trait in first
+                if traits[trait] is not None and first[trait] is not None and traits[trait] != first[trait]
+            ]
+            if differing:
+                raise ConfigError(f"{name} cannot be joined with {names[0]}: {'; '.join(differing)}")
+        return cls(members)
+
+    @property
+    def data(self) -> DataProperties:
+        """What it was trained on; the published values where it does not say."""
+        return _metadata(self.members[0]) or DataProperties()
+
+    @property
+    def published(self) -> bool:
+        """Whether it is bare weights, as published; a callable that is no network is not."""
+        return isinstance(self.members[0], nnx.Module) and _metadata(self.members[0]) is None
+
+    @property
+    def knows_its_scans(self) -> bool:
+        """Whether it is known for which scans it is: a mere callable may be for anything."""
+        return self.published or _metadata(self.members[0]) is not None
+
+    @property
+    def channels(self) -> int | None:
+        """Input channels, None where it does not say."""
+        return getattr(getattr(self.members[0], "config", None), "in_chans", None)
+
+    @property
+    def classes(self) -> int | None:
+        """Classes with the background, None where it does not say."""
+        return getattr(getattr(self.members[0], "config", None), "out_chans", None)
+
+    @property
+    def multiples(self) -> Triple:
+        """What a window is a multiple of along each axis, so that every member takes it."""
+        configs = [getattr(member, "config", None) or ModelConfig() for member in self.members]
+        a, b, c = (max(sizes) for sizes in zip(*(config.multiples for config in configs), strict=True))
+        return a, b, c
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Class, as the output counts them, -> structure; empty where it does not say."""
+        return dict(self.data.labels)
+
+    @property
+    def stored_values(self) -> dict[int, int]:
+        """Class -> value in label maps, without the background; empty where the two are the same."""
+        return dict(self.data.values)
+
+    @property
+    def label_names(self) -> dict[int, str]:
+        """Value in label maps -> structure; empty where it does not say."""
+        stored = self.stored_values
+        return {stored.get(value, value): name for value, name in self.class_names.items()}
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        """The modalities that any member was trained on; empty where one of them does not say."""
+        data = [_metadata(member) for member in self.members]
+        named = [frozenset(item.modality for item in each.ranges) if each else frozenset() for each in data]
+        return frozenset().union(*named) if all(named) else frozenset()
+
+    @property
+    def mirrored_axes(self) -> set[str]:
+        """Anatomical axes that every member was trained to mirror; bare weights none, mere callables all."""
+        networks = [member for member in self.members if isinstance(member, nnx.Module)]
+        trained = [data.mirror if (data := _metadata(network)) else () for network in networks]
+        return set(AXES).intersection(*trained)
+
+    @property
+    def mirror_records(self) -> list[Any]:
+        """What each network says of the labels that traded places in mirrored scans; None: that it does not say."""
+        networks = [member for member in self.members if isinstance(member, nnx.Module)]
+        return [data.mirror_pairs if (data := _metadata(network)) else None for network in networks]
+
+    def ranges(self, modality: Modality) -> ScanRanges | None:
+        """What scans of a modality were like in training, over all members; None where one of them does not say.
+
+        Without the volumes of structures where the validation of a member found it poor: whatever the scan, its
+        results are far from them.
+        """
+        data = [_metadata(member) for member in self.members]
+        known = [item for each in data if each for item in each.ranges if item.modality == modality]
+        if len(known) < len(data):
+            return None
+        ranges = functools.reduce(ScanRanges.joined, known)
+        poor = any(each and each.val_dice is not None and each.val_dice < _POOR_DICE for each in data)
+        return dataclasses.replace(ranges, structures=()) if poor else ranges
 
 
-def modalities_of(model: Any) -> frozenset[Modality]:
-    """The modalities that a network was trained on, any of an ensemble; empty where one of them does not say."""
-    found = [metadata_of(member) for member in members_of(model)]
-    named = [frozenset(item.modality for item in data.ranges) if data else frozenset() for data in found]
-    return frozenset().union(*named) if all(named) else frozenset()
+def _metadata(member: Any) -> DataProperties | None:
+    return getattr(member, "metadata", None)
 
 
-def is_published(model: Any) -> bool:
-    """Whether a network says nothing of its training, as one of published weights; a callable that is none is not."""
-    return isinstance(members_of(model)[0], nnx.Module) and metadata_of(model) is None
-
-
-def check_members(members: Sequence[Any], names: Sequence[str] | None = None) -> None:
-    """Refuse networks that cannot vote together: other classes, labels, channels, or scans prepared in another way.
-
-    names: what to call each network (default: model 1, model 2, ...).
-    Raises ConfigError that names the first such network and everything that differs.
-    """
-    names = names or [f"model {n}" for n in range(1, len(members) + 1)]
-    first = _traits(members[0])
-    for name, member in zip(names[1:], members[1:], strict=True):
-        found = _traits(member)
-        differing = [
-            f"{trait} {found[trait]} against {first[trait]}"
-            for trait in first
-            if found[trait] is not None and first[trait] is not None and found[trait] != first[trait]
-        ]
-        if differing:
-            raise ConfigError(f"{name} cannot be joined with {names[0]}: {'; '.join(differing)}")
+def _traits(member: Any) -> dict[str, Any]:
+    """What must be equal, in words; None where the model does not say."""
+    config, alone = getattr(member, "config", None), Ensemble((member,))
+    data = alone.data
+    spacing = "of the scan" if data.spacing is None else " x ".join(f"{s:g}" for s in data.spacing) + " mm"
+    return {
+        "classes": getattr(config, "out_chans", None),
+        "input channels": getattr(config, "in_chans", None),
+        "labels": ", ".join(f"{value} {name}" for value, name in sorted(data.labels)) or "without names",
+        "stored label values": ", ".join(str(stored) for _, stored in sorted(data.values)) or "those of the labels",
+        "spacing": spacing,
+        "orientation": data.orientation,
+        "modality": data.modality,
+        "intensities of CT": "by the window" if data.ct_normalisation == PUBLISHED_WINDOW else data.ct_normalisation,
+        "preparation of scans": "published" if alone.published else "trained",
+    }
 
 
 def log_mean_softmax(members: Sequence[jax.Array]) -> jax.Array:
@@ -93,19 +174,32 @@ def log_mean_softmax(members: Sequence[jax.Array]) -> jax.Array:
     return total
 
 
-def _traits(model: Any) -> dict[str, Any]:
-    """What must be equal, in words; None where the model does not say."""
-    config = getattr(model, "config", None)
-    data = metadata_of(model) or DataProperties()
-    spacing = "of the scan" if data.spacing is None else " x ".join(f"{s:g}" for s in data.spacing) + " mm"
-    return {
-        "classes": getattr(config, "out_chans", None),
-        "input channels": getattr(config, "in_chans", None),
-        "labels": ", ".join(f"{value} {name}" for value, name in sorted(data.labels)) or "without names",
-        "stored label values": ", ".join(str(stored) for _, stored in sorted(data.values)) or "those of the labels",
-        "spacing": spacing,
-        "orientation": data.orientation,
-        "modality": data.modality,
-        "intensities of CT": "by the window" if data.ct_normalisation == PUBLISHED_WINDOW else data.ct_normalisation,
-        "preparation of scans": "published" if is_published(model) else "trained",
-    }
+def replicas(member: Any, mirrors: Sequence[Mirror] = (), devices: Sequence[jax.Device] | None = None) -> list[Replica]:
+    """Put a network on each device as a function of windows (n, *roi, in), averaged over mirrored windows.
+
+    An nnx.Module is compiled, once for each shape of windows; any other callable is taken as it is, on no device.
+    """
+    if not isinstance(member, nnx.Module):
+        return [Replica(None, mirrored(member, mirrors))]
+    graph, state = nnx.split(member)
+    if devices is None:
+        return [Replica(None, mirrored(partial(apply_network, graph, state), mirrors))]
+    on_each = [partial(apply_network, graph, jax.device_put(state, device)) for device in devices]
+    return [Replica(device, mirrored(network, mirrors)) for device, network in zip(devices, on_each, strict=True)]
+
+
+def apply_network(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:
+    """Logits of windows. Validation calls it too, so that inference finds it compiled in the cache."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, windows))):
+        return _logits(graph, state, windows)  # a part of what the caller compiles, which may not have own options
+    return compiled_network()(graph, state, windows)
+
+
+def _logits(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:
+    return nnx.merge(graph, state)(windows)
+
+
+@functools.cache
+def compiled_network() -> Any:
+    """jit of (graphdef, state, windows) -> logits."""
+    return jax.jit(_logits, static_argnums=0, compiler_options=compiler_options())

@@ -11,7 +11,7 @@ import numpy as np
 from mambahome_jax.config import Mirror, MirrorPairs
 from mambahome_jax.datasets.structures import AXES, axis_along, sides, swap_table
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.inference.sliding_window import Predict
+from mambahome_jax.inference.tiled import Predict
 
 _WORDS = {"LR": "left-right", "AP": "front-back", "IS": "head-feet"}
 

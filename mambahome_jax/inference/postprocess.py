@@ -1,7 +1,11 @@
-"""What is done to a label map once it lies on the scan's grid: some structures only, the largest part of each."""
+"""What is made of a prediction: chosen structures, the largest part of each, volumes, a file of probabilities."""
 
+import json
+import zipfile
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
@@ -9,8 +13,10 @@ from scipy import ndimage
 from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.volume import Volume, count_values
+from mambahome_jax.support.files import atomic_write
 
 ALL = "all"
+ENTRIES = ("probabilities", "affine", "labels")  # of a file of probabilities
 # Voxels belong together where they share a face, an edge or a corner.
 _NEIGHBOURS = np.ones((3, 3, 3), bool)
 
@@ -77,17 +83,42 @@ def keep_largest(labels: np.ndarray, values: Collection[int] | None = None) -> n
         parts, count = ndimage.label(structure, _NEIGHBOURS)
         if count > 1:
             sizes = count_values(parts)
-            sizes.pop(0, None)
-            kept[box][structure & (parts != max(sizes, key=lambda part: sizes[part]))] = 0
+            kept[box][structure & (parts != max(range(1, count + 1), key=lambda part: sizes[part]))] = 0
     return kept
 
 
 def volumes_ml(labels: Volume, names: Mapping[int, str]) -> dict[str, float]:
     """Millilitres of each structure: of every one in `names` (value -> name), and of other values that occur."""
-    counts = count_values(labels.array)
-    counts.pop(0, None)
+    counts = {value: count for value, count in count_values(labels.array).items() if value}
     voxel_ml = float(abs(np.linalg.det(labels.affine[:3, :3]))) / 1000
     return {
         names.get(value, f"label_{value}"): round(counts.get(value, 0) * voxel_ml, 4)
         for value in sorted({*names, *counts})
     }
+
+
+def write_probabilities(path: Path, values: np.ndarray, affine: np.ndarray, names: Mapping[int, str]) -> None:
+    """Write an .npz of `probabilities` (D, H, W, classes) and `affine` (4, 4), voxel to RAS mm, whole or not at all.
+
+    names: of the label values; `labels` in the file is the JSON text {"0": "background", "1": name, ...}.
+    Raises OutputError: it cannot be written.
+    """
+    labels = {str(value): names.get(value, f"label_{value}") for value in range(1, values.shape[-1])}
+    text = np.array(json.dumps({"0": "background"} | labels))
+    # Level 1, as most of it is ones and zeros.
+    with (
+        atomic_write(path, "folder") as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+    ):
+        for name, array in zip(ENTRIES, (values, affine, text), strict=True):
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, array, allow_pickle=False)
+
+
+def whole_probabilities(path: Path) -> bool:
+    """Whether a file that `write_probabilities` made is there and every byte of it as it was written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {f"{name}.npy" for name in ENTRIES} <= set(archive.namelist()) and archive.testzip() is None
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError):
+        return False

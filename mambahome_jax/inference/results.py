@@ -1,19 +1,33 @@
-"""Results that are there before infer begins: what made them, so that those of other weights or scans are not kept."""
+"""Results in infer's output folder: where each lies, what made it, which ones may be kept, and how one is written."""
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence, Set
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 from mambahome_jax.datasets.files import listed, parts
 from mambahome_jax.datasets.find_scans import Scan
-from mambahome_jax.errors import DatasetError
+from mambahome_jax.errors import DatasetError, OutputError
+from mambahome_jax.flags import InferConfig
+from mambahome_jax.imaging import dicomseg
 from mambahome_jax.imaging.dicom import contents_of
-from mambahome_jax.support.files import parse_json, read_json, record_of, renewed
-from mambahome_jax.support.paths import one_form
+from mambahome_jax.imaging.geometry import same_grid
+from mambahome_jax.imaging.pictures import write_preview
+from mambahome_jax.imaging.volume import Volume, read_grid, read_labels, write_volume
+from mambahome_jax.inference.postprocess import postprocess, volumes_ml, whole_probabilities, write_probabilities
+from mambahome_jax.inference.segment import Segmenter
+from mambahome_jax.support.files import jsonable, parse_json, read_json, record_of, renewed
+from mambahome_jax.support.paths import as_on_disk, one_form
 
+DICOM_SEG = "dcm"  # --output_format
+REPORT, VOLUMES = "run.json", "volumes.csv"
+
+Entry = dict[str, Any]  # of a case in run.json
 Origin = Literal["same", "weights", "scan", "changed", "unknown"]
 # Flags on which the labels do not depend.
 _WITHOUT_EFFECT = {
@@ -29,83 +43,222 @@ _KEPT = {
     "changed": "Note: kept, but changed by somebody else after they were made: {}",
     "unknown": "Note: kept, but nothing says which weights and scans they were made of: {}",
 }
+# Notes of what made each result, should the run not come to write its report.
+_NOTES = ".results.jsonl"
 
 
-@dataclass(frozen=True)
-class Earlier:
-    """What the folder says of the results in it: entries of run.json by case, with the configuration of each.
+class Segmented(NamedTuple):
+    """A scan that was segmented: what is to be written of it.
 
-    origins: of the results that may be kept, see `origin_of`.
+    labels: on the scan's grid, before `postprocess`. remarks: of what was found on the way. probabilities: on the
+    network's grid, with its affine. begun: when, see time.perf_counter.
     """
 
-    cases: Mapping[str, Mapping[str, Any]]
+    scan: Scan
+    volume: Volume
+    labels: Volume
+    remarks: tuple[str, ...]
+    probabilities: tuple[np.ndarray, np.ndarray] | None
+    begun: float
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """The results of a run, those of earlier ones included.
+
+    weights: a digest of each network. earlier: entries of run.json by case, each with its "configuration".
+    origins: of the results that --skip_existing would keep. sources: what the files of each scan were when it was read.
+    """
+
+    config: InferConfig
+    weights: tuple[str, ...] = ()
+    earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
+    sources: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    def say_again(self, cases: Sequence[str]) -> list[str]:
+    @classmethod
+    def of(cls, config: InferConfig, weights: tuple[str, ...], scans: Iterable[Scan]) -> "Results":
+        """Look at what the output folder has."""
+        results = cls(config, weights, _read_earlier(config.output_dir))
+        for scan in scans if config.skip_existing else ():
+            if results.existing(scan).exists():
+                results.origins[scan.case] = results._origin(scan)
+        return results
+
+    def path(self, scan: Scan) -> Path:
+        """Where the label map of a scan goes."""
+        return self.config.output_dir / f"{scan.case}.{self.config.output_format}"
+
+    def existing(self, scan: Scan) -> Path:
+        """Where the label map of a scan is: `path`, or under the other name that earlier versions gave it."""
+        path = self.path(scan)
+        other = path.with_name(f"{scan.other_name}.{self.config.output_format}")
+        return other if scan.other_name and not path.exists() and other.exists() else as_on_disk(path)
+
+    def source(self, scan: Scan) -> str | list[str]:
+        """The file of a scan, or those of its channels, as seen from --data_path, which run.json has as given."""
+        home = self.config.data_path if self.config.data_path.is_dir() else self.config.data_path.parent
+        names = [
+            str(path.relative_to(home)) if path.is_relative_to(home) else path.name
+            for path in scan.channels or (scan.path,)
+        ]
+        return names if scan.channels else names[0]
+
+    def note_source(self, scan: Scan) -> None:
+        """Note what the files of a scan are, before they are read."""
+        self.sources[scan.case] = record_of(_files_of(scan))
+
+    def kept(self, scan: Scan, segmenter: Segmenter) -> Entry | None:
+        """The entry of a result that may stay: whole, on the scan's grid, of these weights and this scan; else None."""
+        path, config = self.existing(scan), self.config
+        if not config.skip_existing or self.origins.get(scan.case) in _AGAIN or not path.is_file():
+            return None
+        if config.save_probabilities and not whole_probabilities(self._probabilities(scan)):
+            return None
+        try:
+            if config.output_format == DICOM_SEG:
+                # This looks itself whether it is of these slices.
+                labels = grid = dicomseg.read(path, scan.path, segmenter.names, scan.series)
+            else:
+                labels = read_labels(path, spacing_scale=config.spacing_scale)
+                grid = read_grid(scan.path, series=scan.series, spacing_scale=config.spacing_scale)
+        except DatasetError:
+            return None
+        if not same_grid(grid, labels):
+            return None
+        volumes = volumes_ml(labels, segmenter.networks.label_names)
+        return {
+            "id": scan.case,
+            "input": self.source(scan),
+            "output": path.name,
+            "kept": True,
+            "volume_ml": volumes,
+        }
+
+    def save_result(self, done: Segmented, segmenter: Segmenter) -> Entry:
+        """Write a label map, its preview and what there is of probabilities; return its entry of run.json.
+
+        A preview that fails is a remark. Raises OutputError: another part cannot be written.
+        """
+        config, scan, names, path = self.config, done.scan, segmenter.names, self.path(done.scan)
+        labels = postprocess(done.labels, segmenter.only, segmenter.largest)
+        if done.probabilities is not None:
+            write_probabilities(self._probabilities(scan), *done.probabilities, segmenter.networks.class_names)
+        modality = scan.modality or segmenter.settings.normalisation.modality
+        structures_ml = volumes_ml(labels, names)
+        odd = segmenter.remark(done.volume, modality, structures_ml)
+        remarks = [*([] if odd is None else [odd]), *done.remarks]
+        preview: Path | None = config.output_dir / "previews" / f"{scan.case}.png" if config.previews else None
+        try:
+            if preview is not None:
+                write_preview(preview, done.volume, labels, names, modality, scan.case)
+        except OutputError as error:
+            remarks.append(f"without preview: {error}")
+            preview = None
+        # Last: a case with a label map is done, and one that was killed before is not kept as whole without the rest.
+        if config.output_format == DICOM_SEG:
+            dicomseg.write(path, labels, scan.path, names, scan.series)
+        else:
+            note = write_volume(path, labels, names=names, warn=False)
+            remarks += [] if note is None else [f"{path.name}: {note} (--output_format nrrd)"]
+        made_from = {
+            "weights": list(self.weights),
+            "scan": self.sources.pop(scan.case, None),
+            "result": record_of([path]),
+        }
+        return {
+            "id": scan.case,
+            "input": self.source(scan),
+            "modality": modality,
+            "output": path.name,
+            "preview": None if preview is None else str(preview.relative_to(config.output_dir)),
+            "shape": list(labels.shape),
+            "seconds": round(time.perf_counter() - done.begun, 3),
+            "volume_ml": structures_ml,
+            "made_from": made_from,
+        } | ({"remarks": remarks} if remarks else {})
+
+    def note_made(self, entry: Entry, configuration: Mapping[str, Any]) -> None:
+        """Note what made a result, for a next run, should this one not come to write its report."""
+        known = {key: entry[key] for key in ("id", "output", "made_from", "remarks") if key in entry}
+        row = json.dumps(known | {"configuration": configuration})
+        with contextlib.suppress(OSError), (self.config.output_dir / _NOTES).open("a", encoding="utf-8") as file:
+            file.write(row + "\n")
+
+    def forget_notes(self) -> None:
+        """Remove the notes, as run.json says it all."""
+        with contextlib.suppress(OSError):
+            (self.config.output_dir / _NOTES).unlink(missing_ok=True)
+
+    def lines_again(self) -> list[str]:
         """Lines about results that are made again."""
-        return self._lines(_AGAIN, cases)
+        return self._lines(_AGAIN, self.origins)
 
-    def account_for(self, kept: Sequence[dict[str, Any]], configuration: Mapping[str, Any]) -> list[str]:
-        """Say in the entries of results that are kept what made them.
+    def account_for(self, kept: Sequence[Entry]) -> list[str]:
+        """Complete the entries of kept results by what made them.
 
         Returns lines about those of which something is known against keeping them, or nothing for it.
         """
-        by_flag: dict[str, list[str]] = {}
+        configuration: dict[str, Any] = jsonable(vars(self.config))
+        changed: dict[str, set[str]] = {}
         for entry in kept:
-            known = self.cases.get(entry["id"])
+            known = self.earlier.get(entry["id"])
             if known is None or not _is_of(known, entry["output"]):
                 continue
             entry |= {key: known[key] for key in ("configuration", "made_from", "remarks") if key in known}
             # The same weights are the same wherever they lie.
-            ignored = {"model_path"} if self.origins.get(entry["id"]) in ("same", "scan") else set()
-            for flag in changed_flags(known["configuration"], configuration, ignored):
-                by_flag.setdefault(flag, []).append(entry["id"])
+            ignored = _WITHOUT_EFFECT | ({"model_path"} if self.origins.get(entry["id"]) == "same" else set())
+            before = known["configuration"]
+            compared = configuration.keys() & before.keys() - ignored
+            if flags := {name for name in compared if before[name] != configuration[name]}:
+                changed[entry["id"]] = flags
         # What is odd about a scan is so in every run.
-        remarks = [(entry["id"], remark) for entry in kept for remark in entry.get("remarks", ())]
-        lines = [f"Note: {case}: {remark}" for case, remark in remarks]
+        lines = [f"Note: {entry['id']}: {remark}" for entry in kept for remark in entry.get("remarks", ())]
         lines += self._lines(_KEPT, [entry["id"] for entry in kept])
-        if by_flag:
-            names = listed(dict.fromkeys(case for cases in by_flag.values() for case in cases), _NAMED)
-            lines.append(f"Note: some of those that are kept were made by another {', '.join(by_flag)}: {names}")
+        if changed:
+            named = ", ".join(f"--{name}" for name in configuration if name in set().union(*changed.values()))
+            names = listed(changed, _NAMED)
+            lines.append(f"Note: some of those that are kept were made by another {named}: {names}")
         return lines
 
-    def _lines(self, texts: Mapping[str, str], cases: Sequence[str]) -> list[str]:
-        named = {origin: [case for case in cases if self.origins.get(case) == origin] for origin in texts}
+    def _probabilities(self, scan: Scan) -> Path:
+        return self.config.output_dir / f"{scan.case}.npz"
+
+    def _lines(self, texts: Mapping[str, str], cases: Iterable[str]) -> list[str]:
+        named: dict[str, list[str]] = {origin: [] for origin in texts}
+        for case in cases:
+            if (origin := self.origins.get(case)) in texts:
+                named[str(origin)].append(case)
         return [texts[origin].format(listed(names, _NAMED)) for origin, names in named.items() if names]
 
+    def _origin(self, scan: Scan) -> Origin:
+        """Whether a result was made of these weights and this scan: "same", or what speaks against it.
 
-def made_from(weights: Sequence[str], scan: Mapping[str, str] | None, result: Path) -> dict[str, Any]:
-    """What run.json says of a result that was just written: digests of weights, of the scan's files and of its own."""
-    return {"weights": list(weights), "scan": scan, "result": record_of([result])}
+        "changed": somebody wrote the file anew since, and may have corrected it by hand. "unknown": written by another
+        program or an earlier version.
+        """
+        result, entry = self.existing(scan), self.earlier.get(scan.case, self.earlier.get(scan.other_name))
+        known = (entry or {}).get("made_from")
+        if entry is None or not _is_of(entry, result.name):
+            return "unknown"
+        if not isinstance(known, Mapping) or not known.get("scan") or not known.get("result"):
+            return "unknown"
+        try:
+            if renewed(known["result"], [result]) is None:
+                return "changed"
+            if known.get("weights") != list(self.weights):
+                return "weights"
+            return "same" if renewed(known["scan"], _files_of(scan)) else "scan"
+        except DatasetError:
+            # Said when the scan's turn comes.
+            return "scan"
 
 
-def files_of(scan: Scan) -> list[Path]:
+def _files_of(scan: Scan) -> list[Path]:
     """All files of a scan. Raises DatasetError: a folder that cannot be read."""
     if scan.series:
         return [path for one in contents_of(scan.path).series if one.uid in scan.series for path in one.paths]
     return [part for path in scan.channels or (scan.path,) for part in parts(path)]
-
-
-def origin_of(entry: Mapping[str, Any] | None, weights: Sequence[str], scan: Scan, result: Path) -> Origin:
-    """Whether a result was made of these weights and this scan: "same", or what speaks against it.
-
-    entry: of run.json. "changed": somebody wrote the file anew since, and may have corrected it by hand. "unknown":
-    written by another program or an earlier version.
-    """
-    known = (entry or {}).get("made_from")
-    if entry is None or not _is_of(entry, result.name):
-        return "unknown"
-    if not isinstance(known, Mapping) or not known.get("scan") or not known.get("result"):
-        return "unknown"
-    try:
-        if renewed(known["result"], [result]) is None:
-            return "changed"
-        if known.get("weights") != list(weights):
-            return "weights"
-        return "same" if renewed(known["scan"], files_of(scan)) else "scan"
-    except DatasetError:
-        # Said when the scan's turn comes.
-        return "scan"
 
 
 def _is_of(entry: Mapping[str, Any], name: str) -> bool:
@@ -113,62 +266,30 @@ def _is_of(entry: Mapping[str, Any], name: str) -> bool:
     return entry.get("output", name) == name
 
 
-def read_earlier(folder: Path) -> Earlier:
+def _read_earlier(folder: Path) -> dict[str, Entry]:
     """What run.json says of the results, and the notes of a run that was stopped before it wrote one.
 
     Nothing where there is neither, or none that can be read.
     """
     try:
-        report = read_json(folder / "run.json")
+        report = read_json(folder / REPORT)
     except DatasetError:
         report = {}
     entries = report.get("cases")
     rows = entries if isinstance(entries, list) else []
-    found = {}
-    for row in [*rows, *_notes(folder)]:
+    with contextlib.suppress(OSError, ValueError):
+        for line in (folder / _NOTES).read_text(encoding="utf-8").splitlines():
+            # The last one may have been cut short.
+            with contextlib.suppress(ValueError):
+                rows.append(parse_json(line))
+    earlier = {}
+    for row in rows:
         if not isinstance(row, dict) or not isinstance(row.get("id"), str):
             continue
         # What was kept without anything known of it was not made by the run that kept it.
         configuration = row.get("configuration", None if row.get("kept") else report.get("configuration"))
         if isinstance(configuration, dict):
-            found[one_form(row["id"])] = row | {"configuration": configuration}
+            earlier[one_form(row["id"])] = row | {"configuration": configuration}
             if not isinstance(row.get("remarks", []), list):
-                del found[one_form(row["id"])]["remarks"]
-    return Earlier(found)
-
-
-def note_result(folder: Path, entry: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
-    """Write down what made a result, for a next run, should this one not come to write run.json."""
-    known = {key: entry[key] for key in ("id", "output", "made_from", "remarks") if key in entry}
-    row = known | {"configuration": configuration}
-    with contextlib.suppress(OSError), _notes_file(folder).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-
-
-def forget_notes(folder: Path) -> None:
-    """Remove the notes, as run.json says it all."""
-    with contextlib.suppress(OSError):
-        _notes_file(folder).unlink(missing_ok=True)
-
-
-def changed_flags(earlier: Mapping[str, Any], configuration: Mapping[str, Any], ignored: Set[str]) -> list[str]:
-    """Flags that decide the labels and differ between two configurations, as run.json has them."""
-    compared = [name for name in configuration if name in earlier and name not in {*_WITHOUT_EFFECT, *ignored}]
-    return [f"--{name}" for name in compared if earlier[name] != configuration[name]]
-
-
-def _notes_file(folder: Path) -> Path:
-    return folder / ".results.jsonl"
-
-
-def _notes(folder: Path) -> list[Any]:
-    try:
-        lines = _notes_file(folder).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return []
-    rows = []
-    for line in lines:
-        # The last one may have been cut short.
-        with contextlib.suppress(ValueError):
-            rows.append(parse_json(line))
-    return rows
+                del earlier[one_form(row["id"])]["remarks"]
+    return earlier

@@ -1,233 +1,356 @@
-"""From a scan to its label map, on the scan's own grid: prepare, run the network, bring the result back."""
+"""From a scan to its label map, on the scan's own grid: onto the network's grid, through the network, and back."""
 
-import functools
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from flax import nnx
 
-from mambahome_jax.config import DataProperties, Mirror, Modality, ModelConfig, Triple
-from mambahome_jax.datasets.structures import AXES
+from mambahome_jax.config import Mirror, Modality
 from mambahome_jax.errors import ConfigError, DatasetError, ScanWarning
-from mambahome_jax.imaging.geometry import Order, coarse_remark, orientation_of, positions_on, reorient
-from mambahome_jax.imaging.normalisation import normalisation_for
+from mambahome_jax.imaging.geometry import (
+    Box,
+    Order,
+    coarse_remark,
+    orientation_of,
+    positions_on,
+    reorient,
+    resample_to,
+    resampled_grid,
+)
+from mambahome_jax.imaging.intensity import IntensityStatistics, statistics_of_parts
+from mambahome_jax.imaging.nifti import usable_affine
+from mambahome_jax.imaging.normalisation import CtNormalisation, Normalisation, ct_to_json, normalisation_for
 from mambahome_jax.imaging.plausibility import modality_remark, scan_remark, volume_remark
 from mambahome_jax.imaging.volume import Volume, replace_values
-from mambahome_jax.inference.ensemble import (
-    check_members,
-    is_published,
-    members_of,
-    metadata_of,
-    modalities_of,
-    ranges_of,
-)
-from mambahome_jax.inference.mirrors import mirrored, mirrors_for
-from mambahome_jax.inference.postprocess import ALL, postprocess, values_named, volumes_ml
-from mambahome_jax.inference.prepare import NetworkInput, SegmentSettings, prepare
-from mambahome_jax.inference.probabilities import write_probabilities
-from mambahome_jax.inference.sliding_window import PADDING_MODE
-from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole
-from mambahome_jax.inference.tiled import Replica, Stitching, Tiling, predict_tiled, probabilities_of_tile
-from mambahome_jax.support.devices import compiler_options
+from mambahome_jax.inference.ensemble import Ensemble, replicas
+from mambahome_jax.inference.mirrors import mirrors_for
+from mambahome_jax.inference.postprocess import ALL, postprocess, values_named, volumes_ml, write_probabilities
+from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole, probabilities_of_tile
+from mambahome_jax.inference.tiled import Progress, Target, WindowSettings, predict_tiled
 from mambahome_jax.support.paths import openable_path
 
-Progress = Callable[[int, int], None]
 PUBLISHED_ROI = (192, 192, 48)
+# An image of the network that takes more than this is made slab by slab when its windows are due: float32 of
+# 512 x 512 x 512 voxels. More would gain little, as making it takes a small part of the network's time.
+WHOLE_BYTES = 512 << 20
+_SLAB_BYTES = 32 << 20
+
+Chain = Literal["trained", "published"]
+
+
+@dataclass(frozen=True)
+class SegmentOptions:
+    """What a caller chooses; None takes what the model was trained with, for bare weights the published values.
+
+    spacing: (3,) mm at which the network works, 0 keeps an axis of the scan. orientation: of its axes. modality: of the
+    scan, which decides how intensities are normalised. roi_size: window in voxels, an entry <= 0 takes the whole axis.
+    chain: see `SegmentSettings`. tta: mean of the logits over mirrored windows.
+    labels: names of the structures to keep, the others become background; none keeps all. keep_largest: names of the
+    structures of which only the largest connected part is kept, or "all".
+    """
+
+    spacing: Sequence[float] | None = None
+    orientation: str | None = None
+    modality: Modality | None = None
+    roi_size: Sequence[int] | None = None
+    overlap: float | Sequence[float] = 0.5
+    sw_batch_size: int = 4
+    chain: Chain | None = None
+    tta: bool = False
+    labels: Sequence[str] = ()
+    keep_largest: str | Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class SegmentSettings:
+    """How scans are brought to the network and back, every choice resolved.
+
+    spacing: None or 0 keeps the scan's own. mirrors: axes along which each window is mirrored too.
+    chain: "trained" resamples first and normalises what came out, as preprocess.py and train.py do, and blends windows
+    by a Gaussian. "published" is what the published inference script does: intensity window first, equal weights, zeros
+    beyond the border, nearest logits on the way back.
+    """
+
+    spacing: Sequence[float] | None
+    orientation: str
+    normalisation: Normalisation
+    roi_size: Sequence[int]
+    overlap: float | Sequence[float] = 0.5
+    sw_batch_size: int = 4
+    chain: Chain = "trained"
+    mirrors: tuple[Mirror, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.chain not in ("trained", "published"):
+            raise ConfigError(f"chain is {self.chain!r}; expected trained or published")
+        if len(self.roi_size) != 3:
+            raise ConfigError(f"roi_size is {tuple(self.roi_size)}; expected three numbers of voxels")
+
+    @property
+    def published(self) -> bool:
+        """Whether the chain is the published one."""
+        return self.chain == "published"
+
+    def to_json(self) -> dict[str, Any]:
+        """As run.json has it: the normalisation as "modality" and "ct_scale"."""
+        content = asdict(self) | {"modality": self.normalisation.modality, "ct_scale": None}
+        if isinstance(self.normalisation, CtNormalisation):
+            content["ct_scale"] = ct_to_json(self.normalisation)
+        del content["normalisation"]
+        return content
+
+
+@dataclass(frozen=True, eq=False)
+class Segmenter:
+    """Networks and settings, resolved once for any number of scans.
+
+    only, largest: label values as `postprocess` takes them. remarks: on what was asked for and cannot be.
+    """
+
+    networks: Ensemble
+    settings: SegmentSettings
+    only: tuple[int, ...] | None
+    largest: tuple[int, ...] | None
+    remarks: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, model: Any, options: SegmentOptions) -> "Segmenter":
+        """Resolve the options for a model. Raises ConfigError: settings that cannot work, no such structure."""
+        networks = Ensemble.of(model)
+        names, classes = networks.label_names, networks.classes
+        only = values_named(options.labels, names, classes, "labels") if options.labels else None
+        if options.keep_largest == ALL or tuple(options.keep_largest) == (ALL,):
+            largest = None
+        else:
+            chosen = options.keep_largest
+            largest = values_named(chosen, names, classes, "keep_largest") if chosen else ()
+        settings = settings_for(networks, options)
+        if not options.tta:
+            return cls(networks, settings, only, largest)
+        mirrors, remarks = mirrors_for(
+            networks.class_names, settings.orientation, networks.mirrored_axes, networks.mirror_records
+        )
+        return cls(networks, replace(settings, mirrors=mirrors), only, largest, remarks)
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Value -> structure, of those that results may hold."""
+        names = self.networks.label_names
+        return {value: name for value, name in names.items() if self.only is None or value in self.only}
+
+    def remark(self, volume: Volume, modality: Modality, structures_ml: Mapping[str, float]) -> str | None:
+        """Say what is odd about a scan as it was read, or about the volumes of its result; None where nothing is."""
+        ranges = self.networks.ranges(modality)
+        odd = scan_remark(volume.array, volume.affine, modality, ranges)
+        odd = odd or modality_remark(modality, self.networks.modalities) or volume_remark(structures_ml, ranges)
+        return None if odd is None else str(odd)
+
+
+def settings_for(model: Any, options: SegmentOptions) -> SegmentSettings:
+    """Take what the options choose, and what the model was trained with for the rest."""
+    networks = Ensemble.of(model)
+    data = networks.data
+    roi_size = data.patch_size or PUBLISHED_ROI
+    return SegmentSettings(
+        spacing=data.spacing if options.spacing is None else options.spacing,
+        orientation=data.orientation if options.orientation is None else options.orientation,
+        normalisation=normalisation_for(options.modality or data.modality, data.ct_normalisation),
+        roi_size=roi_size if options.roi_size is None else options.roi_size,
+        overlap=options.overlap,
+        sw_batch_size=options.sw_batch_size,
+        chain=options.chain or ("published" if networks.published else "trained"),
+    )
 
 
 def segment(
     model: Any,
     volume: Volume,
     *,
-    spacing: Sequence[float] | None = None,
-    orientation: str | None = None,
-    modality: Modality | None = None,
-    roi_size: Sequence[int] | None = None,
-    overlap: float | Sequence[float] = 0.5,
-    sw_batch_size: int = 4,
-    chain: Literal["trained", "published"] | None = None,
-    tta: bool = False,
-    labels: Sequence[str] = (),
-    keep_largest: str | Sequence[str] = (),
     save_probabilities: Path | str | None = None,
     progress: Progress | None = None,
     devices: Sequence[jax.Device] | None = None,
+    **options: Any,
 ) -> Volume:
     """Label every voxel of a scan.
 
-    model: what `load_model` gives; or any callable on windows (n, *roi, in) -> (n, *roi, classes). A list of several is
-      an ensemble: the mean of their softmax probabilities, with the first one's roi_size.
-    volume: (D0, D1, D2), or (D0, D1, D2, C) for a model of C channels, on any grid.
-    spacing, orientation, modality, roi_size, chain: None takes what the model was trained with, and for bare weights
-      the published values and chain (see `SegmentSettings`).
-    tta: mean of the logits over mirrored windows; warns of an axis that cannot be mirrored (`with_mirrors`).
-    labels: names of the structures to keep, the others become background; none keeps all.
-    keep_largest: names of the structures of which only the largest connected part is kept, or "all".
-    save_probabilities: .npz to write the probabilities of all classes to, on the network's grid, before `labels` and
-      `keep_largest` (see `write_probabilities`).
-    progress: called with (windows done, windows in all), the windows of every model counted.
-    devices: to spread the windows over; None takes the one where the model is.
-
     Memory is needed for the scan and for a window's depth of the logits, not for the logits of a whole volume, save
-    where `save_probabilities` asks for them.
+    where `save_probabilities` asks for them. Warns (ScanWarning) of a scan whose intensities cannot be those of its
+    modality, or whose intensities, size or structures are far from all that the model was trained on; and of an axis
+    that `tta` cannot mirror.
 
-    Warns (ScanWarning) of a scan whose intensities cannot be those of its modality, or whose intensities, size or
-    structures are far from all that the model was trained on.
+    Args:
+        model: what `load_model` gives; or any callable on windows (n, *roi, in) -> (n, *roi, classes). A list of
+            several is an ensemble: the mean of their softmax probabilities, with the first one's roi_size.
+        volume: (D0, D1, D2), or (D0, D1, D2, C) for a model of C channels, on any grid.
+        save_probabilities: .npz to write the probabilities of all classes to, on the network's grid, before `labels`
+            and `keep_largest` (see `write_probabilities`).
+        progress: called with (windows done, windows in all), the windows of every model counted.
+        devices: to spread the windows over; None takes the one where the model is.
+        options: spacing, orientation, modality, roi_size, overlap=0.5, sw_batch_size=4, chain, tta=False, labels and
+            keep_largest, as in `SegmentOptions`.
 
-    Returns the label map, uint8 (uint16 beyond 255), with the shape and affine of `volume`. As those that infer writes,
-    it holds the values that the label maps of the training data store, 255 for a mask of 0 and 255: see
-    `label_names_of`.
-    Raises DatasetError (no Volume, voxels that are not finite or not real, wrong number of channels, an affine that
-    places no voxels), ConfigError (settings that cannot work, structures that there are not, models that do not fit
-    together), CheckpointError (logits that are not finite) and OutputError (probabilities that cannot be written).
+    Returns:
+        The label map, uint8 (uint16 beyond 255), with the shape and affine of `volume`. It holds the values that the
+        label maps of the training data store, 255 for a mask of 0 and 255.
+
+    Raises:
+        DatasetError: no Volume, voxels that are not finite or not real, wrong number of channels, an affine that places
+            no voxels.
+        ConfigError: settings that cannot work, no such structure, models that do not fit together.
+        CheckpointError: logits that are not finite.
+        OutputError: probabilities that cannot be written.
     """
-    check_members(members_of(model))
     if not isinstance(volume, Volume):
         action = "Give the affine of its voxels too, np.diag([*spacing, 1]) where nothing else is known."
         raise DatasetError(f"volume is a {type(volume).__name__}", expected="Volume(array, affine)", action=action)
-    if sw_batch_size < 1:
-        raise ConfigError(f"sw_batch_size is {sw_batch_size}; expected 1 or more")
+    chosen = SegmentOptions(**options)
+    if chosen.sw_batch_size < 1:
+        raise ConfigError(f"sw_batch_size is {chosen.sw_batch_size}; expected 1 or more")
     if save_probabilities is not None:
         save_probabilities = openable_path(save_probabilities)
         if save_probabilities.suffix != ".npz":
             raise ConfigError(f"save_probabilities is {save_probabilities}; expected a file name that ends in .npz")
-    only, largest = chosen_values(model, labels, keep_largest)
-    settings = settings_for(
-        model,
-        spacing=spacing,
-        orientation=orientation,
-        modality=modality,
-        roi_size=roi_size,
-        overlap=overlap,
-        sw_batch_size=sw_batch_size,
-        chain=chain,
-    )
-    prepared = prepare(volume, settings, channels_of(model))
-    if tta:
-        settings, remarks = with_mirrors(model, settings)
-        for remark in remarks:
-            warnings.warn(remark, stacklevel=2)
-    found: list[np.ndarray] = []
-    take = None if save_probabilities is None else found.append
-    result = postprocess(label(model, prepared, settings, progress, take, devices=devices), only, largest)
-    coarse = coarse_remark(prepared.oriented_shape, prepared.shape)
+    segmenter = Segmenter.of(model, chosen)
+    networks, modality = segmenter.networks, segmenter.settings.normalisation.modality
+    scan = to_network_grid(volume, segmenter.settings, networks.channels)
+    for remark in segmenter.remarks:
+        warnings.warn(remark, stacklevel=2)
+    probabilities: list[np.ndarray] = []
+    take = None if save_probabilities is None else probabilities.append
+    labels = label(networks, scan, segmenter.settings, progress, take, devices=devices)
+    labels = postprocess(labels, segmenter.only, segmenter.largest)
+    coarse = coarse_remark(scan.oriented.shape, scan.shape)
     if coarse is not None:
         warnings.warn(coarse, ScanWarning, stacklevel=2)
     if save_probabilities is not None:
-        write_probabilities(save_probabilities, found[0], prepared.affine, class_names_of(model))
+        write_probabilities(save_probabilities, probabilities[0], scan.affine, networks.class_names)
     # A callable that says nothing of its training, called without a modality, may be for anything.
-    if modality is not None or metadata_of(model) is not None or is_published(model):
-        names = {value: name for value, name in label_names_of(model).items() if only is None or value in only}
-        odd = case_remark(model, volume, settings.normalisation.modality, volumes_ml(result, names) if names else {})
+    if chosen.modality is not None or networks.knows_its_scans:
+        structures_ml = volumes_ml(labels, segmenter.names) if segmenter.names else {}
+        odd = segmenter.remark(volume, modality, structures_ml)
         if odd is not None:
             warnings.warn(odd, ScanWarning, stacklevel=2)
-    return result
+    return labels
 
 
-def case_remark(
-    model: Any, volume: Volume, modality: Modality, structures_ml: Mapping[str, float] | None = None
-) -> str | None:
-    """What is odd about a scan as it was read and about its result, in one line; None where nothing is.
+@dataclass(frozen=True, eq=False)
+class NetworkInput:
+    """A scan as the network takes it, with what is needed to go back.
 
-    structures_ml: volume of each structure in the result that was asked for, by name.
+    oriented: the scan (D, H, W, in) in any real type, reoriented. affine, shape: the network's grid.
+    file_affine: (4, 4) of the scan as it was read. statistics: what `settings.normalisation` takes.
+    kept: (*shape, in) float32, None where slabs are made on demand.
     """
-    ranges = ranges_of(model, modality)
-    remark = scan_remark(volume.array, volume.affine, modality, ranges)
-    remark = remark or modality_remark(modality, modalities_of(model)) or volume_remark(structures_ml or {}, ranges)
-    return None if remark is None else str(remark)
+
+    oriented: Volume
+    affine: np.ndarray
+    shape: tuple[int, int, int]
+    file_affine: np.ndarray
+    settings: SegmentSettings
+    statistics: IntensityStatistics | None = None
+    kept: np.ndarray | None = None
+
+    @property
+    def image(self) -> np.ndarray:
+        """(*shape, in) float32, whole."""
+        return self.slab(0, 0, self.shape[0])
+
+    def slab(self, axis: int, start: int, stop: int) -> np.ndarray:
+        """The planes start to stop (exclusive) of the image along an axis: float32, the other axes whole."""
+        a, b, c = (slice(start, stop) if at == axis else slice(0, n) for at, n in enumerate(self.shape))
+        if self.kept is not None:
+            return self.kept[a, b, c]
+        return self._box((a, b, c), partial(self.settings.normalisation, statistics=self.statistics))
+
+    def raw_parts(self) -> Iterator[np.ndarray]:
+        """The values that the statistics are of, part by part: those of the grid on which they are normalised."""
+        array = self.oriented.array
+        if self.settings.published:
+            yield from (array[rows] for rows in _rows(array.shape))
+        else:
+            whole = [slice(0, n) for n in self.shape]
+            for rows in _rows((*self.shape, array.shape[3])):
+                yield self._box((rows, whole[1], whole[2]), np.asarray)
+
+    def back(self, labels: np.ndarray) -> Volume:
+        """Labels of the reoriented scan as a volume of the scan as it was read."""
+        file_order = reorient(Volume(labels, self.oriented.affine), orientation_of(self.file_affine))
+        header = self.oriented.header
+        # Undoing the flips moves the affine by rounding only; the scan's own is exact. What its values are (the
+        # header's intent) says nothing of labels.
+        return Volume(file_order.array, self.file_affine, None if header is None else replace(header, intent=0))
+
+    def _box(self, box: Box, then: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """A part of the image, `then` done to it where its settings normalise."""
+        published = self.settings.published
+        grid = resample_to(self.oriented, self.affine, self.shape, box=box, before=then if published else None)
+        return grid.array if published else then(grid.array)
 
 
-def settings_for(model: Any, *, modality: Modality | None = None, **changes: Any) -> SegmentSettings:
-    """Settings with which the model was trained, those of `changes` that are not None put in their place.
+def network_grid(oriented: Volume, settings: SegmentSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Affine (4, 4) and shape of the grid on which the network works, of a scan in its orientation."""
+    spacing = (0.0, 0.0, 0.0) if settings.spacing is None else settings.spacing
+    return resampled_grid(oriented.affine, oriented.shape, spacing)
 
-    A network without metadata, which is one of published weights, gets the published values and chain. Of an ensemble,
-    here and below, the first network speaks for all.
+
+def to_network_grid(
+    volume: Volume, settings: SegmentSettings, channels: int | None = None, *, whole_bytes: int = WHOLE_BYTES
+) -> NetworkInput:
+    """Reorient, resample and normalise a scan (D0, D1, D2[, C]). NumPy only, so that threads can do it ahead.
+
+    Args:
+        volume: the scan as it was read.
+        settings: of the network.
+        channels: that the network takes, None where it does not say.
+        whole_bytes: an image that takes more is made slab by slab when it is asked for; its values are the same.
+
+    Raises:
+        DatasetError: voxels that are not finite or not real, another number of channels, an affine that places no
+            voxels.
     """
-    data = metadata_of(model) or DataProperties()
-    trained: dict[str, Any] = {
-        "spacing": data.spacing,
-        "orientation": data.orientation,
-        "normalisation": normalisation_for(modality or data.modality, data.ct_normalisation),
-        "roi_size": data.patch_size or PUBLISHED_ROI,
-        "chain": "published" if is_published(model) else "trained",
-    }
-    return SegmentSettings(**(trained | {key: value for key, value in changes.items() if value is not None}))
+    array = volume.array if volume.array.ndim == 4 else volume.array[..., None]
+    if channels is not None and array.shape[-1] != channels:
+        several = "Put the channels on the fourth axis of one file, or into files <case>_0000, <case>_0001, ..."
+        action = "Give one volume a file." if channels == 1 else several
+        expected = f"{channels}, as the model takes"
+        raise DatasetError(f"{array.shape[-1]} channels or time points", expected=expected, action=action)
+    if 0 in array.shape:
+        raise DatasetError(f"empty volume {array.shape}", expected="at least one voxel")
+    if array.dtype.kind not in "biuf":
+        raise DatasetError(f"voxels of type {array.dtype}", expected="real numbers")
+    usable_affine(None, volume.affine)
+    if array.dtype.kind == "f" and not np.isfinite(array.sum(dtype=np.float64)):
+        count = int(np.count_nonzero(~np.isfinite(array)))
+        raise DatasetError(f"{count} voxels are NaN or infinite", expected="finite numbers")
+    oriented = reorient(replace(volume, array=array), settings.orientation)
+    affine, shape = network_grid(oriented, settings)
+    scan = NetworkInput(oriented, affine, shape, volume.affine, settings)
+    if settings.normalisation.needs_statistics:
+        scan = replace(scan, statistics=statistics_of_parts(scan.raw_parts()))
+    size = (*shape, array.shape[-1])
+    if 4 * math.prod(size) > whole_bytes:
+        return scan
+    kept = np.empty(size, np.float32)
+    for rows in _rows(size):
+        kept[rows] = scan.slab(0, rows.start, rows.stop)
+    return replace(scan, kept=kept)
 
 
-def with_mirrors(model: Any, settings: SegmentSettings) -> tuple[SegmentSettings, tuple[str, ...]]:
-    """Settings with every axis mirrored that training mirrored and the labels allow, and a remark for each other one.
-
-    Of an ensemble those that all were trained with; of a callable that is no network those that the labels allow.
-    """
-    networks = [member for member in members_of(model) if isinstance(member, nnx.Module)]
-    trained = set(AXES).intersection(*(_mirrored_in_training(network) for network in networks))
-    records = [data.mirror_pairs if (data := metadata_of(network)) else None for network in networks]
-    mirrors, remarks = mirrors_for(class_names_of(model), settings.orientation, trained, records)
-    return replace(settings, mirrors=mirrors), remarks
-
-
-def _mirrored_in_training(network: nnx.Module) -> tuple[str, ...]:
-    """Nothing for bare weights: the published training mirrors nothing."""
-    data = metadata_of(network)
-    return () if data is None else data.mirror
-
-
-def chosen_values(
-    model: Any, labels: Sequence[str], keep_largest: str | Sequence[str]
-) -> tuple[tuple[int, ...] | None, tuple[int, ...] | None]:
-    """What `postprocess` takes, from the names that `segment` takes. Raises ConfigError: no such structure."""
-    names, classes = label_names_of(model), classes_of(model)
-    only = values_named(labels, names, classes, "labels") if labels else None
-    if keep_largest == ALL or tuple(keep_largest) == (ALL,):
-        return only, None
-    return only, values_named(keep_largest, names, classes, "keep_largest") if keep_largest else ()
-
-
-def channels_of(model: Any) -> int | None:
-    """Input channels of a model, None where it does not say."""
-    return getattr(getattr(members_of(model)[0], "config", None), "in_chans", None)
-
-
-def classes_of(model: Any) -> int | None:
-    """Classes of a model with the background, None where it does not say."""
-    return getattr(getattr(members_of(model)[0], "config", None), "out_chans", None)
-
-
-def multiples_of(model: Any) -> Triple:
-    """What a window is a multiple of along each axis, so that every network of an ensemble takes it; of a callable
-    that does not say, that of the published network."""
-    configs = [getattr(member, "config", None) or ModelConfig() for member in members_of(model)]
-    a, b, c = (max(sizes) for sizes in zip(*(config.multiples for config in configs), strict=True))
-    return a, b, c
-
-
-def label_names_of(model: Any) -> dict[int, str]:
-    """Value in label maps -> name of the structures that a model was trained on; empty where it does not say."""
-    stored = stored_values_of(model)
-    return {stored.get(value, value): name for value, name in class_names_of(model).items()}
-
-
-def class_names_of(model: Any) -> dict[int, str]:
-    """Class, as the network's output counts them, -> name of its structure; empty where the model does not say."""
-    data = metadata_of(model)
-    return dict(data.labels) if data is not None else {}
-
-
-def stored_values_of(model: Any) -> dict[int, int]:
-    """Class -> value in label maps, without the background; empty where the two are the same."""
-    data = metadata_of(model)
-    return dict(data.values) if data is not None else {}
+def _rows(shape: Sequence[int]) -> Iterator[slice]:
+    """The first axis in parts that are small beside the whole."""
+    height = max(_SLAB_BYTES // (4 * math.prod(shape[1:])), 1)
+    return (slice(first, min(first + height, shape[0])) for first in range(0, shape[0], height))
 
 
 def label(
     model: Any,
-    prepared: NetworkInput,
+    scan: NetworkInput,
     settings: SegmentSettings,
     progress: Progress | None = None,
     with_probabilities: Callable[[np.ndarray], None] | None = None,
@@ -235,77 +358,38 @@ def label(
     devices: Sequence[jax.Device] | None = None,
     device_bytes: float | None = None,
 ) -> Volume:
-    """Label map of a prepared scan, on the scan's own grid. Raises as `segment`.
+    """Predict the label map of a scan on the network's grid, on the scan's own grid. Raises as `segment`.
 
-    with_probabilities: called with those of all classes on the network's grid, (D, H, W, classes) float16.
-    devices: over which the windows are spread, the sums on the first; None: where the model is. A model that is no
-      nnx.Module stays where it is. device_bytes: as in `Stitching`.
+    Args:
+        with_probabilities: called with those of all classes on the network's grid, (D, H, W, classes) float16.
+        devices: over which the windows are spread, the sums on the first; None: where the model is. A model that is no
+            nnx.Module stays where it is.
+        device_bytes: see `WindowSettings`.
     """
-    published = settings.chain == "published"
-    sizes = zip(settings.roi_size, prepared.shape, multiples_of(model), strict=True)
-    how = Stitching(
+    networks = Ensemble.of(model)
+    sizes = zip(settings.roi_size, scan.shape, networks.multiples, strict=True)
+    windows = WindowSettings(
         roi=tuple(r if r > 0 else -(-n // multiple) * multiple for r, n, multiple in sizes),
         overlap=settings.overlap,
-        mode="constant" if published else "gaussian",
-        padding_mode=PADDING_MODE,
+        mode="constant" if settings.published else "gaussian",
         sw_batch_size=settings.sw_batch_size,
         device_bytes=device_bytes,
     )
-    order: Order = "nearest" if published else "linear"
-    grid = (prepared.affine, prepared.shape)
-    positions = positions_on(*grid, prepared.oriented_affine, prepared.oriented_shape)
-    made: list[Any] = []
-
-    def targets(tiling: Tiling, before: Sequence[int]) -> list[Any]:
-        made.append(
-            ShearedLabels(tiling, before, *grid, prepared.oriented_affine, prepared.oriented_shape, order)
-            if positions is None
-            else Labels(tiling, before, positions, order)
-        )
-        if with_probabilities is not None:
-            made.append(Whole(tiling, before, prepared.shape, probabilities_of_tile))
-        return made
-
-    networks = [replicas(member, settings.mirrors, devices) for member in members_of(model)]
-    predict_tiled(networks, prepared.slab, prepared.shape, how, targets, progress)
-    labels, stored = made[0].result, stored_values_of(model)
-    if stored:
-        labels = replace_values(labels, stored)
+    order: Order = "nearest" if settings.published else "linear"
+    to_network = np.linalg.inv(scan.affine) @ scan.oriented.affine
+    positions = positions_on(scan.affine, scan.shape, scan.oriented.affine, scan.oriented.shape)
+    labels: Labels | ShearedLabels = (
+        ShearedLabels(scan.shape, scan.oriented.shape, to_network, order)
+        if positions is None
+        else Labels(positions, order)
+    )
+    probabilities = Whole(scan.shape, probabilities_of_tile)
+    targets: list[Target] = [labels] if with_probabilities is None else [labels, probabilities]
+    members = [replicas(member, settings.mirrors, devices) for member in networks.members]
+    predict_tiled(members, scan.slab, scan.shape, windows, targets, progress)
+    assert labels.result is not None
     if with_probabilities is not None:
-        with_probabilities(made[1].result)
-    back = reorient(Volume(labels, prepared.oriented_affine), orientation_of(prepared.file_affine))
-    # Undoing the flips moves the affine by rounding only; the scan's own is exact.
-    header = prepared.scan.header
-    # What the scan's values are says nothing of labels.
-    return Volume(back.array, prepared.file_affine, None if header is None else replace(header, intent=0))
-
-
-def replicas(model: Any, mirrors: Sequence[Mirror] = (), devices: Sequence[jax.Device] | None = None) -> list[Replica]:
-    """A network as a function of windows (n, *roi, in), on each device; averaged over mirrored windows.
-
-    An nnx.Module is compiled, once for each shape of windows; any other callable is taken as it is, on no device.
-    """
-    if not isinstance(model, nnx.Module):
-        return [Replica(None, mirrored(model, mirrors))]
-    graph, state = nnx.split(model)
-    if devices is None:
-        return [Replica(None, mirrored(partial(apply_network, graph, state), mirrors))]
-    on_each = [partial(apply_network, graph, jax.device_put(state, device)) for device in devices]
-    return [Replica(device, mirrored(network, mirrors)) for device, network in zip(devices, on_each, strict=True)]
-
-
-def apply_network(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:
-    """Logits of windows. Validation calls it too, so that inference finds it compiled in the cache."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, windows))):
-        return _logits(graph, state, windows)  # a part of what the caller compiles, which may not have own options
-    return compiled_network()(graph, state, windows)
-
-
-def _logits(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:
-    return nnx.merge(graph, state)(windows)
-
-
-@functools.cache
-def compiled_network() -> Any:
-    """jit of (graphdef, state, windows) -> logits."""
-    return jax.jit(_logits, static_argnums=0, compiler_options=compiler_options())
+        assert probabilities.result is not None
+        with_probabilities(probabilities.result)
+    stored = networks.stored_values
+    return scan.back(replace_values(labels.result, stored) if stored else labels.result)

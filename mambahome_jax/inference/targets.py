@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mambahome_jax.imaging.geometry import Order
-from mambahome_jax.inference.tiled import Index, Part, Place, Sums, Tiling, label_points, label_tile
+from mambahome_jax.inference.ensemble import log_mean_softmax
+from mambahome_jax.inference.tiled import Index, Part, Place, Sums, Tiling
 
 # Voxels that are labelled in one call, at most and at least, and looked through at a time for those in a tile.
 _POINTS, _FEW, _LOOKED = 1 << 17, 1 << 12, 1 << 20
@@ -27,56 +30,20 @@ class OnHost:
         self.result[place] = values
 
 
-def no_labels(shape: Sequence[int], sums: Sequence[Sums]) -> np.ndarray:
-    """Zeros of a type that holds every class of the sums: uint8, or uint16 for more than 256."""
-    return np.zeros(shape, np.uint8 if sums[0][0].shape[-1] <= 256 else np.uint16)
-
-
-class Labels(OnHost):
-    """Class of the largest interpolated logit at each voxel of a grid whose axes run along the tiles'.
-
-    tiling, before: of the tiles, and the voxels in them that lie in front of the logits' grid along each axis.
-    positions: where the target's voxels lie along each axis of the logits' grid, in voxels, ascending and within it.
-    order: "linear" or "nearest". result: (D, H, W), uint8, or uint16 for more than 256 classes, None before the first
-    tile; of equal logits the lower class wins.
-    """
-
-    def __init__(self, tiling: Tiling, before: Sequence[int], positions: Sequence[np.ndarray], order: Order) -> None:
-        self.shape = tuple(len(position) for position in positions)
-        self.rows = [
-            [_rows_of(position, order, i * edge - b, edge) for i in range(count)]
-            for position, b, edge, count in zip(positions, before, tiling.edge, tiling.count, strict=True)
-        ]
-
-    def begin(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
-        """See `tiled.Target`."""
-        if self.result is None:
-            self.result = no_labels(self.shape, sums)
-        first, second, third = (rows[i] for rows, i in zip(self.rows, index, strict=True))
-        for a, share_a in first:
-            for b, share_b in second:
-                for c, share_c in third:
-                    inside = tuple(slice(0, rows.stop - rows.start) for rows in (a, b, c))
-                    yield (a, b, c), inside, label_tile(sums, (share_a, share_b, share_c), self.result.dtype)
-
-
 class Whole(OnHost):
-    """What `of_tile` makes of the voxels of each tile, as one array on the host.
+    """What `of_tile` makes of the voxels of each tile, as one array (*shape, classes).
 
-    of_tile: sums of each network -> ((*edge, classes), finite). shape: of the logits' grid.
-    result: (*shape, classes), None before the first tile.
+    shape: of the logits' grid. of_tile: sums of each network -> ((*edge, classes), finite).
     """
 
-    def __init__(
-        self,
-        tiling: Tiling,
-        before: Sequence[int],
-        shape: Sequence[int],
-        of_tile: Callable[[Sequence[Sums]], tuple[jax.Array, jax.Array]],
-    ) -> None:
-        self.tiling, self.before, self.shape, self.of_tile = tiling, before, tuple(shape), of_tile
+    def __init__(self, shape: Sequence[int], of_tile: Callable[[Sequence[Sums]], tuple[jax.Array, jax.Array]]) -> None:
+        self.shape, self.of_tile = tuple(shape), of_tile
 
-    def begin(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
+    def begin(self, tiling: Tiling, before: Sequence[int]) -> None:
+        """See `tiled.Target`."""
+        self.tiling, self.before = tiling, before
+
+    def parts(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
         """See `tiled.Target`."""
         starts = [start - b for start, b in zip(self.tiling.start(index), self.before, strict=True)]
         ends = [min(s + e, n) for s, e, n in zip(starts, self.tiling.edge, self.shape, strict=True)]
@@ -87,6 +54,39 @@ class Whole(OnHost):
             if self.result is None:
                 self.result = np.empty((*self.shape, values.shape[-1]), values.dtype)
             yield place, inside, (values, finite)
+
+
+class Labels(OnHost):
+    """Class of the largest interpolated logit at each voxel of a grid whose axes run along the tiles'.
+
+    positions: where the target's voxels lie along each axis of the logits' grid, in voxels, ascending and within it.
+    result: (D, H, W), uint8, or uint16 for more than 256 classes; of equal logits the lower class wins.
+    """
+
+    def __init__(self, positions: Sequence[np.ndarray], order: Order) -> None:
+        self.positions, self.order = positions, order
+
+    def begin(self, tiling: Tiling, before: Sequence[int]) -> None:
+        """See `tiled.Target`."""
+        self.rows = [
+            [_rows_of(position, self.order, i * edge - b, edge) for i in range(count)]
+            for position, b, edge, count in zip(self.positions, before, tiling.edge, tiling.count, strict=True)
+        ]
+
+    def parts(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
+        """See `tiled.Target`."""
+        if self.result is None:
+            self.result = _background([len(position) for position in self.positions], sums)
+        for (a, share_a), (b, share_b), (c, share_c) in product(
+            *(rows[i] for rows, i in zip(self.rows, index, strict=True))
+        ):
+            inside = tuple(slice(0, rows.stop - rows.start) for rows in (a, b, c))
+            yield (a, b, c), inside, _label_tile(sums, (share_a, share_b, share_c), self.result.dtype)
+
+
+def _background(shape: Sequence[int], sums: Sequence[Sums]) -> np.ndarray:
+    """Zeros of a type that holds every class of the sums."""
+    return np.zeros(shape, np.uint8 if sums[0][0].shape[-1] <= 256 else np.uint16)
 
 
 def _rows_of(position: np.ndarray, order: Order, start: int, edge: int) -> list[_Rows]:
@@ -108,32 +108,26 @@ def _rows_of(position: np.ndarray, order: Order, start: int, edge: int) -> list[
 class ShearedLabels(OnHost):
     """As `Labels`, for a grid of any axes: a tile labels the voxels whose lower neighbour is one of its own.
 
-    affine, shape: of the logits' grid, (4, 4) and (D, H, W). target_affine, target_shape: of the grid to label. Beyond
-    the outermost logits their values go on. result: as of `Labels`.
+    source: shape (D, H, W) of the logits' grid. shape: of the grid to label. matrix: (4, 4), voxels of the grid to
+    label -> of the logits'. Beyond the outermost logits their values go on. result: as of `Labels`.
     """
 
-    def __init__(
-        self,
-        tiling: Tiling,
-        before: Sequence[int],
-        affine: np.ndarray,
-        shape: Sequence[int],
-        target_affine: np.ndarray,
-        target_shape: Sequence[int],
-        order: Order,
-    ) -> None:
-        self.tiling, self.before, self.order = tiling, before, order
-        self.source, self.shape = tuple(shape), tuple(target_shape)
-        self._matrix = np.linalg.inv(affine) @ target_affine
+    def __init__(self, source: Sequence[int], shape: Sequence[int], matrix: np.ndarray, order: Order) -> None:
+        self.source, self.shape, self.order = tuple(source), tuple(shape), order
+        self._matrix = matrix
         self._back = np.linalg.inv(self._matrix)
         corners = np.array(list(product(*((0, n - 1) for n in self.shape))))
         reached = corners @ self._matrix[:3, :3].T + self._matrix[:3, 3]
         self._span = reached.min(axis=0), reached.max(axis=0)
 
-    def begin(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
+    def begin(self, tiling: Tiling, before: Sequence[int]) -> None:
+        """See `tiled.Target`."""
+        self.tiling, self.before = tiling, before
+
+    def parts(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
         """See `tiled.Target`."""
         if self.result is None:
-            self.result = no_labels(self.shape, sums)
+            self.result = _background(self.shape, sums)
         start = np.array(self.tiling.start(index)) - self.before
         for voxels, low, share in self._inside(start):
             for first in range(0, len(low), _POINTS):
@@ -141,7 +135,7 @@ class ShearedLabels(OnHost):
                 # A few sizes for all, so that little is compiled.
                 size = min(max(_FEW, 1 << (part.stop - part.start - 1).bit_length()), _POINTS)
                 filled = ((0, size - (part.stop - part.start)), (0, 0))
-                values = label_points(sums, np.pad(low[part], filled), np.pad(share[part], filled), self.result.dtype)
+                values = _label_points(sums, np.pad(low[part], filled), np.pad(share[part], filled), self.result.dtype)
                 place = tuple(axis[part] for axis in voxels)
                 yield place, (slice(0, part.stop - part.start),), values
 
@@ -180,3 +174,51 @@ class ShearedLabels(OnHost):
         last = np.clip(np.ceil(corners.max(axis=0)) + 1, 0, self.shape).astype(int)
         a, b, c = (slice(int(one), int(other)) for one, other in zip(first, last, strict=True))
         return a, b, c
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _label_tile(sums, matrices, dtype):
+    """Largest class of interpolated logits, and whether each network's logits are finite.
+
+    sums: (total, weight) of each network. matrices: (outputs, voxels of the tile) an axis, the shares of each voxel.
+    """
+    means, finite = _means(sums)
+    logits = jnp.einsum("ai,bj,ck,ijkn->abcn", *matrices, log_mean_softmax(means), precision=jax.lax.Precision.HIGHEST)
+    return jnp.argmax(logits, axis=-1).astype(dtype), finite
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _label_points(sums, low, share, dtype):
+    """As `_label_tile`, of single points in a tile.
+
+    low: (n, 3), the voxel below each point along every axis. share: (n, 3), what that above it counts.
+    """
+    means, finite = _means(sums)
+    tile = log_mean_softmax(means)
+    logits = jnp.zeros((low.shape[0], tile.shape[-1]), tile.dtype)
+    for corner in product((0, 1), repeat=3):
+        at = low + jnp.array(corner)
+        weight = jnp.where(jnp.array(corner) == 1, share, 1 - share).prod(axis=1)
+        logits += weight[:, None] * tile[at[:, 0], at[:, 1], at[:, 2]]
+    return jnp.argmax(logits, axis=-1).astype(dtype), finite
+
+
+@jax.jit
+def probabilities_of_tile(sums):
+    """float16 softmax of a tile, without the planes that it shares with the next ones."""
+    means, finite = _means(sums)
+    return jax.nn.softmax(log_mean_softmax(means)[:-1, :-1, :-1], axis=-1).astype(jnp.float16), finite
+
+
+@jax.jit
+def mean_of_tile(sums):
+    """Weighted mean of one network's predictions, whatever they are, without the planes that tiles share."""
+    means, finite = _means(sums)
+    return means[0][:-1, :-1, :-1], jnp.ones_like(finite)
+
+
+def _means(sums: Sequence[Sums]) -> tuple[list[jax.Array], jax.Array]:
+    # Voxels beyond the volume have no weight.
+    means = [total / jnp.where(weight > 0, weight, 1)[..., None] for total, weight in sums]
+    # A sum is finite if all of its terms are.
+    return means, jnp.stack([jnp.isfinite(mean.sum()) for mean in means])

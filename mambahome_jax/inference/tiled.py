@@ -1,9 +1,10 @@
-"""From windows to labels tile by tile: no array has all classes of a whole volume, on the device or the host.
+"""A network over a volume of any size, tile by tile: no array has all classes of a whole volume, anywhere.
 
 An image made slab by slab is cut into windows, their predictions are added up in tiles of one size, and each tile
 exists only while windows touch it. Whatever the volume, the arrays on the device have the shape of a tile or a window:
 nothing is compiled for a volume's size, and memory is needed for little more than one window's depth of the volume.
 Neighbouring tiles share a plane of voxels, so that what lies between two voxels can be interpolated from one tile.
+Which windows there are, the padding of short axes and the weights agree exactly with MONAI's sliding_window_inference.
 """
 
 import math
@@ -13,25 +14,35 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mambahome_jax.errors import CheckpointError, ConfigError
-from mambahome_jax.inference.ensemble import log_mean_softmax
-from mambahome_jax.inference.sliding_window import (
-    Mode,
-    PaddingMode,
-    Predict,
-    budget,
-    importance_map,
-    pad,
-    window_starts,
-)
 
+Mode = Literal["gaussian", "constant"]
+PaddingMode = Literal["edge", "constant"]
+# Zeros around a scan smaller than a window, as around one smaller than a training patch (patches.loader): networks see
+# the whole window at once, and copies of the scan's border, which they were not trained on, cost them several percent.
+PADDING_MODE: PaddingMode = "constant"
+Predict = Callable[[jax.Array], Any]
+Progress = Callable[[int, int], None]  # windows done, windows in all
+# (axis, start, stop) -> these planes of an image, (D, H, W, in) with the other axes whole
 Slab = Callable[[int, int, int], np.ndarray]
+Index = tuple[int, int, int]  # of a tile
+Sums = tuple[jax.Array, jax.Array]  # of weight * prediction and of weight, for one tile and network
+Slices = tuple[slice, ...]
+# A box, or the indices of single voxels along each axis.
+Place = tuple[slice, ...] | tuple[np.ndarray, ...]
+# Where values go, which of the tile's they are, and the values with whether those of each network are finite.
+Part = tuple[Place, Slices, tuple[jax.Array, jax.Array]]
+
+# Where a device does not say what it has (a CPU), its memory is the host's.
+UNKNOWN_DEVICE_BUDGET = 8 << 30
+# The floor under the Gaussian weights: without it a voxel near a window's corner would get a weight of 1e-11.
+LOWEST_WEIGHT = 1e-3
 # Calls of the network for which windows are cut while it is at work: making a slab takes as long as a few.
 _AHEAD = 4
 # A window's depth of the last axis may have so many voxels, 1 GiB of 16 classes, before the axis is taken that is
@@ -42,31 +53,86 @@ FEW_VOXELS = 1 << 24
 # window. On a GPU each tile that a window touches is a program to start, some 45 of them with the fine parts, and the
 # starts took as long as the network.
 FINE, COARSE = (4, 2), (2, 1)
-
-Index = tuple[int, int, int]
-Sums = tuple[jax.Array, jax.Array]
 # Results of tiles that may be on their way to the host while the device goes on.
 _PENDING = 64
 
-Slices = tuple[slice, ...]
-# A box, or the indices of single voxels along each axis.
-Place = tuple[slice, ...] | tuple[np.ndarray, ...]
-# Where values go, which of the tile's they are, and the values with whether those of each network are finite.
-Part = tuple[Place, Slices, tuple[jax.Array, jax.Array]]
+
+@dataclass(frozen=True)
+class WindowSettings:
+    """How a volume is cut into windows, and how their predictions are blended.
+
+    roi: window in voxels. overlap, mode, padding_mode, sw_batch_size, sigma_scale, padding_value: see `sliding_window`.
+    device_bytes: sums that take more are kept by the host, which is slower; None: half of what the device has left.
+    """
+
+    roi: tuple[int, ...]
+    overlap: float | Sequence[float] = 0.5
+    mode: Mode = "gaussian"
+    padding_mode: PaddingMode = PADDING_MODE
+    sw_batch_size: int = 4
+    device_bytes: float | None = None
+    sigma_scale: float | Sequence[float] = 0.125
+    padding_value: float = 0.0
+
+
+def window_size(shape: Sequence[int], roi_size: int | Sequence[int]) -> tuple[int, ...]:
+    """Resolve the window (voxels an axis) for a volume of `shape`: entries <= 0 become the whole axis."""
+    entries = _per_axis(roi_size, len(shape), "roi_size")
+    if any(r != int(r) for r in entries):
+        raise ConfigError(f"roi_size is {roi_size}; expected whole numbers of voxels")
+    return tuple(int(r) if r > 0 else int(n) for r, n in zip(entries, shape, strict=True))
+
+
+def window_starts(shape: Sequence[int], roi: Sequence[int], overlap: float | Sequence[float]) -> np.ndarray:
+    """First voxel of every window, (windows, axes) int64, last axis fastest. No axis may be shorter than its roi."""
+    overlaps = _per_axis(overlap, len(shape), "overlap")
+    if not all(0 <= o < 1 for o in overlaps):
+        raise ConfigError(f"overlap is {overlap}; expected at least 0 and below 1")
+    axes = []
+    for size, window, share in zip(shape, roi, overlaps, strict=True):
+        # Truncated in float64 as in MONAI: roi 10 with overlap 0.8 steps by 1, since 10 * (1 - 0.8) is below 2.
+        step = window if size == window else max(int(window * (1 - share)), 1)
+        count = math.ceil((size - window) / step) + 1
+        axes.append([min(i * step, size - window) for i in range(count)])
+    return np.array(list(product(*axes)), dtype=np.int64)
+
+
+def importance_map(
+    roi: Sequence[int], mode: Mode = "gaussian", sigma_scale: float | Sequence[float] = 0.125
+) -> np.ndarray:
+    """Weight of each voxel of a window, float32 of shape `roi`: ones, or a Gaussian round its centre with a floor."""
+    if mode == "constant":
+        return np.ones(roi, np.float32)
+    if mode != "gaussian":
+        raise ConfigError(f"mode is {mode!r}; expected gaussian or constant")
+    scales = _per_axis(sigma_scale, len(roi), "sigma_scale")
+    if not all(s > 0 for s in scales):
+        raise ConfigError(f"sigma_scale is {sigma_scale}; expected positive numbers")
+    weights = np.ones((), np.float32)
+    for window, scale in zip(roi, scales, strict=True):
+        offset = np.arange(window, dtype=np.float32) - np.float32((window - 1) / 2)
+        weights = weights[..., None] * np.exp(-(offset**2) / np.float32(2 * (scale * window) ** 2))
+    return np.maximum(weights, max(float(weights.min()), LOWEST_WEIGHT)).astype(np.float32)
+
+
+def _per_axis(value: Any, axes: int, name: str) -> tuple[Any, ...]:
+    values = (value,) * axes if np.ndim(value) == 0 else tuple(value)
+    if len(values) != axes:
+        raise ConfigError(f"{name} is {value}; expected one number, or one for each of {axes} axes")
+    return values
 
 
 class Windows:
     """Cuts windows out of an image of which only the planes that they need are kept.
 
-    slab: (axis, start, stop) -> these planes, (D, H, W, in) with the other axes whole. shape: of the image.
-    axis: along which no window begins before the first one of the call before. before: voxels of padding in front of
-    each axis; it goes on behind as far as the window does.
+    slab, shape: of the image. axis: along which no window begins before the first one of the call before. before:
+    voxels of padding in front of each axis; it goes on behind as far as the window does.
     """
 
     def __init__(
-        self, slab: Slab, shape: Sequence[int], axis: int, roi: Sequence[int], before: Sequence[int], mode: PaddingMode
+        self, slab: Slab, shape: Sequence[int], axis: int, before: Sequence[int], settings: WindowSettings
     ) -> None:
-        self.slab, self.shape, self.axis, self.roi, self.before, self.mode = slab, shape, axis, roi, before, mode
+        self.slab, self.shape, self.axis, self.before, self.settings = slab, shape, axis, before, settings
         self.first = 0
         self.planes: np.ndarray | None = None
 
@@ -86,34 +152,42 @@ class Windows:
                     future.cancel()
 
     def stack(self, corners: np.ndarray) -> np.ndarray:
-        """(n, *roi, in) of the windows at `corners` (n, 3), in voxels of the padded image."""
+        """Cut the windows at `corners` (n, 3), in voxels of the padded image: (n, *roi, in)."""
         at = corners[:, self.axis] - self.before[self.axis]
-        self._keep(max(int(at.min()), 0), min(int(at.max()) + self.roi[self.axis], self.shape[self.axis]))
+        self._keep(max(int(at.min()), 0), min(int(at.max()) + self.settings.roi[self.axis], self.shape[self.axis]))
         return np.stack([self._window(corner) for corner in corners])
 
     def _keep(self, start: int, stop: int) -> None:
-        there = self.first + (0 if self.planes is None else self.planes.shape[self.axis])
-        if self.planes is None or start >= there:
+        end = self.first + (0 if self.planes is None else self.planes.shape[self.axis])
+        if self.planes is None or start >= end:
             self.first, self.planes = start, self.slab(self.axis, start, stop)
-        elif stop > there:
+        elif stop > end:
             old = np.moveaxis(self.planes, self.axis, 0)[start - self.first :]
-            new = np.moveaxis(self.slab(self.axis, there, stop), self.axis, 0)
+            new = np.moveaxis(self.slab(self.axis, end, stop), self.axis, 0)
             self.first, self.planes = start, np.moveaxis(np.concatenate([old, new]), 0, self.axis)
 
     def _window(self, corner: np.ndarray) -> np.ndarray:
         assert self.planes is not None
+        roi = self.settings.roi
         low = [int(c) - b for c, b in zip(corner, self.before, strict=True)]
         kept = [max(start, 0) for start in low]
-        box = [slice(k, min(start + r, n)) for k, start, r, n in zip(kept, low, self.roi, self.shape, strict=True)]
+        box = [slice(k, min(start + r, n)) for k, start, r, n in zip(kept, low, roi, self.shape, strict=True)]
         part = box[self.axis]
         box[self.axis] = slice(part.start - self.first, part.stop - self.first)
-        return pad(
-            self.planes[tuple(box)], [k - start for k, start in zip(kept, low, strict=True)], self.roi, self.mode
-        )
+        window = self.planes[tuple(box)]
+        if not np.issubdtype(window.dtype, np.floating):
+            window = window.astype(np.float32)
+        front = [k - start for k, start in zip(kept, low, strict=True)]
+        widths = [(f, r - n - f) for f, r, n in zip(front, roi, window.shape[:3], strict=True)] + [(0, 0)]
+        if not any(map(any, widths)):
+            return window
+        if self.settings.padding_mode == "edge":
+            return np.pad(window, widths, mode="edge")
+        return np.pad(window, widths, mode="constant", constant_values=self.settings.padding_value)
 
 
 class Tiling:
-    """How a volume is cut.
+    """How a volume is cut into tiles.
 
     shape: of the volume in voxels, no axis shorter than `roi`, the window. axis: along which windows come in order.
     edge: voxels from one tile to the next; a tile holds one more along each axis. parts: FINE or COARSE. few: see
@@ -157,24 +231,17 @@ class Tiles:
     """Sums of weight * prediction and of weight for one network, on one device."""
 
     def __init__(
-        self,
-        tiling: Tiling,
-        weights: np.ndarray,
-        predicted: jax.Array,
-        device_bytes: float | None = None,
-        networks: int = 1,
+        self, tiling: Tiling, weights: np.ndarray, predicted: jax.Array, device_bytes: float | None, networks: int
     ) -> None:
         """weights: (*roi) of a window's voxels. predicted: any (n, *roi, classes) of the network.
 
-        device_bytes: what the sums of all `networks` may take where it predicts; None: half of what is free there. If
-        they would take more, they are kept by the host.
+        device_bytes: what the sums of all `networks` may take, see `WindowSettings`.
         """
         self.tiling, self.size, self.classes = tiling, tuple(e + 1 for e in tiling.edge), predicted.shape[-1]
         self.dtype = jnp.promote_types(predicted.dtype, jnp.float32)
         device = next(iter(predicted.devices()))
-        fits = networks * tiling.bytes_alive(self.classes, self.dtype.itemsize) <= (
-            budget(device) if device_bytes is None else device_bytes
-        )
+        needed = networks * tiling.bytes_alive(self.classes, self.dtype.itemsize)
+        fits = needed <= (device_budget(device) if device_bytes is None else device_bytes)
         self.device = device if fits else jax.local_devices(backend="cpu")[0]
         self.weights = jax.device_put(weights.astype(self.dtype), self.device)
         self.alive: dict[Index, Sums] = {}
@@ -182,7 +249,7 @@ class Tiles:
         self.spare: list[Sums] = []
 
     def add(self, predicted: jax.Array, corners: np.ndarray) -> jax.Array:
-        """Add predictions (n, *roi, classes), of which the first len(corners) count; returns what can be waited for."""
+        """Add predictions (n, *roi, classes), of which the first len(corners) count; return what can be waited for."""
         predicted = jax.device_put(predicted, self.device)
         touching: dict[Index, list[int]] = defaultdict(list)
         for number, corner in enumerate(corners):
@@ -209,45 +276,13 @@ class Tiles:
         return total, jnp.zeros(self.size, self.dtype, device=self.device)
 
 
-@partial(jax.jit, static_argnames="dtype")
-def label_tile(sums, matrices, dtype):
-    """Largest class of interpolated logits, and whether each network's logits are finite.
-
-    sums: (total, weight) of each network. matrices: (outputs, voxels of the tile) an axis, the shares of each voxel.
-    """
-    means, finite = _means(sums)
-    logits = jnp.einsum("ai,bj,ck,ijkn->abcn", *matrices, log_mean_softmax(means), precision=jax.lax.Precision.HIGHEST)
-    return jnp.argmax(logits, axis=-1).astype(dtype), finite
-
-
-@jax.jit
-def probabilities_of_tile(sums):
-    """float16 softmax of a tile, without the planes that it shares with the next ones."""
-    means, finite = _means(sums)
-    return jax.nn.softmax(log_mean_softmax(means)[:-1, :-1, :-1], axis=-1).astype(jnp.float16), finite
-
-
-@partial(jax.jit, static_argnames="dtype")
-def label_points(sums, low, share, dtype):
-    """As `label_tile`, of single points in a tile.
-
-    low: (n, 3), the voxel below each point along every axis. share: (n, 3), what that above it counts.
-    """
-    means, finite = _means(sums)
-    tile = log_mean_softmax(means)
-    logits = jnp.zeros((low.shape[0], tile.shape[-1]), tile.dtype)
-    for corner in product((0, 1), repeat=3):
-        at = low + jnp.array(corner)
-        weight = jnp.where(jnp.array(corner) == 1, share, 1 - share).prod(axis=1)
-        logits += weight[:, None] * tile[at[:, 0], at[:, 1], at[:, 2]]
-    return jnp.argmax(logits, axis=-1).astype(dtype), finite
-
-
-def _means(sums: Sequence[Sums]) -> tuple[list[jax.Array], jax.Array]:
-    # Voxels beyond the volume have no weight.
-    means = [total / jnp.where(weight > 0, weight, 1)[..., None] for total, weight in sums]
-    # A sum is finite if all of its terms are.
-    return means, jnp.stack([jnp.isfinite(mean.sum()) for mean in means])
+def device_budget(device: jax.Device) -> float:
+    """Bytes that sums may take on a device: half of what it has left."""
+    statistics = device.memory_stats()
+    if not statistics or "bytes_limit" not in statistics:
+        return UNKNOWN_DEVICE_BUDGET
+    # The other half is for the network's own activations and for bringing the result back to the scan's grid.
+    return 0.5 * (statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
 
 
 @partial(jax.jit, donate_argnums=(0, 1), keep_unused=True)
@@ -283,56 +318,49 @@ class Replica:
     predict: Predict
 
 
-@dataclass(frozen=True)
-class Stitching:
-    """How a volume is cut into windows, and where their predictions are added.
-
-    roi: window in voxels. overlap, mode, padding_mode, sw_batch_size: as in `sliding_window`.
-    device_bytes: sums that take more are kept by the host, which is slower; None: half of what the device has left.
-    """
-
-    roi: tuple[int, ...]
-    overlap: float | Sequence[float]
-    mode: Mode
-    padding_mode: PaddingMode
-    sw_batch_size: int
-    device_bytes: float | None = None
-
-
 class Target(Protocol):
     """What is made of tiles."""
 
-    def begin(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
+    def begin(self, tiling: Tiling, before: Sequence[int]) -> None:
+        """Learn the tiles, which also cover the padding: `before` voxels in front of each axis."""
+
+    def parts(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
         """Start what a tile contributes, the sums of each network given."""
 
     def store(self, place: Place, values: np.ndarray) -> None:
-        """Put values where `begin` said."""
+        """Put values where `parts` said."""
 
 
 def predict_tiled(
     networks: Sequence[Sequence[Replica]],
     slab: Slab,
     shape: Sequence[int],
-    how: Stitching,
-    targets: Callable[[Tiling, Sequence[int]], Sequence[Target]],
-    progress: Callable[[int, int], None] | None = None,
+    settings: WindowSettings,
+    targets: Sequence[Target],
+    progress: Progress | None = None,
 ) -> None:
     """Predict an image window by window, and give each tile to the targets once no window touches it any more.
 
-    networks: each on every device that takes part. slab, shape: the image, as `Windows` takes it.
-    targets: made from the tiling and the voxels of padding in front of each axis, which the tiles cover too.
-    progress: called with (windows done, windows in all), the windows of every network counted.
-    Raises ConfigError (predictions of a wrong shape) and CheckpointError (predictions that are not finite).
+    Args:
+        networks: each on every device that takes part.
+        slab: makes planes of the image, whose voxels are `shape`.
+        settings: of the windows.
+        targets: what is made of the tiles.
+        progress: called with (windows done, windows in all), the windows of every network counted.
+
+    Raises:
+        ConfigError: predictions of a wrong shape.
+        CheckpointError: predictions that are not finite.
     """
-    padded = tuple(max(n, r) for n, r in zip(shape, how.roi, strict=True))
+    padded = tuple(max(n, r) for n, r in zip(shape, settings.roi, strict=True))
     before = tuple((p - n) // 2 for p, n in zip(padded, shape, strict=True))
-    tiling = Tiling(padded, how.roi, parts_for(networks[0][0].device))
-    chosen = targets(tiling, before)
+    tiling = Tiling(padded, settings.roi, parts_for(networks[0][0].device))
+    for target in targets:
+        target.begin(tiling, before)
+    windows = Windows(slab, shape, tiling.axis, before, settings)
     pending: deque[tuple[Target, Part]] = deque()
-    for index, sums in _whole_tiles(
-        networks, Windows(slab, shape, tiling.axis, how.roi, before, how.padding_mode), tiling, how, progress
-    ):
-        pending.extend((target, part) for target in chosen for part in target.begin(index, sums))
+    for index, sums in _whole_tiles(networks, windows, tiling, progress):
+        pending.extend((target, part) for target in targets for part in target.parts(index, sums))
         while len(pending) > _PENDING:
             _finish(*pending.popleft())
     while pending:
@@ -355,18 +383,15 @@ def _finish(target: Target, part: Part) -> None:
 
 
 def _whole_tiles(
-    networks: Sequence[Sequence[Replica]],
-    windows: Windows,
-    tiling: Tiling,
-    how: Stitching,
-    progress: Callable[[int, int], None] | None,
+    networks: Sequence[Sequence[Replica]], windows: Windows, tiling: Tiling, progress: Progress | None
 ) -> Iterator[tuple[Index, list[Sums]]]:
-    starts = window_starts(tiling.shape, how.roi, how.overlap)
+    settings, batch = windows.settings, windows.settings.sw_batch_size
+    starts = window_starts(tiling.shape, settings.roi, settings.overlap)
     starts = starts[np.argsort(starts[:, tiling.axis], kind="stable")]
     # The last call is filled up, so that all have one shape.
-    calls = [starts[first : first + how.sw_batch_size] for first in range(0, len(starts), how.sw_batch_size)]
-    filled = (np.concatenate([c, np.repeat(c[-1:], how.sw_batch_size - len(c), axis=0)]) for c in calls)
-    weights = importance_map(how.roi, how.mode)
+    calls = [starts[first : first + batch] for first in range(0, len(starts), batch)]
+    filled = (np.concatenate([c, np.repeat(c[-1:], batch - len(c), axis=0)]) for c in calls)
+    weights = importance_map(settings.roi, settings.mode, settings.sigma_scale)
     sums: list[Tiles] = []
     running: deque[jax.Array] = deque()
     done = 0
@@ -376,13 +401,13 @@ def _whole_tiles(
             predicted = jnp.asarray(replica.predict(jax.device_put(stacked, replica.device)))
             _check(predicted, stacked, sums)
             if len(sums) == member:
-                sums.append(Tiles(tiling, weights, predicted, how.device_bytes, len(networks)))
+                sums.append(Tiles(tiling, weights, predicted, settings.device_bytes, len(networks)))
             running.append(sums[member].add(predicted, corners))
             # One call in flight more than there are devices keeps them busy; others would only hold their windows in
             # the memory of the first. A CPU would run both at a time, no faster, and need the memory of both.
-            most = len(replicas) + (-1 if _is_cpu(predicted) else 1)
+            on_cpu = next(iter(predicted.devices())).platform == "cpu"
             del predicted
-            while len(running) > most:
+            while len(running) > len(replicas) + (-1 if on_cpu else 1):
                 running.popleft().block_until_ready()
             done += len(corners)
             if progress is not None:
@@ -393,10 +418,6 @@ def _whole_tiles(
             yield index, taken
             for tiles, used in zip(sums, taken, strict=True):
                 tiles.spare.append(used)
-
-
-def _is_cpu(array: jax.Array) -> bool:
-    return next(iter(array.devices())).platform == "cpu"
 
 
 def _check(predicted: jax.Array, windows: np.ndarray, sums: Sequence[Tiles]) -> None:

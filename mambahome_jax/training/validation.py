@@ -17,10 +17,9 @@ from mambahome_jax.evaluation.metrics import dice
 from mambahome_jax.imaging.normalisation import Normalisation, normalisations
 from mambahome_jax.imaging.pictures import render
 from mambahome_jax.imaging.volume import Volume, replace_values
-from mambahome_jax.inference.segment import apply_network
-from mambahome_jax.inference.sliding_window import PADDING_MODE, window_size
+from mambahome_jax.inference.ensemble import apply_network
 from mambahome_jax.inference.targets import Labels
-from mambahome_jax.inference.tiled import Replica, Slab, Stitching, Tiling, predict_tiled
+from mambahome_jax.inference.tiled import Replica, Slab, WindowSettings, predict_tiled, window_size
 from mambahome_jax.patches.store import Store, StoreEntry
 from mambahome_jax.training.distributed import gather
 from mambahome_jax.training.sharding import copy_to
@@ -124,17 +123,12 @@ def _slabs(image: np.ndarray, to_unit: Callable[[np.ndarray], np.ndarray]) -> Sl
 
 def _predict(network: Replica, slab: Slab, shape: Sequence[int], settings: ValidationSettings) -> np.ndarray:
     """Labels (D, H, W). The logits of a window's depth exist at a time."""
-    made: list[Labels] = []
-
-    def targets(tiling: Tiling, before: Sequence[int]) -> list[Labels]:
-        made.append(Labels(tiling, before, [np.arange(n, dtype=np.float64) for n in shape], "nearest"))
-        return made
-
+    labels = Labels([np.arange(n, dtype=np.float64) for n in shape], "nearest")
     roi = window_size(shape, settings.patch_size)
-    how = Stitching(roi, settings.overlap, "gaussian", PADDING_MODE, settings.sw_batch_size)
-    predict_tiled([[network]], slab, shape, how, targets)
-    assert made[0].result is not None
-    return made[0].result
+    windows = WindowSettings(roi, settings.overlap, sw_batch_size=settings.sw_batch_size)
+    predict_tiled([[network]], slab, shape, windows, [labels])
+    assert labels.result is not None
+    return labels.result
 
 
 def _time_again(first_ended: float | None, ended: float, scored: int) -> float | None:

@@ -14,9 +14,8 @@ from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.imaging.normalisation import CtScale, CtWindow, normalisations
 from mambahome_jax.imaging.volume import read_labels, read_volume
-from mambahome_jax.inference.ensemble import check_members
-from mambahome_jax.inference.prepare import prepare
-from mambahome_jax.inference.segment import settings_for
+from mambahome_jax.inference.ensemble import Ensemble
+from mambahome_jax.inference.segment import SegmentOptions, settings_for, to_network_grid
 from mambahome_jax.patches.loader import read_patch
 from mambahome_jax.patches.store import INTENSITIES, SAMPLE, Store, ct_scale, foreground_sample
 from mambahome_jax.training.setup import make_setup, training_settings
@@ -104,16 +103,16 @@ def test_training_and_inference_see_the_same(config):
     assert CtScale.from_json(resumed["ct_scale"]) == prepared.ct_normalisation
     properties = DataProperties.from_json(json.loads(json.dumps(setup.properties.to_json())))
     assert properties == setup.properties
-    settings = settings_for(Trained(properties))
-    seen = prepare(read_volume(config.input_path / "images/a.nii.gz"), settings)
+    settings = settings_for(Trained(properties), SegmentOptions())
+    seen = to_network_grid(read_volume(config.input_path / "images/a.nii.gz"), settings)
     normalise = normalisations(properties.ct_normalisation)
     patch, _ = read_patch(Store(config.output_path), "a", (8, 8, 4), seen.shape, normalise)
     np.testing.assert_array_equal(seen.image, patch)
-    by_slabs = prepare(read_volume(config.input_path / "images/a.nii.gz"), settings, whole_bytes=0)
+    by_slabs = to_network_grid(read_volume(config.input_path / "images/a.nii.gz"), settings, whole_bytes=0)
     np.testing.assert_array_equal(seen.image, by_slabs.image)
     assert seen.image.min() < -1 and seen.image.max() > 0.5
     with pytest.raises(ConfigError, match="intensities of CT"):
-        check_members([Trained(properties), Trained(replace(properties, ct_normalisation=CtWindow()))])
+        Ensemble.of([Trained(properties), Trained(replace(properties, ct_normalisation=CtWindow()))])
 
 
 def test_normalise_by_the_scale():

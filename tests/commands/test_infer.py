@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import mambahome_jax as mh
 from mambahome_jax.commands import infer
 from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError, OutputError
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging.volume import read_volume, write_volume
-from mambahome_jax.inference import batch
+from mambahome_jax.inference import batch, results
 from tests.commands.scans import write
 from tests.conftest import golden_path
 from tests.inference.models import Levels
@@ -23,7 +24,7 @@ PROPERTIES = DataProperties(spacing=None, labels=((1, "liver"), (2, "spleen")), 
 @pytest.fixture
 def levels(monkeypatch):
     """Puts a model whose classes are intensity levels in the place of what --model_path names."""
-    monkeypatch.setattr(infer, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
+    monkeypatch.setattr(batch, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
 
 
 def labels_of(seed):
@@ -73,6 +74,21 @@ def test_folder(tmp_path, levels, capsys):
     assert found["cases"][0]["seconds"] > 0
     assert not list((tmp_path / "out").glob(".*"))
     assert "2 of 2 scans" in capsys.readouterr().out
+
+
+def test_as_a_function(tmp_path, levels, capsys):
+    folder = scans(tmp_path / "in", "a", "b")
+    write(folder / "nan.nii.gz", np.full((8, 8, 8), np.nan, np.float32))
+    out = tmp_path / "out"
+    found = mh.infer(data_path=str(folder), model_path=str(tmp_path / "model"), output_dir=str(out), previews=False)
+    assert found.results == {"a": out / "a.nii.gz", "b": out / "b.nii.gz"}
+    assert all(path.is_file() for path in found.results.values())
+    assert (found.report, found.volumes, found.exit_code) == (out / "run.json", out / "volumes.csv", 1)
+    assert [failure["id"] for failure in found.failures] == ["nan"] and "NaN" in found.failures[0]["reason"]
+    assert [len(values) for values in found.volumes_ml.values()] == [2, 2]
+    with pytest.raises(DatasetError, match="no such file or folder"):
+        mh.infer(data_path=tmp_path / "nowhere", model_path=tmp_path / "model")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_single_file_without_preview(tmp_path, levels):
@@ -163,7 +179,7 @@ def test_a_full_disk_stops_the_run_with_a_report(tmp_path, levels, monkeypatch):
         written.append(path)
         write_volume(path, volume, **settings)
 
-    monkeypatch.setattr(batch, "write_volume", write_one)
+    monkeypatch.setattr(results, "write_volume", write_one)
     assert infer.run(config(tmp_path)) == 1
     reasons = {failure["id"]: failure["reason"] for failure in report(tmp_path)["failures"]}
     assert set(reasons) == {"b", "c", "d"}
@@ -204,7 +220,7 @@ def test_what_is_written_counts_where_previews_and_report_do_not_fit(tmp_path, l
 
 def test_device_that_is_too_small_is_one_case_failing(tmp_path, levels, monkeypatch):
     scans(tmp_path / "in", "a", "b")
-    original, calls = infer.label, []
+    original, calls = batch.label, []
 
     def label(*arguments, **options):
         calls.append(arguments)
@@ -212,7 +228,7 @@ def test_device_that_is_too_small_is_one_case_failing(tmp_path, levels, monkeypa
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes")
         return original(*arguments, **options)
 
-    monkeypatch.setattr(infer, "label", label)
+    monkeypatch.setattr(batch, "label", label)
     assert infer.run(config(tmp_path)) == 1
     assert "smaller --sw_batch_size" in report(tmp_path)["failures"][0]["reason"]
 

@@ -16,6 +16,7 @@ from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging import dicomseg, itk
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
+from mambahome_jax.inference import batch
 from tests.imaging.dicom_files import PATIENT, write_slice
 from tests.inference.models import Levels
 
@@ -30,7 +31,7 @@ def levels(monkeypatch):
     """Puts a model whose classes are intensity levels in the place of what --model_path names; channels in a dict."""
     made = {"in_chans": 1}
     model = lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES, **made)  # noqa: E731
-    monkeypatch.setattr(infer, "load_model", model)
+    monkeypatch.setattr(batch, "load_model", model)
     return made
 
 
@@ -161,7 +162,7 @@ def test_channels_in_files_of_their_own(tmp_path, levels):
 
 def test_dicom_seg_holds_structures_by_their_stored_values(tmp_path, monkeypatch):
     data = dataclasses.replace(PROPERTIES, values=((1, 205), (2, 850)))
-    monkeypatch.setattr(infer, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=data))
+    monkeypatch.setattr(batch, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=data))
     write_dicom(tmp_path / "in/case")
     assert infer.run(config(tmp_path, output_format="dcm")) == 0
     labels = dicomseg.read(tmp_path / "out/case.dcm", tmp_path / "in/case", {205: "liver", 850: "spleen"})
@@ -208,7 +209,7 @@ def test_dicom_seg_of_other_scans_is_refused_before_any_work(tmp_path, levels, m
     # Scans of a dataset may be of both kinds.
     write_dicom(tmp_path / "dicom")
     scans = [Scan("a", tmp_path / "in/a.nii.gz"), Scan("b", tmp_path / "dicom")]
-    monkeypatch.setattr(infer, "find_scans", lambda path, *_, **__: ScanFolder(path, scans, []))
+    monkeypatch.setattr(batch, "find_scans", lambda path, *_, **__: ScanFolder(path, scans, []))
     assert infer.run(config(tmp_path, output_format="dcm")) == 1
     found = report(tmp_path)
     assert [case["output"] for case in found["cases"]] == ["b.dcm"]

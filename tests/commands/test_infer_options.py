@@ -11,7 +11,7 @@ from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
-from mambahome_jax.inference import batch
+from mambahome_jax.inference import batch, results
 from mambahome_jax.inference.segment import segment
 from tests.commands.scans import write
 from tests.inference.models import Levels
@@ -30,7 +30,7 @@ VOXEL_ML = 0.006
 
 @pytest.fixture(autouse=True)
 def by_name(monkeypatch):
-    monkeypatch.setattr(infer, "load_model", lambda path, precision: MODELS[path.name])
+    monkeypatch.setattr(batch, "load_model", lambda path, precision: MODELS[path.name])
 
 
 def labels_of():
@@ -160,7 +160,7 @@ def test_a_case_that_was_stopped_at_its_preview_is_not_kept_without_one(tmp_path
         raise SystemExit(137)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(batch, "write_preview", stopped)
+        patch.setattr(results, "write_preview", stopped)
         infer.run(config(tmp_path, previews=True))
     assert infer.run(config(tmp_path, previews=True, skip_existing=True)) == 0
     assert {path.stem for path in (tmp_path / "out/previews").iterdir()} == {"one", "two"}
@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_refused_before_the_first_scan(tmp_path):
 def test_axes_that_cannot_be_mirrored_are_named(tmp_path, monkeypatch, capsys):
     labels = ((1, "left atrium"), (2, "aorta"))
     model = Levels((0.0, 0.5, 1.0), metadata=DataProperties(spacing=None, labels=labels, mirror=EVERY_AXIS))
-    monkeypatch.setattr(infer, "load_model", lambda path, precision: model)
+    monkeypatch.setattr(batch, "load_model", lambda path, precision: model)
     assert infer.run(config(tmp_path, tta=True)) == 0
     assert "Note: tta leaves the left-right axis out" in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ from flax import nnx
 from mambahome_jax.commands import infer
 from mambahome_jax.config import DataProperties
 from mambahome_jax.imaging.volume import read_labels
+from mambahome_jax.inference import batch
 from mambahome_jax.weights.digest import digest_of
 from tests.commands.scans import write
 from tests.commands.test_infer_options import PROPERTIES, config, labels_of
@@ -28,7 +29,7 @@ def use(monkeypatch):
     def use(*models):
         waiting = list(models)
         monkeypatch.setattr(
-            infer, "load_model", lambda path, precision: waiting.pop(0) if len(waiting) > 1 else waiting[0]
+            batch, "load_model", lambda path, precision: waiting.pop(0) if len(waiting) > 1 else waiting[0]
         )
 
     use(ONE)
@@ -159,14 +160,14 @@ def test_what_a_stopped_run_made_is_known(tmp_path, capsys, use, monkeypatch):
         raise SystemExit(137)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(infer, "write_json", stopped)
+        patch.setattr(batch, "write_json", stopped)
         infer.run(settings)
     assert not (settings.output_dir / "run.json").exists()
     assert again(settings, capsys) == ([], ["one", "two"])
     assert not [path for path in settings.output_dir.iterdir() if path.name.startswith(".")]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         use(TWO)
-        patch.setattr(infer, "write_json", stopped)
+        patch.setattr(batch, "write_json", stopped)
         infer.run(settings)
     with (settings.output_dir / ".results.jsonl").open("a") as file:
         file.write('{"id": "two", "made_')

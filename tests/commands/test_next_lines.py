@@ -8,6 +8,7 @@ import pytest
 from mambahome_jax import cli
 from mambahome_jax.commands import check, evaluate, infer, preprocess, report
 from mambahome_jax.flags import CheckConfig, EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig
+from mambahome_jax.inference import batch
 from mambahome_jax.training.progress import end_lines, ensemble_line
 from tests.commands.scans import preprocess_config
 from tests.faults.fuzz_worker import PROPERTIES
@@ -16,7 +17,7 @@ from tests.inference.models import Levels
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    monkeypatch.setattr(infer, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
+    monkeypatch.setattr(batch, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
     folder = tmp_path / "it's (my) $HOME; 漢字"
     folder.mkdir()
     preprocess_config(folder)

@@ -14,6 +14,7 @@ from mambahome_jax.commands import check, infer, preprocess
 from mambahome_jax.config import DataProperties, ScanRanges, StructureRange
 from mambahome_jax.datasets.prepared import read_prepared
 from mambahome_jax.flags import CheckConfig, InferConfig, TrainConfig
+from mambahome_jax.inference import batch
 from mambahome_jax.training.setup import make_setup
 from tests.commands.scans import AFFINE, description, preprocess_config, scan, write
 from tests.imaging.dicom_files import CT, MR, write_slice
@@ -39,7 +40,7 @@ def network(**changes):
 
 def run_infer(monkeypatch, folder, model, **flags):
     """Remarks in run.json by case, of the scans in folder/in."""
-    monkeypatch.setattr(infer, "load_model", lambda path, precision: model)
+    monkeypatch.setattr(batch, "load_model", lambda path, precision: model)
     config = InferConfig(folder / "in", folder / "model", output_dir=folder / "out", previews=False, **flags)
     assert infer.run(config) == 0
     cases = json.loads((folder / "out/run.json").read_text())["cases"]

@@ -14,6 +14,7 @@ from mambahome_jax.datasets.base import Case
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import CheckConfig, EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig, TrainConfig
 from mambahome_jax.imaging.volume import read_labels, read_volume
+from mambahome_jax.inference import batch
 from mambahome_jax.preprocessing.case import CaseJob, prepare_case
 from tests.imaging.dicom_files import write_slice
 from tests.imaging.nifti_headers import MOVED, OBLIQUE, STRAIGHT, apart, in_itk, save, sheared
@@ -39,7 +40,7 @@ HEADERS = {
 def levels(monkeypatch):
     """A model whose classes are levels of intensity instead of what --model_path names."""
     model = lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES)  # noqa: E731
-    monkeypatch.setattr(infer, "load_model", model)
+    monkeypatch.setattr(batch, "load_model", model)
 
 
 @pytest.fixture
@@ -198,7 +199,7 @@ def test_a_preprocessed_case_is_made_again_for_another_scale(wrong):
 
 def test_vectors_in_nifti_are_channels_of_every_command(tmp_path, monkeypatch):
     model = lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES, in_chans=2)  # noqa: E731
-    monkeypatch.setattr(infer, "load_model", model)
+    monkeypatch.setattr(batch, "load_model", model)
     for ending in ("nii", "nrrd"):
         home = tmp_path / ending
         (home / "images").mkdir(parents=True)

@@ -11,9 +11,10 @@ from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.flags import EvaluateConfig, InferConfig, ReportConfig
 from mambahome_jax.imaging.volume import Volume, read_labels, write_volume
-from mambahome_jax.inference.ensemble import check_members
-from mambahome_jax.inference.probabilities import ENTRIES
-from mambahome_jax.inference.segment import segment, settings_for, with_mirrors
+from mambahome_jax.inference import batch
+from mambahome_jax.inference.ensemble import Ensemble
+from mambahome_jax.inference.postprocess import ENTRIES
+from mambahome_jax.inference.segment import Segmenter, SegmentOptions, segment
 from tests.commands.scans import AFFINE, write
 from tests.inference.models import Levels
 
@@ -30,7 +31,7 @@ def properties(values=STORED, names=NAMES, **changes):
 def model(monkeypatch):
     """A model whose classes are intensity levels, in the place of what --model_path names."""
     found = Levels((0.0, 0.5, 1.0), metadata=properties())
-    monkeypatch.setattr(infer, "load_model", lambda path, precision: found)
+    monkeypatch.setattr(batch, "load_model", lambda path, precision: found)
     return found
 
 
@@ -100,7 +101,7 @@ def test_mirrors_swap_classes_and_not_stored_values():
     names = {1: "kidney left", 2: "kidney right"}
     model = Levels((0.0, 0.5, 1.0), metadata=properties(names=names, mirror=("LR", "AP", "IS")))
     scan = Volume(np.array([-175, 37.5, 250], np.float32)[numbers()], AFFINE)
-    settings, _ = with_mirrors(model, settings_for(model))
+    settings = Segmenter.of(model, SegmentOptions(tta=True)).settings
     assert all(max(pair) <= 2 for _, pairs in settings.mirrors for pair in pairs)
     assert set(np.unique(segment(model, scan, tta=True).array)) <= {0, 100, 850}
 
@@ -108,7 +109,7 @@ def test_mirrors_swap_classes_and_not_stored_values():
 def test_networks_of_other_stored_values_do_not_vote_together():
     one, other = (Levels((0.0, 0.5, 1.0), metadata=properties(values)) for values in (STORED, {1: 100, 2: 200}))
     with pytest.raises(ConfigError, match="stored label values 100, 200 against 100, 850"):
-        check_members([one, other])
+        Ensemble.of([one, other])
 
 
 def test_a_checkpoint_carries_the_values():

@@ -20,6 +20,7 @@ from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import MambaHomeError
 from mambahome_jax.flags import CheckConfig, InferConfig, PreprocessConfig
 from mambahome_jax.inference import batch
+from mambahome_jax.inference.results import Results
 from tests.inference.models import Levels
 
 PROPERTIES = DataProperties(
@@ -71,21 +72,22 @@ def one(command: str, folder: Path, seen: dict[str, list[float]]) -> dict[str, A
 
 def main() -> None:
     command, folders = sys.argv[1], [Path(name) for name in sys.argv[2:]]
-    infer.load_model = lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES)  # type: ignore[assignment]
+    batch.load_model = lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES)  # type: ignore[assignment]
     seen: dict[str, list[float]] = {}
     check.examine_case = measured(check.examine_case, seen, lambda a: a[0].case.id)
     preprocess.prepare_case = measured(preprocess.prepare_case, seen, lambda a: a[0].case.id)
     names: dict[int, str] = {}
-    read = batch._read
+    read = batch.Run.read
 
-    def remembered(plan: Any, scan: Any) -> Any:
-        found = read(plan, scan)
+    def remembered(run: Any, scan: Any) -> Any:
+        found = read(run, scan)
         names[id(found[1])] = scan.case
         return found
 
-    batch._read = measured(remembered, seen, lambda a: a[1].case)
-    infer.label = measured(infer.label, seen, lambda a: f"labels of {names[id(a[1])]}")
-    infer.write_case = measured(infer.write_case, seen, lambda a: f"result of {a[1].case}")
+    batch.Run.read = measured(remembered, seen, lambda a: a[1].case)  # type: ignore[method-assign]
+    batch.label = measured(batch.label, seen, lambda a: f"labels of {names[id(a[1])]}")
+    save_result = measured(Results.save_result, seen, lambda a: f"result of {a[1].scan.case}")
+    Results.save_result = save_result  # type: ignore[method-assign]
     resource.setrlimit(resource.RLIMIT_AS, (resident("VmSize") * 1024 + LIMIT,) * 2)
     for folder in folders:
         seen.clear()

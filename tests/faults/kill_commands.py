@@ -36,10 +36,10 @@ CASES, SHAPE = 12, (40, 40, 24)
 _INFER = """
 import sys
 from mambahome_jax.cli import run_command
-from mambahome_jax.commands import infer
+from mambahome_jax.inference import batch
 from tests.faults.fuzz_worker import PROPERTIES
 from tests.inference.models import Levels
-infer.load_model = lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES)
+batch.load_model = lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES)
 raise SystemExit(run_command("infer", sys.argv[1:], "infer.py"))
 """
 

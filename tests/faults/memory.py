@@ -14,6 +14,8 @@ from typing import Any
 
 from mambahome_jax.commands import infer, train
 from mambahome_jax.flags import InferConfig, TrainConfig
+from mambahome_jax.inference import batch
+from mambahome_jax.inference.results import Results
 from mambahome_jax.training import train as training
 from tests.commands.scans import scan, write
 from tests.commands.test_train import StandIn, _dataset
@@ -30,15 +32,15 @@ def over_cases(folder: Path, count: int, sizes: int) -> list[int]:
         # The largest first: more memory for a larger scan is no growth.
         shape = (48 + sizes - 1 - number % sizes, 48, 40)
         write(folder / f"in/{number:03}.nii.gz", scan(shape, seed=number)[0])
-    infer.load_model = lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES)  # type: ignore[assignment]
-    write_result = infer.write_case
+    batch.load_model = lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES)  # type: ignore[assignment]
+    save_result = Results.save_result
 
     def noted(*arguments: Any) -> Any:
-        found = write_result(*arguments)
+        found = save_result(*arguments)
         seen.append(resident("VmRSS"))
         return found
 
-    infer.write_case = noted
+    Results.save_result = noted  # type: ignore[method-assign]
     assert infer.run(InferConfig(folder / "in", folder / "model", folder / "out")) == 0
     return seen
 

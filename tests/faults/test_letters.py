@@ -18,6 +18,7 @@ from mambahome_jax.datasets.prepared import read_prepared
 from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.flags import EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig
+from mambahome_jax.inference import batch
 from mambahome_jax.patches.store import Store
 from mambahome_jax.support import paths
 from tests.commands.scans import scan, write
@@ -31,7 +32,7 @@ LATIN = os.fsdecode(b"M\xfcller")
 
 @pytest.fixture(autouse=True)
 def _levels(monkeypatch):
-    monkeypatch.setattr(infer, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
+    monkeypatch.setattr(batch, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
 
 
 def pair(home: Path, image: str, label: str) -> Path:

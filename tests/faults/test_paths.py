@@ -11,6 +11,7 @@ from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.prepared import read_prepared
 from mambahome_jax.errors import DatasetError, MambaHomeError
 from mambahome_jax.flags import EvaluateConfig, InferConfig, PreprocessConfig
+from mambahome_jax.inference import batch
 from mambahome_jax.patches.store import Store
 from tests.commands.scans import scan, write
 from tests.faults.fuzz_files import digest
@@ -28,7 +29,7 @@ BAD = {
 
 @pytest.fixture(autouse=True)
 def _levels(monkeypatch):
-    monkeypatch.setattr(infer, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
+    monkeypatch.setattr(batch, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
 
 
 def outside(tmp_path, *outputs):

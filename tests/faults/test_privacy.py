@@ -11,6 +11,7 @@ import pytest
 from mambahome_jax.commands import check, evaluate, infer, preprocess, report, train
 from mambahome_jax.flags import CheckConfig, EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig, TrainConfig
 from mambahome_jax.imaging import itk
+from mambahome_jax.inference import batch
 from mambahome_jax.patches.store import Store
 from tests.commands.scans import AFFINE, scan, write
 from tests.commands.test_train import StandIn
@@ -23,7 +24,7 @@ MARK = "Zebulon-Secret"
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr(infer, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
+    monkeypatch.setattr(batch, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
     monkeypatch.setattr(train, "MambaHoME", StandIn)
 
 

@@ -10,11 +10,10 @@ from mambahome_jax.config import DataProperties
 from mambahome_jax.datasets.find_scans import Scan
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import InferConfig
-from mambahome_jax.imaging.normalisation import CtWindow
 from mambahome_jax.inference import batch
-from mambahome_jax.inference.batch import Plan, read_ahead
-from mambahome_jax.inference.faults import reason_of
-from mambahome_jax.inference.prepare import SegmentSettings
+from mambahome_jax.inference.batch import Run, failure_reason, read_ahead
+from mambahome_jax.inference.results import Results
+from mambahome_jax.inference.segment import Segmenter, SegmentOptions
 from tests.commands.scans import write
 from tests.inference.models import Levels
 
@@ -23,24 +22,27 @@ NBYTES = 4 * 20 * 18 * 12
 PROPERTIES = DataProperties(spacing=None, labels=((1, "liver"), (2, "spleen")), patch_size=(16, 16, 32))
 
 
-def plan_for(folder, cases, num_workers):
+def run_for(folder, cases, num_workers):
     for case in cases:
         write(folder / "in" / f"{case}.nii.gz", np.zeros(SHAPE, np.int16))
     config = InferConfig(folder / "in", folder / "model", folder / "out", num_workers=num_workers)
-    settings = SegmentSettings(None, "RAS", CtWindow(), (16, 16, 32))
-    plan = Plan(config, [Levels((0.0, 1.0))], settings, {}, None, (), None)
-    return plan, [Scan(case, folder / "in" / f"{case}.nii.gz") for case in cases]
+    segmenter = Segmenter.of(Levels((0.0, 1.0), metadata=PROPERTIES), SegmentOptions())
+    return Run(config, segmenter, Results(config)), [Scan(case, folder / "in" / f"{case}.nii.gz") for case in cases]
 
 
 @pytest.mark.parametrize(
     ("num_workers", "held_bytes", "ahead"), [(1, 10 * NBYTES, 1), (3, 10 * NBYTES, 3), (3, 2 * NBYTES, 1), (3, 0, 0)]
 )
-def test_no_more_is_read_ahead_than_fits(tmp_path, monkeypatch, num_workers, held_bytes, ahead):
-    plan, scans = plan_for(tmp_path, "abcdef", num_workers)
-    begun, read = [], batch._read
-    monkeypatch.setattr(batch, "_read", lambda plan, scan: begun.append(scan.case) or read(plan, scan))
+def test_no_more_is_read_ahead_than_fits(tmp_path, num_workers, held_bytes, ahead):
+    run, scans = run_for(tmp_path, "abcdef", num_workers)
+    begun = []
+
+    def read(scan):
+        begun.append(scan.case)
+        return run.read(scan)
+
     most = []
-    for number, (scan, reading) in enumerate(read_ahead(plan, scans, held_bytes)):
+    for number, (scan, reading) in enumerate(read_ahead(read, scans, num_workers, held_bytes)):
         assert reading.nbytes == NBYTES
         volume, prepared = reading.take()
         assert scan.case == "abcdef"[number]
@@ -60,8 +62,8 @@ def test_more_is_read_ahead_where_memory_is_plentiful(monkeypatch, available, he
 
 
 def test_a_large_scan_is_let_go_before_the_next_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(infer, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
-    monkeypatch.setattr(infer, "held_bytes", lambda: 0)
+    monkeypatch.setattr(batch, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
+    monkeypatch.setattr(batch, "held_bytes", lambda: 0)
     alive, read = [], batch.read_volume
 
     def watched(path, **options):
@@ -71,8 +73,8 @@ def test_a_large_scan_is_let_go_before_the_next_is_read(tmp_path, monkeypatch):
         return volume
 
     monkeypatch.setattr(batch, "read_volume", watched)
-    plan, _ = plan_for(tmp_path, "abc", 2)
-    assert infer.run(plan.config) == 0
+    run, _ = run_for(tmp_path, "abc", 2)
+    assert infer.run(run.config) == 0
     assert len(alive) == 3
 
 
@@ -83,5 +85,5 @@ def test_a_scan_whose_header_cannot_be_read_counts_by_its_file(tmp_path):
 
 
 def test_a_failure_is_one_line():
-    assert reason_of(DatasetError("series:\n  1: 3 slices\n  2: 4 slices\n")) == "series: 1: 3 slices; 2: 4 slices"
-    assert reason_of(ValueError("a\nb")) == "ValueError: a; b"
+    assert failure_reason(DatasetError("series:\n  1: 3 slices\n  2: 4 slices\n")) == "series: 1: 3 slices; 2: 4 slices"
+    assert failure_reason(ValueError("a\nb")) == "ValueError: a; b"

@@ -8,7 +8,7 @@ from scipy.special import softmax
 from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import CheckpointError, ConfigError
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.ensemble import check_members, log_mean_softmax, members_of
+from mambahome_jax.inference.ensemble import Ensemble, log_mean_softmax
 from mambahome_jax.inference.segment import segment
 from tests.inference.models import Levels
 
@@ -39,9 +39,9 @@ def test_one_member_keeps_its_logits():
 
 
 def test_members():
-    assert members_of("a") == ("a",) and members_of(["a", "b"]) == ("a", "b")
+    assert Ensemble.of("a").members == ("a",) and Ensemble.of(["a", "b"]).members == ("a", "b")
     with pytest.raises(ConfigError, match="no model"):
-        members_of([])
+        Ensemble.of([])
 
 
 def test_segment_takes_several_models(tmp_path):
@@ -83,7 +83,7 @@ def test_strangers_are_refused_by_name():
     ]:
         members = [Levels((0.0, 1.0), metadata=first), Levels((0.0, 1.0), metadata=other)]
         with pytest.raises(ConfigError, match=message) as raised:
-            check_members(members, ["one", "two"])
+            Ensemble.of(members, ["one", "two"])
         assert str(raised.value).startswith("two cannot be joined with one: ")
     classes = [Levels((0.0, 1.0)), Levels((0.0, 1.0), in_chans=2)]
     with pytest.raises(ConfigError, match="model 2 cannot be joined with model 1: input channels 2 against 1"):

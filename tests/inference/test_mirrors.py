@@ -7,10 +7,9 @@ from flax import nnx
 
 from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.imaging.normalisation import CtWindow
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.mirrors import class_order, mirrored, mirrors_for
-from mambahome_jax.inference.segment import SegmentSettings, segment, with_mirrors
+from mambahome_jax.inference.segment import Segmenter, SegmentOptions, segment
 from tests.inference.models import Levels
 
 KIDNEYS = {1: "liver", 2: "kidney_left", 3: "kidney_right"}
@@ -38,18 +37,20 @@ def test_only_axes_mirrored_in_training_are_mirrored():
     mirrors, remarks = mirrors_for(KIDNEYS, "RAS", ("LR",))
     assert mirrors == ((0, ((2, 3),)),)
     assert ["--mirror AP" in remarks[0], "--mirror IS" in remarks[1]] == [True, True]
-    settings = SegmentSettings(None, "RAS", CtWindow(), (16, 16, 16))
 
     def network(**data):
         model = nnx.Module()
         model.metadata = nnx.static(DataProperties(labels=tuple(KIDNEYS.items()), **data)) if data else None
         return model
 
-    assert with_mirrors(network(mirror=("LR", "IS")), settings)[0].mirrors == ((0, ((2, 3),)), (2, ()))
+    def mirrors_of(model):
+        return Segmenter.of(model, SegmentOptions(tta=True)).settings.mirrors
+
+    assert mirrors_of(network(mirror=("LR", "IS"))) == ((0, ((2, 3),)), (2, ()))
     both = [network(mirror=("LR", "IS")), network(mirror=("AP", "LR"))]
-    assert with_mirrors(both, settings)[0].mirrors == ((0, ((2, 3),)),)
-    unmirrored, remarks = with_mirrors(network(), settings)
-    assert unmirrored.mirrors == () and len(remarks) == 3
+    assert mirrors_of(both) == ((0, ((2, 3),)),)
+    unmirrored = Segmenter.of(network(), SegmentOptions(tta=True))
+    assert unmirrored.settings.mirrors == () and len(unmirrored.remarks) == 3
 
 
 def test_without_mirrors_nothing_is_changed():

@@ -8,7 +8,7 @@ import pytest
 
 from mambahome_jax.errors import ConfigError, OutputError
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.probabilities import whole_probabilities, write_probabilities
+from mambahome_jax.inference.postprocess import whole_probabilities, write_probabilities
 from mambahome_jax.inference.segment import segment
 
 

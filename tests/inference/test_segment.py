@@ -12,8 +12,8 @@ from mambahome_jax.evaluation.metrics import dice
 from mambahome_jax.imaging.geometry import orientation_of, reorient, resample, resample_to
 from mambahome_jax.imaging.normalisation import CtWindow, MinMax, ZScore, scale_range
 from mambahome_jax.imaging.volume import Volume, read_volume
-from mambahome_jax.inference.prepare import SegmentSettings, prepare
-from mambahome_jax.inference.segment import label_names_of, segment, settings_for
+from mambahome_jax.inference.ensemble import Ensemble
+from mambahome_jax.inference.segment import SegmentOptions, SegmentSettings, segment, settings_for, to_network_grid
 from mambahome_jax.inference.sliding_window import sliding_window
 from tests.conftest import golden_path, load_golden
 from tests.imaging.nifti_headers import crop
@@ -114,15 +114,14 @@ def test_network_is_traced_once_for_all_volumes():
 
 def test_settings_come_from_the_model_then_from_the_caller():
     published = SegmentSettings((0.8, 0.8, 3.0), "RAS", CtWindow(), (192, 192, 48), chain="published")
-    assert settings_for(Levels(LEVELS)) == published
-    assert (
-        settings_for(Levels(LEVELS), chain="trained").chain == settings_for(lambda windows: windows).chain == "trained"
-    )
+    assert settings_for(Levels(LEVELS), SegmentOptions()) == published
+    assert settings_for(Levels(LEVELS), SegmentOptions(chain="trained")).chain == "trained"
+    assert settings_for(lambda windows: windows, SegmentOptions()).chain == "trained"
     metadata = DataProperties(None, "LPS", "mr", ((1, "a"),), patch_size=(48, 48, 32))
     model = Levels(LEVELS, metadata=metadata)
-    assert settings_for(model, overlap=None) == SegmentSettings(None, "LPS", ZScore(), (48, 48, 32))
-    assert label_names_of(model) == {1: "a"}
-    assert settings_for(model, modality="us", spacing=(1, 2, 3)) == SegmentSettings(
+    assert settings_for(model, SegmentOptions()) == SegmentSettings(None, "LPS", ZScore(), (48, 48, 32))
+    assert Ensemble.of(model).label_names == {1: "a"}
+    assert settings_for(model, SegmentOptions(modality="us", spacing=(1, 2, 3))) == SegmentSettings(
         (1, 2, 3), "LPS", MinMax(), (48, 48, 32)
     )
 
@@ -153,12 +152,12 @@ def test_published_chain_equals_monai():
     np.testing.assert_allclose(result.affine, golden["inverted_affine"], rtol=0, atol=1e-5)
     assert_same_segmentation(result.array, golden)
 
-    prepared = prepare(volume, settings_for(model, **choices))
+    prepared = to_network_grid(volume, settings_for(model, SegmentOptions(**choices)))
     np.testing.assert_allclose(prepared.image[..., 0], golden["network_input"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(prepared.affine, golden["network_input_affine"], rtol=0, atol=1e-5)
     logits = sliding_window(model, prepared.image, params["roi"], 0.5, "constant", padding_mode="constant")
     np.testing.assert_allclose(np.moveaxis(logits, -1, 0), golden["logits"], rtol=0, atol=1e-3)
-    grid = (prepared.oriented_affine, prepared.oriented_shape)
+    grid = (prepared.oriented.affine, prepared.oriented.shape)
     inverted = resample_to(Volume(np.asarray(logits), prepared.affine), *grid, "nearest")
     back = reorient(inverted, orientation_of(volume.affine))
     np.testing.assert_allclose(np.moveaxis(back.array, -1, 0), golden["inverted_logits"], rtol=0, atol=1e-3)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from scipy.ndimage import correlate
 
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.inference import sliding_window as module
-from mambahome_jax.inference.sliding_window import importance_map, sliding_window, window_size, window_starts
+from mambahome_jax.inference import tiled
+from mambahome_jax.inference.sliding_window import sliding_window
+from mambahome_jax.inference.tiled import importance_map, window_size, window_starts
 from tests.conftest import load_golden
 
 GOLDEN = "pipeline/sliding_window.npz"
@@ -137,7 +138,7 @@ def test_half_precision_predictions_are_summed_in_float32():
 def test_sums_that_do_not_fit_the_device_go_to_the_host(monkeypatch):
     image = np.random.default_rng(1).normal(size=(10, 9, 8, 1)).astype(np.float32)
     on_device = sliding_window(lambda x: x * x, image, (4, 4, 4))
-    monkeypatch.setattr(module, "UNKNOWN_DEVICE_BUDGET", 1000)
+    monkeypatch.setattr(tiled, "UNKNOWN_DEVICE_BUDGET", 1000)
     on_host = sliding_window(lambda x: x * x, image, (4, 4, 4))
     assert isinstance(on_device, jax.Array)
     assert isinstance(on_host, np.ndarray)

@@ -11,8 +11,7 @@ from mambahome_jax.imaging.normalisation import CtWindow, MinMax, normalisation_
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference import targets, tiled
 from mambahome_jax.inference.mirrors import mirrored
-from mambahome_jax.inference.prepare import SegmentSettings, prepare
-from mambahome_jax.inference.segment import label
+from mambahome_jax.inference.segment import SegmentSettings, label, to_network_grid
 from mambahome_jax.inference.sliding_window import sliding_window
 from mambahome_jax.inference.tiled import Tiling
 from tests.inference.models import Convolution, Levels
@@ -54,7 +53,7 @@ def from_whole_arrays(models, prepared, settings):
     ]
     shares = np.mean([softmax(logits, axis=-1) for logits in each], axis=0)
     logits = Volume(each[0] if len(each) == 1 else np.log(shares), prepared.affine)
-    grid = (prepared.oriented_affine, prepared.oriented_shape)
+    grid = (prepared.oriented.affine, prepared.oriented.shape)
     there = resample_to(logits, *grid, "nearest" if published else "linear")
     return shares, reorient(there, orientation_of(prepared.file_affine)).array
 
@@ -87,7 +86,7 @@ def parts(request, monkeypatch):
 def test_labels_and_probabilities(volume, spacing, overlap, members, mirrors, chain):
     models = [network(seed) for seed in range(members)]
     settings = SegmentSettings(spacing, "RAS", CtWindow(), ROI, overlap, 3, chain, mirrors)
-    prepared = prepare(volume, settings)
+    prepared = to_network_grid(volume, settings)
     shares, logits = from_whole_arrays(models, prepared, settings)
     kept = []
     result = label(models, prepared, settings, with_probabilities=kept.append)
@@ -95,7 +94,7 @@ def test_labels_and_probabilities(volume, spacing, overlap, members, mirrors, ch
     assert_same_labels(result.array, logits)
     np.testing.assert_allclose(kept[0], shares, rtol=1e-3, atol=1e-5)
 
-    by_slabs = prepare(volume, settings, whole_bytes=0)
+    by_slabs = to_network_grid(volume, settings, whole_bytes=0)
     assert prepared.kept is not None and by_slabs.kept is None
     np.testing.assert_array_equal(by_slabs.image, prepared.image)
     slabbed = label(models, by_slabs, settings, device_bytes=0)
@@ -123,7 +122,7 @@ def test_sheared_axes(monkeypatch, chain, orientation, spacing, shear, points):
     for axis, along, share in shear:
         affine[:3, along] += share * affine[:3, axis]
     volume, settings = Volume(straight.array, affine), SegmentSettings(spacing, "RAS", CtWindow(), ROI, 0.5, 2, chain)
-    prepared = prepare(volume, settings)
+    prepared = to_network_grid(volume, settings)
     models = [network(0), network(1)]
     _, logits = from_whole_arrays(models, prepared, settings)
     found = label(models, prepared, settings)
@@ -135,7 +134,7 @@ def test_sheared_axes(monkeypatch, chain, orientation, spacing, shear, points):
 def test_many_classes_need_two_bytes(share):
     affine = np.eye(4)
     affine[0, 1] = share
-    prepared = prepare(
+    prepared = to_network_grid(
         Volume(scan((16, 17, 18)).array, affine), settings := SegmentSettings((1.5, 1.5, 1.5), "RAS", CtWindow(), ROI)
     )
     found = label(network(0, 300), prepared, settings)
@@ -148,9 +147,9 @@ def test_many_classes_need_two_bytes(share):
 def test_slabs_of_the_image_are_those_of_the_whole(modality, chain, axis):
     volume = Volume(np.stack([scan((21, 17, 13)).array, scan((21, 17, 13)).array * 2], -1), scan((21, 17, 13)).affine)
     settings = SegmentSettings((0.7, 1.9, 1.5), "PSR", normalisation_for(modality), ROI, chain=chain)
-    prepared = prepare(volume, settings, whole_bytes=0)
+    prepared = to_network_grid(volume, settings, whole_bytes=0)
     planes = [prepared.slab(axis, k, min(k + 4, prepared.shape[axis])) for k in range(0, prepared.shape[axis], 4)]
-    whole = prepare(volume, settings)
+    whole = to_network_grid(volume, settings)
     np.testing.assert_array_equal(np.concatenate(planes, axis), whole.image)
     assert whole.image.dtype == np.float32
 
@@ -171,7 +170,7 @@ def test_the_network_is_not_asked_for_more_than_a_slab():
 
     settings = SegmentSettings(None, "RAS", CtWindow(), ROI)
     volume = scan((30, 40, 200))
-    label(network(0), Watched(prepare(volume, settings, whole_bytes=0)), settings)
+    label(network(0), Watched(to_network_grid(volume, settings, whole_bytes=0)), settings)
     assert {axis for axis, _ in asked} == {2}
     assert sum(planes for _, planes in asked) == 200
     assert max(planes for _, planes in asked) <= 48
@@ -189,7 +188,7 @@ def test_few_tiles_are_alive(monkeypatch):
 
     monkeypatch.setattr(tiled.Tiles, "add", counted)
     settings = SegmentSettings(None, "RAS", CtWindow(), ROI)
-    label(network(0), prepare(scan((18, 20, 400)), settings), settings)
+    label(network(0), to_network_grid(scan((18, 20, 400)), settings), settings)
     tiling = Tiling((18, 20, 400), ROI)
     assert max(most) <= tiling.bytes_alive(4)
     # A window's depth is 32 of 400 planes, and tiles reach beyond the volume.
@@ -215,7 +214,7 @@ def test_more_than_256_classes_need_two_bytes():
     settings = SegmentSettings(None, "RAS", MinMax(), (16, 16, 16))
     values = np.zeros((8, 8, 8), np.float32)
     values[2, 3, 4] = 1
-    result = label(predict, prepare(Volume(values, np.eye(4)), settings), settings).array
+    result = label(predict, to_network_grid(Volume(values, np.eye(4)), settings), settings).array
     assert result.dtype == np.uint16
     assert result[2, 3, 4] == 299 and result.sum() == 299
 
@@ -225,5 +224,5 @@ def test_levels_on_a_grid_of_half_the_size():
     coarse = np.random.default_rng(0).integers(0, 3, (12, 10, 9))
     values = np.asarray((-175, 37.5, 250), np.float32)[coarse]
     settings = SegmentSettings((0.5, 0.5, 0.5), "LAS", CtWindow(), ROI)
-    result = label(model, prepare(Volume(values, np.eye(4)), settings), settings)
+    result = label(model, to_network_grid(Volume(values, np.eye(4)), settings), settings)
     np.testing.assert_array_equal(result.array, coarse)

@@ -7,8 +7,7 @@ import pytest
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.normalisation import CtWindow
 from mambahome_jax.inference import tiled
-from mambahome_jax.inference.prepare import SegmentSettings, prepare
-from mambahome_jax.inference.segment import label, segment
+from mambahome_jax.inference.segment import SegmentSettings, label, segment, to_network_grid
 from tests.inference.models import Levels
 from tests.inference.test_tiled import MIRRORS, ROI, network, scan
 
@@ -33,7 +32,12 @@ def test_volumes_of_other_sizes_compile_nothing(compiled):
     def run(chain, shape, orientation="RAS", spacing=(1.0, 1.2, 2.0)):
         # Five windows a call, as in no other test: the first volume must compile.
         settings = SegmentSettings((1.3, 1.1, 1.6), "RAS", CtWindow(), ROI, 0.5, 5, chain, MIRRORS)
-        label(models, prepare(scan(shape, orientation, spacing), settings), settings, with_probabilities=kept.append)
+        label(
+            models,
+            to_network_grid(scan(shape, orientation, spacing), settings),
+            settings,
+            with_probabilities=kept.append,
+        )
 
     kept = []
     # Long enough that tiles are used again.
@@ -52,7 +56,7 @@ def test_devices_share_the_windows_and_give_the_labels_of_one(count):
     devices = jax.local_devices()[:count]
     assert len(devices) == count, "tests/conftest.py asks for eight"
     settings = SegmentSettings((1.3, 1.1, 1.6), "RAS", CtWindow(), ROI, 0.5, 2, "trained", MIRRORS)
-    models, prepared = [network(0), network(1)], prepare(scan((41, 33, 30)), settings)
+    models, prepared = [network(0), network(1)], to_network_grid(scan((41, 33, 30)), settings)
     alone, spread = [], []
     one = label(models, prepared, settings, with_probabilities=alone.append)
     several = label(models, prepared, settings, with_probabilities=spread.append, devices=devices)
@@ -75,7 +79,7 @@ def test_every_device_predicts(monkeypatch):
     assert {device for _, device in seen} == {devices[0]}
     seen.clear()
     settings = SegmentSettings(None, "RAS", CtWindow(), ROI)
-    label(network(0), prepare(scan((20, 20, 20)), settings), settings, devices=devices, device_bytes=0)
+    label(network(0), to_network_grid(scan((20, 20, 20)), settings), settings, devices=devices, device_bytes=0)
     assert {device for _, device in seen} == {jax.local_devices(backend="cpu")[0]}
 
 
@@ -85,7 +89,7 @@ def test_predictions_of_another_shape_are_refused():
 
 
 def test_what_fails_while_windows_are_cut_is_raised():
-    prepared = prepare(scan((20, 20, 40)), SegmentSettings(None, "RAS", CtWindow(), ROI))
+    prepared = to_network_grid(scan((20, 20, 40)), SegmentSettings(None, "RAS", CtWindow(), ROI))
 
     class Broken:
         def __getattr__(self, name):

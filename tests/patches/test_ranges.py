@@ -8,7 +8,7 @@ import pytest
 from mambahome_jax.config import DataProperties, ScanRanges, StructureRange
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.intensity import IntensityStatistics
-from mambahome_jax.inference.ensemble import ranges_of
+from mambahome_jax.inference.ensemble import Ensemble
 from mambahome_jax.patches.ranges import training_ranges
 from mambahome_jax.patches.store import StoreEntry, read_entry
 
@@ -96,9 +96,9 @@ def test_of_an_ensemble_they_are_those_of_all():
             self.metadata = DataProperties(ranges=training_ranges(entries, NAMES))
 
     members = [Trained(entry("a")), Trained(entry("b", (12, 18, 40), class_counts={0: 1, 1: 2000, 2: 50}))]
-    found = ranges_of(members, "ct")
+    found = Ensemble(tuple(members)).ranges("ct")
     assert isinstance(found, ScanRanges) and (found.cases, found.extent_mm) == (2, ((10, 12), (18, 20), (60, 80)))
     assert found.structures == (StructureRange("liver", 2, 2, 2.0, 4.0), StructureRange("tumour", 2, 1, 0.1, 0.1))
     members[1].metadata = replace(members[1].metadata, val_dice=0.3)
-    assert ranges_of(members, "ct") == replace(found, structures=())
-    assert ranges_of(members[0], "mr") is None and ranges_of([*members, object()], "ct") is None
+    assert Ensemble(tuple(members)).ranges("ct") == replace(found, structures=())
+    assert Ensemble((members[0],)).ranges("mr") is None and Ensemble((*members, object())).ranges("ct") is None
