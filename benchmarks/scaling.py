@@ -31,8 +31,7 @@ from train_step import RATE, make_step
 from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.patches.loader import make_loader
 from mambahome_jax.patches.store import Store
-from mambahome_jax.training.distributed import is_first, join_processes
-from mambahome_jax.training.sharding import put_batch
+from mambahome_jax.training.distributed import is_first, join_processes, put_batch
 
 COLLECTIVES = ("nccl", "all-reduce", "all-gather", "reduce-scatter", "allreduce", "allgather", "reducescatter")
 

@@ -21,9 +21,9 @@ from profiling import print_kernel_times
 from mambahome_jax.config import MODEL_SIZES, ModelConfig
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.recipes import OptimizerConfig
+from mambahome_jax.training.distributed import batch_sharding, make_mesh
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
-from mambahome_jax.training.sharding import batch_sharding, make_mesh
 from mambahome_jax.training.step import init_state, make_train_step
 
 # Learning rate, an argument of the step.

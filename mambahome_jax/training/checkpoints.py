@@ -24,9 +24,8 @@ from mambahome_jax.errors import CheckpointError, ConfigError, OutputError, why_
 from mambahome_jax.support.devices import versions
 from mambahome_jax.support.files import jsonable
 from mambahome_jax.support.paths import local_path
-from mambahome_jax.training.distributed import is_first
+from mambahome_jax.training.distributed import is_first, tree_sharding
 from mambahome_jax.training.setup import Setup, digest_of, training_settings
-from mambahome_jax.training.sharding import tree_sharding
 from mambahome_jax.training.step import TrainState, deployed_params
 from mambahome_jax.weights.checkpoint import (
     MODEL_ITEM,

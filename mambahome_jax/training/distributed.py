@@ -1,4 +1,4 @@
-"""Several processes, on one host or many: how they start, agree and stop, and that none of them waits for a dead one.
+"""Several devices, and several processes on one host or many: what lies where, how they start, agree and stop.
 
 Each process runs the same program on its own devices; JAX joins them through a service in the first one. What every
 process has to decide alike (whether to resume, when to stop) is gathered from all of them first.
@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -19,15 +19,84 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mambahome_jax.config import Strategy
 from mambahome_jax.errors import ConfigError, MambaHomeError, TrainingError
-from mambahome_jax.training.sharding import batch_sharding, replicated
 
 # A process that has not been heard of for so long is dead, and ends the others; JAX's own default is 100.
 HEARTBEAT_SECONDS = 30
 # Queues let the processes of one job start minutes apart.
 START_SECONDS = 600
+AXIS = "data"
+# Below this number of elements the messages of splitting an array cost more than its memory. The optimizer joins arrays
+# below it.
+SMALLEST_SPLIT = 2**17
+
+
+# --- Devices: one mesh with one axis ---------------------------------------------------------------------------
+
+
+def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """One axis of all devices: batches are split over it, parameters are copied (ddp) or split (fsdp)."""
+    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """First axis split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def tree_sharding(tree: Any, mesh: Mesh, strategy: Strategy) -> Any:
+    """Sharding of every array of a tree of parameters or optimizer state, of which only the shapes matter.
+
+    "ddp" copies everything; "fsdp" splits each array along its largest axis that the number of devices divides, and
+    copies those that are small or have no such axis.
+    """
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, mesh.size, strategy)), tree)
+
+
+def _spec(shape: tuple[int, ...], devices: int, strategy: Strategy) -> PartitionSpec:
+    divisible = [axis for axis, size in enumerate(shape) if size % devices == 0]
+    if strategy == "ddp" or np.prod(shape, dtype=np.int64) < SMALLEST_SPLIT or not divisible:
+        return PartitionSpec()
+    largest = max(divisible, key=lambda axis: shape[axis])
+    return PartitionSpec(*(AXIS if axis == largest else None for axis in range(len(shape))))
+
+
+def device_put_tree(tree: Any, shardings: Any) -> Any:
+    """Place host values (identical in every process) on devices according to `shardings`."""
+
+    def put(value: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable:
+            return jax.device_put(value, sharding)
+        whole = np.asarray(value)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(put, tree, shardings)
+
+
+def copy_to(tree: Any, device: jax.Device) -> Any:
+    """Whole arrays on one device of this process; with several processes all of them have to call it."""
+    sharding = jax.tree.leaves(tree)[0].sharding
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, device)
+    whole = jax.jit(lambda tree: tree, out_shardings=replicated(sharding.mesh))(tree)
+    return jax.tree.map(lambda x: next(shard.data for shard in x.addressable_shards if shard.device == device), whole)
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Start the transfer of this process' share of a batch; the first axes of all processes together are the batch."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+
+
+# --- Processes -------------------------------------------------------------------------------------------------
 
 
 def join_processes(

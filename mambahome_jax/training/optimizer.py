@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from mambahome_jax.recipes import OptimizerConfig
-from mambahome_jax.training.sharding import SMALLEST_SPLIT
+from mambahome_jax.training.distributed import SMALLEST_SPLIT
 
 # Both are part of what a checkpoint looks like.
 SMALL = SMALLEST_SPLIT  # elements of an array below which it is joined: what is split would have to be gathered for it

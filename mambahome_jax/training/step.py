@@ -17,9 +17,9 @@ from mambahome_jax.model.layers import ChannelDropout
 from mambahome_jax.recipes import AugmentationConfig
 from mambahome_jax.support.devices import compiler_options
 from mambahome_jax.training.augmentation import augment, augment_labelled
+from mambahome_jax.training.distributed import device_put_tree, replicated, tree_sharding
 from mambahome_jax.training.losses import LossFunction, network_params
 from mambahome_jax.training.optimizer import group, is_encoder
-from mambahome_jax.training.sharding import device_put_tree, replicated, tree_sharding
 
 Batch = dict[str, jax.Array]
 # (state, batch, learning rate) -> (state, metrics)

@@ -24,14 +24,21 @@ from mambahome_jax.recipes import AugmentationConfig
 from mambahome_jax.support.console import duration
 from mambahome_jax.support.processes import batch_bytes, fitting_workers
 from mambahome_jax.training.checkpoints import CheckpointWriter, checkpoint_settings, restore_state
-from mambahome_jax.training.distributed import StopOnSignal, gather, is_first
+from mambahome_jax.training.distributed import (
+    StopOnSignal,
+    device_put_tree,
+    gather,
+    is_first,
+    make_mesh,
+    put_batch,
+    replicated,
+)
 from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.pretrained import Transfer, transfer
 from mambahome_jax.training.progress import Display, FileLog, MetricsLog, device_memory, dice_table
 from mambahome_jax.training.schedule import Schedule, TimeBudget
 from mambahome_jax.training.setup import Setup
-from mambahome_jax.training.sharding import device_put_tree, make_mesh, put_batch, replicated
 from mambahome_jax.training.step import (
     Batch,
     TrainState,

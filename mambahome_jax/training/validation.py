@@ -21,8 +21,7 @@ from mambahome_jax.inference.ensemble import apply_network
 from mambahome_jax.inference.targets import Labels
 from mambahome_jax.inference.tiled import Replica, Slab, WindowSettings, predict_tiled, window_size
 from mambahome_jax.patches.store import Store, StoreEntry
-from mambahome_jax.training.distributed import gather
-from mambahome_jax.training.sharding import copy_to
+from mambahome_jax.training.distributed import copy_to, gather
 
 
 @dataclass(frozen=True)

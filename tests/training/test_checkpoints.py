@@ -17,8 +17,8 @@ from mambahome_jax.errors import CheckpointError, ConfigError, OutputError
 from mambahome_jax.recipes import OptimizerConfig
 from mambahome_jax.training import checkpoints
 from mambahome_jax.training.checkpoints import CheckpointWriter, check_settings, restore_state
+from mambahome_jax.training.distributed import make_mesh
 from mambahome_jax.training.optimizer import make_optimizer
-from mambahome_jax.training.sharding import make_mesh
 from mambahome_jax.training.step import TrainState, init_state
 from mambahome_jax.weights.checkpoint import read_checkpoint_config, read_checkpoint_params, remove_partial
 

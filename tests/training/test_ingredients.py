@@ -11,9 +11,9 @@ from mambahome_jax.config import ModelConfig
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.recipes import OptimizerConfig
 from mambahome_jax.training.checkpoints import CheckpointWriter, restore_state
+from mambahome_jax.training.distributed import make_mesh, put_batch
 from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce, network_params
 from mambahome_jax.training.optimizer import make_optimizer
-from mambahome_jax.training.sharding import make_mesh, put_batch
 from mambahome_jax.training.step import (
     abstract_state,
     average_decay,

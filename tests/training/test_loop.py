@@ -15,11 +15,11 @@ from rich.console import Console
 from mambahome_jax.errors import TrainingError
 from mambahome_jax.recipes import AugmentationConfig, OptimizerConfig
 from mambahome_jax.training.checkpoints import CheckpointWriter, restore_state
+from mambahome_jax.training.distributed import make_mesh
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.progress import Display, FileLog
 from mambahome_jax.training.schedule import Schedule
-from mambahome_jax.training.sharding import make_mesh
 from mambahome_jax.training.step import abstract_state, init_state, make_train_step
 from mambahome_jax.training.train import Feed, Run, train
 from mambahome_jax.training.validation import Validation

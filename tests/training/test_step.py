@@ -9,12 +9,12 @@ from jax.sharding import PartitionSpec
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.recipes import AugmentationConfig, OptimizerConfig
 from mambahome_jax.support.devices import choose_devices
+from mambahome_jax.training import distributed
 from mambahome_jax.training import optimizer as optimizer_module
-from mambahome_jax.training import sharding
+from mambahome_jax.training.distributed import device_put_tree, make_mesh, put_batch, replicated, tree_sharding
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.schedule import learning_rate, progress_in_steps
-from mambahome_jax.training.sharding import device_put_tree, make_mesh, put_batch, replicated, tree_sharding
 from mambahome_jax.training.step import init_state, make_train_step
 from tests.training.stand_in import SmallNet
 
@@ -49,7 +49,7 @@ def _train(devices, strategy="ddp", steps=20, augmentation=None, seed=0, **setti
 @pytest.fixture(scope="module", autouse=True)
 def small_arrays_are_split():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "SMALLEST_SPLIT", 1024)
+        patch.setattr(distributed, "SMALLEST_SPLIT", 1024)
         patch.setattr(optimizer_module, "SMALL", 1024)
         yield
 

@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 
 from mambahome_jax.recipes import OptimizerConfig
+from mambahome_jax.training.distributed import make_mesh, put_batch
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import make_optimizer, ungroup
 from mambahome_jax.training.schedule import learning_rate, progress_in_steps
-from mambahome_jax.training.sharding import make_mesh, put_batch
 from mambahome_jax.training.step import init_state, make_train_step
 from mambahome_jax.weights.weights import export_official, load_model
 from tests.conftest import golden_path, load_golden
