@@ -25,7 +25,7 @@ from mambahome_jax.support.devices import versions
 from mambahome_jax.support.files import jsonable
 from mambahome_jax.support.paths import local_path
 from mambahome_jax.training.distributed import is_first, tree_sharding
-from mambahome_jax.training.setup import Setup, digest_of, training_settings
+from mambahome_jax.training.setup import Setup, digest_of
 from mambahome_jax.training.step import TrainState, deployed_params
 from mambahome_jax.weights.checkpoint import (
     MODEL_ITEM,
@@ -212,7 +212,7 @@ def checkpoint_settings(setup: Setup) -> dict[str, Any]:
         "model": dataclasses.asdict(setup.model.replace(use_checkpoint=False)),
         "data": setup.properties.to_json(),
         "cases": data_summary(setup.digests),
-        "training": training_settings(setup),
+        "training": setup.settings(),
         "versions": versions(PACKAGES),
     }
     return jsonable(settings)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX.event_file_writer import EventsWriter
@@ -27,6 +26,7 @@ from mambahome_jax.support.console import command_line, duration, say
 from mambahome_jax.support.files import atomic_write
 from mambahome_jax.training.schedule import Schedule
 from mambahome_jax.training.setup import Setup
+from mambahome_jax.training.validation import Validation, finite_or_none
 
 COLUMNS = (
     "step",
@@ -49,14 +49,11 @@ FLUSH_SECONDS = 120.0
 class MetricsLog(contextlib.AbstractContextManager):
     """Keeps nothing: what the processes beside the first one write to."""
 
-    def write(self, row: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
-        """Keep the values of a step, named as in COLUMNS; `extra` goes to TensorBoard alone."""
+    def write(self, row: Mapping[str, Any], validation: Validation | None = None) -> None:
+        """Keep the values of a step, named as in COLUMNS, and its validation."""
 
-    def complete(self, values: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
-        """Add to the row of `values["step"]`, the last one that is kept; `extra` goes to TensorBoard alone."""
-
-    def picture(self, name: str, picture: np.ndarray, step: int) -> None:
-        """Keep an RGB picture (rows, columns, 3) uint8 for TensorBoard."""
+    def complete(self, step: int, validation: Validation) -> None:
+        """Add to the row of a step, the last one that is kept."""
 
     def flush(self) -> None:
         """Bring everything to the disk, for who watches."""
@@ -66,10 +63,10 @@ class MetricsLog(contextlib.AbstractContextManager):
 
 
 class FileLog(MetricsLog):
-    """RUN/metrics.csv, one row a step, and RUN/tensorboard. Has to be closed; a context manager does it.
+    """RUN/metrics.csv, one row a step, and RUN/tensorboard. Raises OutputError where nothing can be written.
 
     On a resume after `start` steps the rows beyond are dropped: the steps are done again. say: called with what
-    happened to a file that somebody removed. Raises OutputError where nothing can be written.
+    happened to a file that somebody removed.
     """
 
     def __init__(self, folder: Path, start: int = 0, say: Callable[[str], None] = print):
@@ -87,31 +84,33 @@ class FileLog(MetricsLog):
         self._file = self._path.open("a", newline="", encoding="utf-8", buffering=1)
         self._writer = csv.DictWriter(self._file, COLUMNS)
 
-    def _to_events(self, row: Mapping[str, Any], extra: Mapping[str, float] | None) -> None:
-        for name, value in {**row, **(extra or {})}.items():
+    def write(self, row: Mapping[str, Any], validation: Validation | None = None) -> None:
+        with self._writing():
+            values = {**row} if validation is None else {**row, "val_dice": finite_or_none(validation.dice)}
+            self._writer.writerow({name: _text(values.get(name)) for name in COLUMNS})
+            self._to_events(values, validation)
+
+    def complete(self, step: int, validation: Validation) -> None:
+        with self._writing():
+            score = finite_or_none(validation.dice)
+            self._file.close()
+            self._open_rows(step, {"val_dice": _text(score)})
+            self._to_events({"step": step, "val_dice": score}, validation)
+
+    def _to_events(self, row: Mapping[str, Any], validation: Validation | None) -> None:
+        structures = {} if validation is None else validation.structures
+        extra = {f"val_dice/{name}": value for name, value in structures.items() if math.isfinite(value)}
+        for name, value in {**row, **extra}.items():
             if name not in ("step", "epoch") and value is not None:
                 self._events.write(scalar(name, value), row["step"])
-
-    def write(self, row: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
-        with self._writing():
-            self._writer.writerow({name: _text(row.get(name)) for name in COLUMNS})
-            self._to_events(row, extra)
-            if time.monotonic() >= self._flush_due:
-                self._flush_due = time.monotonic() + FLUSH_SECONDS
-                self.flush()
-
-    def complete(self, values: Mapping[str, Any], extra: Mapping[str, float] | None = None) -> None:
-        with self._writing():
-            self._file.close()
-            self._open_rows(values["step"], {name: _text(values[name]) for name in COLUMNS if name in values})
-            self._to_events(values, extra)
-
-    def picture(self, name: str, picture: np.ndarray, step: int) -> None:
-        with self._writing():
-            self._events.write(image(name, picture, dataformats="HWC"), step)
+        if validation is not None and validation.picture is not None:
+            self._events.write(image("validation", validation.picture, dataformats="HWC"), row["step"])
+        if validation is not None or time.monotonic() >= self._flush_due:
+            self.flush()
 
     def flush(self) -> None:
         with self._writing():
+            self._flush_due = time.monotonic() + FLUSH_SECONDS
             self._file.flush()
             self._events.flush()
             if not self._path.exists():
@@ -304,7 +303,7 @@ def start_lines(
 
 
 def _ingredients(setup: Setup) -> str:
-    used, optimizer = setup.recipe.ingredients(), setup.optimizer
+    used, optimizer = setup.recipe.ingredients(), setup.schedule.optimizer
     parts = [f"{optimizer.name}, lr {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}"]
     if optimizer.name != "SGD":
         parts.append(f"eps {optimizer.eps:g}")

@@ -33,7 +33,7 @@ from mambahome_jax.training.distributed import is_first, require_same
 from mambahome_jax.training.pretrained import Transfer
 from mambahome_jax.training.progress import end_lines, ensemble_line, start_lines
 from mambahome_jax.training.schedule import Schedule
-from mambahome_jax.training.setup import Setup, case_digests, make_setup, recorded_mirrors, training_settings
+from mambahome_jax.training.setup import Setup, case_digests, make_setup, recorded_mirrors
 from mambahome_jax.training.train import Clock, Programs, train_network
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
 
@@ -356,7 +356,7 @@ def new_report(folder: Path, setup: Setup, skipped: Sequence[tuple[str, str]]) -
             "outside_split": outside_split(setup.prepared),
             "skipped": [{"id": case, "reason": reason} for case, reason in skipped],
         },
-        "training": training_settings(setup),
+        "training": setup.settings(),
         "seed": setup.flags.seed,
         "versions": versions(PACKAGES),
         "git": git_state(),

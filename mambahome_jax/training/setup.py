@@ -1,11 +1,10 @@
 """What a training command comes to: flags, dataset and devices resolved into sizes, steps and settings."""
 
-import dataclasses
 import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +40,9 @@ from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.patches.ranges import training_ranges
 from mambahome_jax.patches.store import CRC_LETTERS, Store, StoreEntry
-from mambahome_jax.recipes import AugmentationConfig, OptimizerConfig, Recipe, given_ingredients, resolve
+from mambahome_jax.recipes import AugmentationConfig, Recipe, given_ingredients, resolve
 from mambahome_jax.support.devices import default_precision
+from mambahome_jax.training.schedule import Schedule
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
 
 GPU_WORKERS = 4
@@ -55,11 +55,12 @@ Pair = tuple[int, int]
 class Setup:
     """Everything that follows from the flags once dataset and devices are known.
 
-    val_cases: at most --max_val_cases of those held out. trained_on: those of val_cases whose
-    images are trained on too. digests: see `case_digests`, of "train" and of all of "val".
+    val_cases: at most --max_val_cases of those held out. trained_on: those of them whose images are trained on too.
+    digests: see `case_digests`, of "train" and of all of "val". schedule: still without a time budget.
     """
 
     flags: TrainConfig
+    recipe: Recipe
     prepared: Prepared
     prepared_val: Prepared | None
     train_cases: tuple[str, ...]
@@ -68,154 +69,180 @@ class Setup:
     digests: Mapping[str, Mapping[str, str]]
     val_values: Mapping[int, int] | None
     structures: Mapping[int, str]
+    labelled: np.ndarray | None
     model: ModelConfig
     properties: DataProperties
-    patch_size: tuple[int, int, int]
+    patch_size: Triple
     precision: Precision
-    recipe: Recipe
     augmentation: AugmentationConfig | None
     mirror_lines: tuple[str, ...]
-    labelled: np.ndarray | None
-    optimizer: OptimizerConfig
     global_batch: int
-    steps_per_epoch: int
-    total_steps: int | None
-    val_every: int | None
     num_workers: int
+    schedule: Schedule
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that change the result of a run: a resumed one has to agree with them."""
+        flags, optimizer = self.flags, self.schedule.optimizer
+        return {
+            "train_cases": f"{len(self.train_cases)} with digest {_digest(self.train_cases)}",
+            "patch_size": self.patch_size,
+            "global_batch": self.global_batch,
+            "total_steps": self.schedule.total_steps,
+            "max_minutes": flags.max_minutes,
+            **self.recipe.ingredients(),
+            "momentum": self.recipe.optimizer.momentum,
+            "mirror": () if self.augmentation is None else self.augmentation.mirror,
+            "schedule_step": optimizer.schedule_step,
+            "steps_per_period": optimizer.steps_per_period,
+            "t_max": optimizer.t_max,
+            "modality": flags.modality,
+            "ct_scale": self.properties.to_json()["ct_scale"],
+            "precision": self.precision,
+            "labelled": None if self.labelled is None else _digest(map(str, self.labelled.tolist())),
+            "freeze_encoder": flags.freeze_encoder,
+            "encoder_lr_scale": optimizer.encoder_lr_scale,
+            "seed": flags.seed,
+            # The state of the loader's iterator has another form for another number.
+            "num_workers": self.num_workers,
+        }
 
 
 def make_setup(
-    config: TrainConfig,
+    flags: TrainConfig,
     prepared: Prepared,
     prepared_val: Prepared | None,
     devices: int,
-    recorded: Sequence[Mirror] = (),
+    recorded: tuple[Mirror, ...] = (),
 ) -> Setup:
     """Resolve every default that depends on the dataset or the devices.
 
     recorded: the mirrors that the run to be resumed began with; it goes on with them.
     Raises ConfigError for flags that cannot work, DatasetError where there is nothing to train on.
     """
-    for name in (
-        "batch_size",
-        "epochs",
-        "skip_val",
-        "steps",
-        "val_every",
-        "checkpoint_every",
-        "keep_last",
-        "max_val_cases",
-    ):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name} {value}; expected 1 or more")
-    if config.hold_out < 0 or config.hold_out == 1:
-        raise ConfigError(f"--hold_out {config.hold_out}; expected 0, or 2 or more")
-    if config.num_workers is not None and config.num_workers < 0:
-        raise ConfigError(f"--num_workers {config.num_workers}; expected 0 or more")
-    if config.max_minutes is not None and (not config.max_minutes > 0 or config.steps is not None):
-        found = f"--max_minutes {config.max_minutes}" + (f" with --steps {config.steps}" if config.steps else "")
-        raise ConfigError(f"{found}; expected a positive number, and one of the two alone")
-    if not 0 <= config.overlap < 1:
-        raise ConfigError(f"--overlap {config.overlap}; expected at least 0 and below 1")
-    recipe = resolve(config)
-    store = Store(prepared.store)
-    store_val = store if prepared_val is None else Store(prepared_val.store)
-    train, val = _cases(config, prepared, prepared_val)
-    shapes = [store.entry(case).shape for case in train]
-    patch, grids = choose_grids(config, shapes, _voxel_size(prepared))
-    present = {value for case in train for value in store.entry(case).foreground_counts}
-    names = dict(prepared.labels)
-    classes = max([*names, *present, 1]) + 1
-    if config.classes is not None:
-        needed = max(present, default=0) + 1
-        if config.classes < needed:
-            raise ConfigError(
-                f"--classes {config.classes}, but labels go up to {needed - 1}; expected at least {needed}"
-            )
-        classes = config.classes
-    structures = {
-        value: names.get(value, f"label_{value}") for value in range(1, classes) if value in {*names, *present}
-    }
-    modality = config.modality or Counter(store.entry(case).modality for case in train).most_common(1)[0][0]
-    batch = config.batch_size * devices
-    steps_per_epoch = -(-len(train) // batch)
-    total = config.steps or config.epochs * steps_per_epoch
-    timed = config.max_minutes is not None
-    val_every = config.val_every or config.skip_val * steps_per_epoch
-    axes = recipe.mirror if recipe.augment else ()
-    mirrors, mirror_lines = choose_mirrors(axes, prepared, structures, explicit="mirror" in given_ingredients(config))
-    if mirrors != recorded and {axis for axis, _ in mirrors} == {axis for axis, _ in recorded}:
-        mirrors, mirror_lines = tuple(recorded), ("In mirrored scans labels trade places as when this run began",)
-    augmentation = make_augmentation(recipe, prepared, structures, mirrors=mirrors)
-    mirrored = {axis for axis, _ in augmentation.mirror} if augmentation else set()
+    _check_flags(flags)
+    recipe = resolve(flags)
+    train, held_out = _split(flags, prepared, prepared_val)
+    val = held_out[: flags.max_val_cases]
+    store, val_store = Store(prepared.store), Store((prepared_val or prepared).store)
+    entries = [store.entry(case) for case in train]
+    patch, grids = choose_grids(flags, [entry.shape for entry in entries], _voxel_size(prepared))
+    classes, named = _classes(flags, prepared, entries)
+    structures = named or {1: "label_1"}
+    augmentation, mirror_lines = make_augmentation(
+        recipe, prepared, named, explicit="mirror" in given_ingredients(flags), recorded=recorded
+    )
+    mirrors = () if augmentation is None else augmentation.mirror
+    properties = DataProperties(
+        spacing=prepared.spacing,
+        orientation=prepared.orientation,
+        modality=flags.modality or Counter(entry.modality for entry in entries).most_common(1)[0][0],
+        labels=tuple(named.items()),
+        channels=tuple(prepared.channels),
+        patch_size=patch,
+        ct_normalisation=prepared.ct_normalisation,
+        mirror=tuple(name for name, _ in _anatomical(mirrors, prepared.orientation)),
+        values=tuple(sorted(prepared.values.items())),
+        ranges=training_ranges(entries, named, flags.modality),
+        mirror_pairs=_anatomical(mirrors, prepared.orientation) or None,
+    )
     return Setup(
-        flags=config,
+        flags=flags,
+        recipe=recipe,
         prepared=prepared,
         prepared_val=prepared_val,
         train_cases=train,
-        val_cases=val[: config.max_val_cases],
-        val_values=None
-        if prepared_val is None
-        else values_of_training(prepared_val, val, prepared, structures or {1: "label_1"}),
-        trained_on=tuple(trained_on(map(store.entry, train), map(store_val.entry, val[: config.max_val_cases]))),
-        digests={"train": case_digests(prepared, train), "val": case_digests(prepared_val or prepared, val)},
-        structures=structures or {1: "label_1"},
-        model=model_config(config, in_chans=store.entry(train[0]).channels, out_chans=classes).replace(**grids),
-        properties=DataProperties(
-            spacing=prepared.spacing,
-            orientation=prepared.orientation,
-            modality=modality,
-            labels=tuple(structures.items()),
-            channels=tuple(prepared.channels),
-            patch_size=patch,
-            ct_normalisation=prepared.ct_normalisation,
-            mirror=tuple(name for name in AXES if axis_along(name, prepared.orientation) in mirrored),
-            values=tuple(sorted(prepared.values.items())),
-            ranges=training_ranges([store.entry(case) for case in train], structures, config.modality),
-            mirror_pairs=_anatomical(augmentation.mirror, prepared.orientation) if mirrored and augmentation else None,
-        ),
+        val_cases=val,
+        trained_on=tuple(trained_on(entries, [val_store.entry(case) for case in val])),
+        digests={"train": case_digests(prepared, train), "val": case_digests(prepared_val or prepared, held_out)},
+        val_values=values_of_training(prepared_val, held_out, prepared, structures) if prepared_val else None,
+        structures=structures,
+        labelled=labelled_classes(prepared, train, classes),
+        model=model_config(flags, in_chans=entries[0].channels, out_chans=classes).replace(**grids),
+        properties=properties,
         patch_size=patch,
-        precision=config.precision or default_precision(),
-        recipe=recipe,
+        precision=flags.precision or default_precision(),
         augmentation=augmentation,
         mirror_lines=mirror_lines,
-        labelled=labelled_classes(prepared, train, classes),
-        optimizer=_optimizer(config, recipe, steps_per_epoch, total),
-        global_batch=batch,
-        steps_per_epoch=steps_per_epoch,
-        total_steps=None if timed else total,
-        # In a given time the default would spend most of it on validation; the budget then spaces them.
-        val_every=None if timed and config.val_every is None and config.skip_val == 1 else val_every,
-        num_workers=_workers(config),
+        global_batch=flags.batch_size * devices,
+        num_workers=_workers(flags),
+        schedule=_schedule(flags, recipe, -(-len(train) // (flags.batch_size * devices))),
     )
 
 
-def training_settings(setup: Setup) -> dict[str, Any]:
-    """The settings that change the result of a run: a resumed one has to agree with them."""
-    config, optimizer = setup.flags, setup.optimizer
-    return {
-        "train_cases": f"{len(setup.train_cases)} with digest {_digest(setup.train_cases)}",
-        "patch_size": setup.patch_size,
-        "global_batch": setup.global_batch,
-        "total_steps": setup.total_steps,
-        "max_minutes": config.max_minutes,
-        **setup.recipe.ingredients(),
-        "momentum": setup.recipe.optimizer.momentum,
-        "mirror": () if setup.augmentation is None else setup.augmentation.mirror,
-        "schedule_step": optimizer.schedule_step,
-        "steps_per_period": optimizer.steps_per_period,
-        "t_max": optimizer.t_max,
-        "modality": config.modality,
-        "ct_scale": setup.properties.to_json()["ct_scale"],
-        "precision": setup.precision,
-        "labelled": None if setup.labelled is None else _digest(tuple(map(str, setup.labelled.tolist()))),
-        "freeze_encoder": config.freeze_encoder,
-        "encoder_lr_scale": optimizer.encoder_lr_scale,
-        "seed": config.seed,
-        # The state of the loader's iterator has another form for another number.
-        "num_workers": setup.num_workers,
-    }
+def _check_flags(flags: TrainConfig) -> None:
+    at_least_one = ("batch_size", "epochs", "skip_val", "steps", "val_every", "checkpoint_every", "keep_last")
+    bounds = dict.fromkeys((*at_least_one, "max_val_cases"), 1) | {"num_workers": 0, "encoder_lr_scale": 0}
+    for name, least in bounds.items():
+        value = getattr(flags, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name} {value}; expected {least} or more")
+    if flags.hold_out < 0 or flags.hold_out == 1:
+        raise ConfigError(f"--hold_out {flags.hold_out}; expected 0, or 2 or more")
+    if flags.max_minutes is not None and (not flags.max_minutes > 0 or flags.steps is not None):
+        given = f"--max_minutes {flags.max_minutes}" + (f" with --steps {flags.steps}" if flags.steps else "")
+        raise ConfigError(f"{given}; expected a positive number, and one of the two alone")
+    if not 0 <= flags.overlap < 1:
+        raise ConfigError(f"--overlap {flags.overlap}; expected at least 0 and below 1")
+
+
+def _split(
+    flags: TrainConfig, prepared: Prepared, prepared_val: Prepared | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Cases to train on, and those held out to validate on."""
+    train, val = split_cases(prepared, flags.seed, flags.hold_out)
+    if prepared_val is not None:
+        # Nothing has to be held out of the training folder but what it marks itself.
+        marked = {case.id for case in prepared.cases if case.split == "val"}
+        train = [case.id for case in prepared.cases if case.id in {*train, *val} - marked]
+        val = [case.id for case in prepared_val.cases if case.label is not None]
+        if not val:
+            raise DatasetError("no case with a label to validate on", file=prepared_val.root)
+    if not train:
+        skipped = f" ({len(prepared.skipped)} were skipped)" if prepared.skipped else ""
+        found = f"no case to train on among {len(prepared.cases)}{skipped}"
+        expected = "at least one with a label that is not marked val or test"
+        raise DatasetError(found, file=prepared.root / "dataset.json", expected=expected)
+    return tuple(train), tuple(val)
+
+
+def _classes(flags: TrainConfig, prepared: Prepared, entries: Sequence[StoreEntry]) -> tuple[int, dict[int, str]]:
+    """Number of classes, background included, and {value: name} of the structures among them."""
+    present = {value for entry in entries for value in entry.foreground_counts}
+    needed = max(present, default=0) + 1
+    if flags.classes is not None and flags.classes < needed:
+        raise ConfigError(f"--classes {flags.classes}, but labels go up to {needed - 1}; expected at least {needed}")
+    values = {*prepared.labels, *present}
+    classes = flags.classes or max(values | {1}) + 1
+    return classes, {v: prepared.labels.get(v, f"label_{v}") for v in sorted(values) if 0 < v < classes}
+
+
+def _schedule(flags: TrainConfig, recipe: Recipe, steps_per_epoch: int) -> Schedule:
+    total = flags.steps or flags.epochs * steps_per_epoch
+    if flags.steps is None:
+        # As published: the schedule steps with the validations.
+        period, t_max = flags.skip_val * steps_per_epoch, max(flags.epochs // flags.skip_val, 1)
+    else:
+        period, t_max = steps_per_epoch, -(-total // steps_per_epoch)
+    scale = 0.0 if flags.freeze_encoder else flags.encoder_lr_scale
+    timed = flags.max_minutes is not None
+    # In a given time the default would spend most of it on validation; the budget then spaces them.
+    own_validations = timed and flags.val_every is None and flags.skip_val == 1
+    return Schedule(
+        replace(recipe.optimizer, steps_per_period=period, t_max=t_max, encoder_lr_scale=scale),
+        total_steps=None if timed else total,
+        steps_per_epoch=steps_per_epoch,
+        val_every=None if own_validations else flags.val_every or flags.skip_val * steps_per_epoch,
+        checkpoint_every=flags.checkpoint_every,
+    )
+
+
+def _workers(config: TrainConfig) -> int:
+    if config.num_workers is not None:
+        return config.num_workers
+    return GPU_WORKERS if jax.default_backend() == "gpu" else 0
+
+
+# --- Network and patch -----------------------------------------------------------------------------------------------
 
 
 def model_config(config: TrainConfig, in_chans: int, out_chans: int) -> ModelConfig:
@@ -275,23 +302,17 @@ def choose_patch(config: TrainConfig, shapes: list[Triple], multiples: Triple = 
     return a, b, c
 
 
-def _cases(
-    config: TrainConfig, prepared: Prepared, prepared_val: Prepared | None
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    train, val = split_cases(prepared, config.seed, config.hold_out)
-    if prepared_val is not None:
-        # Nothing has to be held out of the training folder but what it marks itself.
-        marked = {case.id for case in prepared.cases if case.split == "val"}
-        train = [case.id for case in prepared.cases if case.id in {*train, *val} - marked]
-        val = [case.id for case in prepared_val.cases if case.label is not None]
-        if not val:
-            raise DatasetError("no case with a label to validate on", file=prepared_val.root)
-    if not train:
-        skipped = f" ({len(prepared.skipped)} were skipped)" if prepared.skipped else ""
-        found = f"no case to train on among {len(prepared.cases)}{skipped}"
-        expected = "at least one with a label that is not marked val or test"
-        raise DatasetError(found, file=prepared.root / "dataset.json", expected=expected)
-    return tuple(train), tuple(val)
+def _voxel_size(prepared: Prepared) -> tuple[float, float, float]:
+    """mm; along an axis that every scan has its own of, the median of the cases."""
+    sizes = np.median([case.spacing for case in prepared.cases], axis=0)
+    a, b, c = (
+        float(given) if given > 0 else float(own)
+        for given, own in zip(prepared.spacing or (0, 0, 0), sizes, strict=True)
+    )
+    return a, b, c
+
+
+# --- Labels ----------------------------------------------------------------------------------------------------------
 
 
 def values_of_training(
@@ -325,65 +346,26 @@ def labelled_classes(prepared: Prepared, cases: Sequence[str], classes: int) -> 
     return None if table.all() else table
 
 
+# --- Augmentation and its mirrors ------------------------------------------------------------------------------------
+
+
 def make_augmentation(
     recipe: Recipe,
     prepared: Prepared,
     structures: Mapping[int, str],
     explicit: bool = True,
-    mirrors: Sequence[Mirror] | None = None,
-) -> AugmentationConfig | None:
-    """What a recipe asks of augment(); None for none.
+    recorded: tuple[Mirror, ...] = (),
+) -> tuple[AugmentationConfig | None, tuple[str, ...]]:
+    """What a recipe asks of augment(), None for none, and what to say of its mirrors.
 
-    Mirroring along an axis swaps the label values that trade places there, see `choose_mirrors`. Raises ConfigError
-    where one of a pair is not among the labels and the flag was given (`explicit`). mirrors: where they are chosen
-    already.
+    explicit: see `choose_mirrors`; recorded: see `make_setup`.
     """
     if not recipe.augment:
-        return None
-    if mirrors is None:
-        mirrors, _ = choose_mirrors(recipe.mirror, prepared, structures, explicit)
-    return dataclasses.replace(recipe.augmentation, mirror=tuple(mirrors), voxel_size=_voxel_size(prepared))
-
-
-def _anatomical(mirrors: Sequence[Mirror], orientation: str) -> MirrorPairs:
-    pairs = dict(mirrors)
-    axes = {name: axis_along(name, orientation) for name in AXES}
-    return tuple((name, pairs[axis]) for name, axis in axes.items() if axis in pairs)
-
-
-def _voxel_size(prepared: Prepared) -> tuple[float, float, float]:
-    """mm; along an axis that every scan has its own of, the median of the cases."""
-    sizes = np.median([case.spacing for case in prepared.cases], axis=0)
-    a, b, c = (
-        float(given) if given > 0 else float(own)
-        for given, own in zip(prepared.spacing or (0, 0, 0), sizes, strict=True)
-    )
-    return a, b, c
-
-
-def _optimizer(config: TrainConfig, recipe: Recipe, steps_per_epoch: int, total: int) -> OptimizerConfig:
-    scale = 0.0 if config.freeze_encoder else config.encoder_lr_scale
-    if scale < 0:
-        raise ConfigError(f"--encoder_lr_scale {scale}; expected 0 or more")
-    if config.steps is None:
-        # As published: the schedule steps with the validations.
-        period, t_max = config.skip_val * steps_per_epoch, max(config.epochs // config.skip_val, 1)
-    else:
-        period, t_max = steps_per_epoch, -(-total // steps_per_epoch)
-    return dataclasses.replace(recipe.optimizer, steps_per_period=period, t_max=t_max, encoder_lr_scale=scale)
-
-
-def _digest(names: tuple[str, ...]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
-
-
-def _workers(config: TrainConfig) -> int:
-    if config.num_workers is not None:
-        return config.num_workers
-    return GPU_WORKERS if jax.default_backend() == "gpu" else 0
-
-
-# --- Mirrors ---
+        return None, ()
+    mirrors, lines = choose_mirrors(recipe.mirror, prepared, structures, explicit)
+    if mirrors != recorded and {axis for axis, _ in mirrors} == {axis for axis, _ in recorded}:
+        mirrors, lines = recorded, ("In mirrored scans labels trade places as when this run began",)
+    return replace(recipe.augmentation, mirror=mirrors, voxel_size=_voxel_size(prepared)), lines
 
 
 def choose_mirrors(
@@ -440,7 +422,14 @@ def _shapes(prepared: Prepared, pairs: Sequence[Pair]) -> dict[Pair, list[tuple[
     return shapes
 
 
-# --- What tells the data of a case from other data ---
+def _anatomical(mirrors: Sequence[Mirror], orientation: str) -> MirrorPairs:
+    """The mirrors by the names of their axes."""
+    pairs = dict(mirrors)
+    axes = {name: axis_along(name, orientation) for name in AXES}
+    return tuple((name, pairs[axis]) for name, axis in axes.items() if axis in pairs)
+
+
+# --- What tells the data of a case from other data -------------------------------------------------------------------
 
 
 def case_digests(prepared: Prepared, cases: Sequence[str]) -> dict[str, str]:
@@ -486,3 +475,7 @@ def _case_digest(entry: StoreEntry) -> str:
 
 def digest_of(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _digest(names: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]

@@ -49,7 +49,7 @@ from mambahome_jax.training.step import (
     make_train_step,
     with_seed,
 )
-from mambahome_jax.training.validation import Validate, Validation, ValidationSettings, make_validate
+from mambahome_jax.training.validation import Validate, Validation, ValidationSettings, finite_or_none, make_validate
 from mambahome_jax.weights.weights import read_weights
 
 # Compiled steps by all that differs between the networks of one command. JAX's own cache would not know one again, as
@@ -101,7 +101,7 @@ def train_network(
     flags, recipe = setup.flags, setup.recipe
 
     # --- Network and optimizer -----------------------------------------------------------------------------------
-    mesh, optimizer = make_mesh(list(devices)), make_optimizer(setup.optimizer)
+    mesh, optimizer = make_mesh(list(devices)), make_optimizer(setup.schedule.optimizer)
     graphdef, trained_graphdef, params, transferred = build_networks(setup, new=earlier is None)
     abstract = abstract_state(params, optimizer, recipe.ema_decay > 0)
 
@@ -115,14 +115,8 @@ def train_network(
     del params
 
     # --- Schedule ------------------------------------------------------------------------------------------------
-    schedule = Schedule(
-        setup.optimizer,
-        setup.total_steps,
-        setup.steps_per_epoch,
-        setup.val_every,
-        flags.checkpoint_every,
-        clock.budget(earlier, own_validations=setup.val_every is None),
-    )
+    budget = clock.budget(earlier, own_validations=setup.schedule.val_every is None)
+    schedule = dataclasses.replace(setup.schedule, budget=budget)
     begin(schedule, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)), transferred)
 
     # --- Step ----------------------------------------------------------------------------------------------------
@@ -284,28 +278,26 @@ def train(state: TrainState, batches: Feed, train_step: TrainStep, run: "Run") -
         OutputError: a checkpoint or metrics.csv cannot be written.
     """
     with CheckpointWriter() as run.writer, StopOnSignal(run.display.say, batches.mesh) as run.stop:
-        if run.step and run.schedule.validates(run.step) and run.validated_until < run.step:
-            # The run before was stopped between this step and its validation.
-            run.complete(run.validate_and_keep_best(state))
+        # The run before may have been stopped between its last step and the validation of that.
+        overdue = run.step and run.schedule.validates(run.step) and run.validated_until < run.step
+        if overdue and (validation := run.validate_and_keep_best(state)):
+            run.log.complete(run.step, validation)
         due, saved = run.schedule.after(run.step), run.step
         while not due.stop and (batch := run.fetch(batches)) is not None:
             rate = device_put_tree(np.float32(due.rate), replicated(batches.mesh))
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, batch, rate)
-            # While the devices work on this step.
-            if row := run.finish_step():
-                run.keep(row)
-            run.started_step(metrics, batches.cases)
+            # The step before; the devices work on this one meanwhile.
+            run.log_step()
+            run.step_started(metrics, batches.cases)
             run.stop.agree()
             due = run.schedule.after(run.step)
             if due.save:
-                row = run.finish_step()
-                run.keep(row, run.validate_and_keep_best(state) if due.validate else None)
+                run.log_step(state if due.validate else None)
                 run.save_last(state, batches.position)
                 saved = run.step
                 due = run.schedule.after(run.step)
-        if row := run.finish_step():
-            run.keep(row)
+        run.log_step()
         if run.step > saved:
             run.save_last(state, batches.position)
         run.signal = run.stop.requested()
@@ -356,16 +348,20 @@ class Run:
             self._waited += time.perf_counter() - begun
         return batch
 
-    def started_step(self, metrics: dict[str, jax.Array], cases: tuple[str, ...]) -> None:
+    def step_started(self, metrics: dict[str, jax.Array], cases: tuple[str, ...]) -> None:
         """Note that the devices have been given the next step."""
         self.step += 1
         self._pending = metrics, cases
 
-    def finish_step(self) -> dict[str, Any]:
-        """Wait for the step that was started last, check and show it; its row of metrics.csv, empty without one."""
+    def log_step(self, state: TrainState | None = None) -> None:
+        """Wait for the step that was started last, check it, and write its row; with `state` validate that before."""
         if self._pending is None:
-            return {}
-        (metrics, cases), self._pending = self._pending, None
+            return
+        row = self._finish_step(*self._pending)
+        self._pending = None
+        self.log.write(row, None if state is None else self.validate_and_keep_best(state))
+
+    def _finish_step(self, metrics: dict[str, jax.Array], cases: tuple[str, ...]) -> dict[str, Any]:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if wrong:
@@ -389,25 +385,6 @@ class Run:
         }
         self.display.update(row, device_memory(jax.local_devices()))
         return row
-
-    def keep(self, row: dict[str, Any], validation: Validation | None = None) -> None:
-        """Write a row to metrics.csv and TensorBoard; flushed when a validation is with it."""
-        if validation is None:
-            self.log.write(row)
-        else:
-            self._keep_validation(self.log.write, row, validation)
-
-    def complete(self, validation: Validation | None) -> None:
-        """Add to the row of a step that an earlier run wrote without its validation."""
-        if validation is not None:
-            self._keep_validation(self.log.complete, {"step": self.step}, validation)
-
-    def _keep_validation(self, write: Callable[..., None], row: dict[str, Any], validation: Validation) -> None:
-        extra = {f"val_dice/{name}": value for name, value in validation.structures.items() if math.isfinite(value)}
-        write(row | {"val_dice": _finite(validation.dice)}, extra)
-        if validation.picture is not None:
-            self.log.picture("validation", validation.picture, row["step"])
-        self.log.flush()
 
     def validate_and_keep_best(self, state: TrainState) -> Validation | None:
         """Validate, and write `best` where that is the best so far. None without cases, and when interrupted."""
@@ -435,7 +412,7 @@ class Run:
             self.validation = dataclasses.replace(validation, picture=None)
             self.failures.update(validation.failures)
         self.validated_until = self.step
-        self._keep_best(state, None if validation is None else _finite(validation.dice))
+        self._keep_best(state, None if validation is None else finite_or_none(validation.dice))
         return validation
 
     def _must_stop(self) -> bool:
@@ -465,7 +442,3 @@ class Run:
             "best": self.best,
             "validated_until": self.validated_until,
         } | self.schedule.budget.to_json()
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

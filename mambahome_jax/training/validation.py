@@ -157,6 +157,11 @@ def _picture(
     return np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])
 
 
+def finite_or_none(value: float) -> float | None:
+    """The value, None for nan and infinity."""
+    return value if math.isfinite(value) else None
+
+
 def _mean(values: Sequence[float] | np.ndarray) -> float:
     """Over what is not nan, nan where nothing is left."""
     present = [float(value) for value in values if not math.isnan(value)]

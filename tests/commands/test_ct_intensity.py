@@ -18,7 +18,7 @@ from mambahome_jax.inference.ensemble import Ensemble
 from mambahome_jax.inference.segment import SegmentOptions, settings_for, to_network_grid
 from mambahome_jax.patches.loader import read_patch
 from mambahome_jax.patches.store import INTENSITIES, SAMPLE, Store, ct_scale, foreground_sample
-from mambahome_jax.training.setup import make_setup, training_settings
+from mambahome_jax.training.setup import make_setup
 from tests.commands.scans import description, preprocess_config, scan, write
 
 SCALE = CtScale((-50.0,), (400.0,), (90.0,), (60.0,))
@@ -99,7 +99,7 @@ def test_training_and_inference_see_the_same(config):
     flags = TrainConfig(config.output_path, model="MambaHoME_tiny", steps=3)
     setup = make_setup(flags, prepared, None, devices=1)
     assert setup.properties.ct_normalisation == prepared.ct_normalisation
-    resumed = json.loads(json.dumps(training_settings(setup)))
+    resumed = json.loads(json.dumps(setup.settings()))
     assert CtScale.from_json(resumed["ct_scale"]) == prepared.ct_normalisation
     properties = DataProperties.from_json(json.loads(json.dumps(setup.properties.to_json())))
     assert properties == setup.properties

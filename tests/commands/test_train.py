@@ -273,17 +273,17 @@ def test_the_strong_recipe_trains_and_its_average_is_the_checkpoint(tmp_path, ca
 def test_mirroring_goes_by_the_names_of_the_structures(tmp_path):
     prepared = read_prepared(_dataset(tmp_path / "data"))
     pairs, lonely = {1: "kidney_left", 2: "kidney_right"}, {1: "left atrium"}
-    found = make_augmentation(Recipe(mirror=("LR", "AP")), prepared, pairs)
+    found, _ = make_augmentation(Recipe(mirror=("LR", "AP")), prepared, pairs)
     assert found.mirror == ((0, ((1, 2),)), (1, ())) and found.affine_probability == 0
     lps = dataclasses.replace(prepared, orientation="SRA", spacing=(0.8, -1.0, 3.0))
-    found = make_augmentation(
+    found, _ = make_augmentation(
         Recipe(mirror=("LR",), augmentation=AugmentationConfig(affine_probability=0.5)), lps, pairs
     )
     assert found.mirror == ((1, ((1, 2),)),) and found.voxel_size == (0.8, 1.0, 3.0)
     with pytest.raises(ConfigError, match="left atrium"):
         make_augmentation(Recipe(mirror=("LR",)), prepared, lonely)
-    assert make_augmentation(Recipe(mirror=("LR",)), prepared, lonely, explicit=False).mirror == ()
-    assert make_augmentation(Recipe(augment=False), prepared, pairs) is None
+    assert make_augmentation(Recipe(mirror=("LR",)), prepared, lonely, explicit=False)[0].mirror == ()
+    assert make_augmentation(Recipe(augment=False), prepared, pairs) == (None, ())
 
 
 def test_classes_that_a_case_s_dataset_never_labelled_reach_the_loss(tmp_path, monkeypatch):
@@ -309,9 +309,10 @@ def test_steps_schedule_and_split(tmp_path):
     setup = make_setup(TrainConfig(prepared.root, epochs=40, skip_val=4, batch_size=2), prepared, None, devices=2)
     # Seven patients: two held out (the first and sixth of an order drawn), five to train on in steps of four.
     assert len(setup.train_cases) == 5 and len(setup.val_cases) == 2
-    assert (setup.global_batch, setup.steps_per_epoch, setup.total_steps, setup.val_every) == (4, 2, 80, 8)
-    assert (setup.optimizer.steps_per_period, setup.optimizer.t_max) == (8, 10)
-    assert (setup.optimizer.lr, setup.optimizer.eps, setup.optimizer.weight_decay) == (1e-4, 1e-4, 1e-4)
+    schedule, optimizer = setup.schedule, setup.schedule.optimizer
+    assert (setup.global_batch, schedule.steps_per_epoch, schedule.total_steps, schedule.val_every) == (4, 2, 80, 8)
+    assert (optimizer.steps_per_period, optimizer.t_max) == (8, 10)
+    assert (optimizer.lr, optimizer.eps, optimizer.weight_decay) == (1e-4, 1e-4, 1e-4)
     setup = make_setup(
         TrainConfig(prepared.root, steps=9, val_every=5, optimizer="Adam", max_val_cases=1),
         prepared,
@@ -319,8 +320,9 @@ def test_steps_schedule_and_split(tmp_path):
         devices=1,
     )
     assert len(setup.train_cases) == 7 and len(setup.val_cases) == 1
-    assert (setup.total_steps, setup.val_every) == (9, 5)
-    assert (setup.optimizer.steps_per_period, setup.optimizer.t_max, setup.optimizer.eps) == (4, 3, 1e-8)
+    schedule, optimizer = setup.schedule, setup.schedule.optimizer
+    assert (schedule.total_steps, schedule.val_every) == (9, 5)
+    assert (optimizer.steps_per_period, optimizer.t_max, optimizer.eps) == (4, 3, 1e-8)
 
 
 def test_default_patch_covers_small_volumes_and_no_more():
