@@ -25,7 +25,10 @@ ALLOWED = {
     "model": {"mambahome_kernels"},
     "weights": {"support", "model"},
     "inference": {"support", "imaging", "datasets", "model", "weights"},
-    "training": {"support", "imaging", "datasets", "patches", "model", "weights", "inference", "evaluation"},
+    "training": {
+        *("support", "imaging", "datasets", "patches", "preprocessing"),
+        *("model", "weights", "inference", "evaluation"),
+    },
     "evaluation": {"support", "imaging", "datasets"},
     "reporting": {"support", "imaging", "datasets", "evaluation"},
 }
