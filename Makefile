@@ -18,7 +18,7 @@ test: .venv/installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 faults: .venv/installed
-	$(BIN)/python -m tests.faults
+	$(BIN)/python -m pytest -m faults tests/faults -n 2 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff format .

@@ -58,7 +58,7 @@ def test_killed_with_two_processes_and_run_again_at_once(config, tmp_path):
     settings += ["--spacing", "1", "1", "3"]
     command = [sys.executable, ROOT / "preprocess.py", *map(str, settings)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while len(list((tmp_path / "out").glob("store/[!.]*/case.json"))) < 5 and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.002)

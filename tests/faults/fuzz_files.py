@@ -2,8 +2,8 @@
 
 python -m tests.faults.fuzz_files --count 1000 --json files.json
 
-A fault is a crash, a hang, a traceback, a reason of several lines or one that names no file, more than SECONDS or
-MEGABYTES for one file, or any other change to an input. Exit code 0: none was found.
+A fault is a crash, a hang, a traceback, a reason of several lines or one that names no file, more than SECONDS of
+processor time or MEGABYTES for one file, or any other change to an input. Exit code 0: none was found.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def fuzz(root: Path, count: int, commands: tuple[str, ...] = COMMANDS, first: in
     refused = Counter()
     for command in commands:
         counts[command] = Counter()
-        for result in run_worker(command, folders, 10 * FOLDER):
+        for result in run_worker(command, folders, 20 * FOLDER):
             faults += faults_of(command, result, names)
             cases = result.get("cases", {})
             counts[command].update(tried=sum(" " not in case for case in cases), refused=len(result.get("reasons", {})))

@@ -30,15 +30,15 @@ LIMIT = 3 << 30
 
 
 def measured(function: Callable, seen: dict[str, list[float]], name: Callable[[tuple], str]) -> Callable:
-    """The function, noting seconds and megabytes at the peak of each call."""
+    """The function, noting processor seconds and megabytes at the peak of each call."""
 
     def call(*arguments: Any, **named: Any) -> Any:
         Path("/proc/self/clear_refs").write_text("5")
-        before, begun = resident("VmRSS"), time.perf_counter()
+        before, begun = resident("VmRSS"), time.process_time()
         try:
             return function(*arguments, **named)
         finally:
-            seen[name(arguments)] = [time.perf_counter() - begun, (resident("VmHWM") - before) / 1024]
+            seen[name(arguments)] = [time.process_time() - begun, (resident("VmHWM") - before) / 1024]
 
     return call
 

@@ -14,12 +14,12 @@ from mambahome_jax.support.output_folder import LOCK, locked, open_output
 from tests.commands.scans import scan, write
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from mambahome_jax.support.output_folder import locked
 with locked(Path(sys.argv[1]), "train"):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
@@ -53,7 +53,9 @@ def test_every_command_that_writes_a_folder_is_kept_out_of_one_that_is_held(tmp_
 def test_lock_of_a_process_that_was_killed_keeps_nobody_out(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "held\n"
         with pytest.raises(OutputError, match=rf"`mambahome train` \(process {process.pid} on "), locked(tmp_path, "x"):
             pass

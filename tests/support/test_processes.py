@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -124,18 +125,18 @@ if __name__ == "__main__":
         else:
             assert len(_wait_for(lambda: [path.name for path in tmp_path.iterdir() if path.name.isdigit()], 2)) == 2
         os.killpg(parent.pid, signal.SIGINT)
-        _, shown = parent.communicate(timeout=60)
+        _, shown = parent.communicate(timeout=600)
     assert parent.returncode == 130
     assert shown == ""
 
 
 def write_pid_and_wait(folder: str) -> None:
     (Path(folder) / str(os.getpid())).touch()
-    time.sleep(120)
+    threading.Event().wait()
 
 
 def _wait_for(values: Callable[[], list[str]], count: int) -> list[str]:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while len(values()) < count and time.monotonic() < deadline:
         time.sleep(0.02)
     return values()
