@@ -22,6 +22,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "imaging.geometry": ["reorient", "resample", "resample_to"],
         "evaluation.evaluate": ["evaluate"],
         "evaluation.metrics": ["assd", "dice", "hd95", "nsd"],
+        "preprocessing.dataset": ["preprocess"],
+        "preprocessing.examine": ["check"],
         "reporting.report": ["report"],
         "inference.batch": ["infer"],
         "inference.postprocess": ["volumes_ml"],

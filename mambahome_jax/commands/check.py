@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from mambahome_jax.flags import CheckConfig
-from mambahome_jax.preprocessing.examine import PERCENTILES, Checked, check_folders, write_checked
-from mambahome_jax.preprocessing.findings import SCANS, Finding
+from mambahome_jax.preprocessing.examine import PERCENTILES, Checked, check_folders
+from mambahome_jax.preprocessing.findings import SCANS, Finding, by
 from mambahome_jax.preprocessing.open_dataset import several
 from mambahome_jax.preprocessing.summary import DatasetSummary, Range
 from mambahome_jax.support.console import command_line, say, tracked
@@ -20,9 +20,13 @@ _ENDS = {0.0: "min", 100.0: "max"}
 
 
 def run(config: CheckConfig) -> int:
-    """Check config.folder; returns the exit code. Raises as `check_folders`. OutputError: no JSON can be written."""
+    """Check config.folder; returns the exit code. Raises as `check_folders`."""
     console = Console()
-    checked = check_folders(config, partial(say, console), tracked(console, "Checking"))
+    show = partial(_show, console, config)
+    return check_folders(config, partial(say, console), tracked(console, "Checking"), show).exit_code
+
+
+def _show(console: Console, config: CheckConfig, checked: Checked) -> None:
     _print_findings(checked, config.show, console)
     _print_summary(checked, console)
     scans = checked.dataset.layout == SCANS
@@ -31,9 +35,6 @@ def run(config: CheckConfig) -> int:
     say(console, f"{usable}; {', '.join(counts) or 'nothing found'}")
     if checked.usable and not scans:
         say(console, f"Next: {_next_line(config, checked.summary)}")
-    if config.json is not None:
-        write_checked(checked, config.json)
-    return checked.exit_code
 
 
 def _print_findings(checked: Checked, show: int, console: Console) -> None:
@@ -69,7 +70,7 @@ def _print_summary(checked: Checked, console: Console) -> None:
     ranges = {"spacing, mm": summary.spacing_mm, "shape": summary.shape, "extent, mm": summary.extent_mm}
     for name, value in ranges.items():
         if value is not None:
-            table.add_row(name, f"median {_by(value.median)}, from {_by(value.min)} to {_by(value.max)}")
+            table.add_row(name, f"median {by(value.median)}, from {by(value.min)} to {by(value.max)}")
     for item in summary.intensities:
         for name, values in (("all", item.percentiles), ("labelled", item.foreground)):
             if values:
@@ -112,7 +113,3 @@ def _below(folders: Sequence[Path], file: str) -> str:
 
 def _ml(ml: Range | None) -> str:
     return f", {ml.median[0]:.4g} ml ({ml.min[0]:.4g} to {ml.max[0]:.4g})" if ml else ""
-
-
-def _by(values: Sequence[float]) -> str:
-    return " x ".join(f"{value:.4g}" for value in values)

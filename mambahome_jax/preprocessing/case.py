@@ -125,7 +125,8 @@ def prepare_case(job: CaseJob) -> StoreEntry:
             write_volume(job.label_path, label, names=job.labels, warn=False)
         if lost := sorted(present - (class_counts or {}).keys()):
             names = ", ".join(job.labels.get(value, f"label {value}") for value in lost)
-            remarks.append(f"no voxel is left of {names} after resampling to {_by(spacing)} mm")
+            size = " x ".join(f"{mm:.3g}" for mm in spacing)
+            remarks.append(f"no voxel is left of {names} after resampling to {size} mm")
         entry = StoreEntry(
             id=case.id,
             shape=image.shape,
@@ -158,10 +159,6 @@ def _present(case: Case, label: Volume, counts: Mapping[int, int], shape: tuple[
         return {value if case.values is None else case.values.get(value, 0) for value in counts} - {0}
     few = math.prod(shape) * _MAY_LOSE <= math.prod(label.shape)
     return count_values(label.array).keys() - {0} if few else set()
-
-
-def _by(spacing: tuple[float, ...]) -> str:
-    return " x ".join(f"{mm:.3g}" for mm in spacing)
 
 
 def up_to_date(job: CaseJob) -> StoreEntry | None:

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from mambahome_jax.preprocessing.open_dataset import open_dataset, several
 from mambahome_jax.preprocessing.output import OutputFolder
 from mambahome_jax.support.console import Track, silent, untracked
 from mambahome_jax.support.output_folder import locked
-from mambahome_jax.support.paths import local_path, real_path, require_letters
+from mambahome_jax.support.paths import from_keywords, local_path, real_path, require_letters
 from mambahome_jax.support.processes import count_workers, run_jobs, why_failed
 
 _SHOWN = 20
@@ -53,17 +54,25 @@ class Preprocessed:
         return 2 if not self.entries else int(bool(self.failed))
 
 
+def preprocess(**flags: Any) -> Preprocessed:
+    """Reorient and resample a folder of scans, as `mambahome preprocess` does, and print nothing.
+
+    Args:
+        flags: those of the command, as keywords: input_path, output_path, spacing, ... (flags.PreprocessConfig).
+
+    Raises:
+        DatasetError: a folder as a whole cannot be read.
+        ConfigError: an orientation or spacing that cannot work, percentiles of CT without a labelled CT, a folder that
+            preprocess did not write.
+        OutputError: the output folder cannot be written.
+    """
+    return preprocess_folders(from_keywords(PreprocessConfig, flags))
+
+
 def preprocess_folders(
     config: PreprocessConfig, say: Callable[[str], None] = silent, track: Track = untracked
 ) -> Preprocessed:
-    """Preprocess config.input_path into config.output_path.
-
-    Args:
-        say: takes each line about what is done and found.
-        track: as of `untracked`, gets the results as they come and their number.
-
-    Raises: DatasetError: a folder as a whole cannot be read. ConfigError, OutputError: see `prepare_dataset`.
-    """
+    """Preprocess config.input_path into config.output_path; see `preprocess`. say, track: of support.console."""
     if real_path(config.output_path) in {real_path(path) for path in several(config.input_path)}:
         raise ConfigError(f"{config.output_path}: input_path and output_path are the same folder; name another output")
     dataset = open_dataset(config)
@@ -81,19 +90,10 @@ def prepare_dataset(
     say: Callable[[str], None] = silent,
     track: Track = untracked,
 ) -> Preprocessed:
-    """Bring every case of a dataset to one orientation and spacing and write OUT/images, labels, store, dataset.json.
+    """Bring every case to one orientation and spacing; write OUT/images, labels, store, dataset.json; see `preprocess`.
 
-    Results of the same files with the same settings are kept, unless config.overwrite. A case that fails is reported
-    and the others go on. The voxels of a CT stay in HU, however training is to normalise them.
-
-    Args:
-        config: its flags but those that choose the dataset.
-        store_only: write no NIfTI files and keep every scan's own spacing, for a training on folders as they are;
-            dataset.json then names the files of the dataset itself.
-        say, track: see `preprocess_folders`.
-
-    Raises: OutputError: the output folder cannot be written. ConfigError: an orientation or spacing that cannot work,
-    percentiles of CT without a labelled CT, a folder that preprocess did not write.
+    A case that fails is reported and the others go on. The voxels of a CT stay in HU, however it is to be normalised.
+    store_only: for a training on folders as they are, write no NIfTI files and keep every scan's own spacing.
     """
     output = local_path(config.output_path)
     require_letters(output)

@@ -27,6 +27,7 @@ from mambahome_jax.preprocessing.open_dataset import open_checked, several
 from mambahome_jax.preprocessing.summary import DatasetSummary, likely_modality, summarise_dataset
 from mambahome_jax.support.console import Track, silent, untracked
 from mambahome_jax.support.files import write_json
+from mambahome_jax.support.paths import from_keywords
 from mambahome_jax.support.processes import count_workers, run_jobs, why_failed
 
 PERCENTILES = (0.0, *SAMPLE_PERCENTILES, 100.0)
@@ -70,16 +71,26 @@ class Checked:
         return int(any(finding.severity != "note" for finding in self.findings)) if self.usable else 2
 
 
-def check_folders(config: CheckConfig, say: Callable[[str], None] = silent, track: Track = untracked) -> Checked:
-    """Look through a dataset before any work, list all that is wrong with it, and say what it is like.
+def check(**flags: Any) -> Checked:
+    """Look through a dataset before any work, as `mambahome check` does, and print nothing.
 
     Args:
-        say: takes each line about what is read.
-        track: as of `untracked`, gets the results as they come and their number.
+        flags: those of the command, as keywords: folder, fast, json, ... (flags.CheckConfig).
 
-    Raises: DatasetError: a folder as a whole cannot be read, or several cannot be joined. ConfigError: an unknown
-    layout.
+    Raises:
+        DatasetError: a folder as a whole cannot be read, or several cannot be joined.
+        ConfigError, OutputError.
     """
+    return check_folders(from_keywords(CheckConfig, flags))
+
+
+def check_folders(
+    config: CheckConfig,
+    say: Callable[[str], None] = silent,
+    track: Track = untracked,
+    show: Callable[[Checked], None] = lambda _: None,
+) -> Checked:
+    """Check config.folder; see `check`. say, track: of support.console; show: takes the result before it is written."""
     started = time.perf_counter()
     dataset = open_checked(config)
     say(f"Dataset: {dataset.name}, layout {dataset.layout}, {len(dataset.cases)} cases")
@@ -92,7 +103,7 @@ def check_folders(config: CheckConfig, say: Callable[[str], None] = silent, trac
     if dataset.layout == SCANS and unnamed:
         modality, why = likely_modality(unnamed)
         say(f"Modality: {modality}, {why}; --modality ct|mr|us overrides")
-    return Checked(
+    checked = Checked(
         several(config.folder),
         dataset,
         tuple(facts),
@@ -101,10 +112,13 @@ def check_folders(config: CheckConfig, say: Callable[[str], None] = silent, trac
         config.fast,
         round(time.perf_counter() - started, 1),
     )
+    show(checked)
+    if config.json is not None:
+        _write(checked, config.json)
+    return checked
 
 
-def write_checked(checked: Checked, file: Path) -> None:
-    """Write all findings and the summary as JSON. Raises OutputError."""
+def _write(checked: Checked, file: Path) -> None:
     folders, dataset = [str(folder) for folder in checked.folders], checked.dataset
     content = {
         "version": _VERSION,

@@ -135,7 +135,7 @@ def form_finding(
     else:
         spacing = np.linalg.norm(sform[:3, :3], axis=0)
         apart = not np.allclose(spacing, pixdim, rtol=0.01)
-        found, expected = f"pixdim {_by(pixdim)} mm, but spacing {_by(spacing)} mm in the sform", "the same spacing"
+        found, expected = f"pixdim {by(pixdim)} mm, but spacing {by(spacing)} mm in the sform", "the same spacing"
         others = "programs that read pixdim see other sizes"
     action = f"The sform is used; {others}. Correct the wrong one."
     return Finding("warning", "header", case, file, found, f"{expected} from both", action) if apart else None
@@ -219,8 +219,8 @@ def _outliers(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
             out = distance > np.maximum(np.log(_OUTLIER_FACTOR), _OUTLIER_DEVIATIONS * spread)
             for index in np.flatnonzero(out.any(axis=1)):
                 axes = ", ".join(name for name, far in zip(AXES, out[index], strict=True) if far)
-                found = f"{kind} {_by(values[index])}{unit}, far off along {axes}"
-                yield group[index].finding("warning", kind, found, f"near {_by(median)}{unit}, the median", action)
+                found = f"{kind} {by(values[index])}{unit}, far off along {axes}"
+                yield group[index].finding("warning", kind, found, f"near {by(median)}{unit}, the median", action)
 
 
 def _orientations(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
@@ -331,5 +331,6 @@ def _some(ids: list[str]) -> str:
     return ", ".join(ids[:_NAMED]) + (f" and {len(ids) - _NAMED} more" if len(ids) > _NAMED else "")
 
 
-def _by(values: Iterable[float]) -> str:
+def by(values: Iterable[float]) -> str:
+    """Say sizes along axes: 0.8 x 0.8 x 3."""
     return " x ".join(f"{value:.4g}" for value in values)

@@ -1,7 +1,6 @@
 """The folder that preprocess writes to: what an earlier run left is known by record, and removed if it has no case."""
 
 import contextlib
-import os
 import shutil
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -13,10 +12,12 @@ from mambahome_jax.errors import ConfigError, DatasetError, OutputError
 from mambahome_jax.patches.store import CASE_FILE, read_entry, remove_index
 from mambahome_jax.preprocessing.case import CaseJob
 from mambahome_jax.support.files import not_written, read_json
+from mambahome_jax.support.output_folder import open_output
 from mambahome_jax.support.paths import one_form
 
 _LEFTOVERS = (".*.partial", ".*.partial.*", ".*.old", ".*.probe")
 _NAMED = 20
+_FLAG = "--output_path"
 
 
 class OutputFolder:
@@ -33,17 +34,10 @@ class OutputFolder:
         """
         self._require_own()
         store, images, labels = (self.root / part for part in ("store", "images", "labels"))
-        try:
-            for folder in (store, images, labels) if nifti else (store,):
-                folder.mkdir(parents=True, exist_ok=True)
-                probe = folder / f".{os.getpid()}.probe"
-                probe.write_bytes(b"")
-                probe.unlink()
-            for folder in (self.root, store, images, labels):
-                for leftover in (path for pattern in _LEFTOVERS for path in folder.glob(pattern)):
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        except OSError as error:
-            raise not_written(error.filename or self.root, error, "--output_path") from error
+        for folder in (store, images, labels) if nifti else (store,):
+            open_output(folder, flag=_FLAG)
+        for folder in (self.root, store, images, labels):
+            _remove(path for pattern in _LEFTOVERS for path in folder.glob(pattern))
         self.earlier = self._earlier_cases()
         self._remove_stale()
 
@@ -93,7 +87,7 @@ class OutputFolder:
         replaced = [path for path in self._scans() if one_form(path.name) in names]
         if content or replaced:
             file = self.root / DESCRIPTION if content else replaced[0]
-            raise ConfigError(f"{file}: not written by preprocess, but would be replaced. Name another --output_path")
+            raise ConfigError(f"{file}: not written by preprocess, but would be replaced. Name another {_FLAG}")
 
     def _description(self) -> dict:
         try:
@@ -162,7 +156,7 @@ def _remove(paths: Iterable[Path]) -> None:
             else:
                 path.unlink(missing_ok=True)
         except OSError as error:
-            raise not_written(path, error, "--output_path") from error
+            raise not_written(path, error, _FLAG) from error
 
 
 def _cases(cases: list[str]) -> str:

@@ -157,9 +157,10 @@ def _suggest(usable: Sequence[CaseFacts], spacing: np.ndarray, shape: np.ndarray
             f"(or keep {thick:g} mm, and train.py --strides auto leaves them whole)"
         )
     modality, why = likely_modality(usable)
+    size = " x ".join(f"{voxels:g}" for voxels in np.round(median))
     reasons = (
         f"spacing: the median of the cases{finer}",
-        f"patch size: in the proportions of the median scan, {_by(np.round(median))} voxels at that spacing",
+        f"patch size: in the proportions of the median scan, {size} voxels at that spacing",
         f"modality: {why}",
     )
     return Suggestion(new, suggest_patch(median), modality, reasons)
@@ -216,7 +217,3 @@ def _range(values: np.ndarray) -> Range:
 
 def _median(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
     return tuple(float(f"{value:.6g}") for value in np.median(np.array(rows), axis=0))
-
-
-def _by(values: np.ndarray) -> str:
-    return " x ".join(f"{value:g}" for value in values)

@@ -16,10 +16,10 @@ from mambahome_jax.support.files import not_written
 LOCK = ".mambahome.lock"
 
 
-def open_output(folder: Path, files: Iterable[str] = ()) -> None:
+def open_output(folder: Path, files: Iterable[str] = (), flag: str = "--output_dir") -> None:
     """Make an output folder and see that it can be written, and that no folder stands where `files` shall be.
 
-    Raises OutputError.
+    flag: what names the folder. Raises OutputError.
     """
     probe = folder / f".{os.getpid()}.probe"
     try:
@@ -29,11 +29,11 @@ def open_output(folder: Path, files: Iterable[str] = ()) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-        raise not_written(folder, error, "--output_dir") from error
+        raise not_written(folder, error, flag) from error
     for name in files:
         if (folder / name).is_dir():
             reason = f"{folder / name}: cannot be written: a folder has its name"
-            raise OutputError(f"{reason}. Move it or name another --output_dir")
+            raise OutputError(f"{reason}. Move it or name another {flag}")
 
 
 @contextlib.contextmanager

@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mambahome_jax.commands.evaluate import find_pairs
 from mambahome_jax.commands.preprocess import run
 from mambahome_jax.datasets import load_dataset, read_prepared
 from mambahome_jax.datasets.find_scans import find_scans
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.evaluation.pairs import find_pairs
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.imaging.volume import read_volume, write_volume
 from mambahome_jax.patches.store import Store
@@ -182,7 +182,7 @@ def test_a_run_that_was_stopped_leaves_a_folder_that_no_command_reads(config, mo
         lambda: read_prepared(config.output_path),
         lambda: find_scans(config.output_path),
         lambda: find_scans(config.output_path / "images"),
-        lambda: find_pairs(config.input_path / "labels", config.output_path / "labels", {}),
+        lambda: find_pairs(config.input_path / "labels", config.output_path / "labels"),
         lambda: load_dataset(config.output_path),
     )
     for read in readers:
@@ -278,14 +278,14 @@ def test_files_in_another_unicode_form_are_those_of_their_case(tmp_path, capsys)
 @pytest.mark.parametrize("ours", [True, False])
 def test_evaluate_and_report_go_by_dataset_json(remaining, config, ours):
     folders = (config.input_path / "labels", remaining / "labels")
-    pairs, alone = find_pairs(*(folders if ours else folders[::-1]), {})
+    pairs, alone = find_pairs(*(folders if ours else folders[::-1]))
     assert [pair.case for pair in pairs] == ["b", "c"]
     assert len(alone) == 1 and alone[0][0] == "a" and "labels/a.nii.gz: of no case in" in alone[0][1]
 
 
 def test_readers_find_the_description_through_a_link(remaining, tmp_path):
     (tmp_path / "references").symlink_to(remaining / "labels")
-    assert [pair.case for pair in find_pairs(config_labels(remaining), tmp_path / "references", {})[0]] == ["b", "c"]
+    assert [pair.case for pair in find_pairs(config_labels(remaining), tmp_path / "references")[0]] == ["b", "c"]
 
 
 def config_labels(output):
