@@ -1,6 +1,6 @@
 """An evaluation as one HTML page that needs nothing beside it: no network, no other file.
 
-Here the page's numbers and texts are made; page.html.jinja says how they look, with page.css and page.js.
+Here the page's numbers are made; page.html.jinja says what they look like, with page.css and page.js.
 """
 
 import functools
@@ -18,7 +18,7 @@ from markupsafe import Markup
 from mambahome_jax.evaluation.results import METRICS, VOLUMES, Evaluation, Score, score_matrix, structures_of
 from mambahome_jax.evaluation.statistics import describe, finite_mean, summarise
 from mambahome_jax.imaging.pictures import Panel
-from mambahome_jax.reporting.charts import Chart, chart_of
+from mambahome_jax.reporting.charts import chart_of
 from mambahome_jax.support.files import jsonable
 
 # attribute of Score -> label, digits, whether it is a share from 0 to 1
@@ -51,10 +51,10 @@ class Shown:
 
 @dataclass(frozen=True)
 class Report:
-    """What a page is made of.
+    """What a page is made of. Nothing in it is trusted; all is escaped.
 
     shown: the worst cases, worst first. run: (what, value) lines of how the predictions were made. failures: (case,
-    reason) of what was not scored. comparison: content of comparison.json. Nothing in it is trusted; all is escaped.
+    reason) of what was not scored. comparison: content of comparison.json.
     """
 
     evaluation: Evaluation
@@ -97,7 +97,7 @@ class Table:
 
 
 def worst_first(scores: Sequence[Score]) -> list[str]:
-    """Cases by their mean Dice over structures, the worst first; those without any Dice last.
+    """Sort cases by their mean Dice over structures, the worst first; those without any Dice last.
 
     A structure that is in the prediction alone has no Dice; here, where errors are looked for, it counts as 0.
     """
@@ -109,42 +109,38 @@ def worst_first(scores: Sequence[Score]) -> list[str]:
 
 
 def render_report(report: Report) -> str:
-    """The page as text."""
-    scores = report.evaluation.scores
+    """Return the page as text."""
+    scores, summary = report.evaluation.scores, report.evaluation.summary
     cases, structures, statistics = worst_first(scores), structures_of(scores), describe(scores)
     links = {shown.case: f"case-{number}" for number, shown in enumerate(report.shown, 1)}
-    present = {
-        "summary": ("Structures", True),
-        "distribution": ("Distribution", True),
-        "worst": ("Worst cases", report.shown),
-        "all": ("All cases", True),
-        "comparison": ("Comparison with another run", report.comparison is not None),
-        "failures": ("Not scored", report.failures),
-        "run": ("How it was made", True),
-    }
+    values = {metric: _with_mean(score_matrix(scores, metric, cases, structures)) for metric in CHOICES}
+    definitions = summary.get("definitions")
     page = {
-        "title": f"Evaluation of {len(cases)} cases",
-        "lead": _lead(statistics, len(cases), len(structures), len(report.failures)),
-        "sections": [(name, title) for name, (title, wanted) in present.items() if wanted],
-        "structures": _structures(statistics, scores),
-        "volumes": _volumes(statistics),
+        "cases": len(cases),
+        "structures": structures,
+        "dice": statistics["overall"]["dice"],
+        "failures": report.failures,
+        "tables": [_structures(statistics, scores), _volumes(statistics)],
         "resamples": statistics["resamples"],
         "seed": statistics["seed"],
-        "charts": _charts(scores, structures),
+        "charts": [
+            chart_of(title, unit, _by_structure(scores, structures, metric), limits)
+            for metric, title, unit, limits in _CHARTS
+        ],
         "worst": [_worst(shown, scores, links[shown.case]) for shown in report.shown],
         "metrics": [(metric, label) for metric, (label, _, _) in CHOICES.items()],
-        "cases": _cases(scores, cases, structures, links),
+        "all": _cases(values["dice"], cases, structures, links),
         "comparison": None if report.comparison is None else _comparison(report.comparison),
-        "failures": report.failures,
-        "run": report.run or [("run.json", "not given: the predictions' run is not known")],
-        "definitions": _definitions(report.evaluation.summary),
-        "data": _cases_json(scores, cases, structures),
+        "run": report.run,
+        "tolerance": summary.get("tolerance_mm"),
+        "definitions": definitions if isinstance(definitions, Mapping) else {},
+        "data": inline_json({metric: _as_data(metric, array) for metric, array in values.items()}),
     }
-    return f"{_template().html(page)}\n"
+    return f"{template().html(page)}\n"
 
 
 @functools.cache
-def _template() -> Any:
+def template() -> Any:
     """Macros of page.html.jinja, by name."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -156,27 +152,10 @@ def _template() -> Any:
     return environment.get_template("page.html.jinja").module
 
 
-def draw_distribution(
-    title: str, unit: str, values: Mapping[str, Sequence[tuple[str, float]]], limits: tuple[float, float] | None = None
-) -> str:
-    """An <svg> of `chart_of`, with the same arguments. Names are escaped."""
-    return str(_template().chart(chart_of(title, unit, values, limits)))
-
-
 def inline_json(data: Any) -> Markup:
     """JSON without <, > and &, so that no text in it can end the <script> around it; nan and inf become null."""
     text = json.dumps(jsonable(data), allow_nan=False, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
-
-
-def _lead(statistics: Mapping[str, Any], cases: int, structures: int, failures: int) -> str:
-    overall = statistics["overall"]["dice"]
-    low, high = overall["low"], overall["high"]
-    spread = f" (95 % interval {low:.3f} to {high:.3f})" if np.isfinite([low, high]).all() else ""
-    failed = f" {failures} could not be scored." if failures else ""
-    counted = f"{cases} case{'s' * (cases != 1)}, {structures} structure{'s' * (structures != 1)}."
-    mean = f"Mean Dice {overall['mean']:.3f}{spread}." if np.isfinite(overall["mean"]) else "No Dice is defined."
-    return f"{counted} {mean}{failed}"
 
 
 def _structures(statistics: Mapping[str, Any], scores: Sequence[Score]) -> Table:
@@ -203,40 +182,30 @@ def _spread_headings(metrics: Sequence[str]) -> list[str]:
 def _spread(entry: Mapping[str, Any], metrics: Sequence[str]) -> list[Cell]:
     cells = []
     for metric in metrics:
-        found, digits = entry[metric], CHOICES[metric][1]
-        cells += [_number(found["mean"], digits), _interval(found, digits), _number(found["median"], digits)]
+        values, digits = entry[metric], CHOICES[metric][1]
+        cells += [_number(values["mean"], digits), _interval(values, digits), _number(values["median"], digits)]
     return cells
 
 
-def _charts(scores: Sequence[Score], structures: Sequence[str]) -> list[Chart]:
-    charts = []
-    for metric, title, unit, limits in _CHARTS:
-        values = {name: [(r.case, getattr(r, metric)) for r in scores if r.structure == name] for name in structures}
-        charts.append(chart_of(title, unit, values, limits))
-    return charts
+def _by_structure(
+    scores: Sequence[Score], structures: Sequence[str], metric: str
+) -> dict[str, list[tuple[str, float]]]:
+    return {name: [(s.case, getattr(s, metric)) for s in scores if s.structure == name] for name in structures}
 
 
 def _worst(shown: Shown, scores: Sequence[Score], name: str) -> dict[str, Any]:
     own = [score for score in scores if score.case == shown.case]
-    mean = finite_mean(np.array([score.dice for score in own]))
     rows = [
         Row(s.structure, [_number(getattr(s, metric), digits) for metric, (_, digits, _) in CHOICES.items()])
         for s in own
     ]
     headings = ["structure", *(label for label, _, _ in CHOICES.values())]
-    return {
-        "name": name,
-        "case": shown.case,
-        "dice": f"mean Dice {mean:.3f}" if np.isfinite(mean) else "no Dice",
-        "panels": shown.panels,
-        "remark": shown.remark,
-        "scores": Table(f"{name}-scores", f"Scores of {shown.case}", headings, rows) if rows else None,
-    }
+    table = Table(f"{name}-scores", f"Scores of {shown.case}", headings, rows)
+    return {"name": name, "shown": shown, "dice": finite_mean(np.array([s.dice for s in own])), "scores": table}
 
 
-def _cases(scores: Sequence[Score], cases: Sequence[str], structures: Sequence[str], links: Mapping[str, str]) -> Table:
+def _cases(values: np.ndarray, cases: Sequence[str], structures: Sequence[str], links: Mapping[str, str]) -> Table:
     """One row a case, in the order given (worst Dice first), one column a structure; links: case -> its anchor."""
-    values = _with_mean(score_matrix(scores, "dice", cases, structures))
     rows = [
         Row(case, [_number(float(value), 3, share=True) for value in line], links.get(case, ""), number)
         for number, (case, line) in enumerate(zip(cases, values, strict=True))
@@ -244,14 +213,11 @@ def _cases(scores: Sequence[Score], cases: Sequence[str], structures: Sequence[s
     return Table("cases", "Dice", ["case", "mean", *structures], rows, sorted_by=1)
 
 
-def _cases_json(scores: Sequence[Score], cases: Sequence[str], structures: Sequence[str]) -> Markup:
-    """The same table's values of every metric, as JSON that may stand inside <script>."""
-    data = {}
-    for metric, (label, digits, share) in CHOICES.items():
-        values = _with_mean(score_matrix(scores, metric, cases, structures))
-        lines = [[float(f"{value:.6g}") for value in line] for line in values]
-        data[metric] = {"label": label, "digits": digits, "share": share, "values": lines}
-    return inline_json(data)
+def _as_data(metric: str, values: np.ndarray) -> dict[str, Any]:
+    """What `_cases` becomes where another metric is chosen."""
+    label, digits, share = CHOICES[metric]
+    lines = [[float(f"{value:.6g}") for value in line] for line in values]
+    return {"label": label, "digits": digits, "share": share, "values": lines}
 
 
 def _comparison(comparison: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,9 +225,9 @@ def _comparison(comparison: Mapping[str, Any]) -> dict[str, Any]:
     tables = []
     for metric in METRICS:
         label, digits, _ = CHOICES[metric]
-        found = comparison["metrics"][metric]
+        entries = comparison["metrics"][metric]
         rows = []
-        for name, entry in [*found["structures"].items(), ("mean of all", found["overall"])]:
+        for name, entry in [*entries["structures"].items(), ("mean of all", entries["overall"])]:
             numbers = {key: math.nan if value is None else float(value) for key, value in entry.items()}
             cells = [_number(numbers[key], digits) for key in ("mean", "other_mean", "difference")]
             cells += [_interval(numbers, digits), _number(numbers["p"], 4), Cell(str(int(numbers["cases"])))]
@@ -269,20 +235,11 @@ def _comparison(comparison: Mapping[str, Any]) -> dict[str, Any]:
         headings = ["structure", "this run", "other run", "difference", "95 %", "p", "cases"]
         tables.append(Table(f"comparison-{metric}", label, headings, rows[:-1], foot=rows[-1]))
     alone = [
-        (text, ", ".join(map(str, comparison.get(key, []))))
+        (text, ", ".join(map(str, comparison[key])))
         for key, text in (("only_here", "only in this run"), ("only_there", "only in the other run"))
         if comparison.get(key)
     ]
     return {"tables": tables, "alone": alone, "definition": str(comparison.get("definition", ""))}
-
-
-def _definitions(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    definitions = summary.get("definitions")
-    entries = definitions.items() if isinstance(definitions, Mapping) else ()
-    rows = [(f"definition: {key}", str(text)) for key, text in entries]
-    if "tolerance_mm" in summary:
-        rows.insert(0, ("NSD tolerance, mm", str(summary["tolerance_mm"])))
-    return rows
 
 
 def _number(value: float, digits: int, share: bool = False) -> Cell:

@@ -10,7 +10,8 @@ import pytest
 from mambahome_jax.evaluation.results import Evaluation, Score
 from mambahome_jax.evaluation.statistics import compare_runs
 from mambahome_jax.imaging.pictures import Panel
-from mambahome_jax.reporting.page import Report, Shown, draw_distribution, inline_json, render_report, worst_first
+from mambahome_jax.reporting.charts import chart_of
+from mambahome_jax.reporting.page import Report, Shown, inline_json, render_report, template, worst_first
 from mambahome_jax.support.files import jsonable
 
 EVIL = "</script><script>alert('1')</script>\"<img src=x onerror=alert(2)>&amp;"
@@ -120,7 +121,7 @@ def test_sections_without_content_are_left_out():
 @pytest.mark.parametrize("values", [[], [math.nan], [0.0], [-3.0, 4.0], [1e-7, 2e-7], [12345.0, math.inf]])
 def test_distribution_is_well_formed(values):
     rows = {EVIL: [(EVIL, value) for value in values], "b": [("c", 1.0)]}
-    svg = ElementTree.fromstring(draw_distribution(EVIL, "mm", rows))
+    svg = ElementTree.fromstring(str(template().chart(chart_of(EVIL, "mm", rows))))
     shown = [value for value in values if math.isfinite(value)]
     assert len(svg.findall("circle")) == len(shown) + 1
     places = [float(circle.attrib["cx"]) for circle in svg.findall("circle")]
