@@ -13,7 +13,8 @@ from mambahome_jax.config import Modality
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.normalisation import Normalisation, normalisations
 from mambahome_jax.patches.store import Store, StoreEntry
-from mambahome_jax.patches.workers import CaseNotes, WatchedLoader, heed_parent
+from mambahome_jax.patches.workers import CaseNotes, WatchedLoader
+from mambahome_jax.support.processes import end_with_parent
 
 _THREADS = 4  # each prepares one batch ahead
 
@@ -75,7 +76,11 @@ def make_loader(
         flags.FLAGS.mark_as_parsed()
     options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
     threads = dataset.to_iter_dataset(grain.ReadOptions(1, 1))
-    return WatchedLoader(threads.mp_prefetch(options, worker_init_fn=heed_parent), notes)
+    return WatchedLoader(threads.mp_prefetch(options, worker_init_fn=_begin), notes)
+
+
+def _begin(index: int, count: int) -> None:
+    end_with_parent()
 
 
 @dataclass(frozen=True)

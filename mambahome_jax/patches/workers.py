@@ -6,12 +6,10 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +95,7 @@ class WatchedBatches:
     def __next__(self) -> Any:
         """Wait for the next batch. Raises TrainingError: a worker died, or none has read for STALL_SECONDS."""
         begun, coming = time.monotonic(), self._thread.submit(next, self._batches)
-        while not _done(coming):
+        while not wait([coming], timeout=1).done:
             waited, silent = time.monotonic() - begun, self._notes.seconds_since()
             limit = START_SECONDS if silent is None else STALL_SECONDS
             if min(waited, waited if silent is None else silent) > limit:
@@ -162,23 +160,3 @@ def _without_names(batch: Any) -> Any:
             memory.unlink()
             array._unlink_on_del = False
     return batch
-
-
-def heed_parent(index: int, count: int) -> None:
-    """In a worker: leave Ctrl-C to the parent, and end when it is gone, however that ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _done(coming: Future) -> bool:
-    with contextlib.suppress(TimeoutError):
-        coming.exception(timeout=1)
-    return coming.done()

@@ -169,7 +169,7 @@ def _run_until_broken(
         executor: Executor = (
             ThreadPoolExecutor(1)
             if threads
-            else ProcessPoolExecutor(workers, mp_context=context, initializer=_heed, initargs=(listener,))
+            else ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent, initargs=(listener,))
         )
         running: dict[Future, J] = {}
         try:
@@ -199,8 +199,8 @@ def _run_until_broken(
             executor.shutdown(cancel_futures=True)
 
 
-def _heed(listener: Connection) -> None:
-    """End this process when its parent is gone or has closed the other end of `listener`, and on nothing else.
+def end_with_parent(*others: Connection) -> None:
+    """End this process when its parent is gone or has closed the other end of `others`, and on nothing else.
 
     A pool's processes outlive a parent that was killed: they would wait for ever, and go on to write the case in hand
     while the next run writes it too. Ctrl-C reaches the whole process group, but is the parent's alone to answer.
@@ -211,7 +211,7 @@ def _heed(listener: Connection) -> None:
         return
 
     def watch() -> None:
-        connection.wait([parent.sentinel, listener])
+        connection.wait([parent.sentinel, *others])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -38,8 +38,7 @@ from mambahome_jax.datasets.structures import (
 )
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
-from mambahome_jax.patches.ranges import training_ranges
-from mambahome_jax.patches.store import CRC_LETTERS, Store, StoreEntry
+from mambahome_jax.patches.store import CRC_LETTERS, Store, StoreEntry, training_ranges
 from mambahome_jax.recipes import AugmentationConfig, Recipe, given_ingredients, resolve
 from mambahome_jax.support.devices import default_precision
 from mambahome_jax.training.schedule import Schedule

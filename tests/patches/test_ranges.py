@@ -9,8 +9,7 @@ from mambahome_jax.config import DataProperties, ScanRanges, StructureRange
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.intensity import IntensityStatistics
 from mambahome_jax.inference.ensemble import Ensemble
-from mambahome_jax.patches.ranges import training_ranges
-from mambahome_jax.patches.store import StoreEntry, read_entry
+from mambahome_jax.patches.store import StoreEntry, read_entry, training_ranges
 
 ROW = (-1000.0, -990.0, 10.0, 100.0, 400.0)
 
