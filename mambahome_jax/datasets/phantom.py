@@ -6,18 +6,16 @@ contrast, noise, and the grid's spacing, orientation and obliquity.
 """
 
 import itertools
-import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from mambahome_jax.errors import OutputError
 from mambahome_jax.imaging.geometry import reorient
 from mambahome_jax.imaging.volume import Volume, write_volume
+from mambahome_jax.support.files import write_json
 
 LABELS = {1: "liver", 2: "spleen", 3: "kidneys", 4: "aorta"}
 
@@ -32,8 +30,7 @@ def phantom(seed: int) -> tuple[Volume, Volume]:
     """
     rng = np.random.default_rng(seed)
     affine, shape = _random_grid(rng)
-    body = _Body.random(rng)
-    x, y, z = body.coordinates(affine, shape)
+    x, y, z = _coordinates(affine, shape, rng)
     hu, labels = _paint(x, y, z, rng)
     texture = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 2.0)
     noise = ndimage.gaussian_filter(rng.standard_normal(shape, dtype=np.float32), 0.6)
@@ -62,10 +59,7 @@ def write_phantoms(folder: str | Path, count: int, seed: int = 0, first: int = 1
         "modality": {"0": "CT"},
         "labels": {"0": "background"} | {str(value): name for value, name in LABELS.items()},
     }
-    try:
-        (folder / "dataset.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot write dataset.json: {error.strerror}") from error
+    write_json(folder / "dataset.json", table, indent=2)
     return names
 
 
@@ -80,43 +74,26 @@ def _random_grid(rng: np.random.Generator) -> tuple[np.ndarray, tuple[int, int, 
     return affine, (int(shape[0]), int(shape[1]), int(shape[2]))
 
 
-@dataclass(frozen=True)
-class _Body:
-    """How one patient differs from the canonical body."""
-
-    rotation: np.ndarray
-    shift: np.ndarray
-    scale: np.ndarray
-    wave: np.ndarray  # (3 components, 3 terms, 3) waves per mm
-    phase: np.ndarray  # (3, 3)
-    amplitude: np.ndarray  # (3, 3) mm
-
-    @classmethod
-    def random(cls, rng: np.random.Generator) -> "_Body":
-        return cls(
-            rotation=Rotation.from_euler("xyz", rng.uniform(-5, 5, 3), degrees=True).as_matrix(),
-            shift=rng.uniform(-1, 1, 3) * (12, 8, 14),
-            scale=rng.uniform(0.9, 1.04) * rng.uniform(0.96, 1.04, 3),
-            wave=rng.uniform(-1, 1, (3, 3, 3)) * (2 * np.pi / 130),
-            phase=rng.uniform(0, 2 * np.pi, (3, 3)),
-            amplitude=rng.uniform(-1, 1, (3, 3)) * 4.0,
-        )
-
-    def coordinates(self, affine: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Canonical x, y, z in mm of each voxel, float32."""
-        matrix = np.diag(1 / self.scale) @ self.rotation.T
-        to_body, origin = matrix @ affine[:3, :3], matrix @ (affine[:3, 3] - self.shift)
-        index = np.ogrid[tuple(slice(n) for n in shape)]
-        rigid = [
-            sum((to_body[row, j] * index[j] for j in range(3)), start=origin[row]).astype(np.float32)
-            for row in range(3)
-        ]
-        bent = [axis.copy() for axis in rigid]
-        for row, term in np.ndindex(3, 3):
-            a, b, c = self.wave[row, term].tolist()
-            wave = np.sin(a * rigid[0] + b * rigid[1] + c * rigid[2] + float(self.phase[row, term]))
-            bent[row] += float(self.amplitude[row, term]) * wave
-        return bent[0], bent[1], bent[2]
+def _coordinates(affine: np.ndarray, shape: tuple[int, int, int], rng: np.random.Generator) -> list[np.ndarray]:
+    """Canonical x, y, z in mm of each voxel, float32: how one patient differs from the canonical body."""
+    rotation = Rotation.from_euler("xyz", rng.uniform(-5, 5, 3), degrees=True).as_matrix()
+    shift = rng.uniform(-1, 1, 3) * (12, 8, 14)
+    scale = rng.uniform(0.9, 1.04) * rng.uniform(0.96, 1.04, 3)
+    waves = rng.uniform(-1, 1, (3, 3, 3)) * (2 * np.pi / 130)  # per mm: 3 components of 3 terms
+    phases = rng.uniform(0, 2 * np.pi, (3, 3))
+    amplitudes = rng.uniform(-1, 1, (3, 3)) * 4.0  # mm
+    matrix = np.diag(1 / scale) @ rotation.T
+    to_body, origin = matrix @ affine[:3, :3], matrix @ (affine[:3, 3] - shift)
+    index = np.ogrid[tuple(slice(n) for n in shape)]
+    rigid = [
+        sum((to_body[row, j] * index[j] for j in range(3)), start=origin[row]).astype(np.float32) for row in range(3)
+    ]
+    bent = [axis.copy() for axis in rigid]
+    for row, term in np.ndindex(3, 3):
+        a, b, c = waves[row, term].tolist()
+        wave = np.sin(a * rigid[0] + b * rigid[1] + c * rigid[2] + float(phases[row, term]))
+        bent[row] += float(amplitudes[row, term]) * wave
+    return bent
 
 
 def _paint(x: np.ndarray, y: np.ndarray, z: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -11,9 +11,8 @@ import numpy as np
 
 from mambahome_jax.config import SAMPLE_PERCENTILES, Modality
 from mambahome_jax.datasets.base import Case, Dataset
-from mambahome_jax.datasets.duplicates import thumbnail_of
 from mambahome_jax.datasets.files import parts
-from mambahome_jax.datasets.label_map import own_image, read_image, read_label_map
+from mambahome_jax.datasets.label_map import own_image, read_image, read_label_map, thumbnail_of
 from mambahome_jax.errors import DatasetError, MambaHomeError
 from mambahome_jax.flags import CheckConfig
 from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of

@@ -9,8 +9,7 @@ import numpy as np
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Dataset, Split
-from mambahome_jax.datasets.duplicates import near_duplicates
-from mambahome_jax.datasets.label_map import stray_values
+from mambahome_jax.datasets.label_map import near_duplicates, stray_values
 from mambahome_jax.datasets.structures import describe_numbering, numbering
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.header import grid_shift

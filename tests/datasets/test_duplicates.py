@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mambahome_jax.datasets.duplicates import near_duplicates, thumbnail_of
+from mambahome_jax.datasets.label_map import near_duplicates, thumbnail_of
 from mambahome_jax.imaging.geometry import reorient
 from mambahome_jax.imaging.volume import Volume
 from tests.preprocessing.test_findings import dataset as empty
