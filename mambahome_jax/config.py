@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -22,11 +22,10 @@ Mirror = tuple[int, Pairs]  # an axis of the array, and the label values that tr
 MirrorPairs = tuple[tuple[str, Pairs], ...]  # the same of anatomical axes
 # Percentiles of a sample of a scan. Its least and largest value may be single voxels of metal or of padding.
 SAMPLE_PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
-# Layers and experts in a stage, and channels anywhere: far more than any network has, or building it would never end.
-MOST_PARTS, MOST_CHANNELS = 1000, 1 << 16
+Convert = Callable[[Any], Any]
 
 
-def converted(name: str, value: Any, convert: Callable[[Any], Any], expected: str) -> Any:
+def converted(name: str, value: Any, convert: Convert, expected: str) -> Any:
     """convert(value). Raises ConfigError where it cannot be: the value is of another type or form."""
     try:
         return convert(value)
@@ -34,36 +33,72 @@ def converted(name: str, value: Any, convert: Callable[[Any], Any], expected: st
         raise ConfigError(f"{name} is {value!r}; expected {expected}") from error
 
 
-def entries(value: Any, convert: Callable[[Any], Any] = lambda entry: entry) -> tuple[Any, ...]:
-    """Convert each entry of a list or tuple. Raises TypeError for anything else, text too."""
-    if not isinstance(value, list | tuple):
-        raise TypeError(f"{type(value).__name__} is no list")
-    return tuple(map(convert, value))
+def entries(convert: Convert, count: int | None = None) -> Convert:
+    """Read a list or tuple, each entry by `convert`; `count`: of how many."""
+
+    def read(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple):
+            raise TypeError(f"{type(value).__name__} is no list")
+        if count is not None and len(value) != count:
+            raise ValueError(f"{len(value)} entries are not {count}")
+        return tuple(map(convert, value))
+
+    return read
 
 
-def three(value: Any, convert: Callable[[Any], Any]) -> tuple[Any, Any, Any]:
-    """Convert the three entries of a list. Raises TypeError or ValueError for another number or type."""
-    a, b, c = entries(value, convert)
-    return a, b, c
+def optional(convert: Convert) -> Convert:
+    """Let None pass a conversion."""
+    return lambda value: None if value is None else convert(value)
+
+
+def among(choices: Collection[Any]) -> Convert:
+    """Read a value that is one of the choices, and of their type."""
+
+    def read(value: Any) -> Any:
+        if value not in choices or isinstance(value, bool) != any(isinstance(choice, bool) for choice in choices):
+            raise ValueError(f"{value!r} is none of {choices}")
+        return value
+
+    return read
+
+
+def count_up_to(most: float) -> Convert:
+    """Read an integer from 1 to `most`."""
+
+    def read(value: Any) -> int:
+        if not 1 <= (number := operator.index(value)) <= most:
+            raise ValueError(f"{number} is not from 1 to {most}")
+        return number
+
+    return read
 
 
 def text(value: Any) -> str:
-    """Return text as it is. Raises TypeError for anything else."""
+    """Read text. Raises TypeError for anything else."""
     if not isinstance(value, str):
         raise TypeError(f"{type(value).__name__} is no text")
     return value
 
 
-def one_of(value: Any, choices: Sequence[Any]) -> Any:
-    """Return a value that is among the choices. Raises ValueError for any other."""
-    if value not in choices:
-        raise ValueError(f"{value!r} is none of {choices}")
-    return value
-
-
-def optional(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Let None pass a conversion."""
-    return lambda value: None if value is None else convert(value)
+# Far more than any network has: building a larger one would never end.
+_PARTS, _CHANNELS = count_up_to(1000), count_up_to(1 << 16)
+_STAGES = "four positive integers, one a stage of the encoder"
+_AXES = "an entry an axis"
+# How each field of ModelConfig is read, as anybody may have written it into a file.
+_MODEL_FIELDS: dict[str, tuple[Convert, str]] = {
+    **dict.fromkeys(
+        ("in_chans", "out_chans", "hidden_size", "expert_mult", "num_slots_per_expert_first"),
+        (_CHANNELS, "a positive integer, at most 65536"),
+    ),
+    **dict.fromkeys(
+        ("depths", "experts_list", "experts_list_second"), (entries(_PARTS, 4), f"{_STAGES}, at most 1000")
+    ),
+    "feat_size": (entries(_CHANNELS, 4), f"{_STAGES}, at most 65536"),
+    "group_list": (entries(count_up_to(math.inf), 4), _STAGES),
+    "strides": (entries(entries(among((1, 2)), 3), 4), f"4 triples of 1 or 2, {_AXES}"),
+    "kernel_sizes": (entries(entries(among((1, 3)), 3), 5), f"5 triples of 1 or 3, {_AXES}"),
+    "use_checkpoint": (among((False, True)), "true or false"),
+}
 
 
 @dataclass(frozen=True)
@@ -90,31 +125,10 @@ class ModelConfig:
     use_checkpoint: bool = False
 
     def __post_init__(self) -> None:
-        # The values may come from a file that anybody wrote.
-        for name in ("depths", "feat_size", "experts_list", "experts_list_second", "group_list"):
-            expected = "four positive integers, one a stage of the encoder"
-            value = self._convert(name, lambda v: entries(v, operator.index), expected)
-            most = {"feat_size": MOST_CHANNELS, "group_list": math.inf}.get(name, MOST_PARTS)
-            if len(value) != 4 or min(value) < 1:
-                raise ConfigError(f"{name} is {value}; expected {expected}")
-            if max(value) > most:
-                raise ConfigError(f"{name} is {value}; expected at most {most} in a stage")
-        for name in ("in_chans", "out_chans", "hidden_size", "expert_mult", "num_slots_per_expert_first"):
-            expected = f"a positive integer, at most {MOST_CHANNELS}"
-            if not 1 <= self._convert(name, operator.index, expected) <= MOST_CHANNELS:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected {expected}")
-        for name, count, choices in (("strides", 4, (1, 2)), ("kernel_sizes", 5, (1, 3))):
-            expected = f"{count} triples of {choices[0]} or {choices[1]}, an entry an axis"
-            value = self._convert(name, lambda v: entries(v, lambda axes: three(axes, operator.index)), expected)
-            if len(value) != count or not {size for entry in value for size in entry} <= set(choices):
-                raise ConfigError(f"{name} is {value}; expected {expected}")
-        if not isinstance(self.use_checkpoint, bool):
-            raise ConfigError(f"use_checkpoint is {self.use_checkpoint!r}; expected true or false")
-
-    def _convert(self, name: str, convert: Callable[[Any], Any], expected: str) -> Any:
-        value = converted(name, getattr(self, name), convert, expected)
-        object.__setattr__(self, name, value)
-        return value
+        for name, form in _MODEL_FIELDS.items():
+            value = getattr(self, name)
+            value = tuple(value) if isinstance(value, list) else value
+            object.__setattr__(self, name, converted(name, value, *form))
 
     def replace(self, **changes) -> "ModelConfig":
         return dataclasses.replace(self, **changes)
@@ -184,10 +198,8 @@ class ScanRanges:
             )
             for name, entry in values["volumes_ml"].items()
         )
-        percentiles = entries(values["percentiles"], lambda channel: entries(channel, _range))
-        if any(len(channel) != len(SAMPLE_PERCENTILES) for channel in percentiles):
-            raise ValueError(f"not {len(SAMPLE_PERCENTILES)} percentiles in each channel")
-        extent_mm = three(values["extent_mm"], _range)
+        percentiles = entries(entries(_range, len(SAMPLE_PERCENTILES)))(values["percentiles"])
+        extent_mm = entries(_range, 3)(values["extent_mm"])
         return cls(modality, operator.index(values["cases"]), extent_mm, percentiles, structures)
 
     def to_json(self) -> dict[str, Any]:
@@ -208,7 +220,7 @@ def _span(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, 
 
 
 def _range(values: Any) -> tuple[float, float]:
-    low, high = entries(values, float)
+    low, high = entries(float, 2)(values)
     if not -math.inf < low <= high < math.inf:
         raise ValueError(f"{low} to {high} is no range")
     return low, high
@@ -247,22 +259,22 @@ class DataProperties:
 
         Raises ConfigError: an entry of another form.
         """
-        modalities, axes = get_args(Modality), get_args(AnatomicalAxis)
-        forms: dict[str, tuple[Callable[[Any], Any], str]] = {
-            "spacing": (optional(lambda v: three(v, float)), "three numbers in mm, or null"),
+        modalities = get_args(Modality)
+        forms: dict[str, tuple[Convert, str]] = {
+            "spacing": (optional(entries(float, 3)), "three numbers in mm, or null"),
             "orientation": (text, "three letters such as RAS"),
-            "modality": (lambda v: one_of(v, modalities), f"one of {', '.join(modalities)}"),
+            "modality": (among(modalities), f"one of {', '.join(modalities)}"),
             "labels": (lambda v: tuple((int(value), text(name)) for value, name in v.items()), '{"1": name, ...}'),
-            "channels": (lambda v: entries(v, text), "a list of names"),
-            "patch_size": (optional(lambda v: three(v, operator.index)), "three integers, or null"),
-            "mirror": (lambda v: entries(v, lambda name: one_of(name, axes)), "axes of LR, AP, IS"),
+            "channels": (entries(text), "a list of names"),
+            "patch_size": (optional(entries(operator.index, 3)), "three integers, or null"),
+            "mirror": (entries(among(get_args(AnatomicalAxis))), "axes of LR, AP, IS"),
             "mirror_pairs": (
-                optional(lambda v: tuple((axis, entries(pairs, _pair)) for axis, pairs in v.items())),
+                optional(lambda v: tuple((axis, entries(_PAIR)(pairs)) for axis, pairs in v.items())),
                 '{"LR": [[2, 3], ...]}, or null',
             ),
             "ct_scale": (ct_from_json, "low, high, mean and std, or null"),
             "ranges": (
-                lambda v: tuple(ScanRanges.from_json(one_of(name, modalities), entry) for name, entry in v.items()),
+                lambda v: tuple(ScanRanges.from_json(among(modalities)(name), entry) for name, entry in v.items()),
                 "the ranges of each modality",
             ),
             "values": (
@@ -292,18 +304,16 @@ class DataProperties:
         return content | ({"ranges": {item.modality: item.to_json() for item in self.ranges}} if self.ranges else {})
 
 
+_PAIR = entries(operator.index, 2)
+
+
 def _stored(values: Any, labels: Iterable[Any]) -> tuple[tuple[int, int], ...]:
     """Raises ValueError: no value of its own for one of the labels, whose voxels would become background."""
-    stored = tuple((int(number), one_of(value, range(1, 1 << 16))) for number, value in values.items())
+    stored = tuple((int(number), among(range(1, 1 << 16))(value)) for number, value in values.items())
     distinct = len({value for _, value in stored}) == len(stored)
     if not distinct or (stored and not {int(label) for label in labels} <= {*dict(stored)}):
         raise ValueError("values of which structures cannot be told apart")
     return stored
-
-
-def _pair(values: Any) -> tuple[int, int]:
-    one, other = entries(values, operator.index)
-    return one, other
 
 
 @dataclass(frozen=True)
