@@ -7,6 +7,7 @@ pass. What is said of good scans is soon read of none.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 
@@ -79,6 +80,12 @@ def scan_remark(
     if remark is not None or ranges is None:
         return remark
     return extent_remark(extent_mm(array.shape, affine), ranges)
+
+
+def intensity_remarks(sample: np.ndarray) -> dict[Modality, Remark]:
+    """Tell what is odd about the intensities of a scan, by the modality that it is taken for."""
+    remarks = {modality: intensity_remark(sample, modality) for modality in get_args(Modality)}
+    return {modality: remark for modality, remark in remarks.items() if remark is not None}
 
 
 def intensity_remark(sample: np.ndarray, modality: Modality, ranges: ScanRanges | None = None) -> Remark | None:

@@ -19,7 +19,7 @@ from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.geometry import coarse_remark, reorient, resample
 from mambahome_jax.imaging.header import ROUNDING_VOXELS, grid_shift
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles, statistics
-from mambahome_jax.imaging.plausibility import intensity_remark
+from mambahome_jax.imaging.plausibility import intensity_remarks
 from mambahome_jax.imaging.volume import Volume, count_values, read_grid, read_labels, replace_values, write_volume
 from mambahome_jax.patches import store
 from mambahome_jax.patches.store import StoreEntry
@@ -98,7 +98,7 @@ def prepare_case(job: CaseJob) -> StoreEntry:
     image = read_image(case, job.channels)
     label, notes, stored_counts = read_counted_label_map(case, image, job.labels, job.hint)
     sample = intensity_sample(image.array if image.array.ndim == 4 else image.array[..., None])
-    remarks = [*notes, intensity_remark(sample, job.modality)]
+    remarks = [*notes, intensity_remarks(sample).get(job.modality)]
     image = reorient(image, job.orientation)
     label = None if label is None else reorient(label, job.orientation)
     present: set[int] = set()

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from mambahome_jax.flags import CheckConfig
 from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.geometry import axis_order, orientation_of, require_same_grid, shift_between
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles
-from mambahome_jax.imaging.plausibility import intensity_remark
+from mambahome_jax.imaging.plausibility import intensity_remarks
 from mambahome_jax.imaging.volume import Volume, count_values, read_forms, read_geometry, read_grid
 from mambahome_jax.preprocessing import findings as look
 from mambahome_jax.preprocessing.findings import SCANS, SEVERITIES, CaseFacts, Finding
@@ -290,9 +290,8 @@ def _voxels(job: ExamineJob, grid: Volume | None) -> tuple[dict[str, Any], list[
         sample = intensity_sample(channels)
         ends = [(float(channels[..., c].min()), float(channels[..., c].max())) for c in range(channels.shape[3])]
         inner = sample_percentiles(sample)
-        odd = {modality: intensity_remark(sample, modality) for modality in get_args(Modality)}
         facts["percentiles"] = tuple((low, *row, high) for (low, high), row in zip(ends, inner, strict=True))
-        facts["odd"] = {modality: remark for modality, remark in odd.items() if remark is not None}
+        facts["odd"] = intensity_remarks(sample)
         if any(low != high for low, high in ends):
             facts |= {"digest": _digest(image.array), "thumbnail": thumbnail_of(image)}
     except DatasetError as error:

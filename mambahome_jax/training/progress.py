@@ -49,7 +49,7 @@ FLUSH_SECONDS = 120.0
 class MetricsLog(contextlib.AbstractContextManager):
     """Keeps nothing: what the processes beside the first one write to."""
 
-    def write(self, row: Mapping[str, Any], validation: Validation | None = None) -> None:
+    def step(self, row: Mapping[str, Any], validation: Validation | None = None) -> None:
         """Keep the values of a step, named as in COLUMNS, and its validation."""
 
     def complete(self, step: int, validation: Validation) -> None:
@@ -84,7 +84,7 @@ class FileLog(MetricsLog):
         self._file = self._path.open("a", newline="", encoding="utf-8", buffering=1)
         self._writer = csv.DictWriter(self._file, COLUMNS)
 
-    def write(self, row: Mapping[str, Any], validation: Validation | None = None) -> None:
+    def step(self, row: Mapping[str, Any], validation: Validation | None = None) -> None:
         with self._writing():
             values = {**row} if validation is None else {**row, "val_dice": finite_or_none(validation.dice)}
             self._writer.writerow({name: _text(values.get(name)) for name in COLUMNS})

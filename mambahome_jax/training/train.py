@@ -359,7 +359,7 @@ class Run:
             return
         row = self._finish_step(*self._pending)
         self._pending = None
-        self.log.write(row, None if state is None else self.validate_and_keep_best(state))
+        self.log.step(row, None if state is None else self.validate_and_keep_best(state))
 
     def _finish_step(self, metrics: dict[str, jax.Array], cases: tuple[str, ...]) -> dict[str, Any]:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}

@@ -18,12 +18,12 @@ def _lines(folder):
 def test_rows_are_in_the_file_before_anything_is_flushed_or_closed(tmp_path):
     log = FileLog(tmp_path)
     for step in (1, 2, 3):
-        log.write({"step": step, "loss": 0.5})
+        log.step({"step": step, "loss": 0.5})
     assert [line.split(",")[0] for line in _lines(tmp_path)] == ["step", "1", "2", "3"]
     # As a run that is killed right after it was resumed from step 2.
     again = FileLog(tmp_path, start=2)
     assert [line.split(",")[0] for line in _lines(tmp_path)] == ["step", "1", "2"]
-    again.write({"step": 3, "loss": 0.25})
+    again.step({"step": 3, "loss": 0.25})
     assert _lines(tmp_path)[-1].startswith("3,") and not list(tmp_path.glob(".*"))
     for opened in (log, again):
         opened.__exit__()
@@ -33,12 +33,12 @@ def test_a_folder_that_was_removed_is_made_again_and_told(tmp_path):
     said = []
     (tmp_path / "run").mkdir()
     log = FileLog(tmp_path / "run", say=said.append)
-    log.write({"step": 1, "loss": 0.5})
+    log.step({"step": 1, "loss": 0.5})
     log.flush()
     shutil.rmtree(tmp_path / "run")
-    log.write({"step": 2, "loss": 0.5})
+    log.step({"step": 2, "loss": 0.5})
     log.flush()
-    log.write({"step": 3, "loss": 0.5})
+    log.step({"step": 3, "loss": 0.5})
     log.__exit__()
     assert [line.split(",")[0] for line in _lines(tmp_path / "run")] == ["step", "3"]
     assert said == [f"{tmp_path}/run/metrics.csv is gone, and the values so far with it; a new one goes on from here"]
@@ -49,13 +49,13 @@ def test_a_folder_that_was_removed_is_made_again_and_told(tmp_path):
 def test_a_full_disk_is_told_and_nobody_waits_for_it(tmp_path):
     threads = threading.active_count()
     log = FileLog(tmp_path)
-    log.write({"step": 1, "loss": 0.5})
+    log.step({"step": 1, "loss": 0.5})
     records = log._events._py_recordio_writer
     records.close()
     with Path("/dev/full").open("wb", buffering=0) as records._writer:
         for step in range(2, 30):
             with pytest.raises(OutputError, match=r"metrics\.csv: cannot be written: No space left on device"):
-                log.write({"step": step, "loss": 0.5})
+                log.step({"step": step, "loss": 0.5})
     log._file.close()
     assert threading.active_count() == threads
 
