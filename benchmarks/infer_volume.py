@@ -20,7 +20,7 @@ from flax import nnx
 
 from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.imaging.volume import Volume, read_volume, write_volume
-from mambahome_jax.inference.segment import SegmentOptions, label, settings_for, to_network_grid
+from mambahome_jax.inference.segment import Segmenter, SegmentOptions, label, to_network_grid
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.support.devices import default_precision
 
@@ -90,7 +90,7 @@ def main() -> None:
         sw_batch_size=args.sw_batch_size,
         chain="trained",
     )
-    settings = settings_for(model, options)
+    settings = Segmenter.of(model, options).settings
     device = jax.devices()[0].device_kind
     print(f"{device}, JAX {jax.__version__}, Python {platform.python_version()}; {args.model}, {precision}")
     print(f"{args.shape} voxels of {args.voxel} mm, {args.classes} classes; seconds")

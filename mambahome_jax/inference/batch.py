@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -285,35 +285,35 @@ def _outcomes(run: Run, scans: list[Scan], windows: Progress | None) -> Iterator
     """
     written: deque[tuple[Scan, Future[Entry]]] = deque()
     held, full = held_bytes(), False
+
+    def begin(scan: Scan, reading: Future[tuple[Volume, NetworkInput] | Entry]) -> Entry | str | None:
+        try:
+            read = reading.result()
+            if isinstance(read, dict):
+                return read
+            done = run.segment(scan, read[0], read[1], windows)
+        except CASE_ERRORS as error:
+            return failure_reason(error)
+        written.append((scan, writer.submit(run.results.save_result, done, run.segmenter)))
+        return None
+
+    def finish() -> tuple[Scan, Entry | str]:
+        nonlocal full
+        scan, writing = written.popleft()
+        try:
+            return scan, writing.result()
+        except CASE_ERRORS as error:
+            full = isinstance(error, OutputError)
+            return scan, failure_reason(error)
+
     with ThreadPoolExecutor(1) as writer:
-
-        def begin(scan: Scan, reading: Reading) -> Entry | str | None:
-            """What a scan takes is let go here, before the next one is read; only its result waits."""
-            try:
-                outcome = reading.take()
-                if isinstance(outcome, dict):
-                    return outcome
-                done = run.segment(scan, outcome[0], outcome[1], windows)
-            except CASE_ERRORS as error:
-                return failure_reason(error)
-            written.append((scan, writer.submit(run.results.save_result, done, run.segmenter)))
-            return None
-
-        def finish() -> tuple[Scan, Entry | str]:
-            nonlocal full
-            scan, writing = written.popleft()
-            try:
-                return scan, writing.result()
-            except CASE_ERRORS as error:
-                full = isinstance(error, OutputError)
-                return scan, failure_reason(error)
-
-        for scan, reading in read_ahead(run.read, scans, max(run.config.num_workers, 1), held):
+        for scan, nbytes, reading in read_ahead(run.read, scans, max(run.config.num_workers, 1), held):
             outcome = "not begun, as the output folder cannot be written" if full else begin(scan, reading)
+            del reading  # and with it the scan, before the next one is read
             if outcome is not None:
                 yield scan, outcome
             # One result may wait for the disk where scans are read ahead too; more would pile up in memory.
-            while len(written) > (1 if reading.nbytes <= held else 0) and not full:
+            while len(written) > (1 if nbytes <= held else 0) and not full:
                 yield finish()
         while written:
             yield finish()
@@ -333,7 +333,7 @@ def _report(
     run: Run, cases: list[Entry], failures: list[dict[str, str]], seconds: float, say: Callable[[str], None]
 ) -> Inferred:
     """Write run.json and volumes.csv; one that cannot be written is said, and missing in what is returned."""
-    folder, stored = run.config.output_dir, run.segmenter.networks.stored_values
+    stored = run.segmenter.networks.stored_values
     content = {
         "command": "infer",
         "configuration": vars(run.config),
@@ -346,23 +346,21 @@ def _report(
         "cases": cases,
         "failures": failures,
     }
-    rows = [
-        (csv_name(case["id"]), csv_name(name), ml) for case in cases for name, ml in case.get("volume_ml", {}).items()
-    ]
-    report: Path | None = folder / REPORT
-    volumes: Path | None = folder / VOLUMES
-    try:
-        write_json(folder / REPORT, content)
-    except OutputError as error:
-        report = None
-        say(f"There is no report of this run: {error}")
+    rows = [(csv_name(c["id"]), csv_name(name), ml) for c in cases for name, ml in c.get("volume_ml", {}).items()]
+
+    def written(write: Callable[..., None], name: str, what: str, *content: Any) -> Path | None:
+        path = run.config.output_dir / name
+        try:
+            write(path, *content)
+        except OutputError as error:
+            say(f"There is no {what}: {error}")
+            return None
+        return path
+
+    report = written(write_json, REPORT, "report of this run", content)
     run.results.forget_notes()
-    try:
-        write_csv(folder / VOLUMES, ("case", "structure", "volume_ml"), rows)
-    except OutputError as error:
-        volumes = None
-        say(f"There is no table of volumes: {error}")
-    return Inferred(folder, tuple(cases), tuple(failures), report, volumes)
+    volumes = written(write_csv, VOLUMES, "table of volumes", ("case", "structure", "volume_ml"), rows)
+    return Inferred(run.config.output_dir, tuple(cases), tuple(failures), report, volumes)
 
 
 def held_bytes() -> int:
@@ -370,49 +368,28 @@ def held_bytes() -> int:
     return min(max(HELD_BYTES, (available_memory() or 0) // HELD_PART), MOST_HELD_BYTES)
 
 
-class Reading(Generic[T]):
-    """A scan that is being read, and what it will take in memory.
-
-    nbytes: as float32, of the scan alone; an estimate where its header does not tell.
-    """
-
-    def __init__(self, future: "Future[T]", nbytes: int) -> None:
-        self._future: Future[T] | None = future
-        self.nbytes = nbytes
-
-    def take(self) -> T:
-        """What was read, once: it is not kept here. Raises what reading raised."""
-        future, self._future = self._future, None
-        assert future is not None
-        return future.result()
-
-    def cancel(self) -> None:
-        """Do not read it, if that has not begun."""
-        if self._future is not None:
-            self._future.cancel()
-
-
 def read_ahead(
     read: Callable[[Scan], T], scans: Sequence[Scan], threads: int, held: int
-) -> Iterator[tuple[Scan, Reading[T]]]:
-    """Each scan with its reading: at most `threads` beyond the one in use, and no more than `held` bytes of them.
+) -> Iterator[tuple[Scan, int, Future[T]]]:
+    """Read scans in threads: at most `threads` beyond the one in use, and no more than `held` bytes of them.
 
-    A scan that takes more by itself is read when the one before it is done with.
+    Yields each with its bytes as float32, and what `read` makes of it, which lives as long as the caller keeps it. A
+    scan that takes more by itself is read when the one before it is done with.
     """
     with ThreadPoolExecutor(threads) as readers:
-        waiting: deque[tuple[Scan, Reading[T]]] = deque()
+        waiting: deque[tuple[Scan, int, Future[T]]] = deque()
         try:
             for scan in scans:
                 nbytes = _nbytes(scan)
-                while waiting and sum(reading.nbytes for _, reading in waiting) + nbytes > held:
+                while waiting and sum(each for _, each, _ in waiting) + nbytes > held:
                     yield waiting.popleft()
-                waiting.append((scan, Reading(readers.submit(read, scan), nbytes)))
+                waiting.append((scan, nbytes, readers.submit(read, scan)))
                 if len(waiting) > threads:
                     yield waiting.popleft()
             while waiting:
                 yield waiting.popleft()
         finally:
-            for _, reading in waiting:
+            for _, _, reading in waiting:
                 reading.cancel()
 
 

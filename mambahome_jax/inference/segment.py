@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,6 @@ from mambahome_jax.imaging.geometry import (
     Order,
     coarse_remark,
     orientation_of,
-    positions_on,
     reorient,
     resample_to,
     resampled_grid,
@@ -31,7 +30,7 @@ from mambahome_jax.imaging.volume import Volume, replace_values
 from mambahome_jax.inference.ensemble import Ensemble, replicas
 from mambahome_jax.inference.mirrors import mirrors_for
 from mambahome_jax.inference.postprocess import ALL, postprocess, values_named, volumes_ml, write_probabilities
-from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole, probabilities_of_tile
+from mambahome_jax.inference.targets import Whole, labels_on, probabilities_of_tile
 from mambahome_jax.inference.tiled import Progress, Target, WindowSettings, predict_tiled
 from mambahome_jax.support.paths import openable_path
 
@@ -50,9 +49,8 @@ class SegmentOptions:
 
     spacing: (3,) mm at which the network works, 0 keeps an axis of the scan. orientation: of its axes. modality: of the
     scan, which decides how intensities are normalised. roi_size: window in voxels, an entry <= 0 takes the whole axis.
-    chain: see `SegmentSettings`. tta: mean of the logits over mirrored windows.
-    labels: names of the structures to keep, the others become background; none keeps all. keep_largest: names of the
-    structures of which only the largest connected part is kept, or "all".
+    chain: see `SegmentSettings`. tta: mean of the logits over mirrored windows. labels: names of the structures to
+    keep; none keeps all. keep_largest: names of those of which only the largest connected part is kept, or "all".
     """
 
     spacing: Sequence[float] | None = None
@@ -69,9 +67,8 @@ class SegmentOptions:
 
 @dataclass(frozen=True)
 class SegmentSettings:
-    """How scans are brought to the network and back, every choice resolved.
+    """How scans are brought to the network and back, every choice resolved; mirrors: of each window, for the mean.
 
-    spacing: None or 0 keeps the scan's own. mirrors: axes along which each window is mirrored too.
     chain: "trained" resamples first and normalises what came out, as preprocess.py and train.py do, and blends windows
     by a Gaussian. "published" is what the published inference script does: intensity window first, equal weights, zeros
     beyond the border, nearest logits on the way back.
@@ -98,12 +95,11 @@ class SegmentSettings:
         return self.chain == "published"
 
     def to_json(self) -> dict[str, Any]:
-        """As run.json has it: the normalisation as "modality" and "ct_scale"."""
-        content = asdict(self) | {"modality": self.normalisation.modality, "ct_scale": None}
-        if isinstance(self.normalisation, CtNormalisation):
-            content["ct_scale"] = ct_to_json(self.normalisation)
+        """Make the form of run.json, which has the normalisation as "modality" and "ct_scale"."""
+        content, normalisation = vars(self).copy(), self.normalisation
         del content["normalisation"]
-        return content
+        ct_scale = ct_to_json(normalisation) if isinstance(normalisation, CtNormalisation) else None
+        return content | {"modality": normalisation.modality, "ct_scale": ct_scale}
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,20 +119,27 @@ class Segmenter:
     def of(cls, model: Any, options: SegmentOptions) -> "Segmenter":
         """Resolve the options for a model. Raises ConfigError: settings that cannot work, no such structure."""
         networks = Ensemble.of(model)
-        names, classes = networks.label_names, networks.classes
-        only = values_named(options.labels, names, classes, "labels") if options.labels else None
-        if options.keep_largest == ALL or tuple(options.keep_largest) == (ALL,):
-            largest = None
-        else:
-            chosen = options.keep_largest
-            largest = values_named(chosen, names, classes, "keep_largest") if chosen else ()
-        settings = settings_for(networks, options)
-        if not options.tta:
-            return cls(networks, settings, only, largest)
-        mirrors, remarks = mirrors_for(
-            networks.class_names, settings.orientation, networks.mirrored_axes, networks.mirror_records
+        data, known = networks.data, (networks.label_names, networks.classes)
+        only = values_named(options.labels, *known, "labels") if options.labels else None
+        every = options.keep_largest == ALL or tuple(options.keep_largest) == (ALL,)
+        largest = None if every else values_named(options.keep_largest, *known, "keep_largest")
+        roi_size = data.patch_size or PUBLISHED_ROI
+        settings = SegmentSettings(
+            spacing=data.spacing if options.spacing is None else options.spacing,
+            orientation=data.orientation if options.orientation is None else options.orientation,
+            normalisation=normalisation_for(options.modality or data.modality, data.ct_normalisation),
+            roi_size=roi_size if options.roi_size is None else options.roi_size,
+            overlap=options.overlap,
+            sw_batch_size=options.sw_batch_size,
+            chain=options.chain or ("published" if networks.published else "trained"),
         )
-        return cls(networks, replace(settings, mirrors=mirrors), only, largest, remarks)
+        remarks: tuple[str, ...] = ()
+        if options.tta:
+            mirrors, remarks = mirrors_for(
+                networks.class_names, settings.orientation, networks.mirrored_axes, networks.mirror_records
+            )
+            settings = replace(settings, mirrors=mirrors)
+        return cls(networks, settings, only, largest, remarks)
 
     @property
     def names(self) -> dict[int, str]:
@@ -150,22 +153,6 @@ class Segmenter:
         odd = scan_remark(volume.array, volume.affine, modality, ranges)
         odd = odd or modality_remark(modality, self.networks.modalities) or volume_remark(structures_ml, ranges)
         return None if odd is None else str(odd)
-
-
-def settings_for(model: Any, options: SegmentOptions) -> SegmentSettings:
-    """Take what the options choose, and what the model was trained with for the rest."""
-    networks = Ensemble.of(model)
-    data = networks.data
-    roi_size = data.patch_size or PUBLISHED_ROI
-    return SegmentSettings(
-        spacing=data.spacing if options.spacing is None else options.spacing,
-        orientation=data.orientation if options.orientation is None else options.orientation,
-        normalisation=normalisation_for(options.modality or data.modality, data.ct_normalisation),
-        roi_size=roi_size if options.roi_size is None else options.roi_size,
-        overlap=options.overlap,
-        sw_batch_size=options.sw_batch_size,
-        chain=options.chain or ("published" if networks.published else "trained"),
-    )
 
 
 def segment(
@@ -293,26 +280,13 @@ class NetworkInput:
         return grid.array if published else then(grid.array)
 
 
-def network_grid(oriented: Volume, settings: SegmentSettings) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Affine (4, 4) and shape of the grid on which the network works, of a scan in its orientation."""
-    spacing = (0.0, 0.0, 0.0) if settings.spacing is None else settings.spacing
-    return resampled_grid(oriented.affine, oriented.shape, spacing)
-
-
 def to_network_grid(
     volume: Volume, settings: SegmentSettings, channels: int | None = None, *, whole_bytes: int = WHOLE_BYTES
 ) -> NetworkInput:
     """Reorient, resample and normalise a scan (D0, D1, D2[, C]). NumPy only, so that threads can do it ahead.
 
-    Args:
-        volume: the scan as it was read.
-        settings: of the network.
-        channels: that the network takes, None where it does not say.
-        whole_bytes: an image that takes more is made slab by slab when it is asked for; its values are the same.
-
-    Raises:
-        DatasetError: voxels that are not finite or not real, another number of channels, an affine that places no
-            voxels.
+    whole_bytes: an image that takes more is made slab by slab when it is asked for; its values are the same.
+    Raises DatasetError: voxels that are not finite or not real, other `channels`, an affine that places no voxels.
     """
     array = volume.array if volume.array.ndim == 4 else volume.array[..., None]
     if channels is not None and array.shape[-1] != channels:
@@ -329,7 +303,8 @@ def to_network_grid(
         count = int(np.count_nonzero(~np.isfinite(array)))
         raise DatasetError(f"{count} voxels are NaN or infinite", expected="finite numbers")
     oriented = reorient(replace(volume, array=array), settings.orientation)
-    affine, shape = network_grid(oriented, settings)
+    spacing = (0.0, 0.0, 0.0) if settings.spacing is None else settings.spacing
+    affine, shape = resampled_grid(oriented.affine, oriented.shape, spacing)
     scan = NetworkInput(oriented, affine, shape, volume.affine, settings)
     if settings.normalisation.needs_statistics:
         scan = replace(scan, statistics=statistics_of_parts(scan.raw_parts()))
@@ -358,13 +333,10 @@ def label(
     devices: Sequence[jax.Device] | None = None,
     device_bytes: float | None = None,
 ) -> Volume:
-    """Predict the label map of a scan on the network's grid, on the scan's own grid. Raises as `segment`.
+    """Predict a scan on the network's grid, and label it on its own. Raises as `segment`.
 
-    Args:
-        with_probabilities: called with those of all classes on the network's grid, (D, H, W, classes) float16.
-        devices: over which the windows are spread, the sums on the first; None: where the model is. A model that is no
-            nnx.Module stays where it is.
-        device_bytes: see `WindowSettings`.
+    with_probabilities: gets those of all classes on the network's grid, (D, H, W, classes) float16.
+    devices: that share the windows, the sums on the first; None: where the model is. device_bytes: `WindowSettings`.
     """
     networks = Ensemble.of(model)
     sizes = zip(settings.roi_size, scan.shape, networks.multiples, strict=True)
@@ -376,13 +348,7 @@ def label(
         device_bytes=device_bytes,
     )
     order: Order = "nearest" if settings.published else "linear"
-    to_network = np.linalg.inv(scan.affine) @ scan.oriented.affine
-    positions = positions_on(scan.affine, scan.shape, scan.oriented.affine, scan.oriented.shape)
-    labels: Labels | ShearedLabels = (
-        ShearedLabels(scan.shape, scan.oriented.shape, to_network, order)
-        if positions is None
-        else Labels(positions, order)
-    )
+    labels = labels_on(scan.oriented.affine, scan.oriented.shape, scan.affine, scan.shape, order)
     probabilities = Whole(scan.shape, probabilities_of_tile)
     targets: list[Target] = [labels] if with_probabilities is None else [labels, probabilities]
     members = [replicas(member, settings.mirrors, devices) for member in networks.members]

@@ -15,7 +15,7 @@ from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.imaging.normalisation import CtScale, CtWindow, normalisations
 from mambahome_jax.imaging.volume import read_labels, read_volume
 from mambahome_jax.inference.ensemble import Ensemble
-from mambahome_jax.inference.segment import SegmentOptions, settings_for, to_network_grid
+from mambahome_jax.inference.segment import Segmenter, SegmentOptions, to_network_grid
 from mambahome_jax.patches.loader import read_patch
 from mambahome_jax.patches.store import INTENSITIES, SAMPLE, Store, ct_scale, foreground_sample
 from mambahome_jax.training.setup import make_setup
@@ -103,7 +103,7 @@ def test_training_and_inference_see_the_same(config):
     assert CtScale.from_json(resumed["ct_scale"]) == prepared.ct_normalisation
     properties = DataProperties.from_json(json.loads(json.dumps(setup.properties.to_json())))
     assert properties == setup.properties
-    settings = settings_for(Trained(properties), SegmentOptions())
+    settings = Segmenter.of(Trained(properties), SegmentOptions()).settings
     seen = to_network_grid(read_volume(config.input_path / "images/a.nii.gz"), settings)
     normalise = normalisations(properties.ct_normalisation)
     patch, _ = read_patch(Store(config.output_path), "a", (8, 8, 4), seen.shape, normalise)

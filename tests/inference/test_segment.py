@@ -13,7 +13,7 @@ from mambahome_jax.imaging.geometry import orientation_of, reorient, resample, r
 from mambahome_jax.imaging.normalisation import CtWindow, MinMax, ZScore, scale_range
 from mambahome_jax.imaging.volume import Volume, read_volume
 from mambahome_jax.inference.ensemble import Ensemble
-from mambahome_jax.inference.segment import SegmentOptions, SegmentSettings, segment, settings_for, to_network_grid
+from mambahome_jax.inference.segment import Segmenter, SegmentOptions, SegmentSettings, segment, to_network_grid
 from mambahome_jax.inference.sliding_window import sliding_window
 from tests.conftest import golden_path, load_golden
 from tests.imaging.nifti_headers import crop
@@ -114,14 +114,14 @@ def test_network_is_traced_once_for_all_volumes():
 
 def test_settings_come_from_the_model_then_from_the_caller():
     published = SegmentSettings((0.8, 0.8, 3.0), "RAS", CtWindow(), (192, 192, 48), chain="published")
-    assert settings_for(Levels(LEVELS), SegmentOptions()) == published
-    assert settings_for(Levels(LEVELS), SegmentOptions(chain="trained")).chain == "trained"
-    assert settings_for(lambda windows: windows, SegmentOptions()).chain == "trained"
+    assert Segmenter.of(Levels(LEVELS), SegmentOptions()).settings == published
+    assert Segmenter.of(Levels(LEVELS), SegmentOptions(chain="trained")).settings.chain == "trained"
+    assert Segmenter.of(lambda windows: windows, SegmentOptions()).settings.chain == "trained"
     metadata = DataProperties(None, "LPS", "mr", ((1, "a"),), patch_size=(48, 48, 32))
     model = Levels(LEVELS, metadata=metadata)
-    assert settings_for(model, SegmentOptions()) == SegmentSettings(None, "LPS", ZScore(), (48, 48, 32))
+    assert Segmenter.of(model, SegmentOptions()).settings == SegmentSettings(None, "LPS", ZScore(), (48, 48, 32))
     assert Ensemble.of(model).label_names == {1: "a"}
-    assert settings_for(model, SegmentOptions(modality="us", spacing=(1, 2, 3))) == SegmentSettings(
+    assert Segmenter.of(model, SegmentOptions(modality="us", spacing=(1, 2, 3))).settings == SegmentSettings(
         (1, 2, 3), "LPS", MinMax(), (48, 48, 32)
     )
 
@@ -152,7 +152,7 @@ def test_published_chain_equals_monai():
     np.testing.assert_allclose(result.affine, golden["inverted_affine"], rtol=0, atol=1e-5)
     assert_same_segmentation(result.array, golden)
 
-    prepared = to_network_grid(volume, settings_for(model, SegmentOptions(**choices)))
+    prepared = to_network_grid(volume, Segmenter.of(model, SegmentOptions(**choices)).settings)
     np.testing.assert_allclose(prepared.image[..., 0], golden["network_input"], rtol=0, atol=1e-4)
     np.testing.assert_allclose(prepared.affine, golden["network_input_affine"], rtol=0, atol=1e-5)
     logits = sliding_window(model, prepared.image, params["roi"], 0.5, "constant", padding_mode="constant")
