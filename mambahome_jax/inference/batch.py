@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -136,7 +136,14 @@ def infer_scans(
         weights = tuple(digest_of(network) for network in segmenter.networks.members)
         run = Run(config, segmenter, Results.of(config, weights, scans), devices if len(devices) > 1 else None)
         failures = [*found.failures, *unfit, *incomplete]
-        cases, failed = _segment_all(run, _of_one_modality(run, scans, failures, say), say, track, windows)
+        for failure in failures:
+            say(f"Failed {failure['id']}: {failure['reason']}")
+        trained = segmenter.settings.normalisation.modality
+        if config.modality is None and any(scan.modality not in (None, trained) for scan in scans):
+            say("Scans of several modalities: each is normalised by its own, as the dataset says")
+        else:
+            scans = [replace(scan, modality=None) for scan in scans]
+        cases, failed = _segment_all(run, scans, say, track, windows)
         return _report(run, cases, [*failures, *failed], time.perf_counter() - started, say)
 
 
@@ -237,25 +244,12 @@ def _load(config: InferConfig) -> Segmenter:
     return segmenter
 
 
-def _of_one_modality(
-    run: Run, scans: list[Scan], failures: Sequence[Mapping[str, str]], say: Callable[[str], None]
-) -> list[Scan]:
-    """Say what is known before the first scan is read; scans keep a modality only where they are of several."""
-    for failure in failures:
-        say(f"Failed {failure['id']}: {failure['reason']}")
-    trained = run.segmenter.settings.normalisation.modality
-    mixed = run.config.modality is None and any(scan.modality not in (None, trained) for scan in scans)
-    if mixed:
-        say("Scans of several modalities: each is normalised by its own, as the dataset says")
-    for line in run.results.lines_again():
-        say(line)
-    return scans if mixed else [replace(scan, modality=None) for scan in scans]
-
-
 def _segment_all(
     run: Run, scans: list[Scan], say: Callable[[str], None], track: Track, windows: Progress | None
 ) -> tuple[list[Entry], list[dict[str, str]]]:
     """Segment scans; returns the entries of those that are done, in their order, and of those that failed."""
+    for line in run.results.lines_again():
+        say(line)
     configuration = jsonable(vars(run.config))
     cases: list[Entry] = []
     failures: list[dict[str, str]] = []
@@ -333,13 +327,13 @@ def _report(
     run: Run, cases: list[Entry], failures: list[dict[str, str]], seconds: float, say: Callable[[str], None]
 ) -> Inferred:
     """Write run.json and volumes.csv; one that cannot be written is said, and missing in what is returned."""
-    stored = run.segmenter.networks.stored_values
+    stored = run.segmenter.networks.data.values
     content = {
         "command": "infer",
         "configuration": vars(run.config),
         "settings": run.segmenter.settings.to_json(),
         "labels": {str(value): name for value, name in run.segmenter.names.items()},
-        **({"values": {str(number): value for number, value in stored.items()}} if stored else {}),
+        **({"values": {str(number): value for number, value in stored}} if stored else {}),
         "versions": versions((*PACKAGES, *(name for name in FORMATS if importlib.util.find_spec(name)))),
         "device": device_line(),
         "seconds": round(seconds, 3),

@@ -15,7 +15,7 @@ from mambahome_jax.config import DataProperties, Mirror, Modality, ModelConfig, 
 from mambahome_jax.datasets.structures import AXES
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW
-from mambahome_jax.inference.mirrors import mirrored
+from mambahome_jax.inference.mirrors import mirrored, mirrors_for
 from mambahome_jax.inference.tiled import Replica
 from mambahome_jax.support.devices import compiler_options
 
@@ -46,11 +46,9 @@ class Ensemble:
         names = names or [f"model {n}" for n in range(1, len(members) + 1)]
         first = _traits(members[0])
         for name, member in zip(names[1:], members[1:], strict=True):
-            traits = _traits(member)
+            pairs = ((trait, own, first[trait]) for trait, own in _traits(member).items())
             differing = [
-                f"{trait} {traits[trait]} against {first[trait]}"
-                for trait in first
-                if traits[trait] is not None and first[trait] is not None and traits[trait] != first[trait]
+                f"{trait} {own} against {one}" for trait, own, one in pairs if None not in (own, one) and own != one
             ]
             if differing:
                 raise ConfigError(f"{name} cannot be joined with {names[0]}: {'; '.join(differing)}")
@@ -94,14 +92,9 @@ class Ensemble:
         return dict(self.data.labels)
 
     @property
-    def stored_values(self) -> dict[int, int]:
-        """Class -> value in label maps, without the background; empty where the two are the same."""
-        return dict(self.data.values)
-
-    @property
     def label_names(self) -> dict[int, str]:
         """Value in label maps -> structure; empty where it does not say."""
-        stored = self.stored_values
+        stored = dict(self.data.values)
         return {stored.get(value, value): name for value, name in self.class_names.items()}
 
     @property
@@ -111,18 +104,12 @@ class Ensemble:
         named = [frozenset(item.modality for item in each.ranges) if each else frozenset() for each in data]
         return frozenset().union(*named) if all(named) else frozenset()
 
-    @property
-    def mirrored_axes(self) -> set[str]:
-        """Anatomical axes that every member was trained to mirror; bare weights none, mere callables all."""
-        networks = [member for member in self.members if isinstance(member, nnx.Module)]
-        trained = [data.mirror if (data := _metadata(network)) else () for network in networks]
-        return set(AXES).intersection(*trained)
-
-    @property
-    def mirror_records(self) -> list[Any]:
-        """What each network says of the labels that traded places in mirrored scans; None: that it does not say."""
-        networks = [member for member in self.members if isinstance(member, nnx.Module)]
-        return [data.mirror_pairs if (data := _metadata(network)) else None for network in networks]
+    def mirrors(self, orientation: str) -> tuple[tuple[Mirror, ...], tuple[str, ...]]:
+        """Find the axes to mirror windows along, which every network was trained with, and remarks: `mirrors_for`."""
+        networks = [_metadata(member) for member in self.members if isinstance(member, nnx.Module)]
+        trained = set(AXES).intersection(*(data.mirror if data else () for data in networks))
+        records = [data.mirror_pairs if data else None for data in networks]
+        return mirrors_for(self.class_names, orientation, trained, records)
 
     def ranges(self, modality: Modality) -> ScanRanges | None:
         """What scans of a modality were like in training, over all members; None where one of them does not say.

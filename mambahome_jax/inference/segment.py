@@ -28,7 +28,6 @@ from mambahome_jax.imaging.normalisation import CtNormalisation, Normalisation, 
 from mambahome_jax.imaging.plausibility import modality_remark, scan_remark, volume_remark
 from mambahome_jax.imaging.volume import Volume, replace_values
 from mambahome_jax.inference.ensemble import Ensemble, replicas
-from mambahome_jax.inference.mirrors import mirrors_for
 from mambahome_jax.inference.postprocess import ALL, postprocess, values_named, volumes_ml, write_probabilities
 from mambahome_jax.inference.targets import Whole, labels_on, probabilities_of_tile
 from mambahome_jax.inference.tiled import Progress, Target, WindowSettings, predict_tiled
@@ -135,9 +134,7 @@ class Segmenter:
         )
         remarks: tuple[str, ...] = ()
         if options.tta:
-            mirrors, remarks = mirrors_for(
-                networks.class_names, settings.orientation, networks.mirrored_axes, networks.mirror_records
-            )
+            mirrors, remarks = networks.mirrors(settings.orientation)
             settings = replace(settings, mirrors=mirrors)
         return cls(networks, settings, only, largest, remarks)
 
@@ -357,5 +354,5 @@ def label(
     if with_probabilities is not None:
         assert probabilities.result is not None
         with_probabilities(probabilities.result)
-    stored = networks.stored_values
+    stored = dict(networks.data.values)
     return scan.back(replace_values(labels.result, stored) if stored else labels.result)

@@ -20,9 +20,13 @@ _Rows = tuple[slice, np.ndarray]
 
 
 class OnHost:
-    """A target that is one array on the host: `result`, None before the first tile."""
+    """A target that is one array on the host: `result`, None before the first tile. See `tiled.Target`."""
 
     result: np.ndarray | None = None
+
+    def begin(self, tiling: Tiling, before: Sequence[int]) -> None:
+        """See `tiled.Target`."""
+        self.tiling, self.before = tiling, before
 
     def store(self, place: Place, values: np.ndarray) -> None:
         """See `tiled.Target`."""
@@ -38,10 +42,6 @@ class Whole(OnHost):
 
     def __init__(self, shape: Sequence[int], of_tile: Callable[[Sequence[Sums]], tuple[jax.Array, jax.Array]]) -> None:
         self.shape, self.of_tile = tuple(shape), of_tile
-
-    def begin(self, tiling: Tiling, before: Sequence[int]) -> None:
-        """See `tiled.Target`."""
-        self.tiling, self.before = tiling, before
 
     def parts(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
         """See `tiled.Target`."""
@@ -129,10 +129,6 @@ class ShearedLabels(OnHost):
         corners = np.array(list(product(*((0, n - 1) for n in self.shape))))
         reached = corners @ self._matrix[:3, :3].T + self._matrix[:3, 3]
         self._span = reached.min(axis=0), reached.max(axis=0)
-
-    def begin(self, tiling: Tiling, before: Sequence[int]) -> None:
-        """See `tiled.Target`."""
-        self.tiling, self.before = tiling, before
 
     def parts(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
         """See `tiled.Target`."""

@@ -1,10 +1,8 @@
-"""A network over a volume of any size, tile by tile: no array has all classes of a whole volume, anywhere.
+"""A network over a volume of any size, in windows as MONAI's sliding_window_inference has them.
 
-An image made slab by slab is cut into windows, their predictions are added up in tiles of one size, and each tile
-exists only while windows touch it. Whatever the volume, the arrays on the device have the shape of a tile or a window:
-nothing is compiled for a volume's size, and memory is needed for little more than one window's depth of the volume.
-Neighbouring tiles share a plane of voxels, so that what lies between two voxels can be interpolated from one tile.
-Which windows there are, the padding of short axes and the weights agree exactly with MONAI's sliding_window_inference.
+Windows are cut from slabs, and their predictions added up in tiles of one size, each of which exists only while windows
+touch it: nothing is compiled for a volume's size, and no array has all classes of a whole volume. Neighbouring tiles
+share a plane of voxels, so that what lies between two voxels can be interpolated from one tile.
 """
 
 import math
@@ -14,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -125,8 +123,7 @@ def _per_axis(value: Any, axes: int, name: str) -> tuple[Any, ...]:
 class Windows:
     """Cuts windows out of an image of which only the planes that they need are kept.
 
-    slab, shape: of the image. axis: along which no window begins before the first one of the call before. before:
-    voxels of padding in front of each axis; it goes on behind as far as the window does.
+    axis: along which windows come in order. before: voxels of padding in front of each axis of the image.
     """
 
     def __init__(
@@ -187,11 +184,10 @@ class Windows:
 
 
 class Tiling:
-    """How a volume is cut into tiles.
+    """How a volume, no axis shorter than a window, is cut into tiles.
 
-    shape: of the volume in voxels, no axis shorter than `roi`, the window. axis: along which windows come in order.
-    edge: voxels from one tile to the next; a tile holds one more along each axis. parts: FINE or COARSE. few: see
-    FEW_VOXELS.
+    axis: along which windows come in order. edge: voxels from one tile to the next; a tile holds one more along each
+    axis. parts: FINE or COARSE. few: see FEW_VOXELS.
     """
 
     def __init__(
@@ -233,10 +229,7 @@ class Tiles:
     def __init__(
         self, tiling: Tiling, weights: np.ndarray, predicted: jax.Array, device_bytes: float | None, networks: int
     ) -> None:
-        """weights: (*roi) of a window's voxels. predicted: any (n, *roi, classes) of the network.
-
-        device_bytes: what the sums of all `networks` may take, see `WindowSettings`.
-        """
+        """predicted: any (n, *roi, classes) of the network. device_bytes: for the sums of all `networks`."""
         self.tiling, self.size, self.classes = tiling, tuple(e + 1 for e in tiling.edge), predicted.shape[-1]
         self.dtype = jnp.promote_types(predicted.dtype, jnp.float32)
         device = next(iter(predicted.devices()))
@@ -264,10 +257,6 @@ class Tiles:
             *sums, done = _add(total, weight, predicted, self.weights, which, shifts, len(numbers))
             self.alive[index] = (sums[0], sums[1])
         return done
-
-    def take(self, index: Index) -> Sums:
-        """The sums of a tile, (*size, classes) and size, no longer kept here. Put them into `spare` after use."""
-        return self.alive.pop(index)
 
     def _zeros(self) -> Sums:
         if self.spare:
@@ -310,8 +299,7 @@ def _add(total, weight, predicted, weights, which, shifts, count):
     return total, weight, weight[0, 0, 0]
 
 
-@dataclass(frozen=True)
-class Replica:
+class Replica(NamedTuple):
     """A network on a device; None: wherever JAX puts it."""
 
     device: jax.Device | None
@@ -341,16 +329,8 @@ def predict_tiled(
 ) -> None:
     """Predict an image window by window, and give each tile to the targets once no window touches it any more.
 
-    Args:
-        networks: each on every device that takes part.
-        slab: makes planes of the image, whose voxels are `shape`.
-        settings: of the windows.
-        targets: what is made of the tiles.
-        progress: called with (windows done, windows in all), the windows of every network counted.
-
-    Raises:
-        ConfigError: predictions of a wrong shape.
-        CheckpointError: predictions that are not finite.
+    networks: each on every device that takes part; `progress` counts the windows of all.
+    Raises ConfigError (predictions of a wrong shape) and CheckpointError (predictions that are not finite).
     """
     padded = tuple(max(n, r) for n, r in zip(shape, settings.roi, strict=True))
     before = tuple((p - n) // 2 for p, n in zip(padded, shape, strict=True))
@@ -414,7 +394,7 @@ def _whole_tiles(
                 progress(done, len(starts) * len(networks))
         next_corner = int(calls[number + 1][0, tiling.axis]) if number + 1 < len(calls) else None
         for index in [index for index in sums[0].alive if tiling.is_whole(index, next_corner)]:
-            taken = [tiles.take(index) for tiles in sums]
+            taken = [tiles.alive.pop(index) for tiles in sums]
             yield index, taken
             for tiles, used in zip(sums, taken, strict=True):
                 tiles.spare.append(used)
