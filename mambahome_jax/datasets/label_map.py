@@ -51,22 +51,14 @@ def read_image(case: Case, channels: int, *, as_stored: bool = False) -> Volume:
 
 def read_label_map(
     case: Case, image: Volume, labels: Mapping[int, str], hint: str = ""
-) -> tuple[Volume | None, tuple[str, ...]]:
-    """Read the label map (D0, D1, D2) uint8, or uint16 beyond 255, on the image's grid, and remarks.
+) -> tuple[Volume | None, tuple[str, ...], dict[int, int]]:
+    """Read the label map on the image's grid, None without one; remarks; and the voxels of each stored value but 0.
 
-    None without a label. labels: value -> name after `Case.values`; empty allows every value up to 65535. hint: what to
-    do about others. Where masks overlap, the later of `Case.masks` has the voxel, and a remark counts them.
+    It is (D0, D1, D2) uint8, or uint16 beyond 255. labels: value -> name after `Case.values`; empty allows every value.
+    hint: what to do about others. Masks have no stored values; of two that overlap the later in `Case.masks` wins.
     Raises DatasetError: as read_labels; another grid than the image's; the image itself, or another image; unknown
     values; a mask that is not binary; no structure where that means that nobody labelled the case.
     """
-    label, remarks, _ = read_counted_label_map(case, image, labels, hint)
-    return label, remarks
-
-
-def read_counted_label_map(
-    case: Case, image: Volume, labels: Mapping[int, str], hint: str = ""
-) -> tuple[Volume | None, tuple[str, ...], dict[int, int]]:
-    """As `read_label_map`, and the voxels of each value but 0 that the file stores; none for masks."""
     counts: dict[int, int] = {}
     remarks: tuple[str, ...] = ()
     if case.label is not None:

@@ -102,12 +102,8 @@ def split_notes(
 ) -> tuple[str, ...]:
     """What to say of the patients in a split: how many there are, and which of them are on both sides.
 
-    Args:
-        patients: {case: patient}.
-        known: False for a folder of an earlier version, which made each case a patient of its own; the names of the
-            cases are looked at then.
-        train: ids of the cases to train on.
-        val: ids of the cases held out.
+    patients: {case: patient}. known: False for a folder of an earlier version, which made each case a patient of its
+    own; the names of the cases are looked at then. train, val: ids of the cases on either side.
     """
     patients = patients if known else patients_of(patients)
     sides: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))

@@ -4,10 +4,10 @@ import hashlib
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.files import LONGEST, listed, listing, of_one_kind
@@ -26,6 +26,12 @@ from mambahome_jax.support.files import hidden
 from mambahome_jax.support.paths import own_name
 
 _LABELS = re.compile(r"(labels?|masks?|segs?|segmentations?)(tr|va|ts)?", re.IGNORECASE)
+# What is met in folders and is no scan.
+_NO_SCANS = {
+    "dicom": "DICOM files that hold no slices (reports, segmentations, plans and the like)",
+    "labels": "folders of label maps by their names, which are no scans to segment",
+    "outputs": "folders of results or of preprocessed cases",
+}
 Parts = tuple[str, ...]
 Failures = list[tuple[str, str]]
 
@@ -87,7 +93,7 @@ class _Files(NamedTuple):
     folders: list[Path]
 
 
-def _sorted(paths: Iterable[Path]) -> _Files:
+def _sort(paths: Iterable[Path]) -> _Files:
     """Sort paths by their names; what these do not tell is opened."""
     by_kind: dict[str, list[Path]] = defaultdict(list)
     for path in paths:
@@ -105,80 +111,60 @@ def search(folder: Path, leave: Collection[Path] = (), deepest: int = DEEPEST) -
     """Look through a folder and those below it; only files whose names say nothing, and DICOM slices, are opened.
 
     Scans are named after their file, those of subfolders <folder>_<file>; slices after the folders alone, with the
-    number of the series, or the end of its UID, where a folder holds several. What DICOM says of a patient is in no
-    name.
-
-    Args:
-        folder: where to look.
-        leave: folders not to enter.
-        deepest: levels to go down.
+    number or the end of the UID of the series where a folder holds several, never by what DICOM says of a patient.
+    leave: folders not to enter. deepest: levels to go down.
     """
-    walk = _Walk({os.path.realpath(path) for path in leave}, deepest)
-    walk.enter(folder, (), frozenset())
-    scans, alike = _named(walk.scans)
+    met: dict[str, list[Any]] = defaultdict(list)
+    for kind, entry in _walk(folder, (), frozenset(), {os.path.realpath(path) for path in leave}, deepest):
+        met[kind].append(entry)
+    scans, alike = _named(met["scan"])
     collisions = [(name, _collision(name, found)) for name, found in alike.items()]
-    return Search(scans, (*walk.failures, *collisions), tuple(walk.notes()), alike)
+    notes = (
+        f"passed over, {len(met[kind])} {what}: {listed(met[kind])}" for kind, what in _NO_SCANS.items() if met[kind]
+    )
+    return Search(scans, (*met["failure"], *collisions), tuple(notes), alike)
 
 
-@dataclass
-class _Walk:
-    """leave: real paths of folders not to enter. scans: with the parts of their names, which may be of several yet."""
+def _walk(
+    folder: Path, parts: Parts, above: frozenset[tuple[int, int]], leave: Collection[str], deepest: int
+) -> Iterator[tuple[str, Any]]:
+    """Yield ("scan", (parts of its name, Candidate)), ("failure", (name, reason)) or a key of _NO_SCANS with a path.
 
-    leave: Collection[str]
-    deepest: int
-    scans: list[tuple[Parts, Candidate]] = field(default_factory=list)
-    failures: Failures = field(default_factory=list)
-    beside: list[str] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    outputs: list[str] = field(default_factory=list)
-
-    def enter(self, folder: Path, parts: Parts, above: frozenset[tuple[int, int]]) -> None:
-        """Note what a folder holds. parts: of names of scans there. above: folders that a link may lead back to."""
-        try:
-            folders, files = listing(folder)
-            status = folder.stat()
-        except (DatasetError, OSError) as error:
-            reason = str(error) if isinstance(error, DatasetError) else f"{folder}: cannot be read: {error.strerror}"
-            self.failures.append(("_".join(parts) or own_name(folder), reason))
-            return
-        place = (status.st_dev, status.st_ino)
-        if place in above:
-            return
-        if parts and _of_a_run(folders, files):
-            self.outputs.append("/".join(parts))
-            return
-        self.note_files(folder, parts, _sorted(files.values()))
-        for name, path in folders.items():
-            if of_labels(name):
-                self.labels.append("/".join((*parts, name)))
-            elif os.path.realpath(path) in self.leave:
-                continue
-            elif len(parts) < self.deepest:
-                self.enter(path, (*parts, name), above | {place})
-            elif self.deepest:
-                reason = f"{path}: more than {self.deepest} folders down, so it is not looked into. Name it itself"
-                self.failures.append(("_".join((*parts, name)), reason))
-
-    def note_files(self, folder: Path, parts: Parts, files: _Files) -> None:
-        """Note the files of a folder."""
-        for path in files.scans:
-            words = (*parts, scan_stem(path))
-            self.scans.append((words, Candidate(_joined(words, "_"), path, depth=len(parts))))
-        self.failures += [("_".join((*parts, foreign_stem(path))), reason) for path, reason in files.failures]
-        self.beside += ["/".join((*parts, path.name)) for path in files.beside]
-        for one, tail in zip(files.series, _tails(files.series), strict=True):
-            words = (*(parts or (own_name(folder),)), *((tail,) if tail else ()))
-            name, several = _joined(words, "_"), len(files.series) > 1
-            self.scans.append((words, Candidate(name, folder, one.uid, several, len(parts))))
-
-    def notes(self) -> list[str]:
-        """What was met and is no scan."""
-        groups = (
-            (self.beside, "DICOM files that hold no slices (reports, segmentations, plans and the like)"),
-            (self.labels, "folders of label maps by their names, which are no scans to segment"),
-            (self.outputs, "folders of results or of preprocessed cases"),
-        )
-        return [f"passed over, {len(paths)} {what}: {listed(paths)}" for paths, what in groups if paths]
+    parts: of names of scans there. above: folders that a link may lead back to. leave: real paths.
+    """
+    try:
+        folders, files = listing(folder)
+        status = folder.stat()
+    except (DatasetError, OSError) as error:
+        reason = str(error) if isinstance(error, DatasetError) else f"{folder}: cannot be read: {error.strerror}"
+        yield "failure", ("_".join(parts) or own_name(folder), reason)
+        return
+    place = (status.st_dev, status.st_ino)
+    if place in above:
+        return
+    if parts and _of_a_run(folders, files):
+        yield "outputs", "/".join(parts)
+        return
+    kinds = _sort(files.values())
+    for path in kinds.scans:
+        words = (*parts, scan_stem(path))
+        yield "scan", (words, Candidate(_joined(words, "_"), path, depth=len(parts)))
+    for path, reason in kinds.failures:
+        yield "failure", ("_".join((*parts, foreign_stem(path))), reason)
+    for path in kinds.beside:
+        yield "dicom", "/".join((*parts, path.name))
+    for one, tail in zip(kinds.series, _tails(kinds.series), strict=True):
+        words = (*(parts or (own_name(folder),)), *((tail,) if tail else ()))
+        yield "scan", (words, Candidate(_joined(words, "_"), folder, one.uid, len(kinds.series) > 1, len(parts)))
+    for name, path in folders.items():
+        below = (*parts, name)
+        if of_labels(name):
+            yield "labels", "/".join(below)
+        elif os.path.realpath(path) not in leave and len(parts) < deepest:
+            yield from _walk(path, below, above | {place}, leave, deepest)
+        elif os.path.realpath(path) not in leave and deepest:
+            reason = f"{path}: more than {deepest} folders down, so it is not looked into. Name it itself"
+            yield "failure", ("_".join(below), reason)
 
 
 def _tails(series: Sequence[Series]) -> list[str]:
@@ -234,13 +220,8 @@ def unseen(
 
     Looks beside the files of the cases, with one listing a folder; only files whose names say nothing are opened. In a
     folder of many images whatever could be another one should be a case; where each case has a folder, every folder.
-
-    Args:
-        root: folder of the dataset.
-        cases: all that it has.
-        known: ids that are accounted for.
-        expected: of the layout, for people.
-        unlisted: False where the layout itself says which readable files it leaves out.
+    known: ids that are accounted for. expected: of the layout, for people. unlisted: False where the layout itself says
+    which readable files it leaves out.
     """
     used: dict[str, set[str]] = defaultdict(set)
     images: Counter[str] = Counter()
@@ -303,11 +284,12 @@ class _Leftovers:
 
     def beside_images(self, home: Path, many: bool) -> None:
         """Look for scans of no case beside images. many: whether each file should be of a case."""
-        files = _sorted(self.unused(home))
+        files = _sort(self.unused(home))
         for path in files.scans:
             stem = scan_stem(path)
             # Another form of a case's file is noted elsewhere.
-            if self.known is None or self._form_of_used(path, stem) or _of_any(stem, self.known):
+            of_known = self.known is None or any(stem == one or stem.startswith(f"{one}_") for one in self.known)
+            if of_known or self._form_of_used(path, stem):
                 continue
             if many:
                 self.skipped.append((stem, f"{path}: of no case by its name; expected {self.expected}"))
@@ -323,7 +305,7 @@ class _Leftovers:
 
     def beside_labels(self, home: Path) -> None:
         """Look for label maps of no case, other formats and DICOM; what else lies there is of no scan."""
-        files = _sorted(self.unused(home))
+        files = _sort(self.unused(home))
         self._note(files.failures)
         slices = [*files.beside, *(path for one in files.series for path in one.paths)]
         for folder in files.folders if of_one_kind(home.name) else ():
@@ -347,7 +329,7 @@ class _Leftovers:
         for path in paths:
             name = path.name
             # Cases of a folder of several are called <folder>_<rest>.
-            if _of_any(name, known, reverse=True):
+            if any(one == name or one.startswith(f"{name}_") for one in known):
                 if name in known and path.is_dir():
                     self.skipped += [(f"{name}_{other}", reason) for other, reason in search(path).failures]
             elif str(root) not in self.used and path.is_file() and kind_in(path) in ("scan", "foreign"):
@@ -380,9 +362,3 @@ class _Leftovers:
     def _form_of_used(self, path: Path, stem: str) -> bool:
         used = self.used.get(str(path.parent), set())
         return any(stem + ending in used for ending in (*SCAN_SUFFIXES, ""))
-
-
-def _of_any(stem: str, ids: Iterable[str], reverse: bool = False) -> bool:
-    """Whether a name is one of the ids or begins with one and _; reverse: whether one of them begins with the name."""
-    pairs = ((one, stem) if reverse else (stem, one) for one in ids)
-    return any(longer == shorter or longer.startswith(f"{shorter}_") for longer, shorter in pairs)

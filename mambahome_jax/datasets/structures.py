@@ -90,7 +90,7 @@ def numbering(values: Iterable[int]) -> dict[int, int]:
 
 
 def table_of_values(table: object, file: Path, labels: Iterable[int] = ()) -> dict[int, int]:
-    """The entry "values" of a dataset.json or run.json, {"1": 255}, as number -> stored value; empty without one.
+    """The entry "values" of a dataset.json, {"1": 255}, as number -> stored value; empty without one.
 
     labels: numbers that it must have. Raises DatasetError: another form, or one that lacks such a number.
     """
@@ -127,12 +127,8 @@ def match_structures(
 ) -> dict[int, int]:
     """Value of one table -> value of another for each structure that is in both, by `structure_key` of their names.
 
-    Args:
-        theirs: value -> name.
-        ours: value -> name.
-        their_values: value -> stored value where the two differ. Where one of two structures is only called by its
-            stored value, label_255, the stored value tells.
-        our_values: the same of `ours`.
+    theirs, ours: value -> name. their_values, our_values: value -> stored value where the two differ; where one of two
+    structures is only called by its stored value, label_255, the stored value tells.
     """
     keys = {structure_key(name): value for value, name in ours.items()}
     matched = {value: keys[structure_key(name)] for value, name in theirs.items() if structure_key(name) in keys}
@@ -164,17 +160,15 @@ def select_structures(dataset: Dataset, names: Sequence[str]) -> Dataset:
 
     Names are compared by `structure_key`. Raises DatasetError: a name that the dataset does not have, or no names.
     """
-    chosen = dict.fromkeys(_value_of(name, dataset) for name in dict.fromkeys(names))
-    values = dict.fromkeys(dataset.labels, 0) | {value: new for new, value in enumerate(chosen, start=1)}
-    return _relabel(dataset, values, numbered(*(dataset.labels[value] for value in chosen)))
+    chosen = [_value_of(name, dataset) for name in names]
+    return merge_structures(dataset, {dataset.labels[value]: [value] for value in chosen})
 
 
 def merge_structures(dataset: Dataset, table: Mapping[str, Sequence[int | str]]) -> Dataset:
     """The dataset with new structures 1, 2, 3, ..., each made of values or names of the old; the rest is background.
 
-    A new structure counts as labelled in a case where any of its parts does. What a structure named background lists
-    is background too, which only labels without names need to be told.
-    Raises DatasetError: a part that the dataset does not have, or that is in two structures.
+    A new structure counts as labelled in a case where any of its parts does. Labels without names need to be told what
+    is background, by a structure of that name. Raises DatasetError: a part that is absent, or in two structures.
     """
     names = [name for name in table if name != "background"]
     values = dict.fromkeys(dataset.labels, 0)
@@ -215,8 +209,7 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
 
     Ids and patients get the name of their dataset in front; patients of several folders of one published dataset that
     of its layout, so that they stay together. A case that only one such folder lacks a file for is not skipped. Every
-    case says which of the joint values its dataset labels, so that a structure that it never labelled can be left out
-    of the loss.
+    case says which of the joint values its dataset labels, so that the loss can leave others out.
     Raises DatasetError: another number of channels, a dataset whose labels have no names.
     """
     first = datasets[0]
@@ -388,13 +381,9 @@ def _measures(shape: Shape, mirror: np.ndarray) -> np.ndarray:
 def swap_reason(names: tuple[str, str], shapes: Sequence[tuple[Shape, Shape]], axis: int) -> tuple[bool, str]:
     """Whether the labels of two structures trade places in a mirrored volume, and why.
 
-    Fewer than FEWEST_CASES cases say nothing; the names decide then. Else the label maps do: volume, extents, tilt and
-    compactness of one, mirrored, are those of the other within the spread of the cases.
-
-    Args:
-        names: of the two structures, which differ in the side.
-        shapes: of both in each case that has both.
-        axis: of the array, along which volumes are mirrored.
+    names: of the two, which differ in the side. shapes: of both in each case that has both; fewer than FEWEST_CASES say
+    nothing, so the names decide. Else the label maps do: volume, extents, tilt and compactness of one, mirrored along
+    an axis of the array, are those of the other within the spread of the cases.
     """
     by_form = any(map(told_by_form, names))
     if len(shapes) < FEWEST_CASES:
@@ -419,11 +408,7 @@ def choose_swaps(
 ) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
     """The pairs whose labels trade places in a mirrored volume; a line that names them, and one on each other pair.
 
-    Args:
-        labels: value -> name.
-        pairs: of values whose names differ in the side.
-        shapes: of each pair, of both structures in every case that has both.
-        axis: of the array.
+    pairs: of values whose names differ in the side. shapes, axis: see `swap_reason`.
     """
     swapped: dict[tuple[int, int], str] = {}
     lines = []

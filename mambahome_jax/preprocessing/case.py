@@ -14,7 +14,7 @@ import numpy as np
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.files import parts
-from mambahome_jax.datasets.label_map import read_counted_label_map, read_image
+from mambahome_jax.datasets.label_map import read_image, read_label_map
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.geometry import coarse_remark, reorient, resample
 from mambahome_jax.imaging.header import ROUNDING_VOXELS, grid_shift
@@ -96,7 +96,7 @@ def prepare_case(job: CaseJob) -> StoreEntry:
     # An entry of other settings would vouch for NIfTI files that are no longer its own, if this run ends between them.
     store.remove_entry(job.store, case.id)
     image = read_image(case, job.channels)
-    label, notes, stored_counts = read_counted_label_map(case, image, job.labels, job.hint)
+    label, notes, stored_counts = read_label_map(case, image, job.labels, job.hint)
     sample = intensity_sample(image.array if image.array.ndim == 4 else image.array[..., None])
     remarks = [*notes, intensity_remarks(sample).get(job.modality)]
     image = reorient(image, job.orientation)

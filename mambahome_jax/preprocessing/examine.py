@@ -303,7 +303,7 @@ def _voxels(job: ExamineJob, grid: Volume | None) -> tuple[dict[str, Any], list[
         # With its voxels, of which the label map may be a copy; without them its header's grid has to do.
         grid = replace(grid, array=image.array)
     try:
-        label, remarks = read_label_map(case, grid, job.labels, job.hint)
+        label, remarks, _ = read_label_map(case, grid, job.labels, job.hint)
     except DatasetError as error:
         return facts, [*findings, look.error_finding(case.id, "label", error)]
     if label is None:

@@ -35,13 +35,13 @@ def test_the_later_mask_has_the_voxel_and_overlaps_are_counted(tmp_path, image):
     files = [mask((0, 0, 0), (1, 0, 0)), mask((1, 0, 0), (2, 0, 0), value=255), mask((1, 0, 0), (2, 0, 0), (3, 0, 0))]
     masks = tuple((value, save(tmp_path / f"{value}.nii.gz", array)) for value, array in enumerate(files, start=1))
     case = Case("a", tmp_path / "image.nii.gz", masks=masks)
-    label, remarks = read_label_map(case, image, {1: "x", 2: "y", 3: "z"})
+    label, remarks, _ = read_label_map(case, image, {1: "x", 2: "y", 3: "z"})
     assert label.array.dtype == np.uint8
     assert label.array[:, 0, 0].tolist() == [1, 3, 3, 3, 0] and label.array.sum() == 10
     assert remarks == ("3 voxels lie in two masks (most: 2 in y and z); the later in the table has them",)
     # Masks of one structure do not overlap, and one that is left out takes nothing from the others.
     merged = Case("a", case.image, masks=masks, values={1: 1, 2: 1, 3: 0})
-    label, remarks = read_label_map(merged, image, {1: "xy"})
+    label, remarks, _ = read_label_map(merged, image, {1: "xy"})
     assert (label.array[:, 0, 0].tolist(), remarks) == ([1, 1, 1, 0, 0], ())
 
 
@@ -61,7 +61,7 @@ def test_nothing_labelled(tmp_path, image):
         read_label_map(case, image, {1: "x"})
     save(files[2], mask((0, 0, 0)))
     assert not read_label_map(case, image, {1: "x"})[0].array.any()
-    assert read_label_map(Case("a", case.image), image, {}) == (None, ())
+    assert read_label_map(Case("a", case.image), image, {}) == (None, (), {})
     assert not read_label_map(Case("a", case.image, files[1]), image, {})[0].array.any()
 
 
