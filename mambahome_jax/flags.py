@@ -9,18 +9,35 @@ from tyro.conf import Positional, UseAppendAction, arg
 from mambahome_jax.config import CtIntensity, Modality, Precision, Strategy, Surface
 from mambahome_jax.recipes import with_ingredient_flags
 
+SpacingScale = Annotated[
+    float | None,
+    arg(
+        help="Factor on the lengths of every header, such as 1000 if a header says mm and means metres. With 1, scans "
+        "of less than 5 mm or more than 5 m are accepted."
+    ),
+]
+Workers = Annotated[int | None, arg(help="Processes that work side by side (default: one per core).")]
+Series = UseAppendAction[
+    Annotated[
+        tuple[str, ...],
+        arg(help="SeriesInstanceUID to use of a folder with several DICOM series; give it once for each series."),
+    ]
+]
+Numbers = Annotated[
+    Precision | None, arg(help="Matrix products and convolutions (default: bf16 on a GPU, fp32 on a CPU).")
+]
+
 
 @dataclass(frozen=True)
 class CheckConfig:
     """Look through a dataset before any work: list what is wrong with it and suggest settings."""
 
     folder: Positional[Annotated[Path | tuple[Path, ...], arg(metavar="FOLDER [FOLDER ...]")]]
-    """Folder of the dataset as downloaded, or a CSV file of paths, as preprocess takes it; several are looked at as
-    the one dataset that preprocess makes of them. Or a scan, or a folder of scans without labels, as infer takes it."""
+    """A dataset as preprocess takes it: its folder, or a CSV file of paths; several are checked as the one dataset that
+    preprocess would make of them. Or a scan, or a folder of scans without labels, as infer takes it."""
     dataset: UseAppendAction[tuple[str, ...]] = ()
-    """Layout of the dataset (default: recognised); given several times, one for each FOLDER."""
-    series: UseAppendAction[tuple[str, ...]] = ()
-    """SeriesInstanceUID to take of a folder that holds several DICOM series, given once for each."""
+    """Layout of the dataset (default: recognised); give it once for all, or once for each FOLDER."""
+    series: Series = ()
     fast: bool = False
     """Read headers only: geometry and duplicates, but no voxels."""
     json: Path | None = None
@@ -28,12 +45,9 @@ class CheckConfig:
     show: int = 20
     """Findings of one kind to print; 0 prints all."""
     modality: Modality | None = None
-    """What the scans are, where the dataset does not say."""
-    spacing_scale: float | None = None
-    """What to multiply the lengths of every header by, such as 1000 where one says mm and means metres; 1 takes a scan
-    of less than 5 mm or more than 5 m as it is."""
-    num_workers: int | None = None
-    """Processes that work side by side (default: one a core)."""
+    """What the scans are, if the dataset does not say."""
+    spacing_scale: SpacingScale = None
+    num_workers: Workers = None
 
 
 @dataclass(frozen=True)
@@ -43,33 +57,29 @@ class PreprocessConfig:
     input_path: Path | tuple[Path, ...]
     """Folder of the dataset as downloaded, or a CSV file of paths; several are joined by their structures' names."""
     output_path: Path
-    """Folder to write; what is there and up to date is kept."""
+    """Folder to write; cases in it that are up to date are kept."""
     spacing: tuple[float, float, float] = (0.8, 0.8, 3.0)
-    """Voxel size in mm to resample to, one value an axis of the reoriented volume; 0 or below keeps an axis."""
+    """Voxel size in mm to resample to, one value per axis of the reoriented volume; 0 or less keeps an axis."""
     orientation: str = "RAS"
     """Direction of the array axes after reading, as three of the letters R L A P S I."""
-    spacing_scale: float | None = None
-    """What to multiply the lengths of every header by, such as 1000 where one says mm and means metres; 1 takes a scan
-    of less than 5 mm or more than 5 m as it is."""
+    spacing_scale: SpacingScale = None
     modality: Modality | None = None
-    """What the scans are, where the dataset does not say; decides how intensities are normalised."""
+    """What the scans are, if the dataset does not say; decides how intensities are normalised."""
     ct_intensity: CtIntensity = "window"
-    """CT: window -175 to 250 HU to [0, 1]; or clipped to the 0.5 and 99.5 percentiles of the labelled voxels of all
-    cases but test ones, then brought to their mean 0 and deviation 1. Training and inference then do the same."""
+    """CT: -175 to 250 HU scaled to [0, 1]; or clipped to the 0.5 and 99.5 percentiles of the labelled voxels, then mean
+    0 and deviation 1. Training and inference do the same."""
     dataset: tuple[str, ...] = ()
     """Layout of the dataset (default: recognised): one name, or one for each folder of --input_path."""
     labels: tuple[str, ...] = ()
     """Names of the structures to keep, in this order; the others become background (default: all)."""
     label_map: Path | None = None
-    """TOML file of structures to make of the dataset's, with lines such as: pancreas = [4, 5]"""
-    series: UseAppendAction[tuple[str, ...]] = ()
-    """SeriesInstanceUID to take of a folder that holds several DICOM series, given once for each."""
+    """TOML file that makes new structures of the dataset's, with lines such as: pancreas = [4, 5]"""
+    series: Series = ()
     only: Modality | None = None
-    """Keep only the cases that the dataset says are of this modality, as for the CT or the MR part of AMOS."""
-    num_workers: int | None = None
-    """Processes that work side by side (default: one a core)."""
+    """Keep only cases of this modality, such as the CT part of AMOS."""
+    num_workers: Workers = None
     overwrite: bool = False
-    """Do every case again."""
+    """Process every case again."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +90,17 @@ class TrainConfig:
     data_train: Path
     """Output folder of preprocess.py, or a folder in the published layout."""
     data_val: Path | None = None
-    """Another such folder for validation; without it the cases marked "val", else every fifth case, are held out."""
+    """Another such folder for validation (default: hold out cases marked "val", else every fifth patient)."""
     hold_out: int = 5
-    """Hold out every n-th patient of a folder without marks to validate on; 0: none, the last weights are "best"."""
+    """Hold out every n-th patient of a folder without marks; 0: none, the last weights are "best"."""
     output_dir: Path | None = None
-    """Where the run is written (default: runs/<checkpoint_name>)."""
+    """Folder of the run (default: runs/<checkpoint_name>)."""
     checkpoint_name: str = ""
     """Name of the run (default: that of --model)."""
     model: Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny"] = "MambaHoME"
     """Size of the network."""
     strides: Literal["published", "auto"] = "published"
-    """Which axes each stage halves: all; or, by the size of a voxel, thick slices later than the plane within them."""
+    """Axes that each stage halves: all; or by voxel size, so that thick slices are halved later."""
     feature_size: int | None = None
     """Channels of the first stage; the other stages keep their proportions to it (default: the size's own)."""
     classes: int | None = None
@@ -102,12 +112,12 @@ class TrainConfig:
     epochs: int = 800
     """Passes over the training cases."""
     steps: int | None = None
-    """Number of steps in all, instead of --epochs."""
+    """Number of steps, instead of --epochs."""
     max_minutes: float | None = None
-    """Wall-clock minutes from start to end, compilation and last validation included, instead of --epochs."""
+    """Wall-clock minutes, compilation and last validation included, instead of --epochs."""
     members: int = 1
-    """Networks to train one after the other for infer.py to use together, in member_0, member_1, ... with seeds that
-    count on from --seed. --max_minutes is of all together; --steps and --epochs are of each."""
+    """Networks to train one after the other, for an ensemble, in member_0, member_1, ...; their seeds count on from
+    --seed. They share --max_minutes; --steps and --epochs hold for each."""
     scheduler: Literal["CALR"] = "CALR"
     """Cosine annealing of the learning rate to 0, a step every --skip_val epochs (every epoch with --steps)."""
     skip_val: int = 1
@@ -117,8 +127,8 @@ class TrainConfig:
     use_checkpoint: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
     use_pretrained: Annotated[str, arg(metavar="PATH|False")] = ""
-    """Weights to start from: a checkpoint folder, .pth, .npz or .safetensors. The output layer of other structures and
-    the first convolutions of another number of channels start anew."""
+    """Weights to start from: a checkpoint folder, .pth, .npz or .safetensors. Layers for other structures or another
+    number of channels start anew."""
     load_checkpoint: bool = False
     """Continue the run in --output_dir, as --resume does."""
     resume: bool = False
@@ -126,21 +136,20 @@ class TrainConfig:
     modality: Modality | None = None
     """ct: window -175 to 250 HU; mr: z-score of each volume; us: scaled to [0, 1] (default: as the dataset says)."""
     freeze_encoder: bool = False
-    """Keep the encoder of --use_pretrained as it is; its backward pass is left out."""
+    """Keep the encoder of --use_pretrained as it is, without its backward pass."""
     encoder_lr_scale: float = 1.0
-    """Learning rate of the encoder as a share of that of the rest."""
-    precision: Precision | None = None
-    """Matrix products and convolutions (default: bf16 on a GPU, fp32 on a CPU)."""
+    """Learning rate of the encoder, as a share of the rate of the rest."""
+    precision: Numbers = None
     num_workers: int | None = None
     """Processes that read patches (default: 0 on a CPU, which means threads; 4 on a GPU)."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints beside those after each validation."""
+    """Steps between checkpoints, besides those after each validation."""
     keep_last: int = 1
-    """Checkpoints to keep beside the best: the newest is checkpoints/last, earlier ones are step_<number>."""
+    """Checkpoints to keep besides the best: the newest is checkpoints/last, earlier ones are step_<number>."""
     overlap: float = 0.5
     """Overlap of the windows in validation."""
     max_val_cases: int | None = None
-    """Validate on at most so many cases."""
+    """Largest number of cases to validate on."""
     seed: int = 0
     """Seed of initial values, patches and augmentation."""
     parallel: bool = True
@@ -166,8 +175,8 @@ class InferConfig:
     """Segment scans with a trained model; each result lies on its scan's own grid."""
 
     data_path: Path
-    """A scan (.nii.gz, .nii, .mha, .mhd, .nrrd), a folder of DICOM slices, or a folder of such scans, also in folders
-    of their own as <patient>/<study>/<series>."""
+    """A scan (.nii.gz, .nii, .mha, .mhd, .nrrd), a folder of DICOM slices, or a folder of such scans, also in
+    subfolders such as <patient>/<study>/<series>."""
     model_path: Path | tuple[Path, ...]
     """A checkpoint folder (RUN/checkpoints/best), or published weights (.pth, .npz, .safetensors). Several are an
     ensemble: the mean of their softmax probabilities."""
@@ -185,42 +194,38 @@ class InferConfig:
     """Orientation in which the network works (default: as it was trained)."""
     modality: Modality | None = None
     """How intensities are normalised (default: as in training)."""
-    spacing_scale: float | None = None
-    """What to multiply the lengths of every header by, such as 1000 where one says mm and means metres; 1 takes a scan
-    of less than 5 mm or more than 5 m as it is."""
+    spacing_scale: SpacingScale = None
     chain: Literal["trained", "published"] | None = None
-    """Order of resampling and normalising, blending of windows, and the way back: as train.py prepares scans, or as the
-    published inference script has them (default: the latter for published weights)."""
-    precision: Precision | None = None
-    """Matrix products and convolutions (default: bf16 on a GPU, fp32 on a CPU)."""
-    series: UseAppendAction[tuple[str, ...]] = ()
-    """SeriesInstanceUID of the DICOM series to segment, given once for each (default: all that are found)."""
+    """Order of resampling and normalising, and blending of windows: as in training, or as in the published inference
+    script (default: the latter for published weights)."""
+    precision: Numbers = None
+    series: Series = ()
     output_format: Literal["nii.gz", "nii", "mha", "nrrd", "dcm"] = "nii.gz"
-    """Format of the label maps, whatever that of the scans; dcm is DICOM SEG, for folders of DICOM slices."""
+    """Format of the label maps; dcm is DICOM SEG, for folders of DICOM slices."""
     num_workers: int = 1
     """Threads that read scans ahead and write results."""
     num_devices: int | None = None
     """Devices over which the windows of a scan are spread (default: all GPUs of this machine, or one CPU)."""
     tta: bool = False
-    """Mean over each window and its mirrors along the axes that training mirrored (each doubles the work), left and
-    right labels swapped; an axis along which a structure has no counterpart is left out."""
+    """Test-time augmentation: mean over mirrored windows, along the axes that training mirrored. Each axis doubles the
+    work; an axis along which a structure has no counterpart is left out."""
     labels: tuple[str, ...] = ()
     """Names of the structures to keep; the others become background (default: all)."""
     keep_largest: tuple[str, ...] = ()
-    """Names of the structures of which only the largest connected part is kept, or: all."""
+    """Structures of which only the largest connected part is kept, or: all."""
     save_probabilities: bool = False
-    """Write <case>.npz beside the results: float16 probabilities of all classes, on the network's grid."""
+    """Write <case>.npz: float16 probabilities of all classes, on the network's grid."""
     previews: bool = True
-    """Write previews/<case>.png beside the results."""
+    """Write previews/<case>.png."""
     skip_existing: bool = False
-    """Leave a case whose result is there, whole, and of the same weights and scan; read it for volumes.csv."""
+    """Keep a result that is whole, and that the same weights made of the same scan."""
     gpu: bool = False
-    """Insist on a GPU; without this flag the best device present is used."""
+    """Fail without a GPU (default: use the best device)."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Compare label maps with references: Dice, HD95, ASSD, NSD, volume difference a case and structure."""
+    """Compare label maps with references: Dice, HD95, ASSD, NSD and volumes of each case and structure."""
 
     predictions: Path
     """Folder with the label maps to judge (.nii.gz, .nii, .mha, .mhd, .nrrd)."""
@@ -229,19 +234,16 @@ class EvaluateConfig:
     output_dir: Path
     """Folder for metrics.csv and summary.json."""
     compare: Path | None = None
-    """--output_dir of an earlier evaluation of the same cases: differences to it and their significance are written to
-    comparison.json."""
+    """--output_dir of an earlier evaluation of the same cases; comparison.json then has the differences and their
+    significance."""
     labels: Path | None = None
-    """dataset.json or run.json with the names of the structures (default: looked for beside both folders)."""
+    """dataset.json or run.json with the names of the structures (default: searched beside both folders)."""
     tolerance_mm: float = 1.0
     """Distance in mm up to which surfaces count as equal in NSD."""
-    spacing_scale: float | None = None
-    """What to multiply the lengths of every header by, such as 1000 where one says mm and means metres; 1 takes label
-    maps of less than 5 mm or more than 5 m as they are."""
+    spacing_scale: SpacingScale = None
     surface: Surface = "voxels"
-    """What HD95, ASSD and NSD count: voxels of the surface, as MONAI does, or its area, as surface-distance does."""
-    num_workers: int | None = None
-    """Processes that work side by side (default: one a core)."""
+    """What HD95, ASSD and NSD count: voxels of the surface (as MONAI), or its area (as surface-distance)."""
+    num_workers: Workers = None
 
 
 @dataclass(frozen=True)
@@ -253,11 +255,11 @@ class ReportConfig:
     output: Path | None = None
     """File to write (default: report.html in the folder of the evaluation)."""
     predictions: Path | None = None
-    """Folder with the label maps that were judged, for pictures; its run.json says how they were made."""
+    """Folder with the label maps that were scored, for pictures; its run.json says how they were made."""
     references: Path | None = None
     """Folder with the reference label maps, for pictures."""
     images: Path | None = None
-    """Folder with the scans, to lie under the outlines in the pictures."""
+    """Folder with the scans, to show under the outlines."""
     worst: int = 10
     """Cases to show in pictures, the worst by mean Dice first."""
     window: tuple[float, float] | None = None
