@@ -324,8 +324,8 @@ def _open_folder(
         return prepared, ()
     if jax.process_count() > 1:
         raise ConfigError(f"{data} is not preprocessed. With several processes run preprocess.py first")
-    say(console, f"{data} is not preprocessed: storing its scans in {work}, at their own spacing")
     dataset = consecutive(load_dataset(data))
+    say(console, f"{data} is not preprocessed: storing its scans in {work}, at their own spacing")
     flags = PreprocessConfig(data, work, modality=config.modality)
     tell, track = functools.partial(say, console), tracked(console, "Preprocessing")
     result = prepare_dataset(dataset, flags, store_only=True, say=tell, track=track)
