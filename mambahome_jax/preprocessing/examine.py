@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -239,7 +239,7 @@ def _headers(job: ExamineJob) -> tuple[dict[str, Any], list[Finding], Volume | N
         if image is not None and comparable:
             try:
                 require_same_grid(image, grid, file)
-                findings += _some(look.shift_finding(case.id, str(file), *shift_between(image, grid)))
+                findings += look.shift_findings(case.id, str(file), *shift_between(image, grid))
             except DatasetError as error:
                 findings.append(look.error_finding(case.id, "grid", error))
                 comparable = False
@@ -265,18 +265,14 @@ def _header(
         findings.append(look.error_finding(case.id, kind, error))
         return None
     if with_forms:
-        findings += _some(look.affine_finding(case.id, str(file), grid.affine))
+        findings += look.affine_findings(case.id, str(file), grid.affine)
     if with_forms and forms is not None:
         try:
-            findings += _some(look.form_finding(case.id, str(file), shape, *forms()))
+            findings += look.form_findings(case.id, str(file), shape, *forms())
         except DatasetError as error:
             # The scan can be read all the same, by its sform.
             findings.append(replace(look.error_finding(case.id, "header", error), severity="warning"))
     return grid
-
-
-def _some(finding: Finding | None) -> Iterable[Finding]:
-    return () if finding is None else (finding,)
 
 
 def _voxels(job: ExamineJob, grid: Volume | None) -> tuple[dict[str, Any], list[Finding]]:
@@ -310,7 +306,7 @@ def _voxels(job: ExamineJob, grid: Volume | None) -> tuple[dict[str, Any], list[
         return facts, findings
     findings += [Finding("note", "label", case.id, file, remark) for remark in remarks]
     counts = count_values(label.array)
-    findings += _some(look.label_finding(case.id, file, counts))
+    findings += look.label_findings(case.id, file, counts)
     ml = float(abs(np.linalg.det(grid.affine[:3, :3]))) / 1000
     voxels = {value: count for value, count in counts.items() if value != 0}
     facts |= {"volumes_ml": {value: count * ml for value, count in voxels.items()}, "label_voxels": voxels}

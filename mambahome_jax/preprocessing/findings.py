@@ -92,71 +92,66 @@ def error_finding(case: str, kind: str, error: DatasetError) -> Finding:
     return Finding("error", kind, case, file, error.fault, error.expected or "", error.action or _REPLACE)
 
 
-def affine_finding(case: str, file: str, affine: np.ndarray) -> Finding | None:
+def affine_findings(case: str, file: str, affine: np.ndarray) -> Iterator[Finding]:
     """Look for axes that are not at right angles, or turned against the patient's. affine (4, 4), voxel to RAS mm."""
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     cosines = np.abs(axes.T @ axes - np.eye(3))
+    turned = float(np.degrees(np.arccos(np.clip(np.abs(axes).max(axis=0), 0, 1))).max())
     if cosines.max() > _SHEAR:
         angle = 90 - np.degrees(np.arccos(min(cosines.max(), 1.0)))
         action = "Resampling removes the shear; other programs refuse such a file. Correct its header if it is wrong."
         found = f"axes that are {angle:.2g} degrees off a right angle"
-        return Finding("warning", "affine", case, file, found, "orthonormal axes", action)
-    turned = float(np.degrees(np.arccos(np.clip(np.abs(axes).max(axis=0), 0, 1))).max())
-    if turned > _OBLIQUE_DEGREES:
+        yield Finding("warning", "affine", case, file, found, "orthonormal axes", action)
+    elif turned > _OBLIQUE_DEGREES:
         action = "Nothing: the array keeps its axes, and results return to the scan's own grid."
         found = f"oblique: axes turned by {turned:.1f} degrees against the patient's"
-        return Finding("note", "oblique", case, file, found, "", action)
-    return None
+        yield Finding("note", "oblique", case, file, found, "", action)
 
 
-def form_finding(
+def form_findings(
     case: str,
     file: str,
     shape: tuple[int, ...],
     sform: np.ndarray | None,
     qform: np.ndarray | None,
     pixdim: np.ndarray,
-) -> Finding | None:
-    """Look for a header whose ways to state the geometry disagree, or which states none.
-
-    sform, qform: (4, 4), None where not given; pixdim (3,) mm.
-    """
+) -> Iterator[Finding]:
+    """Look for a header whose ways to state the geometry disagree, or which states none. pixdim (3,) mm."""
+    found = expected = action = ""
     if sform is None and qform is None:
+        found, expected = "neither sform nor qform", "a position in the world"
         action = "Make sure that left is left: the axes were taken as R, A, S from the first voxel on."
-        return Finding("warning", "header", case, file, "neither sform nor qform", "a position in the world", action)
-    if sform is None:
-        return None
-    if qform is not None:
+    elif sform is not None and qform is not None:
         voxels, mm = grid_shift(sform, qform, shape)
-        apart = voxels > _FORM_VOXELS
-        found, expected = f"sform and qform lie up to {mm:.3g} mm ({voxels:.3g} voxels) apart", "the same place"
-        others = "programs that prefer the qform place it elsewhere"
-    else:
+        if voxels > _FORM_VOXELS:
+            found = f"sform and qform lie up to {mm:.3g} mm ({voxels:.3g} voxels) apart"
+            expected = "the same place from both"
+            action = "The sform is used; programs that prefer the qform place it elsewhere. Correct the wrong one."
+    elif sform is not None:
         spacing = np.linalg.norm(sform[:3, :3], axis=0)
-        apart = not np.allclose(spacing, pixdim, rtol=0.01)
-        found, expected = f"pixdim {by(pixdim)} mm, but spacing {by(spacing)} mm in the sform", "the same spacing"
-        others = "programs that read pixdim see other sizes"
-    action = f"The sform is used; {others}. Correct the wrong one."
-    return Finding("warning", "header", case, file, found, f"{expected} from both", action) if apart else None
+        if not np.allclose(spacing, pixdim, rtol=0.01):
+            found = f"pixdim {by(pixdim)} mm, but spacing {by(spacing)} mm in the sform"
+            expected = "the same spacing from both"
+            action = "The sform is used; programs that read pixdim see other sizes. Correct the wrong one."
+    if found:
+        yield Finding("warning", "header", case, file, found, expected, action)
 
 
-def shift_finding(case: str, file: str, voxels: float, mm: float) -> Finding | None:
+def shift_findings(case: str, file: str, voxels: float, mm: float) -> Iterator[Finding]:
     """Tell of a label map that lies beside its image, but near enough to be taken as on the same grid."""
-    if not _SHIFT_VOXELS < voxels <= _FORM_VOXELS:
-        return None
-    found = f"lies up to {mm:.2g} mm ({voxels:.2g} voxels) off the image's grid"
-    return Finding("note", "shift", case, file, found, "", "Nothing: it is taken as on the image's grid.")
+    if _SHIFT_VOXELS < voxels <= _FORM_VOXELS:
+        found = f"lies up to {mm:.2g} mm ({voxels:.2g} voxels) off the image's grid"
+        yield Finding("note", "shift", case, file, found, "", "Nothing: it is taken as on the image's grid.")
 
 
-def label_finding(case: str, file: str, counts: Mapping[int, int]) -> Finding | None:
+def label_findings(case: str, file: str, counts: Mapping[int, int]) -> Iterator[Finding]:
     """Look for a label map without structure or without background. counts: voxels of each value."""
     if not any(value != 0 for value in counts):
         action = "Leave the case out, unless it truly shows none of the structures."
-        return Finding("warning", "label", case, file, "every voxel is background", "a labelled structure", action)
-    if 0 not in counts:
+        yield Finding("warning", "label", case, file, "every voxel is background", "a labelled structure", action)
+    elif 0 not in counts:
         action = "Is 0 the background in this label map?"
-        return Finding("warning", "label", case, file, "no voxel is background", "background 0", action)
-    return None
+        yield Finding("warning", "label", case, file, "no voxel is background", "background 0", action)
 
 
 def dataset_findings(dataset: Dataset, facts: Sequence[CaseFacts]) -> list[Finding]:
