@@ -5,7 +5,6 @@ workers. With masks the layout is AbdomenAtlas' with so many of them a case, els
 """
 
 import argparse
-import io
 import json
 import os
 import platform
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from rich import console as rich_console
 
 SHAPE = (16, 16, 12)
 
@@ -70,8 +68,8 @@ def memory_mib() -> float:
 
 def measure(folder: Path, workers: int) -> dict[str, float]:
     """Seconds, processor seconds of all processes, and the most memory of all processes together."""
-    from mambahome_jax.commands import check
     from mambahome_jax.flags import CheckConfig
+    from mambahome_jax.preprocessing.examine import check_folders
 
     most, done = [0.0], threading.Event()
 
@@ -80,10 +78,9 @@ def measure(folder: Path, workers: int) -> dict[str, float]:
             most[0] = max(most[0], memory_mib())
 
     watcher = threading.Thread(target=watch)
-    check.Console = lambda: rich_console.Console(file=io.StringIO())
     watcher.start()
     begun, busy = time.perf_counter(), processor_seconds()
-    code = check.run(CheckConfig(folder, num_workers=workers))
+    code = check_folders(CheckConfig(folder, num_workers=workers)).exit_code
     seconds, processor = time.perf_counter() - begun, processor_seconds() - busy
     done.set()
     watcher.join()
