@@ -22,7 +22,7 @@ from mambahome_jax.support.console import Track, silent, untracked
 from mambahome_jax.support.files import write_json
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import from_keywords, real_path
-from mambahome_jax.support.processes import run_jobs, usable_cores
+from mambahome_jax.support.processes import isolated_reads, run_jobs, usable_cores
 
 # Starting a process takes about as long as a handful of small cases; files below this many bytes are small.
 SMALL_BYTES = 20_000_000
@@ -79,6 +79,7 @@ def evaluate(**flags: Any) -> Evaluated:
     return evaluate_folders(from_keywords(EvaluateConfig, flags))
 
 
+@isolated_reads()
 def evaluate_folders(
     config: EvaluateConfig,
     say: Callable[[str], None] = silent,

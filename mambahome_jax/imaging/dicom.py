@@ -26,6 +26,7 @@ from mambahome_jax.imaging.formats import (
     kind_of,
 )
 from mambahome_jax.support.files import head_of, hidden
+from mambahome_jax.support.processes import isolated
 
 # Share of the distance between slices by which one may lie elsewhere than evenly between the outermost ones: positions
 # are often written with one decimal only.
@@ -79,6 +80,7 @@ class Slice:
     thickness: float | None
 
 
+@isolated
 def read(folder: Path, series: Collection[str] = ()) -> tuple[np.ndarray, np.ndarray]:
     """The one series of a folder, or of those below it where it holds no slices itself: voxels (columns, rows, slices)
     float32, first axis fastest, with rescale slope and intercept applied to each slice; and affine (4, 4), voxel to RAS
@@ -98,6 +100,7 @@ def read(folder: Path, series: Collection[str] = ()) -> tuple[np.ndarray, np.nda
     return array, affine_of(slices, step)
 
 
+@isolated
 def sorted_slices(folder: Path, series: Collection[str] = ()) -> tuple[list[Slice], np.ndarray]:
     """The slices of the one series of a folder along the normal of their plane, from their headers alone, and (3,) LPS
     mm from one to the next. Raises DatasetError as `read`, but for what only shows in pixels."""
@@ -118,6 +121,7 @@ def sorted_slices(folder: Path, series: Collection[str] = ()) -> tuple[list[Slic
     return slices, _step(slices, normal)
 
 
+@isolated
 def read_geometry(folder: Path, series: Collection[str] = ()) -> tuple[tuple[int, int, int], np.ndarray]:
     """Shape and affine of what `read` gives. Raises DatasetError as `sorted_slices`."""
     slices, step = sorted_slices(folder, series)

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,35 @@ import numpy as np
 
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.formats import META_SUFFIXES, suffix_of
-from mambahome_jax.imaging.itk_headers import AGAIN, LONGEST, META_DATA, NRRD_END, require_harmless
 from mambahome_jax.imaging.nifti import DamagedError, inflated
 from mambahome_jax.support.files import atomic_write, head_of
 from mambahome_jax.support.paths import fault_of_letters
+from mambahome_jax.support.processes import isolated
 
 INSTALL = "pip install mambahome-jax[formats]"
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_LONGEST_REASON = 200
+AGAIN = "Copy or download it again, with the file of voxels that its header may name."
+_LONGEST_REASON, _LONGEST_NAME = 200, 255
+_LONGEST_HEADER = 1 << 22  # tables of segments, as Slicer writes them, take some hundred kilobytes
+_META_DATA = re.compile(rb"^[ \t]*ElementDataFile[ \t]*[=:][ \t]*(.*?)[ \t\r]*\n", re.MULTILINE)
+_NRRD_END = re.compile(rb"\r?\n\r?\n")
+_NRRD_DATA = re.compile(rb"^[ \t]*data[ \t]*file[ \t]*:(?!=)[ \t]*(.*?)[ \t\r]*$", re.IGNORECASE | re.MULTILINE)
 # As MetaIO takes them: its values of truth begin with T, t or 1.
 _META_PACKED = re.compile(rb"^[ \t]*CompressedData[ \t]*[=:][ \t]*[Tt1]", re.MULTILINE)
 _META_BINARY = re.compile(rb"^[ \t]*BinaryData[ \t]*[=:][ \t]*[Tt1]", re.MULTILINE)
 _META_PACKED_SIZE = re.compile(rb"^[ \t]*CompressedDataSize[ \t]*[=:][ \t]*([0-9]{1,18})\b", re.MULTILINE)
 _NRRD_PACKED = re.compile(rb"^encoding:\s*gz", re.MULTILINE | re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a header says that the voxels are: in `file` from `start` on. counted: whether their number tells."""
+
+    header: bytes
+    file: Path
+    start: int
+    packed: bool
+    counted: bool
 
 
 def installed() -> bool:
@@ -53,6 +70,7 @@ def simpleitk(path: Path) -> Any:
     return module
 
 
+@isolated
 def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (D0, D1, D2[, C]) as stored, first axis fastest in memory, and affine (4, 4), voxel to RAS mm.
 
@@ -60,16 +78,17 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises DatasetError: SimpleITK is not installed; a missing, truncated or damaged file; voxels in several files or in
     one elsewhere; less than three axes; complex numbers.
     """
-    reader = _reader(path)
-    _require_whole(path, reader)
+    reader, layout = _reader(path)
+    _require_whole(path, reader, layout)
     with _damaged(path):
         image = reader.Execute()
     return voxels(path, image), affine_of(image)
 
 
+@isolated
 def read_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape (D0, D1, D2[, C]) and affine (4, 4) of what `read` gives, from the header alone. Raises DatasetError."""
-    reader = _reader(path)
+    reader, _ = _reader(path)
     with _damaged(path):
         reader.ReadImageInformation()
     if reader.GetDimension() < 3:
@@ -78,15 +97,15 @@ def read_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
     return (*reader.GetSize(), *([channels] if channels > 1 else [])), affine_of(reader)
 
 
-def _reader(path: Path) -> Any:
+def _reader(path: Path) -> tuple[Any, _Layout]:
     sitk = simpleitk(path)
     if not path.is_file():
         raise DatasetError("cannot be read: not a regular file" if path.exists() else "no such file", file=path)
-    require_harmless(path)
+    layout = _layout_of(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(_format(path))
     reader.SetFileName(str(path))
-    return reader
+    return reader, layout
 
 
 @contextlib.contextmanager
@@ -96,8 +115,7 @@ def _damaged(path: Path) -> Iterator[None]:
         yield
     except RuntimeError as error:
         # MetaImageIO adds whatever reason the system gave for something else.
-        reason = reason_of(error, without_system=True)
-        raise DatasetError(f"truncated or damaged ({reason})", file=path, action=AGAIN) from error
+        raise _damaged_file(path, reason_of(error, without_system=True)) from error
 
 
 def write(path: Path, array: np.ndarray, affine: np.ndarray, names: Mapping[int, str] | None = None) -> None:
@@ -171,16 +189,50 @@ def reason_of(error: Exception, *, without_system: bool = False) -> str:
     return reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]}..."
 
 
-def _require_whole(path: Path, reader: Any) -> None:
-    """Raises DatasetError where there are other voxels than the header says, or packed ones that are damaged.
+def _layout_of(path: Path) -> _Layout:
+    """Read where a header says that the voxels are, which ITK follows wherever it leads.
+
+    Raises DatasetError: a MetaImage without the line that ends its header; other than one plain file beside it.
+    """
+    head, meta = head_of(path, _LONGEST_HEADER), bool(suffix_of(path.name, META_SUFFIXES))
+    end = (_META_DATA if meta else _NRRD_END).search(head)
+    header = head[: end.end()] if end else head
+    names = [name.decode(errors="replace") for name in (_META_DATA if meta else _NRRD_DATA).findall(header)]
+    if meta and (end is None or header.count(b"ElementDataFile") != 1):
+        raise _damaged_file(path, "a header without its one last line ElementDataFile")
+    if meta and names[0].upper() == "LOCAL":
+        names = []
+    for name in names:
+        _require_beside(path, name)
+    packed = (_META_PACKED if meta else _NRRD_PACKED).search(header) is not None
+    # NRRD that is not packed is held against its header by ITK.
+    counted = packed or (meta and _META_BINARY.search(header) is not None)
+    return _Layout(header, path.parent / names[0] if names else path, 0 if names else len(header), packed, counted)
+
+
+def _require_beside(path: Path, name: str) -> None:
+    if name[:4].upper() == "LIST" or "%" in name:
+        action = "Write it anew as one file, for example with 3D Slicer or SimpleITK."
+        raise DatasetError("voxels in several files", file=path, expected="one file of voxels", action=action)
+    shown = repr(name if len(name) < 100 else f"{name[:100]}...")
+    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise DatasetError(f"its voxels are in {shown}", file=path, expected="the name of a file beside it")
+    if len(name) > _LONGEST_NAME or not (path.parent / name).is_file():
+        raise _damaged_file(path, f"no file {shown} beside it")
+
+
+def _require_whole(path: Path, reader: Any, layout: _Layout) -> None:
+    """Raise DatasetError where there are other voxels than the header says, or packed ones that are damaged.
 
     ITK fills up what is missing with whatever the memory holds, and says so on the terminal, if at all, past Python and
     without a file's name: so this comes before it reads them.
     """
-    file, start, packed = _data_of(path)
-    if file is None:
+    if not layout.counted:
         return
-    found, taken = _unpacked_bytes(path, file, start) if packed else (file.stat().st_size - start, 0)
+    try:
+        found, taken = _held(layout)
+    except (OSError, EOFError, DamagedError) as error:
+        raise _damaged_file(path, str(error)) from error
     if not suffix_of(path.name, META_SUFFIXES):
         return
     with _damaged(path):
@@ -188,45 +240,27 @@ def _require_whole(path: Path, reader: Any) -> None:
     channels = reader.GetNumberOfComponents()
     one = simpleitk(path).Image([1] * 3, reader.GetPixelID(), channels)
     needed = math.prod(reader.GetSize()) * channels * one.GetSizeOfPixelComponent()
-    reason = f"{found} bytes of voxels, {needed} by its header" if found < needed or (packed and found > needed) else ""
-    if packed:
-        claimed = _META_PACKED_SIZE.search(head_of(path, start or LONGEST))
-        # Without this line MetaIO takes a file of voxels to its end, but a single file for more than there is.
-        if (claimed is None and file == path) or (claimed and int(claimed[1]) != taken):
-            reason = f"{taken} bytes of packed voxels, CompressedDataSize {int(claimed[1]) if claimed else 'missing'}"
-    if reason:
-        raise DatasetError(f"truncated or damaged ({reason})", file=path, action=AGAIN)
+    claimed = _META_PACKED_SIZE.search(layout.header)
+    # Without this line MetaIO takes a file of voxels to its end, but a single file for more than there is.
+    if layout.packed and (int(claimed[1]) != taken if claimed else layout.file == path):
+        size = int(claimed[1]) if claimed else "missing"
+        raise _damaged_file(path, f"{taken} bytes of packed voxels, CompressedDataSize {size}")
+    if found < needed or (layout.packed and found > needed):
+        raise _damaged_file(path, f"{found} bytes of voxels, {needed} by its header")
 
 
-def _unpacked_bytes(path: Path, file: Path, start: int) -> tuple[int, int]:
-    """Bytes of the voxels that are packed in `file` from `start` on, and bytes that they take there.
-
-    Raises DatasetError: damaged, or without an end.
-    """
-    try:
-        with file.open("rb") as source:
-            source.seek(start)
-            return sum(map(len, inflated(source))), source.tell() - start
-    except (OSError, EOFError, DamagedError) as error:
-        raise DatasetError(f"truncated or damaged ({error})", file=path, action=AGAIN) from error
+def _held(layout: _Layout) -> tuple[int, int]:
+    """Bytes of the voxels, and bytes that they take in their file. Raises as `inflated`."""
+    if not layout.packed:
+        size = layout.file.stat().st_size - layout.start
+        return size, size
+    with layout.file.open("rb") as source:
+        source.seek(layout.start)
+        return sum(map(len, inflated(source))), source.tell() - layout.start
 
 
-def _data_of(path: Path) -> tuple[Path | None, int, bool]:
-    """The file with the voxels of `path`, where in it they start, and whether they are packed; no file where what it
-    holds tells nothing of their number."""
-    head = head_of(path, LONGEST)
-    if suffix_of(path.name, META_SUFFIXES):
-        data = META_DATA.search(head)
-        header = head[: data.end()] if data else b""
-        packed = _META_PACKED.search(header) is not None
-        if data is None or not (packed or _META_BINARY.search(header)):
-            return None, 0, False
-        if data[1].upper() == b"LOCAL":
-            return path, data.end(), packed
-        other = path.parent / data[1].decode(errors="replace")
-        return (other if other.is_file() else None), 0, packed
-    end = NRRD_END.search(head)
-    return (path, end.end(), True) if end and _NRRD_PACKED.search(head[: end.end()]) else (None, 0, False)
+def _damaged_file(path: Path, reason: str) -> DatasetError:
+    return DatasetError(f"truncated or damaged ({reason})", file=path, action=AGAIN)
 
 
 def _format(path: Path) -> str:

@@ -36,7 +36,7 @@ from mambahome_jax.support.devices import choose_devices, device_line, versions
 from mambahome_jax.support.files import csv_name, jsonable, write_csv, write_json
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import openable_path, real_path
-from mambahome_jax.support.processes import available_memory
+from mambahome_jax.support.processes import available_memory, isolated_reads
 from mambahome_jax.weights.digest import digest_of
 from mambahome_jax.weights.weights import load_model
 
@@ -99,6 +99,7 @@ def infer(**flags: Any) -> Inferred:
     return infer_scans(InferConfig(**flags))
 
 
+@isolated_reads()
 def infer_scans(
     config: InferConfig,
     say: Callable[[str], None] = silent,

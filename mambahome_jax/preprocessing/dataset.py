@@ -25,7 +25,7 @@ from mambahome_jax.preprocessing.output import OutputFolder
 from mambahome_jax.support.console import Track, silent, untracked
 from mambahome_jax.support.output_folder import locked
 from mambahome_jax.support.paths import from_keywords, local_path, real_path, require_letters
-from mambahome_jax.support.processes import count_workers, run_jobs, why_failed
+from mambahome_jax.support.processes import count_workers, isolated_reads, run_jobs, why_failed
 
 _SHOWN = 20
 _SAMPLED = 3  # scans of which the modality is guessed
@@ -69,6 +69,7 @@ def preprocess(**flags: Any) -> Preprocessed:
     return preprocess_folders(from_keywords(PreprocessConfig, flags))
 
 
+@isolated_reads()
 def preprocess_folders(
     config: PreprocessConfig, say: Callable[[str], None] = silent, track: Track = untracked
 ) -> Preprocessed:

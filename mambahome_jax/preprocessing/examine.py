@@ -72,13 +72,14 @@ class Checked:
 
 def check(**flags: Any) -> Checked:
     """Look through a dataset before any work, as `mambahome check` does, and print nothing.
+    @isolated_reads()
 
-    Args:
-        flags: those of the command, as keywords: folder, fast, json, ... (flags.CheckConfig).
+        Args:
+            flags: those of the command, as keywords: folder, fast, json, ... (flags.CheckConfig).
 
-    Raises:
-        DatasetError: a folder as a whole cannot be read, or several cannot be joined.
-        ConfigError, OutputError.
+        Raises:
+            DatasetError: a folder as a whole cannot be read, or several cannot be joined.
+            ConfigError, OutputError.
     """
     return check_folders(from_keywords(CheckConfig, flags))
 

@@ -22,6 +22,7 @@ from mambahome_jax.reporting.page import Report, Shown, render_report, worst_fir
 from mambahome_jax.support.console import Track, silent, untracked
 from mambahome_jax.support.files import read_json, write_text
 from mambahome_jax.support.paths import from_keywords
+from mambahome_jax.support.processes import isolated_reads
 
 # Of run.json: what is said of the run, in this order; cases and failures are counted, and all else stays out.
 _PLAIN = ("command", "device", "seconds")
@@ -57,6 +58,7 @@ def report(**flags: Any) -> Reported:
     return write_report(from_keywords(ReportConfig, flags))
 
 
+@isolated_reads()
 def write_report(config: ReportConfig, say: Callable[[str], None] = silent, track: Track = untracked) -> Reported:
     """Write the page about config.evaluation; see `report`. say, track: of support.console."""
     _check(config)

@@ -1,8 +1,11 @@
 """Jobs over several processes, where neither an error nor a killed process stops the others; cores and memory."""
 
+import functools
+import importlib
 import math
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -16,14 +19,17 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar
 
-from mambahome_jax.errors import ConfigError, MambaHomeError
+from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 
 J = TypeVar("J")
 R = TypeVar("R")
+P = ParamSpec("P")
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+_SECONDS = 600  # in which a library must have read a file
+_ADDRESSES = 8 << 30  # bytes that a process may name beside those that it uses, as for its libraries
 # Shared memory. Containers have 64 MB of it unless told otherwise; who writes beyond is killed without a word.
 SHARED_MEMORY = Path("/dev/shm")
 # Batches that a worker has there at most: being made, in its queue, taken out and waiting their turn, being freed.
@@ -206,6 +212,7 @@ def end_with_parent(*others: Connection) -> None:
     while the next run writes it too. Ctrl-C reaches the whole process group, but is the parent's alone to answer.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _Reader.users = 1  # jobs are files of many
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -215,6 +222,116 @@ def end_with_parent(*others: Connection) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def isolated_reads() -> Iterator[None]:
+    """While this lasts, functions marked `isolated` run in processes of their own; commands use it as a decorator."""
+    _Reader.users += 1
+    try:
+        yield
+    finally:
+        _Reader.users -= 1
+        while not _Reader.users and _Reader.idle:
+            _Reader.idle.pop().close()
+
+
+def isolated(function: Callable[Concatenate[Path, P], R]) -> Callable[Concatenate[Path, P], R]:
+    """Mark a function that reads a file through a library: where a command reads many, in a process of its own.
+
+    A crash, ten minutes without an answer or an allocation beyond the machine's memory is then a DatasetError of this
+    file. The result is pickled; its arrays are read-only.
+    """
+
+    @functools.wraps(function)
+    def call(path: Path, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not _Reader.users:
+            return function(path, *args, **kwargs)
+        try:
+            reader = _Reader.idle.pop()
+        except IndexError:
+            reader = _Reader()
+        result = reader.call(call, path, *args, **kwargs)
+        _Reader.idle.append(reader)
+        if isinstance(result, MemoryError):
+            raise DatasetError("needs more memory than there is", file=path) from result
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    return call
+
+
+class _Reader:
+    """A process that reads one file after the other."""
+
+    users = 0
+    idle: ClassVar[list["_Reader"]] = []
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._link, theirs = context.Pipe()
+        self._process = context.Process(target=_serve_reads, args=(theirs,), daemon=True)
+        with _interrupt_held_back():
+            self._process.start()
+        theirs.close()
+
+    def call(self, function: Callable[..., Any], path: Path, *args: Any, **kwargs: Any) -> Any:
+        """Give what the function returns or raises there. Raises DatasetError: the process ended."""
+        try:
+            self._link.send((_SECONDS, function, (path, *args), kwargs))
+            buffers = [self._link.recv_bytes() for _ in range(self._link.recv())]
+            return pickle.loads(self._link.recv_bytes(), buffers=buffers)
+        except (EOFError, OSError) as error:
+            self.close()
+            code = self._process.exitcode or 0
+            slow = hasattr(signal, "SIGALRM") and code == -signal.SIGALRM
+            how = f"did not end within {_SECONDS} s" if slow else f"ended its process (exit code {code})"
+            action = "Copy or export it again, or leave it out."
+            raise DatasetError(f"the library that reads it {how}", file=path, action=action) from error
+        except BaseException:
+            self._process.kill()
+            raise
+
+    def close(self) -> None:
+        """End the process, which is not reading."""
+        self._link.close()
+        self._process.join()
+
+
+def _serve_reads(link: Connection) -> None:
+    """Answer the calls of a `_Reader` until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _limit_memory()
+    # By default it ends the process, whatever a library is doing, and also where the parent is gone.
+    alarm = getattr(signal, "alarm", lambda seconds: None)
+    while True:
+        try:
+            seconds, function, args, kwargs = link.recv()
+        except EOFError:
+            return
+        alarm(seconds)
+        try:
+            result = function(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001
+            result = error
+        alarm(0)
+        buffers: list[pickle.PickleBuffer] = []
+        content = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
+        link.send(len(buffers))
+        for buffer in buffers:
+            link.send_bytes(buffer.raw())
+        link.send_bytes(content)
+
+
+def _limit_memory() -> None:
+    """Let an allocation beyond what is free fail, before the system ends some other process for it."""
+    available = available_memory()
+    if available is not None:
+        resource = importlib.import_module("resource")
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        limit = available + _ADDRESSES
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))
 
 
 @contextmanager

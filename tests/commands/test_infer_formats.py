@@ -219,7 +219,10 @@ def test_dicom_seg_of_other_scans_is_refused_before_any_work(tmp_path, levels, m
 def test_without_simpleitk(tmp_path, levels, monkeypatch):
     write_volume(tmp_path / "in/a.mha", scan())
     write_volume(tmp_path / "in/b.nii.gz", scan())
-    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    # For the process that reads a.mha too.
+    (tmp_path / "SimpleITK.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "SimpleITK", raising=False)
     monkeypatch.setattr(itk, "installed", lambda: False)
     with pytest.raises(
         ConfigError, match=r"--output_format nrrd needs SimpleITK. Run: pip install mambahome-jax\[formats"

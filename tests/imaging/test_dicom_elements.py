@@ -80,16 +80,6 @@ def test_implicit_elements_in_sequences_of_an_explicit_file(tmp_path):
     assert not fits(_file(tmp_path, _sequence(_item(claims, known=False), known=False, kind=b"UN")))
 
 
-def test_packed_pixels_that_claim_more_than_there_is(tmp_path):
-    path = _file(tmp_path, b"")
-    whole = path.read_bytes()
-    at = whole.rindex(struct.pack("<HH2s", 0x7FE0, 0x10, b"OW"))
-    head = struct.pack("<HH2sHI", 0x7FE0, 0x10, b"OB", 0, UNKNOWN)
-    end = struct.pack("<HHI", 0xFFFE, 0xE0DD, 0)
-    path.write_bytes(whole[:at] + head + _item(b"") + struct.pack("<HHI", 0xFFFE, 0xE000, 1 << 20) + bytes(30) + end)
-    assert not fits(path)
-
-
 @pytest.mark.parametrize("rows", [5, 16, 0xFFFF])
 def test_rows_beyond_the_pixels_are_not_filled_with_what_the_memory_holds(tmp_path, rows):
     path = _file(tmp_path, b"")

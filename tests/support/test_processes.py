@@ -1,5 +1,6 @@
 """Jobs over processes: results, errors and processes that die."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,9 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mambahome_jax.support.processes import WorkerDied, available_memory, run_jobs
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.support import processes
+from mambahome_jax.support.processes import WorkerDied, available_memory, isolated, isolated_reads, run_jobs
 
 
 def square(job: int) -> int:
@@ -29,6 +33,55 @@ def unsendable(job: int):
 
 def thread_limit(_: int) -> str | None:
     return os.environ.get("OMP_NUM_THREADS")
+
+
+@isolated
+def read(path: Path, how: str = "array"):
+    if how == "crash":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if how == "hang":
+        time.sleep(60)
+    if how == "memory":
+        return np.zeros(1 << 60, np.uint8)
+    if how == "error":
+        raise DatasetError("odd", file=path)
+    return os.getpid(), np.asfortranarray(np.arange(24.0).reshape(2, 3, 4))
+
+
+def test_a_file_is_read_here_unless_a_command_reads_many():
+    assert read(Path("a"))[0] == os.getpid()
+    with isolated_reads():
+        process, array = read(Path("a"))
+        assert process != os.getpid() and process == read(Path("a"))[0]
+        assert array.flags.f_contiguous and array.sum() == 276
+    assert read(Path("a"))[0] == os.getpid()
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms")
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("crash", "a: the library that reads it ended its process .exit code -11"),
+        ("hang", "a: the library that reads it did not end within 1 s"),
+        ("memory", "a: needs more memory than there is"),
+        ("error", "a: odd"),
+    ],
+)
+def test_what_a_library_does_to_its_process_is_an_error_of_one_file(monkeypatch, how, message):
+    monkeypatch.setattr(processes, "_SECONDS", 1)
+    with isolated_reads():
+        with pytest.raises(DatasetError, match=message):
+            read(Path("a"), how)
+        assert read(Path("b"))[1].shape == (2, 3, 4)
+
+
+def isolated_square(job: int) -> int:
+    return read(Path(str(job)))[0] != os.getpid() and job * job
+
+
+def test_jobs_read_in_processes_of_their_own():
+    assert dict(run_jobs(isolated_square, range(3), 2)) == {0: 0, 1: 1, 2: 4}
 
 
 def test_errors_come_back_beside_results():
