@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 
 import pytest
 
@@ -53,6 +54,12 @@ def test_flags_of_command_lines_exist(page):
     for command, words in _commands(page):
         known = {f"--{field.name}" for field in dataclasses.fields(cli.flags_of(command))} | {"--help", "--version"}
         assert words <= known, (command, words - known)
+
+
+def test_the_readmes_command_lines_parse():
+    lines = re.findall(r"^    mambahome (\w+) (.*)$", _text(ROOT / "README.md").replace("\\\n", " "), re.M)
+    parsed = [type(cli.parse(command, shlex.split(words), "mambahome")) for command, words in lines]
+    assert parsed == [cli.flags_of(command) for command, _ in lines] and len(lines) >= 8
 
 
 def test_the_flags_of_command_lines_are_found():

@@ -35,7 +35,7 @@ from mambahome_jax.support.console import Track, silent, untracked
 from mambahome_jax.support.devices import choose_devices, device_line, versions
 from mambahome_jax.support.files import csv_name, jsonable, write_csv, write_json
 from mambahome_jax.support.output_folder import locked, open_output
-from mambahome_jax.support.paths import openable_path, real_path
+from mambahome_jax.support.paths import from_keywords, real_path
 from mambahome_jax.support.processes import available_memory, isolated_reads
 from mambahome_jax.weights.digest import digest_of
 from mambahome_jax.weights.weights import load_model
@@ -92,11 +92,7 @@ def infer(**flags: Any) -> Inferred:
     Raises:
         ConfigError, DatasetError, CheckpointError, OutputError: nothing could be begun.
     """
-    paths = ("data_path", "model_path", "output_dir")
-    for name in flags.keys() & set(paths):
-        several = flags[name] if isinstance(flags[name], list | tuple) else None
-        flags[name] = openable_path(flags[name]) if several is None else tuple(map(openable_path, several))
-    return infer_scans(InferConfig(**flags))
+    return infer_scans(from_keywords(InferConfig, flags))
 
 
 @isolated_reads()

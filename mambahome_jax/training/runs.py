@@ -27,7 +27,7 @@ from mambahome_jax.support.console import say, tracked
 from mambahome_jax.support.devices import choose_devices, device_line, versions
 from mambahome_jax.support.files import jsonable, read_json, write_json
 from mambahome_jax.support.output_folder import locked, open_output
-from mambahome_jax.support.paths import local_path, require_letters, working_folder
+from mambahome_jax.support.paths import from_keywords, local_path, require_letters, working_folder
 from mambahome_jax.training.checkpoints import PACKAGES, checkpoint_settings, require_same_run
 from mambahome_jax.training.distributed import is_first, require_same
 from mambahome_jax.training.pretrained import Transfer
@@ -86,7 +86,7 @@ def train(**flags: Any) -> TrainResult:
         ConfigError, DatasetError, CheckpointError, OutputError: before anything is trained.
         TrainingError: loss, gradient or update was no longer finite; the checkpoints before it are kept.
     """
-    result = run_training(TrainConfig(**flags), Console(quiet=True))
+    result = run_training(from_keywords(TrainConfig, flags), Console(quiet=True))
     for network in result.networks or (result,):
         if network.exit_code == 1 and network.status != "finished":
             raise TrainingError(network.status)
