@@ -92,7 +92,7 @@ class CaseJob:
 def prepare_case(job: CaseJob) -> StoreEntry:
     """Read, check, reorient, resample and write one case; its entry comes last. Raises DatasetError, OutputError."""
     case = job.case
-    made_from = {"sources": record_of(_sources(case))} | job.settings()
+    fingerprint = {"sources": record_of(_sources(case))} | job.settings()
     # An entry of other settings would vouch for NIfTI files that are no longer its own, if this run ends between them.
     store.remove_entry(job.store, case.id)
     image = read_image(case, job.channels)
@@ -137,7 +137,7 @@ def prepare_case(job: CaseJob) -> StoreEntry:
             statistics=statistics(array),
             body_box=store.body_box(array, job.modality),
             class_counts=class_counts,
-            fingerprint=made_from,
+            fingerprint=fingerprint,
             labelled=case.labelled,
             remarks=tuple(str(remark) for remark in remarks if remark is not None),
             percentiles=sample_percentiles(sample),
@@ -166,11 +166,11 @@ def up_to_date(job: CaseJob) -> StoreEntry | None:
     entry = store.read_entry(job.store, job.case.id)
     if entry is None or entry.id != job.case.id:
         return None
-    made_from = dict(entry.fingerprint)
-    recorded = made_from.pop("sources", None)
-    if made_from.get("version") == 1 and _as_in_version_1(job.case):
-        made_from |= {"spacing_scale": None, "version": CODE_VERSION}
-    if made_from != job.settings():
+    fingerprint = dict(entry.fingerprint)
+    recorded = fingerprint.pop("sources", None)
+    if fingerprint.get("version") == 1 and _as_in_version_1(job.case):
+        fingerprint |= {"spacing_scale": None, "version": CODE_VERSION}
+    if fingerprint != job.settings():
         return None
     expected = [*job.written(entry)]
     if job.sampled and job.modality == "ct" and job.case.has_label:
@@ -180,7 +180,7 @@ def up_to_date(job: CaseJob) -> StoreEntry | None:
     sources = _record_now(recorded, _sources(job.case))
     if sources in (None, recorded):
         return None if sources is None else entry
-    entry = dataclasses.replace(entry, fingerprint={"sources": sources} | made_from)
+    entry = dataclasses.replace(entry, fingerprint={"sources": sources} | fingerprint)
     store.rewrite_entry(job.store, entry)
     return entry
 
@@ -202,10 +202,7 @@ def _record_now(recorded: Any, files: list[Path]) -> Any:
 
 
 def _as_in_version_1(case: Case) -> bool:
-    """Tell whether version 1, which knew one affine in mm and nothing of DICOM's MONOCHROME1, made the same of a case.
-
-    Raises DatasetError: a file that cannot be read.
-    """
+    """Tell whether version 1, which knew one affine in mm and nothing of DICOM's MONOCHROME1, did the same."""
     for path in case.image_files:
         if path.is_dir():
             return False

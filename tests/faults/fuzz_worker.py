@@ -21,6 +21,7 @@ from mambahome_jax.errors import MambaHomeError
 from mambahome_jax.flags import CheckConfig, InferConfig, PreprocessConfig
 from mambahome_jax.inference import batch
 from mambahome_jax.inference.results import Results
+from mambahome_jax.preprocessing import dataset, examine
 from tests.inference.models import Levels
 
 PROPERTIES = DataProperties(
@@ -74,8 +75,8 @@ def main() -> None:
     command, folders = sys.argv[1], [Path(name) for name in sys.argv[2:]]
     batch.load_model = lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES)  # type: ignore[assignment]
     seen: dict[str, list[float]] = {}
-    check.examine_case = measured(check.examine_case, seen, lambda a: a[0].case.id)
-    preprocess.prepare_case = measured(preprocess.prepare_case, seen, lambda a: a[0].case.id)
+    examine.examine_case = measured(examine.examine_case, seen, lambda a: a[0].case.id)
+    dataset.prepare_case = measured(dataset.prepare_case, seen, lambda a: a[0].case.id)
     names: dict[int, str] = {}
     read = batch.Run.read
 
