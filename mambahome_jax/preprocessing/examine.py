@@ -27,7 +27,7 @@ from mambahome_jax.preprocessing.summary import DatasetSummary, likely_modality,
 from mambahome_jax.support.console import Track, silent, untracked
 from mambahome_jax.support.files import write_json
 from mambahome_jax.support.paths import from_keywords
-from mambahome_jax.support.processes import count_workers, run_jobs, why_failed
+from mambahome_jax.support.processes import count_workers, isolated_reads, run_jobs, why_failed
 
 PERCENTILES = (0.0, *SAMPLE_PERCENTILES, 100.0)
 
@@ -72,18 +72,18 @@ class Checked:
 
 def check(**flags: Any) -> Checked:
     """Look through a dataset before any work, as `mambahome check` does, and print nothing.
-    @isolated_reads()
 
-        Args:
-            flags: those of the command, as keywords: folder, fast, json, ... (flags.CheckConfig).
+    Args:
+        flags: those of the command, as keywords: folder, fast, json, ... (flags.CheckConfig).
 
-        Raises:
-            DatasetError: a folder as a whole cannot be read, or several cannot be joined.
-            ConfigError, OutputError.
+    Raises:
+        DatasetError: a folder as a whole cannot be read, or several cannot be joined.
+        ConfigError, OutputError.
     """
     return check_folders(from_keywords(CheckConfig, flags))
 
 
+@isolated_reads()
 def check_folders(
     config: CheckConfig,
     say: Callable[[str], None] = silent,

@@ -1,6 +1,7 @@
 """Headers at which ITK ends its process or would read what lies elsewhere: a command goes on with the next file."""
 
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ import SimpleITK as sitk
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.volume import read_volume
+from mambahome_jax.preprocessing.examine import check
 from mambahome_jax.support.processes import isolated_reads
+from tests.imaging.dicom_files import write_slice
 
 ARRAY = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6)
 META = {
@@ -82,3 +85,20 @@ def test_a_long_header_and_a_file_of_voxels_beside_it_are_read(folder):
     (folder / "a.raw").write_bytes(voxels)
     path.write_bytes(head + b"\ndata file: a.raw\n\n")
     assert answers([path]) == ["read"]
+
+
+def test_a_crash_of_a_library_is_one_case_of_check(tmp_path):
+    image = sitk.GetImageFromArray(np.tile(ARRAY, (2, 2, 2)))
+    for name in ("a", "b"):
+        sitk.WriteImage(image, str(tmp_path / f"{name}.mha"))
+    (tmp_path / "b.mha").write_bytes((tmp_path / "b.mha").read_bytes().replace(b"NDims = 3", b"NDims = 1000", 1))
+    path = write_slice(tmp_path / "c" / "0.dcm", np.zeros((40, 50), np.int16))
+    content = path.read_bytes()
+    start = 144 + struct.unpack("<I", content[140:144])[0]
+    unknown = struct.pack("<I", 0xFFFFFFFF)
+    nested = struct.pack("<HH2sH", 8, 0x1140, b"SQ", 0) + unknown + struct.pack("<HH", 0xFFFE, 0xE000) + unknown
+    path.write_bytes(content[:start] + nested * 200_000 + content[start:])
+    checked = check(folder=(tmp_path,), num_workers=1)
+    errors = {finding.case: finding.found for finding in checked.findings if finding.severity == "error"}
+    assert set(errors) == {"b", "c"} and checked.exit_code == 1 and checked.usable == 1
+    assert all("the library that reads it ended its process" in found for found in errors.values())
