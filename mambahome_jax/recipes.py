@@ -30,6 +30,8 @@ POSITIVE = Valid(lambda value: value > 0, "a positive number")
 NOT_NEGATIVE = Valid(lambda value: value >= 0, "0 or more")
 PART = Valid(lambda value: 0 <= value <= 1, "0 to 1")
 BELOW_ONE = Valid(lambda value: 0 <= value < 1, "0 or more, and below 1")
+SCALES = Valid(lambda scales: 0 < scales[0] <= scales[1], "a smaller and a larger positive scale")
+UNFOLDED = Valid(lambda std: 0 <= std <= 3, "0 to 3, beyond which tissue would fold")
 
 
 def ingredient(default: T, text: str, valid: Valid | None = None, flag: str = "") -> T:
@@ -47,9 +49,7 @@ class OptimizerConfig:
 
     name: Literal["AdamW", "Adam", "SGD"] = ingredient("AdamW", "Optimizer.", flag="optimizer")
     lr: float = ingredient(1e-4, "Learning rate.", POSITIVE)
-    weight_decay: float = ingredient(
-        1e-4, "Decoupled weight decay of AdamW; coupled for Adam and SGD, as published.", NOT_NEGATIVE
-    )
+    weight_decay: float = ingredient(1e-4, "Weight decay: decoupled for AdamW, else coupled.", NOT_NEGATIVE)
     eps: float = ingredient(1e-4, "Epsilon of AdamW and Adam (Adam: 1e-8).", POSITIVE)
     betas: tuple[float, float] = (0.9, 0.999)
     steps_per_period: int = 1
@@ -57,9 +57,7 @@ class OptimizerConfig:
     eta_min: float = 0.0
     schedule_step: Literal["epoch", "published"] = "epoch"
     warmup_steps: int = ingredient(0, "Steps over which the learning rate rises linearly.", NOT_NEGATIVE)
-    clip_norm: float = ingredient(
-        0.0, "Largest norm of the gradient of all parameters together, 0 for any.", NOT_NEGATIVE
-    )
+    clip_norm: float = ingredient(0.0, "Largest norm of the whole gradient; 0: any.", NOT_NEGATIVE)
     momentum: float = 0.0
     encoder_lr_scale: float = 1.0
 
@@ -74,9 +72,7 @@ class AugmentationConfig:
 
     zoom_probability: float = ingredient(0.3, "Published zoom in, by 1.3 to 1.5.", PART)
     zoom_range: tuple[float, float] = (1.3, 1.5)
-    rotate90_probability: float = ingredient(
-        0.1, "Published turns by 90, 180 or 270 degrees in the plane of the first two axes.", PART
-    )
+    rotate90_probability: float = ingredient(0.1, "Published quarter turns in the plane of the first two axes.", PART)
     shift_probability: float = 0.2
     shift_range: float = 0.1
     smooth_probability: float = 0.2
@@ -86,17 +82,9 @@ class AugmentationConfig:
     mirror: tuple[Mirror, ...] = ()
     affine_probability: float = ingredient(0.0, "Rotation about all axes and isotropic scale, resampled once.", PART)
     affine_rotation: float = ingredient(15.0, "Largest angle about each axis, in degrees.", NOT_NEGATIVE)
-    affine_scale: tuple[float, float] = ingredient(
-        (0.85, 1.15),
-        "Smallest and largest scale.",
-        Valid(lambda scale: 0 < scale[0] <= scale[1], "a smaller and a larger positive scale"),
-    )
+    affine_scale: tuple[float, float] = ingredient((0.85, 1.15), "Smallest and largest scale.", SCALES)
     elastic_probability: float = ingredient(0.0, "Smooth random deformation, in the same resampling.", PART)
-    elastic_std: float = ingredient(
-        2.0,
-        "Largest standard deviation of it in voxels of the finest axis, at points 16 such voxels apart.",
-        Valid(lambda std: 0 <= std <= 3, "0 to 3, beyond which tissue would fold"),
-    )
+    elastic_std: float = ingredient(2.0, "Its largest standard deviation, in voxels of the finest axis.", UNFOLDED)
     voxel_size: tuple[float, float, float] = (1.0, 1.0, 1.0)
     gamma_probability: float = ingredient(0.0, "Power of 0.7 to 1.5 of the intensities between their extremes.", PART)
     gamma_range: tuple[float, float] = (0.7, 1.5)
@@ -111,23 +99,12 @@ class Recipe:
     """All ingredients of a training; the defaults are those of the published code."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
-    ema_decay: float = ingredient(
-        0.0, "Validate and save a moving average of the weights with this decay, 0 for none.", BELOW_ONE
-    )
-    dropout: float = ingredient(
-        0.0, "Share of the channels of the encoder's and the decoder's volumes that a training step drops.", BELOW_ONE
-    )
+    ema_decay: float = ingredient(0.0, "Decay of the average of the weights that is saved; 0: none.", BELOW_ONE)
+    dropout: float = ingredient(0.0, "Share of the encoder's and decoder's channels that a step drops.", BELOW_ONE)
     deep_supervision: bool = ingredient(False, "Loss at half and quarter resolution too.")
-    class_balanced: bool = ingredient(
-        False, "Centre positive patches on a class drawn evenly, not on a voxel of the foreground."
-    )
-    augment: bool = ingredient(
-        True, "Augmentation as a whole; the published one zooms, turns, shifts, smooths and adds noise."
-    )
-    mirror: tuple[MirrorAxis, ...] = ingredient(
-        ("none",),
-        "Axes to mirror along, each with probability 1/2; labels of pairs such as left and right kidney are swapped.",
-    )
+    class_balanced: bool = ingredient(False, "Draw the centres of foreground patches by class, not by voxel.")
+    augment: bool = ingredient(True, "Augmentation as a whole, the published operations included.")
+    mirror: tuple[MirrorAxis, ...] = ingredient(("none",), "Axes to mirror along, swapping labels of pairs.")
     augmentation: AugmentationConfig = AugmentationConfig()
 
     def ingredients(self) -> dict[str, Any]:
