@@ -1,7 +1,7 @@
 """What a dataset is once its layout no longer matters: cases with their files, names of the labels and channels."""
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from mambahome_jax.config import Modality
 from mambahome_jax.datasets.files import listed
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.support.files import read_json
+from mambahome_jax.support.paths import own_name
 
 Split = Literal["train", "val", "test"]
 # Who says of which patient a case is: the layout or a table, or the names of the cases.
@@ -119,19 +120,30 @@ def case_of_masks(
     return Case(case, image, **fields)
 
 
-def require_cases(
-    cases: Collection[Case], absent: str, file: Path, expected: str, skipped: Iterable[tuple[str, str]] = ()
-) -> None:
-    """Raise DatasetError where a layout has no case: which are `absent`, and why the first of them was skipped."""
+def dataset_of(
+    cases: Iterable[Case],
+    skipped: Iterable[tuple[str, str]],
+    folder: Path,
+    expected: str,
+    absent: str = "no scan",
+    **fields: Any,
+) -> Dataset:
+    """The dataset that a layout found in a folder, with a note on cases that lack a label and are none to test on.
+
+    expected: LOOKS_FOR of the layout. fields: of `Dataset`; by default the folder's name and channels without names.
+    Raises DatasetError: no case; says what is `absent`, and why the first was skipped.
+    """
+    cases, skipped = tuple(cases), tuple(skipped)
     if not cases:
-        reason = next((f" ({reason})" for _, reason in skipped), "")
-        raise DatasetError(f"{absent}{reason}", file=file, expected=expected)
-
-
-def unlabelled_note(cases: Iterable[Case]) -> tuple[str, ...]:
-    """A note that names the cases without a label; empty where all have one."""
-    names = [case.id for case in cases if not case.has_label]
-    return (f"{len(names)} images have no label and are kept as unlabelled: {listed(names)}",) if names else ()
+        reason = f" ({skipped[0][1]})" if skipped else ""
+        raise DatasetError(f"{absent}{reason}", file=folder, expected=expected)
+    count = max(len(case.image_files) for case in cases)
+    fields = {"name": own_name(folder)} | fields
+    if not fields.get("channels"):
+        fields["channels"] = ("image",) if count == 1 else tuple(f"channel_{number}" for number in range(count))
+    names = [case.id for case in cases if not case.has_label and case.split != "test"]
+    note = (f"{len(names)} images have no label and are kept as unlabelled: {listed(names)}",) if names else ()
+    return Dataset(cases=cases, skipped=skipped, notes=(*note, *fields.pop("notes", ())), **fields)
 
 
 def label_names(table: object, file: Path) -> dict[int, str]:
@@ -175,11 +187,6 @@ def optional_description(folder: Path) -> tuple[dict[int, str], tuple[str, ...]]
         expected = 'a list of names such as ["T1w", "FLAIR"]'
         raise DatasetError(f'"channels" is {channels!r}', file=file, expected=expected)
     return labels, tuple(channels)
-
-
-def default_channels(count: int) -> tuple[str, ...]:
-    """Names of channels that nobody named."""
-    return ("image",) if count == 1 else tuple(f"channel_{number}" for number in range(count))
 
 
 def modality_of(names: Iterable[str]) -> Modality | None:

@@ -2,10 +2,10 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
-from mambahome_jax.datasets.base import Case, Dataset, case_of_masks, numbered, require_cases, unlabelled_note
+from mambahome_jax.datasets.base import Case, Dataset, case_of_masks, dataset_of, numbered
 from mambahome_jax.datasets.files import case_folders, listed, listing, plain, scans_of
-from mambahome_jax.support.paths import own_name
 
 NAME = "abdomenatlas"
 LOOKS_FOR = "AbdomenAtlas: BDMAP_########/ct.nii.gz with combined_labels.nii.gz or segmentations/<structure>.nii.gz"
@@ -52,8 +52,7 @@ def load(folder: Path) -> Dataset:
             cases.append(Case(name, files["ct"], files["combined_labels"], None, "ct", may_be_empty=False))
         else:
             cases.append(case_of_masks(name, files["ct"], "ct", labels, masks[name]))
-    require_cases(cases, "no case with a scan", folder, LOOKS_FOR, skipped)
-    notes = unlabelled_note(cases)
-    if unknown := sorted(set().union(*tables) - set(labels.values())):
-        notes += (f"masks that the table of AbdomenAtlas 1.1 does not name are left out: {listed(unknown)}",)
-    return Dataset(own_name(folder), ("CT",), labels, tuple(cases), tuple(skipped), notes)
+    unknown = sorted(set().union(*tables) - set(labels.values()))
+    notes = [f"masks that the table of AbdomenAtlas 1.1 does not name are left out: {listed(unknown)}"]
+    fields: dict[str, Any] = {"channels": ("CT",), "labels": labels, "notes": notes if unknown else ()}
+    return dataset_of(cases, skipped, folder, LOOKS_FOR, **fields)

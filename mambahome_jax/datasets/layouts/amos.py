@@ -4,15 +4,7 @@ import re
 from pathlib import Path
 
 from mambahome_jax.config import Modality
-from mambahome_jax.datasets.base import (
-    Case,
-    Dataset,
-    Split,
-    label_names,
-    numbered,
-    require_cases,
-    unlabelled_note,
-)
+from mambahome_jax.datasets.base import Case, Dataset, Split, dataset_of, label_names, numbered
 from mambahome_jax.datasets.files import scan_files
 from mambahome_jax.imaging.formats import scan_stem
 from mambahome_jax.support.files import read_json
@@ -66,9 +58,7 @@ def load(folder: Path) -> Dataset:
         entries = [entry["image"] for entry in content.get(key) or () if isinstance(entry, dict) and "image" in entry]
         missing = [stem for stem in (scan_stem(Path(entry)) for entry in entries) if stem not in known]
         skipped += [(stem, f"images{part}/{stem}.nii.gz not found, which dataset.json lists") for stem in missing]
-    require_cases(cases, "no scan with its label", folder, LOOKS_FOR, skipped)
-    notes = unlabelled_note(case for case in cases if case.split != "test")
-    return Dataset("AMOS", ("image",), labels, tuple(cases), tuple(skipped), notes)
+    return dataset_of(cases, skipped, folder, LOOKS_FOR, "no scan with its label", name="AMOS", labels=labels)
 
 
 def _modality(stem: str) -> Modality | None:

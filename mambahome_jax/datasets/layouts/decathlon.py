@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mambahome_jax.datasets.base import Case, Dataset, Split, channel_names, label_names, modality_of
+from mambahome_jax.datasets.base import Case, Dataset, Split, channel_names, dataset_of, label_names, modality_of
 from mambahome_jax.datasets.files import scan_files
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import scan_stem
@@ -48,15 +48,19 @@ def load(folder: Path) -> Dataset:
             cases.append(Case(stem, images[stem], maps[stem], split, modality))
     tests = scan_files(folder / "imagesTs")
     cases += [Case(stem, path, None, "test", modality) for stem, path in tests.items() if stem not in images]
-    if not cases:
-        raise DatasetError(f"no case with both files ({len(named)} named)", file=folder, expected=LOOKS_FOR)
-    notes: tuple[str, ...] = ()
+    notes = []
     if left_out := sorted(set(images) - set(named)):
-        notes = (f"{len(left_out)} files of imagesTr are not listed in dataset.json and left out: {left_out[0]}, ...",)
+        notes.append(
+            f"{len(left_out)} files of imagesTr are not listed in dataset.json and left out: {left_out[0]}, ..."
+        )
     if any(isinstance(entry, dict) and "fold" in entry for entry in content.get("training") or ()):
-        notes += ("the folds that dataset.json gives are not read; write the one to train on as splits_final.json",)
-    name = str(content.get("name") or own_name(folder))
-    return Dataset(name, channels, labels, tuple(cases), tuple(skipped), notes)
+        notes.append("the folds that dataset.json gives are not read; write the one to train on as splits_final.json")
+    fields: dict[str, Any] = {
+        "name": str(content.get("name") or own_name(folder)),
+        "channels": channels,
+        "labels": labels,
+    }
+    return dataset_of(cases, skipped, folder, LOOKS_FOR, notes=notes, **fields)
 
 
 def _stems(content: dict[str, Any], key: str, file: Path) -> list[str]:

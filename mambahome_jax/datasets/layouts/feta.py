@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
-from mambahome_jax.datasets.base import Case, Dataset, numbered, require_cases, unlabelled_note
+from mambahome_jax.datasets.base import Case, Dataset, dataset_of, numbered
 from mambahome_jax.datasets.files import case_folders, listing, paired, scans_of
-from mambahome_jax.support.paths import own_name
 
 NAME = "feta"
 LOOKS_FOR = "FeTA: sub-<subject>/anat/sub-<subject>_rec-<method>_T2w.nii.gz with ..._dseg.nii.gz"
@@ -36,9 +35,7 @@ def load(folder: Path) -> Dataset:
                 skipped.append((case, f"{subject}/anat/{case}{_IMAGE}.nii.gz not found"))
             else:
                 cases.append(Case(case, image, label, None, "mr", subject))
-    require_cases(cases, "no scan", folder, LOOKS_FOR, skipped)
-    notes = unlabelled_note(cases)
-    return Dataset(own_name(folder), ("T2w",), LABELS, tuple(cases), tuple(skipped), notes, patients="given")
+    return dataset_of(cases, skipped, folder, LOOKS_FOR, channels=("T2w",), labels=LABELS, patients="given")
 
 
 def _files(subject: Path) -> dict[str, Path]:

@@ -5,18 +5,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from mambahome_jax.datasets.base import (
-    Case,
-    Dataset,
-    default_channels,
-    modality_of,
-    optional_description,
-    unlabelled_note,
-)
+from mambahome_jax.datasets.base import Case, Dataset, dataset_of, modality_of, optional_description
 from mambahome_jax.datasets.files import by_channel, listing, scan_files, scans_in
 from mambahome_jax.datasets.scans import search
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.support.paths import own_name
 
 NAME = "images_labels"
 LOOKS_FOR = "images/<case>.nii.gz with labels/<case>.nii.gz"  # or another format of scans
@@ -57,7 +49,6 @@ def load(folder: Path) -> Dataset:
         for number in range(count)
         if number not in stems
     }
-    channels = channels or default_channels(count)
     cases, used = [], set()
     for case, paths in files.items():
         candidates = [case] if case in labels else by_key.get(_IMAGE_ENDING.sub("", case), [])
@@ -70,7 +61,7 @@ def load(folder: Path) -> Dataset:
     for stem, path in labels.items():
         if stem not in used:
             skipped.append((stem, f"labels/{path.name} has no image; expected images/{path.name}"))
-    return Dataset(own_name(folder), channels, names, tuple(cases), tuple(skipped), unlabelled_note(cases))
+    return dataset_of(cases, skipped, folder, LOOKS_FOR, channels=channels, labels=names)
 
 
 def _files(root: Path, name: str, files_of: Callable[[Path], dict[str, Path]]) -> dict[str, Path]:

@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
-from mambahome_jax.datasets.base import SPLIT_WORDS, Case, Dataset, numbered, require_cases, unlabelled_note
+from mambahome_jax.datasets.base import SPLIT_WORDS, Case, Dataset, dataset_of, numbered
 from mambahome_jax.datasets.files import paired, plain, scans_of, walk
-from mambahome_jax.support.paths import own_name
 
 NAME = "mvseg"
 LOOKS_FOR = "MVSeg: train/, val/, test/ with <case>-US.nii.gz and <case>-label.nii.gz"
@@ -32,6 +31,4 @@ def load(folder: Path) -> Dataset:
                 skipped.append((case, f"{home.name}/{case}-US.nii.gz not found"))
             else:
                 cases.append(Case(case, image, label, split, "us"))
-    require_cases(cases, "no scan", folder, LOOKS_FOR, skipped)
-    notes = unlabelled_note(case for case in cases if case.split != "test")
-    return Dataset(own_name(folder), ("US",), LABELS, tuple(cases), tuple(skipped), notes)
+    return dataset_of(cases, skipped, folder, LOOKS_FOR, channels=("US",), labels=LABELS)

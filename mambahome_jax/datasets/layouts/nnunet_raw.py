@@ -4,15 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mambahome_jax.datasets.base import (
-    Case,
-    Dataset,
-    Split,
-    channel_names,
-    label_names,
-    modality_of,
-    require_cases,
-)
+from mambahome_jax.datasets.base import Case, Dataset, Split, channel_names, dataset_of, label_names, modality_of
 from mambahome_jax.datasets.files import CHANNEL, scan_files
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import SCAN_SUFFIXES, alternatives
@@ -72,9 +64,12 @@ def load(folder: Path) -> Dataset:
             else:
                 several = tuple(images) if len(images) > 1 else ()
                 cases.append(Case(name, images[0], label, split, modality_of(channels), images=several))
-    require_cases(cases, "no complete case", folder, LOOKS_FOR, skipped)
-    name = str(content.get("name") or own_name(folder))
-    return Dataset(name, channels, labels, tuple(cases), tuple(skipped), notes, hint)
+    fields: dict[str, Any] = {
+        "name": str(content.get("name") or own_name(folder)),
+        "channels": channels,
+        "labels": labels,
+    }
+    return dataset_of(cases, skipped, folder, LOOKS_FOR, "no complete case", notes=notes, hint=hint, **fields)
 
 
 def _listed(folder: Path, part: str, channels: tuple[str, ...]) -> dict[str, _Files]:

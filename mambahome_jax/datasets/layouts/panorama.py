@@ -2,11 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
-from mambahome_jax.datasets.base import Case, Dataset, numbered, unlabelled_note
+from mambahome_jax.datasets.base import Case, Dataset, dataset_of, numbered
 from mambahome_jax.datasets.files import listing, plain, scans_of, walk
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.support.paths import own_name, real_path
+from mambahome_jax.support.paths import real_path
 
 NAME = "panorama"
 LOOKS_FOR = (
@@ -56,17 +57,21 @@ def load(folder: Path) -> Dataset:
         action = "Clone github.com/DIAGNijmegen/panorama_labels into the folder." if images else None
         counts = f"{len(images)} scans and {len(labels)} labels"
         raise DatasetError(counts, file=folder, expected=LOOKS_FOR, action=action)
-    cases = tuple(
+    cases = [
         Case(study, path, labels.get(study), None, "ct", study.split("_")[0]) for study, path in sorted(images.items())
-    )
-    skipped = tuple(
+    ]
+    skipped = [
         (study, f"{path.parent.name}/{path.name} has no scan; expected {study}_0000.nii.gz (is a batch missing?)")
         for study, path in sorted(labels.items())
         if study not in images
-    )
+    ]
     commit = _commit(next(iter(labels.values())).parent)
-    notes = unlabelled_note(cases) + ((f"labels of commit {commit}",) if commit else ())
-    return Dataset(own_name(folder), ("CT",), LABELS, cases, skipped, notes, HINT, patients="given")
+    fields: dict[str, Any] = {
+        "notes": [f"labels of commit {commit}"] if commit else [],
+        "hint": HINT,
+        "patients": "given",
+    }
+    return dataset_of(cases, skipped, folder, LOOKS_FOR, channels=("CT",), labels=LABELS, **fields)
 
 
 def _commit(folder: Path) -> str | None:

@@ -4,9 +4,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from mambahome_jax.datasets.base import Case, Dataset, optional_description, require_cases
+from mambahome_jax.datasets.base import Case, Dataset, dataset_of, optional_description
 from mambahome_jax.datasets.files import listing, of_one_kind, plain, scan_files
-from mambahome_jax.support.paths import own_name
 
 NAME = "published"
 LOOKS_FOR = "<case>/*ct*.nii.gz with <case>/*labels*.nii.gz (the published training layout)"
@@ -52,8 +51,9 @@ def load(folder: Path) -> Dataset:
                 names = ", ".join(path.name for path in scans + maps)
                 expected = "expected one *ct*.nii.gz and one *labels*.nii.gz"
                 skipped.append((case, f"{home.name}/ holds {names}; {expected}"))
-    require_cases(cases, "no scan with its labels", folder, LOOKS_FOR, skipped)
-    return Dataset(own_name(folder), ("CT",), optional_description(folder)[0], tuple(cases), tuple(skipped))
+    structures, _ = optional_description(folder)
+    absent = "no scan with its labels"
+    return dataset_of(cases, skipped, folder, LOOKS_FOR, absent, channels=("CT",), labels=structures)
 
 
 def _files(home: Path) -> tuple[dict[str, Path], dict[str, Path]]:

@@ -2,19 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from mambahome_jax.config import Modality
-from mambahome_jax.datasets.base import (
-    Case,
-    Dataset,
-    Split,
-    default_channels,
-    modality_of,
-    optional_description,
-    require_cases,
-    unlabelled_note,
-)
+from mambahome_jax.datasets.base import Case, Dataset, Split, dataset_of, modality_of, optional_description
 from mambahome_jax.datasets.files import listed, listing, read_table
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom import is_scan
@@ -60,15 +51,15 @@ def load(path: Path) -> Dataset:
             cases[case.id] = case
         except DatasetError as error:
             skipped.append((row.get("id") or f"line {number}", str(error)))
-    require_cases(cases.values(), "no usable row", file, LOOKS_FOR, skipped)
-    notes = unlabelled_note(cases.values())
-    if unread := [name for name in table.rows[0][1] if name not in _COLUMNS]:
-        notes += (f"columns of {file.name} that are not read: {listed(unread)}",)
-    channels = channels or default_channels(max(len(case.image_files) for case in cases.values()))
-    name = file.stem if path.is_file() else own_name(path)
-    patients = any(row.get("patient") for _, row in table.rows)
-    found = (name, channels, labels, tuple(cases.values()), tuple(skipped), notes)
-    return Dataset(*found, patients="given" if patients else None)
+    unread = [name for name in table.columns if name not in _COLUMNS]
+    fields: dict[str, Any] = {
+        "name": file.stem if path.is_file() else own_name(path),
+        "channels": channels,
+        "labels": labels,
+        "notes": [f"columns of {file.name} that are not read: {listed(unread)}"] if unread else [],
+        "patients": "given" if any(row.get("patient") for _, row in table.rows) else None,
+    }
+    return dataset_of(cases.values(), skipped, file, LOOKS_FOR, "no usable row", **fields)
 
 
 def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | None) -> Case:

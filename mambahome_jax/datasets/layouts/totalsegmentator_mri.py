@@ -3,19 +3,10 @@
 import re
 from pathlib import Path
 
-from mambahome_jax.datasets.base import (
-    SPLIT_WORDS,
-    Dataset,
-    Split,
-    case_of_masks,
-    numbered,
-    require_cases,
-    unlabelled_note,
-)
+from mambahome_jax.datasets.base import SPLIT_WORDS, Dataset, Split, case_of_masks, dataset_of, numbered
 from mambahome_jax.datasets.files import listed, listing, read_table, scans_of, walk
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import scan_stem
-from mambahome_jax.support.paths import own_name
 
 NAME = "totalsegmentator_mri"
 LOOKS_FOR = "TotalSegmentator MRI: s####/mri.nii.gz with segmentations/<structure>.nii.gz, and meta.csv"
@@ -72,13 +63,11 @@ def load(folder: Path) -> Dataset:
             skipped.append((name, f"{name}/mri.nii.gz not found"))
         else:
             cases.append(case_of_masks(name, scan, "mr", labels, masks[name], split=splits.get(name)))
-    require_cases(cases, "no case with a scan", folder, LOOKS_FOR, skipped)
-    notes = unlabelled_note(cases)
-    if absent := sorted(splits.keys() - masks.keys()):
-        notes += (f"cases of meta.csv that are not here ({len(absent)}): {listed(absent)}",)
+    absent = sorted(splits.keys() - masks.keys())
+    notes = [f"cases of meta.csv that are not here ({len(absent)}): {listed(absent)}"] if absent else []
     if not tables:
-        notes += ("meta.csv is not there, so the official split is not known",)
-    return Dataset(own_name(folder), ("MRI",), labels, tuple(cases), tuple(skipped), notes)
+        notes.append("meta.csv is not there, so the official split is not known")
+    return dataset_of(cases, skipped, folder, LOOKS_FOR, channels=("MRI",), labels=labels, notes=notes)
 
 
 def table_of(names: set[str]) -> tuple[str, ...]:
