@@ -218,13 +218,12 @@ def checkpoint_settings(setup: Setup) -> dict[str, Any]:
     return jsonable(settings)
 
 
-def require_same_run(folder: Path, setup: Setup, recorded: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
-    """config.json of the last checkpoint of a run, which has to be one of this setup.
+def require_same_run(folder: Path, setup: Setup, report: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the last checkpoint of a run, whose run.json is `report`, after making sure that it is of `setup`.
 
-    recorded: the digests of run.json, which tell whose data changed. Raises CheckpointError: another network.
-    ConfigError: other settings or data.
+    Raises CheckpointError: another network. ConfigError: other settings or data.
     """
-    settings = checkpoint_settings(setup)
+    settings, recorded = checkpoint_settings(setup), report.get("data", {}).get("digests", {})
     differences = partial(data_differences, now=settings, recorded=recorded, digests=setup.digests)
     return check_settings(folder / "checkpoints" / "last", settings, differences)
 

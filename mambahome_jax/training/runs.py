@@ -1,14 +1,14 @@
 """Training runs in their folders: one network, or several one after the other (--members), with lock and run.json."""
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
+import math
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,23 +59,21 @@ class TrainResult:
     step: int = 0
     best: Path | None = None
     dice: float | None = None
-    structures: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
-    failures: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    structures: Mapping[str, float | None] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
     networks: tuple["TrainResult", ...] = ()
 
     @classmethod
     def from_report(cls, folder: Path, report: Mapping[str, Any]) -> "TrainResult":
         """From run.json of one network."""
-        best = report["best"]
+        best, failed = report["best"], [*report["data"]["skipped"], *report["failures"]]
         return cls(
             folder,
-            report["status"],
-            report["exit_code"],
-            report["step"],
-            None if best is None else folder / "checkpoints" / "best",
-            None if best is None else best["val_dice"],
-            report["last_validation"] or {},
-            {item["id"]: item["reason"] for item in (*report["data"]["skipped"], *report["failures"])},
+            *(report["status"], report["exit_code"], report["step"]),
+            best=folder / "checkpoints" / "best" if best else None,
+            dice=best["val_dice"] if best else None,
+            structures=report["last_validation"] or {},
+            failures={item["id"]: item["reason"] for item in failed},
         )
 
 
@@ -93,30 +91,21 @@ def train(**flags: Any) -> TrainResult:
     return result
 
 
-class Data(NamedTuple):
-    """Folders that a training reads, and (id, reason) of the cases that cannot be used."""
-
-    prepared: Prepared
-    prepared_val: Prepared | None
-    skipped: tuple[tuple[str, str], ...]
-
-
-def run_training(config: TrainConfig, console: Console, started: float | None = None) -> TrainResult:
-    """Train as `config` says and tell `console` of it. started: time.monotonic() at the start of the program.
+def run_training(flags: TrainConfig, console: Console, started: float | None = None) -> TrainResult:
+    """Train as `flags` say and tell `console` of it. started: time.monotonic() at the start of the program.
 
     Raises ConfigError, DatasetError, CheckpointError and OutputError before anything is trained.
     """
-    clock = Clock(
-        time.monotonic() if started is None else started, *([config.max_minutes * 60] if config.max_minutes else ())
-    )
-    folder = local_path(config.output_dir or Path("runs") / (config.checkpoint_name or config.model))
-    data = functools.cache(lambda: open_data(config, folder, console))
-    if config.members == 1:
-        if holds_run(member_folder(folder, 0)):
-            raise ConfigError(f"{folder} holds several networks. Say --members, or name another --output_dir")
-        return _train_one(folder, config, clock, data, {}, console)
-    with _locked(folder):
-        return _train_members(folder, config, clock, data, console)
+    seconds = math.inf if flags.max_minutes is None else flags.max_minutes * 60
+    clock = Clock(time.monotonic() if started is None else started, seconds)
+    folder = local_path(flags.output_dir or Path("runs") / (flags.checkpoint_name or flags.model))
+    data = functools.cache(lambda: open_data(flags, folder, console))
+    if flags.members != 1:
+        with _locked(folder):
+            return _train_members(folder, flags, clock, data, console)
+    if holds_run(folder / "member_0"):
+        raise ConfigError(f"{folder} holds several networks. Say --members, or name another --output_dir")
+    return _train_one(folder, flags, clock, data, {}, console, skip_finished=flags.max_minutes is not None)
 
 
 def _locked(folder: Path) -> contextlib.AbstractContextManager:
@@ -124,29 +113,34 @@ def _locked(folder: Path) -> contextlib.AbstractContextManager:
     return locked(folder, "train") if is_first() else contextlib.nullcontext()
 
 
-# --- One network -------------------------------------------------------------------------------------------------
-
-
 def _train_one(
-    folder: Path, config: TrainConfig, clock: Clock, data: Callable[[], Data], programs: Programs, console: Console
+    folder: Path,
+    flags: TrainConfig,
+    clock: Clock,
+    data: Callable[[], "Data"],
+    programs: Programs,
+    console: Console,
+    skip_finished: bool,
 ) -> TrainResult:
+    """Train one network; with skip_finished not one that ended: what its budget kept free would be time again."""
     with _locked(folder):
-        resume = _may_start(config, folder, console)
-        devices = choose_devices(config.parallel, config.num_devices)
-        setup, checkpoint = _resolve(folder, config, data(), len(devices), resume)
-        started = time.perf_counter()
-        earlier = earlier_report(folder) if resume else {}
-        if config.max_minutes is not None and is_finished(earlier, config):
-            # What it had kept free for its end would be time again.
+        resume = _may_start(flags, folder, console)
+        earlier, recorded = (earlier_report(folder), recorded_mirrors(folder)) if resume else ({}, ())
+        devices = choose_devices(flags.parallel, flags.num_devices)
+        setup = make_setup(flags, data().prepared, data().prepared_val, len(devices), recorded)
+        require_same("The configuration", checkpoint_settings(setup))
+        checkpoint = require_same_run(folder, setup, earlier) if resume else None
+        if skip_finished and is_finished(earlier, flags):
             say(console, f"{folder}: finished already")
             return TrainResult.from_report(folder, earlier)
+        started = time.perf_counter()
         report = new_report(folder, setup, data().skipped)
         report |= {name: earlier[name] for name in ("pretrained",) if name in earlier}
 
         def begin(schedule: Schedule, parameters: int, transferred: Transfer | None) -> None:
             if transferred is not None:
-                say(console, f"{config.use_pretrained}: {transferred}")
-                report["pretrained"] = {"path": config.use_pretrained, **dataclasses.asdict(transferred)}
+                say(console, f"{flags.use_pretrained}: {transferred}")
+                report["pretrained"] = {"path": flags.use_pretrained, **asdict(transferred)}
             report["status"] = "running"
             write_report(folder, report)
             for line in start_lines(setup, schedule, parameters, devices, checkpoint):
@@ -183,22 +177,7 @@ def _train_one(
         return TrainResult.from_report(folder, jsonable(report))
 
 
-def _resolve(
-    folder: Path, config: TrainConfig, data: Data, devices: int, resume: bool
-) -> tuple[Setup, dict[str, Any] | None]:
-    """The setup, and config.json of the last checkpoint of a run to be continued.
-
-    Raises CheckpointError, ConfigError: it is of another network, other settings or other data.
-    """
-    recorded = recorded_mirrors(folder) if resume else ()
-    setup = make_setup(config, data.prepared, data.prepared_val, devices, recorded)
-    require_same("The configuration", checkpoint_settings(setup))
-    if not resume:
-        return setup, None
-    return setup, require_same_run(folder, setup, earlier_report(folder).get("data", {}).get("digests", {}))
-
-
-def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
+def _may_start(flags: TrainConfig, folder: Path, console: Console) -> bool:
     """Whether to resume. Raises where a new run would destroy an earlier one, or the folder cannot be written."""
     require_letters(folder)
     exists = holds_run(folder)
@@ -206,7 +185,7 @@ def _may_start(config: TrainConfig, folder: Path, console: Console) -> bool:
     require_same(f"Whether {folder} holds a checkpoint", exists)
     open_output(folder)
     open_output(folder / "checkpoints")
-    resume = config.resume or config.load_checkpoint
+    resume = flags.resume or flags.load_checkpoint
     if exists and not resume:
         raise ConfigError(f"{folder} holds a run already. Continue it with --resume, or name another --output_dir")
     if resume and not exists:
@@ -219,67 +198,40 @@ def holds_run(folder: Path) -> bool:
     return any((folder / "checkpoints" / name).is_dir() for name in ("last", "last.previous"))
 
 
-def is_finished(report: Mapping[str, Any], config: TrainConfig) -> bool:
-    """Whether run.json tells of a run with these flags that came to its end; one with others says what does not fit."""
-    before, now = report.get("configuration"), jsonable(dataclasses.asdict(config))
+def is_finished(report: Mapping[str, Any], flags: TrainConfig) -> bool:
+    """Whether run.json tells of a run with these flags that came to its end."""
+    before, now = report.get("configuration"), jsonable(asdict(flags))
     same = isinstance(before, dict) and all(before.get(name) == now[name] for name in now if name not in _OF_THE_START)
     return same and report.get("status") == "finished"
 
 
-# --- Several networks --------------------------------------------------------------------------------------------
-
-
-def member_folder(folder: Path, number: int) -> Path:
-    """Where the run of one of several networks is."""
-    return folder / f"member_{number}"
-
-
 def _train_members(
-    folder: Path, config: TrainConfig, clock: Clock, data: Callable[[], Data], console: Console
+    folder: Path, flags: TrainConfig, clock: Clock, data: Callable[[], "Data"], console: Console
 ) -> TrainResult:
-    """Train config.members networks, each a run of its own with a seed of its own.
+    """Train flags.members networks, each a run with a seed of its own; those that ended before stay as they are.
 
-    Those that an earlier run finished on the same data stay as they are. A signal ends all. Raises ConfigError,
-    OutputError.
+    A signal ends all. Raises ConfigError, OutputError.
     """
-    homes = [member_folder(folder, number) for number in range(config.members)]
-    resume = config.resume or config.load_checkpoint
-    if config.members < 1:
-        raise ConfigError(f"--members {config.members}; expected 1 or more")
+    homes = [folder / f"member_{number}" for number in range(flags.members)]
+    if flags.members < 1:
+        raise ConfigError(f"--members {flags.members}; expected 1 or more")
     if holds_run(folder):
         raise ConfigError(f"{folder} holds the run of one network already. Name another --output_dir")
     held = [home for home in homes if holds_run(home)]
-    if held and not resume:
+    if held and not (flags.resume or flags.load_checkpoint):
         raise ConfigError(f"{held[0]} holds a run already. Continue all with --resume, or name another --output_dir")
-    report: dict[str, Any] = {
-        "command": "train",
-        "status": "running",
-        "configuration": dataclasses.asdict(config),
-        "members": [home.name for home in homes],
-    }
-    write_report(folder, report)
+    report = {"command": "train", "configuration": asdict(flags), "members": [home.name for home in homes]}
+    write_report(folder, report | {"status": "running"})
     programs: Programs = {}
     networks: list[TrainResult] = []
     for number, home in enumerate(homes):
-        earlier = earlier_report(home) if resume else {}
-        member = dataclasses.replace(
-            config,
-            members=1,
-            seed=config.seed + number,
-            max_minutes=None if config.max_minutes is None else config.max_minutes / config.members,
-            output_dir=home,
-            checkpoint_name="",
-        )
-        finished = holds_run(home) and is_finished(earlier, member)
-        line = f"Network {number + 1} of {config.members}, seed {member.seed}, in {home}"
-        say(console, line + (": finished already" if finished else ""))
+        minutes = None if flags.max_minutes is None else flags.max_minutes / flags.members
+        member = replace(flags, members=1, seed=flags.seed + number, max_minutes=minutes)
+        member = replace(member, output_dir=home, checkpoint_name="")
+        say(console, f"Network {number + 1} of {flags.members}, seed {member.seed}, in {home}")
+        share = clock._replace(parts=flags.members - number)
         try:
-            if finished:
-                _resolve(home, member, data(), len(choose_devices(config.parallel, config.num_devices)), resume=True)
-                networks.append(TrainResult.from_report(home, earlier))
-            else:
-                share = clock._replace(parts=config.members - number)
-                networks.append(_train_one(home, member, share, data, programs, console))
+            networks.append(_train_one(home, member, share, data, programs, console, skip_finished=True))
         except MambaHomeError as error:
             write_report(folder, report | {"status": str(error), "exit_code": 2})
             raise
@@ -290,9 +242,9 @@ def _train_members(
         best = [home / "checkpoints" / "best" for home in homes]
         say(console, ensemble_line([path for path in best if path.is_dir()], len(best)))
     code = max(network.exit_code for network in networks)
-    report |= {"status": "stopped by a signal" if code > SIGNALLED else "finished", "exit_code": code}
-    write_report(folder, report)
-    return TrainResult(folder, report["status"], code, networks=tuple(networks))
+    status = "stopped by a signal" if code > SIGNALLED else "finished"
+    write_report(folder, report | {"status": status, "exit_code": code})
+    return TrainResult(folder, status, code, networks=tuple(networks))
 
 
 def _after(clock: Clock, home: Path) -> Clock:
@@ -305,17 +257,25 @@ def _after(clock: Clock, home: Path) -> Clock:
 # --- Data --------------------------------------------------------------------------------------------------------
 
 
-def open_data(config: TrainConfig, folder: Path, console: Console) -> Data:
+class Data(NamedTuple):
+    """Folders that a training reads, and (id, reason) of the cases that cannot be used."""
+
+    prepared: Prepared
+    prepared_val: Prepared | None
+    skipped: tuple[tuple[str, str], ...]
+
+
+def open_data(flags: TrainConfig, folder: Path, console: Console) -> Data:
     """A preprocessed folder as it is; any other layout brought into a patch store in `folder`, at its own spacing."""
-    prepared, skipped = _open_folder(config.data_train, folder / "data", config, console)
-    if config.data_val is None:
+    prepared, skipped = _open_folder(flags.data_train, folder / "data", flags, console)
+    if flags.data_val is None:
         return Data(prepared, None, skipped)
-    prepared_val, more = _open_folder(config.data_val, folder / "data_val", config, console)
+    prepared_val, more = _open_folder(flags.data_val, folder / "data_val", flags, console)
     return Data(prepared, prepared_val, skipped + more)
 
 
 def _open_folder(
-    data: Path, work: Path, config: TrainConfig, console: Console
+    data: Path, work: Path, flags: TrainConfig, console: Console
 ) -> tuple[Prepared, tuple[tuple[str, str], ...]]:
     if data.is_dir() and prepared_layout.detect(data):
         prepared, notes = with_split_file(read_prepared(data))
@@ -326,9 +286,9 @@ def _open_folder(
         raise ConfigError(f"{data} is not preprocessed. With several processes run preprocess.py first")
     dataset = consecutive(load_dataset(data))
     say(console, f"{data} is not preprocessed: storing its scans in {work}, at their own spacing")
-    flags = PreprocessConfig(data, work, modality=config.modality)
+    preprocess = PreprocessConfig(data, work, modality=flags.modality)
     tell, track = functools.partial(say, console), tracked(console, "Preprocessing")
-    result = prepare_dataset(dataset, flags, store_only=True, say=tell, track=track)
+    result = prepare_dataset(dataset, preprocess, store_only=True, say=tell, track=track)
     if not result.entries:
         action = "Run preprocess.py on it with the flags that the reasons above name, and train on what it writes."
         raise DatasetError("none of its cases can be used", file=data, expected="scans with labels", action=action)
@@ -343,9 +303,9 @@ def new_report(folder: Path, setup: Setup, skipped: Sequence[tuple[str, str]]) -
     return {
         "command": "train",
         "status": "starting",
-        "configuration": dataclasses.asdict(setup.flags),
+        "configuration": asdict(setup.flags),
         "working_folder": working_folder(folder),
-        "model": dataclasses.asdict(setup.model),
+        "model": asdict(setup.model),
         "data": {
             "name": setup.prepared.name,
             "fingerprint": dataset_fingerprint(setup.prepared, setup.train_cases),

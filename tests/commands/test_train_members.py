@@ -126,7 +126,7 @@ def test_networks_without_a_checkpoint_are_not_named(tmp_path, capsys):
 def test_networks_share_what_is_left_and_a_signal_ends_them_all(tmp_path, monkeypatch, capsys):
     now, calls = [100.0], []
 
-    def one(folder, config, clock, *_):
+    def one(folder, config, clock, *_, **named):
         calls.append((folder.name, config.max_minutes, config.seed, *clock))
         now[0] += 150.0
         return TrainResult(folder, "ended", (0, 1, 143)[len(calls) - 1])
