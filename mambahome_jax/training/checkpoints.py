@@ -1,14 +1,12 @@
-"""Checkpoints of a training: everything that the next step depends on, written in the background, whole or not at all;
-and whether a run may be continued from one.
+"""Checkpoints of a training, written in the background, whole or not at all, and whether a run may go on from one.
 
 The folders are those of weights/checkpoint.py with two more items: "optimizer" (step, state of the optimizer, and the
-parameters that are trained where the model is their moving average, or trained with auxiliary heads) and
-"data" (state of the loader's iterator). Randomness needs none: its keys are made from the seed and the step.
+parameters that are trained where those of the model are others) and "data" (state of the loader's iterator).
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -63,33 +61,27 @@ class CheckpointWriter:
         self._folder = Path()
 
     def save(
-        self,
-        folder: Path,
-        state: TrainState,
-        config: dict[str, Any],
-        data: Mapping[str, Any] | None = None,
-        keep: int = 1,
+        self, folder: Path, state: TrainState, config: dict[str, Any], data: Mapping | None = None, keep: int = 1
     ) -> None:
-        """Start to write a checkpoint in the place of `folder`, once the one before is done.
+        """Start to write a checkpoint in the place of `folder`, once the one before is done; all processes call it.
 
         When this returns, `state` is copied and may be donated. Without `data` (state of the iterator) the parameters
-        alone are written. keep: checkpoints to keep, the earlier ones as step_<number> beside `folder`. With several
-        processes all of them have to call it; each writes what it holds. Raises OutputError, also for the checkpoint
-        before, if it failed since.
+        alone are written. keep: checkpoints to keep, the earlier ones as step_<number> beside `folder`.
+        Raises OutputError, also for the checkpoint before, if it failed since.
         """
         self.wait()
         folder = local_path(folder).absolute()
-        items = {MODEL_ITEM: ocp.args.PyTreeSave(deployed_params(state))}
-        arrays: list[Any] = [deployed_params(state)]
+        trees = {MODEL_ITEM: deployed_params(state)}
         if data is not None:
-            beside = _beside_model(state)
-            arrays.append(beside)
-            items |= {OPTIMIZER_ITEM: ocp.args.PyTreeSave(beside), DATA_ITEM: ocp.args.JsonSave(dict(data))}
+            trees[OPTIMIZER_ITEM] = _optimizer_item(state)
+        items: dict[str, Any] = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        if data is not None:
+            items[DATA_ITEM] = ocp.args.JsonSave(dict(data))
         partial = prepare_partial(folder) if is_first() else sibling(folder, PARTIAL)
         self._folder = folder
         try:
             if is_first():
-                require_space(folder.parent, sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
+                require_space(folder.parent, sum(leaf.nbytes for leaf in jax.tree.leaves(trees)))
             self._checkpointer.save(partial, args=ocp.args.Composite(**items))
         except WRITE_ERRORS as error:
             raise self._failure(error) from error
@@ -140,18 +132,15 @@ def restore_state(
 ) -> tuple[TrainState, dict[str, Any]]:
     """State and data-iterator state of a checkpoint, placed on the devices of `mesh`, whatever it was written from.
 
-    Args:
-        abstract: shapes and dtypes, as `jax.eval_shape` gives them for the state of this run.
-
-    Raises CheckpointError: no checkpoint, one without optimizer, a damaged one, or one whose parameters have other
-    names or shapes (all of them listed).
+    abstract: shapes and dtypes of the state of this run. Raises CheckpointError: no checkpoint, one without optimizer,
+    a damaged one, or one whose parameters have other names or shapes (all of them listed).
     """
     path = find_checkpoint(folder)
     if not (path / OPTIMIZER_ITEM).is_dir():
         raise CheckpointError(f"{path} holds parameters alone. Resume from RUN/checkpoints/last, or use_pretrained")
     shardings = tree_sharding(abstract, mesh, strategy)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    items = {MODEL_ITEM: deployed_params(placed), OPTIMIZER_ITEM: _beside_model(placed)}
+    items = {MODEL_ITEM: deployed_params(placed), OPTIMIZER_ITEM: _optimizer_item(placed)}
     _check_shapes(path, items)
     arguments = {
         name: ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
@@ -168,7 +157,7 @@ def restore_state(
     return TrainState(optimizer["step"], params, optimizer["state"], average), found[DATA_ITEM]
 
 
-def _beside_model(state: TrainState) -> dict[str, Any]:
+def _optimizer_item(state: TrainState) -> dict[str, Any]:
     """The item "optimizer"; with the parameters that are trained, where those of the item "model" are others."""
     trained = {} if deployed_params(state) is state.params else {"params": state.params}
     return {"step": state.step, "state": state.opt_state} | trained
@@ -184,11 +173,8 @@ def _check_shapes(path: Path, items: Mapping[str, Any]) -> None:
         found, expected = _shapes(metadata.tree), _shapes(item)
         faults += [f"{key} is missing" for key in expected if key not in found]
         faults += [f"{key} is unknown" for key in found if key not in expected]
-        faults += [
-            f"{key} is {found[key]}, expected {expected[key]}"
-            for key in expected
-            if key in found and found[key] != expected[key]
-        ]
+        both = [key for key in expected if key in found]
+        faults += [f"{key} is {found[key]}, expected {expected[key]}" for key in both if found[key] != expected[key]]
     if faults:
         raise CheckpointError(f"{path} is of another configuration: " + "; ".join(faults))
 
@@ -249,14 +235,15 @@ def check_settings(
         now = settings[entry]
         older = BEFORE_THERE_WERE | PUBLISHED_GRID
         before = {name: value for name, value in older.items() if name in now} | config.get(entry, {})
-        differ = [
-            f"{name} was {before.get(name)}, now {now.get(name)}"
-            for name in sorted({*before, *now})
-            if before.get(name) != now.get(name, GONE.get(name))
-        ]
-        if differ:
+        now = now | {name: value for name, value in GONE.items() if before.get(name) == value}
+        if differ := _changes(before, now, sorted({*before, *now})):
             raise error(f"{folder} is of another configuration: {'; '.join(differ)}. {advice}")
     return config
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    different = [name for name in names if before.get(name) != now.get(name)]
+    return [f"{name} was {before.get(name)}, now {now.get(name)}" for name in different]
 
 
 def data_summary(digests: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str | None]]:
@@ -286,11 +273,7 @@ def data_differences(
     run.json and of today, which tell whose data changed. What an earlier version did not write is not compared.
     """
     properties = before.get("data", {})
-    differ = [
-        f"{name} was {properties[name]}, now {now['data'][name]}"
-        for name in PROPERTIES
-        if name in properties and name in now["data"] and properties[name] != now["data"][name]
-    ]
+    differ = _changes(properties, now["data"], [n for n in PROPERTIES if n in properties and n in now["data"]])
     for part, state in now["cases"].items():
         known = before.get("cases", {}).get(part, {})
         if any(value and known.get(key) and known[key] != value for key, value in state.items()):

@@ -53,11 +53,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def tree_sharding(tree: Any, mesh: Mesh, strategy: Strategy) -> Any:
-    """Sharding of every array of a tree of parameters or optimizer state, of which only the shapes matter.
-
-    "ddp" copies everything; "fsdp" splits each array along its largest axis that the number of devices divides, and
-    copies those that are small or have no such axis.
-    """
+    """Sharding of every array of a tree: all copied (ddp), or split along the largest axis that divides (fsdp)."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(leaf.shape, mesh.size, strategy)), tree)
 
 
@@ -105,17 +101,11 @@ def join_processes(
     process_id: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> None:
-    """Join the other processes of this job, if it has any; to be called before anything else asks for devices.
+    """Join the other processes of this job, if it has any, before anything else asks for devices.
 
-    Args:
-        coordinator_address: host:port of process 0. Where all three are None they come from JAX_COORDINATOR_ADDRESS,
-            JAX_NUM_PROCESSES and JAX_PROCESS_ID, else from SLURM (a step of several tasks, one a device) or Open MPI.
-            A job of one process joins nothing.
-        num_processes: of the whole job.
-        process_id: of this process, from 0.
-
-    Raises:
-        ConfigError: some of the three are missing or impossible, or the others do not answer.
+    Without arguments (host:port of process 0, number, own id from 0) they come from JAX_COORDINATOR_ADDRESS,
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID, else from SLURM (a step of several tasks, one a device) or Open MPI.
+    Raises ConfigError: some of the three are missing or impossible, or the others do not answer.
     """
     given: dict[str, Any] = {
         "coordinator_address": coordinator_address or environment.get("JAX_COORDINATOR_ADDRESS"),
@@ -123,9 +113,8 @@ def join_processes(
         "process_id": _whole(process_id, environment, "JAX_PROCESS_ID"),
     }
     missing = [f"--{name}" for name, value in given.items() if value is None]
-    arguments: dict[str, Any] = {}
     if not missing:
-        arguments = {**given, "cluster_detection_method": "deactivate"}
+        given["cluster_detection_method"] = "deactivate"
         count, index = given["num_processes"], given["process_id"]
         if not 0 <= index < count or ":" not in given["coordinator_address"]:
             raise ConfigError(
@@ -141,7 +130,7 @@ def join_processes(
         return
     try:
         jax.distributed.initialize(
-            **arguments, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            **given, initialization_timeout=START_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"the processes of this job could not be joined: {error}") from error
@@ -195,8 +184,7 @@ def require_same(what: str, value: Any) -> None:
 def exit_all_processes_on_error() -> Iterator[None]:
     """End one of several processes at once on an error; a regular exit would wait for the others, and they for it.
 
-    The others end when the service notices, after HEARTBEAT_SECONDS at the latest. The exit code is 2 for what the user
-    can correct, 130 for an interrupt, else 1. With one process the error passes through.
+    The exit code is 2 for what the user can correct, 130 for an interrupt, else 1; one process alone just raises.
     """
     try:
         yield

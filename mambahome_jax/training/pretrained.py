@@ -1,8 +1,7 @@
 """Weights to start from, of the same network trained for other structures or other channels."""
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import jax
@@ -27,52 +26,42 @@ class Transfer:
     left: tuple[str, ...]
 
     def __str__(self) -> str:
-        anew = ", ".join(self.reinitialised) or "none"
-        return (
-            f"{len(self.loaded)} parameters loaded, re-initialised: {anew}; left out: {', '.join(self.left) or 'none'}"
-        )
+        anew, left = (", ".join(names) or "none" for names in (self.reinitialised, self.left))
+        return f"{len(self.loaded)} parameters loaded, re-initialised: {anew}; left out: {left}"
 
 
 def transfer(
     weights: Weights, fresh: Any, config: ModelConfig, data: DataProperties, source: str
 ) -> tuple[Any, Transfer]:
-    """Parameters to start from: those of `weights`, but for the output layer of other structures and the first
-    convolutions of another number of channels, which stay `fresh`.
+    """Parameters to start from: those of `weights`, except where they would not fit, which stay `fresh`.
 
-    Args:
-        fresh: nested dict of initial parameters of the network of `config`.
-        data: of this training. The output layer is taken over where the number of classes is the same and the
-            checkpoint, if it names its structures, names the same.
-
+    Those are the output layer, where number or names of the structures (of `data`) differ, and the first convolutions,
+    where the number of channels does. fresh: nested dict of initial parameters of the network of `config`.
     Raises CheckpointError, field by field, where the network differs in anything else.
     """
     _check(weights.config, config, source)
     anew = [] if weights.config.in_chans == config.in_chans else list(INPUTS)
-    tables = weights.data and weights.data.labels
-    if weights.config.out_chans != config.out_chans or (tables and tables != data.labels):
+    labels = weights.data and weights.data.labels
+    if weights.config.out_chans != config.out_chans or (labels and labels != data.labels):
         anew.append(OUTPUT)
-    leaves, structure = jax.tree_util.tree_flatten_with_path(fresh)
-    taken: list[Any] = []
-    loaded, reinitialised = [], []
-    for path, leaf in leaves:
+    loaded: list[str] = []
+    reinitialised: list[str] = []
+
+    def choose(path: tuple, leaf: Any) -> Any:
         name = dotted(tuple(key.key for key in path))
-        if name.rpartition(".")[0] in anew:
-            reinitialised.append(name)
-            taken.append(leaf)
-        else:
-            loaded.append(name)
-            taken.append(_fitting(weights.params, name, leaf, source))
-    left = [name for name in weights.params if name not in set(loaded)]
-    return jax.tree.unflatten(structure, taken), Transfer(tuple(loaded), tuple(reinitialised), tuple(left))
+        fits = name.rpartition(".")[0] not in anew
+        (loaded if fits else reinitialised).append(name)
+        return _fitting(weights.params, name, leaf, source) if fits else leaf
+
+    params = jax.tree_util.tree_map_with_path(choose, fresh)
+    left = tuple(name for name in weights.params if name not in set(loaded))
+    return params, Transfer(tuple(loaded), tuple(reinitialised), left)
 
 
-def _check(found: ModelConfig, wanted: ModelConfig, source: str) -> None:
-    before, now = (dataclasses.asdict(config) for config in (found, wanted))
-    differ = [
-        f"{name} is {before[name]}, expected {now[name]}"
-        for name in now
-        if before[name] != now[name] and name not in ("in_chans", "out_chans", "use_checkpoint")
-    ]
+def _check(theirs: ModelConfig, ours: ModelConfig, source: str) -> None:
+    given, wanted = asdict(theirs), asdict(ours)
+    names = [name for name in wanted if name not in ("in_chans", "out_chans", "use_checkpoint")]
+    differ = [f"{name} is {given[name]}, expected {wanted[name]}" for name in names if given[name] != wanted[name]]
     if differ:
         advice = "Choose --model and --feature_size as they were"
         raise CheckpointError(f"{source} is of another configuration: {'; '.join(differ)}. {advice}")

@@ -32,20 +32,14 @@ def learning_rate(config: OptimizerConfig, progress: float, updates: int) -> flo
 
 
 def progress_in_steps(config: OptimizerConfig, updates: int) -> float:
-    """Share of the periods of a constant rate that have passed after so many updates.
-
-    "epoch" lowers the rate after the last update of a period, as the textbook has it; "published" one update later,
-    since the published loop steps its scheduler after the first update of the next epoch.
-    """
+    """Share of the periods of a constant rate that have passed after so many updates."""
+    # The published loop steps its scheduler after the first update of the next epoch.
     late = int(config.schedule_step == "published")
     return min(max((updates - late) // config.steps_per_period, 0), config.t_max) / config.t_max
 
 
 class Decision(NamedTuple):
-    """After a step: whether it was the last, whether a validation is due, and the part of the time that is spent.
-
-    The part is of the time for training, which is what the compilation of the first step has left.
-    """
+    """After a step: whether it was the last, whether a validation is due, and the part of the time that is spent."""
 
     last: bool
     validate: bool
@@ -53,14 +47,11 @@ class Decision(NamedTuple):
 
 
 class TimeBudget:
-    """Time of a run in seconds, measured from the start of the program; a resumed run goes on with what was spent.
+    """Time of a run in seconds since `started`, the start of the program; a resumed run goes on with what was spent.
 
-    Args:
-        seconds: the budget, infinite for none; what is left of it after the first step is cut to one part in `parts`.
-        started: value of `clock` at the start of the program.
-        spent_before: by the runs that this one continues.
-        to_first_step: of that, the part until the first step was done, compilation included.
-        own_validations: say when to validate, where the user did not.
+    seconds: the budget, infinite for none; what is left of it after the first step is cut to one part in `parts`.
+    to_first_step: of spent_before, the part until the first step was done. own_validations: the budget says when to
+    validate, as the user did not.
     """
 
     def __init__(

@@ -75,22 +75,14 @@ def make_train_step(
     freeze_encoder: bool = False,
     dropout: float = 0.0,
 ) -> TrainStep:
-    """Compile (state, batch, rate) -> (state, metrics): batch split over `data`, state donated.
+    """Compile (state, batch, learning rate) -> (state, metrics): batch split over `data`, state donated.
 
-    Args:
-        graphdef: `nnx.split(model)[0]`; model((b, D, H, W, in)) -> what loss_fn takes, with dropout
-            model(x, ChannelDropout).
-        loss_fn: (logits, labels (b, D, H, W) integer) -> scalar, a mean over the batch; a batch with "labelled"
-            (b, classes) gives it that as the third argument.
-        seed: of augmentation and dropout, whose key is fold_in(key(seed), step). An argument of the compiled program,
-            so that the compilation cache has it for every seed; see `with_seed`.
-        ema_decay: of the moving average, in a state that has one; see `average_decay`.
-        freeze_encoder: no gradient reaches the parameters under "encoder", whose backward pass is left out.
-        dropout: rate of the ChannelDropout; 0: the model is called without one.
+    The batch is {"image": (b, D, H, W, in), "label": (b, D, H, W)}, and "labelled" (b, classes) where loss_fn is to get
+    that as its third argument. Metrics are scalars: loss and grad_norm before the update, update_norm, lr.
 
-    Returns:
-        the step. Its batch is {"image": (b, D, H, W, in), "label": (b, D, H, W)}; `rate` is the learning rate. Metrics
-        are scalars: loss and grad_norm before the update, update_norm, lr.
+    seed: of augmentation and dropout, whose key is fold_in(key(seed), step); an argument of the compiled program, so
+    that the compilation cache has it for every seed. With dropout the model is called with a ChannelDropout of that
+    rate. freeze_encoder: the backward pass of the encoder is left out.
     """
 
     def loss_and_gradient(state: TrainState, batch: Batch, seeded: jax.Array | None) -> Any:
