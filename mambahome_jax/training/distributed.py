@@ -191,18 +191,20 @@ def exit_all_processes_on_error() -> Iterator[None]:
     except (Exception, KeyboardInterrupt) as error:
         if jax.process_count() == 1:
             raise
+        # The barrier is that of a checkpoint, which all processes write together.
+        lost = isinstance(error, jax.errors.JaxRuntimeError) or "barrier" in str(error)
         process = f"process {jax.process_index()} of {jax.process_count()}"
-        if isinstance(error, MambaHomeError):
+        if lost:
+            advice = "another process may have died, look at its last messages"
+            print(f"Error ({process}): {error}\n{advice}. The same command with --resume continues", file=sys.stderr)
+        elif isinstance(error, MambaHomeError):
             print(f"Error ({process}): {error}", file=sys.stderr)
-        elif isinstance(error, jax.errors.JaxRuntimeError):
-            lost = "another process may have died, look at its last messages"
-            print(f"Error ({process}): {error}\n{lost}. The same command with --resume continues", file=sys.stderr)
         else:
             traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
-        code = 130 if isinstance(error, KeyboardInterrupt) else 1
-        os._exit(2 if isinstance(error, MambaHomeError) and not isinstance(error, TrainingError) else code)
+        users = isinstance(error, MambaHomeError) and not isinstance(error, TrainingError) and not lost
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else 2 if users else 1)
 
 
 class Votes:

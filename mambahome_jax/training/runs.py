@@ -32,9 +32,9 @@ from mambahome_jax.training.checkpoints import PACKAGES, checkpoint_settings, re
 from mambahome_jax.training.distributed import is_first, require_same
 from mambahome_jax.training.pretrained import Transfer
 from mambahome_jax.training.progress import end_lines, ensemble_line, start_lines
-from mambahome_jax.training.schedule import Schedule
+from mambahome_jax.training.schedule import Clock, Schedule
 from mambahome_jax.training.setup import Setup, case_digests, make_setup, recorded_mirrors
-from mambahome_jax.training.train import Clock, Programs, train_network
+from mambahome_jax.training.train import Programs, train_network
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
 
 SIGNALLED = 128

@@ -4,7 +4,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -167,6 +167,26 @@ class TimeBudget:
             "seconds_spent": self.spent(),
             "seconds_to_first_step": self.to_first_step,
         }
+
+
+class Clock(NamedTuple):
+    """When the program started, the seconds that it is given, and the number of networks that they are for."""
+
+    started: float = 0.0
+    seconds: float = math.inf
+    parts: int = 1
+
+    def budget(self, earlier: Mapping[str, Any] | None, own_validations: bool) -> TimeBudget:
+        """The time of a run, which goes on with what it has spent according to its last checkpoint."""
+        known = earlier or {}
+        return TimeBudget(
+            known.get("seconds_in_all", self.seconds),
+            self.started,
+            known.get("seconds_spent", 0.0),
+            None if earlier is None else known.get("seconds_to_first_step", 0.0),
+            parts=self.parts if earlier is None else 1,
+            own_validations=own_validations,
+        )
 
 
 class Due(NamedTuple):

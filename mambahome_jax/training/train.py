@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 from rich.console import Console
@@ -37,7 +38,7 @@ from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_c
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.pretrained import Transfer, transfer
 from mambahome_jax.training.progress import Display, FileLog, MetricsLog, device_memory, dice_table
-from mambahome_jax.training.schedule import Schedule, TimeBudget
+from mambahome_jax.training.schedule import Clock, Schedule
 from mambahome_jax.training.setup import Setup
 from mambahome_jax.training.step import (
     Batch,
@@ -55,26 +56,6 @@ from mambahome_jax.weights.weights import read_weights
 # Compiled steps by all that differs between the networks of one command. JAX's own cache would not know one again, as
 # Pallas numbers the kernels of a process.
 Programs = dict[tuple[nnx.GraphDef, AugmentationConfig | None], TrainStep]
-
-
-class Clock(NamedTuple):
-    """When the program started, the seconds that it is given, and the number of networks that they are for."""
-
-    started: float = 0.0
-    seconds: float = math.inf
-    parts: int = 1
-
-    def budget(self, earlier: Mapping[str, Any] | None, own_validations: bool) -> TimeBudget:
-        """The time of a run, which goes on with what it has spent according to its last checkpoint."""
-        known = earlier or {}
-        return TimeBudget(
-            known.get("seconds_in_all", self.seconds),
-            self.started,
-            known.get("seconds_spent", 0.0),
-            None if earlier is None else known.get("seconds_to_first_step", 0.0),
-            parts=self.parts if earlier is None else 1,
-            own_validations=own_validations,
-        )
 
 
 def train_network(
@@ -120,22 +101,8 @@ def train_network(
     begin(schedule, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)), transferred)
 
     # --- Step ----------------------------------------------------------------------------------------------------
-    program = (trained_graphdef, setup.augmentation)
-    compiles = program not in programs
-    if compiles:
-        programs[program] = make_train_step(
-            trained_graphdef,
-            optimizer,
-            at_all_levels(dice_ce) if recipe.deep_supervision else dice_ce,
-            mesh,
-            flags.seed,
-            setup.augmentation,
-            flags.strategy,
-            recipe.ema_decay,
-            flags.freeze_encoder,
-            recipe.dropout,
-        )
-    train_step = with_seed(programs[program], flags.seed, mesh)
+    compiles = (trained_graphdef, setup.augmentation) not in programs
+    train_step = compiled_step(setup, trained_graphdef, optimizer, mesh, programs)
 
     # --- Validation, and the loop --------------------------------------------------------------------------------
     display = Display(console, schedule, int(state.step), setup.global_batch)
@@ -145,6 +112,9 @@ def train_network(
         settings=checkpoint_settings(setup),
         schedule=schedule,
         display=display,
+        mesh=mesh,
+        case_ids=setup.train_cases,
+        labelled=setup.labelled,
         validate=open_validation(graphdef, setup, devices),
         keep_last=flags.keep_last,
     )
@@ -152,7 +122,7 @@ def train_network(
         if is_first():
             run.log = stack.enter_context(FileLog(folder, run.step, display.say))
         stack.enter_context(display)
-        batches = stack.enter_context(open_batches(setup, mesh, position, display.say))
+        batches = stack.enter_context(open_batches(setup, position, display.say))
         if compiles and not schedule.ends(run.step):
             display.say("Compiling the training step, once; the first step follows")
         try:
@@ -165,33 +135,8 @@ def train_network(
 # --- Data --------------------------------------------------------------------------------------------------------
 
 
-class Feed:
-    """Batches on their way to the devices. `position`: state of their iterator after the batch that was given last."""
-
-    def __init__(self, iterator: Any, mesh: Mesh, case_ids: Sequence[str], labelled: np.ndarray | None = None):
-        self.iterator, self.mesh, self.case_ids, self.labelled = iterator, mesh, case_ids, labelled
-        self.position: dict[str, Any] = iterator.get_state()
-        self.cases: tuple[str, ...] = ()
-
-    def next(self, stop: StopOnSignal) -> Batch | None:
-        """Start the transfer of the next batch; None where the run is to stop, also since this was called."""
-        if stop.requested():
-            return None
-        batch = dict(next(self.iterator))
-        indices = np.asarray(batch.pop("case"))
-        if self.labelled is not None:
-            batch["labelled"] = self.labelled[indices]
-        arrays = put_batch(batch, self.mesh)
-        if stop.requested():
-            return None
-        self.position, self.cases = self.iterator.get_state(), tuple(self.case_ids[index] for index in indices)
-        return arrays
-
-
 @contextlib.contextmanager
-def open_batches(
-    setup: Setup, mesh: Mesh, position: dict[str, Any] | None, say: Callable[[str], None]
-) -> Iterator[Feed]:
+def open_batches(setup: Setup, position: dict[str, Any] | None, say: Callable[[str], None]) -> Iterator[Any]:
     """Open the training batches from `position` on; closed at the end, or their threads and processes would live on."""
     size = batch_bytes(setup.global_batch // jax.process_count(), setup.patch_size, setup.model.in_chans)
     workers = fitting_workers(setup.num_workers, size)
@@ -212,7 +157,7 @@ def open_batches(
     try:
         if position is not None:
             iterator.set_state(position)
-        yield Feed(iterator, mesh, setup.train_cases, setup.labelled)
+        yield iterator
     finally:
         iterator.close()
 
@@ -244,6 +189,30 @@ def _split(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
     return graphdef, nnx.to_pure_dict(state)
 
 
+# --- Step --------------------------------------------------------------------------------------------------------
+
+
+def compiled_step(
+    setup: Setup, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, programs: Programs
+) -> TrainStep:
+    """The training step with this network's seed, of the programs or added to them."""
+    program, flags, recipe = (graphdef, setup.augmentation), setup.flags, setup.recipe
+    if program not in programs:
+        programs[program] = make_train_step(
+            graphdef,
+            optimizer,
+            at_all_levels(dice_ce) if recipe.deep_supervision else dice_ce,
+            mesh,
+            flags.seed,
+            setup.augmentation,
+            flags.strategy,
+            recipe.ema_decay,
+            flags.freeze_encoder,
+            recipe.dropout,
+        )
+    return with_seed(programs[program], flags.seed, mesh)
+
+
 # --- Validation --------------------------------------------------------------------------------------------------
 
 
@@ -265,11 +234,12 @@ def open_validation(graphdef: nnx.GraphDef, setup: Setup, devices: Sequence[jax.
 # --- Loop --------------------------------------------------------------------------------------------------------
 
 
-def train(state: TrainState, batches: Feed, train_step: TrainStep, run: "Run") -> TrainState:
+def train(state: TrainState, batches: Iterator, train_step: TrainStep, run: "Run") -> TrainState:
     """Train from `state` until the schedule ends, or SIGTERM or SIGINT comes, which `run.signal` then names.
 
     Args:
-        state: after `run.step` updates; `batches` stand after as many.
+        state: after `run.step` updates.
+        batches: endless {"image", "label", "case"} with get_state(), after as many; the caller closes them.
         run: changed in place. Checkpoints: `last` after each validation, every --checkpoint_every steps and on a stop;
             `best`, parameters alone, after the best validation (after each one, where there is no score).
 
@@ -277,29 +247,29 @@ def train(state: TrainState, batches: Feed, train_step: TrainStep, run: "Run") -
         TrainingError: loss, gradient or update is no longer finite (with step and cases); the checkpoints before stay.
         OutputError: a checkpoint or metrics.csv cannot be written.
     """
-    with CheckpointWriter() as run.writer, StopOnSignal(run.display.say, batches.mesh) as run.stop:
+    with CheckpointWriter() as run.writer, StopOnSignal(run.display.say, run.mesh) as run.stop:
         # The run before may have been stopped between its last step and the validation of that.
         overdue = run.step and run.schedule.validates(run.step) and run.validated_until < run.step
         if overdue and (validation := run.validate_and_keep_best(state)):
             run.log.complete(run.step, validation)
         due, saved = run.schedule.after(run.step), run.step
         while not due.stop and (batch := run.fetch(batches)) is not None:
-            rate = device_put_tree(np.float32(due.rate), replicated(batches.mesh))
+            rate = device_put_tree(np.float32(due.rate), replicated(run.mesh))
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, batch, rate)
             # The step before; the devices work on this one meanwhile.
             run.log_step()
-            run.step_started(metrics, batches.cases)
+            run.step_started(metrics)
             run.stop.agree()
             due = run.schedule.after(run.step)
             if due.save:
                 run.log_step(state if due.validate else None)
-                run.save_last(state, batches.position)
+                run.save_last(state)
                 saved = run.step
                 due = run.schedule.after(run.step)
         run.log_step()
         if run.step > saved:
-            run.save_last(state, batches.position)
+            run.save_last(state)
         run.signal = run.stop.requested()
     return state
 
@@ -316,6 +286,9 @@ class Run:
     settings: Mapping[str, Any]
     schedule: Schedule
     display: Display
+    mesh: Mesh
+    case_ids: Sequence[str]
+    labelled: np.ndarray | None = None
     log: MetricsLog = field(default_factory=MetricsLog)
     validate: Validate | None = None
     keep_last: int = 1
@@ -329,7 +302,10 @@ class Run:
     error: str | None = None
     writer: CheckpointWriter = field(init=False)
     stop: StopOnSignal = field(init=False)
-    _pending: tuple[dict[str, jax.Array], tuple[str, ...]] | None = None
+    _pending: dict[str, jax.Array] | None = None
+    _cases: Sequence[str] = ()
+    _next_cases: Sequence[str] = ()
+    _position: dict[str, Any] = field(default_factory=dict)
     _begun: float = field(default_factory=time.perf_counter)
     _waited: float = 0.0
     _step_ended: float = field(default_factory=time.perf_counter)
@@ -339,33 +315,42 @@ class Run:
         """A run that goes on from the checkpoint with this config.json; a new one where that is empty."""
         return cls(**parts, **{name: config[name] for name in ("step", "best", "validated_until") if name in config})
 
-    def fetch(self, batches: Feed) -> Batch | None:
-        """The next batch; time in which the devices had nothing to do meanwhile counts as waiting."""
+    def fetch(self, batches: Iterator) -> Batch | None:
+        """Start the transfer of the next batch; None where the run is to stop, also since this was called."""
+        if self.stop.requested():
+            return None
         begun = time.perf_counter()
-        batch = batches.next(self.stop)
-        if self._pending is not None and self._pending[0]["loss"].is_ready():  # type: ignore[attr-defined]
+        batch = dict(next(batches))
+        if self._pending is not None and self._pending["loss"].is_ready():  # type: ignore[attr-defined]
             # The devices had nothing more to do when the batch came: at most so long.
             self._waited += time.perf_counter() - begun
-        return batch
+        indices = np.asarray(batch.pop("case"))
+        if self.labelled is not None:
+            batch["labelled"] = self.labelled[indices]
+        arrays = put_batch(batch, self.mesh)
+        if self.stop.requested():
+            return None
+        self._position, self._next_cases = batches.get_state(), [self.case_ids[n] for n in indices]  # type: ignore
+        return arrays
 
-    def step_started(self, metrics: dict[str, jax.Array], cases: tuple[str, ...]) -> None:
-        """Note that the devices have been given the next step."""
+    def step_started(self, metrics: dict[str, jax.Array]) -> None:
+        """Note that the devices have been given the batch that was fetched last."""
         self.step += 1
-        self._pending = metrics, cases
+        self._pending, self._cases = metrics, self._next_cases
 
     def log_step(self, state: TrainState | None = None) -> None:
         """Wait for the step that was started last, check it, and write its row; with `state` validate that before."""
         if self._pending is None:
             return
-        row = self._finish_step(*self._pending)
+        row = self._finish_step(self._pending)
         self._pending = None
         self.log.step(row, None if state is None else self.validate_and_keep_best(state))
 
-    def _finish_step(self, metrics: dict[str, jax.Array], cases: tuple[str, ...]) -> dict[str, Any]:
+    def _finish_step(self, metrics: dict[str, jax.Array]) -> dict[str, Any]:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         wrong = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
         if wrong:
-            all_cases = [case for share in gather(cases) for case in share]
+            all_cases = [case for share in gather(self._cases) for case in share]
             raise TrainingError(
                 f"step {self.step}: {', '.join(wrong)}; cases of this batch: {', '.join(all_cases)}. Stopped; "
                 "the checkpoints before it are kept. Look at these cases, or use a lower --lr or --precision fp32"
@@ -425,12 +410,12 @@ class Run:
             self.best = {"step": self.step, "val_dice": score}
             self.writer.save(self.folder / "best", state, self._config())
 
-    def save_last(self, state: TrainState, position: dict[str, Any]) -> None:
+    def save_last(self, state: TrainState) -> None:
         """Write `last`; with a time budget wait for it, which tells how long that takes."""
         # A run that is killed goes on from this checkpoint, and the metrics up to it have to be there.
         self.log.flush()
         with self.schedule.budget.saving():
-            self.writer.save(self.folder / "last", state, self._config(), position, self.keep_last)
+            self.writer.save(self.folder / "last", state, self._config(), self._position, self.keep_last)
             if self.schedule.budget.limited:
                 self.writer.wait()
 

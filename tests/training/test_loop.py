@@ -21,7 +21,7 @@ from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.progress import Display, FileLog
 from mambahome_jax.training.schedule import Schedule
 from mambahome_jax.training.step import abstract_state, init_state, make_train_step
-from mambahome_jax.training.train import Feed, Run, train
+from mambahome_jax.training.train import Run, train
 from mambahome_jax.training.validation import Validation
 from mambahome_jax.weights.checkpoint import read_checkpoint_config, read_checkpoint_params
 from tests.training.stand_in import SmallNet
@@ -73,10 +73,12 @@ def _train(folder, steps=6, state=None, batches=None, validate=None, config=None
         settings={"model": {}, "training": {}},
         schedule=schedule,
         display=Display(Console(file=text), schedule),
+        mesh=MESH,
+        case_ids=CASES,
         validate=validate,
     )
     with FileLog(folder, run.step) as run.log, run.display:
-        state = train(state or _state(), Feed(batches or Batches(), MESH, CASES), STEP, run)
+        state = train(state or _state(), batches or Batches(), STEP, run)
     return state, run, text.getvalue()
 
 
