@@ -1,0 +1,45 @@
+"""A training as a function, and what it says of the code that made it."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+import mambahome_jax as mh
+from mambahome_jax.training.runs import git_state
+from tests.commands.test_train import _dataset, _small  # noqa: F401
+
+
+def test_train_is_a_function_without_a_console(tmp_path, capsys):
+    data = _dataset(tmp_path / "data")
+    flags = {
+        "data_train": data,
+        "model": "MambaHoME_tiny",
+        "steps": 1,
+        "optimizer": "SGD",
+        "output_dir": tmp_path / "run",
+    }
+    result = mh.train(**flags)
+    assert capsys.readouterr() == ("", "")
+    assert (result.status, result.exit_code, result.step) == ("finished", 0, 1)
+    assert result.best == tmp_path / "run/checkpoints/best" and result.best.is_dir()
+    assert list(result.structures) == ["box"] and result.dice == result.structures["box"] and not result.failures
+    with pytest.raises(mh.ConfigError, match="holds a run already"):
+        mh.train(**flags)
+    with pytest.raises(mh.TrainingError, match="cases of this batch"):
+        mh.train(**flags | {"output_dir": tmp_path / "wrong", "lr": 1e38, "steps": 4, "max_val_cases": 1})
+
+
+def test_the_commit_of_the_code_and_what_differs_from_it(tmp_path):
+    assert git_state(tmp_path) is None
+    if shutil.which("git") is None:
+        pytest.skip("there is no git here")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    (tmp_path / "code.py").write_text("1")
+    for words in (["init", "-q"], ["add", "code.py"], ["commit", "-qm", "Begin"]):
+        subprocess.run([*git, *words], check=True)
+    state = git_state(tmp_path)
+    assert state is not None and re.fullmatch("[0-9a-f]{40}", state["commit"]) and state["changed"] == []
+    (tmp_path / "code.py").write_text("2")
+    assert git_state(tmp_path) == state | {"changed": ["code.py"]}
