@@ -44,6 +44,12 @@ def test_links_lead_to_a_page_and_its_heading(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_of_the_repository_that_are_named_exist(page):
+    for name in re.findall(r"`((?:\w+/)+\w+\.py)`", _text(page)):
+        assert (ROOT / name).exists() or (ROOT / "mambahome_jax" / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_lines_have_at_most_100_columns_but_in_tables(page):
     long = [line for line in _text(page).splitlines() if len(line) > COLUMNS and not line.lstrip().startswith("|")]
     assert [line for line in long if " " in line.strip()] == []
