@@ -19,7 +19,7 @@ _ORTHONORMAL = 1e-4  # by how much ITK lets products of an sform's axes differ f
 _QUATERNION = 1e-7  # square of a quaternion's real part below which ITK takes it for 0
 _SMALLEST, _LARGEST = 5.0, 5000.0  # mm along the longest axis of a scan
 _ORDINARY = 0.3  # mm between voxels from which on a few of them are a part cut out of a scan
-_LONGEST = 1e12  # mm, as of `nifti.usable_affine`
+_LONGEST = 1e12  # mm: what lies beyond is none, and its squares and products would overflow
 _NOTED = 0.01  # voxels by which an ITK program may show a file elsewhere without a word
 _QFORM_MISS = 0.1  # voxels by which a qform may differ from the sform, which alone can say shear
 _LONGEST_AXIS = 32767  # voxels that NIfTI-1 can say
@@ -183,11 +183,20 @@ def qform_of(nifti: nib.Nifti1Header) -> np.ndarray | None:
     return form if _usable(form) else None
 
 
+def usable_affine(path: Path | None, affine: np.ndarray) -> np.ndarray:
+    """Give the affine (4, 4) itself. Raises DatasetError: not finite, singular, or of no size on earth."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0) if _usable(affine) else np.ones(3)
+    if not _usable(affine) or not abs(np.linalg.det(affine[:3, :3])) > 1e-6 * spacing.prod():
+        expected = "three independent axes of positive length"
+        action = "Mend the geometry in its header (NIfTI: sform, qform or pixdim)."
+        raise DatasetError(f"singular affine {affine[:3].tolist()}", file=path, expected=expected, action=action)
+    return affine
+
+
 def _usable(form: np.ndarray) -> bool:
     """Whether a form's numbers can be a place: those of damaged headers are of any size."""
-    if not (np.abs(form) <= _LONGEST).all():
-        return False
-    return bool((np.linalg.norm(form[:3, :3], axis=0) >= 1 / _LONGEST).all())
+    within = bool((np.abs(form) <= _LONGEST).all())
+    return within and bool((np.linalg.norm(form[:3, :3], axis=0) >= 1 / _LONGEST).all())
 
 
 def pixdim_of(nifti: nib.Nifti1Header) -> np.ndarray:

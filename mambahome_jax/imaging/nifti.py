@@ -26,13 +26,13 @@ from nibabel.spatialimages import HeaderDataError
 
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import no_scan, suffix_of
+from mambahome_jax.imaging.header import Header, scaled, usable_affine
 from mambahome_jax.support.processes import usable_cores
 
 GZIP_MAGIC = b"\x1f\x8b"
 _HEADERS = {348: nib.Nifti1Header, 540: nib.Nifti2Header}
 _HEADER = 544  # bytes of the longer of the two, with those that announce extensions
 _COMMENT = 6  # kind of a header extension: plain text
-_LONGEST = 1e12  # mm
 # nibabel tells what it mends in a header, but not in the header of which file.
 _SILENT = logging.Logger("nibabel", logging.CRITICAL + 1)
 _STEP, _HEAD_STEP = 1 << 20, 1 << 13  # bytes that are unpacked at a time
@@ -72,30 +72,25 @@ deflate = _isal("isal_zlib", zlib)
 packer = _isal("igzip_threaded", gzip)
 
 
-def read(path: Path, channels: int | None) -> tuple[Headers, np.ndarray]:
-    """Read the header and the stored values (D0, D1, D2[, C]), first axis fastest, without a copy.
+def read(path: Path, channels: int | None, *, voxels: bool = True) -> tuple[Headers, np.ndarray]:
+    """Read the header and the stored values (D0, D1, D2[, C]), first axis fastest; zeros without `voxels`.
 
     No more is allocated than the file can hold, whatever its header claims.
-    Raises DatasetError: as `read_geometry`; a truncated or damaged file; another number of axes or channels.
+    Raises DatasetError: no NIfTI file; truncated or damaged; another number of axes or channels.
     """
     with _opened(path) as (file, packed):
         headers = _header_of(path, file, packed)
         shape, dtype, offset = _layout(path, headers.mended, channels)
         end = offset + math.prod(shape) * dtype.itemsize
-        _require_held(path, _most(file, packed), offset, end)
+        size = os.fstat(file.fileno()).st_size
+        # Deflate packs no more than 1032 bytes into one.
+        _require_held(path, 1032 * size if packed else size, offset, end)
+        if not voxels:
+            return headers, np.broadcast_to(np.uint8(0), shape)
         file.seek(0)
         content, held = unpacked(file, end) if packed else (file.read(end), end)
         _require_held(path, min(held, len(content)), offset, end)
     return headers, np.frombuffer(content, dtype, count=math.prod(shape), offset=offset).reshape(shape, order="F")
-
-
-def read_geometry(path: Path) -> tuple[tuple[int, ...], Headers]:
-    """Read the shape, checked against the size of the file, and the header. Raises DatasetError as `read`."""
-    with _opened(path) as (file, packed):
-        headers = _header_of(path, file, packed)
-        shape, dtype, offset = _layout(path, headers.mended, None)
-        _require_held(path, _most(file, packed), offset, offset + math.prod(shape) * dtype.itemsize)
-    return shape, headers
 
 
 def write(path: Path, array: np.ndarray, header: nib.Nifti1Header, names: Mapping[int, str] | None) -> None:
@@ -219,12 +214,6 @@ def _names_extension(names: Mapping[int, str]) -> bytes:
     return b"\x01\0\0\0" + struct.pack("<ii", size, _COMMENT) + text.ljust(size - 8, b"\0")
 
 
-def _most(file: BinaryIO, packed: bool) -> int:
-    """Bytes that a file can hold at most: deflate packs no more than 1032 into one."""
-    size = os.fstat(file.fileno()).st_size
-    return 1032 * size if packed else size
-
-
 def _require_held(path: Path, held: int, offset: int, end: int) -> None:
     if held < end:
         found, expected = f"truncated: {max(held - offset, 0)} bytes of voxels", f"{end - offset}"
@@ -312,16 +301,21 @@ def affine_of(path: Path, header: nib.Nifti1Header) -> np.ndarray:
     return usable_affine(path, affine)
 
 
-def usable_affine(path: Path | None, affine: np.ndarray) -> np.ndarray:
-    """The affine (4, 4) itself. Raises DatasetError: not finite, singular, or of no size on earth."""
-    # What lies beyond cannot be millimetres, and its squares and products would overflow.
-    small = bool(np.isfinite(affine).all()) and np.abs(affine).max() <= _LONGEST
-    lengths = np.linalg.norm(affine[:3, :3], axis=0) if small else np.zeros(3)
-    if not abs(np.linalg.det(affine[:3, :3]) if small else 0) > 1e-6 * lengths.prod() or lengths.min() < 1 / _LONGEST:
-        expected = "three independent axes of positive length"
-        action = "Mend the geometry in its header (NIfTI: sform, qform or pixdim)."
-        raise DatasetError(f"singular affine {affine[:3].tolist()}", file=path, expected=expected, action=action)
-    return affine
+def forms_of(path: Path, header: Header) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray]:
+    """What a NIfTI header says of the geometry in its three ways: sform, qform (4, 4), voxel to RAS mm, and pixdim (3,)
+    in mm; None for a form whose code or numbers are 0. Raises DatasetError: a qform that is no rotation."""
+    assert header.nifti is not None
+    mended = _parsed(header.nifti.binaryblock).mended
+    try:
+        with np.errstate(all="ignore"):
+            qform = mended.get_qform(coded=True)[0]
+    except (HeaderDataError, ValueError) as error:
+        raise DatasetError(f"damaged qform ({error})", file=path, expected="a rotation") from error
+    sform = mended.get_sform(coded=True)[0]
+    if sform is not None and not sform[:3, :3].any():
+        sform = None
+    sform, qform = (None if form is None else scaled(form, header.scale) for form in (sform, qform))
+    return sform, qform, header.scale * np.abs(np.asarray(mended["pixdim"][1:4], np.float64))
 
 
 def slope_inter(path: Path, header: nib.Nifti1Header) -> tuple[float, float]:

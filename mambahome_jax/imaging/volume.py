@@ -1,24 +1,20 @@
-"""Scans and label maps as they are on disk: read through nifti, itk and dicom; NIfTI is written here."""
+"""Scans and label maps as they are on disk: read through nifti, itk and dicom."""
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
-from nibabel.spatialimages import HeaderDataError
 
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging import dicom, itk, nifti
 from mambahome_jax.imaging.formats import ITK_SUFFIXES, NIFTI_SUFFIXES, WRITTEN_SUFFIXES, alternatives, suffix_of
-from mambahome_jax.imaging.header import Header, header_of, itk_place, nifti_header, require_scale, scaled
+from mambahome_jax.imaging.header import Header, header_of, itk_place, nifti_header, require_scale, usable_affine
 from mambahome_jax.support.files import atomic_write
 from mambahome_jax.support.paths import openable_path
 
 _SLAB = 1 << 20  # voxels that are counted at a time
-
-Forms = tuple[np.ndarray | None, np.ndarray | None, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,23 +62,25 @@ def read_volume(
 ) -> Volume:
     """Read an image: .nii, .nii.gz, or with the extra [formats] .mha, .mhd, .nrrd or a folder of DICOM slices.
 
-    Returns a Volume of float32, (D0, D1, D2), or (D0, D1, D2, C) where the file has four axes and the last is longer
-    than 1. A NIfTI file's affine is the sform where its code is positive and it is not all zero, else the qform, else
-    made from the spacing, brought to mm where `xyzt_units` says metres or microns; values are stored value * scl_slope
-    + scl_inter in float64, rounded to float32 (both as MONAI's LoadImage). (D0, D1, D2, 1, C), as ITK writes vectors to
-    NIfTI, is (D0, D1, D2, C).
+    Gives float32 (D0, D1, D2), or (D0, D1, D2, C) where the file has four axes and the last is longer than 1, or five
+    and the fourth is 1 long, as ITK writes vectors. NIfTI as MONAI's LoadImage: the affine is the sform where its code
+    is positive and it is not all zero, else the qform, else by the spacing, brought to mm as `xyzt_units` says; values
+    are stored value * scl_slope + scl_inter in float64, rounded to float32.
 
-    channels: how many are expected; None takes any number.
-    as_stored: numbers of up to four bytes stay what they are where slope and intercept change nothing; the
-      array is then read-only, and int16 takes half of the memory.
-    series: SeriesInstanceUIDs, of which a folder of DICOM slices of several series must hold one.
-    spacing_scale: what the lengths of a wrong header are multiplied by; 1 takes a scan of any size as it is.
-    Raises DatasetError: missing, truncated or damaged file, of another format than its name says, empty, wrong number
-    of axes, singular affine, less than 5 mm or more than 5 m in extent, NaN or infinite voxels; SimpleITK not
-    installed; what `dicom.read` refuses. ConfigError: a spacing_scale that is not above 0, a URL.
+    Args:
+        channels: how many are expected; None takes any number.
+        as_stored: numbers of up to four bytes stay what they are where slope and intercept change nothing; the array
+            is then read-only, and int16 takes half of the memory.
+        series: SeriesInstanceUIDs, of which a folder of DICOM slices of several series must hold one.
+        spacing_scale: what the lengths of a wrong header are multiplied by; 1 takes a scan of any size as it is.
+
+    Raises:
+        DatasetError: a missing, truncated or damaged file, of another format than its name says, empty, of other axes,
+            less than 5 mm or more than 5 m in extent; voxels that are NaN or infinite; SimpleITK is not installed.
+        ConfigError: a spacing_scale that is not above 0, a URL.
     """
     path = openable_path(path)
-    raw, header, slope, inter = _stored(path, channels, spacing_scale, series)
+    raw, header, slope, inter = _read(path, channels, spacing_scale, series)
     if as_stored and (slope, inter) == (1.0, 0.0) and raw.dtype.isnative and raw.dtype.itemsize <= 4:
         if raw.dtype.kind == "f":
             _require_finite(path, raw)
@@ -91,15 +89,17 @@ def read_volume(
 
 
 def read_labels(path: str | Path, *, any_value: bool = False, spacing_scale: float | None = None) -> Volume:
-    """Read a label map (the formats of `read_volume`) of any stored type whose values are whole numbers.
+    """Read a label map of any stored type: (D0, D1, D2) uint8, or uint16 where a label is above 255.
 
-    Returns a Volume (D0, D1, D2) of uint8, or of uint16 where a label is above 255.
-    any_value: negative labels and those above 65535 are taken too; the array is then int64 where there are any.
-    spacing_scale: as `read_volume` takes it.
-    Raises DatasetError as `read_volume`, and for labels that are fractional, negative or above 65535.
+    Args:
+        any_value: take negative labels and those above 65535 too; the array is then int64 where there are any.
+        spacing_scale: as `read_volume` takes it.
+
+    Raises:
+        DatasetError: as `read_volume`; labels that are fractional, negative or above 65535.
     """
     path = openable_path(path)
-    raw, header, slope, inter = _stored(path, 1, spacing_scale)
+    raw, header, slope, inter = _read(path, 1, spacing_scale)
     if raw.dtype.kind == "f" or (slope, inter) != (1.0, 0.0):
         values = raw.astype(np.float64) * slope + inter
         _require_finite(path, values, "Write 0, the background, or the right label into these voxels.")
@@ -119,55 +119,18 @@ def read_labels(path: str | Path, *, any_value: bool = False, spacing_scale: flo
     raise DatasetError(f"label values from {low:g} to {high:g}", file=path, expected="0 to 65535", action=action)
 
 
+def read_grid(path: str | Path, *, series: Collection[str] = (), spacing_scale: float | None = None) -> Volume:
+    """Read what `read_volume` gives from headers alone: every voxel is 0. Raises as it, as far as headers show it."""
+    raw, header, *_ = _read(openable_path(path), None, spacing_scale, series, voxels=False)
+    return Volume(raw, header.affine, header)
+
+
 def read_geometry(
     path: str | Path, *, series: Collection[str] = (), spacing_scale: float | None = None
 ) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape (trailing axes of length 1 beyond the third dropped) and affine (4, 4) float64, from headers alone.
-
-    series, spacing_scale: as `read_volume` takes them. Raises DatasetError as `read_volume`, as far as headers show it.
-    """
+    """Give shape and affine (4, 4) of `read_grid`."""
     grid = read_grid(path, series=series, spacing_scale=spacing_scale)
     return grid.array.shape, grid.affine
-
-
-def read_grid(path: str | Path, *, series: Collection[str] = (), spacing_scale: float | None = None) -> Volume:
-    """What `read_volume` gives, from headers alone: every voxel is 0. Raises DatasetError as `read_geometry`."""
-    path = openable_path(path)
-    if not path.is_dir() and not suffix_of(path.name, ITK_SUFFIXES):
-        shape, headers = nifti.read_geometry(path)
-        header = header_of(path, nifti.affine_of(path, headers.mended), shape, headers.stored, spacing_scale)
-    else:
-        shape, affine = dicom.read_geometry(path, series) if path.is_dir() else itk.read_geometry(path)
-        shape = nifti.checked_shape(path, shape, None)
-        header = header_of(path, nifti.usable_affine(path, affine), shape, None, spacing_scale)
-    return Volume(np.broadcast_to(np.uint8(0), shape), header.affine, header)
-
-
-def read_forms(path: str | Path, *, spacing_scale: float | None = None) -> tuple[Volume, Callable[[], Forms]]:
-    """`read_grid` of a NIfTI file, and a function that gives what its header says of the geometry in its three ways.
-
-    Forms are sform and qform, (4, 4) float64, voxel to RAS mm, None where the form's code or the sform's numbers are 0;
-    and pixdim (3,) in mm.
-    Raises DatasetError as `read_volume`; the function does for a qform whose numbers are no rotation.
-    """
-    path = openable_path(path)
-    shape, headers = nifti.read_geometry(path)
-    header = header_of(path, nifti.affine_of(path, headers.mended), shape, headers.stored, spacing_scale)
-    grid = Volume(np.broadcast_to(np.uint8(0), shape), header.affine, header)
-    return grid, lambda: _forms(path, headers.mended, header.scale)
-
-
-def _forms(path: Path, header: nib.Nifti1Header, scale: float) -> Forms:
-    try:
-        with np.errstate(all="ignore"):
-            qform = header.get_qform(coded=True)[0]
-    except (HeaderDataError, ValueError) as error:
-        raise DatasetError(f"damaged qform ({error})", file=path, expected="a rotation") from error
-    sform = header.get_sform(coded=True)[0]
-    if sform is not None and not sform[:3, :3].any():
-        sform = None
-    sform, qform = (None if form is None else scaled(form, scale) for form in (sform, qform))
-    return sform, qform, scale * np.abs(np.asarray(header["pixdim"][1:4], np.float64))
 
 
 def write_volume(
@@ -178,19 +141,21 @@ def write_volume(
     *,
     warn: bool = True,
 ) -> str | None:
-    """Write a Volume to .nii, .nii.gz, .mha or .nrrd, whole or not at all: beside its place first, then renamed.
+    """Write a volume to .nii, .nii.gz, .mha or .nrrd, whole or not at all; returns what it warns of, if anything.
 
-    dtype: stored type (default: the array's own; bool as uint8, int64 as int32, any float as float32). Same volume,
-      same bytes, however many cores pack it; those of .nii.gz differ with and without isal, and may between kinds of
-      processor.
-    names: of label values, kept in a NIfTI header as a comment extension: the JSON text {"labels": {"1": "liver"}}.
-    warn: of a place that the format cannot say to ITK programs; the warning names formats that can.
     A volume with a header lies where every program sees the scan: in NIfTI that scan's forms, codes and unit stay. One
-    without has its affine in the sform, and in the qform too unless it is sheared, both with code 1.
+    without has its affine in the sform, and in the qform too unless it is sheared, both with code 1. The same volume
+    gives the same bytes, however many cores pack it; those of .nii.gz differ with and without isal.
 
-    Returns what it warns of, None for nothing.
-    Raises OutputError: a folder that cannot be written, a full disk, a wrong suffix, values that `dtype` cannot hold,
-    SimpleITK not installed where .mha or .nrrd needs it. ConfigError: a URL.
+    Args:
+        dtype: stored type; None for the array's own, bool as uint8, int64 as int32, any float as float32.
+        names: of label values, kept in a NIfTI header as a comment extension: the JSON text {"labels": {"1": "liver"}}.
+        warn: of a place that the format cannot say to ITK programs; the warning names formats that can.
+
+    Raises:
+        OutputError: a folder that cannot be written, a full disk, a wrong suffix, values that `dtype` cannot hold,
+            SimpleITK not installed where .mha or .nrrd needs it.
+        ConfigError: a URL.
     """
     path = openable_path(path)
     if not path.name.endswith(WRITTEN_SUFFIXES):
@@ -238,18 +203,26 @@ def replace_values(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
     return np.asfortranarray(lookup[places].reshape(array.shape))
 
 
-def _stored(
-    path: Path, channels: int | None, spacing_scale: float | None, series: Collection[str] = ()
+def _read(
+    path: Path,
+    channels: int | None,
+    spacing_scale: float | None,
+    series: Collection[str] = (),
+    *,
+    voxels: bool = True,
 ) -> tuple[np.ndarray, Header, float, float]:
-    """Voxels as they are stored, their header, and what they are to be multiplied by and added to."""
+    """Read voxels as they are stored, zeros without `voxels`, their header, and slope and intercept of the values."""
     require_scale(spacing_scale)
     if path.is_dir() or suffix_of(path.name, ITK_SUFFIXES):
-        raw, affine = dicom.read(path, series) if path.is_dir() else itk.read(path)
-        raw = raw.reshape(nifti.checked_shape(path, raw.shape, channels), order="F")
-        return raw, header_of(path, nifti.usable_affine(path, affine), raw.shape, None, spacing_scale), 1.0, 0.0
-    headers, raw = nifti.read(path, channels)
-    affine = nifti.affine_of(path, headers.mended)
-    header = header_of(path, affine, raw.shape, headers.stored, spacing_scale)
+        if voxels:
+            raw, affine = dicom.read(path, series) if path.is_dir() else itk.read(path)
+            raw = raw.reshape(nifti.checked_shape(path, raw.shape, channels), order="F")
+        else:
+            shape, affine = dicom.read_geometry(path, series) if path.is_dir() else itk.read_geometry(path)
+            raw = np.broadcast_to(np.uint8(0), nifti.checked_shape(path, shape, channels))
+        return raw, header_of(path, usable_affine(path, affine), raw.shape, None, spacing_scale), 1.0, 0.0
+    headers, raw = nifti.read(path, channels, voxels=voxels)
+    header = header_of(path, nifti.affine_of(path, headers.mended), raw.shape, headers.stored, spacing_scale)
     return raw, header, *nifti.slope_inter(path, headers.mended)
 
 

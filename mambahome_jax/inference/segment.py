@@ -22,8 +22,8 @@ from mambahome_jax.imaging.geometry import (
     resample_to,
     resampled_grid,
 )
+from mambahome_jax.imaging.header import usable_affine
 from mambahome_jax.imaging.intensity import IntensityStatistics, statistics_of_parts
-from mambahome_jax.imaging.nifti import usable_affine
 from mambahome_jax.imaging.normalisation import CtNormalisation, Normalisation, ct_to_json, normalisation_for
 from mambahome_jax.imaging.plausibility import modality_remark, scan_remark, volume_remark
 from mambahome_jax.imaging.volume import Volume, replace_values

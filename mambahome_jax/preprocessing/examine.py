@@ -15,11 +15,11 @@ from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.label_map import own_image, read_image, read_label_map, thumbnail_of
 from mambahome_jax.errors import DatasetError, MambaHomeError
 from mambahome_jax.flags import CheckConfig
-from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.geometry import axis_order, orientation_of, require_same_grid, shift_between
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles
+from mambahome_jax.imaging.nifti import forms_of
 from mambahome_jax.imaging.plausibility import intensity_remarks
-from mambahome_jax.imaging.volume import Volume, count_values, read_forms, read_geometry, read_grid
+from mambahome_jax.imaging.volume import Volume, count_values, read_geometry, read_grid
 from mambahome_jax.preprocessing import findings as look
 from mambahome_jax.preprocessing.findings import SCANS, SEVERITIES, CaseFacts, Finding
 from mambahome_jax.preprocessing.open_dataset import open_checked, several
@@ -251,13 +251,8 @@ def _header(
     case: Case, kind: str, file: Path, channels: int, with_forms: bool, findings: list[Finding]
 ) -> Volume | None:
     """Read the file's grid without voxels, None where it cannot be read; what its header shows joins `findings`."""
-    forms = None
     try:
-        # Only NIfTI says where it lies in several ways.
-        if suffix_of(file.name, NIFTI_SUFFIXES):
-            grid, forms = read_forms(file, spacing_scale=case.spacing_scale)
-        else:
-            grid = read_grid(file, spacing_scale=case.spacing_scale, series=case.series)
+        grid = read_grid(file, spacing_scale=case.spacing_scale, series=case.series)
         shape = grid.array.shape
         if (shape[3] if len(shape) == 4 else 1) != channels:
             expected = "a 3D volume" if channels == 1 else f"{channels} channels as the fourth axis"
@@ -267,9 +262,10 @@ def _header(
         return None
     if with_forms:
         findings += look.affine_findings(case.id, str(file), grid.affine)
-    if with_forms and forms is not None:
+    # Only NIfTI says where it lies in several ways.
+    if with_forms and grid.header is not None and grid.header.nifti is not None:
         try:
-            findings += look.form_findings(case.id, str(file), shape, *forms())
+            findings += look.form_findings(case.id, str(file), shape, *forms_of(file, grid.header))
         except DatasetError as error:
             # The scan can be read all the same, by its sform.
             findings.append(replace(look.error_finding(case.id, "header", error), severity="warning"))
