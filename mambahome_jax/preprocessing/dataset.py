@@ -22,7 +22,7 @@ from mambahome_jax.patches.store import StoreEntry, ct_scale, write_index
 from mambahome_jax.preprocessing.case import CaseJob, new_numbers, prepare_case, renumber_case, up_to_date
 from mambahome_jax.preprocessing.open_dataset import open_dataset, several
 from mambahome_jax.preprocessing.output import OutputFolder
-from mambahome_jax.support.console import Track, silent, untracked
+from mambahome_jax.support.console import Say, Track, silent, untracked
 from mambahome_jax.support.output_folder import locked
 from mambahome_jax.support.paths import from_keywords, local_path, real_path, require_letters
 from mambahome_jax.support.processes import count_workers, isolated_reads, run_jobs, why_failed
@@ -70,9 +70,7 @@ def preprocess(**flags: Any) -> Preprocessed:
 
 
 @isolated_reads()
-def preprocess_folders(
-    config: PreprocessConfig, say: Callable[[str], None] = silent, track: Track = untracked
-) -> Preprocessed:
+def preprocess_folders(config: PreprocessConfig, say: Say = silent, track: Track = untracked) -> Preprocessed:
     """Preprocess config.input_path into config.output_path; see `preprocess`. say, track: of support.console."""
     if real_path(config.output_path) in {real_path(path) for path in several(config.input_path)}:
         raise ConfigError(f"{config.output_path}: input_path and output_path are the same folder; name another output")
@@ -84,12 +82,7 @@ def preprocess_folders(
 
 
 def prepare_dataset(
-    dataset: Dataset,
-    config: PreprocessConfig,
-    *,
-    store_only: bool = False,
-    say: Callable[[str], None] = silent,
-    track: Track = untracked,
+    dataset: Dataset, config: PreprocessConfig, *, store_only: bool = False, say: Say = silent, track: Track = untracked
 ) -> Preprocessed:
     """Bring every case to one orientation and spacing; write OUT/images, labels, store, dataset.json; see `preprocess`.
 
@@ -113,7 +106,12 @@ def prepare_dataset(
     folder = OutputFolder(output, jobs, say)
     folder.open(nifti=not store_only)
 
-    entries = {} if config.overwrite else _entries_up_to_date(jobs)
+    entries: dict[str, StoreEntry] = {}
+    for job in () if config.overwrite else jobs:
+        # A file that is missing is reported by the worker in its own words.
+        with contextlib.suppress(DatasetError):
+            if entry := up_to_date(job):
+                entries[job.case.id] = entry
     kept = tuple(entries)
     if kept:
         say(f"{len(kept)} of {len(jobs)} cases are up to date and kept (--overwrite does them again)")
@@ -153,9 +151,7 @@ def prepare_dataset(
     return Preprocessed(prepared, tuple(ordered), new, kept, prepared.skipped)
 
 
-def _make_jobs(
-    dataset: Dataset, config: PreprocessConfig, output: Path, store_only: bool, say: Callable[[str], None]
-) -> list[CaseJob]:
+def _make_jobs(dataset: Dataset, config: PreprocessConfig, output: Path, store_only: bool, say: Say) -> list[CaseJob]:
     """Make a job for each case, in the dataset's order."""
     modality, named = config.modality, sorted({str(case.modality) for case in dataset.cases})
     reason, override = f"{', '.join(named)}, as the dataset says", "; --modality ct|mr|us overrides"
@@ -201,22 +197,12 @@ def _guess_modality(dataset: Dataset) -> tuple[Modality, str]:
     return "mr", f"{why}: no Hounsfield units of air"
 
 
-def _entries_up_to_date(jobs: Iterable[CaseJob]) -> dict[str, StoreEntry]:
-    entries = {}
-    for job in jobs:
-        # A file that is missing is reported by the worker in its own words.
-        with contextlib.suppress(DatasetError):
-            if entry := up_to_date(job):
-                entries[job.case.id] = entry
-    return entries
-
-
 def _work(
     function: Callable[[CaseJob], StoreEntry],
     todo: Sequence[CaseJob],
     entries: dict[str, StoreEntry],
     num_workers: int | None,
-    say: Callable[[str], None],
+    say: Say,
     track: Track = untracked,
     few: int = 1,
 ) -> list[tuple[str, str]]:
@@ -261,11 +247,7 @@ def _peak_bytes(job: CaseJob) -> int:
 
 
 def _number_structures(
-    jobs: Sequence[CaseJob],
-    entries: dict[str, StoreEntry],
-    folder: OutputFolder,
-    num_workers: int | None,
-    say: Callable[[str], None],
+    jobs: Sequence[CaseJob], entries: dict[str, StoreEntry], folder: OutputFolder, num_workers: int | None, say: Say
 ) -> tuple[dict[int, str], dict[int, int], list[tuple[str, str]]]:
     """Number structures without names by the values of all cases, and write label maps anew where these have gaps.
 
@@ -289,7 +271,7 @@ def _number_structures(
     return names, values, _work(renumber, todo, entries, num_workers, say, few=_FEW - 1)
 
 
-def _say_remarks(entry: StoreEntry, say: Callable[[str], None]) -> None:
+def _say_remarks(entry: StoreEntry, say: Say) -> None:
     for remark in entry.remarks:
         say(f"Note: {entry.id}: {remark}")
 
@@ -299,7 +281,7 @@ def _of_scale(jobs: Iterable[CaseJob]) -> list[str]:
     return [job.case.id for job in jobs if job.modality == "ct" and job.case.has_label and job.case.split != "test"]
 
 
-def _scale(store: Path, jobs: Iterable[CaseJob], say: Callable[[str], None]) -> CtNormalisation:
+def _scale(store: Path, jobs: Iterable[CaseJob], say: Say) -> CtNormalisation:
     scale = ct_scale(store, _of_scale(jobs))
     if scale is None:
         say("Note: no voxel of a CT is labelled, so CT is normalised by the window of -175 to 250 HU")

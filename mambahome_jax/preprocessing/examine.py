@@ -24,7 +24,7 @@ from mambahome_jax.preprocessing import findings as look
 from mambahome_jax.preprocessing.findings import SCANS, SEVERITIES, CaseFacts, Finding
 from mambahome_jax.preprocessing.open_dataset import open_checked, several
 from mambahome_jax.preprocessing.summary import DatasetSummary, likely_modality, summarise_dataset
-from mambahome_jax.support.console import Track, silent, untracked
+from mambahome_jax.support.console import Say, Track, silent, untracked
 from mambahome_jax.support.files import write_json
 from mambahome_jax.support.paths import from_keywords
 from mambahome_jax.support.processes import count_workers, isolated_reads, run_jobs, why_failed
@@ -86,7 +86,7 @@ def check(**flags: Any) -> Checked:
 @isolated_reads()
 def check_folders(
     config: CheckConfig,
-    say: Callable[[str], None] = silent,
+    say: Say = silent,
     track: Track = untracked,
     show: Callable[[Checked], None] = lambda _: None,
 ) -> Checked:
@@ -159,7 +159,7 @@ class ExamineJob:
         return CaseFacts(case.id, case.patient, case.split, self.modality, str(case.image), case.has_label)
 
 
-def _examine(dataset: Dataset, config: CheckConfig, say: Callable[[str], None], track: Track) -> list[CaseFacts]:
+def _examine(dataset: Dataset, config: CheckConfig, say: Say, track: Track) -> list[CaseFacts]:
     """Examine every case, in several processes; a case that fails is a finding of it."""
     channels, labels = len(dataset.channels), dict(dataset.labels)
     jobs = [
@@ -178,7 +178,7 @@ def _examine(dataset: Dataset, config: CheckConfig, say: Callable[[str], None], 
     return [facts[job.case.id] for job in jobs]
 
 
-def _unexamined(job: ExamineJob, error: BaseException, say: Callable[[str], None]) -> CaseFacts:
+def _unexamined(job: ExamineJob, error: BaseException, say: Say) -> CaseFacts:
     action = "" if isinstance(error, MambaHomeError | OSError) else "This is a fault of the program; please report it."
     action = "Try fewer --num_workers." if isinstance(error, MemoryError) else action
     finding = job.facts.finding("error", "unreadable", why_failed(error, say), "", action)

@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from pathlib import Path
 
 from mambahome_jax.datasets.files import fault_of_name, listed, listing
@@ -11,6 +11,7 @@ from mambahome_jax.datasets.prepared import DESCRIPTION, begin_prepared
 from mambahome_jax.errors import ConfigError, DatasetError, OutputError
 from mambahome_jax.patches.store import CASE_FILE, read_entry, remove_index
 from mambahome_jax.preprocessing.case import CaseJob
+from mambahome_jax.support.console import Say
 from mambahome_jax.support.files import not_written, read_json
 from mambahome_jax.support.output_folder import open_output
 from mambahome_jax.support.paths import one_form
@@ -23,7 +24,7 @@ _FLAG = "--output_path"
 class OutputFolder:
     """The files of this run's jobs in a folder, and those of the cases of earlier runs."""
 
-    def __init__(self, root: Path, jobs: Sequence[CaseJob], say: Callable[[str], None]):
+    def __init__(self, root: Path, jobs: Sequence[CaseJob], say: Say):
         self.root, self.jobs, self.say = root, jobs, say
         self.earlier: set[str] = set()
 
@@ -134,17 +135,14 @@ class OutputFolder:
         if not case.isascii():
             # As macOS writes names; it is the case's own file where there is no other.
             others = [place.with_name(unicodedata.normalize("NFD", place.name)) for place in places]
-            pairs = zip(others, places, strict=True)
-            paths += [path for path, place in pairs if place not in wanted or _both_exist(path, place)]
+            for path, place in zip(others, places, strict=True):
+                two = path.exists() and place.exists() and not path.samefile(place)
+                paths += [path] if two or place not in wanted else []
         return [path for path in paths if path.is_symlink() or path.exists()]
 
 
 def _written(job: CaseJob) -> tuple[Path, ...]:
     return job.written(None if job.nifti else read_entry(job.store, job.case.id))
-
-
-def _both_exist(path: Path, other: Path) -> bool:
-    return path.exists() and other.exists() and not path.samefile(other)
 
 
 def _remove(paths: Iterable[Path]) -> None:

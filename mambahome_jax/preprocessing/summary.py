@@ -95,20 +95,19 @@ def summarise_dataset(dataset: Dataset, facts: Sequence[CaseFacts]) -> DatasetSu
     )
 
 
-def suggest_spacing(spacing: np.ndarray) -> tuple[float, float, float]:
-    """Median of spacings (cases, 3) in mm; where one axis is far coarser than the others, its lowest tenth."""
+def suggest_spacing(spacing: np.ndarray) -> tuple[float, ...]:
+    """Take the median of spacings (cases, 3) in mm; where one axis is far coarser than the others, its lowest tenth."""
     median = np.median(spacing, axis=0)
     coarse = int(median.argmax())
     if median[coarse] > _ANISOTROPIC * np.delete(median, coarse).max():
         # The coarse axis of most scans would lose half of what the finer scans show.
         finer = float(np.percentile(spacing[:, coarse], 10))
         median[coarse] = max(finer, np.delete(median, coarse).max())
-    a, b, c = (float(f"{mm:.3g}") for mm in median)
-    return a, b, c
+    return tuple(float(f"{mm:.3g}") for mm in median)
 
 
-def slice_parts(spacing: tuple[float, float, float], shape: np.ndarray) -> tuple[int, int]:
-    """The axis of thick slices, and into how many each of them is resampled, 1 to leave it as it is.
+def slice_parts(spacing: tuple[float, ...], shape: np.ndarray) -> tuple[int, int]:
+    """Find the axis of thick slices, and into how many each of them is resampled, 1 to leave it as it is.
 
     spacing: (3,) mm; shape: (3,) voxels of the median scan at that spacing. Slices are cut where a scan has so few of
     them that halving four times leaves one voxel, and not thinner than the voxels within them.
@@ -119,8 +118,8 @@ def slice_parts(spacing: tuple[float, float, float], shape: np.ndarray) -> tuple
     return coarse, max(1, min(wanted, int(spacing[coarse] / within)))
 
 
-def suggest_patch(shape: np.ndarray, budget: int = _PATCH_VOXELS) -> tuple[int, int, int]:
-    """Multiples of 16 in about the proportions of a scan of `shape` (3,), at most `budget` voxels, none beyond it.
+def suggest_patch(shape: np.ndarray, budget: int = _PATCH_VOXELS) -> tuple[int, ...]:
+    """Take multiples of 16 in about the proportions of a scan of `shape` (3,): at most `budget` voxels, none beyond it.
 
     An axis of more than 16 voxels has at least 32, as halving four times would leave one of 16.
     """
@@ -136,8 +135,7 @@ def suggest_patch(shape: np.ndarray, budget: int = _PATCH_VOXELS) -> tuple[int, 
                 patch = grown
                 break
         else:
-            a, b, c = (int(n) * _PATCH_STEP for n in patch)
-            return a, b, c
+            return tuple(int(n) * _PATCH_STEP for n in patch)
 
 
 def _suggest(usable: Sequence[CaseFacts], spacing: np.ndarray, shape: np.ndarray) -> Suggestion:
@@ -149,8 +147,7 @@ def _suggest(usable: Sequence[CaseFacts], spacing: np.ndarray, shape: np.ndarray
     axis, parts = slice_parts(new, median)
     if parts > 1:
         thick, slices = new[axis], median[axis]
-        a, b, c = (float(f"{mm / parts:.3g}") if index == axis else mm for index, mm in enumerate(new))
-        new = (a, b, c)
+        new = tuple(float(f"{mm / parts:.3g}") if index == axis else mm for index, mm in enumerate(new))
         median[axis] *= parts
         finer += (
             f"; slices of {thick:g} mm in {parts} parts, as the network would halve {slices:.0f} of them four times "

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 T = TypeVar("T")
+# Takes a line about the work.
+Say = Callable[[str], None]
 # Takes results as they come, and how many there will be; passes them on.
 Track = Callable[[Iterable[T], int], Iterable[T]]
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar
 
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
+from mambahome_jax.support.console import Say
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -97,17 +98,10 @@ def available_memory() -> int | None:
     return max(min(found), 0) if found else None
 
 
-def count_workers(
-    asked: int | None, jobs: Sequence[J], peak_bytes: Callable[[J], int], say: Callable[[str], None]
-) -> int:
+def count_workers(asked: int | None, jobs: Sequence[J], peak_bytes: Callable[[J], int], say: Say) -> int:
     """Count the processes that the cores and jobs call for and that memory holds, at least 1.
 
-    Args:
-        asked: None for one a core.
-        peak_bytes: memory of one job at its peak; the largest counts.
-        say: takes a line where memory holds fewer.
-
-    Raises: ConfigError: a negative number asked for.
+    asked: None for one a core. peak_bytes: memory of one job at its peak. Raises ConfigError: fewer than 0 asked for.
     """
     if asked is not None and asked < 0:
         raise ConfigError(f"num_workers is {asked}; expected 0 or more")
@@ -121,7 +115,7 @@ def count_workers(
     return min(wanted, fitting)
 
 
-def why_failed(error: BaseException, say: Callable[[str], None], out_of_memory: str = "") -> str:
+def why_failed(error: BaseException, say: Say, out_of_memory: str = "") -> str:
     """Say in a line why a job failed; of a fault of ours `say` gets the traceback, which is needed to fix it.
 
     out_of_memory: what to do about that.
