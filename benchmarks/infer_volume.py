@@ -67,7 +67,7 @@ def segment_file(model: Any, source: Path, result: Path, settings: Any) -> dict[
     done("read")
     image = to_network_grid(volume, settings, 1)
     done("prepare")
-    labels = label(model, image, settings)
+    labels = label(model, image)
     done("windows and back to the scan's grid")
     write_volume(result, labels)
     done("write")

@@ -23,7 +23,6 @@ from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, Outp
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging import dicomseg, itk
 from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
-from mambahome_jax.imaging.geometry import coarse_remark
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.imaging.normalisation import CtScale, normalisation_for
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
@@ -176,9 +175,8 @@ class Run:
         begun = time.perf_counter()
         probabilities: list[np.ndarray] = []
         take = probabilities.append if self.config.save_probabilities else None
-        labels = label(self.segmenter.networks, image, image.settings, windows, take, devices=self.devices)
-        coarse = coarse_remark(image.oriented.shape, image.shape)
-        remarks = () if coarse is None else (coarse,)
+        labels = label(self.segmenter.networks, image, windows, take, devices=self.devices)
+        remarks = () if image.remark is None else (image.remark,)
         return Segmented(scan, volume, labels, remarks, (probabilities[0], image.affine) if take else None, begun)
 
 

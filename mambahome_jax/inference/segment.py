@@ -18,6 +18,7 @@ from mambahome_jax.imaging.geometry import (
     Order,
     coarse_remark,
     orientation_of,
+    positions_on,
     reorient,
     resample_to,
     resampled_grid,
@@ -29,7 +30,7 @@ from mambahome_jax.imaging.plausibility import modality_remark, scan_remark, vol
 from mambahome_jax.imaging.volume import Volume, replace_values
 from mambahome_jax.inference.ensemble import Ensemble, replicas
 from mambahome_jax.inference.postprocess import ALL, postprocess, values_named, volumes_ml, write_probabilities
-from mambahome_jax.inference.targets import Whole, labels_on, probabilities_of_tile
+from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole, probabilities_of_tile
 from mambahome_jax.inference.tiled import Progress, Target, WindowSettings, predict_tiled
 from mambahome_jax.support.paths import openable_path
 
@@ -207,11 +208,10 @@ def segment(
         warnings.warn(remark, stacklevel=2)
     probabilities: list[np.ndarray] = []
     take = None if save_probabilities is None else probabilities.append
-    labels = label(networks, scan, segmenter.settings, progress, take, devices=devices)
+    labels = label(networks, scan, progress, take, devices=devices)
     labels = postprocess(labels, segmenter.only, segmenter.largest)
-    coarse = coarse_remark(scan.oriented.shape, scan.shape)
-    if coarse is not None:
-        warnings.warn(coarse, ScanWarning, stacklevel=2)
+    if scan.remark is not None:
+        warnings.warn(scan.remark, ScanWarning, stacklevel=2)
     if save_probabilities is not None:
         write_probabilities(save_probabilities, probabilities[0], scan.affine, networks.class_names)
     # A callable that says nothing of its training, called without a modality, may be for anything.
@@ -228,13 +228,14 @@ class NetworkInput:
     """A scan as the network takes it, with what is needed to go back.
 
     oriented: the scan (D, H, W, in) in any real type, reoriented. affine, shape: the network's grid.
-    file_affine: (4, 4) of the scan as it was read. statistics: what `settings.normalisation` takes.
-    kept: (*shape, in) float32, None where slabs are made on demand.
+    positions: of the oriented scan's voxels on it, see `positions_on`. file_affine: (4, 4) of the scan as it was read.
+    statistics: what `settings.normalisation` takes. kept: (*shape, in) float32, None where slabs are made on demand.
     """
 
     oriented: Volume
     affine: np.ndarray
     shape: tuple[int, int, int]
+    positions: list[np.ndarray] | None
     file_affine: np.ndarray
     settings: SegmentSettings
     statistics: IntensityStatistics | None = None
@@ -261,6 +262,19 @@ class NetworkInput:
             whole = [slice(0, n) for n in self.shape]
             for rows in _rows((*self.shape, array.shape[3])):
                 yield self._box((rows, whole[1], whole[2]), np.asarray)
+
+    @property
+    def remark(self) -> str | None:
+        """What to say of a scan of which resampling leaves next to nothing."""
+        return coarse_remark(self.oriented.shape, self.shape)
+
+    def target(self) -> Labels | ShearedLabels:
+        """Make what labels the reoriented scan of logits on the network's grid."""
+        order: Order = "nearest" if self.settings.published else "linear"
+        if self.positions is not None:
+            return Labels(self.positions, order)
+        matrix = np.linalg.inv(self.affine) @ self.oriented.affine
+        return ShearedLabels(self.shape, self.oriented.shape, matrix, order)
 
     def back(self, labels: np.ndarray) -> Volume:
         """Labels of the reoriented scan as a volume of the scan as it was read."""
@@ -302,7 +316,8 @@ def to_network_grid(
     oriented = reorient(replace(volume, array=array), settings.orientation)
     spacing = (0.0, 0.0, 0.0) if settings.spacing is None else settings.spacing
     affine, shape = resampled_grid(oriented.affine, oriented.shape, spacing)
-    scan = NetworkInput(oriented, affine, shape, volume.affine, settings)
+    positions = positions_on(affine, shape, oriented.affine, oriented.shape)
+    scan = NetworkInput(oriented, affine, shape, positions, volume.affine, settings)
     if settings.normalisation.needs_statistics:
         scan = replace(scan, statistics=statistics_of_parts(scan.raw_parts()))
     size = (*shape, array.shape[-1])
@@ -323,7 +338,6 @@ def _rows(shape: Sequence[int]) -> Iterator[slice]:
 def label(
     model: Any,
     scan: NetworkInput,
-    settings: SegmentSettings,
     progress: Progress | None = None,
     with_probabilities: Callable[[np.ndarray], None] | None = None,
     *,
@@ -335,7 +349,7 @@ def label(
     with_probabilities: gets those of all classes on the network's grid, (D, H, W, classes) float16.
     devices: that share the windows, the sums on the first; None: where the model is. device_bytes: `WindowSettings`.
     """
-    networks = Ensemble.of(model)
+    networks, settings = Ensemble.of(model), scan.settings
     sizes = zip(settings.roi_size, scan.shape, networks.multiples, strict=True)
     windows = WindowSettings(
         roi=tuple(r if r > 0 else -(-n // multiple) * multiple for r, n, multiple in sizes),
@@ -344,8 +358,7 @@ def label(
         sw_batch_size=settings.sw_batch_size,
         device_bytes=device_bytes,
     )
-    order: Order = "nearest" if settings.published else "linear"
-    labels = labels_on(scan.oriented.affine, scan.oriented.shape, scan.affine, scan.shape, order)
+    labels = scan.target()
     probabilities = Whole(scan.shape, probabilities_of_tile)
     targets: list[Target] = [labels] if with_probabilities is None else [labels, probabilities]
     members = [replicas(member, settings.mirrors, devices) for member in networks.members]

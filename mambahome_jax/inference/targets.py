@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mambahome_jax.imaging.geometry import Order, positions_on
+from mambahome_jax.imaging.geometry import Order
 from mambahome_jax.inference.ensemble import log_mean_softmax
 from mambahome_jax.inference.tiled import Index, Part, Place, Sums, Tiling
 
@@ -82,16 +82,6 @@ class Labels(OnHost):
         ):
             inside = tuple(slice(0, rows.stop - rows.start) for rows in (a, b, c))
             yield (a, b, c), inside, _label_tile(sums, (share_a, share_b, share_c), self.result.dtype)
-
-
-def labels_on(
-    affine: np.ndarray, shape: Sequence[int], logits_affine: np.ndarray, logits_shape: Sequence[int], order: Order
-) -> "Labels | ShearedLabels":
-    """Make the target that labels a grid, of logits on another one."""
-    positions = positions_on(logits_affine, logits_shape, affine, shape)
-    if positions is None:
-        return ShearedLabels(logits_shape, shape, np.linalg.inv(logits_affine) @ affine, order)
-    return Labels(positions, order)
 
 
 def _background(shape: Sequence[int], sums: Sequence[Sums]) -> np.ndarray:

@@ -89,7 +89,7 @@ def test_labels_and_probabilities(volume, spacing, overlap, members, mirrors, ch
     prepared = to_network_grid(volume, settings)
     shares, logits = from_whole_arrays(models, prepared, settings)
     kept = []
-    result = label(models, prepared, settings, with_probabilities=kept.append)
+    result = label(models, prepared, with_probabilities=kept.append)
     np.testing.assert_array_equal(result.affine, volume.affine)
     assert_same_labels(result.array, logits)
     np.testing.assert_allclose(kept[0], shares, rtol=1e-3, atol=1e-5)
@@ -97,7 +97,7 @@ def test_labels_and_probabilities(volume, spacing, overlap, members, mirrors, ch
     by_slabs = to_network_grid(volume, settings, whole_bytes=0)
     assert prepared.kept is not None and by_slabs.kept is None
     np.testing.assert_array_equal(by_slabs.image, prepared.image)
-    slabbed = label(models, by_slabs, settings, device_bytes=0)
+    slabbed = label(models, by_slabs, device_bytes=0)
     np.testing.assert_array_equal(slabbed.array, result.array)
 
 
@@ -125,7 +125,7 @@ def test_sheared_axes(monkeypatch, chain, orientation, spacing, shear, points):
     prepared = to_network_grid(volume, settings)
     models = [network(0), network(1)]
     _, logits = from_whole_arrays(models, prepared, settings)
-    found = label(models, prepared, settings)
+    found = label(models, prepared)
     assert found.shape == volume.shape and found.array.dtype == np.uint8
     assert_same_labels(found.array, logits)
 
@@ -135,9 +135,9 @@ def test_many_classes_need_two_bytes(share):
     affine = np.eye(4)
     affine[0, 1] = share
     prepared = to_network_grid(
-        Volume(scan((16, 17, 18)).array, affine), settings := SegmentSettings((1.5, 1.5, 1.5), "RAS", CtWindow(), ROI)
+        Volume(scan((16, 17, 18)).array, affine), SegmentSettings((1.5, 1.5, 1.5), "RAS", CtWindow(), ROI)
     )
-    found = label(network(0, 300), prepared, settings)
+    found = label(network(0, 300), prepared)
     assert found.array.dtype == np.uint16 and found.array.max() > 255
 
 
@@ -170,7 +170,7 @@ def test_the_network_is_not_asked_for_more_than_a_slab():
 
     settings = SegmentSettings(None, "RAS", CtWindow(), ROI)
     volume = scan((30, 40, 200))
-    label(network(0), Watched(to_network_grid(volume, settings, whole_bytes=0)), settings)
+    label(network(0), Watched(to_network_grid(volume, settings, whole_bytes=0)))
     assert {axis for axis, _ in asked} == {2}
     assert sum(planes for _, planes in asked) == 200
     assert max(planes for _, planes in asked) <= 48
@@ -188,7 +188,7 @@ def test_few_tiles_are_alive(monkeypatch):
 
     monkeypatch.setattr(tiled.Tiles, "add", counted)
     settings = SegmentSettings(None, "RAS", CtWindow(), ROI)
-    label(network(0), to_network_grid(scan((18, 20, 400)), settings), settings)
+    label(network(0), to_network_grid(scan((18, 20, 400)), settings))
     tiling = Tiling((18, 20, 400), ROI)
     assert max(most) <= tiling.bytes_alive(4)
     # A window's depth is 32 of 400 planes, and tiles reach beyond the volume.
@@ -214,7 +214,7 @@ def test_more_than_256_classes_need_two_bytes():
     settings = SegmentSettings(None, "RAS", MinMax(), (16, 16, 16))
     values = np.zeros((8, 8, 8), np.float32)
     values[2, 3, 4] = 1
-    result = label(predict, to_network_grid(Volume(values, np.eye(4)), settings), settings).array
+    result = label(predict, to_network_grid(Volume(values, np.eye(4)), settings)).array
     assert result.dtype == np.uint16
     assert result[2, 3, 4] == 299 and result.sum() == 299
 
@@ -224,5 +224,5 @@ def test_levels_on_a_grid_of_half_the_size():
     coarse = np.random.default_rng(0).integers(0, 3, (12, 10, 9))
     values = np.asarray((-175, 37.5, 250), np.float32)[coarse]
     settings = SegmentSettings((0.5, 0.5, 0.5), "LAS", CtWindow(), ROI)
-    result = label(model, to_network_grid(Volume(values, np.eye(4)), settings), settings)
+    result = label(model, to_network_grid(Volume(values, np.eye(4)), settings))
     np.testing.assert_array_equal(result.array, coarse)

@@ -32,12 +32,8 @@ def test_volumes_of_other_sizes_compile_nothing(compiled):
     def run(chain, shape, orientation="RAS", spacing=(1.0, 1.2, 2.0)):
         # Five windows a call, as in no other test: the first volume must compile.
         settings = SegmentSettings((1.3, 1.1, 1.6), "RAS", CtWindow(), ROI, 0.5, 5, chain, MIRRORS)
-        label(
-            models,
-            to_network_grid(scan(shape, orientation, spacing), settings),
-            settings,
-            with_probabilities=kept.append,
-        )
+        prepared = to_network_grid(scan(shape, orientation, spacing), settings)
+        label(models, prepared, with_probabilities=kept.append)
 
     kept = []
     # Long enough that tiles are used again.
@@ -58,8 +54,8 @@ def test_devices_share_the_windows_and_give_the_labels_of_one(count):
     settings = SegmentSettings((1.3, 1.1, 1.6), "RAS", CtWindow(), ROI, 0.5, 2, "trained", MIRRORS)
     models, prepared = [network(0), network(1)], to_network_grid(scan((41, 33, 30)), settings)
     alone, spread = [], []
-    one = label(models, prepared, settings, with_probabilities=alone.append)
-    several = label(models, prepared, settings, with_probabilities=spread.append, devices=devices)
+    one = label(models, prepared, with_probabilities=alone.append)
+    several = label(models, prepared, with_probabilities=spread.append, devices=devices)
     np.testing.assert_array_equal(several.array, one.array)
     np.testing.assert_array_equal(spread[0], alone[0])
 
@@ -79,7 +75,7 @@ def test_every_device_predicts(monkeypatch):
     assert {device for _, device in seen} == {devices[0]}
     seen.clear()
     settings = SegmentSettings(None, "RAS", CtWindow(), ROI)
-    label(network(0), to_network_grid(scan((20, 20, 20)), settings), settings, devices=devices, device_bytes=0)
+    label(network(0), to_network_grid(scan((20, 20, 20)), settings), devices=devices, device_bytes=0)
     assert {device for _, device in seen} == {jax.local_devices(backend="cpu")[0]}
 
 
@@ -99,4 +95,4 @@ def test_what_fails_while_windows_are_cut_is_raised():
             raise MemoryError
 
     with pytest.raises(MemoryError):
-        label(network(0), Broken(), prepared.settings)
+        label(network(0), Broken())
