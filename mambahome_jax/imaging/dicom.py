@@ -25,20 +25,16 @@ from mambahome_jax.imaging.formats import (
     kind_in,
     kind_of,
 )
-from mambahome_jax.support.files import head_of, hidden
+from mambahome_jax.support.files import head_of, hidden, not_read
 from mambahome_jax.support.processes import isolated
 
-# Share of the distance between slices by which one may lie elsewhere than evenly between the outermost ones: positions
-# are often written with one decimal only.
+# Share of the distance between slices by which one may lie off, as positions are often written with one decimal only.
 UNEVEN = 0.1
-# Largest difference of direction cosines, and of mm between pixels, that counts as rounding.
-_ROUNDING = 1e-3
-# Slices that a message names one by one.
-_NAMED = 20
-# Bytes in which the header of a slice usually ends.
-_HEADER = 1 << 14
-# Levels below a folder in which the slices of a scan are looked for, as in <patient>/<study>/<series>/.
-DEEPEST = 8
+_ROUNDING = 1e-3  # difference of direction cosines, and of mm between pixels, that counts as rounding
+_CONVERT = "Convert the series to NIfTI, for example with dcm2niix."
+_NAMED = 20  # slices that a message names one by one
+_HEADER = 1 << 14  # bytes in which the header of a slice usually ends
+DEEPEST = 8  # levels below a folder in which slices are looked for, as in <patient>/<study>/<series>/
 # Classes of objects that lie beside scans and hold no slices: DICOMDIR; raw data, segmentations, registrations, tables
 # of values and surfaces; presentation states, reports and key images; structure sets, plans and doses of radiotherapy;
 # what Siemens (CSA non-image) and Philips put into exports for their own programs.
@@ -80,57 +76,55 @@ class Slice:
     thickness: float | None
 
 
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The slices of a volume along the normal of their plane, and (4, 4), voxel to RAS mm."""
+
+    slices: list[Slice]
+    affine: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Columns, rows, slices."""
+        return (*self.slices[0].size, len(self.slices))
+
+
 @isolated
 def read(folder: Path, series: Collection[str] = ()) -> tuple[np.ndarray, np.ndarray]:
-    """The one series of a folder, or of those below it where it holds no slices itself: voxels (columns, rows, slices)
-    float32, first axis fastest, with rescale slope and intercept applied to each slice; and affine (4, 4), voxel to RAS
-    mm.
+    """Read a series: voxels (columns, rows, slices) float32 with each slice's rescaling applied, and affine (4, 4).
 
-    Slices are sorted along the normal of their plane; a tilted gantry gives an exact, sheared affine. Files that
-    are no images (reports, structure sets, segmentations) and other files are passed over. Slices that lack at either
-    end leave no trace. series: UIDs to choose from several by.
-    Raises DatasetError: SimpleITK is not installed, no slices, several series (with a list), a damaged file, several
-    frames in a file, slices of several sizes, directions or pixel spacings, two at one place, missing or uneven ones,
-    colours.
+    Raises DatasetError: as `read_stack`; pixels that are damaged, or colours.
     """
-    slices, step = sorted_slices(folder, series)
-    array = np.empty((*slices[0].size, len(slices)), np.float32, order="F")
-    for k, one in enumerate(slices):
+    stack = read_stack(folder, series)
+    array = np.empty(stack.shape, np.float32, order="F")
+    for k, one in enumerate(stack.slices):
         array[:, :, k] = _pixels(one)
-    return array, affine_of(slices, step)
+    return array, stack.affine
 
 
 @isolated
-def sorted_slices(folder: Path, series: Collection[str] = ()) -> tuple[list[Slice], np.ndarray]:
-    """The slices of the one series of a folder along the normal of their plane, from their headers alone, and (3,) LPS
-    mm from one to the next. Raises DatasetError as `read`, but for what only shows in pixels."""
+def read_stack(folder: Path, series: Collection[str] = ()) -> Stack:
+    """Read the headers of the one series of a folder, or of those below it where it holds no slices itself.
+
+    A tilted gantry gives an exact, sheared affine. Files that are no images (reports, structure sets, segmentations)
+    and other files are passed over; slices that lack at either end leave no trace. series: UIDs to choose from several.
+    Raises DatasetError: SimpleITK is not installed, no slices, several series (with a list), a damaged file, several
+    frames in a file, slices of several sizes, directions or pixel spacings, two at one place, missing or uneven ones.
+    """
     itk.simpleitk(folder)
     contents = contents_of(folder)
     for path, reason in contents.unreadable:
         raise DatasetError(reason.removeprefix(f"{path}: "), file=path)
     if not contents.series:
-        expected, action = "a folder of DICOM slices, or a scan file", "Name the folder that holds the slices."
-        raise DatasetError(
-            "cannot be read: a folder without DICOM slices", file=folder, expected=expected, action=action
-        )
+        found, expected = "cannot be read: a folder without DICOM slices", "a folder of DICOM slices, or a scan file"
+        raise DatasetError(found, file=folder, expected=expected, action="Name the folder that holds the slices.")
     slices = [_header(path) for path in _one_series(folder, contents.series, series).paths]
     _require_alike(slices)
     normal = np.cross(slices[0].steps[:, 0], slices[0].steps[:, 1])
     normal /= np.linalg.norm(normal)
     slices.sort(key=lambda one: float(one.position @ normal))
-    return slices, _step(slices, normal)
-
-
-@isolated
-def read_geometry(folder: Path, series: Collection[str] = ()) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape and affine of what `read` gives. Raises DatasetError as `sorted_slices`."""
-    slices, step = sorted_slices(folder, series)
-    return (*slices[0].size, len(slices)), affine_of(slices, step)
-
-
-def affine_of(slices: list[Slice], step: np.ndarray) -> np.ndarray:
-    """(4, 4) float64, voxel to RAS mm, of what `sorted_slices` gives."""
-    return itk.affine_from(np.column_stack([slices[0].steps, step]), slices[0].position)
+    columns = np.column_stack([slices[0].steps, _step(slices, normal)])
+    return Stack(slices, itk.affine_from(columns, slices[0].position))
 
 
 def _require_whole(path: Path, reader: Any) -> None:
@@ -139,12 +133,11 @@ def _require_whole(path: Path, reader: Any) -> None:
         with path.open("rb") as file:
             values = dicom_values(file, (MODALITY_LUT, PIXELS))
     except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
+        raise not_read(path, error) from error
     if MODALITY_LUT in values and values[MODALITY_LUT].length:
         # It would leave the stored values as they are.
         found, expected = "a table of real values (Modality LUT Sequence)", "rescale slope and intercept"
-        action = "Convert the series with a program that applies it, for example dcm2niix."
-        raise DatasetError(found, file=path, expected=expected, action=action)
+        raise DatasetError(found, file=path, expected=expected, action=_CONVERT)
     columns, rows = reader.GetSize()[:2]
     bits = (_number(reader, "0028|0002") or 1) * _number(reader, "0028|0100")
     held, needed = values[PIXELS].length if PIXELS in values else UNKNOWN, int(columns * rows * bits / 8)
@@ -173,8 +166,7 @@ def _header(path: Path) -> Slice:
         raise _damaged(path) from error
     if int(np.prod(reader.GetSize()[2:])) != 1 or "MOSAIC" in _text(reader, "0008|0008"):
         found = "several slices in one file (enhanced DICOM or a mosaic)"
-        action = "Convert the series to NIfTI, for example with dcm2niix."
-        raise DatasetError(found, file=path, expected="a slice a file", action=action)
+        raise DatasetError(found, file=path, expected="a slice a file", action=_CONVERT)
     _require_whole(path, reader)
     orientation = _numbers(path, reader, "0020|0037", 6, "ImageOrientationPatient")
     spacing = _numbers(path, reader, "0028|0030", 2, "PixelSpacing")
@@ -325,27 +317,24 @@ def _pixels(one: Slice) -> np.ndarray:
     try:
         image = _reader(one.path).Execute()
     except RuntimeError as error:
+        reason = itk.reason_of(error)
         if b"MONOCHROME1" in head_of(one.path, _HEADER):
-            raise _turned_over(one.path, itk.reason_of(error)) from error
-        action = "Copy or export it again."
-        raise DatasetError(f"truncated or damaged ({itk.reason_of(error)})", file=one.path, action=action) from error
+            raise _turned_over(one.path, reason) from error
+        raise _damaged(one.path, f" ({reason})") from error
     inverse = _text(image, "0028|0004") == "MONOCHROME1"
     if inverse and _text(image, "0028|0100") not in ("8", "16"):
         # ITK turns two of the bytes over.
         raise _turned_over(one.path, f"{_text(image, '0028|0100')} bits a pixel")
     array = itk.voxels(one.path, image)
     if array.ndim != 3:
-        raise DatasetError(
-            "colours", file=one.path, expected="one value a pixel", action="Is it a picture, not a scan?"
-        )
+        action = "Is it a picture, not a scan?"
+        raise DatasetError("colours", file=one.path, expected="one value a pixel", action=action)
     return _as_stored(image, array[:, :, 0]) if inverse else array[:, :, 0]
 
 
 def _turned_over(path: Path, reason: str) -> DatasetError:
-    action = "Convert the series to NIfTI, for example with dcm2niix."
-    return DatasetError(
-        f"MONOCHROME1 in a form that cannot be read ({reason})", file=path, expected="MONOCHROME2", action=action
-    )
+    found = f"MONOCHROME1 in a form that cannot be read ({reason})"
+    return DatasetError(found, file=path, expected="MONOCHROME2", action=_CONVERT)
 
 
 def _as_stored(image: Any, array: np.ndarray) -> np.ndarray:
@@ -406,16 +395,16 @@ def sort_out(paths: Iterable[Path]) -> Contents:
         try:
             identity = identify(path)
         except OSError as error:
-            unreadable.append((path, f"{path}: cannot be read: {error.strerror or error}"))
+            unreadable.append((path, str(not_read(path, error))))
             continue
         if identity is None and kind_of(path) != "slice":
             others.append(path)
         elif identity is not None and _BESIDE.match(identity.sop_class):
             beside.append(path)
         else:
-            uid = "" if identity is None else identity.series
+            _, uid, number = identity or ("", "", "")
             series.setdefault(uid, []).append(path)
-            numbers.setdefault(uid, "" if identity is None else identity.number)
+            numbers.setdefault(uid, number)
     if "" in series and len(series) == 2:
         (uid,) = series.keys() - {""}
         series = {uid: sorted(series[uid] + series[""])}
@@ -430,7 +419,7 @@ def files_below(folder: Path) -> list[Path]:
     """
 
     def fail(error: OSError) -> None:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=error.filename) from error
+        raise not_read(error.filename, error) from error
 
     found = []
     for home, folders, names in os.walk(folder, onerror=fail, followlinks=True):
@@ -449,7 +438,7 @@ def files_in(folder: Path) -> list[Path]:
             path for path in folder.iterdir() if not hidden(path.name) and _may_be_slice(path) and path.is_file()
         )
     except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=folder) from error
+        raise not_read(folder, error) from error
 
 
 def _may_be_slice(path: Path) -> bool:

@@ -20,7 +20,7 @@ import numpy as np
 
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging import dicom, itk
-from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.imaging.volume import Volume, count_values, replace_values
 from mambahome_jax.support.files import atomic_write
 
 INSTALL = 'pip install "mambahome-jax[dicomseg]"'
@@ -51,6 +51,7 @@ _ORGANS = {
     **{"inferior vena cava": "InferiorVenaCava", "postcava": "InferiorVenaCava", "ivc": "InferiorVenaCava"},
 }
 _LONGEST_LABEL = 64
+_FAULTS = (ValueError, TypeError, AttributeError, LookupError, RuntimeError)  # of highdicom and pydicom
 
 
 def installed() -> bool:
@@ -59,28 +60,31 @@ def installed() -> bool:
 
 
 def write(path: Path, labels: Volume, folder: Path, names: Mapping[int, str], series: Collection[str] = ()) -> None:
-    """Write a label map to a DICOM SEG file, whole or not at all.
+    """Write a label map on the grid of a series to a DICOM SEG file, whole or not at all.
 
-    labels: (columns, rows, slices) integers on the grid of the series, as `dicom.read` gives it. folder: that of its
-    slices. names: value -> structure, a segment each even if it has no voxel; other values are label_<value>. series:
-    UIDs, where the folder holds several, as `dicom.read` takes them.
+    names: value -> structure, a segment each even if it has no voxel; other values are label_<value>.
     Raises OutputError: highdicom is not installed, a folder that cannot be written, a full disk. DatasetError: the
     series cannot be read or is another than that of the labels; what a SEG must repeat is missing or wrong in it.
     """
     highdicom = _highdicom(path)
-    slices = _slices(folder, series, labels.shape)
-    values = {value: names.get(value, f"label_{value}") for value in sorted({*names, *_values(labels.array)})}
+    stack = dicom.read_stack(folder, series)
+    if stack.shape != labels.shape:
+        action = "Has the folder changed meanwhile? Segment it again."
+        raise DatasetError(f"{stack.shape} voxels", file=folder, expected=f"{labels.shape}", action=action)
+    present = sorted({*names, *count_values(labels.array)} - {0})
+    values = {value: names.get(value, f"label_{value}") for value in present}
     if not values:
         raise OutputError(f"{path}: a DICOM SEG needs at least one structure, and the label map names none")
-    planes = _numbered(labels.array, list(values)).transpose(2, 1, 0)
+    numbers = {value: number for number, value in enumerate(present, start=1)}
+    planes = replace_values(labels.array, numbers).transpose(2, 1, 0)
     version = _version()
     with _as_they_are(folder):
-        sources = _headers(slices)
+        sources = _headers(stack.slices)
         place: dict[str, Any] = {}
         if not planes.any():
             # highdicom would keep every frame of every structure; one of each says the same.
-            planes, place = planes[:1], {"plane_positions": [_position(highdicom, sources[0])]}
-            place["omit_empty_frames"] = False
+            position = highdicom.PlanePositionSequence("PATIENT", image_position=list(sources[0].ImagePositionPatient))
+            planes, place = planes[:1], {"plane_positions": [position], "omit_empty_frames": False}
         spacing = [float(value) for value in sources[0].PixelSpacing]
         between = float(labels.spacing[2])
         measures = highdicom.PixelMeasuresSequence(
@@ -115,9 +119,8 @@ def write(path: Path, labels: Volume, folder: Path, names: Mapping[int, str], se
 
 
 def read(path: Path, folder: Path, names: Mapping[int, str], series: Collection[str] = ()) -> Volume:
-    """What `write` wrote: label map (columns, rows, slices) on the grid of the series, uint8, or uint16 beyond 255.
+    """Read what `write` wrote, uint8 or uint16 beyond 255. folder, names, series: as they were given to it.
 
-    folder, names, series: as they were given to `write`.
     Raises DatasetError: highdicom is not installed, a file that is damaged, no SEG, of another series or other
     structures; the series cannot be read.
     """
@@ -127,13 +130,13 @@ def read(path: Path, folder: Path, names: Mapping[int, str], series: Collection[
         highdicom = _highdicom(path)
     except OutputError as error:
         raise DatasetError("highdicom is not installed", file=path, action=f"Run: {INSTALL}") from error
-    slices, step = dicom.sorted_slices(folder, series)
+    stack = dicom.read_stack(folder, series)
     pydicom = importlib.import_module("pydicom")
     tags = ["SOPInstanceUID"]
     with _as_they_are(path):
         uids = [
             pydicom.dcmread(one.path, specific_tags=tags, stop_before_pixels=True, force=True).SOPInstanceUID
-            for one in slices
+            for one in stack.slices
         ]
         segmentation = highdicom.seg.segread(path)
         referred = segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence
@@ -141,16 +144,17 @@ def read(path: Path, folder: Path, names: Mapping[int, str], series: Collection[
             raise DatasetError("a DICOM SEG of other slices", file=path, expected=f"one of those in {folder}")
         found = [str(segmentation.get_segment_description(n).segment_label) for n in segmentation.segment_numbers]
         known = {_label(name): value for value, name in names.items()}
-        values = [known.get(name, _number_of(name)) for name in found]
-        if None in values or not set(known) <= set(found):
+        numbers = [re.fullmatch(r"label_(\d+)", name) for name in found]
+        values = [known.get(name, int(number[1]) if number else 0) for name, number in zip(found, numbers, strict=True)]
+        if 0 in values or not set(known) <= set(found):
             expected = ", ".join(known)
             raise DatasetError(f"segments {', '.join(found)}", file=path, expected=expected, action="Segment it again.")
         planes = segmentation.get_pixels_by_source_instance(
             uids, combine_segments=True, assert_missing_frames_are_empty=True, skip_overlap_checks=True, dtype=np.uint16
         )
-    table = np.array([0, *(value for value in values if value is not None)], np.uint16)
+    table = np.array([0, *values], np.uint16)
     table = table.astype(np.uint8) if table.max() <= 255 else table
-    return Volume(table[planes].transpose(2, 1, 0), dicom.affine_of(slices, step))
+    return Volume(table[planes].transpose(2, 1, 0), stack.affine)
 
 
 def _highdicom(path: Path) -> Any:
@@ -158,15 +162,6 @@ def _highdicom(path: Path) -> Any:
         return importlib.import_module("highdicom")
     except ImportError as error:
         raise OutputError(f"{path}: highdicom, which writes it, is not installed. Run: {INSTALL}") from error
-
-
-def _slices(folder: Path, series: Collection[str], shape: Sequence[int]) -> list[dicom.Slice]:
-    slices, _ = dicom.sorted_slices(folder, series)
-    found = (*slices[0].size, len(slices))
-    if found != tuple(shape):
-        action = "Has the folder changed meanwhile? Segment it again."
-        raise DatasetError(f"{found} voxels", file=folder, expected=f"{tuple(shape)}", action=action)
-    return slices
 
 
 def _headers(slices: Sequence[dicom.Slice]) -> list[Any]:
@@ -178,9 +173,8 @@ def _headers(slices: Sequence[dicom.Slice]) -> list[Any]:
         header = pydicom.dcmread(one.path, stop_before_pixels=True, specific_tags=tags, force=True)
         missing = [name for name in _NEEDED if not header.get(name)]
         if missing:
-            expected = "a slice that can be referred to"
-            action = "Name another --output_format."
-            raise DatasetError(f"no {' and no '.join(missing)}", file=one.path, expected=expected, action=action)
+            found, expected = f"no {' and no '.join(missing)}", "a slice that can be referred to"
+            raise DatasetError(found, file=one.path, expected=expected, action="Name another --output_format.")
         headers.append(header)
     for name in _MAY_BE_EMPTY:
         if name not in headers[0]:
@@ -196,10 +190,6 @@ def _headers(slices: Sequence[dicom.Slice]) -> list[Any]:
     for header in headers:
         header.FrameOfReferenceUID = frame
     return headers
-
-
-def _position(highdicom: Any, header: Any) -> Any:
-    return highdicom.PlanePositionSequence("PATIENT", image_position=list(header.ImagePositionPatient))
 
 
 def _descriptions(highdicom: Any, names: Any, version: str) -> list[Any]:
@@ -233,28 +223,6 @@ def _label(name: str) -> str:
     return re.sub(r"[\\\x00-\x1f\x7f]", "/", name)[:_LONGEST_LABEL].strip() or "unnamed"
 
 
-def _number_of(name: str) -> int | None:
-    found = re.fullmatch(r"label_(\d+)", name)
-    return int(found[1]) if found else None
-
-
-def _values(array: np.ndarray) -> list[int]:
-    """Label values that occur, without 0; slice by slice, as counting widens what it counts."""
-    found: set[int] = set()
-    for k in range(array.shape[2]):
-        found |= set(np.flatnonzero(np.bincount(array[:, :, k].ravel())).tolist())
-    return sorted(found - {0})
-
-
-def _numbered(array: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """The array with each value replaced by its place in `values`, from 1; itself where that changes nothing."""
-    if list(values) == list(range(1, len(values) + 1)) and array.dtype in (np.uint8, np.uint16):
-        return array
-    table = np.zeros(max(values) + 1, np.uint8 if len(values) <= 255 else np.uint16)
-    table[list(values)] = np.arange(1, len(values) + 1)
-    return table[array]
-
-
 @contextlib.contextmanager
 def _as_they_are(file: Path) -> Iterator[None]:
     """Values of headers are taken as they are, without a word of them in a warning or a message.
@@ -268,14 +236,7 @@ def _as_they_are(file: Path) -> Iterator[None]:
             yield
     except (DatasetError, OutputError):
         raise
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        pydicom.errors.InvalidDicomError,
-    ) as error:
+    except (*_FAULTS, pydicom.errors.InvalidDicomError) as error:
         found = f"headers that no DICOM SEG can be made of or read from ({type(error).__name__})"
         action = "Export the series again, or name another --output_format."
         raise DatasetError(found, file=file, expected="values as the standard has them", action=action) from error

@@ -36,11 +36,10 @@ _CORNERS = np.array([[*index, 1] for index in np.ndindex(2, 2, 2)])
 class Header:
     """The place of a scan as its file has it.
 
-    affine: (4, 4) float64, voxel to RAS mm, of the volume that was read. shape: its voxels along the spatial axes. A
-      volume on another grid may keep this header: both affines together say which voxel became which.
-    nifti: header of a NIfTI file as it is stored, not to be changed; None for the other formats, which have one grid.
-    scale: what the file's lengths were multiplied by to be mm: its unit, and what `spacing_scale` asked for.
-    intent: NIfTI's code of what the values are, 0 for none.
+    affine: (4, 4) float64, voxel to RAS mm, of the volume that was read; on another grid both affines together say
+      which voxel became which. shape: of the spatial axes.
+    nifti: header as a NIfTI file stores it, not to be changed; None for other formats, which have one grid.
+    scale: mm to a unit of the file's lengths, with what `spacing_scale` asked for. intent: NIfTI's code, 0 for none.
     """
 
     affine: np.ndarray
@@ -55,10 +54,7 @@ class Header:
         return scaled(self.affine, 1 / self.scale)
 
     def grids(self, affine: np.ndarray) -> list[np.ndarray]:
-        """Where programs see the voxels of a volume: (4, 4) each, voxel to RAS mm.
-
-        affine: (4, 4) of a volume that has this header, which is the first of them.
-        """
+        """Where programs see the voxels of a volume with this affine: (4, 4) each, voxel to RAS mm, that first."""
         if self.nifti is None:
             return [affine]
         forms = (qform_of(self.nifti), itk_form(self.nifti))
@@ -94,10 +90,8 @@ def header_of(
     nifti: nib.Nifti1Header | None = None,
     spacing_scale: float | None = None,
 ) -> Header:
-    """The header of a file that was read.
+    """Make the header of a file that was read. affine: in the file's unit. spacing_scale: as `read_volume` takes it.
 
-    affine: (4, 4), voxel to RAS, in the file's unit. nifti: as `Header` has it. spacing_scale: what to multiply its
-    lengths by; 1 takes them whatever they are.
     Raises DatasetError: a scan of less than 5 mm or more than 5 m. ConfigError: a scale that is not above 0.
     """
     scale = (1.0 if nifti is None else mm_per_unit(nifti)) * require_scale(spacing_scale)
@@ -146,12 +140,12 @@ def mm_per_unit(nifti: nib.Nifti1Header) -> float:
 def itk_form(nifti: nib.Nifti1Header) -> np.ndarray | None:
     """(4, 4) in the file's unit, where ITK 5.3 and later sees the voxels of a NIfTI file; None where it refuses it.
 
-    ITK takes the direction and origin of an sform whose axes are at right angles where its code is 1 or there is no
-    qform, else the qform; with neither it begins at 0, left and posterior from there. Spacing is pixdim in any case.
+    It takes direction and origin of an sform at right angles where its code is 1 or there is no qform, else the qform;
+    with neither it begins at 0, left and posterior from there. Spacing is pixdim in any case.
     """
     pixdim = pixdim_of(nifti)
     if nifti["sform_code"] > 0 and (nifti["sform_code"] == 1 or nifti["qform_code"] <= 0):
-        sform = sform_of(nifti)
+        sform = _numbers([nifti["srow_x"], nifti["srow_y"], nifti["srow_z"], [0, 0, 0, 1]])
         axes = sform[:3, :3] / np.linalg.norm(sform[:3, :3], axis=0) if _usable(sform) else np.zeros((3, 3))
         if np.abs(axes @ axes.T - np.eye(3)).max() <= _ORTHONORMAL:
             form = nib.affines.from_matvec(axes * pixdim, sform[:3, 3])
@@ -162,14 +156,8 @@ def itk_form(nifti: nib.Nifti1Header) -> np.ndarray | None:
     return form if nifti["sform_code"] <= 0 and _usable(form) else None
 
 
-def sform_of(nifti: nib.Nifti1Header) -> np.ndarray:
-    """(4, 4) float64 in the file's unit, whatever its code."""
-    return _numbers([nifti["srow_x"], nifti["srow_y"], nifti["srow_z"], [0, 0, 0, 1]])
-
-
 def qform_of(nifti: nib.Nifti1Header) -> np.ndarray | None:
-    """(4, 4) float64 in the file's unit, as ITK makes it of the quaternion; None where its code is 0 or its numbers are
-    no place."""
+    """(4, 4) in the file's unit, as ITK makes it of the quaternion; None where its code is 0 or it is no place."""
     vector = _numbers([nifti["quatern_b"], nifti["quatern_c"], nifti["quatern_d"]])
     if nifti["qform_code"] <= 0 or not (np.abs(vector) <= _LONGEST).all():
         return None
@@ -224,10 +212,10 @@ def grid_shift(affine: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) ->
 def nifti_header(
     shape: tuple[int, ...], dtype: np.dtype, affine: np.ndarray, header: Header | None
 ) -> tuple[nib.Nifti1Header, str | None]:
-    """Header of a NIfTI file, and a note where ITK programs see it elsewhere than they should.
+    """Make the header of a NIfTI file, and a note where ITK programs see it elsewhere than they should.
 
-    shape: (D0, D1, D2[, C]). affine: (4, 4), voxel to RAS mm. header: of the scan beside which the file lies. On that
-    scan's voxels its forms, codes and unit stay as they are stored; on others both forms are moved alike.
+    header: of the scan beside which the file lies. On its voxels its forms, codes and unit stay as they are stored; on
+    others both forms are moved alike.
     """
     nifti = nib.Nifti2Header() if max(shape) > _LONGEST_AXIS else nib.Nifti1Header()
     nifti.set_data_dtype(dtype)
@@ -258,10 +246,7 @@ def nifti_header(
 
 
 def itk_place(affine: np.ndarray, header: Header | None) -> np.ndarray:
-    """(4, 4), voxel to RAS mm, for a format that only ITK programs read: where they see the scan of this header.
-
-    affine: (4, 4) of the volume that is written.
-    """
+    """Give the affine for a format that only ITK programs read: where they see the scan of this header."""
     if header is None:
         return affine
     if header.nifti is None:
@@ -305,22 +290,16 @@ def _set_moved(nifti: nib.Nifti1Header, header: Header, moved: np.ndarray, shape
 
 def _note(nifti: nib.Nifti1Header, wanted: np.ndarray | None, shape: tuple[int, ...]) -> str | None:
     """What is to be said where ITK does not see a file at (4, 4) `wanted`, or not at all."""
-    if isinstance(nifti, nib.Nifti2Header):
-        return (
-            "ITK programs (3D Slicer, ITK-SNAP, SimpleITK) do not read NIfTI-2, which an axis of more than "
-            f"{_LONGEST_AXIS} voxels needs; .nrrd or .mha would lie on the scan there too"
-        )
     seen = itk_form(nifti)
-    if seen is None:
-        return (
-            "ITK programs (3D Slicer, ITK-SNAP, SimpleITK) refuse it, as its axes are not at right angles and NIfTI "
-            "cannot say that to them; .nrrd or .mha would lie on the scan there too"
-        )
-    voxels, mm = (0.0, 0.0) if wanted is None else grid_shift(wanted, seen, shape)
-    if voxels <= _NOTED:
+    voxels, mm = (0.0, 0.0) if wanted is None or seen is None else grid_shift(wanted, seen, shape)
+    if isinstance(nifti, nib.Nifti2Header):
+        what = f"do not read NIfTI-2, which an axis of more than {_LONGEST_AXIS} voxels needs"
+    elif seen is None:
+        what = "refuse it, as its axes are not at right angles and NIfTI cannot say that to them"
+    elif voxels > _NOTED:
+        mm *= mm_per_unit(nifti)
+        what = f"show it up to {mm:.3g} mm ({voxels:.2g} voxels) off, as NIfTI cannot say its place to them and to "
+        what += "others alike"
+    else:
         return None
-    mm *= mm_per_unit(nifti)
-    return (
-        f"ITK programs (3D Slicer, ITK-SNAP, SimpleITK) show it up to {mm:.3g} mm ({voxels:.2g} voxels) off, as NIfTI "
-        "cannot say its place to them and to others alike; .nrrd or .mha would lie on the scan there too"
-    )
+    return f"ITK programs (3D Slicer, ITK-SNAP, SimpleITK) {what}; .nrrd or .mha would lie on the scan there too"

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,6 +37,13 @@ _META_PACKED = re.compile(rb"^[ \t]*CompressedData[ \t]*[=:][ \t]*[Tt1]", re.MUL
 _META_BINARY = re.compile(rb"^[ \t]*BinaryData[ \t]*[=:][ \t]*[Tt1]", re.MULTILINE)
 _META_PACKED_SIZE = re.compile(rb"^[ \t]*CompressedDataSize[ \t]*[=:][ \t]*([0-9]{1,18})\b", re.MULTILINE)
 _NRRD_PACKED = re.compile(rb"^encoding:\s*gz", re.MULTILINE | re.IGNORECASE)
+
+
+class Geometry(NamedTuple):
+    """(D0, D1, D2[, C]), and (4, 4), voxel to RAS mm."""
+
+    shape: tuple[int, ...]
+    affine: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -86,15 +93,15 @@ def read(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 @isolated
-def read_geometry(path: Path) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape (D0, D1, D2[, C]) and affine (4, 4) of what `read` gives, from the header alone. Raises DatasetError."""
+def read_geometry(path: Path) -> Geometry:
+    """Read where the voxels of `read` lie, from the header alone. Raises DatasetError."""
     reader, _ = _reader(path)
     with _damaged(path):
         reader.ReadImageInformation()
     if reader.GetDimension() < 3:
         raise _too_few_axes(path, reader)
     channels = reader.GetNumberOfComponents()
-    return (*reader.GetSize(), *([channels] if channels > 1 else [])), affine_of(reader)
+    return Geometry((*reader.GetSize(), *([channels] if channels > 1 else [])), affine_of(reader))
 
 
 def _reader(path: Path) -> tuple[Any, _Layout]:

@@ -27,6 +27,7 @@ from nibabel.spatialimages import HeaderDataError
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import no_scan, suffix_of
 from mambahome_jax.imaging.header import Header, scaled, usable_affine
+from mambahome_jax.support.files import not_read
 from mambahome_jax.support.processes import usable_cores
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -237,7 +238,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
         found, action = f"truncated or damaged ({error})", "Copy or download it again."
         raise DatasetError(found, file=path, expected="a whole gzip", action=action) from error
     except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
+        raise not_read(path, error) from error
 
 
 def _header_of(path: Path, file: BinaryIO, packed: bool) -> Headers:

@@ -218,7 +218,8 @@ def _read(
             raw, affine = dicom.read(path, series) if path.is_dir() else itk.read(path)
             raw = raw.reshape(nifti.checked_shape(path, raw.shape, channels), order="F")
         else:
-            shape, affine = dicom.read_geometry(path, series) if path.is_dir() else itk.read_geometry(path)
+            where = dicom.read_stack(path, series) if path.is_dir() else itk.read_geometry(path)
+            shape, affine = where.shape, where.affine
             raw = np.broadcast_to(np.uint8(0), nifti.checked_shape(path, shape, channels))
         return raw, header_of(path, usable_affine(path, affine), raw.shape, None, spacing_scale), 1.0, 0.0
     headers, raw = nifti.read(path, channels, voxels=voxels)

@@ -43,7 +43,12 @@ def head_of(path: Path, size: int) -> bytes:
         with path.open("rb") as file:
             return file.read(size)
     except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path) from error
+        raise not_read(path, error) from error
+
+
+def not_read(path: Path | str, error: OSError) -> DatasetError:
+    """The error of a file or folder that cannot be read."""
+    return DatasetError(f"cannot be read: {error.strerror or error}", file=path)
 
 
 def not_written(path: Path | str, error: OSError, elsewhere: str) -> OutputError:
@@ -220,7 +225,7 @@ def _stat(files: Sequence[Path]) -> str:
     try:
         found = [(place_of(path), path.stat()) for path in files]
     except OSError as error:
-        raise _unreadable(error) from error
+        raise not_read(error.filename, error) from error
     rows = [(place, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for place, s in found]
     return hashlib.sha256(repr(rows).encode()).hexdigest()
 
@@ -232,9 +237,5 @@ def _content(files: Sequence[Path]) -> str:
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
-            raise _unreadable(error, path) from error
+            raise not_read(path, error) from error
     return digest.hexdigest()
-
-
-def _unreadable(error: OSError, path: Path | None = None) -> DatasetError:
-    return DatasetError(f"cannot be read: {error.strerror or error}", file=path or error.filename)
