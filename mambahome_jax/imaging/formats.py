@@ -25,34 +25,25 @@ Kind = Literal["scan", "slice", "foreign", "unknown", "other"]
 
 _NIBABEL = """python -c 'import nibabel; nibabel.save(nibabel.load("{name}"), "{stem}.nii.gz")'"""
 _SIMPLEITK = """python -c 'import SimpleITK as s; s.WriteImage(s.ReadImage("{name}"), "{stem}.nii.gz")'"""
-# Endings of formats that are not read: what they are, and a command that makes a file of them that is.
-_FOREIGN = {
-    ".img": ("half of an Analyze or NIfTI pair .hdr/.img", _NIBABEL),
-    ".hdr": ("half of an Analyze or NIfTI pair .hdr/.img", _NIBABEL),
-    ".img.gz": ("half of an Analyze or NIfTI pair .hdr/.img", _NIBABEL),
-    ".hdr.gz": ("half of an Analyze or NIfTI pair .hdr/.img", _NIBABEL),
-    ".mgz": ("FreeSurfer's format", _NIBABEL),
-    ".mgh": ("FreeSurfer's format", _NIBABEL),
-    ".mnc": ("MINC", _NIBABEL),
-    ".par": ("Philips PAR/REC", _NIBABEL),
-    ".rec": ("Philips PAR/REC", _NIBABEL),
-    ".head": ("AFNI's format", _NIBABEL),
-    ".brik": ("AFNI's format", _NIBABEL),
-    ".brik.gz": ("AFNI's format", _NIBABEL),
-    ".mif": ("MRtrix's format", "mrconvert {name} {stem}.nii.gz"),
-    ".mif.gz": ("MRtrix's format", "mrconvert {name} {stem}.nii.gz"),
-    ".nhdr": ("NRRD with its voxels in another file", _SIMPLEITK),
-    ".gipl": ("GIPL", _SIMPLEITK),
-    ".gipl.gz": ("GIPL", _SIMPLEITK),
-    ".vtk": ("VTK's format", _SIMPLEITK),
-    ".tif": ("TIFF", _SIMPLEITK),
-    ".tiff": ("TIFF", _SIMPLEITK),
-    ".nii.zst": ("NIfTI packed by zstd", "zstd -d {name}"),
-    ".nii.bz2": ("NIfTI packed by bzip2", "bunzip2 {name}"),
-    ".nii.xz": ("NIfTI packed by xz", "unxz {name}"),
-    ".nii.zip": ("NIfTI packed by zip", "unzip {name}"),
-    ".dcm.gz": ("DICOM packed by gzip", "gunzip {name}"),
-}
+# Formats that are not read: their endings, what they are, and a command that makes a file of them that is.
+_NOT_READ = (
+    (".img .hdr .img.gz .hdr.gz", "half of an Analyze or NIfTI pair .hdr/.img", _NIBABEL),
+    (".mgz .mgh", "FreeSurfer's format", _NIBABEL),
+    (".mnc", "MINC", _NIBABEL),
+    (".par .rec", "Philips PAR/REC", _NIBABEL),
+    (".head .brik .brik.gz", "AFNI's format", _NIBABEL),
+    (".mif .mif.gz", "MRtrix's format", "mrconvert {name} {stem}.nii.gz"),
+    (".nhdr", "NRRD with its voxels in another file", _SIMPLEITK),
+    (".gipl .gipl.gz", "GIPL", _SIMPLEITK),
+    (".vtk", "VTK's format", _SIMPLEITK),
+    (".tif .tiff", "TIFF", _SIMPLEITK),
+    (".nii.zst", "NIfTI packed by zstd", "zstd -d {name}"),
+    (".nii.bz2", "NIfTI packed by bzip2", "bunzip2 {name}"),
+    (".nii.xz", "NIfTI packed by xz", "unxz {name}"),
+    (".nii.zip", "NIfTI packed by zip", "unzip {name}"),
+    (".dcm.gz", "DICOM packed by gzip", "gunzip {name}"),
+)
+_FOREIGN = {ending: (what, command) for endings, what, command in _NOT_READ for ending in endings.split()}
 _ALSO_DICOM = (".img", ".rec")
 _FOREIGN_SUFFIXES = tuple(sorted(_FOREIGN, key=len, reverse=True))
 # Two files of one image, named once.
@@ -117,10 +108,7 @@ def alternatives(suffixes: tuple[str, ...]) -> str:
 
 
 def kind_of(path: Path) -> Kind:
-    """What a file is by its name: a scan, a DICOM slice, of a format that is not read, unknown, or no scan.
-
-    Of what is unknown the content tells: see `content_of`.
-    """
+    """Tell by its name what a file is; of what is unknown the content tells, see `content_of`."""
     name = path.name.lower()
     if suffix_of(name):
         return "scan"
@@ -132,7 +120,7 @@ def kind_of(path: Path) -> Kind:
 
 
 def kind_in(path: Path) -> Kind:
-    """`kind_of`, but of an ending that some devices give to DICOM slices too, by the content."""
+    """As `kind_of`, but of an ending that some devices give to DICOM slices too, by the content."""
     kind = kind_of(path)
     if kind != "foreign" or not path.name.lower().endswith(_ALSO_DICOM):
         return kind
@@ -144,10 +132,7 @@ def kind_in(path: Path) -> Kind:
 
 
 def content_of(path: Path) -> str:
-    """What a file is by its first bytes: "DICOM", the name of another format, or "" for what is no scan.
-
-    Raises DatasetError: it cannot be read.
-    """
+    """Name a file's format by its first bytes, "" for what is no scan. Raises DatasetError: it cannot be read."""
     head = head_of(path, _HEAD)
     if is_dicom(path, head):
         return "DICOM"
@@ -165,7 +150,7 @@ def content_of(path: Path) -> str:
 
 
 def reason_of(path: Path, content: str = "") -> str:
-    """Why a file that could be a scan is not read, and what to do. content: `content_of` one of an unknown name."""
+    """Say why a file that could be a scan is not read, and what to do. content: of one of an unknown name."""
     suffix = suffix_of(path.name, _FOREIGN_SUFFIXES).lower()
     if not suffix:
         ending = {"NIfTI": ".nii", "NIfTI packed by gzip": ".nii.gz", "NRRD": ".nrrd", "MetaImage": ".mha"}[content]
@@ -176,8 +161,7 @@ def reason_of(path: Path, content: str = "") -> str:
 
 
 def no_scan(path: Path) -> DatasetError:
-    """What to raise for a file that is no scan by its name: what it is, and what to do. Raises DatasetError: it cannot
-    be read."""
+    """Make the error of a file that is no scan by its name. Raises DatasetError: it cannot be read."""
     kind = kind_in(path)
     content = "" if kind == "foreign" else content_of(path)
     if kind == "foreign" or content not in ("", "DICOM"):
@@ -189,20 +173,18 @@ def no_scan(path: Path) -> DatasetError:
 
 def without_second_halves(paths: list[Path]) -> list[Path]:
     """Paths of formats that are not read without those whose image another one of them stands for."""
-    names = {path.name.lower() for path in paths}
-
-    def stands_alone(path: Path) -> bool:
+    names, kept = {path.name.lower() for path in paths}, []
+    for path in paths:
         suffix = suffix_of(path.name, _FOREIGN_SUFFIXES).lower()
         first = _SECOND_HALF.get(suffix)
-        return first is None or path.name.lower().removesuffix(suffix) + first not in names
-
-    return [path for path in paths if stands_alone(path)]
+        if first is None or path.name.lower().removesuffix(suffix) + first not in names:
+            kept.append(path)
+    return kept
 
 
 def foreign_stem(path: Path) -> str:
     """File name without the ending of a format that is not read."""
-    suffix = suffix_of(path.name, _FOREIGN_SUFFIXES)
-    return path.name[: -len(suffix)] if suffix else path.name
+    return path.name.removesuffix(suffix_of(path.name, _FOREIGN_SUFFIXES))
 
 
 def is_dicom(path: Path, head: bytes) -> bool:
