@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from figures import write_rows
 from mambahome_kernels import conv3d
 from mambahome_kernels.conv3d.api import why_not
+from mambahome_kernels.shapes import CONV3D, CONV3D_CHANNELS
 
 from mambahome_jax.support.devices import compiler_options
 
-CHANNELS = ["48x48", "24x24", "24x48", "32x32", "16x16"]
 PASSES: dict[str, Callable] = {
     "forward": lambda f, x, kernel, dy: f(x, kernel),
     "input gradient": lambda f, x, kernel, dy: jax.vjp(lambda x: f(x, kernel), x)[1](dy)[0],
@@ -81,10 +81,13 @@ def measure(args: argparse.Namespace, inputs: int, outputs: int) -> list[dict[st
 
 
 def main() -> None:
+    published = CONV3D["published"][0]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--channels", nargs="+", default=CHANNELS, help="inputs x outputs")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--grid", nargs=3, type=int, default=[128, 128, 128])
+    parser.add_argument(
+        "--channels", nargs="+", default=[f"{i}x{o}" for i, o in CONV3D_CHANNELS], help="inputs x outputs"
+    )
+    parser.add_argument("--batch", type=int, default=published[0])
+    parser.add_argument("--grid", nargs=3, type=int, default=published[1:4])
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--calls", type=int, default=20, help="in each run, one after another")
     parser.add_argument("--json", type=Path)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-# Dense, by the vendor's data sheets. fp32: convolutions are three products of TF32 each (model/three_products.py).
+# Dense, by the vendor's data sheets. fp32: convolutions are three products of TF32 each (conv3d/xla.py of the kernels).
 _HOPPER = {"bf16": 989, "tf32": 495, "fp32": 495}
 PEAK_TFLOPS = {"H200": _HOPPER, "H100": _HOPPER}
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax import lax
-from mambahome_kernels.selective_scan import xla_short
-from mambahome_kernels.selective_scan.base import ScanInputs, combine, discretise, gate
+from mambahome_kernels.selective_scan import xla
+from mambahome_kernels.selective_scan.api import ScanInputs
+from mambahome_kernels.selective_scan.reference import discretise, gate
 from selective_scan import STAGES, forward, make_inputs, measure
 
 
@@ -29,7 +30,7 @@ def _finish(inputs: ScanInputs, states, x, z, C):
 
 
 def whole(inputs: ScanInputs) -> jax.Array:
-    return xla_short.forward(inputs, True)[0]
+    return xla.short_forward(inputs, True)[0]
 
 
 def within_chunks(inputs: ScanInputs, steps: int) -> jax.Array:
@@ -43,7 +44,7 @@ def within_chunks(inputs: ScanInputs, steps: int) -> jax.Array:
     def chunk(h, cuts):
         x, dt, B, C, z = cuts
         delta = discretise(dt, inputs.dt_bias, True)[0]
-        decay, states = lax.associative_scan(combine, _terms(inputs, delta, x, B), axis=1)
+        decay, states = lax.associative_scan(xla.combine, _terms(inputs, delta, x, B), axis=1)
         states = states + decay * h[:, None]
         return states[:, -1], _finish(inputs, states, x, z, C)
 
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--shrink", type=int, default=1, help="divide the lengths, for a try on a CPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    xla_short.is_short = lambda inputs: False
+    xla.is_short = lambda inputs: False
     device = jax.devices()[0].device_kind
     print(f"{device}, JAX {jax.__version__}, batch {args.batch}, float32; median ms and scratch")
     rows = []

@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from mambahome_kernels import Unsupported, choose_backend, selective_scan
-from mambahome_kernels.selective_scan.base import ScanInputs
+from mambahome_kernels.selective_scan.api import ScanInputs
+from mambahome_kernels.shapes import SCAN_STAGES
 
-STAGES = ((96, 262144), (192, 32768), (384, 4096), (768, 512))  # d_inner, length
+STAGES = tuple(SCAN_STAGES.values())  # d_inner, length
 D_STATE = 16
 # mamba_ssm's CUDA kernel on one H200, torch 2.11, batch 2: forward, forward + backward, in ms.
 PUBLISHED = {

@@ -1,7 +1,7 @@
 """Kernels of Mamba-HoME that are useful beyond it."""
 
+from mambahome_kernels.backends import Unsupported
 from mambahome_kernels.conv3d.api import conv3d
-from mambahome_kernels.errors import Unsupported
 from mambahome_kernels.norm_act.api import norm_act
 from mambahome_kernels.selective_scan.api import choose_backend, selective_scan
 

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from mambahome_kernels import norm_act
+from mambahome_kernels.conv3d.api import each_axis
 
 from mambahome_jax.config import DataProperties, ModelConfig, Precision, Triple
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.model.home import HoME
-from mambahome_jax.model.layers import FLOAT32, ChannelDropout, Conv3d, Numerics, Upsample, each_axis, remat
+from mambahome_jax.model.layers import FLOAT32, ChannelDropout, Conv3d, Numerics, Upsample, remat
 from mambahome_jax.model.mamba import Mamba
 from mambahome_jax.model.norms import DynamicTanh, instance_norm
 

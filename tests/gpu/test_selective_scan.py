@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mambahome_kernels import choose_backend, selective_scan
-from mambahome_kernels.selective_scan.base import ScanInputs
+from mambahome_kernels.selective_scan.api import ScanInputs
+from mambahome_kernels.shapes import SCAN_STAGES
 
 SHARED = ("A", "D", "dt_bias")
-STAGES = ((96, 262144), (192, 32768), (384, 4096), (768, 512))
+STAGES = tuple(SCAN_STAGES.values())
 
 
 def _why_not() -> str | None:

@@ -29,11 +29,11 @@ platform_name: "CUDA"  dnn_version_info { major: 9 minor: 12 }  device_descripti
 def programs(which: str):
     """(function, arguments as shapes)."""
     if which == "conv3d":
-        from mambahome_kernels.conv3d import mosaic_gpu
+        from mambahome_kernels.mosaic import runtime
 
         from tests.kernels import test_conv3d
 
-        mosaic_gpu.default_device = test_conv3d.GPU
+        runtime.default_device = test_conv3d.GPU
         return [(test_conv3d.on_gpu, test_conv3d.shapes(*variant)) for variant in test_conv3d.VARIANTS]
     from tests.kernels.test_mosaic_gpu import VARIANTS, both, shapes
 

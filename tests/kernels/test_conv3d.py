@@ -12,25 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mambahome_kernels import Unsupported, conv3d
-from mambahome_kernels.conv3d import reference, xla
 from mambahome_kernels.conv3d.api import why_not
+from mambahome_kernels.shapes import CONV3D
 
 from tests.conftest import ROOT
 from tests.kernels.test_mosaic_gpu import kernels_in, needs_pallas, relative
 
 if jax.__version_info__ >= (0, 11):
-    from mambahome_kernels.conv3d import mosaic_gpu
+    from mambahome_kernels.conv3d.mosaic_gpu import backend as mosaic_gpu
     from mambahome_kernels.conv3d.mosaic_gpu.tiles import walks
+    from mambahome_kernels.mosaic import runtime
 
 BF16 = jnp.bfloat16
-# (x, outputs): the first stages of the published size and of the small one, and grids that no tile divides.
-VARIANTS = [
-    ((2, 128, 128, 128, 48), 48),
-    ((4, 112, 112, 80, 24), 24),
-    ((4, 56, 56, 40, 24), 48),
-    ((1, 9, 13, 22, 32), 32),
-    ((1, 5, 8, 8, 16), 64),
-]
+VARIANTS = list(CONV3D.values())
 
 
 def arrays(shape, outputs, dtype, seed=0):
@@ -99,7 +93,7 @@ def test_xla_is_the_definition(shape):
 )
 def test_interpreted_kernels_are_the_definition(capfd, shape, outputs):
     inputs = arrays(shape, outputs, BF16)
-    with mosaic_gpu.interpreted():
+    with runtime.interpreted():
         results = jax.block_until_ready(all_three(*inputs, "mosaic_gpu"))
     printed = capfd.readouterr()
     assert "RACE DETECTED" not in printed.out + printed.err
@@ -112,10 +106,10 @@ def test_interpreted_kernels_are_the_definition(capfd, shape, outputs):
 def test_interpreted_walks_that_share_a_block(capfd):
     """Runs of two planes, so that a block goes from one walk to the next within a column and between batch entries."""
     x, kernel, dy = arrays((2, 3, 8, 16, 16), 8, BF16)
-    with mosaic_gpu.interpreted(), pytest.MonkeyPatch.context() as patch:
+    with runtime.interpreted(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(mosaic_gpu, "core_count", lambda: 1)
-        y = mosaic_gpu.BACKEND.forward(x, kernel, run=2)
-        dkernel = mosaic_gpu.BACKEND.weight_gradient(x, dy, run=2)
+        y = mosaic_gpu.conv3d_forward(x, kernel, run=2)
+        dkernel = mosaic_gpu.conv3d_weight_gradient(x, dy, run=2)
     assert "RACE DETECTED" not in capfd.readouterr().out
     expected_y, _, expected = in_float64(x, kernel, dy)
     assert relative(y, expected_y) < 3e-3
@@ -127,7 +121,7 @@ def test_interpreted_walks_that_share_a_block(capfd):
 @pytest.mark.parametrize(("shape", "outputs"), VARIANTS, ids=str)
 def test_lowers_for_cuda(shape, outputs, monkeypatch):
     """The kernels' own lowering, limits of shared memory included, needs no GPU."""
-    monkeypatch.setattr(mosaic_gpu, "default_device", GPU)
+    monkeypatch.setattr(runtime, "default_device", GPU)
     assert why_not(*shapes(shape, outputs)[:2]) is None
     assert kernels_in(on_gpu, *shapes(shape, outputs)) == 2 + (outputs != shape[-1])
 
@@ -135,7 +129,7 @@ def test_lowers_for_cuda(shape, outputs, monkeypatch):
 @needs_pallas
 def test_layers_of_one_shape_share_their_kernels(monkeypatch):
     """And the gradient by the input is the forward pass of another kernel."""
-    monkeypatch.setattr(mosaic_gpu, "default_device", GPU)
+    monkeypatch.setattr(runtime, "default_device", GPU)
     x, kernel, _ = shapes((2, 32, 32, 32, 24), 24)
 
     def loss(x, first, second):
@@ -146,7 +140,7 @@ def test_layers_of_one_shape_share_their_kernels(monkeypatch):
 
 @needs_pallas
 def test_a_mapped_batch_is_one_larger_batch(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "default_device", GPU)
+    monkeypatch.setattr(runtime, "default_device", GPU)
     x, kernel, _ = shapes((3, 2, 16, 16, 16, 24), 24)
     assert kernels_in(jax.vmap(conv3d, in_axes=(0, None)), x, kernel) == 1
 
@@ -156,10 +150,16 @@ def test_a_sharded_batch_stays_where_it_is(monkeypatch):
     """With XLA's convolutions in the place of the kernels, which need a GPU; only the weights' gradient is added up."""
 
     def by_entry(x, dy, sizes):
-        return jax.vmap(lambda x, dy: reference.BACKEND.weight_gradient(x[None], dy[None]))(x, dy)
+        kernel = jnp.zeros((3, 3, 3, x.shape[-1], dy.shape[-1]), jnp.float32)
 
-    monkeypatch.setattr(mosaic_gpu, "default_device", GPU)
-    monkeypatch.setattr(mosaic_gpu.forward, "forward", lambda x, kernel, sizes: xla.BACKEND.forward(x, kernel))
+        def entry(x, dy):
+            pull = jax.vjp(lambda kernel: conv3d(x[None].astype(jnp.float32), kernel, backend="reference"), kernel)[1]
+            return pull(dy[None].astype(jnp.float32))[0]
+
+        return jax.vmap(entry)(x, dy)
+
+    monkeypatch.setattr(runtime, "default_device", GPU)
+    monkeypatch.setattr(mosaic_gpu.forward, "forward", lambda x, kernel, sizes: conv3d(x, kernel, backend="xla"))
     monkeypatch.setattr(mosaic_gpu.weight_gradient, "weight_gradient", by_entry)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
@@ -197,7 +197,7 @@ def shapes(shape, outputs, dtype=BF16):
     ],
 )
 def test_reasons_not_to_use_the_kernels(shape, outputs, dtype, reason, monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "default_device", GPU)
+    monkeypatch.setattr(runtime, "default_device", GPU)
     x, kernel, _ = shapes(shape, outputs, dtype)
     assert reason in why_not(x, kernel)
 
@@ -208,15 +208,14 @@ def test_devices_without_these_instructions(monkeypatch):
     assert "needs an NVIDIA GPU" in why_not(x, kernel)
     for capability in ("8.0", "10.0"):
         monkeypatch.setattr(GPU, "compute_capability", capability)
-        monkeypatch.setattr(mosaic_gpu, "default_device", GPU)
+        monkeypatch.setattr(runtime, "default_device", GPU)
         assert capability in why_not(x, kernel)
 
 
 @needs_pallas
 def test_a_newer_jax_without_its_parts(monkeypatch):
     x, kernel, _ = shapes((1, 8, 8, 8, 48), 48)
-    monkeypatch.setitem(sys.modules, "mambahome_kernels.conv3d.mosaic_gpu", None)
-    monkeypatch.delattr(importlib.import_module("mambahome_kernels.conv3d"), "mosaic_gpu")
+    monkeypatch.setitem(sys.modules, "mambahome_kernels.conv3d.mosaic_gpu.backend", None)
     assert "lacks what it is written in" in why_not(x, kernel)
 
 
@@ -265,7 +264,7 @@ def test_machine_code_spills_no_register(tmp_path):
 
 @needs_pallas
 def test_operations_are_counted(monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "default_device", GPU)
+    monkeypatch.setattr(runtime, "default_device", GPU)
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     matrix_flops = importlib.import_module("flops").matrix_flops
     traced = jax.jit(on_gpu).trace(*shapes((2, 3, 4, 5, 16), 24))

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from mambahome_kernels import Unsupported, choose_backend, selective_scan
 from mambahome_kernels.selective_scan import reference
-from mambahome_kernels.selective_scan.api import _scan
-from mambahome_kernels.selective_scan.base import ScanInputs
+from mambahome_kernels.selective_scan.api import ScanInputs, _scan
+from mambahome_kernels.shapes import SCAN_RAGGED, SCAN_STAGES
 
 from tests.conftest import ROOT, load_golden
 
@@ -37,7 +37,8 @@ OFFICIAL = {
 OLD = jax.__version_info__ < (0, 11)
 needs_pallas = pytest.mark.skipif(OLD, reason=f"the kernel needs JAX 0.11 or newer, this is {jax.__version__}")
 if not OLD:
-    from mambahome_kernels.selective_scan import mosaic_gpu
+    from mambahome_kernels.mosaic.runtime import interpreted
+    from mambahome_kernels.selective_scan.mosaic_gpu import backend as mosaic_gpu
 
 
 def scan_inputs(seed, batch, length, d_inner, d_state, dtype=np.float32, dt_scale=1.0, **absent) -> ScanInputs:
@@ -81,7 +82,7 @@ def check_in_interpreter(
     dlast = jnp.asarray(rng.standard_normal((inputs.x.shape[0], *inputs.A.shape)), jnp.float32)
     forward = functools.partial(mosaic_gpu.BACKEND.forward, softplus=softplus, keep=True, chunk=chunk)
     backward = functools.partial(mosaic_gpu.BACKEND.backward, softplus=softplus, chunk=chunk)
-    with mosaic_gpu.interpreted(detect_races=races):
+    with interpreted(detect_races=races):
         y, last, residual = jax.jit(forward)(inputs)
         gradients = jax.jit(lambda i, r, *g: backward(i, residual=r, dy=g[0], dlast_state=g[1]))(
             inputs, residual, dy, dlast
@@ -159,7 +160,7 @@ def test_golden_in_the_interpreter():
         y, last = selective_scan(**inputs, softplus=True, backend="mosaic_gpu")
         return jnp.sum(y * weights), (y, last)
 
-    with mosaic_gpu.interpreted(detect_races=False):
+    with interpreted(detect_races=False):
         gradients, (y, last) = jax.jit(jax.grad(loss, has_aux=True))(inputs)
     assert relative(y, np.swapaxes(data["scan77/out"], 1, 2)) < 2e-6
     assert relative(last, data["scan77/last_state"]) < 2e-6
@@ -178,7 +179,7 @@ def test_vmap_and_grad():
     rest = {k: v for k, v in arrays.items() if k != "x"}
     shared = ("A", "D", "dt_bias")
     axes = {k: None if k in shared else 0 for k in rest}
-    with mosaic_gpu.interpreted():
+    with interpreted():
         each = {k: v if k in shared else v[:, None] for k, v in rest.items()}
         mapped = jax.vmap(jax.grad(loss), in_axes=(0, axes, None))(arrays["x"][:, None], each, "mosaic_gpu")
     wanted = jax.grad(loss)(inputs.x, rest, "reference")
@@ -194,17 +195,9 @@ def both(inputs: ScanInputs, dy):
 
 
 VARIANTS = [
-    (dtype, d_inner, length, d_state)
+    (dtype, d_inner, length, 4 if length == 1 else 16)
     for dtype in ("float32", "bfloat16")
-    for d_inner, length, d_state in (
-        (96, 262144, 16),
-        (192, 32768, 16),
-        (384, 4096, 16),
-        (768, 512, 16),
-        (96, 1025, 16),
-        (90, 7, 16),
-        (16, 1, 4),
-    )
+    for d_inner, length in (SCAN_STAGES | SCAN_RAGGED).values()
 ]
 
 
@@ -337,7 +330,7 @@ def test_reasons_not_to_use_the_kernel():
     with pytest.raises(Unsupported, match="needs an NVIDIA GPU"):
         choose_backend(inputs, "mosaic_gpu")
     assert choose_backend(inputs) == "xla"
-    with mosaic_gpu.interpreted():
+    with interpreted():
         assert choose_backend(inputs) == "mosaic_gpu"
         with pytest.raises(Unsupported, match="d_state is 20"):
             choose_backend(scan_inputs(0, 1, 4, 4, 20), "mosaic_gpu")

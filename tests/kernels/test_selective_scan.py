@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 from mambahome_kernels import Unsupported, choose_backend, selective_scan
-from mambahome_kernels.selective_scan import xla, xla_short
-from mambahome_kernels.selective_scan.base import ScanInputs
+from mambahome_kernels.selective_scan import xla
+from mambahome_kernels.selective_scan.api import ScanInputs
 
 from tests.conftest import load_golden
 
@@ -175,7 +175,7 @@ def test_explicit_and_checked_sharding_are_refused_with_what_to_do():
 @pytest.mark.parametrize("softplus", [True, False])
 @pytest.mark.parametrize("extras", [True, False])
 def test_short_sequences_on_a_gpu_are_reference(softplus, extras, x64, monkeypatch):
-    monkeypatch.setattr(xla_short, "is_short", lambda inputs: True)
+    monkeypatch.setattr(xla, "is_short", lambda inputs: True)
     inputs = _random(8, 2, 77, 5, 3, extras=extras)
     _check_xla_is_reference(inputs, softplus)
     low = {k: v.astype(jnp.bfloat16 if k in BY_TIME else jnp.float32) for k, v in inputs.items()}
@@ -185,10 +185,10 @@ def test_short_sequences_on_a_gpu_are_reference(softplus, extras, x64, monkeypat
 
 def test_what_is_short(monkeypatch):
     inputs = ScanInputs(**_random(0, 2, 8, 4, 16, np.float32))
-    assert not xla_short.is_short(inputs)
+    assert not xla.is_short(inputs)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert xla_short.is_short(inputs)
-    assert not xla_short.is_short(inputs._replace(x=jax.ShapeDtypeStruct((2, 262144, 96), jnp.float32)))
+    assert xla.is_short(inputs)
+    assert not xla.is_short(inputs._replace(x=jax.ShapeDtypeStruct((2, 262144, 96), jnp.float32)))
 
 
 def test_several_chunks_are_used():

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from mambahome_jax.model.home import GlobalSoftMoE, HoME
-from mambahome_jax.model.layers import Numerics, conv3d
+from mambahome_jax.model.layers import Numerics
 from mambahome_jax.model.mamba import Mamba
 from mambahome_jax.model.network import GatedSpatialConv, ResidualBlock, UpBlock
 from mambahome_jax.model.norms import DynamicTanh
@@ -163,19 +163,3 @@ def _alias(case: str, name: str) -> str:
 def _close(got, expected, bound, what):
     scale = max(np.abs(expected).max(), 1e-30)
     assert np.abs(np.asarray(got, np.float64) - expected).max() <= bound * scale, what
-
-
-@pytest.mark.parametrize(("size", "stride", "padding"), [(3, 1, 1), (7, 2, 3), (2, 2, 0), (1, 1, 0)])
-def test_conv3d_is_the_definition(size, stride, padding, x64):
-    """Both ways to write it against scipy's correlation."""
-    from scipy.ndimage import correlate
-
-    rng = np.random.default_rng(0)
-    x, kernel = rng.normal(size=(1, 8, 6, 10, 2)), rng.normal(size=(size, size, size, 2, 3))
-    got = conv3d(jnp.asarray(x), jnp.asarray(kernel), stride, padding, "fp32")
-    padded = np.pad(x[0], [(padding, padding)] * 3 + [(0, 0)])
-    centre = size // 2
-    for o in range(3):
-        full = sum(correlate(padded[..., i], kernel[..., i, o], mode="constant", origin=0) for i in range(2))
-        valid = full[tuple(slice(centre, n - size + centre + 1, stride) for n in padded.shape[:3])]
-        np.testing.assert_allclose(got[0, ..., o], valid, atol=1e-10)

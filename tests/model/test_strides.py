@@ -10,7 +10,6 @@ from flax import nnx
 
 from mambahome_jax.config import MODEL_SIZES, ModelConfig, grids_for, patch_and_grids
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.model.layers import conv3d
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce
 from mambahome_jax.weights.weights import Weights, _leaves, dotted, export_official, read_weights, write_weights
@@ -30,45 +29,6 @@ def test_published_grids_are_the_default_and_change_no_bit():
     models = [MambaHoME(config, rngs=nnx.Rngs(0)) for config in (TINY, named)]
     for name, value in flat(models[0]).items():
         assert np.array_equal(value, flat(models[1])[name]), name
-
-
-@pytest.mark.parametrize(("size", "stride"), [(3, 1), (7, 2), (2, 2), (1, 1)])
-@pytest.mark.parametrize("shape", [(1, 8, 8, 8, 4), (1, 16, 16, 16, 8)])
-def test_a_number_is_that_of_each_axis_to_the_bit(size, stride, shape):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(size, size, size, shape[-1], 8)), jnp.float32)
-    pad = 0 if size == 2 else size // 2
-
-    def program(stride, pad):
-        return jax.jit(jax.grad(lambda x, k: jnp.sum(conv3d(x, k, stride, pad, "fp32") ** 2), (0, 1)))
-
-    one, three = program(stride, pad), program((stride,) * 3, (pad,) * 3)
-    assert one.lower(x, kernel).as_text() == three.lower(x, kernel).as_text()
-    for a, b in zip(one(x, kernel), three(x, kernel), strict=True):
-        assert np.array_equal(a, b)
-
-
-@pytest.mark.parametrize("size", [(3, 3, 1), (1, 3, 3), (7, 7, 3), (2, 2, 1), (1, 2, 2)])
-@pytest.mark.parametrize("x64", [False, True])
-def test_conv3d_of_unequal_axes_is_the_definition(size, x64):
-    with jax.enable_x64(x64):
-        rng = np.random.default_rng(0)
-        stride = tuple(2 if n in (2, 7) else 1 for n in size)
-        pad = tuple(0 if 2 in size else n // 2 for n in size)
-        for shape in ((1, 8, 6, 10, 2), (1, 20, 18, 16, 2)):
-            x = jnp.asarray(rng.normal(size=shape).astype(np.float64 if x64 else np.float32))
-            kernel = jnp.asarray(rng.normal(size=(*size, 2, 3)).astype(x.dtype))
-            expected = jax.lax.conv_general_dilated(
-                x,
-                kernel,
-                stride,
-                [(p, p) for p in pad],
-                dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-                precision="highest",
-            )
-            got = conv3d(x, kernel, stride, pad, "fp32")
-            np.testing.assert_allclose(got, expected, atol=1e-10 if x64 else 1e-4)
 
 
 def test_thick_slices_train_and_come_back_from_disk(tmp_path):

@@ -1,39 +1,97 @@
-"""The one public function of the convolution: checks its arguments, picks a backend, ties forward to backward."""
+"""The public function of the convolution: checks its arguments and picks a backend."""
 
-import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from mambahome_kernels.conv3d import reference, xla
-from mambahome_kernels.conv3d.base import Backend
-from mambahome_kernels.errors import Unsupported
+from mambahome_kernels.backends import Backends
 
-BACKENDS = ("reference", "xla", "mosaic_gpu")
-_OLDEST_JAX = (0, 11)  # whose Pallas has what the mosaic_gpu backend is written in
-
-
-def _backend(name: str) -> Backend:
-    if name == "mosaic_gpu":
-        from mambahome_kernels.conv3d import mosaic_gpu  # an older JAX cannot import it
-
-        return mosaic_gpu.BACKEND
-    return {"reference": reference.BACKEND, "xla": xla.BACKEND}[name]
+BACKENDS = Backends("mambahome_kernels.conv3d", reference="reference", xla="xla", mosaic_gpu="mosaic_gpu.backend")
+Triple = tuple[int, int, int]
+Size = int | Triple
 
 
-def why_not(x: jax.Array, kernel: jax.Array, backend: str = "mosaic_gpu") -> str | None:
-    """Why a backend cannot convolve x with this kernel here; None where it can.
+class Backend(NamedTuple):
+    """One way to convolve.
 
-    x: (batch, depth, height, width, inputs). kernel: (kd, kh, kw, inputs, outputs), any size.
+    convolve(x, kernel, geometry, precision) -> y, differentiable; why_not(x, kernel, geometry) -> None or the reason.
     """
-    if kernel.shape[:3] != (3, 3, 3):
-        return f"the kernel is {kernel.shape[:3]}; it takes (3, 3, 3)"
-    if backend == "mosaic_gpu" and jax.__version_info__ < _OLDEST_JAX:
-        return f"it needs JAX {'.'.join(map(str, _OLDEST_JAX))} or newer, and this is {jax.__version__}"
-    try:
-        return _backend(backend).why_not(x, kernel)
-    except ImportError as error:  # Pallas' own parts move between versions
-        return f"JAX {jax.__version__} lacks what it is written in: {error}"
+
+    convolve: Callable
+    why_not: Callable = lambda *_: None
+
+
+def each_axis(size: Size) -> Triple:
+    """An entry an axis; one number stands for all three."""
+    return (size, size, size) if isinstance(size, int) else size
+
+
+class Geometry(NamedTuple):
+    """Which voxels meet: of the kernel's sizes, the strides and the padding, an entry an axis."""
+
+    sizes: Triple
+    stride: Triple
+    padding: Triple
+
+    @classmethod
+    def of(cls, kernel: jax.Array, stride: Size, padding: Size | None) -> "Geometry":
+        kd, kh, kw = kernel.shape[:3]
+        same = (kd // 2, kh // 2, kw // 2)
+        return cls((kd, kh, kw), each_axis(stride), same if padding is None else each_axis(padding))
+
+    @property
+    def pads(self) -> list[tuple[int, int]]:
+        return [(pad, pad) for pad in self.padding]
+
+    @property
+    def is_patches(self) -> bool:
+        """Whether every voxel meets one place of the kernel: then the convolution is one matrix product."""
+        return self.sizes == self.stride and self.padding == (0, 0, 0)
+
+    def output_grid(self, grid: tuple[int, ...]) -> list[int]:
+        axes = zip(grid, *self, strict=True)
+        return [(length + 2 * pad - size) // step + 1 for length, size, step, pad in axes]
+
+
+def conv3d(
+    x: jax.Array,
+    kernel: jax.Array,
+    stride: Size = 1,
+    padding: Size | None = None,
+    *,
+    precision: lax.Precision | None = None,
+    backend: str | None = None,
+) -> jax.Array:
+    """3-D correlation, zeros outside the grid, differentiable in both arrays.
+
+    Args:
+        x: (batch, depth, height, width, inputs), bfloat16, float32 or float64. The batch may be split over a mesh whose
+            axes are Auto.
+        kernel: (kd, kh, kw, inputs, outputs), of the same dtype.
+        stride, padding: one number, or one an axis. By default the padding with which an odd kernel keeps the grid.
+        precision: of float32, as in `jax.lax.conv_general_dilated`; HIGHEST is float32 on every device.
+        backend: "reference" (the definition), "xla" (every device; on a GPU cuDNN), "mosaic_gpu" (a Pallas kernel for
+            Hopper GPUs: 3 x 3 x 3, few channels, bfloat16), or None for the best one here.
+
+    Returns:
+        (batch, depth', height', width', outputs) in x's dtype; bfloat16 is summed in float32.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an unknown backend. Unsupported: a named backend that
+            cannot run here.
+    """
+    geometry = Geometry.of(kernel, stride, padding)
+    _check(x, kernel)
+    chosen = BACKENDS.choose(backend, x, kernel, geometry)
+    return BACKENDS[chosen].convolve(x, kernel, geometry, precision)
+
+
+def why_not(x: jax.Array, kernel: jax.Array, stride: Size = 1, padding: Size | None = None) -> str | None:
+    """Why the mosaic_gpu backend cannot convolve x with this kernel here; None where it can."""
+    return BACKENDS.why_not("mosaic_gpu", x, kernel, Geometry.of(kernel, stride, padding))
 
 
 def _check(x: jax.Array, kernel: jax.Array) -> None:
@@ -42,51 +100,8 @@ def _check(x: jax.Array, kernel: jax.Array) -> None:
             raise ValueError(f"{name} is {value.dtype}; expected bfloat16, float32 or float64")
     if x.ndim != 5:
         raise ValueError(f"x has shape {x.shape}; expected (batch, depth, height, width, inputs)")
-    if kernel.ndim != 5 or kernel.shape[:4] != (3, 3, 3, x.shape[-1]):
-        raise ValueError(f"kernel has shape {kernel.shape}; expected (3, 3, 3, {x.shape[-1]}, outputs)")
+    if kernel.ndim != 5 or kernel.shape[3] != x.shape[-1]:
+        sizes = ", ".join(map(str, kernel.shape[:3])) if kernel.ndim == 5 else "kd, kh, kw"
+        raise ValueError(f"kernel has shape {kernel.shape}; expected ({sizes}, {x.shape[-1]}, outputs)")
     if kernel.dtype != x.dtype:
         raise ValueError(f"kernel is {kernel.dtype} and x {x.dtype}; expected one dtype")
-
-
-@functools.cache
-def _conv3d(backend: str):
-    """The differentiable function for one backend."""
-    forward, input_gradient, weight_gradient, _ = _backend(backend)
-
-    @jax.custom_vjp
-    def conv3d(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return forward(x, kernel)
-
-    def gradients(saved, dy):
-        x, kernel = saved
-        return input_gradient(dy, kernel), weight_gradient(x, dy).astype(kernel.dtype)
-
-    conv3d.defvjp(lambda x, kernel: (forward(x, kernel), (x, kernel)), gradients)
-    return conv3d
-
-
-def conv3d(x: jax.Array, kernel: jax.Array, backend: str | None = None) -> jax.Array:
-    """3-D correlation of stride 1 with a kernel of 3 x 3 x 3, zeros outside the grid, differentiable in both arrays.
-
-    Args:
-        x: (batch, depth, height, width, inputs), bfloat16, float32 or float64. The batch may be split over a mesh whose
-            axes are Auto.
-        kernel: (3, 3, 3, inputs, outputs), of the same dtype.
-        backend: "reference" (the definition), "xla" (on a GPU cuDNN), "mosaic_gpu" (a Pallas kernel for Hopper GPUs,
-            few channels, bfloat16), or None for the best one here.
-
-    Returns:
-        (batch, depth, height, width, outputs) in x's dtype; bfloat16 is summed in float32.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit, or an unknown backend. Unsupported: a named backend that
-            cannot run here.
-    """
-    _check(x, kernel)
-    if backend is None:
-        backend = "xla" if why_not(x, kernel) else "mosaic_gpu"
-    elif backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; expected one of {', '.join(BACKENDS)}, or None for the best")
-    elif reason := why_not(x, kernel, backend):
-        raise Unsupported(f"backend {backend!r} cannot run here: {reason}")
-    return _conv3d(backend)(x, kernel)

@@ -9,7 +9,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mambahome_kernels.mosaic.interpret import interpreting
+from mambahome_kernels.mosaic.runtime import interpreting
 
 
 def over_batch(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:

@@ -1,13 +1,21 @@
 """The public function of norm and activation: picks a backend."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 
-from mambahome_kernels.norm_act import reference, xla
+from mambahome_kernels.backends import Backends
 
-BACKENDS: dict[str, Callable[..., jax.Array]] = {"reference": reference.norm_act, "xla": xla.norm_act}
+BACKENDS = Backends("mambahome_kernels.norm_act", reference="reference", xla="xla")
 EPS = 1e-5
+
+
+class Backend(NamedTuple):
+    """norm_act(slope, eps, inputs, plus) -> y, differentiable."""
+
+    norm_act: Callable
+    why_not: Callable = lambda *_: None
 
 
 def norm_act(
@@ -33,6 +41,4 @@ def norm_act(
     Raises:
         ValueError: an unknown backend.
     """
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; expected one of {', '.join(BACKENDS)}, or None for the best")
-    return BACKENDS[backend or "xla"](slope, eps, inputs, plus)
+    return BACKENDS[BACKENDS.choose(backend)].norm_act(slope, eps, inputs, plus)

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from mambahome_kernels.norm_act.api import Backend
+
 _SPACE = (1, 2, 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def norm_act(slope: float, eps: float, inputs: tuple[jax.Array, ...], plus: jax.Array | None) -> jax.Array:
+def _norm_act(slope: float, eps: float, inputs: tuple[jax.Array, ...], plus: jax.Array | None) -> jax.Array:
     return _forward(slope, eps, inputs, plus)[0]
 
 
@@ -50,7 +52,7 @@ def _backward(slope: float, eps: float, saved: tuple, cotangent: jax.Array):
         return gradients, None if plus is None else g.astype(plus.dtype)
 
 
-norm_act.defvjp(_forward, _backward)
+_norm_act.defvjp(_forward, _backward)
 
 
 class _Statistics(NamedTuple):
@@ -88,3 +90,6 @@ def _total(inputs: tuple[jax.Array, ...], statistics: list[_Statistics], plus: j
 
 def _act(x: jax.Array, slope: float) -> jax.Array:
     return x if slope == 1 else jnp.where(x > 0, x, slope * x)
+
+
+BACKEND = Backend(_norm_act)

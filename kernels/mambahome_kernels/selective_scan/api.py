@@ -1,38 +1,57 @@
-"""The one public function of the selective scan: checks its arguments, picks a backend, ties forward to backward."""
+"""The public function of the selective scan: checks its arguments, picks a backend, ties forward to backward."""
 
 import functools
 import logging
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from mambahome_kernels.errors import Unsupported
-from mambahome_kernels.selective_scan import reference, xla
-from mambahome_kernels.selective_scan.base import Backend, ScanInputs
+from mambahome_kernels.backends import Backends
 
-BACKENDS = ("reference", "xla", "mosaic_gpu")
-_OLDEST_JAX = (0, 11)  # whose Pallas has what the mosaic_gpu backend is written in
-
+BACKENDS = Backends(
+    "mambahome_kernels.selective_scan", reference="reference", xla="xla", mosaic_gpu="mosaic_gpu.backend"
+)
 _log = logging.getLogger(__name__)
 
 
-def _backend(name: str) -> Backend:
-    if name == "mosaic_gpu":
-        from mambahome_kernels.selective_scan import mosaic_gpu  # an older JAX cannot import it
+class ScanInputs(NamedTuple):
+    """Arguments of the scan; gradients have the same form. Absent optional arguments are None.
 
-        return mosaic_gpu.BACKEND
-    return {"reference": reference.BACKEND, "xla": xla.BACKEND}[name]
+    x, dt, z (batch, length, d_inner); A (d_inner, d_state); B, C (batch, length, d_state); D, dt_bias (d_inner,);
+    initial_state (batch, d_inner, d_state).
+    """
+
+    x: jax.Array
+    dt: jax.Array
+    A: jax.Array
+    B: jax.Array
+    C: jax.Array
+    D: jax.Array | None = None
+    z: jax.Array | None = None
+    dt_bias: jax.Array | None = None
+    initial_state: jax.Array | None = None
 
 
-def _why_not(name: str, inputs: ScanInputs) -> str | None:
-    if name == "mosaic_gpu" and jax.__version_info__ < _OLDEST_JAX:
-        return f"it needs JAX {'.'.join(map(str, _OLDEST_JAX))} or newer, and this is {jax.__version__}"
-    return _backend(name).why_not(inputs)
+class Backend(NamedTuple):
+    """One way to compute the scan.
+
+    forward(inputs, softplus, keep) -> (y, last_state, residual): y as x, last_state (batch, d_inner, d_state) in the
+    state's dtype. With keep, residual is any pytree of states that backward wants (every so many steps), never of size
+    length x d_inner x d_state; without, it may be None.
+    backward(inputs, softplus, residual, dy, dlast_state) -> ScanInputs of gradients in the inputs' dtypes.
+    why_not(inputs) -> None where the backend works, else the reason a user reads.
+    """
+
+    forward: Callable
+    backward: Callable
+    why_not: Callable = lambda inputs: None
 
 
 @functools.cache
-def _say(chosen: str, reason: str | None) -> None:
+def _log_choice(chosen: str, reason: str | None) -> None:
     """Once for each choice, not at every call."""
     _log.info("selective scan: %s%s", chosen, f" (not mosaic_gpu: {reason})" if reason else ", the fastest here")
 
@@ -42,16 +61,10 @@ def choose_backend(inputs: ScanInputs, name: str | None = None) -> str:
 
     Raises Unsupported with the reason where a named backend cannot run, and ValueError for an unknown name.
     """
+    chosen = BACKENDS.choose(name, inputs)
     if name is None:
-        reason = _why_not("mosaic_gpu", inputs)
-        chosen = "xla" if reason else "mosaic_gpu"
-        _say(chosen, reason)
-        return chosen
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} is unknown; expected one of {', '.join(BACKENDS)}, or None for the best")
-    if reason := _why_not(name, inputs):
-        raise Unsupported(f"backend {name!r} cannot run here: {reason}")
-    return name
+        _log_choice(chosen, BACKENDS.why_not("mosaic_gpu", inputs))
+    return chosen
 
 
 def _check(inputs: ScanInputs) -> None:
@@ -100,7 +113,7 @@ def _check_sharding(inputs: ScanInputs) -> None:
 @functools.cache
 def _scan(softplus: bool, backend: str):
     """The differentiable function of ScanInputs for one backend."""
-    forward, backward, _ = _backend(backend)
+    forward, backward, _ = BACKENDS[backend]
 
     @jax.custom_vjp
     def scan(inputs: ScanInputs):

@@ -12,19 +12,52 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mambahome_kernels.selective_scan.base import Backend, ScanInputs, cast_gradients, discretise, first_state, gate
-from mambahome_kernels.selective_scan.base import state_dtype as _state_dtype
+from mambahome_kernels.selective_scan.api import Backend, ScanInputs
+
+
+def state_dtype(inputs: ScanInputs):
+    """float64 where any input is, else float32: states are never kept in less."""
+    dtypes = {leaf.dtype for leaf in inputs if leaf is not None}
+    return jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32
+
+
+def first_state(inputs: ScanInputs) -> jax.Array:
+    """The given initial state in the state's dtype, or zeros."""
+    if inputs.initial_state is not None:
+        return inputs.initial_state.astype(state_dtype(inputs))
+    batch, _, d_inner = inputs.x.shape
+    return jnp.zeros((batch, d_inner, inputs.A.shape[1]), state_dtype(inputs))
+
+
+def discretise(dt: jax.Array, dt_bias: jax.Array | None, softplus: bool) -> tuple[jax.Array, jax.Array]:
+    """The step size delta and its derivative by dt: softplus(dt + dt_bias), or dt + dt_bias alone."""
+    raw = dt if dt_bias is None else dt + dt_bias
+    if softplus:
+        return jax.nn.softplus(raw), jax.nn.sigmoid(raw)
+    return raw, jnp.ones_like(raw)
+
+
+def gate(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """silu(z) and its derivative."""
+    s = jax.nn.sigmoid(z)
+    return z * s, s * (1 + z * (1 - s))
+
+
+def cast_gradients(gradients: ScanInputs, inputs: ScanInputs) -> ScanInputs:
+    """Each gradient in the dtype of its input; None where the input is None."""
+    pairs = zip(ScanInputs._fields, gradients, inputs, strict=True)
+    return ScanInputs(**{name: g.astype(i.dtype) for name, g, i in pairs if i is not None and g is not None})
 
 
 def _by_time(inputs: ScanInputs):
     """x, dt, B, C, z with the time axis first, in the state's dtype."""
-    dtype = _state_dtype(inputs)
+    dtype = state_dtype(inputs)
     arrays = (inputs.x, inputs.dt, inputs.B, inputs.C, inputs.z)
     return tuple(None if a is None else jnp.swapaxes(a, 0, 1).astype(dtype) for a in arrays)
 
 
 def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True):
-    A = inputs.A.astype(_state_dtype(inputs))
+    A = inputs.A.astype(state_dtype(inputs))
 
     def step(h, at_t):
         x, dt, B, C, z = at_t
@@ -42,57 +75,8 @@ def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True):
 
 
 def _backward(inputs: ScanInputs, softplus: bool, residual: None, dy: jax.Array, dlast_state: jax.Array) -> ScanInputs:
-    """Keeps every state, as befits a specification: for short sequences only."""
-    dtype = _state_dtype(inputs)
-    A = inputs.A.astype(dtype)
-    h0 = first_state(inputs)
-    by_time = _by_time(inputs)
-
-    def states(h, at_t):
-        x, dt, B, _, _ = at_t
-        delta, _ = discretise(dt, inputs.dt_bias, softplus)
-        new = jnp.exp(delta[:, :, None] * A) * h + (delta * x)[:, :, None] * B[:, None, :]
-        return new, h
-
-    _, before = lax.scan(states, h0, by_time)
-
-    def step(carry, at_t):
-        g_next, dA, dD, dbias = carry
-        (x, dt, B, C, z), h_before, dy = at_t
-        delta, slope = discretise(dt, inputs.dt_bias, softplus)
-        decay = jnp.exp(delta[:, :, None] * A)
-        h = decay * h_before + (delta * x)[:, :, None] * B[:, None, :]
-        dz = None
-        if z is not None:
-            silu, dsilu = gate(z)
-            out = jnp.sum(h * C[:, None, :], axis=2)
-            if inputs.D is not None:
-                out = out + inputs.D * x
-            dz, dy = dy * out * dsilu, dy * silu
-        g = g_next + dy[:, :, None] * C[:, None, :]
-        du = jnp.sum(g * B[:, None, :], axis=2)
-        ddecay = g * h_before * decay
-        ddt = (jnp.sum(ddecay * A, axis=2) + du * x) * slope
-        dx = du * delta
-        if inputs.D is not None:
-            dx, dD = dx + dy * inputs.D, dD + jnp.sum(dy * x, axis=0)
-        dA = dA + jnp.sum(ddecay * delta[:, :, None], axis=0)
-        dB = jnp.sum(g * (delta * x)[:, :, None], axis=1)
-        dC = jnp.sum(h * dy[:, :, None], axis=1)
-        return (g * decay, dA, dD, dbias + jnp.sum(ddt, axis=0)), (dx, ddt, dB, dC, dz)
-
-    d_inner = A.shape[0]
-    zeros = jnp.zeros(d_inner, dtype)
-    start = (dlast_state.astype(dtype), jnp.zeros_like(A), zeros, zeros)
-    steps = (by_time, before, jnp.swapaxes(dy, 0, 1).astype(dtype))
-    (dh0, dA, dD, dbias), by_step = lax.scan(step, start, steps, reverse=True)
-    dx, ddt, dB, dC = (jnp.swapaxes(g, 0, 1) for g in by_step[:4])
-    dz = None if inputs.z is None else jnp.swapaxes(by_step[4], 0, 1)
-    return cast_gradients(ScanInputs(dx, ddt, dA, dB, dC, dD, dz, dbias, dh0), inputs)
+    """By autodiff, which keeps every state: for short sequences only."""
+    return jax.vjp(lambda inputs: _forward(inputs, softplus)[:2], inputs)[1]((dy, dlast_state))[0]
 
 
-def _why_not(inputs: ScanInputs) -> None:
-    return None
-
-
-BACKEND = Backend(_forward, _backward, _why_not)
+BACKEND = Backend(_forward, _backward)

@@ -12,7 +12,9 @@ memory.
 
 States are (batch, chunk, d_state, d_inner): the sum over states then adds whole vectors.
 
-Short sequences on a GPU: xla_short.py.
+Short sequences on a GPU take one `associative_scan` over their whole length. All their states are in memory then, six
+times the scratch of the loop over steps. But a GPU runs a few large programs where a loop starts several small ones for
+each step: for a short sequence, these starts take the time.
 """
 
 import math
@@ -22,21 +24,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mambahome_kernels.selective_scan import xla_short
-from mambahome_kernels.selective_scan.base import (
-    Backend,
-    ScanInputs,
-    cast_gradients,
-    combine,
-    discretise,
-    first_state,
-    gate,
-    state_dtype,
-)
+from mambahome_kernels.selective_scan.api import Backend, ScanInputs
+from mambahome_kernels.selective_scan.reference import cast_gradients, discretise, first_state, gate, state_dtype
 
 # Floats of state that all chunks of a step touch together: on a CPU what stays in its cache, elsewhere what fills it.
 _CPU_STATE = 1 << 16
 _GPU_STATE = 1 << 24
+# Floats of all states of a short sequence (of one example under vmap). Measured by benchmarks/scan_variants.py: with 50
+# million the loop over steps takes half as long again or more, with 200 million it is the faster one.
+_FEW_STATES = 1 << 26
+
+
+def combine(first, second):
+    """Two stretches of a linear recurrence as one: (decay, state from zero) of each."""
+    return second[0] * first[0], second[0] * first[1] + second[1]
 
 
 class _Plan(NamedTuple):
@@ -140,8 +141,8 @@ def _carry_over(decay: jax.Array, from_zero: jax.Array, start: jax.Array, revers
 
 
 def _forward(inputs: ScanInputs, softplus: bool, keep: bool = True):
-    if xla_short.is_short(inputs):
-        return *xla_short.forward(inputs, softplus), None
+    if is_short(inputs):
+        return *short_forward(inputs, softplus), None
     plan, inputs, data = _prepare(inputs, softplus)
     dtype = state_dtype(inputs)
     batch, length, d_inner = inputs.x.shape
@@ -202,8 +203,8 @@ def _prepare(inputs: ScanInputs, softplus: bool) -> tuple[_Plan, ScanInputs, _Ch
 def _backward(
     inputs: ScanInputs, softplus: bool, saved: jax.Array | None, dy: jax.Array, dlast_state: jax.Array
 ) -> ScanInputs:
-    if xla_short.is_short(inputs):
-        return xla_short.backward(inputs, softplus, dy, dlast_state)
+    if is_short(inputs):
+        return jax.vjp(lambda i: short_forward(i, softplus), inputs)[1]((dy, dlast_state))[0]
     given = inputs
     plan, inputs, data = _prepare(inputs, softplus)
     dtype = state_dtype(inputs)
@@ -309,8 +310,26 @@ def _backward(
     return cast_gradients(gradients, given)
 
 
-def _why_not(inputs: ScanInputs) -> None:
-    return None
+def is_short(inputs: ScanInputs) -> bool:
+    """Whether this is the faster way on the default device."""
+    return jax.default_backend() != "cpu" and inputs.x.size * inputs.A.shape[1] <= _FEW_STATES
 
 
-BACKEND = Backend(_forward, _backward, _why_not)
+def short_forward(inputs: ScanInputs, softplus: bool) -> tuple[jax.Array, jax.Array]:
+    """(y, last state), by one `associative_scan`."""
+    dtype = state_dtype(inputs)
+    x, dt, B, C = (a.astype(dtype) for a in (inputs.x, inputs.dt, inputs.B, inputs.C))
+    delta = discretise(dt, inputs.dt_bias, softplus)[0]
+    decay = jnp.exp(delta[..., None] * inputs.A)
+    states = (delta * x)[..., None] * B[:, :, None]
+    states = states.at[:, 0].add(decay[:, 0] * first_state(inputs))
+    states = lax.associative_scan(combine, (decay, states), axis=1)[1]
+    y = jnp.einsum("blds,bls->bld", states, C, precision=lax.Precision.HIGHEST)
+    if inputs.D is not None:
+        y = y + inputs.D * x
+    if inputs.z is not None:
+        y = y * gate(inputs.z.astype(dtype))[0]
+    return y.astype(inputs.x.dtype), states[:, -1]
+
+
+BACKEND = Backend(_forward, _backward)

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mambahome_kernels.conv3d.mosaic_gpu import products
 from mambahome_kernels.conv3d.mosaic_gpu.tiles import KERNEL, PIECE, ROW_BYTES, SHARED_BYTES, Walks, walks, with_margin
-from mambahome_kernels.mosaic.interpret import interpreting, parameters
+from mambahome_kernels.mosaic.runtime import interpreting, launch
 
 F32 = jnp.float32
 SIDE = 8  # voxels a side of the square that one instruction multiplies
@@ -58,7 +58,8 @@ def forward(x: jax.Array, kernel: jax.Array, s: Sizes) -> jax.Array:
     planes = x.reshape(batch * depth, height, width, inputs // PIECE, PIECE)
     if interpreting():  # which reads no zeros before the beginning of an array
         planes = jnp.pad(planes, ((0, 1), (1, 1), (1, 1), (0, s.pieces - inputs // PIECE), (0, 0)))
-    return _kernel(s)(planes, _arranged(kernel, s.pieces)).reshape(batch, depth, height, width, s.outputs)
+    y = _kernel(s)(planes, _arranged(kernel, s.pieces))
+    return y[:, :, :width].reshape(batch, depth, height, width, s.outputs)
 
 
 def _arranged(kernel: jax.Array, pieces: int) -> jax.Array:
@@ -73,6 +74,8 @@ def _kernel(s: Sizes):
     w = s.walks
     before = 0 if interpreting() else 1
     square = (SIDE, SIDE) if interpreting() else (SIDE * SIDE,)
+    # Into rows as wide as a square Pallas stores one as a single run of bytes, across the ends of rows and planes.
+    width = w.width + (w.width == SIDE)
 
     def kernel(x, weights, out, planes, taps, staged, full, free, arrived):
         worker, block = lax.axis_index("worker"), lax.axis_index("block")
@@ -130,9 +133,11 @@ def _kernel(s: Sizes):
             lax.fori_loop(0, steps, bring, None)
             lax.fori_loop(jnp.maximum(steps - s.slots, 0), steps, until_free, None)
 
-    return plgpu.kernel(
+    return launch(
         kernel,
-        out_type=jax.ShapeDtypeStruct((w.entries * w.depth, w.height, w.width, s.outputs), jnp.bfloat16),
+        "conv3d_forward",
+        s,
+        out_type=jax.ShapeDtypeStruct((w.entries * w.depth, w.height, width, s.outputs), jnp.bfloat16),
         scratch_types=[
             plgpu.SMEM((s.slots, s.pieces, *s.margin, PIECE), jnp.bfloat16),
             plgpu.SMEM((TAPS * s.pieces, KERNEL * s.outputs, PIECE), jnp.bfloat16),
@@ -145,12 +150,6 @@ def _kernel(s: Sizes):
         grid_names=("block",),
         num_threads=WORKERS + 1,
         thread_name="worker",
-        interpret=parameters(),
-        compiler_params=plgpu.CompilerParams(
-            # Every access to shared memory that another thread made is ordered by an explicit barrier.
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
     )
 
 

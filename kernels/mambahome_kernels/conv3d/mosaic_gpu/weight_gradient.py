@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mambahome_kernels.conv3d.mosaic_gpu import products
 from mambahome_kernels.conv3d.mosaic_gpu.tiles import KERNEL, PIECE, ROW_BYTES, Walks, walks, with_margin
-from mambahome_kernels.mosaic.interpret import interpreting, parameters
+from mambahome_kernels.mosaic.runtime import interpreting, launch
 
 F32 = jnp.float32
 ROWS, COLUMNS = 8, 16  # of a tile; the voxels of a row are what one instruction sums over
@@ -127,8 +127,10 @@ def _kernel(s: Sizes):
             lax.fori_loop(0, steps, bring, None)
             lax.fori_loop(jnp.maximum(steps - SLOTS, 0), steps, until_free, None)
 
-    return plgpu.kernel(
+    return launch(
         kernel,
+        "conv3d_weight_gradient",
+        s,
         out_type=jax.ShapeDtypeStruct((s.batch, w.blocks, s.shares, KERNEL, KERNEL, OUTPUTS, KERNEL * channels), F32),
         scratch_types=[
             # In this order: what an instruction reads behind the output channels is then shared memory too.
@@ -141,12 +143,6 @@ def _kernel(s: Sizes):
         grid_names=("block", "share", "entry"),
         num_threads=KERNEL + 1,
         thread_name="worker",
-        interpret=parameters(),
-        compiler_params=plgpu.CompilerParams(
-            # Every access to shared memory that another thread made is ordered by an explicit barrier.
-            unsafe_no_auto_barriers=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
     )
 
 

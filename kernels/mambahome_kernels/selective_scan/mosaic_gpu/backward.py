@@ -18,21 +18,23 @@ from mambahome_kernels.selective_scan.mosaic_gpu.lanes import (
     TILE,
     WARP,
     WARPS,
+    Options,
     Sizes,
     advance,
     barrier,
     copies,
     dot,
     each_of_block,
+    launch_warps,
     pipeline,
     sigmoid,
     slope,
     step_size,
+    tile_buffer,
     within,
     workers,
     zeros,
 )
-from mambahome_kernels.selective_scan.mosaic_gpu.launch import Options, launch, tile_buffer
 
 _HALF = TILE // 2
 SUM_ROWS = 64  # rows of the tensor cores' register layout, in which sums over channels are cheap
@@ -93,11 +95,12 @@ def starts(sizes: Sizes, dt, z, dy, C, rates, bias, options: Options):
                 first[at.batch, at.chunk, k, at.channels] = g[k]
             total[at.batch, at.chunk, at.channels] = sum_delta
 
-    return launch(
+    return launch_warps(
         kernel,
+        "scan_starts",
+        s,
         options,
-        groups=s.chunks * s.units // WARPS,
-        batch=s.batch,
+        s.chunks * s.units // WARPS,
         out_type=[
             jax.ShapeDtypeStruct((s.batch, s.chunks, n, s.channels), F32),
             jax.ShapeDtypeStruct((s.batch, s.chunks, s.channels), F32),
@@ -241,11 +244,12 @@ def gradients(sizes: Sizes, x, dt, B, C, z, dy, rates, bias, skip, kept, ends, o
         plgpu.wait_smem_to_gmem(0)
 
     padded = s.chunks * s.chunk
-    *dwide, sums, thin = launch(
+    *dwide, sums, thin = launch_warps(
         kernel,
+        "scan_gradients",
+        s,
         options,
-        groups=s.chunks * s.units // WARPS,
-        batch=s.batch,
+        s.chunks * s.units // WARPS,
         out_type=[
             *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in outs),
             jax.ShapeDtypeStruct((s.batch, s.chunks, n + 2, s.channels), F32),

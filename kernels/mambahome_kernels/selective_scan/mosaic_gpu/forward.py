@@ -1,4 +1,7 @@
-"""Forward kernels: `ends` runs every chunk from a zero state, `outputs` again from its true start and writes y."""
+"""Forward kernels: `ends` runs every chunk from a zero state, `outputs` again from its true start and writes y.
+
+Between them, and in the backward pass, `carry_over` turns the ends into true starts: a warp for a state of 32 channels.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +13,22 @@ from mambahome_kernels.selective_scan.mosaic_gpu.lanes import (
     F32,
     TILE,
     WARPS,
+    Options,
     Sizes,
     advance,
     copies,
     dot,
+    launch_warps,
     pipeline,
     sigmoid,
     step_size,
+    tile_buffer,
     within,
     workers,
     zeros,
 )
-from mambahome_kernels.selective_scan.mosaic_gpu.launch import Options, launch, tile_buffer
+
+_GROUP = 8  # chunks that carry_over reads together, to hide the latency of memory
 
 
 def ends(sizes: Sizes, x, dt, B, rates, bias, options: Options):
@@ -66,11 +73,12 @@ def ends(sizes: Sizes, x, dt, B, rates, bias, options: Options):
                 end[at.batch, at.chunk, k, at.channels] = h[k]
             total[at.batch, at.chunk, at.channels] = sum_delta
 
-    return launch(
+    return launch_warps(
         kernel,
+        "scan_ends",
+        s,
         options,
-        groups=s.chunks * s.units // WARPS,
-        batch=s.batch,
+        s.chunks * s.units // WARPS,
         out_type=[
             jax.ShapeDtypeStruct((s.batch, s.chunks, n, s.channels), F32),
             jax.ShapeDtypeStruct((s.batch, s.chunks, s.channels), F32),
@@ -82,6 +90,51 @@ def ends(sizes: Sizes, x, dt, B, rates, bias, options: Options):
             plgpu.Barrier(num_arrivals=3 * WARPS, num_barriers=slots),
         ],
     )(x, dt, B, rates, bias)
+
+
+def carry_over(sizes: Sizes, total, local, edge, rates, options: Options, reverse: bool = False):
+    """State entering each chunk (batch, chunks, d_state, channels), and the one that leaves the last.
+
+    total (batch, chunks, channels): sum of delta; local, like the result: state after a chunk from zero; edge
+    (batch, d_state, channels): state that enters the first chunk, None for zeros. In reverse, the last chunk is the
+    first.
+    """
+    s = sizes
+    given = [] if edge is None else [edge]
+
+    def kernel(total, local, rates, *refs):
+        *edge, before, after = refs
+        for at in workers(s.units):
+            state = at.major
+
+            def group(first, count, h, at=at, state=state):
+                where = [s.chunks - 1 - (first + j) if reverse else first + j for j in range(count)]
+                deltas = [total[at.batch, k, at.channels] for k in where]
+                own = [local[at.batch, k, state, at.channels] for k in where]
+                rate = rates[state, at.channels]
+                for k, delta, ends in zip(where, deltas, own, strict=True):
+                    before[at.batch, k, state, at.channels] = h
+                    h = jnp.exp2(delta * rate) * h + ends
+                return h
+
+            whole = s.chunks // _GROUP
+            h = edge[0][at.batch, state, at.channels] if edge else zeros()
+            h = lax.fori_loop(0, whole, lambda g, h, group=group: group(g * _GROUP, _GROUP, h), h)
+            h = group(whole * _GROUP, s.chunks % _GROUP, h)
+            after[at.batch, state, at.channels] = h
+
+    return launch_warps(
+        kernel,
+        "scan_carry_over_reverse" if reverse else "scan_carry_over",
+        s,
+        options,
+        s.d_state * s.units // WARPS,
+        out_type=[
+            jax.ShapeDtypeStruct(local.shape, F32),
+            jax.ShapeDtypeStruct((s.batch, s.d_state, s.channels), F32),
+        ],
+        scratch_types=[],
+    )(total, local, rates, *given)
 
 
 def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Options, keep: bool):
@@ -162,11 +215,12 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
     out_type = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
     if keep:
         out_type.append(jax.ShapeDtypeStruct((s.batch, s.kept, n, s.channels), jnp.result_type(*wide)))
-    return launch(
+    return launch_warps(
         kernel,
+        "scan_outputs",
+        s,
         options,
-        groups=s.chunks * s.units // WARPS,
-        batch=s.batch,
+        s.chunks * s.units // WARPS,
         out_type=out_type,
         scratch_types=[
             *(tile_buffer(a, slots, span=span) for a in wide),

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mambahome_kernels.mosaic.interpret import interpreting
+from mambahome_kernels.mosaic.runtime import interpreting, launch
 
 WARP = 32  # channels of a unit: one for each thread of a warp
 WARPS = 4  # in a block
@@ -33,6 +33,14 @@ _LOG1P = (
     0.0199071616,
     -0.00325637846,
 )
+
+
+class Options(NamedTuple):
+    """What tuning turns: tiles in flight, steps unrolled, the compiler's approximate exp2 and rsqrt."""
+
+    slots: int = 2
+    unroll: int = 2
+    approx_math: bool = True
 
 
 class Sizes(NamedTuple):
@@ -286,3 +294,20 @@ def pipeline(tiles: int, slots: int, load, compute, carry, store=None):
         return carry
 
     return lax.fori_loop(0, tiles, body, carry)
+
+
+def tile_buffer(like: jax.Array, slots: int, width: int = WARP, span: int = 1):
+    return plgpu.SMEM((slots * WARPS, span * TILE, width), like.dtype)
+
+
+def launch_warps(kernel, name: str, sizes: Sizes, options: Options, groups: int, **arguments):
+    """The kernel as a function of arrays, over `groups` blocks of four warps for each batch entry."""
+    return launch(
+        kernel,
+        name,
+        (sizes, options),
+        approx_math=options.approx_math,
+        grid=(groups, sizes.batch),
+        grid_names=("group", "batch"),
+        **arguments,
+    )
