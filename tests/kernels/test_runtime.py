@@ -10,6 +10,8 @@ from mambahome_kernels import conv3d
 if jax.__version_info__ < (0, 11):
     pytest.skip(f"the kernels need JAX 0.11; this is {jax.__version__}", allow_module_level=True)
 
+from jax._src.interpreters import mlir
+from jax._src.lib.mlir import ir
 from mambahome_kernels.mosaic import runtime
 
 ARRAYS = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, 8, 16, 16, 16), (3, 3, 3, 16, 16))]
@@ -28,7 +30,9 @@ def client(monkeypatch):
     class Device:
         platform, compute_capability, client = "gpu", "9.0", Client()
 
-    monkeypatch.setattr(runtime, "default_device", Device)
+    jax.clear_caches()
+    monkeypatch.setattr(runtime, "default_device", lambda: Device)
+    monkeypatch.setattr(runtime, "_AHEAD", {})
     return Device.client
 
 
@@ -46,3 +50,21 @@ def test_a_kernel_is_the_same_in_every_program(client):
     jax.clear_caches()
     assert first == hashes(lowered(lambda x, kernel: conv3d(x + 1, kernel)))
     assert len(first) == 1
+
+
+def test_kernels_begin_to_compile_while_the_program_is_lowered(client):
+    """Each once, as a program of its own that XLA can read."""
+    text = lowered(lambda x, kernel: conv3d(conv3d(x, kernel), kernel) + conv3d(x * 2, kernel))
+    for future in runtime._AHEAD.values():
+        future.result()
+    assert len(client.programs) == len(set(hashes(text))) == 1
+    with mlir.make_ir_context():
+        module = ir.Module.parse(client.programs[0])
+        assert module.operation.verify()
+        assert hashes(str(module)) == hashes(text)[:1]
+
+
+def test_nothing_is_compiled_for_a_device_that_is_not_here(client, monkeypatch):
+    monkeypatch.setattr(runtime.default_device(), "client", None)
+    lowered(lambda x, kernel: conv3d(x, kernel))
+    assert not runtime._AHEAD
