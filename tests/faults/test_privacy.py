@@ -13,6 +13,7 @@ from mambahome_jax.flags import CheckConfig, EvaluateConfig, InferConfig, Prepro
 from mambahome_jax.imaging import itk
 from mambahome_jax.inference import batch
 from mambahome_jax.patches.store import Store
+from mambahome_jax.training import train as training
 from tests.commands.scans import AFFINE, scan, write
 from tests.commands.test_train import StandIn
 from tests.faults.fuzz_worker import PROPERTIES
@@ -25,7 +26,7 @@ MARK = "Zebulon-Secret"
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     monkeypatch.setattr(batch, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
-    monkeypatch.setattr(train, "MambaHoME", StandIn)
+    monkeypatch.setattr(training, "MambaHoME", StandIn)
 
 
 def marked(path: Path, array: np.ndarray) -> None:
