@@ -10,7 +10,9 @@ from mambahome_jax import cli
 from mambahome_jax.recipes import INGREDIENTS, RECIPES, default_of
 from tests.conftest import ROOT
 
-PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")])
+PAGES = sorted(
+    [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), ROOT / "kernels/README.md", ROOT / "tests/goldens/README.md"]
+)
 COLUMNS, README_LINES = 100, 110
 KINDS = {"getting-started", "how-to", "reference", "explanation", "experiments"}
 _COMMAND = re.compile(rf"(?:mambahome|python) ({'|'.join(cli.COMMANDS)})(?:\.py)?\b(?! *=)(.*)")
