@@ -1,5 +1,6 @@
 """Which files `infer` is to segment, and what the dataset around them says of each."""
 
+import contextlib
 import os
 import re
 from collections import defaultdict
@@ -8,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mambahome_jax.config import Modality
-from mambahome_jax.datasets.base import Case, Dataset
+from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.files import (
     CHANNEL,
     channels_of,
@@ -122,8 +123,7 @@ def _root(data_path: Path, leave: Collection[Path]) -> tuple[Path, Search, Searc
 
 
 def _beside(home: Path, taken: str, folders: Mapping[str, Path], leave: Collection[Path]) -> Search:
-    """What lies beside the folder of the scans: a failure where it could be scans, unless it is another part of the
-    dataset, which a note names."""
+    """What lies beside the scans: failures where it could be others, and a note on other parts of the dataset."""
     left = {os.path.realpath(path) for path in leave}
     failures: Failures = []
     found = {home: search(home, leave, deepest=0)}
@@ -150,9 +150,16 @@ def _scans_of(root: Path, found: Search) -> tuple[list[Scan], Failures, list[str
     part = root.name in DATASET_FOLDERS
     # Beside scan files of the folder itself a dataset only says which of the files below are label maps.
     below = bool(direct) and any(one.depth for one in found.scans)
-    dataset = _dataset(root.parent if part else root) if part or not direct or below else None
+    dataset = None
+    if part or not direct or below:
+        # Scans to segment need not lie in a dataset.
+        with contextlib.suppress(DatasetError):
+            dataset = load_dataset(root.parent if part else root)
     cases = () if dataset is None else dataset.cases
-    modalities = _modalities(cases)
+    modalities = {case.image: case.modality for case in cases}
+    if len({*modalities.values()} - {None}) < 2:
+        # Of one modality the model knows better: it may be trained on another.
+        modalities = {}
     of_cases = _series_of_cases(root, found.scans, cases)
     homes = {home for home, _ in of_cases.values()}
     named = [case for case in cases if case.image not in homes] if not part else []
@@ -188,9 +195,9 @@ def _scans_of(root: Path, found: Search) -> tuple[list[Scan], Failures, list[str
 def _series_of_cases(
     root: Path, found: Iterable[Candidate], cases: Iterable[Case]
 ) -> dict[Candidate, tuple[Path, str]]:
-    """Series in or below a folder that is the image of a case, with that folder and a name for their results.
+    """Series in or below a folder that is the image of a case, with that folder, and the case as name of their results.
 
-    The name is that of the case, as label maps have it; of several series with what tells them apart behind it.
+    Of several series, what tells them apart stands behind it.
     """
     slices = [one for one in found if not suffix_of(one.path.name)]
     names = {case.image: case.id for case in cases if not case.images} if slices else {}
@@ -205,20 +212,6 @@ def _series_of_cases(
             tail = f"_{one.name.removeprefix(beginning)}" if len(series) > 1 else ""
             result[one] = home, names[home] + tail
     return result
-
-
-def _modalities(cases: Iterable[Case]) -> dict[Path, Modality]:
-    """Modality by file; empty where all are of one, which the model knows better: it may be trained on another."""
-    modalities = {case.image: case.modality for case in cases if case.modality is not None}
-    return modalities if len(set(modalities.values())) > 1 else {}
-
-
-def _dataset(folder: Path) -> Dataset | None:
-    """The dataset of a folder; None where it is none, as scans to segment need not lie in one."""
-    try:
-        return load_dataset(folder)
-    except DatasetError:
-        return None
 
 
 def join_channels(data_path: Path, scans: list[Scan], channels: int) -> tuple[list[Scan], list[dict[str, str]]]:

@@ -34,9 +34,8 @@ class PreparedCase:
     """One entry of "cases" in dataset.json; fields with a default are written only where they differ from it.
 
     image, label: paths, relative to the folder where the file lies in it. shape: (D, H, W) voxels and spacing: (3,) mm
-    after resampling. source: the image file that the user gave, with its folder's name. patient: by default the id.
-    labelled: the values that this case's dataset labels at all; None for the whole table.
-    remarks: what was dealt with, such as masks that overlap. in_split: False where a split names the case in no list.
+    after resampling. source: the image file that the user gave, with its folder's name. remarks: what was dealt with,
+    such as masks that overlap. patient, labelled, in_split: see `Case`.
     """
 
     id: str
@@ -62,9 +61,8 @@ class Prepared:
     """A preprocessed dataset.
 
     spacing: (3,) mm that was asked for, None where every scan kept its own; 0 or below keeps an axis. orientation: of
-    the array axes, such as "RAS". labels: value -> name, without the background. patients: who says of which patient a
-    case is, None in folders of earlier versions. values: value of `labels` -> value that the dataset's label maps store
-    and infer writes, where the two differ.
+    the array axes, such as "RAS". patients: None in folders of earlier versions. labels, values: see `Dataset`; infer
+    writes the stored values.
     """
 
     root: Path
@@ -101,24 +99,20 @@ def detect(folder: Path) -> bool:
 def load(folder: Path) -> Dataset:
     """The folder as a Dataset, to preprocess it once more."""
     prepared = read_prepared(folder)
-    cases = []
-    for case in prepared.cases:
-        files = (prepared.image_path(case), prepared.label_path(case))
-        fields = {"labelled": case.labelled, "in_split": case.in_split}
-        cases.append(Case(case.id, *files, case.split, case.modality, case.patient, **fields))  # type: ignore[arg-type]
+    cases = [
+        Case(
+            *(case.id, prepared.image_path(case), prepared.label_path(case), case.split, case.modality, case.patient),
+            labelled=case.labelled,
+            in_split=case.in_split,
+        )
+        for case in prepared.cases
+    ]
     known = {one_form(path) for case in prepared.cases for path in (case.image, case.label) if path is not None}
     scans = [f"{part}/{name}" for part in _PARTS for name in listing(prepared.root / part)[1] if suffix_of(name)]
     others = [path for path in scans if one_form(path) not in known]
-    return Dataset(
-        prepared.name,
-        prepared.channels,
-        dict(prepared.labels),
-        tuple(cases),
-        prepared.skipped,
-        notes=(f"of no case in {DESCRIPTION}, and left out: {listed(others)}",) if others else (),
-        patients=prepared.patients,
-        values=dict(prepared.values),
-    )
+    notes = (f"of no case in {DESCRIPTION}, and left out: {listed(others)}",) if others else ()
+    fields = (prepared.name, prepared.channels, dict(prepared.labels), tuple(cases), prepared.skipped, notes)
+    return Dataset(*fields, patients=prepared.patients, values=dict(prepared.values))
 
 
 def read_prepared(folder: Path) -> Prepared:
@@ -228,10 +222,7 @@ def _files_of_part(folder: Path) -> tuple[str, dict[str, Path]] | None:
 
 
 def unlisted_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """{name: why it is none} of the files that are of no case, where the folder is part of a preprocessed one.
-
-    names: of files in `folder`. Raises DatasetError: see `read_prepared`.
-    """
+    """{name: why it is none} of the files `names` of no case, where the folder is part of a preprocessed dataset."""
     part = _files_of_part(folder)
     if part is None:
         return {}
@@ -242,10 +233,7 @@ def unlisted_files(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def absent_images(folder: Path) -> dict[str, str]:
-    """{case: reason} of the cases whose image should be in a folder, the images/ of a preprocessed one, and is not.
-
-    Raises DatasetError: see `read_prepared`.
-    """
+    """{case: reason} of the cases whose image should be in a folder, the images/ of a preprocessed one, and is not."""
     part = _files_of_part(folder)
     if part is None or Path(os.path.realpath(folder)).name != "images":
         return {}

@@ -60,14 +60,8 @@ LISTED = (table.NAME, prepared.NAME)
 def load_dataset(folder: str | Path, name: str | None = None) -> Dataset:
     """Find out the layout of a folder and list its cases; only names and dataset.json are read, no scan.
 
-    Args:
-        folder: of the dataset. Where an archive was unpacked into a folder of its own, that folder is found.
-        name: the layout to read it in, instead of finding out.
-
-    Raises:
-        ConfigError: no layout of that name.
-        DatasetError: missing or empty folder, a file, an unknown layout (with what was looked for), several layouts at
-            once, and what the layout's own load() finds.
+    name: the layout to read it in, instead of finding out. Raises ConfigError: no layout of that name. DatasetError:
+    missing or empty folder, an unknown layout, several layouts at once, and what the layout's own load() finds.
     """
     folder = local_path(folder)
     if name is not None and name not in LAYOUTS:
@@ -79,15 +73,22 @@ def load_dataset(folder: str | Path, name: str | None = None) -> Dataset:
         raise DatasetError("a file, not a folder", file=folder, expected=expected)
     if name is not None:
         return _load(name, folder)
-    candidates = _candidates(folder)
-    for number, candidate in enumerate(candidates):
-        names = detect_layouts(candidate)
+    # Of an archive that was unpacked into a folder of its own, or two, that folder is meant.
+    place = folder
+    above: list[Path] = []
+    for _ in range(3):
+        names = detect_layouts(place)
         if len(names) > 1:
             looks = "\n".join(f"  - {key}: {LAYOUTS[key].LOOKS_FOR}" for key in names)
             action = f"Say which it is with --dataset {' or --dataset '.join(names)}."
-            raise DatasetError(f"several layouts at once:\n{looks}\n", file=candidate, expected="one", action=action)
+            raise DatasetError(f"several layouts at once:\n{looks}\n", file=place, expected="one", action=action)
         if names:
-            return _load(names[0], candidate, candidates[:number])
+            return _load(names[0], place, above)
+        above.append(place)
+        below = list(listing(place)[0].values())
+        if len(below) != 1:
+            break
+        place = below[0]
     folders, files = listing(folder)
     names = sorted([*folders, *files])
     problem = f"unknown layout (it holds {listed(names, 6)})" if names else "the folder is empty"
@@ -100,17 +101,6 @@ def detect_layouts(folder: Path) -> list[str]:
     names = [name for name, layout in LAYOUTS.items() if layout.detect(folder)]
     covered = {other for name in names for other in LAYOUTS[name].COVERS}
     return [name for name in names if name not in covered]
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """The folder, and the one folder that an archive made in it, twice at most."""
-    candidates = [folder]
-    for _ in range(2):
-        below = list(listing(candidates[-1])[0].values())
-        if len(below) != 1:
-            break
-        candidates.append(below[0])
-    return candidates
 
 
 def _load(name: str, folder: Path, above: Sequence[Path] = ()) -> Dataset:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mambahome_jax.datasets.base import Case
-from mambahome_jax.datasets.files import LONGEST, listed, listing, of_one_kind
+from mambahome_jax.datasets.files import LONGEST, by_folder, listed, listing, of_one_kind
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom import DEEPEST, Series, is_scan, sort_out
 from mambahome_jax.imaging.formats import (
@@ -118,7 +118,10 @@ def search(folder: Path, leave: Collection[Path] = (), deepest: int = DEEPEST) -
     for kind, entry in _walk(folder, (), frozenset(), {os.path.realpath(path) for path in leave}, deepest):
         met[kind].append(entry)
     scans, alike = _named(met["scan"])
-    collisions = [(name, _collision(name, found)) for name, found in alike.items()]
+    collisions = []
+    for name, candidates in alike.items():
+        several = " and ".join(candidate.path.name for candidate in candidates)
+        collisions.append((name, f"the results of {several} would have one name, {name}. Rename one of them"))
     notes = (
         f"passed over, {len(met[kind])} {what}: {listed(met[kind])}" for kind, what in _NO_SCANS.items() if met[kind]
     )
@@ -179,11 +182,6 @@ def _tails(series: Sequence[Series]) -> list[str]:
     return next(names for names in ends if len(set(names)) == len(names))
 
 
-def _collision(name: str, alike: Iterable[Candidate]) -> str:
-    several = " and ".join(candidate.path.name for candidate in alike)
-    return f"the results of {several} would have one name, {name}. Rename one of them"
-
-
 def _named(scans: Sequence[tuple[Parts, Candidate]]) -> tuple[tuple[Candidate, ...], dict[str, list[Candidate]]]:
     """The scans with their names, and those left out whose names would be one, by that name."""
     by_name: dict[str, list[tuple[Parts, Candidate]]] = defaultdict(list)
@@ -223,12 +221,8 @@ def unseen(
     known: ids that are accounted for. expected: of the layout, for people. unlisted: False where the layout itself says
     which readable files it leaves out.
     """
-    used: dict[str, set[str]] = defaultdict(set)
-    images: Counter[str] = Counter()
-    for case in cases:
-        images.update({_add(path, used) for path in case.image_files})
-        for path in case.label_files:
-            _add(path, used)
+    used = by_folder(path for case in cases for path in (*case.image_files, *case.label_files))
+    images = Counter(folder for case in cases for folder in by_folder(case.image_files))
     leftovers = _Leftovers(used, expected, known if unlisted else None)
     for folder in used:
         home = Path(folder)
@@ -246,18 +240,9 @@ def misplaced(path: Path, expected: str) -> tuple[str, str]:
     return name, f"{path}: of no case, as it lies beside their folders; expected {expected}"
 
 
-def _add(path: Path, used: dict[str, set[str]]) -> str:
-    """Add a file to those of its folder; returns the folder. Strings, as paths of 100,000 files take seconds."""
-    folder, name = os.path.split(path)
-    folder = folder or "."
-    used[folder].add(name)
-    return folder
-
-
 @dataclass
 class _Leftovers:
-    """used: names of the files of cases by folder. known: ids that the layout skips; None where it names all readable
-    files that it leaves out. skipped, beside: what `unseen` gives."""
+    """used: files of cases by folder. known: ids that the layout skips, None where it says so of all files itself."""
 
     used: Mapping[str, set[str]]
     expected: str

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mambahome_jax.datasets.base import SPLIT_WORDS, Case, Dataset, Split
 from mambahome_jax.datasets.files import CHANNEL, listed
@@ -24,7 +24,7 @@ def with_split(dataset: Dataset, folder: Path, *, own: bool = False) -> Dataset:
     """The dataset with the split of folder/splits_final.json, else with its own; its notes say what does not fit.
 
     own: its own split counts whatever the folder holds. Where some cases are marked to train on, those in no list are
-    not. Cases of the test part stay there. Raises DatasetError: see `_fit`.
+    not. Cases of the test part stay there. Raises DatasetError: a file that cannot be used.
     """
     file = folder / FILE
     notes: tuple[str, ...] = ()
@@ -43,10 +43,7 @@ def with_split(dataset: Dataset, folder: Path, *, own: bool = False) -> Dataset:
 
 
 def with_split_file(prepared: Prepared) -> tuple[Prepared, tuple[str, ...]]:
-    """A preprocessed dataset with the split of a splits_final.json in its folder, and notes; itself without one.
-
-    Raises DatasetError: see `_fit`.
-    """
+    """A preprocessed dataset with the split of a splits_final.json in its folder, and notes; itself without one."""
     file = prepared.root / FILE
     if not file.is_file():
         return prepared, ()
@@ -76,11 +73,7 @@ def _marked(cases: Iterable[C], file: Path, skipped: Iterable[str] = ()) -> tupl
 
 
 def _fit(file: Path, known: Iterable[str]) -> tuple[dict[str, Split], tuple[str, ...]]:
-    """{case: split} by the first fold of a split file, and notes on what of it does not fit.
-
-    known: ids of the cases that it may name, with a suffix, a channel's number or a folder too. Raises DatasetError: no
-    id fits; see `_read`.
-    """
+    """{case: split} by the first fold of a split file for the `known` ids, and notes on what of it does not fit."""
     case_of = {one_form(case): case for case in known}
     for name, case in list(case_of.items()):
         if (match := CHANNEL.fullmatch(name)) and match[2] == "0000":
@@ -90,7 +83,11 @@ def _fit(file: Path, known: Iterable[str]) -> tuple[dict[str, Split], tuple[str,
     twice, unknown = [], []
     for part in ("train", "val", "test"):
         for text in lists.get(part, ()):
-            case = next((case_of[name] for name in _spellings(text) if name in case_of), "")
+            # Written as it is, as a path, with a suffix or with the number of a channel.
+            text = one_form(text.strip())
+            stem = scan_stem(Path(PurePosixPath(text.replace("\\", "/")).name))
+            names = (text, stem, stem[:-5] if CHANNEL.fullmatch(stem) else stem)
+            case = next((case_of[name] for name in names if name in case_of), "")
             if not case:
                 unknown.append(text)
                 continue
@@ -114,19 +111,8 @@ def _fit(file: Path, known: Iterable[str]) -> tuple[dict[str, Split], tuple[str,
     return split, tuple(notes)
 
 
-def _spellings(text: str) -> list[str]:
-    """The ids that one may mean, which may be written as a path, with a suffix or with the number of a channel."""
-    text = one_form(text.strip())
-    stem = scan_stem(Path(PurePosixPath(text.replace("\\", "/")).name))
-    channel = CHANNEL.fullmatch(stem)
-    return [text, stem, *([channel[1]] if channel else [])]
-
-
 def _read(file: Path) -> tuple[dict[Split, list[str]], int]:
-    """The lists of the first fold, and the number of folds. A single fold, and folds by name, are taken too.
-
-    Raises DatasetError: not readable, not JSON, another form, lists without an id.
-    """
+    """The lists of the first fold, and the number of folds. A single fold, and folds by name, are taken too."""
     try:
         content = parse_json(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -137,10 +123,7 @@ def _read(file: Path) -> tuple[dict[Split, list[str]], int]:
         content = list(content.values()) if all(isinstance(v, dict) for v in content.values()) else [content]
     if not isinstance(content, list) or not content:
         raise _damaged("no fold" if content == [] else f"a JSON {type(content).__name__}", file)
-    return _lists(content[0], file), len(content)
-
-
-def _lists(fold: Any, file: Path) -> dict[Split, list[str]]:
+    fold = content[0]
     if not isinstance(fold, Mapping):
         raise _damaged(f"a fold that is a JSON {type(fold).__name__}", file)
     lists = {SPLIT_WORDS[word]: ids for key, ids in fold.items() if (word := str(key).lower()) in SPLIT_WORDS}
@@ -150,7 +133,7 @@ def _lists(fold: Any, file: Path) -> dict[Split, list[str]]:
             raise _damaged(f"{part} holds {wrong[0]!r}", file)
     if not any(lists.values()):
         raise _damaged(f"a fold of empty lists: {', '.join(map(str, fold)) or 'none'}", file)
-    return lists
+    return lists, len(content)
 
 
 def _damaged(problem: str, file: Path) -> DatasetError:

@@ -4,7 +4,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -341,19 +341,16 @@ def sides(labels: Mapping[int, str], axis: str) -> tuple[tuple[tuple[int, int], 
     return tuple(pairs), tuple(alone)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Volume in mm^3 and covariance (3, 3) in mm^2 of the voxels of a structure, along the axes of the array."""
-
-    volume: float
-    covariance: np.ndarray
-
-
-def shape_of(positions: np.ndarray, voxels: int, spacing: Sequence[float]) -> Shape:
-    """Shape from positions (n, 3) of voxels, all or an even sample of them; voxels: of all; spacing (3,) mm."""
+def shape_of(positions: np.ndarray, voxels: int, spacing: Sequence[float]) -> np.ndarray:
+    """Measure a structure, (8,) of `_MEASURES`, from positions (n, 3) of voxels, all or an even sample of `voxels`."""
     size = np.asarray(spacing, float)
+    volume = voxels * float(size.prod())
     covariance = np.cov(positions * size, rowvar=False) + np.diag(size**2 / 12)
-    return Shape(voxels * float(size.prod()), covariance)
+    deviations = np.sqrt(np.diag(covariance))
+    tilts = (covariance / np.outer(deviations, deviations))[[0, 0, 1], [1, 2, 2]]
+    # Of an ellipsoid of these moments; a crescent fills less of it, and a cube 0.9.
+    ellipsoid = 4 / 3 * math.pi * 5**1.5 * math.sqrt(max(np.linalg.det(covariance), 1e-12))
+    return np.array([math.log(volume), *np.log(deviations), *tilts, math.log(volume / ellipsoid)])
 
 
 def told_by_form(name: str) -> bool:
@@ -362,28 +359,19 @@ def told_by_form(name: str) -> bool:
     return _BY_FORM.search(words) is not None and _ALIKE.search(words) is None
 
 
-def differences(one: Shape, other: Shape, axis: int) -> np.ndarray:
+def differences(one: np.ndarray, other: np.ndarray, axis: int) -> np.ndarray:
     """(8,) of `_MEASURES`: `one`, mirrored along an axis of the array, minus `other`."""
-    mirror = np.ones(3)
-    mirror[axis] = -1
-    return _measures(one, mirror) - _measures(other, np.ones(3))
+    mirrored = one.copy()
+    # The tilts between the axes 0 and 1, 0 and 2, 1 and 2, of which two have to do with this one.
+    mirrored[[4, 5, 6]] *= np.where([axis in pair for pair in ((0, 1), (0, 2), (1, 2))], -1, 1)
+    return mirrored - other
 
 
-def _measures(shape: Shape, mirror: np.ndarray) -> np.ndarray:
-    deviations = np.sqrt(np.diag(shape.covariance))
-    correlations = shape.covariance / np.outer(deviations, deviations) * np.outer(mirror, mirror)
-    # Of an ellipsoid of these moments; a crescent fills less of it, and a cube 0.9.
-    ellipsoid = 4 / 3 * math.pi * 5**1.5 * math.sqrt(max(np.linalg.det(shape.covariance), 1e-12))
-    tilts = correlations[[0, 0, 1], [1, 2, 2]]
-    return np.array([math.log(shape.volume), *np.log(deviations), *tilts, math.log(shape.volume / ellipsoid)])
+def swap_reason(names: tuple[str, str], shapes: Sequence[tuple[np.ndarray, np.ndarray]], axis: int) -> tuple[bool, str]:
+    """Whether the labels of two structures trade places where a volume is mirrored along an axis of the array, and why.
 
-
-def swap_reason(names: tuple[str, str], shapes: Sequence[tuple[Shape, Shape]], axis: int) -> tuple[bool, str]:
-    """Whether the labels of two structures trade places in a mirrored volume, and why.
-
-    names: of the two, which differ in the side. shapes: of both in each case that has both; fewer than FEWEST_CASES say
-    nothing, so the names decide. Else the label maps do: volume, extents, tilt and compactness of one, mirrored along
-    an axis of the array, are those of the other within the spread of the cases.
+    names: of the two, which differ in the side; they decide where fewer than FEWEST_CASES cases have both. Else the
+    label maps do: the `shapes` of one, mirrored, are those of the other within the spread of the cases.
     """
     by_form = any(map(told_by_form, names))
     if len(shapes) < FEWEST_CASES:
@@ -403,7 +391,7 @@ def swap_reason(names: tuple[str, str], shapes: Sequence[tuple[Shape, Shape]], a
 def choose_swaps(
     labels: Mapping[int, str],
     pairs: Sequence[tuple[int, int]],
-    shapes: Mapping[tuple[int, int], Sequence[tuple[Shape, Shape]]],
+    shapes: Mapping[tuple[int, int], Sequence[tuple[np.ndarray, np.ndarray]]],
     axis: int,
 ) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
     """The pairs whose labels trade places in a mirrored volume; a line that names them, and one on each other pair.

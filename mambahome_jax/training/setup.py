@@ -28,7 +28,6 @@ from mambahome_jax.datasets.prepared import DESCRIPTION, Prepared, split_cases
 from mambahome_jax.datasets.structures import (
     AXES,
     FEWEST_VOXELS,
-    Shape,
     axis_along,
     choose_swaps,
     match_structures,
@@ -400,7 +399,7 @@ def recorded_mirrors(run: Path) -> tuple[Mirror, ...]:
     return tuple((axis, tuple((one, other) for one, other in pairs)) for axis, pairs in found)
 
 
-def _shapes(prepared: Prepared, pairs: Sequence[Pair]) -> dict[Pair, list[tuple[Shape, Shape]]]:
+def _shapes(prepared: Prepared, pairs: Sequence[Pair]) -> dict[Pair, list[tuple[np.ndarray, np.ndarray]]]:
     """The shapes of both structures of each pair, in up to _CASES cases that have both."""
     if not pairs:
         return {}

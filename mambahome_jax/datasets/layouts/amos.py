@@ -20,16 +20,12 @@ LAST_CT = 500
 
 _CASE = re.compile(r"amos_(\d{4})")
 # Ending of the folders, split, and key of dataset.json that lists its cases.
-_PARTS: tuple[tuple[str, Split, str], ...] = (
-    ("Tr", "train", "training"),
-    ("Va", "val", "validation"),
-    ("Ts", "test", ""),
-)
+_PARTS: dict[str, tuple[Split, str]] = {"Tr": ("train", "training"), "Va": ("val", "validation"), "Ts": ("test", "")}
 
 
 def detect(folder: Path) -> bool:
     """Whether imagesTr, imagesVa or imagesTs has a file amos_####.nii.gz."""
-    return any(_CASE.fullmatch(stem) for part, *_ in _PARTS for stem in scan_files(folder / f"images{part}"))
+    return any(_CASE.fullmatch(stem) for part in _PARTS for stem in scan_files(folder / f"images{part}"))
 
 
 def load(folder: Path) -> Dataset:
@@ -45,22 +41,19 @@ def load(folder: Path) -> Dataset:
     labels = {value: "aorta" if name == "arota" else name for value, name in table.items()}
     cases: list[Case] = []
     skipped: list[tuple[str, str]] = []
-    for part, split, _ in _PARTS:
+    for part, (split, _) in _PARTS.items():
         images, maps = scan_files(folder / f"images{part}"), scan_files(folder / f"labels{part}")
         for stem, image in images.items():
             if maps and stem not in maps and split != "test":
                 skipped.append((stem, f"labels{part}/{stem}.nii.gz not found"))
             else:
-                cases.append(Case(stem, image, maps.get(stem), split, _modality(stem)))
+                number = _CASE.fullmatch(stem)
+                modality: Modality | None = ("ct" if int(number[1]) <= LAST_CT else "mr") if number else None
+                cases.append(Case(stem, image, maps.get(stem), split, modality))
         skipped += [(stem, f"images{part}/{stem}.nii.gz not found") for stem in maps if stem not in images]
     known = {case.id for case in cases} | {case for case, _ in skipped}
-    for part, _, key in _PARTS:
+    for part, (_, key) in _PARTS.items():
         entries = [entry["image"] for entry in content.get(key) or () if isinstance(entry, dict) and "image" in entry]
         missing = [stem for stem in (scan_stem(Path(entry)) for entry in entries) if stem not in known]
         skipped += [(stem, f"images{part}/{stem}.nii.gz not found, which dataset.json lists") for stem in missing]
     return dataset_of(cases, skipped, folder, LOOKS_FOR, "no scan with its label", name="AMOS", labels=labels)
-
-
-def _modality(stem: str) -> Modality | None:
-    match = _CASE.fullmatch(stem)
-    return None if match is None else "ct" if int(match[1]) <= LAST_CT else "mr"

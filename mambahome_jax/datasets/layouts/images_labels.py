@@ -2,13 +2,13 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 from mambahome_jax.datasets.base import Case, Dataset, dataset_of, modality_of, optional_description
-from mambahome_jax.datasets.files import by_channel, listing, scan_files, scans_in
+from mambahome_jax.datasets.files import by_channel, listing, scan_files
 from mambahome_jax.datasets.scans import search
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.dicom import is_scan
 
 NAME = "images_labels"
 LOOKS_FOR = "images/<case>.nii.gz with labels/<case>.nii.gz"  # or another format of scans
@@ -32,7 +32,7 @@ def load(folder: Path) -> Dataset:
     label is kept as unlabelled, a label without its image is skipped. Names of labels and channels come from an
     optional dataset.json. Raises DatasetError: one of the folders is missing or holds no scan.
     """
-    images, labels = _files(folder, "images", scans_in), _files(folder, "labels", scan_files)
+    images, labels = _files(folder, "images", slices=True), _files(folder, "labels")
     names, channels = optional_description(folder)
     by_key: dict[str, list[str]] = defaultdict(list)
     for stem in labels:
@@ -64,10 +64,12 @@ def load(folder: Path) -> Dataset:
     return dataset_of(cases, skipped, folder, LOOKS_FOR, channels=channels, labels=names)
 
 
-def _files(root: Path, name: str, files_of: Callable[[Path], dict[str, Path]]) -> dict[str, Path]:
+def _files(root: Path, name: str, slices: bool = False) -> dict[str, Path]:
+    """Scan files of a part by stem; slices: and its folders of DICOM slices by their names."""
     folders = listing(root)[0]
     folder = ({other.lower(): path for other, path in folders.items()} | folders).get(name, root / name)
-    files = files_of(folder)
+    series = {name: path for name, path in listing(folder)[0].items() if is_scan(path)} if slices else {}
+    files = dict(sorted((series | scan_files(folder)).items()))
     if not files:
         is_folder = folder.is_dir()
         failures = search(folder, deepest=0).failures if is_folder else ()
