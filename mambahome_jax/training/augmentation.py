@@ -94,10 +94,10 @@ def _deform(
     scale = jnp.where(happens, jax.random.uniform(scale_key, (), jnp.float32, *config.affine_scale), 1)
     matrix = affine_matrix(angles, scale, config.voxel_size)
     if not config.elastic_probability:
-        return resample(image, label, matrix)
+        return warp(image, label, matrix)
     std_key, field_key = jax.random.split(jax.random.fold_in(key, _ELASTIC_KEY))
     std = _draw(std_key, config.elastic_probability, (0.0, config.elastic_std), neutral=0.0)
-    return resample(image, label, matrix, elastic_displacement(field_key, std, label.shape, config.voxel_size))
+    return warp(image, label, matrix, elastic_displacement(field_key, std, label.shape, config.voxel_size))
 
 
 def _change_intensity(key: jax.Array, image: jax.Array, config: AugmentationConfig) -> jax.Array:
@@ -205,7 +205,7 @@ def elastic_displacement(
     return [field * (finest / size) for field, size in zip(smooth, voxel_size, strict=True)]
 
 
-def resample(
+def warp(
     image: jax.Array, label: jax.Array, matrix: jax.Array, displacement: Sequence[jax.Array | float] = (0.0, 0.0, 0.0)
 ) -> tuple[jax.Array, jax.Array]:
     """Sample image (D, H, W, C) and label (D, H, W) at matrix @ (voxel - centre) + centre + displacement.

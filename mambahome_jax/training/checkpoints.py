@@ -23,7 +23,7 @@ from mambahome_jax.support.devices import versions
 from mambahome_jax.support.files import jsonable
 from mambahome_jax.support.paths import local_path
 from mambahome_jax.training.distributed import is_first, tree_sharding
-from mambahome_jax.training.setup import Setup, digest_of
+from mambahome_jax.training.setup import Setup, json_digest
 from mambahome_jax.training.step import TrainState, deployed_params
 from mambahome_jax.weights.checkpoint import (
     MODEL_ITEM,
@@ -258,7 +258,7 @@ def _summary(cases: Mapping[str, str]) -> dict[str, str | None]:
     rows = [(case, *digest.split(":")) for case, digest in sorted(cases.items())]
     voxels = [(case, checksum) for case, _, checksum in rows]
     complete = all(checksum for _, checksum in voxels)
-    return {"facts": digest_of([row[:2] for row in rows]), "voxels": digest_of(voxels) if complete else None}
+    return {"facts": json_digest([row[:2] for row in rows]), "voxels": json_digest(voxels) if complete else None}
 
 
 def data_differences(

@@ -187,19 +187,12 @@ class Display:
 
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
-            columns = (
-                TextColumn("Training"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[values]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=self.console)
-            budget = self.schedule.budget
-            total = budget.seconds if budget.limited else self.schedule.total_steps
+            columns = (TextColumn("Training"), BarColumn(bar_width=None), TextColumn("{task.fields[values]}"))
+            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+            self._bar = Progress(*columns, *times, console=self.console)
+            done, total = self.schedule.done(self.start)
             self._task = self._bar.add_task("", total=total, values="")
-            self._bar.update(self._task, completed=self._done(self.start))
+            self._bar.update(self._task, completed=done)
             self._bar.start()
         return self
 
@@ -228,39 +221,31 @@ class Display:
         """Leave what follows (validation) out of the time of steps."""
         self._times.clear()
 
-    def update(self, row: Mapping[str, Any], memory: tuple[int, int] | None = None) -> None:
-        """Show how far the training is. memory: bytes used and available on the fullest device."""
+    def update(self, row: Mapping[str, Any]) -> None:
+        """Show how far the training is."""
         step, total, rate = row["step"], self.schedule.total_steps, row["images_per_second"]
         parts = [f"step {step}" if total is None else f"step {step}/{total}"]
         parts += [f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}"]
         if rate:
             parts.append(f"{rate:.3g} images/s")
-        if memory is not None:
-            used, limit = (value / 2**30 for value in memory)
-            parts.append(f"GPU {used:.1f}/{limit:.0f} GiB")
+        if memory := device_memory(jax.local_devices()):
+            parts.append(f"GPU {memory[0] / 2**30:.1f}/{memory[1] / 2**30:.0f} GiB")
         parts.append(f"data wait {row['data_wait']:.0%}")
-        values = "  ".join(parts)
+        done, end = self.schedule.done(step)
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done(step), values=values)
+            self._bar.update(self._task, completed=done, values="  ".join(parts))
             return
         now = time.perf_counter()
         if now >= self._line_due or step == total:
             self._line_due = now + LINE_SECONDS
-            left = self._left(step, rate)
-            self.say(values + ("" if left is None else f"  left {duration(left)}"))
-
-    def _done(self, step: int) -> float:
-        return self.schedule.budget.spent() if self.schedule.budget.limited else step
-
-    def _left(self, step: int, rate: float | None) -> float | None:
-        if self.schedule.budget.limited:
-            return max(self.schedule.budget.left(), 0.0)
-        total = self.schedule.total_steps
-        return (total - step) * self.images / rate if rate and total is not None else None
+            if end is not None and (rate or total is None):
+                left = end - done if total is None else (end - done) * self.images / rate
+                parts.append(f"left {duration(max(left, 0.0))}")
+            self.say("  ".join(parts))
 
 
 def device_memory(devices: Sequence[jax.Device]) -> tuple[int, int] | None:
-    """(largest use so far, limit) in bytes of the fullest device, None where the devices do not tell (CPUs)."""
+    """(largest use so far, limit) in bytes of the fullest device, None where they do not tell (CPUs)."""
     stats = [stats for device in devices if (stats := device.memory_stats())]
     pairs = [(s["peak_bytes_in_use"], s["bytes_limit"]) for s in stats if {"peak_bytes_in_use", "bytes_limit"} <= {*s}]
     return max(pairs) if pairs else None

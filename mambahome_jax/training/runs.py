@@ -142,7 +142,7 @@ def _train_one(
                 say(console, f"{flags.use_pretrained}: {transferred}")
                 report["pretrained"] = {"path": flags.use_pretrained, **asdict(transferred)}
             report["status"] = "running"
-            write_report(folder, report)
+            save_report(folder, report)
             for line in start_lines(setup, schedule, parameters, devices, checkpoint):
                 say(console, line)
 
@@ -152,7 +152,7 @@ def _train_one(
             # A run that cannot be continued with these flags keeps its report.
             if report["status"] == "running" or not earlier:
                 with contextlib.suppress(OutputError):
-                    write_report(folder, report | {"status": str(error), "exit_code": 2})
+                    save_report(folder, report | {"status": str(error), "exit_code": 2})
             raise
         status, code = "finished", int(bool(data().skipped or run.failures))
         if run.error is not None:
@@ -171,7 +171,7 @@ def _train_one(
             "last_validation": run.validation.structures if run.validation else earlier.get("last_validation"),
             "failures": [{"id": case, "reason": reason} for case, reason in run.failures.items()],
         }
-        write_report(folder, report)
+        save_report(folder, report)
         for line in end_lines(folder, report):
             say(console, line)
         return TrainResult.from_report(folder, jsonable(report))
@@ -221,7 +221,7 @@ def _train_members(
     if held and not (flags.resume or flags.load_checkpoint):
         raise ConfigError(f"{held[0]} holds a run already. Continue all with --resume, or name another --output_dir")
     report = {"command": "train", "configuration": asdict(flags), "members": [home.name for home in homes]}
-    write_report(folder, report | {"status": "running"})
+    save_report(folder, report | {"status": "running"})
     programs: Programs = {}
     networks: list[TrainResult] = []
     for number, home in enumerate(homes):
@@ -233,7 +233,7 @@ def _train_members(
         try:
             networks.append(_train_one(home, member, share, data, programs, console, skip_finished=True))
         except MambaHomeError as error:
-            write_report(folder, report | {"status": str(error), "exit_code": 2})
+            save_report(folder, report | {"status": str(error), "exit_code": 2})
             raise
         if networks[-1].exit_code > SIGNALLED:
             break
@@ -243,7 +243,7 @@ def _train_members(
         say(console, ensemble_line([path for path in best if path.is_dir()], len(best)))
     code = max(network.exit_code for network in networks)
     status = "stopped by a signal" if code > SIGNALLED else "finished"
-    write_report(folder, report | {"status": status, "exit_code": code})
+    save_report(folder, report | {"status": status, "exit_code": code})
     return TrainResult(folder, status, code, networks=tuple(networks))
 
 
@@ -333,7 +333,7 @@ def earlier_report(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def write_report(folder: Path, report: Mapping[str, Any]) -> None:
+def save_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Write run.json, in the first process only. Raises OutputError."""
     if is_first():
         write_json(folder / "run.json", report)

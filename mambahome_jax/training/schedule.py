@@ -221,6 +221,12 @@ class Schedule:
             rate=learning_rate(self.optimizer, progress, step),
         )
 
+    def done(self, step: int) -> tuple[float, float | None]:
+        """How far a run is after a step, and how far it goes: in seconds where they are limited, else in steps."""
+        if self.budget.limited:
+            return self.budget.spent(), self.budget.seconds
+        return step, self.total_steps
+
     def validates(self, step: int) -> bool:
         """Whether the number of steps asks for a validation."""
         return _divides(self.val_every, step) or step == self.total_steps

@@ -449,7 +449,7 @@ def trained_on(train: Iterable[StoreEntry], val: Iterable[StoreEntry]) -> list[s
 
 
 def _image_key(entry: StoreEntry, checksum: bool) -> str:
-    return digest_of(
+    return json_digest(
         [entry.shape, entry.channels, _intensities(entry), entry.checksum[:CRC_LETTERS] if checksum else ""]
     )
 
@@ -468,10 +468,10 @@ def _intensities(entry: StoreEntry) -> list[tuple[float, ...]]:
 def _case_digest(entry: StoreEntry) -> str:
     counts = None if entry.class_counts is None else sorted(entry.class_counts.items())
     grid = [entry.shape, entry.channels, entry.spacing, entry.affine, entry.modality]
-    return f"{digest_of([grid, _intensities(entry), counts, entry.labelled])}:{entry.checksum}"
+    return f"{json_digest([grid, _intensities(entry), counts, entry.labelled])}:{entry.checksum}"
 
 
-def digest_of(content: Any) -> str:
+def json_digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 

@@ -37,7 +37,7 @@ from mambahome_jax.training.distributed import (
 from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.pretrained import Transfer, transfer
-from mambahome_jax.training.progress import Display, FileLog, MetricsLog, device_memory, dice_table
+from mambahome_jax.training.progress import Display, FileLog, MetricsLog, dice_table
 from mambahome_jax.training.schedule import Clock, Schedule
 from mambahome_jax.training.setup import Setup
 from mambahome_jax.training.step import (
@@ -67,7 +67,7 @@ def train_network(
     programs: Programs,
     console: Console,
     begin: Callable[[Schedule, int, Transfer | None], None],
-) -> "Run":
+) -> "TrainingRun":
     """Train one network in `folder`; how far it came, and what stopped it, is in the result.
 
     Args:
@@ -106,7 +106,7 @@ def train_network(
 
     # --- Validation, and the loop --------------------------------------------------------------------------------
     display = Display(console, schedule, int(state.step), setup.global_batch)
-    run = Run.resumed(
+    run = TrainingRun.resumed(
         earlier or {},
         folder=folder / "checkpoints",
         settings=checkpoint_settings(setup),
@@ -234,7 +234,7 @@ def open_validation(graphdef: nnx.GraphDef, setup: Setup, devices: Sequence[jax.
 # --- Loop --------------------------------------------------------------------------------------------------------
 
 
-def train(state: TrainState, batches: Iterator, train_step: TrainStep, run: "Run") -> TrainState:
+def train(state: TrainState, batches: Iterator, train_step: TrainStep, run: "TrainingRun") -> TrainState:
     """Train from `state` until the schedule ends, or SIGTERM or SIGINT comes, which `run.signal` then names.
 
     Args:
@@ -275,7 +275,7 @@ def train(state: TrainState, batches: Iterator, train_step: TrainStep, run: "Run
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A run under way: what its loop drives, and how far it is.
 
     folder: of the checkpoints; settings: entries of their config.json. validated_until: the step up to which that is
@@ -311,7 +311,7 @@ class Run:
     _step_ended: float = field(default_factory=time.perf_counter)
 
     @classmethod
-    def resumed(cls, config: Mapping[str, Any], **parts: Any) -> "Run":
+    def resumed(cls, config: Mapping[str, Any], **parts: Any) -> "TrainingRun":
         """A run that goes on from the checkpoint with this config.json; a new one where that is empty."""
         return cls(**parts, **{name: config[name] for name in ("step", "best", "validated_until") if name in config})
 
@@ -368,7 +368,7 @@ class Run:
             "seconds": now - self._begun,
             **values,
         }
-        self.display.update(row, device_memory(jax.local_devices()))
+        self.display.update(row)
         return row
 
     def validate_and_keep_best(self, state: TrainState) -> Validation | None:

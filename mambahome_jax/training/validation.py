@@ -14,12 +14,13 @@ from flax import nnx
 from mambahome_jax.config import Modality
 from mambahome_jax.errors import CheckpointError, DatasetError
 from mambahome_jax.evaluation.metrics import dice
+from mambahome_jax.evaluation.statistics import finite_mean
 from mambahome_jax.imaging.normalisation import Normalisation, normalisations
 from mambahome_jax.imaging.pictures import render
 from mambahome_jax.imaging.volume import Volume, replace_values
 from mambahome_jax.inference.ensemble import apply_network
 from mambahome_jax.inference.targets import Labels
-from mambahome_jax.inference.tiled import Replica, Slab, WindowSettings, predict_tiled, window_size
+from mambahome_jax.inference.tiled import Replica, WindowSettings, predict_tiled, window_size
 from mambahome_jax.patches.store import Store, StoreEntry
 from mambahome_jax.training.distributed import copy_to, gather
 
@@ -37,6 +38,7 @@ class Validation:
     """RGB (rows, columns, 3) uint8 of a case, the same one each time."""
 
 
+Normalise = Callable[[np.ndarray], np.ndarray]
 # (params, asked to stop?) -> result, or None where it was interrupted
 Validate = Callable[[Any, Callable[[], bool]], Validation | None]
 
@@ -56,17 +58,16 @@ class ValidationSettings:
 
 
 def make_validate(graphdef: nnx.GraphDef, store: Store, settings: ValidationSettings, device: jax.Device) -> Validate:
-    """A function (params, asked to stop?) -> Validation, None when it was asked to stop on the way.
-
-    With several processes each takes every so-manieth case, and all get the same result; device: one of this process.
+    """Make a function (params, asked to stop?) -> Validation, None when it was asked to stop on the way.
 
     Each structure's Dice is its mean over the cases that have it, the overall one the mean over structures. A case that
-    cannot be read, or of which the network makes what is not finite, counts as a failure and the others go on.
+    cannot be read, or with logits that are not finite, counts as a failure and the others go on. Several processes
+    share the cases, and all get the same result; device: one of this process.
     """
     values = sorted(settings.labels)
 
     def validate(params: Any, stop: Callable[[], bool]) -> Validation | None:
-        params = copy_to(params, device)
+        network = Replica(device, partial(apply_network, graphdef, copy_to(params, device)))
         scores: dict[str, list[float | None]] = {}
         failures: dict[str, str] = {}
         stopped = False
@@ -82,9 +83,8 @@ def make_validate(graphdef: nnx.GraphDef, store: Store, settings: ValidationSett
                 reference = store.read_label(case)
                 if settings.values is not None:
                     reference = replace_values(reference, settings.values)
-                to_unit = partial(settings.normalise[entry.modality], statistics=entry.statistics)
-                network = Replica(device, partial(apply_network, graphdef, params))
-                prediction = _predict(network, _slabs(image, to_unit), image.shape[:3], settings)
+                normalise = partial(settings.normalise[entry.modality], statistics=entry.statistics)
+                prediction = _predict(network, image, normalise, settings)
             except (DatasetError, CheckpointError) as error:
                 failures[case] = str(error)
                 continue
@@ -93,8 +93,10 @@ def make_validate(graphdef: nnx.GraphDef, store: Store, settings: ValidationSett
             found = dice(prediction, reference, values)
             scores[case] = [None if math.isnan(score) else float(score) for score in found]
             first_ended = first_ended or time.perf_counter()
-        # The first case may have compiled.
-        again = _time_again(first_ended, time.perf_counter(), len(scores))
+        # Without what the first case alone took: it may have compiled.
+        again = None
+        if first_ended is not None and len(scores) > 1:
+            again = (time.perf_counter() - first_ended) * len(scores) / (len(scores) - 1)
         shares = gather({"scores": scores, "failures": failures, "stopped": stopped})
         if any(share["stopped"] for share in shares):
             return None
@@ -103,25 +105,21 @@ def make_validate(graphdef: nnx.GraphDef, store: Store, settings: ValidationSett
         # In the order of the cases, so that the sums have the same bits whatever the number of processes.
         rows = [scores[case] for case in settings.cases if case in scores]
         table = np.array(rows, np.float64).reshape(len(rows), len(values))
-        structures = {settings.labels[value]: _mean(column) for value, column in zip(values, table.T, strict=True)}
-        return Validation(_mean(list(structures.values())), structures, tuple(failures.items()), again, picture)
+        means = finite_mean(table, axis=0)
+        structures = {settings.labels[value]: float(mean) for value, mean in zip(values, means, strict=True)}
+        return Validation(float(finite_mean(means)), structures, tuple(failures.items()), again, picture)
 
     return validate
 
 
-def _slabs(image: np.ndarray, to_unit: Callable[[np.ndarray], np.ndarray]) -> Slab:
-    """Planes of an image, normalised when they are asked for: a whole float32 one would be one more in memory."""
+def _predict(network: Replica, image: np.ndarray, normalise: Normalise, settings: ValidationSettings) -> np.ndarray:
+    """Labels (D, H, W). The logits of a window's depth exist at a time, and the normalised image of one."""
 
     def slab(axis: int, start: int, stop: int) -> np.ndarray:
-        planes = [slice(None)] * image.ndim
-        planes[axis] = slice(start, stop)
-        return to_unit(image[tuple(planes)])
+        planes = np.moveaxis(image, axis, 0)[start:stop]
+        return normalise(np.moveaxis(planes, 0, axis))
 
-    return slab
-
-
-def _predict(network: Replica, slab: Slab, shape: Sequence[int], settings: ValidationSettings) -> np.ndarray:
-    """Labels (D, H, W). The logits of a window's depth exist at a time."""
+    shape = image.shape[:3]
     labels = Labels([np.arange(n, dtype=np.float64) for n in shape], "nearest")
     roi = window_size(shape, settings.patch_size)
     windows = WindowSettings(roi, settings.overlap, sw_batch_size=settings.sw_batch_size)
@@ -130,29 +128,15 @@ def _predict(network: Replica, slab: Slab, shape: Sequence[int], settings: Valid
     return labels.result
 
 
-def _time_again(first_ended: float | None, ended: float, scored: int) -> float | None:
-    """Seconds for all cases once more, without what only the first one took."""
-    return None if first_ended is None or scored < 2 else (ended - first_ended) * scored / (scored - 1)
-
-
 def _picture(
     entry: StoreEntry, image: np.ndarray, prediction: np.ndarray, reference: np.ndarray, settings: ValidationSettings
 ) -> np.ndarray:
     """Prediction above reference on the same slices, those of the reference; RGB (rows, columns, 3) uint8."""
     scan = Volume(image, np.array(entry.affine))
-    rows = [
-        np.asarray(
-            render(
-                scan,
-                Volume(labels, scan.affine),
-                settings.labels,
-                entry.modality,
-                f"{entry.id}: {what}",
-                slices_of=reference,
-            )
-        )
-        for what, labels in (("prediction", prediction), ("reference", reference))
-    ]
+    rows = []
+    for what, labels in (("prediction", prediction), ("reference", reference)):
+        named, shown = f"{entry.id}: {what}", Volume(labels, scan.affine)
+        rows.append(np.asarray(render(scan, shown, settings.labels, entry.modality, named, slices_of=reference)))
     width = max(row.shape[1] for row in rows)
     return np.concatenate([np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows])
 
@@ -160,9 +144,3 @@ def _picture(
 def finite_or_none(value: float) -> float | None:
     """The value, None for nan and infinity."""
     return value if math.isfinite(value) else None
-
-
-def _mean(values: Sequence[float] | np.ndarray) -> float:
-    """Over what is not nan, nan where nothing is left."""
-    present = [float(value) for value in values if not math.isnan(value)]
-    return sum(present) / len(present) if present else math.nan

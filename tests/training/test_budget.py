@@ -10,7 +10,7 @@ from rich.console import Console
 from mambahome_jax.recipes import OptimizerConfig
 from mambahome_jax.training.progress import Display, FileLog
 from mambahome_jax.training.schedule import Schedule, TimeBudget, learning_rate
-from mambahome_jax.training.train import Run, train
+from mambahome_jax.training.train import TrainingRun, train
 from mambahome_jax.training.validation import Validation
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
 from tests.training.test_loop import CASES, CONFIG, MESH, STEP, Batches, _state
@@ -70,7 +70,7 @@ def _run(
     budget = SlowDisk(seconds, 5.0, spent_before, to_first_step, own_validations=own, clock=clock)
     schedule = Schedule(CONFIG, None, steps_per_epoch=2, val_every=val_every, budget=budget)
     display = Display(Console(file=io.StringIO()), schedule)
-    run = Run(folder, {"model": {}, "training": {}}, schedule, display, MESH, CASES)
+    run = TrainingRun(folder, {"model": {}, "training": {}}, schedule, display, MESH, CASES)
     run.validate = None if validation is None else validate
     with FileLog(folder) as run.log, display:
         train(_state(), Batches(), train_step, run)

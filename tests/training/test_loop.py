@@ -21,7 +21,7 @@ from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.progress import Display, FileLog
 from mambahome_jax.training.schedule import Schedule
 from mambahome_jax.training.step import abstract_state, init_state, make_train_step
-from mambahome_jax.training.train import Run, train
+from mambahome_jax.training.train import TrainingRun, train
 from mambahome_jax.training.validation import Validation
 from mambahome_jax.weights.checkpoint import read_checkpoint_config, read_checkpoint_params
 from tests.training.stand_in import SmallNet
@@ -67,7 +67,7 @@ def _train(folder, steps=6, state=None, batches=None, validate=None, config=None
     folder.mkdir(exist_ok=True)
     text = io.StringIO()
     schedule = Schedule(CONFIG, steps, steps_per_epoch=2, val_every=plan.pop("val_every", steps), **plan)
-    run = Run.resumed(
+    run = TrainingRun.resumed(
         config or {},
         folder=folder,
         settings={"model": {}, "training": {}},

@@ -17,7 +17,7 @@ from mambahome_jax.training.augmentation import (
     change_gamma,
     elastic_displacement,
     mirror,
-    resample,
+    warp,
 )
 from tests.training.test_augmentation import OFF
 
@@ -46,7 +46,7 @@ def assert_sampled_at(places, sample, resampled):
 
 def test_the_identity_changes_no_bit():
     image, label = _sample()
-    new_image, new_label = jax.jit(resample)(image, label, _matrix((0, 0, 0)))
+    new_image, new_label = jax.jit(warp)(image, label, _matrix((0, 0, 0)))
     np.testing.assert_array_equal(new_image, image)
     np.testing.assert_array_equal(new_label, label)
 
@@ -58,7 +58,7 @@ def test_a_quarter_turn_is_that_of_numpy_for_image_and_label(axis, plane):
     label = rng.integers(0, 5, (6, 6, 6)).astype(np.int32)
     degrees = np.zeros(3)
     degrees[axis] = 90
-    new_image, new_label = resample(image, label, _matrix(degrees))
+    new_image, new_label = warp(image, label, _matrix(degrees))
     np.testing.assert_allclose(new_image, np.rot90(image, 1, plane), atol=1e-5)
     np.testing.assert_array_equal(new_label, np.rot90(label, 1, plane))
 
@@ -66,7 +66,7 @@ def test_a_quarter_turn_is_that_of_numpy_for_image_and_label(axis, plane):
 def test_any_map_is_linear_interpolation_with_the_border_repeated():
     image, label = _sample()
     matrix = _matrix((12, -7, 15), scale=0.9)
-    new_image, new_label = resample(image, label, matrix)
+    new_image, new_label = warp(image, label, matrix)
     centre = (np.array(SHAPE) - 1) / 2
     grid = np.indices(SHAPE).reshape(3, -1)
     places = (np.asarray(matrix, np.float64) @ (grid - centre[:, None]) + centre[:, None]).reshape(3, *SHAPE)
@@ -77,7 +77,7 @@ def test_a_displacement_is_where_the_content_comes_from():
     image, label = _sample()
     rng = np.random.default_rng(2)
     moved = rng.normal(0, 1.5, (3, *SHAPE)).astype(np.float32)
-    new_image, new_label = resample(image, label, _matrix((0, 0, 0)), list(moved))
+    new_image, new_label = warp(image, label, _matrix((0, 0, 0)), list(moved))
     places = np.indices(SHAPE) + moved
     assert_sampled_at(places, (image, label), (new_image, new_label))
 
@@ -113,7 +113,7 @@ def test_elastic_deformation_moves_image_and_label_alike_in_part_of_the_samples(
 def test_scale_above_one_enlarges_and_voxel_size_makes_it_a_rotation_in_space():
     ball = (np.linalg.norm(np.indices((16, 16, 16)) - 7.5, axis=0) < 4).astype(np.int32)
     image = ball[..., None].astype(np.float32)
-    _, larger = resample(image, ball, _matrix((0, 0, 0), scale=1.25))
+    _, larger = warp(image, ball, _matrix((0, 0, 0), scale=1.25))
     np.testing.assert_allclose(np.sum(larger) / ball.sum(), 1.25**3, rtol=0.1)
     size = np.array([1.0, 1.0, 3.0])
     in_space = np.diag(size) @ np.asarray(_matrix((10, 20, -15), voxel_size=tuple(size))) @ np.diag(1 / size)
