@@ -330,15 +330,23 @@ def _limit_memory() -> None:
 
 @contextmanager
 def _interrupt_held_back() -> Iterator[None]:
-    """Ctrl-C waits till the end, here; processes that are started meanwhile never see it, not while they import."""
+    """Hold Ctrl-C back till the end; processes that are started meanwhile never see it, not while they import."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    pending: list[int] = []
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Another thread, as of a library for linear algebra, may take the signal: Python then calls the handler here.
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: pending.append(number)) if main else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if main:
+            signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if pending:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
