@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.inference.batch import infer_scans
-from mambahome_jax.inference.results import REPORT
+from mambahome_jax.inference.result_files import REPORT
 from mambahome_jax.support.console import T, command_line, progress_bar, say
 
 

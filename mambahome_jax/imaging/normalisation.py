@@ -30,7 +30,6 @@ class CtWindow:
     needs_statistics: ClassVar[bool] = False
 
     def __call__(self, array: "np.ndarray", statistics: "IntensityStatistics | None" = None) -> "np.ndarray":
-        """Normalise (..., C) to float32."""
         return scale_range(array, self.low, self.high, 0.0, 1.0, clip=True)
 
 
@@ -53,7 +52,7 @@ class CtScale:
     needs_statistics: ClassVar[bool] = False
 
     def __call__(self, array: "np.ndarray", statistics: "IntensityStatistics | None" = None) -> "np.ndarray":
-        """Normalise (..., C) to float32. Raises ConfigError: another number of channels."""
+        """Raises ConfigError: another number of channels."""
         import numpy as np
 
         if len(self.mean) != array.shape[-1]:
@@ -96,7 +95,6 @@ class ZScore:
     needs_statistics: ClassVar[bool] = True
 
     def __call__(self, array: "np.ndarray", statistics: "IntensityStatistics | None") -> "np.ndarray":
-        """Normalise (..., C) to float32."""
         import numpy as np
 
         stats, values = _required(self, statistics), array.astype(np.float32)
@@ -113,7 +111,6 @@ class MinMax:
     needs_statistics: ClassVar[bool] = True
 
     def __call__(self, array: "np.ndarray", statistics: "IntensityStatistics | None") -> "np.ndarray":
-        """Normalise (..., C) to float32."""
         import numpy as np
 
         stats, values = _required(self, statistics), array.astype(np.float32)

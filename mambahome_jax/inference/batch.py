@@ -27,7 +27,7 @@ from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.imaging.normalisation import CtScale, normalisation_for
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
 from mambahome_jax.inference.ensemble import Ensemble
-from mambahome_jax.inference.results import DICOM_SEG, REPORT, VOLUMES, Entry, Results, Segmented
+from mambahome_jax.inference.result_files import DICOM_SEG, REPORT, VOLUMES, Entry, ResultFiles, Segmented
 from mambahome_jax.inference.segment import NetworkInput, Segmenter, SegmentOptions, label, to_network_grid
 from mambahome_jax.inference.tiled import Progress, window_starts
 from mambahome_jax.support.console import Track, silent, untracked
@@ -130,7 +130,7 @@ def infer_scans(
             say(f"Note: {remark}")
         scans, incomplete = join_channels(config.data_path, scans, segmenter.networks.channels or 1)
         weights = tuple(digest_of(network) for network in segmenter.networks.members)
-        run = Run(config, segmenter, Results.of(config, weights, scans), devices if len(devices) > 1 else None)
+        run = InferRun(config, segmenter, ResultFiles.of(config, weights, scans), devices if len(devices) > 1 else None)
         failures = [*found.failures, *unfit, *incomplete]
         for failure in failures:
             say(f"Failed {failure['id']}: {failure['reason']}")
@@ -144,12 +144,12 @@ def infer_scans(
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class InferRun:
     """What is the same for every scan. devices: over which the windows are spread, None where there is one."""
 
     config: InferConfig
     segmenter: Segmenter
-    results: Results
+    results: ResultFiles
     devices: Sequence[jax.Device] | None = None
 
     def read(self, scan: Scan) -> "tuple[Volume, NetworkInput] | Entry":
@@ -240,7 +240,7 @@ def _load(config: InferConfig) -> Segmenter:
 
 
 def _segment_all(
-    run: Run, scans: list[Scan], say: Callable[[str], None], track: Track, windows: Progress | None
+    run: InferRun, scans: list[Scan], say: Callable[[str], None], track: Track, windows: Progress | None
 ) -> tuple[list[Entry], list[dict[str, str]]]:
     """Segment scans; returns the entries of those that are done, in their order, and of those that failed."""
     for line in run.results.lines_again():
@@ -267,7 +267,7 @@ def _segment_all(
     return sorted(cases, key=lambda entry: order[entry["id"]]), failures
 
 
-def _outcomes(run: Run, scans: list[Scan], windows: Progress | None) -> Iterator[tuple[Scan, Entry | str]]:
+def _outcomes(run: InferRun, scans: list[Scan], windows: Progress | None) -> Iterator[tuple[Scan, Entry | str]]:
     """Segment one scan after the other, while threads read the next ones and write the last one's result.
 
     Yields each scan's entry, or why it failed: no exception, whose traceback would keep the scan in memory.
@@ -319,7 +319,7 @@ def failure_reason(error: BaseException) -> str:
 
 
 def _report(
-    run: Run, cases: list[Entry], failures: list[dict[str, str]], seconds: float, say: Callable[[str], None]
+    run: InferRun, cases: list[Entry], failures: list[dict[str, str]], seconds: float, say: Callable[[str], None]
 ) -> Inferred:
     """Write run.json and volumes.csv; one that cannot be written is said, and missing in what is returned."""
     stored = run.segmenter.networks.data.values

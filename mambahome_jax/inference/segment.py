@@ -31,7 +31,7 @@ from mambahome_jax.imaging.volume import Volume, replace_values
 from mambahome_jax.inference.ensemble import Ensemble, replicas
 from mambahome_jax.inference.postprocess import ALL, postprocess, values_named, volumes_ml, write_probabilities
 from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole, probabilities_of_tile
-from mambahome_jax.inference.tiled import Progress, Target, WindowSettings, predict_tiled
+from mambahome_jax.inference.tiled import Progress, TileTarget, WindowSettings, predict_tiled
 from mambahome_jax.support.paths import openable_path
 
 PUBLISHED_ROI = (192, 192, 48)
@@ -206,14 +206,13 @@ def segment(
     scan = to_network_grid(volume, segmenter.settings, networks.channels)
     for remark in segmenter.remarks:
         warnings.warn(remark, stacklevel=2)
-    probabilities: list[np.ndarray] = []
-    take = None if save_probabilities is None else probabilities.append
-    labels = label(networks, scan, progress, take, devices=devices)
+    write = None
+    if save_probabilities is not None:
+        write = partial(write_probabilities, save_probabilities, affine=scan.affine, names=networks.class_names)
+    labels = label(networks, scan, progress, write, devices=devices)
     labels = postprocess(labels, segmenter.only, segmenter.largest)
     if scan.remark is not None:
         warnings.warn(scan.remark, ScanWarning, stacklevel=2)
-    if save_probabilities is not None:
-        write_probabilities(save_probabilities, probabilities[0], scan.affine, networks.class_names)
     # A callable that says nothing of its training, called without a modality, may be for anything.
     if chosen.modality is not None or networks.knows_its_scans:
         structures_ml = volumes_ml(labels, segmenter.names) if segmenter.names else {}
@@ -360,7 +359,7 @@ def label(
     )
     labels = scan.target()
     probabilities = Whole(scan.shape, probabilities_of_tile)
-    targets: list[Target] = [labels] if with_probabilities is None else [labels, probabilities]
+    targets: list[TileTarget] = [labels] if with_probabilities is None else [labels, probabilities]
     members = [replicas(member, settings.mirrors, devices) for member in networks.members]
     predict_tiled(members, scan.slab, scan.shape, windows, targets, progress)
     assert labels.result is not None

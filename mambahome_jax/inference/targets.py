@@ -20,16 +20,14 @@ _Rows = tuple[slice, np.ndarray]
 
 
 class OnHost:
-    """A target that is one array on the host: `result`, None before the first tile. See `tiled.Target`."""
+    """A `tiled.TileTarget` that is one array on the host: `result`, None before the first tile."""
 
     result: np.ndarray | None = None
 
     def begin(self, tiling: Tiling, before: Sequence[int]) -> None:
-        """See `tiled.Target`."""
         self.tiling, self.before = tiling, before
 
     def store(self, place: Place, values: np.ndarray) -> None:
-        """See `tiled.Target`."""
         assert self.result is not None
         self.result[place] = values
 
@@ -44,7 +42,6 @@ class Whole(OnHost):
         self.shape, self.of_tile = tuple(shape), of_tile
 
     def parts(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
-        """See `tiled.Target`."""
         starts = [start - b for start, b in zip(self.tiling.start(index), self.before, strict=True)]
         ends = [min(s + e, n) for s, e, n in zip(starts, self.tiling.edge, self.shape, strict=True)]
         place = tuple(slice(max(s, 0), e) for s, e in zip(starts, ends, strict=True))
@@ -67,14 +64,12 @@ class Labels(OnHost):
         self.positions, self.order = positions, order
 
     def begin(self, tiling: Tiling, before: Sequence[int]) -> None:
-        """See `tiled.Target`."""
         self.rows = [
             [_rows_of(position, self.order, i * edge - b, edge) for i in range(count)]
             for position, b, edge, count in zip(self.positions, before, tiling.edge, tiling.count, strict=True)
         ]
 
     def parts(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
-        """See `tiled.Target`."""
         if self.result is None:
             self.result = _background([len(position) for position in self.positions], sums)
         for (a, share_a), (b, share_b), (c, share_c) in product(
@@ -121,7 +116,6 @@ class ShearedLabels(OnHost):
         self._span = reached.min(axis=0), reached.max(axis=0)
 
     def parts(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
-        """See `tiled.Target`."""
         if self.result is None:
             self.result = _background(self.shape, sums)
         start = np.array(self.tiling.start(index)) - self.before

@@ -51,7 +51,7 @@ FEW_VOXELS = 1 << 24
 # window. On a GPU each tile that a window touches is a program to start, some 45 of them with the fine parts, and the
 # starts took as long as the network.
 FINE, COARSE = (4, 2), (2, 1)
-# Results of tiles that may be on their way to the host while the device goes on.
+# ResultFiles of tiles that may be on their way to the host while the device goes on.
 _PENDING = 64
 
 
@@ -306,7 +306,7 @@ class Replica(NamedTuple):
     predict: Predict
 
 
-class Target(Protocol):
+class TileTarget(Protocol):
     """What is made of tiles."""
 
     def begin(self, tiling: Tiling, before: Sequence[int]) -> None:
@@ -324,7 +324,7 @@ def predict_tiled(
     slab: Slab,
     shape: Sequence[int],
     settings: WindowSettings,
-    targets: Sequence[Target],
+    targets: Sequence[TileTarget],
     progress: Progress | None = None,
 ) -> None:
     """Predict an image window by window, and give each tile to the targets once no window touches it any more.
@@ -338,7 +338,7 @@ def predict_tiled(
     for target in targets:
         target.begin(tiling, before)
     windows = Windows(slab, shape, tiling.axis, before, settings)
-    pending: deque[tuple[Target, Part]] = deque()
+    pending: deque[tuple[TileTarget, Part]] = deque()
     for index, sums in _whole_tiles(networks, windows, tiling, progress):
         pending.extend((target, part) for target in targets for part in target.parts(index, sums))
         while len(pending) > _PENDING:
@@ -352,7 +352,7 @@ def parts_for(device: jax.Device | None) -> tuple[int, int]:
     return FINE if (jax.default_backend() if device is None else device.platform) == "cpu" else COARSE
 
 
-def _finish(target: Target, part: Part) -> None:
+def _finish(target: TileTarget, part: Part) -> None:
     place, inside, (values, finite) = part
     if not np.asarray(finite).all():
         count, number = len(finite), int(np.flatnonzero(~np.asarray(finite))[0]) + 1

@@ -13,7 +13,7 @@ from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError, OutputError
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging.volume import read_volume, write_volume
-from mambahome_jax.inference import batch, results
+from mambahome_jax.inference import batch, result_files
 from tests.commands.scans import write
 from tests.conftest import golden_path
 from tests.inference.models import Levels
@@ -179,7 +179,7 @@ def test_a_full_disk_stops_the_run_with_a_report(tmp_path, levels, monkeypatch):
         written.append(path)
         write_volume(path, volume, **settings)
 
-    monkeypatch.setattr(results, "write_volume", write_one)
+    monkeypatch.setattr(result_files, "write_volume", write_one)
     assert infer.run(config(tmp_path)) == 1
     reasons = {failure["id"]: failure["reason"] for failure in report(tmp_path)["failures"]}
     assert set(reasons) == {"b", "c", "d"}

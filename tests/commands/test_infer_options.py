@@ -11,7 +11,7 @@ from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume, write_volume
-from mambahome_jax.inference import batch, results
+from mambahome_jax.inference import batch, result_files
 from mambahome_jax.inference.segment import segment
 from tests.commands.scans import write
 from tests.inference.models import Levels
@@ -160,7 +160,7 @@ def test_a_case_that_was_stopped_at_its_preview_is_not_kept_without_one(tmp_path
         raise SystemExit(137)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(results, "write_preview", stopped)
+        patch.setattr(result_files, "write_preview", stopped)
         infer.run(config(tmp_path, previews=True))
     assert infer.run(config(tmp_path, previews=True, skip_existing=True)) == 0
     assert {path.stem for path in (tmp_path / "out/previews").iterdir()} == {"one", "two"}

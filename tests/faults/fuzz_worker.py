@@ -20,7 +20,7 @@ from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import MambaHomeError
 from mambahome_jax.flags import CheckConfig, InferConfig, PreprocessConfig
 from mambahome_jax.inference import batch
-from mambahome_jax.inference.results import Results
+from mambahome_jax.inference.result_files import ResultFiles
 from mambahome_jax.preprocessing import dataset, examine
 from tests.inference.models import Levels
 
@@ -78,17 +78,17 @@ def main() -> None:
     examine.examine_case = measured(examine.examine_case, seen, lambda a: a[0].case.id)
     dataset.prepare_case = measured(dataset.prepare_case, seen, lambda a: a[0].case.id)
     names: dict[int, str] = {}
-    read = batch.Run.read
+    read = batch.InferRun.read
 
     def remembered(run: Any, scan: Any) -> Any:
         found = read(run, scan)
         names[id(found[1])] = scan.case
         return found
 
-    batch.Run.read = measured(remembered, seen, lambda a: a[1].case)  # type: ignore[method-assign]
+    batch.InferRun.read = measured(remembered, seen, lambda a: a[1].case)  # type: ignore[method-assign]
     batch.label = measured(batch.label, seen, lambda a: f"labels of {names[id(a[1])]}")
-    save_result = measured(Results.save_result, seen, lambda a: f"result of {a[1].scan.case}")
-    Results.save_result = save_result  # type: ignore[method-assign]
+    save_result = measured(ResultFiles.save_result, seen, lambda a: f"result of {a[1].scan.case}")
+    ResultFiles.save_result = save_result  # type: ignore[method-assign]
     resource.setrlimit(resource.RLIMIT_AS, (resident("VmSize") * 1024 + LIMIT,) * 2)
     for folder in folders:
         seen.clear()

@@ -15,7 +15,7 @@ from typing import Any
 from mambahome_jax.commands import infer, train
 from mambahome_jax.flags import InferConfig, TrainConfig
 from mambahome_jax.inference import batch
-from mambahome_jax.inference.results import Results
+from mambahome_jax.inference.result_files import ResultFiles
 from mambahome_jax.training import train as training
 from tests.commands.scans import scan, write
 from tests.commands.test_train import StandIn, _dataset
@@ -33,14 +33,14 @@ def over_cases(folder: Path, count: int, sizes: int) -> list[int]:
         shape = (48 + sizes - 1 - number % sizes, 48, 40)
         write(folder / f"in/{number:03}.nii.gz", scan(shape, seed=number)[0])
     batch.load_model = lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES)  # type: ignore[assignment]
-    save_result = Results.save_result
+    save_result = ResultFiles.save_result
 
     def noted(*arguments: Any) -> Any:
         found = save_result(*arguments)
         seen.append(resident("VmRSS"))
         return found
 
-    Results.save_result = noted  # type: ignore[method-assign]
+    ResultFiles.save_result = noted  # type: ignore[method-assign]
     assert infer.run(InferConfig(folder / "in", folder / "model", folder / "out")) == 0
     return seen
 

@@ -11,8 +11,8 @@ from mambahome_jax.datasets.find_scans import Scan
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.inference import batch
-from mambahome_jax.inference.batch import Run, failure_reason, read_ahead
-from mambahome_jax.inference.results import Results
+from mambahome_jax.inference.batch import InferRun, failure_reason, read_ahead
+from mambahome_jax.inference.result_files import ResultFiles
 from mambahome_jax.inference.segment import Segmenter, SegmentOptions
 from tests.commands.scans import write
 from tests.inference.models import Levels
@@ -27,7 +27,9 @@ def run_for(folder, cases, num_workers):
         write(folder / "in" / f"{case}.nii.gz", np.zeros(SHAPE, np.int16))
     config = InferConfig(folder / "in", folder / "model", folder / "out", num_workers=num_workers)
     segmenter = Segmenter.of(Levels((0.0, 1.0), metadata=PROPERTIES), SegmentOptions())
-    return Run(config, segmenter, Results(config)), [Scan(case, folder / "in" / f"{case}.nii.gz") for case in cases]
+    return InferRun(config, segmenter, ResultFiles(config)), [
+        Scan(case, folder / "in" / f"{case}.nii.gz") for case in cases
+    ]
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class Segmented(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Results:
+class ResultFiles:
     """The results of a run, those of earlier ones included.
 
     weights: a digest of each network. earlier: entries of run.json by case, each with its "configuration".
@@ -77,7 +77,7 @@ class Results:
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: InferConfig, weights: tuple[str, ...], scans: Iterable[Scan]) -> "Results":
+    def of(cls, config: InferConfig, weights: tuple[str, ...], scans: Iterable[Scan]) -> "ResultFiles":
         """Look at what the output folder has."""
         results = cls(config, weights, _read_earlier(config.output_dir))
         for scan in scans if config.skip_existing else ():
