@@ -5,7 +5,6 @@ Arguments are parsed before anything heavy is imported, so that --help is instan
 """
 
 import dataclasses
-import errno
 import importlib
 import os
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 
 from mambahome_jax.errors import ConfigError, MambaHomeError
 from mambahome_jax.support.console import protect_output
-from mambahome_jax.support.paths import openable_path
+from mambahome_jax.support.paths import typed_path
 from mambahome_jax.version import __version__
 
 # The class of a command's flags is flags.<Command>Config, what it does is run() of commands/<command>.py.
@@ -98,7 +97,7 @@ def parse(command: str, argv: Sequence[str], prog: str) -> Any:
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar="PATH",
-            instance_from_str=lambda words: _typed_path(words[0]),
+            instance_from_str=lambda words: typed_path(words[0]),
             is_instance=lambda value: isinstance(value, Path),
             str_from_instance=lambda path: [str(path)],
         )
@@ -114,22 +113,7 @@ def parse(command: str, argv: Sequence[str], prog: str) -> Any:
         registry=registry,
     )
     weights = getattr(settings, "use_pretrained", "")
-    return dataclasses.replace(settings, use_pretrained=str(_typed_path(weights))) if weights else settings
-
-
-def _typed_path(text: str) -> Path:
-    """Raises ConfigError: no text, a URL, `~` without a home, a name that is too long, a folder not to be entered."""
-    if not text:
-        # Path would take it for the working folder.
-        raise ConfigError("a path is empty text; expected a file or folder. Is a variable of the shell not set?")
-    path = openable_path(text)
-    try:
-        path.lstat()
-    except OSError as error:
-        # Path.exists and its like are asked of it in many places, and raise for these.
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise ConfigError(f"{path}: {error.strerror or error}; expected a path that you may open") from error
-    return path
+    return dataclasses.replace(settings, use_pretrained=str(typed_path(weights))) if weights else settings
 
 
 def run_command(command: str, argv: Sequence[str], prog: str) -> int:

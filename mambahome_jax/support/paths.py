@@ -1,6 +1,7 @@
 """Paths as people type them, in the one form in which every library opens the same file."""
 
 import dataclasses
+import errno
 import os
 import re
 import sys
@@ -88,17 +89,35 @@ def openable_path(path: str | Path) -> Path:
     return local_path(path)
 
 
-def from_keywords(kind: type[Config], flags: Mapping[str, Any]) -> Config:
-    """Make a command's configuration of its flags as keywords, its paths of text as `openable_path` makes them.
+def typed_path(path: str | Path) -> Path:
+    """The `openable_path` of a flag.
 
-    Raises ConfigError: as `openable_path`; a flag that there is not, or one that is missing.
+    Raises ConfigError: also no text, a name that is too long, a folder not to be entered.
+    """
+    if not str(path):
+        # Path would take it for the working folder.
+        raise ConfigError("a path is empty text; expected a file or folder. Is a variable of the shell not set?")
+    path = openable_path(path)
+    try:
+        path.lstat()
+    except OSError as error:
+        # Path.exists and its like are asked of it in many places, and raise for these.
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise ConfigError(f"{path}: {error.strerror or error}; expected a path that you may open") from error
+    return path
+
+
+def from_keywords(kind: type[Config], flags: Mapping[str, Any]) -> Config:
+    """Make a command's configuration of its flags as keywords, its paths of text as `typed_path` makes them.
+
+    Raises ConfigError: as `typed_path`; a flag that there is not, or one that is missing.
     """
     paths = {field.name for field in dataclasses.fields(kind) if "Path" in str(field.type)}  # type: ignore[arg-type]
 
     def openable(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return tuple(openable(entry) for entry in value)
-        return openable_path(value) if isinstance(value, str | Path) else value
+        return typed_path(value) if isinstance(value, str | Path) else value
 
     try:
         return kind(**{name: openable(value) if name in paths else value for name, value in flags.items()})
