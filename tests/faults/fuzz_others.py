@@ -28,6 +28,7 @@ from mambahome_jax.errors import MambaHomeError
 from mambahome_jax.imaging import itk
 from mambahome_jax.imaging.volume import read_volume
 from mambahome_jax.preprocessing.examine import ExamineJob, examine_case
+from mambahome_jax.support.processes import isolated_reads
 from mambahome_jax.weights.weights import read_weights, write_weights
 from tests.conftest import ROOT, golden_path
 from tests.datasets.miniatures import MINIATURES
@@ -124,6 +125,7 @@ KINDS: dict[str, tuple[Make, str, Callable[[Path], Any]]] = {
 }
 
 
+@isolated_reads()
 def worker(kind: str, first: int, end: int) -> None:
     """Print JSON for each file: processor seconds, megabytes, and the fault: "" for a result, None where refused."""
     make, suffix, read = KINDS[kind]
