@@ -194,10 +194,7 @@ def _require_possible(config: InferConfig) -> None:
 
 
 def _only_writable(ending: str, scans: list[Scan]) -> tuple[list[Scan], list[dict[str, str]]]:
-    """Scans whose results can have this --output_format, and failures: those that are no DICOM slices, for a DICOM SEG.
-
-    Raises ConfigError: none of them can.
-    """
+    """Divide scans into those whose results can have this --output_format, and failures. Raises ConfigError: none."""
     if ending != DICOM_SEG:
         return scans, []
     usable = [scan for scan in scans if scan.path.is_dir() and not scan.channels]

@@ -25,10 +25,7 @@ _POOR_DICE = 0.5
 
 @dataclass(frozen=True, eq=False)
 class Ensemble:
-    """Networks whose softmax probabilities are averaged; what one tells for all is told by the first.
-
-    A member may also be any callable on windows, which says nothing of its training.
-    """
+    """Networks, or callables on windows, whose softmax probabilities are averaged; the first one tells for all."""
 
     members: tuple[Any, ...]
 
@@ -149,10 +146,7 @@ def _traits(member: Any) -> dict[str, Any]:
 
 
 def log_mean_softmax(members: Sequence[jax.Array]) -> jax.Array:
-    """Logits (D, H, W, classes) whose softmax is the mean of the members' softmax; of one member its own logits.
-
-    As the logits of one network they may be interpolated: several members with equal logits give its labels.
-    """
+    """Make logits (..., classes) whose softmax is the mean of the members' softmax; a single member keeps its own."""
     if len(members) == 1:
         return members[0]
     total = jax.nn.log_softmax(members[0], axis=-1)
@@ -162,17 +156,12 @@ def log_mean_softmax(members: Sequence[jax.Array]) -> jax.Array:
 
 
 def replicas(member: Any, mirrors: Sequence[Mirror] = (), devices: Sequence[jax.Device] | None = None) -> list[Replica]:
-    """Put a network on each device as a function of windows (n, *roi, in), averaged over mirrored windows.
-
-    An nnx.Module is compiled, once for each shape of windows; any other callable is taken as it is, on no device.
-    """
+    """Put a network on each device, averaged over mirrored windows; a mere callable stays where it is."""
     if not isinstance(member, nnx.Module):
         return [Replica(None, mirrored(member, mirrors))]
     graph, state = nnx.split(member)
-    if devices is None:
-        return [Replica(None, mirrored(partial(apply_network, graph, state), mirrors))]
-    on_each = [partial(apply_network, graph, jax.device_put(state, device)) for device in devices]
-    return [Replica(device, mirrored(network, mirrors)) for device, network in zip(devices, on_each, strict=True)]
+    states = [(None, state)] if devices is None else [(device, jax.device_put(state, device)) for device in devices]
+    return [Replica(device, mirrored(partial(apply_network, graph, each), mirrors)) for device, each in states]
 
 
 def apply_network(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:

@@ -22,13 +22,10 @@ def mirrors_for(
     trained: Collection[str] = AXES,
     records: Sequence[MirrorPairs | None] = (),
 ) -> tuple[tuple[Mirror, ...], tuple[str, ...]]:
-    """The axes to mirror, each with the label values that trade places, and a remark for each axis left out.
+    """Find the axes to mirror, each with the label values that trade places, and a remark for each axis left out.
 
-    labels: value -> name of the structures of the network; orientation: of its axes, three letters such as "RAS";
-    trained: anatomical axes along which the network saw mirrored scans in training: others would make it worse.
-    records: what each network says of the label values that traded places in training; None: those of the names.
-    Left out is also an axis along which a structure would become one that the network does not know: where a side has
-    no counterpart among the labels, and left-right where the labels have no names to tell sides by.
+    labels: value -> name. trained: anatomical axes along which the network saw mirrored scans: others would make it
+    worse. records: the label values that each network says traded places in training; None: those of the names.
     """
     mirrors, remarks = [], []
     for anatomical in AXES:
@@ -53,11 +50,9 @@ def mirrors_for(
 
 
 def mirrored(predict: Predict, mirrors: Sequence[Mirror]) -> Predict:
-    """`predict` averaged over every combination of mirrors, 2 ** len(mirrors) calls; itself without mirrors.
+    """Average `predict` over every combination of mirrors, 2 ** len(mirrors) calls, each brought back and swapped.
 
-    predict: windows (n, *roi, in) -> logits (n, *roi, classes), called with the same shapes as without mirrors.
-    The result is the mean of the logits, each brought back: mirrored, and the classes of a pair swapped. As they are
-    added, the mean over windows and the mean over mirrors may be taken in any order.
+    As logits are added, the mean over windows and the mean over mirrors may be taken in any order.
     """
     if not mirrors:
         return predict

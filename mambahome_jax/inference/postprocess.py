@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.imaging.volume import Volume, count_values
+from mambahome_jax.imaging.volume import Volume, count_values, replace_values
 from mambahome_jax.support.files import atomic_write
 
 ALL = "all"
@@ -24,12 +24,10 @@ _NEIGHBOURS = np.ones((3, 3, 3), bool)
 def values_named(
     wanted: str | Sequence[str], names: Mapping[int, str], classes: int | None = None, flag: str = "labels"
 ) -> tuple[int, ...]:
-    """Label values of structures, in ascending order.
+    """Find the label values of structures, in ascending order.
 
-    wanted: names, compared as preprocess.py does (Left kidney is kidney_left), or label values in digits.
-    names: value -> name; where there are none, the structures are called label_1, label_2 and so on.
-    classes: of the network with its background, None where it is not known.
-    Raises ConfigError naming `flag`: a structure that there is not.
+    wanted: names as preprocess.py compares them (Left kidney is kidney_left), or label values in digits. names: value
+    -> name; without any, label_1, label_2 and so on. Raises ConfigError naming `flag`: no such structure.
     """
     words = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     known = dict(names) or {value: f"label_{value}" for value in range(1, classes or 0)}
@@ -47,10 +45,9 @@ def values_named(
 
 
 def postprocess(result: Volume, only: Collection[int] | None = None, largest: Collection[int] | None = ()) -> Volume:
-    """A label map (D0, D1, D2) with what was asked for done to it; `result` itself where that is nothing.
+    """Do to a label map what was asked for; `result` itself where that is nothing.
 
-    only: label values to keep, the others become background; None keeps all.
-    largest: label values of which the largest connected part alone is kept; None for all that are left.
+    only: label values to keep, None all. largest: those to keep the largest connected part of; None: all that are left.
     """
     array = result.array
     if only is not None:
@@ -61,20 +58,12 @@ def postprocess(result: Volume, only: Collection[int] | None = None, largest: Co
 
 
 def keep_labels(labels: np.ndarray, values: Collection[int]) -> np.ndarray:
-    """Labels (D0, D1, D2) with every other value made 0; same type."""
-    table = np.zeros(np.iinfo(labels.dtype).max + 1, labels.dtype)
-    for value in values:
-        if value < len(table):
-            table[value] = value
-    return table[labels]
+    """Make every other value 0; same type."""
+    return replace_values(labels, {value: value for value in values}).astype(labels.dtype, copy=False)
 
 
 def keep_largest(labels: np.ndarray, values: Collection[int] | None = None) -> np.ndarray:
-    """Labels (D0, D1, D2) in which each structure is its largest connected part, the rest of it 0; same type.
-
-    values: the structures, None for all. Voxels are connected where they share a face, an edge or a corner; of parts of
-    equal size the one that comes first in the order of the array stays.
-    """
+    """Keep the largest connected part of each structure, None for all; of equal ones the first in the array's order."""
     kept = labels.copy()
     for value, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is None or not (values is None or value in values):

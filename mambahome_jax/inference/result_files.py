@@ -232,10 +232,9 @@ class ResultFiles:
         return [texts[origin].format(listed(names, _NAMED)) for origin, names in named.items() if names]
 
     def _origin(self, scan: Scan) -> Origin:
-        """Whether a result was made of these weights and this scan: "same", or what speaks against it.
+        """Whether a result was made of these weights and this scan, or what speaks against it.
 
-        "changed": somebody wrote the file anew since, and may have corrected it by hand. "unknown": written by another
-        program or an earlier version.
+        "changed": somebody wrote the file since, maybe corrected it by hand. "unknown": by another program or version.
         """
         result, entry = self.existing(scan), self.earlier.get(scan.case, self.earlier.get(scan.other_name))
         known = (entry or {}).get("made_from")
@@ -267,10 +266,7 @@ def _is_of(entry: Mapping[str, Any], name: str) -> bool:
 
 
 def _read_earlier(folder: Path) -> dict[str, Entry]:
-    """What run.json says of the results, and the notes of a run that was stopped before it wrote one.
-
-    Nothing where there is neither, or none that can be read.
-    """
+    """Read run.json's entries, and the notes of a run that was stopped before it wrote one, where they are readable."""
     try:
         report = read_json(folder / REPORT)
     except DatasetError:

@@ -33,10 +33,7 @@ class OnHost:
 
 
 class Whole(OnHost):
-    """What `of_tile` makes of the voxels of each tile, as one array (*shape, classes).
-
-    shape: of the logits' grid. of_tile: sums of each network -> ((*edge, classes), finite).
-    """
+    """What `of_tile` makes of the sums of each tile, ((*edge, classes), finite), as one array (*shape, classes)."""
 
     def __init__(self, shape: Sequence[int], of_tile: Callable[[Sequence[Sums]], tuple[jax.Array, jax.Array]]) -> None:
         self.shape, self.of_tile = tuple(shape), of_tile
@@ -168,10 +165,7 @@ class ShearedLabels(OnHost):
 
 @partial(jax.jit, static_argnames="dtype")
 def _label_tile(sums, matrices, dtype):
-    """Largest class of interpolated logits, and whether each network's logits are finite.
-
-    sums: (total, weight) of each network. matrices: (outputs, voxels of the tile) an axis, the shares of each voxel.
-    """
+    """Largest class of interpolated logits; matrices: (outputs, voxels of the tile) an axis, each voxel's shares."""
     means, finite = _means(sums)
     logits = jnp.einsum("ai,bj,ck,ijkn->abcn", *matrices, log_mean_softmax(means), precision=jax.lax.Precision.HIGHEST)
     return jnp.argmax(logits, axis=-1).astype(dtype), finite
@@ -179,10 +173,7 @@ def _label_tile(sums, matrices, dtype):
 
 @partial(jax.jit, static_argnames="dtype")
 def _label_points(sums, low, share, dtype):
-    """As `_label_tile`, of single points in a tile.
-
-    low: (n, 3), the voxel below each point along every axis. share: (n, 3), what that above it counts.
-    """
+    """As `_label_tile`, of points (n, 3) between the voxels `low` and those above, which count `share`."""
     means, finite = _means(sums)
     tile = log_mean_softmax(means)
     logits = jnp.zeros((low.shape[0], tile.shape[-1]), tile.dtype)
