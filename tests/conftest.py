@@ -26,10 +26,13 @@ FULL, REDUCED = SHARED / "parity", Path(__file__).parent / "goldens"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Small arrays of a few values are no CT; what is said of scans is tested by itself.
+    """The slow tests first, so that no core waits for one at the end; no warnings of scans.
+
+    Small arrays of a few values are no CT; what is said of scans is tested by itself.
 
     Not in pyproject.toml, as the kernels' tests run without what mambahome_jax imports.
     """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         if "kernels" not in item.path.parts:
             item.add_marker(pytest.mark.filterwarnings("ignore::mambahome_jax.errors.ScanWarning"))

@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import sys
 import threading
@@ -16,10 +17,11 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, Generic, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.support.console import Say
@@ -57,11 +59,14 @@ def run_jobs(
 ) -> Iterator[tuple[J, R | BaseException]]:
     """Yield (job, result or exception) as jobs finish, in no fixed order.
 
-    function: importable by name, as the processes are spawned. threads: run in one thread of this process instead,
-    where starting a process is not worth its second; without room for a lock in shared memory this is so anyway. When a
-    process is killed, nobody knows by which of the running jobs, so each of them is tried again alone; one that kills
-    its process again yields WorkerDied. batch: jobs that a process is given at a time, more than one where handing them
-    over takes longer than doing them.
+    When a process is killed, nobody knows by which of the running jobs, so each of them is tried again alone; one that
+    kills its process again yields WorkerDied.
+
+    Args:
+        function: importable by name, as the processes are spawned.
+        threads: run in one thread of this process instead, where starting a process is not worth its second; without
+            room for a lock in shared memory this is so anyway.
+        batch: jobs that a process is given at a time, more than one where handing them over takes longer.
     """
     if not threads and (reason := why_no_processes()):
         print(f"Note: {reason}; the work is done in this process, one job after the other", file=sys.stderr)
@@ -133,7 +138,7 @@ def _run_batches(
     function: Callable[[J], R], jobs: Sequence[J], workers: int, size: int
 ) -> Iterator[tuple[J, R | BaseException]]:
     groups = [jobs[start : start + size] for start in range(0, len(jobs), size)]
-    for group, results in run_jobs(_Each(function), groups, workers):
+    for group, results in run_jobs(partial(_each, function), groups, workers):
         if isinstance(results, WorkerDied) and len(group) > 1:
             # One of them did it; the others have a result.
             yield from run_jobs(function, group, workers)
@@ -143,20 +148,15 @@ def _run_batches(
             yield from zip(group, results, strict=True)
 
 
-@dataclass(frozen=True)
-class _Each(Generic[J, R]):
-    """A function of one job as one of several, of which none stops the others."""
-
-    function: Callable[[J], R]
-
-    def __call__(self, jobs: Sequence[J]) -> list[R | BaseException]:
-        results: list[R | BaseException] = []
-        for job in jobs:
-            try:
-                results.append(self.function(job))
-            except Exception as error:  # noqa: BLE001
-                results.append(error)
-        return results
+def _each(function: Callable[[J], R], jobs: Sequence[J]) -> list[R | BaseException]:
+    """Do several jobs, of which none stops the others."""
+    results: list[R | BaseException] = []
+    for job in jobs:
+        try:
+            results.append(function(job))
+        except Exception as error:  # noqa: BLE001
+            results.append(error)
+    return results
 
 
 def _run_until_broken(
@@ -385,10 +385,9 @@ def batch_bytes(batch_size: int, patch_size: tuple[int, int, int], channels: int
 def free_shared_bytes() -> int | None:
     """Room in the folder of shared memory; None where the system has none that is limited by itself."""
     try:
-        room = os.statvfs(SHARED_MEMORY)
-    except (AttributeError, OSError):
+        return shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
         return None
-    return room.f_bavail * room.f_frsize
 
 
 def why_no_processes() -> str:
