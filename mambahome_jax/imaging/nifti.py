@@ -55,7 +55,7 @@ class TrailingError(DamagedError):
 
 
 class Headers(NamedTuple):
-    """A header twice: as nibabel mends it, and as it is stored. Neither is to be changed, as equal files share them."""
+    """A header as nibabel mends it, and as it is stored; equal files share both, so neither is to be changed."""
 
     mended: nib.Nifti1Header
     stored: nib.Nifti1Header
@@ -248,13 +248,21 @@ def _header_of(path: Path, file: BinaryIO, packed: bool) -> Headers:
         if not suffix_of(path.name):
             raise no_scan(path)
         raise DatasetError("not a NIfTI file", file=path, expected=".nii or .nii.gz")
-    try:
+    with _named(path):
         headers = _parsed(content[:size])
-    except (HeaderDataError, ValueError, OverflowError) as error:
-        raise DatasetError(f"damaged NIfTI header ({error})", file=path) from error
     if not headers.mended["magic"].item().startswith(b"n+"):
         raise DatasetError("an Analyze file or half of a NIfTI pair", file=path, expected="one .nii or .nii.gz file")
     return headers
+
+
+@contextlib.contextmanager
+def _named(path: Path, what: str = "damaged NIfTI header", expected: str | None = None) -> Iterator[None]:
+    """Raise DatasetError where nibabel refuses a header; numbers that are none go on without a warning of NumPy."""
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    except (HeaderDataError, ValueError, OverflowError) as error:
+        raise DatasetError(f"{what} ({error})", file=path, expected=expected) from error
 
 
 @functools.lru_cache(maxsize=64)
@@ -289,16 +297,12 @@ def checked_shape(path: Path, shape: tuple[int, ...], channels: int | None) -> t
 
 def affine_of(path: Path, header: nib.Nifti1Header) -> np.ndarray:
     """(4, 4) float64, voxel to RAS in the file's unit: sform, else qform, else by the spacing. Raises DatasetError."""
-    try:
-        # What is not finite is refused below, by name; NumPy's warnings tell no name.
-        with np.errstate(all="ignore"):
-            affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-            if not affine[:3, :3].any():
-                # An all-zero sform says nothing, whatever its code.
-                coded = header.get_qform(coded=True)[0]
-                affine = np.asarray(header.get_base_affine() if coded is None else coded, dtype=np.float64)
-    except (HeaderDataError, ValueError) as error:
-        raise DatasetError(f"no usable affine ({error})", file=path) from error
+    with _named(path, "no usable affine"):
+        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
+        if not affine[:3, :3].any():
+            # An all-zero sform says nothing, whatever its code.
+            coded = header.get_qform(coded=True)[0]
+            affine = np.asarray(header.get_base_affine() if coded is None else coded, dtype=np.float64)
     return usable_affine(path, affine)
 
 
@@ -307,11 +311,8 @@ def forms_of(path: Path, header: Header) -> tuple[np.ndarray | None, np.ndarray 
     in mm; None for a form whose code or numbers are 0. Raises DatasetError: a qform that is no rotation."""
     assert header.nifti is not None
     mended = _parsed(header.nifti.binaryblock).mended
-    try:
-        with np.errstate(all="ignore"):
-            qform = mended.get_qform(coded=True)[0]
-    except (HeaderDataError, ValueError) as error:
-        raise DatasetError(f"damaged qform ({error})", file=path, expected="a rotation") from error
+    with _named(path, "damaged qform", expected="a rotation"):
+        qform = mended.get_qform(coded=True)[0]
     sform = mended.get_sform(coded=True)[0]
     if sform is not None and not sform[:3, :3].any():
         sform = None
@@ -321,20 +322,16 @@ def forms_of(path: Path, header: Header) -> tuple[np.ndarray | None, np.ndarray 
 
 def slope_inter(path: Path, header: nib.Nifti1Header) -> tuple[float, float]:
     """What stored values are multiplied by, and what is added then. Raises DatasetError: a damaged header."""
-    try:
+    with _named(path):
         slope, inter = header.get_slope_inter()
-    except HeaderDataError as error:
-        raise DatasetError(f"damaged NIfTI header ({error})", file=path) from error
     return (1.0, 0.0) if slope is None else (float(slope), float(inter))
 
 
 def _layout(path: Path, header: nib.Nifti1Header, channels: int | None) -> tuple[tuple[int, ...], np.dtype, int]:
     """Shape, stored type, and where in the file the voxels begin."""
     shape = checked_shape(path, tuple(int(n) for n in header.get_data_shape()), channels)
-    try:
+    with _named(path):
         dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
-    except (HeaderDataError, ValueError, OverflowError) as error:
-        raise DatasetError(f"damaged NIfTI header ({error})", file=path) from error
     if dtype.kind not in "iuf":
         raise DatasetError(f"voxels of type {dtype}", file=path, expected="one integer or real number a voxel")
     if offset < 0:
