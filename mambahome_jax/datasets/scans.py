@@ -104,7 +104,7 @@ def _sort(paths: Iterable[Path]) -> _Files:
     failures = [(path, reason_of(path)) for path in without_second_halves(by_kind["foreign"])]
     failures += contents.unreadable
     failures += [(path, reason_of(path, content)) for path in contents.others if (content := content_of(path))]
-    return _Files(by_kind["scan"], contents.series, contents.beside, failures, sorted(folders))
+    return _Files(by_kind["scan"], contents.series, contents.non_images, failures, sorted(folders))
 
 
 def search(folder: Path, leave: Collection[Path] = (), deepest: int = DEEPEST) -> Search:

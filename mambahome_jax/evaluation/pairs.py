@@ -121,7 +121,7 @@ def _not_compared(folder: Path) -> dict[str, str]:
         elif one.depth:
             reason = "in a folder below; only files of the folder itself are compared. Name that folder, or move it"
             reasons[_shown(one.name)] = f"{one.path}: {reason}"
-    return reasons | {_shown(path.stem): f"{path}: {_DICOM}" for path in sort_out(files_in(folder)).beside}
+    return reasons | {_shown(path.stem): f"{path}: {_DICOM}" for path in sort_out(files_in(folder)).non_images}
 
 
 def _shown(case: str) -> str:

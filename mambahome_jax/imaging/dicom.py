@@ -55,10 +55,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Contents:
-    """What files are. beside: DICOM objects that hold no slices. unreadable: files, and why. others: not DICOM."""
+    """What files are. non_images: DICOM objects that hold no slices. unreadable: files, and why. others: not DICOM."""
 
     series: tuple[Series, ...]
-    beside: tuple[Path, ...] = ()
+    non_images: tuple[Path, ...] = ()
     unreadable: tuple[tuple[Path, str], ...] = ()
     others: tuple[Path, ...] = ()
 
@@ -116,8 +116,8 @@ def read_stack(folder: Path, series: Collection[str] = ()) -> Stack:
     for path, reason in contents.unreadable:
         raise DatasetError(reason.removeprefix(f"{path}: "), file=path)
     if not contents.series:
-        found, expected = "cannot be read: a folder without DICOM slices", "a folder of DICOM slices, or a scan file"
-        raise DatasetError(found, file=folder, expected=expected, action="Name the folder that holds the slices.")
+        fault, expected = "cannot be read: a folder without DICOM slices", "a folder of DICOM slices, or a scan file"
+        raise DatasetError(fault, file=folder, expected=expected, action="Name the folder that holds the slices.")
     slices = [_header(path) for path in _one_series(folder, contents.series, series).paths]
     _require_alike(slices)
     normal = np.cross(slices[0].steps[:, 0], slices[0].steps[:, 1])
@@ -136,8 +136,8 @@ def _require_whole(path: Path, reader: Any) -> None:
         raise not_read(path, error) from error
     if MODALITY_LUT in values and values[MODALITY_LUT].length:
         # It would leave the stored values as they are.
-        found, expected = "a table of real values (Modality LUT Sequence)", "rescale slope and intercept"
-        raise DatasetError(found, file=path, expected=expected, action=_CONVERT)
+        fault, expected = "a table of real values (Modality LUT Sequence)", "rescale slope and intercept"
+        raise DatasetError(fault, file=path, expected=expected, action=_CONVERT)
     columns, rows = reader.GetSize()[:2]
     bits = (_number(reader, "0028|0002") or 1) * _number(reader, "0028|0100")
     held, needed = values[PIXELS].length if PIXELS in values else UNKNOWN, int(columns * rows * bits / 8)
@@ -165,8 +165,8 @@ def _header(path: Path) -> Slice:
     except RuntimeError as error:
         raise _damaged(path) from error
     if int(np.prod(reader.GetSize()[2:])) != 1 or "MOSAIC" in _text(reader, "0008|0008"):
-        found = "several slices in one file (enhanced DICOM or a mosaic)"
-        raise DatasetError(found, file=path, expected="a slice a file", action=_CONVERT)
+        fault = "several slices in one file (enhanced DICOM or a mosaic)"
+        raise DatasetError(fault, file=path, expected="a slice a file", action=_CONVERT)
     _require_whole(path, reader)
     orientation = _numbers(path, reader, "0020|0037", 6, "ImageOrientationPatient")
     spacing = _numbers(path, reader, "0028|0030", 2, "PixelSpacing")
@@ -198,18 +198,18 @@ def _numbers(path: Path, reader: Any, tag: str, count: int, name: str) -> np.nda
     return values
 
 
-def _one_series(folder: Path, found: Sequence[Series], asked: Collection[str]) -> Series:
+def _one_series(folder: Path, available: Sequence[Series], asked: Collection[str]) -> Series:
     """The series asked for, or the only one. Raises DatasetError where that is none, or several."""
-    chosen = [one for one in found if one.uid in asked] if asked else found
+    chosen = [one for one in available if one.uid in asked] if asked else available
     if len(chosen) == 1:
         return chosen[0]
     # Numbered here, as descriptions in the files are free text that people put names into.
     listed = "".join(
         f"\n  - UID {one.uid or 'missing'}: {len(one.paths)} slices{_form(one.paths[0])}, "
         f"first {one.paths[0].relative_to(folder)}"
-        for one in chosen or found
+        for one in chosen or available
     )
-    what = f"{len(chosen)} series" if chosen else f"{len(found)} series, none of them {' or '.join(asked)}"
+    what = f"{len(chosen)} series" if chosen else f"{len(available)} series, none of them {' or '.join(asked)}"
     action = "Choose one with --series UID, or put each series into a folder of its own."
     raise DatasetError(f"{what}:{listed}\n", file=folder, expected="one", action=action)
 
@@ -237,16 +237,16 @@ def _require_alike(slices: list[Slice]) -> None:
     odd = [(one, _difference(one, usual) or ("", "")) for group in groups if group is not most for one in group]
     others = f"the other {len(most)}" if len(most) > 1 else usual.path.name
     if len(odd) == 1:
-        one, (found, expected) = odd[0]
+        one, (fault, expected) = odd[0]
         action = f"Is it a localizer, or of another series than {others}? Put it into another folder."
-        raise DatasetError(found, file=one.path, expected=expected, action=action)
+        raise DatasetError(fault, file=one.path, expected=expected, action=action)
     if odd:
-        named = ", ".join(f"{one.path.name} ({found})" for one, (found, _) in odd[:_NAMED])
+        named = ", ".join(f"{one.path.name} ({fault})" for one, (fault, _) in odd[:_NAMED])
         more = f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else ""
-        found = f"{len(odd)} slices are unlike {others}: {named}{more}"
+        fault = f"{len(odd)} slices are unlike {others}: {named}{more}"
         expected = f"{_size(usual)} and the direction and pixel spacing of {usual.path.name} ({_listed(usual.steps)})"
         action = "Are they localizers, or of another series? Put them into another folder."
-        raise DatasetError(found, file=usual.path.parent, expected=expected, action=action)
+        raise DatasetError(fault, file=usual.path.parent, expected=expected, action=action)
     cosines = usual.steps / np.linalg.norm(usual.steps, axis=0).clip(1e-12)
     if abs(cosines[:, 0] @ cosines[:, 1]) > _ROUNDING or not usual.steps.any(axis=0).all():
         expected = "two directions at right angles, and a positive spacing"
@@ -258,8 +258,8 @@ def _difference(one: Slice, usual: Slice) -> tuple[str, str] | None:
     if one.size != usual.size:
         return _size(one), _size(usual)
     if not np.allclose(one.steps, usual.steps, rtol=0, atol=_ROUNDING):
-        found = f"another direction or pixel spacing ({_listed(one.steps)})"
-        return found, f"that of {usual.path.name} ({_listed(usual.steps)})"
+        fault = f"another direction or pixel spacing ({_listed(one.steps)})"
+        return fault, f"that of {usual.path.name} ({_listed(usual.steps)})"
     return None
 
 
@@ -280,17 +280,17 @@ def _step(slices: list[Slice], normal: np.ndarray) -> np.ndarray:
     folder = slices[0].path.parent
     if gaps.min() <= max(1e-3, 0.01 * usual):
         action = "Are these several times, echoes or phases, or a slice twice? Put each into a folder of its own."
-        found = f"two slices at one place: {names[int(gaps.argmin())]}"
-        raise DatasetError(found, file=folder, expected="one slice a place", action=action)
+        fault = f"two slices at one place: {names[int(gaps.argmin())]}"
+        raise DatasetError(fault, file=folder, expected="one slice a place", action=action)
     step = (positions[-1] - positions[0]) / (len(slices) - 1)
     _require_in_line(slices, positions, normal, usual)
     off = np.linalg.norm(positions - positions[0] - np.outer(np.arange(len(slices)), step), axis=1)
     if off.max() > UNEVEN * usual:
         worst = int(np.abs(gaps - usual).argmax())
-        found = f"missing or uneven slices: {gaps[worst]:.4g} mm between {names[worst]}"
+        fault = f"missing or uneven slices: {gaps[worst]:.4g} mm between {names[worst]}"
         expected = f"{usual:.4g} mm, as between most of the {len(slices)}"
         action = "Copy or export the series again; are slices missing, or is it made of several stacks?"
-        raise DatasetError(found, file=folder, expected=expected, action=action)
+        raise DatasetError(fault, file=folder, expected=expected, action=action)
     return step
 
 
@@ -301,15 +301,15 @@ def _require_in_line(slices: list[Slice], positions: np.ndarray, normal: np.ndar
     """
     steps = np.diff(positions, axis=0)
     along = steps @ normal
-    beside = positions - np.outer(positions @ normal, np.median(steps / along[:, None], axis=0))
-    off = np.linalg.norm(beside - np.median(beside, axis=0), axis=1)
+    in_plane = positions - np.outer(positions @ normal, np.median(steps / along[:, None], axis=0))
+    off = np.linalg.norm(in_plane - np.median(in_plane, axis=0), axis=1)
     odd = [one.path.name for one, distance in zip(slices, off, strict=True) if distance > UNEVEN * usual]
     if odd and 2 * len(odd) < len(slices):
         named = ", ".join(odd[:_NAMED]) + (f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else "")
-        found = f"slices shifted by up to {off.max():.4g} mm within their plane: {named}"
+        fault = f"slices shifted by up to {off.max():.4g} mm within their plane: {named}"
         expected = f"the place of the other {len(slices) - len(odd)}"
         action = "Are they of another series or stack? Put them into another folder."
-        raise DatasetError(found, file=slices[0].path.parent, expected=expected, action=action)
+        raise DatasetError(fault, file=slices[0].path.parent, expected=expected, action=action)
 
 
 def _pixels(one: Slice) -> np.ndarray:
@@ -333,8 +333,8 @@ def _pixels(one: Slice) -> np.ndarray:
 
 
 def _turned_over(path: Path, reason: str) -> DatasetError:
-    found = f"MONOCHROME1 in a form that cannot be read ({reason})"
-    return DatasetError(found, file=path, expected="MONOCHROME2", action=_CONVERT)
+    fault = f"MONOCHROME1 in a form that cannot be read ({reason})"
+    return DatasetError(fault, file=path, expected="MONOCHROME2", action=_CONVERT)
 
 
 def _as_stored(image: Any, array: np.ndarray) -> np.ndarray:
@@ -390,7 +390,7 @@ def sort_out(paths: Iterable[Path]) -> Contents:
     """
     series: dict[str, list[Path]] = {}
     numbers: dict[str, str] = {}
-    beside, unreadable, others = [], [], []
+    non_images, unreadable, others = [], [], []
     for path in paths:
         try:
             identity = identify(path)
@@ -400,7 +400,7 @@ def sort_out(paths: Iterable[Path]) -> Contents:
         if identity is None and kind_of(path) != "slice":
             others.append(path)
         elif identity is not None and _BESIDE.match(identity.sop_class):
-            beside.append(path)
+            non_images.append(path)
         else:
             _, uid, number = identity or ("", "", "")
             series.setdefault(uid, []).append(path)
@@ -408,8 +408,8 @@ def sort_out(paths: Iterable[Path]) -> Contents:
     if "" in series and len(series) == 2:
         (uid,) = series.keys() - {""}
         series = {uid: sorted(series[uid] + series[""])}
-    found = (Series(uid, numbers[uid], tuple(files)) for uid, files in series.items())
-    return Contents(tuple(found), tuple(beside), tuple(unreadable), tuple(others))
+    by_series = (Series(uid, numbers[uid], tuple(files)) for uid, files in series.items())
+    return Contents(tuple(by_series), tuple(non_images), tuple(unreadable), tuple(others))
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -421,14 +421,14 @@ def files_below(folder: Path) -> list[Path]:
     def fail(error: OSError) -> None:
         raise not_read(error.filename, error) from error
 
-    found = []
+    paths = []
     for home, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         deep = len(Path(home).relative_to(folder).parts) >= DEEPEST
         folders[:] = [] if deep else [name for name in folders if not hidden(name)]
         if any(kind_of(Path(name)) == "scan" and not hidden(name) for name in names):
             return []
-        found += [path for name in names if not hidden(name) and _may_be_slice(path := Path(home, name))]
-    return sorted(found)
+        paths += [path for name in names if not hidden(name) and _may_be_slice(path := Path(home, name))]
+    return sorted(paths)
 
 
 def files_in(folder: Path) -> list[Path]:

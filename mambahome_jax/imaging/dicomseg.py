@@ -142,13 +142,17 @@ def read(path: Path, folder: Path, names: Mapping[int, str], series: Collection[
         referred = segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence
         if {item.ReferencedSOPInstanceUID for item in referred} != set(uids):
             raise DatasetError("a DICOM SEG of other slices", file=path, expected=f"one of those in {folder}")
-        found = [str(segmentation.get_segment_description(n).segment_label) for n in segmentation.segment_numbers]
+        segments = [str(segmentation.get_segment_description(n).segment_label) for n in segmentation.segment_numbers]
         known = {_label(name): value for value, name in names.items()}
-        numbers = [re.fullmatch(r"label_(\d+)", name) for name in found]
-        values = [known.get(name, int(number[1]) if number else 0) for name, number in zip(found, numbers, strict=True)]
-        if 0 in values or not set(known) <= set(found):
+        numbers = [re.fullmatch(r"label_(\d+)", name) for name in segments]
+        values = [
+            known.get(name, int(number[1]) if number else 0) for name, number in zip(segments, numbers, strict=True)
+        ]
+        if 0 in values or not set(known) <= set(segments):
             expected = ", ".join(known)
-            raise DatasetError(f"segments {', '.join(found)}", file=path, expected=expected, action="Segment it again.")
+            raise DatasetError(
+                f"segments {', '.join(segments)}", file=path, expected=expected, action="Segment it again."
+            )
         planes = segmentation.get_pixels_by_source_instance(
             uids, combine_segments=True, assert_missing_frames_are_empty=True, skip_overlap_checks=True, dtype=np.uint16
         )
@@ -173,8 +177,8 @@ def _headers(slices: Sequence[dicom.Slice]) -> list[Any]:
         header = pydicom.dcmread(one.path, stop_before_pixels=True, specific_tags=tags, force=True)
         missing = [name for name in _NEEDED if not header.get(name)]
         if missing:
-            found, expected = f"no {' and no '.join(missing)}", "a slice that can be referred to"
-            raise DatasetError(found, file=one.path, expected=expected, action="Name another --output_format.")
+            fault, expected = f"no {' and no '.join(missing)}", "a slice that can be referred to"
+            raise DatasetError(fault, file=one.path, expected=expected, action="Name another --output_format.")
         headers.append(header)
     for name in _MAY_BE_EMPTY:
         if name not in headers[0]:
@@ -237,9 +241,9 @@ def _as_they_are(file: Path) -> Iterator[None]:
     except (DatasetError, OutputError):
         raise
     except (*_FAULTS, pydicom.errors.InvalidDicomError) as error:
-        found = f"headers that no DICOM SEG can be made of or read from ({type(error).__name__})"
+        fault = f"headers that no DICOM SEG can be made of or read from ({type(error).__name__})"
         action = "Export the series again, or name another --output_format."
-        raise DatasetError(found, file=file, expected="values as the standard has them", action=action) from error
+        raise DatasetError(fault, file=file, expected="values as the standard has them", action=action) from error
 
 
 def _version() -> str:

@@ -166,9 +166,9 @@ def no_scan(path: Path) -> DatasetError:
     content = "" if kind == "foreign" else content_of(path)
     if kind == "foreign" or content not in ("", "DICOM"):
         return DatasetError(reason_of(path, content))
-    found = "a DICOM file" if content or kind == "slice" else "not a scan by its name"
+    fault = "a DICOM file" if content or kind == "slice" else "not a scan by its name"
     action = "For DICOM, name the folder of the slices."
-    return DatasetError(found, file=path, expected=alternatives(SCAN_SUFFIXES), action=action)
+    return DatasetError(fault, file=path, expected=alternatives(SCAN_SUFFIXES), action=action)
 
 
 def without_second_halves(paths: list[Path]) -> list[Path]:

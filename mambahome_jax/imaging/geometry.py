@@ -85,12 +85,12 @@ def resampled_grid(
     low, high = new_corners.min(axis=0), new_corners.max(axis=0)
     new_size = np.round(high - low + 1)
     # A needle of a million voxels is a file's worth of memory, but days of windows.
-    held = new_size.prod() <= max(_FINER * size.prod(), _FEW)
-    if not held or np.maximum(new_size, _WIDE).prod() > max(_FINER * np.maximum(size, _WIDE).prod(), _FEW):
+    usual = new_size.prod() <= max(_FINER * size.prod(), _FEW)
+    if not usual or np.maximum(new_size, _WIDE).prod() > max(_FINER * np.maximum(size, _WIDE).prod(), _FEW):
         extent, voxels = (" x ".join(f"{value:.4g}" for value in values) for values in (present * size, new_size))
-        found = f"{extent} mm, which are {voxels} voxels of {' x '.join(f'{mm:.4g}' for mm in target)} mm"
+        fault = f"{extent} mm, which are {voxels} voxels of {' x '.join(f'{mm:.4g}' for mm in target)} mm"
         action = "Mend the spacing in its header, or choose a coarser --spacing."
-        raise DatasetError(found, expected=f"at most {_FINER} times as many as it has", action=action)
+        raise DatasetError(fault, expected=f"at most {_FINER} times as many as it has", action=action)
     first = np.flatnonzero((np.abs(low - new_corners) <= _CORNER).all(axis=1))
     if first.size:
         origin = axes @ corners[first[0]] + affine[:3, 3]
@@ -218,11 +218,11 @@ def require_same_grid(
         return
     if image.shape != label.shape:
         size, wanted = (" x ".join(map(str, volume.shape)) for volume in (label, image))
-        found, expected = f"grid of {size} voxels", f"{wanted} as in the {name}"
-        raise DatasetError(found, file=file, expected=expected, action=action)
+        fault, expected = f"grid of {size} voxels", f"{wanted} as in the {name}"
+        raise DatasetError(fault, file=file, expected=expected, action=action)
     shift, largest = grid_shift(image.affine, label.affine, image.shape)
-    found = f"a grid that lies up to {largest:.3g} mm ({shift:.3g} voxels) off the {name}'s"
-    raise DatasetError(found, file=file, expected=f"at most {voxels} voxels", action=action)
+    fault = f"a grid that lies up to {largest:.3g} mm ({shift:.3g} voxels) off the {name}'s"
+    raise DatasetError(fault, file=file, expected=f"at most {voxels} voxels", action=action)
 
 
 def _unmoved(affine: np.ndarray, shape: Sequence[int], other: np.ndarray, other_shape: Sequence[int]) -> bool:

@@ -119,12 +119,12 @@ def _require_extent(path: Path, header: Header) -> None:
     if longest > _LARGEST or (longest < _SMALLEST and max(spacing[axis] for axis in counted) < _ORDINARY):
         lengths = [mm * n for mm, n in zip(spacing, size, strict=True)]
         extent, voxels = (" x ".join(f"{n:.4g}" for n in numbers) for numbers in (lengths, size))
-        found, factor = f"a scan of {extent} mm ({voxels} voxels)", 0.001 if longest > _LARGEST else 1000
+        fault, factor = f"a scan of {extent} mm ({voxels} voxels)", 0.001 if longest > _LARGEST else 1000
         action = (
             f"Are its lengths in another unit than the header says? --spacing_scale {factor} (in Python "
             f"spacing_scale={factor}) multiplies them; --spacing_scale 1 takes them as they are."
         )
-        raise DatasetError(found, file=path, expected="5 mm to 5 m along the longest axis", action=action)
+        raise DatasetError(fault, file=path, expected="5 mm to 5 m along the longest axis", action=action)
 
 
 def scaled(affine: np.ndarray, factor: float) -> np.ndarray:

@@ -45,16 +45,16 @@ def statistics(array: np.ndarray) -> IntensityStatistics:
 
 def statistics_of_parts(parts: Iterable[np.ndarray]) -> IntensityStatistics:
     """`statistics` of a volume of which only one part (D, H, W, C) at a time is there, but for rounding in float64."""
-    found: list[_Running] = []
+    channels: list[_Running] = []
     for part in parts:
-        found = found or [_Running() for _ in range(part.shape[3])]
-        for channel, running in enumerate(found):
+        channels = channels or [_Running() for _ in range(part.shape[3])]
+        for channel, running in enumerate(channels):
             running.add(part[..., channel])
     return IntensityStatistics(
-        mean=tuple(running.mean for running in found),
-        std=tuple(running.std for running in found),
-        minimum=tuple(running.minimum for running in found),
-        maximum=tuple(running.maximum for running in found),
+        mean=tuple(running.mean for running in channels),
+        std=tuple(running.std for running in channels),
+        minimum=tuple(running.minimum for running in channels),
+        maximum=tuple(running.maximum for running in channels),
     )
 
 

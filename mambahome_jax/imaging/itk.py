@@ -70,8 +70,8 @@ def simpleitk(path: Path) -> Any:
     try:
         module = importlib.import_module("SimpleITK")
     except ImportError as error:
-        found = "this format is read by SimpleITK, which is not installed"
-        raise DatasetError(found, file=path, expected=".nii or .nii.gz without it", action=f"Run: {INSTALL}") from error
+        fault = "this format is read by SimpleITK, which is not installed"
+        raise DatasetError(fault, file=path, expected=".nii or .nii.gz without it", action=f"Run: {INSTALL}") from error
     # Its warnings go past Python to the terminal; what matters here is an error.
     module.ProcessObject.SetGlobalWarningDisplay(False)
     return module
@@ -161,8 +161,8 @@ def voxels(path: Path, image: Any) -> np.ndarray:
     """(D0, D1, D2[, C]) of an image of SimpleITK, first axis fastest in memory. Raises as `read`."""
     array, dimension = simpleitk(path).GetArrayFromImage(image), image.GetDimension()
     if array.dtype.kind not in "iuf":
-        found = f"voxels of type {image.GetPixelIDTypeAsString()}"
-        raise DatasetError(found, file=path, expected="one integer or real number a voxel")
+        fault = f"voxels of type {image.GetPixelIDTypeAsString()}"
+        raise DatasetError(fault, file=path, expected="one integer or real number a voxel")
     if dimension < 3:
         raise _too_few_axes(path, image)
     return array.transpose(*reversed(range(dimension)), *range(dimension, array.ndim))
@@ -237,7 +237,7 @@ def _require_whole(path: Path, reader: Any, layout: _Layout) -> None:
     if not layout.counted:
         return
     try:
-        found, taken = _held(layout)
+        size, packed_size = _sizes(layout)
     except (OSError, EOFError, DamagedError) as error:
         raise _damaged_file(path, str(error)) from error
     if not suffix_of(path.name, META_SUFFIXES):
@@ -249,14 +249,14 @@ def _require_whole(path: Path, reader: Any, layout: _Layout) -> None:
     needed = math.prod(reader.GetSize()) * channels * one.GetSizeOfPixelComponent()
     claimed = _META_PACKED_SIZE.search(layout.header)
     # Without this line MetaIO takes a file of voxels to its end, but a single file for more than there is.
-    if layout.packed and (int(claimed[1]) != taken if claimed else layout.file == path):
-        size = int(claimed[1]) if claimed else "missing"
-        raise _damaged_file(path, f"{taken} bytes of packed voxels, CompressedDataSize {size}")
-    if found < needed or (layout.packed and found > needed):
-        raise _damaged_file(path, f"{found} bytes of voxels, {needed} by its header")
+    if layout.packed and (int(claimed[1]) != packed_size if claimed else layout.file == path):
+        said = claimed[1].decode() if claimed else "missing"
+        raise _damaged_file(path, f"{packed_size} bytes of packed voxels, CompressedDataSize {said}")
+    if size < needed or (layout.packed and size > needed):
+        raise _damaged_file(path, f"{size} bytes of voxels, {needed} by its header")
 
 
-def _held(layout: _Layout) -> tuple[int, int]:
+def _sizes(layout: _Layout) -> tuple[int, int]:
     """Bytes of the voxels, and bytes that they take in their file. Raises as `inflated`."""
     if not layout.packed:
         size = layout.file.stat().st_size - layout.start

@@ -217,8 +217,8 @@ def _names_extension(names: Mapping[int, str]) -> bytes:
 
 def _require_held(path: Path, held: int, offset: int, end: int) -> None:
     if held < end:
-        found, expected = f"truncated: {max(held - offset, 0)} bytes of voxels", f"{end - offset}"
-        raise DatasetError(found, file=path, expected=expected, action="Copy or download it again.")
+        fault, expected = f"truncated: {max(held - offset, 0)} bytes of voxels", f"{end - offset}"
+        raise DatasetError(fault, file=path, expected=expected, action="Copy or download it again.")
 
 
 @contextlib.contextmanager
@@ -235,8 +235,8 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, bool]]:
     except FileNotFoundError as error:
         raise DatasetError("no such file", file=path) from error
     except (EOFError, DamagedError) as error:
-        found, action = f"truncated or damaged ({error})", "Copy or download it again."
-        raise DatasetError(found, file=path, expected="a whole gzip", action=action) from error
+        fault, action = f"truncated or damaged ({error})", "Copy or download it again."
+        raise DatasetError(fault, file=path, expected="a whole gzip", action=action) from error
     except OSError as error:
         raise not_read(path, error) from error
 
@@ -288,8 +288,7 @@ def checked_shape(path: Path, shape: tuple[int, ...], channels: int | None) -> t
         raise DatasetError(f"{len(shape)} axes {shape}", file=path, expected=expected)
     if min(shape) < 1:
         raise DatasetError(f"empty volume {shape}", file=path, expected="at least one voxel")
-    found = shape[3] if len(shape) == 4 else 1
-    if channels is not None and found != channels:
+    if channels is not None and channels != (shape[3] if len(shape) == 4 else 1):
         expected = "a 3D volume" if channels == 1 else f"{channels} channels as the fourth axis"
         raise DatasetError(f"{len(shape)}D volume {shape}", file=path, expected=expected)
     return shape

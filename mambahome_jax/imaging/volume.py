@@ -106,8 +106,8 @@ def read_labels(path: str | Path, *, any_value: bool = False, spacing_scale: flo
         labels = np.rint(values)
         off = np.abs(values - labels)
         if off.max() > 1e-3:
-            found = f"label value {values.flat[off.argmax()]:g}"
-            raise DatasetError(found, file=path, expected="whole numbers", action="Is this an image, not a label map?")
+            fault = f"label value {values.flat[off.argmax()]:g}"
+            raise DatasetError(fault, file=path, expected="whole numbers", action="Is this an image, not a label map?")
     else:
         labels = raw
     low, high = labels.min(), labels.max()
@@ -179,9 +179,9 @@ def count_values(label: np.ndarray) -> dict[int, int]:
     counts = np.zeros(1, np.int64)
     # bincount widens what it is given to int64: eight times a label map, were it not for the slabs.
     for start in range(0, flat.size, _SLAB):
-        found = np.bincount(flat[start : start + _SLAB], minlength=len(counts))
-        found[: len(counts)] += counts
-        counts = found
+        part = np.bincount(flat[start : start + _SLAB], minlength=len(counts))
+        part[: len(counts)] += counts
+        counts = part
     return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
@@ -261,6 +261,6 @@ def _as_stored(path: Path, array: np.ndarray, dtype: np.dtype | type | str | Non
     with np.errstate(invalid="ignore", over="ignore"):
         stored = array.astype(target, copy=False)
     if target.kind in "iu" and not np.can_cast(array.dtype, target) and not np.array_equal(stored, array):
-        found = f"values from {array.min():g} to {array.max():g} of type {array.dtype}"
-        raise OutputError(f"{path}: cannot write {found} as {target}")
+        fault = f"values from {array.min():g} to {array.max():g} of type {array.dtype}"
+        raise OutputError(f"{path}: cannot write {fault} as {target}")
     return stored

@@ -74,7 +74,7 @@ def test_a_series_of_several_is_chosen_by_its_uid(tmp_path):
         ("1.2.5", "7", 3),
         ("1.2.3.4", "7", 3),
     ]
-    assert [path.name for path in contents.beside] == ["RS"]
+    assert [path.name for path in contents.non_images] == ["RS"]
     np.testing.assert_array_equal(dicom.read(tmp_path, ("1.2.5",))[0], VOXELS + 7)
     np.testing.assert_array_equal(dicom.read(tmp_path, ("1.2.3.4", "1.2.77"))[0], VOXELS)
     for asked, message in (
@@ -118,4 +118,4 @@ def test_what_devices_and_programs_put_beside_slices_is_no_series(tmp_path, sop_
     assert before in path.read_bytes()
     path.write_bytes(path.read_bytes().replace(before, after + sop_class.encode().ljust(size[0], b"\0")))
     contents = sort_out(sorted((tmp_path / "p1").iterdir()))
-    assert contents.beside == (path,) and [one.uid for one in contents.series] == ["1.2.3.4"]
+    assert contents.non_images == (path,) and [one.uid for one in contents.series] == ["1.2.3.4"]
