@@ -40,7 +40,7 @@ class Scan:
 
     path: a file, or a folder of DICOM slices. modality: None where it is that of the model. channels: a file each, in
     order; `path` is then the first. series: SeriesInstanceUID of its slices where other series lie in their folder.
-    other_name: what versions called its result that took the number of <case>_0000 for a part of the case's name.
+    other_name: name of its result in earlier versions, which kept the number of <case>_0000; empty where no other.
     """
 
     case: str
@@ -76,14 +76,14 @@ def find_scans(data_path: Path, series: Collection[str] = (), leave: Collection[
         return ScanFolder(data_path, [Scan(scan_stem(data_path), data_path)], [])
     if not data_path.is_dir():
         raise DatasetError("no such file or folder", file=data_path, action="Check --data_path.")
-    root, found, beside = _root(data_path, leave)
-    scans, failures, passed = _scans_of(root, found)
+    root, content, around = _root(data_path, leave)
+    scans, failures, passed = _scans_of(root, content)
     taken = {path for scan in scans for path in (scan.path, *scan.channels)}
     # Of two forms of a file the dataset has chosen one.
-    chosen_of = {name for name, alike in found.alike.items() if any(one.path in taken for one in alike)}
-    failures += [(name, reason) for name, reason in found.failures if name not in chosen_of]
-    failures += beside.failures
-    twins = twins_note(one.path for name in chosen_of for one in found.alike[name] if one.path in taken)
+    chosen_of = {name for name, alike in content.alike.items() if any(one.path in taken for one in alike)}
+    failures += [(name, reason) for name, reason in content.failures if name not in chosen_of]
+    failures += around.failures
+    twins = twins_note(one.path for name in chosen_of for one in content.alike[name] if one.path in taken)
     chosen = [scan for scan in scans if not series or not scan.series or set(scan.series) & set(series)]
     uids = {uid for scan in scans for uid in scan.series}
     missing = [uid for uid in series if uid not in uids]
@@ -91,7 +91,7 @@ def find_scans(data_path: Path, series: Collection[str] = (), leave: Collection[
         expected = f"one of {', '.join(sorted(uids))}" if uids else "DICOM slices"
         raise DatasetError(f"no series {listed(missing)}", file=data_path, expected=expected, action="Check --series.")
     failures += [(uid, f"{data_path}: no series of this UID. Check --series") for uid in missing]
-    notes = (*found.notes, *beside.notes, *passed, *twins)
+    notes = (*content.notes, *around.notes, *passed, *twins)
     if left := len(scans) - len(chosen):
         notes += (f"{left} other series are left out by --series",)
     if not chosen and not failures:
@@ -99,7 +99,7 @@ def find_scans(data_path: Path, series: Collection[str] = (), leave: Collection[
         expected = f"scans there, or in its {' or '.join(SCAN_FOLDERS)}, or a folder of DICOM slices a case"
         also = f" ({'; '.join(notes)})" if notes else ""
         raise DatasetError(f"no {kinds} file{also}", file=data_path, expected=expected, action="Check --data_path.")
-    several = {one.path for one in found.scans if one.one_of_several}
+    several = {one.path for one in content.scans if one.one_of_several}
     chosen = [scan if scan.path in several else replace(scan, series=()) for scan in chosen]
     return ScanFolder(root, chosen, _entries(failures), notes)
 
@@ -109,47 +109,46 @@ def _entries(failures: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def _root(data_path: Path, leave: Collection[Path]) -> tuple[Path, Search, Search]:
-    """The folder whose scans are meant, what it holds, and what lies beside it."""
+    """The folder whose scans are meant, what it holds, and what lies around it."""
     if detect(data_path):
         # Arrays that preprocess wrote are no scans.
         leave = (*leave, data_path / "store")
     folders, files = listing(data_path)
     if not any(map(suffix_of, files)):
         for name in SCAN_FOLDERS:
-            found = search(data_path / name, leave) if name in folders else Search()
-            if found.scans:
-                return data_path / name, found, _beside(data_path, name, folders, leave)
+            content = search(data_path / name, leave) if name in folders else Search()
+            if content.scans:
+                return data_path / name, content, _surroundings(data_path, name, folders, leave)
     return data_path, search(data_path, leave), Search()
 
 
-def _beside(home: Path, taken: str, folders: Mapping[str, Path], leave: Collection[Path]) -> Search:
+def _surroundings(home: Path, taken: str, folders: Mapping[str, Path], leave: Collection[Path]) -> Search:
     """What lies beside the scans: failures where it could be others, and a note on other parts of the dataset."""
     left = {os.path.realpath(path) for path in leave}
-    failures: Failures = []
-    found = {home: search(home, leave, deepest=0)}
+    contents = {home: search(home, leave, deepest=0)}
     for name, path in folders.items():
         if name != taken and not of_one_kind(name) and os.path.realpath(path) not in left and not is_output(path):
-            found[path] = search(path, leave)
+            contents[path] = search(path, leave)
     reason = f"lie beside {taken}/, whose scans are taken. Name that folder, or move them"
     failures = [
-        (own_name(path), f"{path}: {len(one.scans)} scans {reason}") for path, one in found.items() if one.scans
+        (own_name(path), f"{path}: {len(one.scans)} scans {reason}") for path, one in contents.items() if one.scans
     ]
-    failures += [failure for one in found.values() for failure in one.failures]
+    failures += [failure for one in contents.values() for failure in one.failures]
     parts = [name for name in folders if name in DATASET_FOLDERS and name != taken]
     notes = (f"the scans of {listed(parts)} are not taken; name the folder itself to segment them",) if parts else ()
     return Search((), tuple(failures), notes)
 
 
-def _scans_of(root: Path, found: Search) -> tuple[list[Scan], Failures, list[str]]:
+def _scans_of(root: Path, content: Search) -> tuple[list[Scan], Failures, list[str]]:
     """The scans of a folder, those of a dataset by its cases; failures: names that no file can have; notes."""
-    direct = [one.path.name for one in found.scans if one.depth == 0 and not one.series]
+    direct = [one.path.name for one in content.scans if one.depth == 0 and not one.series]
     # Of a folder that preprocess wrote only what its dataset.json names.
     unlisted = unlisted_files(root, direct)
     failures = [(scan_stem(Path(name)), reason) for name, reason in unlisted.items()]
     failures += absent_images(root).items()
     part = root.name in DATASET_FOLDERS
     # Beside scan files of the folder itself a dataset only says which of the files below are label maps.
-    below = bool(direct) and any(one.depth for one in found.scans)
+    below = bool(direct) and any(one.depth for one in content.scans)
     dataset = None
     if part or not direct or below:
         # Scans to segment need not lie in a dataset.
@@ -160,7 +159,7 @@ def _scans_of(root: Path, found: Search) -> tuple[list[Scan], Failures, list[str
     if len({*modalities.values()} - {None}) < 2:
         # Of one modality the model knows better: it may be trained on another.
         modalities = {}
-    of_cases = _series_of_cases(root, found.scans, cases)
+    of_cases = _series_of_cases(root, content.scans, cases)
     homes = {home for home, _ in of_cases.values()}
     named = [case for case in cases if case.image not in homes] if not part else []
     drawn = {path for case in named for path in case.label_files} if below else set()
@@ -169,7 +168,7 @@ def _scans_of(root: Path, found: Search) -> tuple[list[Scan], Failures, list[str
     used = {path for case in named for path in (*case.image_files, *case.label_files)}
     names = {scan.case for scan in scans}
     labels = []
-    for one in found.scans:
+    for one in content.scans:
         home, name = of_cases.get(one, (one.path, one.name))
         if one.path in used or not used.isdisjoint(one.path.parents) or (one.depth == 0 and one.path.name in unlisted):
             continue

@@ -71,7 +71,7 @@ class _Token:
 def with_patients(dataset: Dataset, folder: Path) -> Dataset:
     """The dataset with the patient of each case, and a note that says so where a patient has several cases.
 
-    A table in the folder (TABLES) wins over what the layout says, that over the names of the cases.
+    A table in the folder (TABLES) comes first, then what the layout says, then the names of the cases.
     Raises DatasetError: a table that cannot be used.
     """
     ids = [case.id for case in dataset.cases]
@@ -171,9 +171,9 @@ def _beginning(name: str, participants: Collection[str]) -> str:
 def patients_of(names: Collection[str]) -> dict[str, str]:
     """The patient of each case, {name: patient}, read off the names; the name itself where it has no such part.
 
-    A patient is the shortest beginning of names that several share, ends where a part of the name ends, holds a number
-    that is neither a date's, a site's nor a sequence's, and leaves at least two groups: patient001 of
-    patient001_frame01, sub-01 of sub-01_ses-2. What may as well be a site with its cases (A1_001 to A1_050) is none.
+    A patient is the shortest beginning that several names share, as patient001 of patient001_frame01 or sub-01 of
+    sub-01_ses-2. It ends where a part of the name ends, holds a number that is no date's, site's or sequence's, and
+    leaves at least two groups. What may as well be a site with its cases (A1_001 to A1_050) is none.
     """
     patients = {name: name for name in names}
     if all(map(_ONE_NUMBER.fullmatch, names)):
@@ -206,7 +206,7 @@ def _tokens(name: str) -> list[_Token]:
 
 
 def _has_patient_number(tokens: Sequence[_Token]) -> bool:
-    """Whether some number in these parts may be that of a patient."""
+    """Whether some number in these parts may be a patient's."""
     for number, token in enumerate(tokens):
         digits = any(character.isdigit() for character in token.text)
         if not digits or token.date or token.text in _NO_NUMBERS:
@@ -224,7 +224,7 @@ def _form(name: str) -> str:
 
 
 def _families(groups: Mapping[str, list[str]]) -> list[dict[str, list[str]]]:
-    """The groups by their beginnings without numbers, as P12 and P13; those that are like no other together."""
+    """Put beginnings together that differ in their numbers alone, as P12 and P13; all others are one family."""
     families: dict[str, dict[str, list[str]]] = defaultdict(dict)
     for beginning, group in groups.items():
         families[_form(beginning)][beginning] = group
@@ -234,7 +234,7 @@ def _families(groups: Mapping[str, list[str]]) -> list[dict[str, list[str]]]:
 
 
 def _are_patients(groups: Mapping[str, Sequence[str]], tokens: Mapping[str, Sequence[_Token]], length: int) -> bool:
-    """Whether beginnings of `length` parts, {beginning: names}, are patients rather than sites, batches or parts."""
+    """Whether beginnings of `length` parts, {beginning: names}, are patients and not sites, batches or parts."""
     several = [group for group in groups.values() if len(group) > 1]
     if not several:
         return False

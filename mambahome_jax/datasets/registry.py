@@ -131,11 +131,11 @@ def _load(name: str, folder: Path, above: Sequence[Path] = ()) -> Dataset:
     if name not in LISTED:
         expected = LAYOUTS[name].LOOKS_FOR
         known = [case for case, _ in skipped]
-        missed, beside = unseen(home, dataset.cases, known, expected, unlisted=name != decathlon.NAME)
+        missed, noted = unseen(home, dataset.cases, known, expected, unlisted=name != decathlon.NAME)
         files = (path for place in above for path in listing(place)[1].values())
         missed += [misplaced(path, expected) for path in files if kind_in(path) in ("scan", "foreign")]
         skipped += [(printable(case), reason) for case, reason in missed]
-        notes += [f"of no case, and left out: {listed(beside)}"] if beside else []
+        notes += [f"of no case, and left out: {listed(noted)}"] if noted else []
     dataset = replace(dataset, cases=tuple(cases.values()), skipped=tuple(skipped), notes=tuple(notes), layout=name)
     # A folder that preprocess.py wrote says of each case what its split is, unless somebody put a file there.
     split = _holding((SPLIT_FILE,), home, above)

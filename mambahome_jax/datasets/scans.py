@@ -99,7 +99,7 @@ def _sort(paths: Iterable[Path]) -> _Files:
     for path in paths:
         by_kind[kind_in(path)].append(path)
     unknown = by_kind["slice"] + by_kind["unknown"]
-    folders = [path for path in unknown if path.is_dir()]
+    folders = {path for path in unknown if path.is_dir()}
     contents = sort_out(sorted(path for path in unknown if path not in folders and path.is_file()))
     failures = [(path, reason_of(path)) for path in without_second_halves(by_kind["foreign"])]
     failures += contents.unreadable
@@ -231,7 +231,7 @@ def unseen(
         else:
             leftovers.beside_labels(home)
     leftovers.around(root, known)
-    return leftovers.skipped, leftovers.beside
+    return leftovers.skipped, leftovers.noted
 
 
 def misplaced(path: Path, expected: str) -> tuple[str, str]:
@@ -248,7 +248,7 @@ class _Leftovers:
     expected: str
     known: Collection[str] | None
     skipped: Failures = field(default_factory=list)
-    beside: list[str] = field(default_factory=list)
+    noted: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.above: set[str] = set()
@@ -279,7 +279,7 @@ class _Leftovers:
             if many:
                 self.skipped.append((stem, f"{path}: of no case by its name; expected {self.expected}"))
             else:
-                self.beside.append(str(path))
+                self.noted.append(str(path))
         self._note(files.failures)
         if slices := [path for one in files.series for path in one.paths]:
             reason = f"{home}: {len(slices)} DICOM slices lie among other files, {slices[0].name} the first"
@@ -327,7 +327,7 @@ class _Leftovers:
         for path, reason in failures:
             name = foreign_stem(path)
             if self._form_of_used(path, name):
-                self.beside.append(str(path))
+                self.noted.append(str(path))
             else:
                 self.skipped.append((name, reason))
 
@@ -335,14 +335,14 @@ class _Leftovers:
         """Look through a folder. case: False within that of a case, which may hold other scans of its patient."""
         if is_output(path):
             return
-        found = search(path)
+        contents = search(path)
         if not case:
-            self.beside += [f"{path}/"] if found.scans or found.failures else []
+            self.noted += [f"{path}/"] if contents.scans or contents.failures else []
             return
-        if found.scans:
-            names = listed((one.path.name for one in found.scans), 3)
+        if contents.scans:
+            names = listed((one.path.name for one in contents.scans), 3)
             self.skipped.append((path.name, f"{path}: scans of no case ({names}); expected {self.expected}"))
-        self.skipped += [(f"{path.name}_{name}", reason) for name, reason in found.failures]
+        self.skipped += [(f"{path.name}_{name}", reason) for name, reason in contents.failures]
 
     def _form_of_used(self, path: Path, stem: str) -> bool:
         used = self.used.get(str(path.parent), set())

@@ -150,7 +150,7 @@ def consecutive(dataset: Dataset) -> Dataset:
     values = {old: new for new, old in enumerate(dataset.labels, start=1)}
     relabelled = _relabel(dataset, values, numbered(*dataset.labels.values()))
     if any(case.masks or case.values is not None for case in dataset.cases):
-        # Of these the table's values are in no file.
+        # The files of these hold other values than the table.
         return relabelled
     return replace(relabelled, values={new: dataset.values.get(old, old) for old, new in values.items()})
 

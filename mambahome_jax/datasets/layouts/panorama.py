@@ -20,7 +20,7 @@ LABELS = numbered(
 )
 REPOSITORY = "panorama_labels"
 HINT = (
-    "Labels cloned before 21 June 2024 hold stray values 7 and 8, mended since: run git pull in panorama_labels and "
+    "Labels cloned before 21 June 2024 hold stray values 7 and 8, corrected since: run git pull in panorama_labels and "
     "preprocess again."
 )
 
@@ -39,8 +39,8 @@ def detect(folder: Path) -> bool:
 def load(folder: Path) -> Dataset:
     """One case a study, named <patient>_<study>; studies of one patient stay on one side of a split.
 
-    Of two labels of one study that in a folder named manual_labels is taken. A label without a scan is skipped, a scan
-    without a label kept as unlabelled. The commit of the labels, where known, is noted, as they changed over time.
+    Of two labels of one study, the one in manual_labels/ wins. A label without a scan is skipped, a scan without a
+    label is kept as unlabelled. The commit of the labels is noted where it is known, as they changed over time.
     Raises DatasetError: no scan, no label at all.
     """
     images: dict[str, Path] = {}
