@@ -327,12 +327,6 @@ class ModelSize:
     patch_size: tuple[int, int, int]
 
 
-# Flags of training that older reports and checkpoints do not name, as they were then.
-BEFORE_THERE_WERE = {"dropout": 0.0}
-# Flags that there are no longer, as runs have them that can go on without.
-GONE = {"label_smoothing": 0.0}
-# As in BEFORE_THERE_WERE, of the network.
-PUBLISHED_GRID = {"strides": [[2, 2, 2]] * 4, "kernel_sizes": [[3, 3, 3]] * 5}
 MODEL_SIZES = {
     "MambaHoME": ModelSize(ModelConfig(), lr=1e-4, eps=1e-4, strong_lr=3e-4, patch_size=(96, 96, 96)),
     "MambaHoME_small": ModelSize(

@@ -16,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from mambahome_jax.config import BEFORE_THERE_WERE, GONE, PUBLISHED_GRID, Strategy
+from mambahome_jax.config import Strategy
 from mambahome_jax.datasets.files import listed
 from mambahome_jax.errors import CheckpointError, ConfigError, OutputError, why_not_written
 from mambahome_jax.support.devices import versions
@@ -43,6 +43,10 @@ from mambahome_jax.weights.checkpoint import (
 )
 
 OPTIMIZER_ITEM, DATA_ITEM = "optimizer", "data"
+# Settings that earlier versions did not record, with their value then; settings that no longer exist, with the value
+# that changes nothing.
+_NOT_YET = {"dropout": 0.0, "strides": [[2, 2, 2]] * 4, "kernel_sizes": [[3, 3, 3]] * 5}
+_NO_LONGER = {"label_smoothing": 0.0}
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Of the entry "data" in config.json; what else it holds is a setting of its own or follows from the voxels.
 PROPERTIES = ("spacing", "orientation", "channels", "labels", "values")
@@ -233,9 +237,8 @@ def check_settings(
         ("training", ConfigError, "Resume with the same settings, or start anew with --use_pretrained"),
     ):
         now = settings[entry]
-        older = BEFORE_THERE_WERE | PUBLISHED_GRID
-        before = {name: value for name, value in older.items() if name in now} | config.get(entry, {})
-        now = now | {name: value for name, value in GONE.items() if before.get(name) == value}
+        before = {name: value for name, value in _NOT_YET.items() if name in now} | config.get(entry, {})
+        now = now | {name: value for name, value in _NO_LONGER.items() if before.get(name) == value}
         if differ := _changes(before, now, sorted({*before, *now})):
             raise error(f"{folder} is of another configuration: {'; '.join(differ)}. {advice}")
     return config
