@@ -7,7 +7,7 @@ import json
 import math
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,100 +97,154 @@ def run_training(flags: TrainConfig, console: Console, started: float | None = N
     Raises ConfigError, DatasetError, CheckpointError and OutputError before anything is trained.
     """
     seconds = math.inf if flags.max_minutes is None else flags.max_minutes * 60
-    clock = Clock(time.monotonic() if started is None else started, seconds)
     folder = local_path(flags.output_dir or Path("runs") / (flags.checkpoint_name or flags.model))
-    data = functools.cache(lambda: open_data(flags, folder, console))
-    if flags.members != 1:
+    return Training(flags, folder, console, Clock(started or time.monotonic(), seconds)).run()
+
+
+@dataclass
+class Training:
+    """A training command under way: what its networks share, and the time that is left to them."""
+
+    flags: TrainConfig
+    folder: Path
+    console: Console
+    clock: Clock
+    programs: Programs = field(default_factory=dict)
+
+    @functools.cached_property
+    def data(self) -> "Data":
+        """The data of all networks, opened when the first one asks for them."""
+        return open_data(self.flags, self.folder, self.console)
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        say(self.console, text)
+
+    def run(self) -> TrainResult:
+        """Train the network, or all of them."""
+        if self.flags.members != 1:
+            with _locked(self.folder):
+                return self._train_members()
+        if holds_run(self.folder / "member_0"):
+            raise ConfigError(f"{self.folder} holds several networks. Say --members, or name another --output_dir")
+        timed = self.flags.max_minutes is not None
+        return self._train_one(self.folder, self.flags, self.clock, skip_finished=timed)
+
+    def _train_one(self, folder: Path, flags: TrainConfig, clock: Clock, skip_finished: bool) -> TrainResult:
+        """Train one network; with skip_finished not one that ended: what its budget kept free would be time again."""
         with _locked(folder):
-            return _train_members(folder, flags, clock, data, console)
-    if holds_run(folder / "member_0"):
-        raise ConfigError(f"{folder} holds several networks. Say --members, or name another --output_dir")
-    return _train_one(folder, flags, clock, data, {}, console, skip_finished=flags.max_minutes is not None)
+            resume = self._may_start(folder, flags)
+            earlier, recorded = (earlier_report(folder), recorded_mirrors(folder)) if resume else ({}, ())
+            devices = choose_devices(flags.parallel, flags.num_devices)
+            setup = make_setup(flags, self.data.prepared, self.data.prepared_val, len(devices), recorded)
+            require_same("The configuration", checkpoint_settings(setup))
+            checkpoint = require_same_run(folder, setup, earlier) if resume else None
+            if skip_finished and is_finished(earlier, flags):
+                self.say(f"{folder}: finished already")
+                return TrainResult.from_report(folder, earlier)
+            started = time.perf_counter()
+            report = new_report(folder, setup, self.data.skipped)
+            report |= {name: earlier[name] for name in ("pretrained",) if name in earlier}
+
+            def begin(schedule: Schedule, parameters: int, transferred: Transfer | None) -> None:
+                if transferred is not None:
+                    self.say(f"{flags.use_pretrained}: {transferred}")
+                    report["pretrained"] = {"path": flags.use_pretrained, **asdict(transferred)}
+                report["status"] = "running"
+                save_report(folder, report)
+                for line in start_lines(setup, schedule, parameters, devices, checkpoint):
+                    self.say(line)
+
+            try:
+                run = train_network(setup, folder, checkpoint, devices, clock, self.programs, self.console, begin)
+            except MambaHomeError as error:
+                # A run that cannot be continued with these flags keeps its report.
+                if report["status"] == "running" or not earlier:
+                    with contextlib.suppress(OutputError):
+                        save_report(folder, report | {"status": str(error), "exit_code": 2})
+                raise
+            status, code = "finished", int(bool(self.data.skipped or run.failures))
+            if run.error is not None:
+                self.say(f"Error: {run.error}")
+                status, code = run.error, 1
+            elif run.signal is not None:
+                status, code = "stopped by a signal", SIGNALLED + run.signal
+            report |= {
+                "status": status,
+                "exit_code": code,
+                "seconds": round(earlier.get("seconds", 0.0) + time.perf_counter() - started, 3),
+                "step": run.step,
+                # A finished run that is resumed trains nothing more.
+                "loss": earlier.get("loss") if run.loss is None else run.loss,
+                "best": run.best,
+                "last_validation": run.validation.structures if run.validation else earlier.get("last_validation"),
+                "failures": [{"id": case, "reason": reason} for case, reason in run.failures.items()],
+            }
+            save_report(folder, report)
+            for line in end_lines(folder, report):
+                self.say(line)
+            return TrainResult.from_report(folder, jsonable(report))
+
+    def _may_start(self, folder: Path, flags: TrainConfig) -> bool:
+        """Whether to resume. Raises where a new run would destroy an earlier one, or the folder cannot be written."""
+        require_letters(folder)
+        exists = holds_run(folder)
+        # Before the first process can write one, so that all of them see the same.
+        require_same(f"Whether {folder} holds a checkpoint", exists)
+        open_output(folder)
+        open_output(folder / "checkpoints")
+        resume = flags.resume or flags.load_checkpoint
+        if exists and not resume:
+            raise ConfigError(f"{folder} holds a run already. Continue it with --resume, or name another --output_dir")
+        if resume and not exists:
+            self.say(f"No checkpoint in {folder} yet: starting from the beginning")
+        return exists
+
+    def _train_members(self) -> TrainResult:
+        """Train flags.members networks, each a run with a seed of its own; those that ended before stay as they are.
+
+        A signal ends all. Raises ConfigError, OutputError.
+        """
+        flags, folder = self.flags, self.folder
+        homes = [folder / f"member_{number}" for number in range(flags.members)]
+        if flags.members < 1:
+            raise ConfigError(f"--members {flags.members}; expected 1 or more")
+        if holds_run(folder):
+            raise ConfigError(f"{folder} holds the run of one network already. Name another --output_dir")
+        held = [home for home in homes if holds_run(home)]
+        if held and not (flags.resume or flags.load_checkpoint):
+            raise ConfigError(
+                f"{held[0]} holds a run already. Continue all with --resume, or name another --output_dir"
+            )
+        report = {"command": "train", "configuration": asdict(flags), "members": [home.name for home in homes]}
+        save_report(folder, report | {"status": "running"})
+        networks: list[TrainResult] = []
+        for number, home in enumerate(homes):
+            minutes = None if flags.max_minutes is None else flags.max_minutes / flags.members
+            member = replace(flags, members=1, seed=flags.seed + number, max_minutes=minutes)
+            member = replace(member, output_dir=home, checkpoint_name="")
+            self.say(f"Network {number + 1} of {flags.members}, seed {member.seed}, in {home}")
+            share = self.clock._replace(parts=flags.members - number)
+            try:
+                networks.append(self._train_one(home, member, share, skip_finished=True))
+            except MambaHomeError as error:
+                save_report(folder, report | {"status": str(error), "exit_code": 2})
+                raise
+            if networks[-1].exit_code > SIGNALLED:
+                break
+            self.clock = _after(self.clock, home)
+        else:
+            best = [home / "checkpoints" / "best" for home in homes]
+            self.say(ensemble_line([path for path in best if path.is_dir()], len(best)))
+        code = max(network.exit_code for network in networks)
+        status = "stopped by a signal" if code > SIGNALLED else "finished"
+        save_report(folder, report | {"status": status, "exit_code": code})
+        return TrainResult(folder, status, code, networks=tuple(networks))
 
 
 def _locked(folder: Path) -> contextlib.AbstractContextManager:
     # The other processes of the same run write to it too.
     return locked(folder, "train") if is_first() else contextlib.nullcontext()
-
-
-def _train_one(
-    folder: Path,
-    flags: TrainConfig,
-    clock: Clock,
-    data: Callable[[], "Data"],
-    programs: Programs,
-    console: Console,
-    skip_finished: bool,
-) -> TrainResult:
-    """Train one network; with skip_finished not one that ended: what its budget kept free would be time again."""
-    with _locked(folder):
-        resume = _may_start(flags, folder, console)
-        earlier, recorded = (earlier_report(folder), recorded_mirrors(folder)) if resume else ({}, ())
-        devices = choose_devices(flags.parallel, flags.num_devices)
-        setup = make_setup(flags, data().prepared, data().prepared_val, len(devices), recorded)
-        require_same("The configuration", checkpoint_settings(setup))
-        checkpoint = require_same_run(folder, setup, earlier) if resume else None
-        if skip_finished and is_finished(earlier, flags):
-            say(console, f"{folder}: finished already")
-            return TrainResult.from_report(folder, earlier)
-        started = time.perf_counter()
-        report = new_report(folder, setup, data().skipped)
-        report |= {name: earlier[name] for name in ("pretrained",) if name in earlier}
-
-        def begin(schedule: Schedule, parameters: int, transferred: Transfer | None) -> None:
-            if transferred is not None:
-                say(console, f"{flags.use_pretrained}: {transferred}")
-                report["pretrained"] = {"path": flags.use_pretrained, **asdict(transferred)}
-            report["status"] = "running"
-            save_report(folder, report)
-            for line in start_lines(setup, schedule, parameters, devices, checkpoint):
-                say(console, line)
-
-        try:
-            run = train_network(setup, folder, checkpoint, devices, clock, programs, console, begin)
-        except MambaHomeError as error:
-            # A run that cannot be continued with these flags keeps its report.
-            if report["status"] == "running" or not earlier:
-                with contextlib.suppress(OutputError):
-                    save_report(folder, report | {"status": str(error), "exit_code": 2})
-            raise
-        status, code = "finished", int(bool(data().skipped or run.failures))
-        if run.error is not None:
-            say(console, f"Error: {run.error}")
-            status, code = run.error, 1
-        elif run.signal is not None:
-            status, code = "stopped by a signal", SIGNALLED + run.signal
-        report |= {
-            "status": status,
-            "exit_code": code,
-            "seconds": round(earlier.get("seconds", 0.0) + time.perf_counter() - started, 3),
-            "step": run.step,
-            # A finished run that is resumed trains nothing more.
-            "loss": earlier.get("loss") if run.loss is None else run.loss,
-            "best": run.best,
-            "last_validation": run.validation.structures if run.validation else earlier.get("last_validation"),
-            "failures": [{"id": case, "reason": reason} for case, reason in run.failures.items()],
-        }
-        save_report(folder, report)
-        for line in end_lines(folder, report):
-            say(console, line)
-        return TrainResult.from_report(folder, jsonable(report))
-
-
-def _may_start(flags: TrainConfig, folder: Path, console: Console) -> bool:
-    """Whether to resume. Raises where a new run would destroy an earlier one, or the folder cannot be written."""
-    require_letters(folder)
-    exists = holds_run(folder)
-    # Before the first process can write one, so that all of them see the same.
-    require_same(f"Whether {folder} holds a checkpoint", exists)
-    open_output(folder)
-    open_output(folder / "checkpoints")
-    resume = flags.resume or flags.load_checkpoint
-    if exists and not resume:
-        raise ConfigError(f"{folder} holds a run already. Continue it with --resume, or name another --output_dir")
-    if resume and not exists:
-        say(console, f"No checkpoint in {folder} yet: starting from the beginning")
-    return exists
 
 
 def holds_run(folder: Path) -> bool:
@@ -203,48 +257,6 @@ def is_finished(report: Mapping[str, Any], flags: TrainConfig) -> bool:
     before, now = report.get("configuration"), jsonable(asdict(flags))
     same = isinstance(before, dict) and all(before.get(name) == now[name] for name in now if name not in _OF_THE_START)
     return same and report.get("status") == "finished"
-
-
-def _train_members(
-    folder: Path, flags: TrainConfig, clock: Clock, data: Callable[[], "Data"], console: Console
-) -> TrainResult:
-    """Train flags.members networks, each a run with a seed of its own; those that ended before stay as they are.
-
-    A signal ends all. Raises ConfigError, OutputError.
-    """
-    homes = [folder / f"member_{number}" for number in range(flags.members)]
-    if flags.members < 1:
-        raise ConfigError(f"--members {flags.members}; expected 1 or more")
-    if holds_run(folder):
-        raise ConfigError(f"{folder} holds the run of one network already. Name another --output_dir")
-    held = [home for home in homes if holds_run(home)]
-    if held and not (flags.resume or flags.load_checkpoint):
-        raise ConfigError(f"{held[0]} holds a run already. Continue all with --resume, or name another --output_dir")
-    report = {"command": "train", "configuration": asdict(flags), "members": [home.name for home in homes]}
-    save_report(folder, report | {"status": "running"})
-    programs: Programs = {}
-    networks: list[TrainResult] = []
-    for number, home in enumerate(homes):
-        minutes = None if flags.max_minutes is None else flags.max_minutes / flags.members
-        member = replace(flags, members=1, seed=flags.seed + number, max_minutes=minutes)
-        member = replace(member, output_dir=home, checkpoint_name="")
-        say(console, f"Network {number + 1} of {flags.members}, seed {member.seed}, in {home}")
-        share = clock._replace(parts=flags.members - number)
-        try:
-            networks.append(_train_one(home, member, share, data, programs, console, skip_finished=True))
-        except MambaHomeError as error:
-            save_report(folder, report | {"status": str(error), "exit_code": 2})
-            raise
-        if networks[-1].exit_code > SIGNALLED:
-            break
-        clock = _after(clock, home)
-    else:
-        best = [home / "checkpoints" / "best" for home in homes]
-        say(console, ensemble_line([path for path in best if path.is_dir()], len(best)))
-    code = max(network.exit_code for network in networks)
-    status = "stopped by a signal" if code > SIGNALLED else "finished"
-    save_report(folder, report | {"status": status, "exit_code": code})
-    return TrainResult(folder, status, code, networks=tuple(networks))
 
 
 def _after(clock: Clock, home: Path) -> Clock:

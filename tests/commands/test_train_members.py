@@ -126,13 +126,13 @@ def test_networks_without_a_checkpoint_are_not_named(tmp_path, capsys):
 def test_networks_share_what_is_left_and_a_signal_ends_them_all(tmp_path, monkeypatch, capsys):
     now, calls = [100.0], []
 
-    def one(folder, config, clock, *_, **named):
+    def one(training, folder, config, clock, skip_finished):
         calls.append((folder.name, config.max_minutes, config.seed, *clock))
         now[0] += 150.0
         return TrainResult(folder, "ended", (0, 1, 143)[len(calls) - 1])
 
     monkeypatch.setattr(runs.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(runs, "_train_one", one)
+    monkeypatch.setattr(runs.Training, "_train_one", one)
     config = _config(tmp_path, tmp_path / "run", steps=None, max_minutes=8.0, members=4)
     assert command.run(config, 95.0) == 143
     assert calls == [
