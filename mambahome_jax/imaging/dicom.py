@@ -317,7 +317,7 @@ def _pixels(one: Slice) -> np.ndarray:
     try:
         image = _reader(one.path).Execute()
     except RuntimeError as error:
-        reason = itk.reason_of(error)
+        reason = itk.message_of(error)
         if b"MONOCHROME1" in head_of(one.path, _HEADER):
             raise _turned_over(one.path, reason) from error
         raise _damaged(one.path, f" ({reason})") from error

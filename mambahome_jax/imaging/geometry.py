@@ -111,17 +111,19 @@ def coarse_remark(shape: Sequence[int], new_shape: Sequence[int]) -> str | None:
     if max(new_shape[:3]) >= _WIDE or after * _COARSER > before:
         return None
     voxels, left = (" x ".join(map(str, size[:3])) for size in (shape, new_shape))
-    return (
-        f"of {voxels} voxels resampling leaves {left}; are the lengths in its header too small? --spacing_scale 10 or "
-        "1000 multiplies them, a finer --spacing keeps more"
-    )
+    remedy = "--spacing_scale 10 or 1000 multiplies them, a finer --spacing keeps more"
+    return f"of {voxels} voxels resampling leaves {left}; are the lengths in its header too small? {remedy}"
 
 
 def resample(volume: Volume, spacing: Sequence[float], order: Order = "linear") -> Volume:
-    """Resample to a spacing in mm, one value an axis (0 or below keeps it), as MONAI's Spacingd.
+    """Resample to a spacing in mm, as MONAI's Spacingd; a volume that has it already comes back as it is.
 
-    order: "linear" gives float32; "nearest" keeps the dtype, for label maps. Outside the old grid the edge goes on.
-    A volume that has the spacing already comes back as it is. Raises as `resampled_grid`.
+    Args:
+        spacing: one value an axis; 0 or below keeps the volume's.
+        order: "linear" gives float32; "nearest" keeps the dtype, for label maps. Outside the old grid the edge goes on.
+
+    Raises:
+        ConfigError, DatasetError: as `resampled_grid`.
     """
     affine, shape = resampled_grid(volume.affine, volume.shape, spacing)
     if affine is volume.affine:
@@ -141,9 +143,11 @@ def resample_to(
     """Sample a volume at the voxels of another grid (`affine` (4, 4), `shape` (D0, D1, D2)), of any orientation.
 
     A trailing channel axis is kept. Undoes `reorient` and `resample`: give it the affine and shape of the file.
-    order: "linear" gives float32; "nearest" keeps the dtype. Outside the old grid the edge goes on.
-    box: the part of the new grid to sample, start and stop an axis; its values are those that the whole has there.
-    before: applied to the voxels that are used, before they are sampled; any function of each voxel by itself.
+
+    Args:
+        order: as of `resample`.
+        box: the part of the new grid to sample, start and stop an axis; its values are those that the whole has there.
+        before: applied to the voxels that are used, before they are sampled; any function of each voxel by itself.
     """
     if order not in ("linear", "nearest"):
         raise ConfigError(f"order {order!r}; expected 'linear' or 'nearest'")

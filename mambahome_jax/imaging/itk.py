@@ -122,7 +122,7 @@ def _damaged(path: Path) -> Iterator[None]:
         yield
     except RuntimeError as error:
         # MetaImageIO adds whatever reason the system gave for something else.
-        raise _damaged_file(path, reason_of(error, without_system=True)) from error
+        raise _damaged_file(path, message_of(error, without_system=True)) from error
 
 
 def write(path: Path, array: np.ndarray, affine: np.ndarray, names: Mapping[int, str] | None = None) -> None:
@@ -154,7 +154,7 @@ def write(path: Path, array: np.ndarray, affine: np.ndarray, names: Mapping[int,
         try:
             writer.Execute(image)
         except RuntimeError as error:
-            raise OSError(reason_of(error)) from error
+            raise OSError(message_of(error)) from error
 
 
 def voxels(path: Path, image: Any) -> np.ndarray:
@@ -186,7 +186,7 @@ def affine_from(columns: np.ndarray, origin: np.ndarray) -> np.ndarray:
     return LPS @ affine + 0.0  # no -0.0
 
 
-def reason_of(error: Exception, *, without_system: bool = False) -> str:
+def message_of(error: Exception, *, without_system: bool = False) -> str:
     """The one line that matters of a message of ITK, without addresses in memory."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if without_system:
