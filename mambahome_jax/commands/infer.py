@@ -1,5 +1,6 @@
 """infer: scans in, label maps on the same grids out, with previews and a report of the run."""
 
+import contextlib
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -25,7 +26,7 @@ def run(config: InferConfig) -> int:
 
     def track(results: Iterable[T], total: int) -> Iterator[T]:
         progress.update(scans, total=total)
-        with progress:
+        with progress if total else contextlib.nullcontext():
             for result in results:
                 progress.advance(scans)
                 yield result
