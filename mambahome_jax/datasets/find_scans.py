@@ -220,15 +220,22 @@ def join_channels(data_path: Path, scans: list[Scan], channels: int) -> tuple[li
     other names must hold all channels themselves. A model of one channel takes each file by itself; where all files of
     the folder are called <case>_0000, a case each, the scans are called <case>.
     """
+    siblings = listing(data_path.parent)[1].values() if data_path.is_file() else ()
+    files_beside = [Scan(scan_stem(path), path) for path in siblings if suffix_of(path.name)]
     if channels < 2:
-        return _without_channel(data_path, scans), []
+        # The ending _0000 is the number of the only channel where all files say so.
+        names = channels_of([scan.case for scan in files_beside or scans])
+        single = {files[0]: case for case, files in names.items() if len(files) == 1}
+        return [replace(s, case=single[s.case], other_name=s.case) if s.case in single else s for s in scans], []
     groups: dict[str, dict[int, Path]] = defaultdict(dict)
     joined = []
-    for scan in _with_siblings(scans) if data_path.is_file() else scans:
+    wanted = CHANNEL.fullmatch(scans[0].case) if files_beside else None
+    # The named file last, as of two forms of it that one counts.
+    for scan in [*files_beside, *scans] if wanted else scans:
         match = None if scan.channels else CHANNEL.fullmatch(scan.case)
-        if match:
+        if match and (wanted is None or match[1] == wanted[1]):
             groups[match[1]][int(match[2])] = scan.path
-        else:
+        elif wanted is None:
             joined.append(scan)
     modalities = {scan.path: scan.modality for scan in scans}
     taken = {scan.case for scan in joined}
@@ -248,23 +255,3 @@ def join_channels(data_path: Path, scans: list[Scan], channels: int) -> tuple[li
             paths = tuple(files[number] for number in range(channels))
             joined.append(Scan(case, paths[0], modalities.get(paths[0]), paths))
     return sorted(joined, key=lambda scan: scan.case), _entries(failures)
-
-
-def _without_channel(data_path: Path, scans: list[Scan]) -> list[Scan]:
-    """The scans named without the ending _0000 where it is the number of the only channel, by all files beside them."""
-    siblings = listing(data_path.parent)[1].values() if data_path.is_file() else ()
-    names = [scan_stem(path) for path in siblings if suffix_of(path.name)] or [scan.case for scan in scans]
-    case_of = {files[0]: case for case, files in channels_of(names).items() if len(files) == 1}
-    return [
-        replace(scan, case=case_of[scan.case], other_name=scan.case) if scan.case in case_of else scan for scan in scans
-    ]
-
-
-def _with_siblings(scans: list[Scan]) -> list[Scan]:
-    """A single scan file, last, as of two forms of it the named one counts, after those of the same case beside it."""
-    match = CHANNEL.fullmatch(scans[0].case)
-    if not match:
-        return scans
-    files = [path for path in listing(scans[0].path.parent)[1].values() if suffix_of(path.name)]
-    name = re.compile(rf"{re.escape(match[1])}_\d{{4}}")
-    return [*(Scan(scan_stem(path), path) for path in files if name.fullmatch(scan_stem(path))), *scans]
