@@ -1,4 +1,4 @@
-"""Statistics and samples of a volume's intensities, and the range that pictures show. Arrays are channels-last."""
+"""Statistics and samples of a volume's intensities. Arrays are channels-last."""
 
 import math
 from collections.abc import Iterable
@@ -6,11 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mambahome_jax.config import SAMPLE_PERCENTILES, Modality
+from mambahome_jax.config import SAMPLE_PERCENTILES
 
-# Abdominal soft tissue in HU; other scans have no fixed scale and are shown between two percentiles.
-CT_DISPLAY = (-160.0, 240.0)
-DISPLAY_PERCENTILES = (0.5, 99.5)
 _SAMPLE = 200_000  # voxels at most: they are sorted within milliseconds, and show a share of 1 % to a tenth of it
 _SLAB = 1 << 22  # voxels that a reduction widens to float64 at a time
 
@@ -86,15 +83,6 @@ def sorted_quantile(ordered: np.ndarray, share: float) -> float:
     below = int(place)
     low, high = float(ordered[below]), float(ordered[min(below + 1, len(ordered) - 1)])
     return low + (high - low) * (place - below)
-
-
-def display_range(array: np.ndarray, modality: Modality | None = None) -> tuple[float, float]:
-    """The values of a volume (D, H, W) that a picture shows as black and white; the second is the larger."""
-    if modality == "ct":
-        return CT_DISPLAY
-    step = max(round((array.size / 1_000_000) ** (1 / 3)), 1)
-    low, high = np.percentile(array[::step, ::step, ::step], DISPLAY_PERCENTILES)
-    return float(low), float(high if high > low else low + 1)
 
 
 class _Running:

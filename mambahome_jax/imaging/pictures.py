@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mambahome_jax.config import Modality
 from mambahome_jax.imaging.geometry import Box, reorient
-from mambahome_jax.imaging.intensity import display_range
 from mambahome_jax.imaging.volume import Volume, count_values
 from mambahome_jax.support.files import atomic_write
 
@@ -32,6 +31,9 @@ COLOURS: tuple[Colour, ...] = (
 REFERENCE, PREDICTION, DIFFERENCE = COLOURS[1], COLOURS[0], (240, 240, 240)
 _DASH = 12  # pixels of a dash and its gap together, counted along the diagonals
 _THICK = 3  # pixels of an outline of a comparison, on either side
+# Abdominal soft tissue in HU; other scans have no fixed scale and are shown between two percentiles.
+CT_DISPLAY = (-160.0, 240.0)
+DISPLAY_PERCENTILES = (0.5, 99.5)
 # Of an LPS volume: name, axis that is cut, letters from left to right, and the directions for who does not see it.
 _PLANES = (
     ("axial", 2, "R - L", "right to left, front to back"),
@@ -77,6 +79,15 @@ def colours_of(labels: Collection[int]) -> dict[int, Colour]:
     values = sorted(labels)
     by_place = bool(values) and values[-1] > max(len(values), len(COLOURS))
     return {value: colour_of(place if by_place else value) for place, value in enumerate(values, start=1)}
+
+
+def display_range(array: np.ndarray, modality: Modality | None = None) -> tuple[float, float]:
+    """Choose the values of a volume (D, H, W) that are black and white; the second is the larger."""
+    if modality == "ct":
+        return CT_DISPLAY
+    step = max(round((array.size / 1_000_000) ** (1 / 3)), 1)
+    low, high = np.percentile(array[::step, ::step, ::step], DISPLAY_PERCENTILES)
+    return float(low), float(high if high > low else low + 1)
 
 
 def render(

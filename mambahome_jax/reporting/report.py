@@ -15,8 +15,7 @@ from mambahome_jax.evaluation.pairs import Pair, find_pairs, judged_pairs, read_
 from mambahome_jax.evaluation.results import METRICS, Evaluation, read_evaluation
 from mambahome_jax.flags import ReportConfig
 from mambahome_jax.imaging.geometry import resample_to, same_grid
-from mambahome_jax.imaging.intensity import display_range
-from mambahome_jax.imaging.pictures import Panel, draw_planes
+from mambahome_jax.imaging.pictures import Panel, display_range, draw_planes
 from mambahome_jax.imaging.volume import read_volume
 from mambahome_jax.reporting.page import Report, Shown, render_report, worst_first
 from mambahome_jax.support.console import Track, silent, untracked

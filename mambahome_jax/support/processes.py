@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import connection
@@ -297,25 +297,26 @@ def _serve_reads(link: Connection) -> None:
     """Answer the calls of a `_Reader` until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _limit_memory()
+    with suppress(EOFError):
+        while True:
+            _answer(link, *link.recv())
+
+
+def _answer(link: Connection, seconds: int, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
     # By default it ends the process, whatever a library is doing, and also where the parent is gone.
     alarm = getattr(signal, "alarm", lambda seconds: None)
-    while True:
-        try:
-            seconds, function, args, kwargs = link.recv()
-        except EOFError:
-            return
-        alarm(seconds)
-        try:
-            result = function(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001
-            result = error
-        alarm(0)
-        buffers: list[pickle.PickleBuffer] = []
-        content = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
-        link.send(len(buffers))
-        for buffer in buffers:
-            link.send_bytes(buffer.raw())
-        link.send_bytes(content)
+    alarm(seconds)
+    try:
+        result = function(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001
+        result = error
+    alarm(0)
+    buffers: list[pickle.PickleBuffer] = []
+    content = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
+    link.send(len(buffers))
+    for buffer in buffers:
+        link.send_bytes(buffer.raw())
+    link.send_bytes(content)
 
 
 def _limit_memory() -> None:
