@@ -241,9 +241,8 @@ def _require_alike(slices: list[Slice]) -> None:
         action = f"Is it a localizer, or of another series than {others}? Put it into another folder."
         raise DatasetError(fault, file=one.path, expected=expected, action=action)
     if odd:
-        named = ", ".join(f"{one.path.name} ({fault})" for one, (fault, _) in odd[:_NAMED])
-        more = f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else ""
-        fault = f"{len(odd)} slices are unlike {others}: {named}{more}"
+        fault = f"{len(odd)} slices are unlike {others}: "
+        fault += _first_of([f"{one.path.name} ({difference})" for one, (difference, _) in odd])
         expected = f"{_size(usual)} and the direction and pixel spacing of {usual.path.name} ({_listed(usual.steps)})"
         action = "Are they localizers, or of another series? Put them into another folder."
         raise DatasetError(fault, file=usual.path.parent, expected=expected, action=action)
@@ -305,8 +304,7 @@ def _require_in_line(slices: list[Slice], positions: np.ndarray, normal: np.ndar
     off = np.linalg.norm(in_plane - np.median(in_plane, axis=0), axis=1)
     odd = [one.path.name for one, distance in zip(slices, off, strict=True) if distance > UNEVEN * usual]
     if odd and 2 * len(odd) < len(slices):
-        named = ", ".join(odd[:_NAMED]) + (f" and {len(odd) - _NAMED} more" if len(odd) > _NAMED else "")
-        fault = f"slices shifted by up to {off.max():.4g} mm within their plane: {named}"
+        fault = f"slices shifted by up to {off.max():.4g} mm within their plane: {_first_of(odd)}"
         expected = f"the place of the other {len(slices) - len(odd)}"
         action = "Are they of another series or stack? Put them into another folder."
         raise DatasetError(fault, file=slices[0].path.parent, expected=expected, action=action)
@@ -338,22 +336,23 @@ def _turned_over(path: Path, reason: str) -> DatasetError:
 
 
 def _as_stored(image: Any, array: np.ndarray) -> np.ndarray:
-    """Real values of MONOCHROME1, which ITK turns over so that it looks as on a screen, turned back.
-
-    The real value of a stored one, v, is slope x v + intercept whichever way a screen shows it; ITK gives that of
-    `last` - v.
-    """
+    """Turn MONOCHROME1 back, of which ITK gives the real values of `last` - v, so that it looks as on a screen."""
     last = -1 if _text(image, "0028|0103") == "1" else 2 ** int(_text(image, "0028|0101")) - 1
     slope, intercept = (_number(image, tag) for tag in ("0028|1053", "0028|1052"))
     return (slope or 1.0) * last + 2 * intercept - array.astype(np.float64)
 
 
 def _number(image: Any, tag: str) -> float:
-    """A number of the header as ITK takes it; 0 where it is missing or empty."""
+    """Read a number as ITK does; 0 where it is missing or empty."""
     try:
         return float(_text(image, tag).split("\\")[0] or 0)
     except ValueError:
         return 0.0
+
+
+def _first_of(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _listed(steps: np.ndarray) -> str:
