@@ -29,15 +29,8 @@ def augment(
     """Augment each sample of a batch on its own, each operation by its own probability.
 
     In this order: mirroring, affine map and elastic deformation, zoom, quarter turns in the plane of the first two axes
-    (half turns where D and H differ), intensity shift, smoothing, noise, brightness, contrast, gamma.
-
-    Args:
-        key: from jax.random.key; sample n draws from fold_in(key, n), whatever the size of the batch.
-        image: (batch, D, H, W, C), floating, scaled to about unit range.
-        label: (batch, D, H, W), integer.
-
-    Returns:
-        image and label of the same shapes and dtypes.
+    (half turns where D and H differ), intensity shift, smoothing, noise, brightness, contrast, gamma. image
+    (batch, D, H, W, C) of about unit range; label (batch, D, H, W); sample n draws from fold_in(key, n).
     """
     keys = _sample_keys(key, image.shape[0])
     return jax.vmap(lambda k, x, y: _augment_sample(k, x, y, config))(keys, image, label)
@@ -124,9 +117,6 @@ def _draw(
     return jnp.where(jax.random.bernoulli(happens_key, probability), value, neutral)
 
 
-# --- Zoom, smoothing and turns, as published ---------------------------------------------------------------------
-
-
 def zoom_coordinates(zoom: jax.Array, size: int) -> jax.Array:
     """Where each voxel of the zoomed axis lies on the axis before, in voxels and within it; (size,) float32."""
     centre = (size - 1) / 2
@@ -169,14 +159,11 @@ def _turn(array: jax.Array, turns: jax.Array) -> jax.Array:
     return jnp.select([turns == 1, turns == 2, turns == 3], [quarter, half, jnp.flip(quarter, (0, 1))], array)
 
 
-# --- Affine map and elastic deformation --------------------------------------------------------------------------
-
-
 def affine_matrix(angles: jax.Array, scale: jax.Array, voxel_size: Sequence[float]) -> jax.Array:
     """Where the content of each output voxel comes from: (3, 3) float32, about the centre, in voxels.
 
-    angles: (3,) radians, about the three axes one after the other; the content turns from the lower to the higher of
-    the other two axes. scale: above 1 enlarges. voxel_size: (3,), so that it is a rotation in space.
+    angles: (3,) radians, about one axis after the other, from the lower to the higher of the other two. scale: above 1
+    enlarges. voxel_size: (3,), so that it is a rotation in space.
     """
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     matrix = jnp.eye(3)
@@ -194,8 +181,7 @@ def elastic_displacement(
 ) -> list[jax.Array]:
     """A smooth random displacement, one (D, H, W) float32 in voxels for each axis.
 
-    Normal at control points, cubic between them. std: of each component at these points, in voxels of the finest axis
-    and as long along the others in space.
+    std: of each component at the control points, in voxels of the finest axis; cubic between them.
     """
     finest = min(voxel_size)
     distance = finest * CONTROL_DISTANCE
@@ -211,8 +197,7 @@ def warp(
     """Sample image (D, H, W, C) and label (D, H, W) at matrix @ (voxel - centre) + centre + displacement.
 
     The image is interpolated trilinearly; the label is that of the eight voxels around whose shares in it are largest
-    together, which gives smoother borders than the nearest voxel. Outside the volume its border is repeated. The
-    identity changes no bit. displacement: (D, H, W) for each axis, in voxels.
+    together, for smooth borders. Outside the volume its border is repeated. The identity changes no bit.
     """
     shape = label.shape
     centre = [(n - 1) / 2 for n in shape]
@@ -250,9 +235,6 @@ def _largest_share(shares: Sequence[jax.Array], labels: Sequence[jax.Array]) -> 
         chosen = jnp.where(total > most, candidate, chosen)
         most = jnp.maximum(total, most)
     return chosen
-
-
-# --- Mirroring and intensities -----------------------------------------------------------------------------------
 
 
 def mirror(

@@ -193,9 +193,6 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-# --- May a run be continued? -------------------------------------------------------------------------------------
-
-
 def checkpoint_settings(setup: Setup) -> dict[str, Any]:
     """What config.json of every checkpoint says of its run, as JSON."""
     settings = {
@@ -226,7 +223,7 @@ def check_settings(
     """Configuration of a checkpoint to resume, whose entries "model" and "training" have to be those of `settings`.
 
     differences: between the data of a configuration and those of today. Raises CheckpointError for another network,
-    ConfigError for other data or settings that change the result; both list every field that differs.
+    ConfigError for other data or settings; both list every field that differs.
     """
     config = read_checkpoint_config(folder)
     if changed := differences(config):
@@ -250,10 +247,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[
 
 
 def data_summary(digests: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str | None]]:
-    """For each part digests of its cases and, where all are known, of their voxels; ids of cases cannot be read off it.
-
-    digests: {"train": ..., "val": ...}, each as `case_digests` gives it.
-    """
+    """For each part digests of its cases and, where all are known, of their voxels; ids cannot be read off it."""
     return {part: _summary(cases) for part, cases in digests.items()}
 
 
@@ -270,10 +264,10 @@ def data_differences(
     recorded: Mapping[str, Mapping[str, str]],
     digests: Mapping[str, Mapping[str, str]],
 ) -> list[str]:
-    """How the data of a run that is resumed differ from those that it began with; empty where they are the same.
+    """How the data of a run that is resumed differ from those that it began with.
 
     before, now: config.json and what a checkpoint of today would say. recorded, digests: {part: {case: digest}} of
-    run.json and of today, which tell whose data changed. What an earlier version did not write is not compared.
+    run.json and of today. What an earlier version did not write is not compared.
     """
     properties = before.get("data", {})
     differ = _changes(properties, now["data"], [n for n in PROPERTIES if n in properties and n in now["data"]])

@@ -34,9 +34,6 @@ AXIS = "data"
 SMALLEST_SPLIT = 2**17
 
 
-# --- Devices: one mesh with one axis ---------------------------------------------------------------------------
-
-
 def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
     """One axis of all devices: batches are split over it, parameters are copied (ddp) or split (fsdp)."""
     return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
@@ -90,9 +87,6 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     """Start the transfer of this process' share of a batch; the first axes of all processes together are the batch."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
-
-
-# --- Processes -------------------------------------------------------------------------------------------------
 
 
 def join_processes(

@@ -261,9 +261,6 @@ def dice_table(structures: Mapping[str, float], before: Mapping[str, float] | No
     return "\n".join(lines)
 
 
-# --- The words about a run ---------------------------------------------------------------------------------------
-
-
 def start_lines(
     setup: Setup, schedule: Schedule, parameters: int, devices: Sequence[jax.Device], checkpoint: Mapping | None
 ) -> list[str]:

@@ -94,7 +94,7 @@ def train(**flags: Any) -> TrainResult:
 def run_training(flags: TrainConfig, console: Console, started: float | None = None) -> TrainResult:
     """Train as `flags` say and tell `console` of it. started: time.monotonic() at the start of the program.
 
-    Raises ConfigError, DatasetError, CheckpointError and OutputError before anything is trained.
+    Raises MambaHomeError before anything is trained.
     """
     seconds = math.inf if flags.max_minutes is None else flags.max_minutes * 60
     folder = local_path(flags.output_dir or Path("runs") / (flags.checkpoint_name or flags.model))
@@ -201,10 +201,7 @@ class Training:
         return exists
 
     def _train_members(self) -> TrainResult:
-        """Train flags.members networks, each a run with a seed of its own; those that ended before stay as they are.
-
-        A signal ends all. Raises ConfigError, OutputError.
-        """
+        """Train networks, each a run with a seed of its own; those that ended before stay as they are. A signal ends all."""
         flags, folder = self.flags, self.folder
         homes = [folder / f"member_{number}" for number in range(flags.members)]
         if flags.members < 1:
@@ -266,9 +263,6 @@ def _after(clock: Clock, home: Path) -> Clock:
     return Clock(now, max(clock.seconds - max(now - clock.started, spent), 0.0))
 
 
-# --- Data --------------------------------------------------------------------------------------------------------
-
-
 class Data(NamedTuple):
     """Folders that a training reads, and (id, reason) of the cases that cannot be used."""
 
@@ -305,9 +299,6 @@ def _open_folder(
         action = "Run preprocess.py on it with the flags that the reasons above name, and train on what it writes."
         raise DatasetError("none of its cases can be used", file=data, expected="scans with labels", action=action)
     return result.prepared, result.failed
-
-
-# --- run.json ----------------------------------------------------------------------------------------------------
 
 
 def new_report(folder: Path, setup: Setup, skipped: Sequence[tuple[str, str]]) -> dict[str, Any]:

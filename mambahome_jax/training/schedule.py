@@ -50,8 +50,7 @@ class TimeBudget:
     """Time of a run in seconds since `started`, the start of the program; a resumed run goes on with what was spent.
 
     seconds: the budget, infinite for none; what is left of it after the first step is cut to one part in `parts`.
-    to_first_step: of spent_before, the part until the first step was done. own_validations: the budget says when to
-    validate, as the user did not.
+    to_first_step: of spent_before, the part until the first step was done.
     """
 
     def __init__(
@@ -61,10 +60,9 @@ class TimeBudget:
         spent_before: float = 0.0,
         to_first_step: float | None = None,
         parts: int = 1,
-        own_validations: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.seconds, self.parts, self.own_validations = seconds, parts, own_validations
+        self.seconds, self.parts = seconds, parts
         self._clock, self._origin = clock, started - spent_before
         self.to_first_step = to_first_step
         self._steps: deque[float] = deque(maxlen=8)
@@ -147,8 +145,6 @@ class TimeBudget:
         return Decision(bool(decision[0]), bool(decision[1]), float(decision[2]))
 
     def _validation_due(self, reserve: float) -> bool:
-        if not self.own_validations:
-            return False
         spent = self.spent()
         if self._validated is None:
             trained = 0.0 if self.to_first_step is None else spent - self.to_first_step
@@ -176,7 +172,7 @@ class Clock(NamedTuple):
     seconds: float = math.inf
     parts: int = 1
 
-    def budget(self, earlier: Mapping[str, Any] | None, own_validations: bool) -> TimeBudget:
+    def budget(self, earlier: Mapping[str, Any] | None) -> TimeBudget:
         """The time of a run, which goes on with what it has spent according to its last checkpoint."""
         known = earlier or {}
         return TimeBudget(
@@ -185,7 +181,6 @@ class Clock(NamedTuple):
             known.get("seconds_spent", 0.0),
             None if earlier is None else known.get("seconds_to_first_step", 0.0),
             parts=self.parts if earlier is None else 1,
-            own_validations=own_validations,
         )
 
 
@@ -212,7 +207,8 @@ class Schedule:
     def after(self, step: int) -> Due:
         """What is due after `step` updates; the same on every host."""
         last, validate, fraction = self.budget.decide()
-        validate |= self.validates(step) or last
+        # The budget says when to validate where the user did not.
+        validate = (validate and self.val_every is None) or self.validates(step) or last
         progress = fraction if self.total_steps is None else progress_in_steps(self.optimizer, step)
         return Due(
             validate=validate,

@@ -78,11 +78,9 @@ def make_train_step(
     """Compile (state, batch, learning rate) -> (state, metrics): batch split over `data`, state donated.
 
     The batch is {"image": (b, D, H, W, in), "label": (b, D, H, W)}, and "labelled" (b, classes) where loss_fn is to get
-    that as its third argument. Metrics are scalars: loss and grad_norm before the update, update_norm, lr.
-
-    seed: of augmentation and dropout, whose key is fold_in(key(seed), step); an argument of the compiled program, so
-    that the compilation cache has it for every seed. With dropout the model is called with a ChannelDropout of that
-    rate. freeze_encoder: the backward pass of the encoder is left out.
+    that too. Metrics are scalars: loss and grad_norm before the update, update_norm, lr. seed: of augmentation and
+    dropout, by fold_in(key(seed), step); an argument of the compiled program, so that the compilation cache has it for
+    every seed. freeze_encoder: its backward pass is left out.
     """
 
     def loss_and_gradient(state: TrainState, batch: Batch, seeded: jax.Array | None) -> Any:

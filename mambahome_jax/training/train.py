@@ -70,14 +70,8 @@ def train_network(
 ) -> "TrainingRun":
     """Train one network in `folder`; how far it came, and what stopped it, is in the result.
 
-    Args:
-        earlier: config.json of the last checkpoint, to go on from that; None for a new run.
-        programs: steps compiled before; that of this network is added.
-        begin: called with schedule, number of parameters and what was transferred, once nothing is left to be refused.
-
-    Raises:
-        CheckpointError: weights or checkpoint to start from that do not fit.
-        DatasetError, OutputError: also while it trains.
+    earlier: config.json of the last checkpoint, to go on from that; None for a new run. begin: called with schedule,
+    number of parameters and what was transferred, once nothing is left to be refused (CheckpointError).
     """
     flags, recipe = setup.flags, setup.recipe
 
@@ -96,8 +90,7 @@ def train_network(
     del params
 
     # --- Schedule ------------------------------------------------------------------------------------------------
-    budget = clock.budget(earlier, own_validations=setup.schedule.val_every is None)
-    schedule = dataclasses.replace(setup.schedule, budget=budget)
+    schedule = dataclasses.replace(setup.schedule, budget=clock.budget(earlier))
     begin(schedule, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)), transferred)
 
     # --- Step ----------------------------------------------------------------------------------------------------
@@ -237,15 +230,10 @@ def open_validation(graphdef: nnx.GraphDef, setup: Setup, devices: Sequence[jax.
 def train(state: TrainState, batches: Iterator, train_step: TrainStep, run: "TrainingRun") -> TrainState:
     """Train from `state` until the schedule ends, or SIGTERM or SIGINT comes, which `run.signal` then names.
 
-    Args:
-        state: after `run.step` updates.
-        batches: endless {"image", "label", "case"} with get_state(), after as many; the caller closes them.
-        run: changed in place. Checkpoints: `last` after each validation, every --checkpoint_every steps and on a stop;
-            `best`, parameters alone, after the best validation (after each one, where there is no score).
-
-    Raises:
-        TrainingError: loss, gradient or update is no longer finite (with step and cases); the checkpoints before stay.
-        OutputError: a checkpoint or metrics.csv cannot be written.
+    `batches`, endless {"image", "label", "case"} with get_state(), stand after `run.step` of them; the caller closes
+    them. `last` is written after each validation, every --checkpoint_every steps and on a stop; `best`, parameters
+    alone, after the best validation (after each one, where there is no score). Raises TrainingError: loss, gradient or
+    update is no longer finite; the checkpoints before stay. OutputError: something cannot be written.
     """
     with CheckpointWriter() as run.writer, StopOnSignal(run.display.say, run.mesh) as run.stop:
         # The run before may have been stopped between its last step and the validation of that.

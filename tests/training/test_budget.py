@@ -66,8 +66,7 @@ def _run(
                 clock.now += saving
                 saved.append(clock.now - 5.0)
 
-    own = val_every is None
-    budget = SlowDisk(seconds, 5.0, spent_before, to_first_step, own_validations=own, clock=clock)
+    budget = SlowDisk(seconds, 5.0, spent_before, to_first_step, clock=clock)
     schedule = Schedule(CONFIG, None, steps_per_epoch=2, val_every=val_every, budget=budget)
     display = Display(Console(file=io.StringIO()), schedule)
     run = TrainingRun(folder, {"model": {}, "training": {}}, schedule, display, MESH, CASES)
