@@ -53,8 +53,8 @@ PROPERTIES = ("spacing", "orientation", "channels", "labels", "values")
 _PARTS = {"train": "train on", "val": "validate on"}
 
 
-class CheckpointWriter:
-    """Writes checkpoints one after the other while training goes on. Has to be closed; a context manager does it."""
+class CheckpointWriter(contextlib.AbstractContextManager):
+    """Writes checkpoints one after the other while training goes on; the end of the context waits for the last."""
 
     def __init__(self) -> None:
         self._quiet = contextlib.ExitStack()
@@ -100,8 +100,7 @@ class CheckpointWriter:
         except WRITE_ERRORS as error:
             raise self._failure(error) from error
 
-    def close(self) -> None:
-        """Wait, and end the threads."""
+    def __exit__(self, *_: object) -> None:
         try:
             self.wait()
         finally:
@@ -110,12 +109,6 @@ class CheckpointWriter:
             with contextlib.suppress(*WRITE_ERRORS):
                 self._checkpointer.close()
             self._quiet.close()
-
-    def __enter__(self) -> "CheckpointWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _finish(self, folder: Path, config: dict[str, Any], keep: int) -> None:
         # Orbax' own callback runs before its folder has its final name.

@@ -201,7 +201,7 @@ class Training:
         return exists
 
     def _train_members(self) -> TrainResult:
-        """Train networks, each a run with a seed of its own; those that ended before stay as they are. A signal ends all."""
+        """Train networks of several seeds, each a run; those that ended before stay as they are, a signal ends all."""
         flags, folder = self.flags, self.folder
         homes = [folder / f"member_{number}" for number in range(flags.members)]
         if flags.members < 1:

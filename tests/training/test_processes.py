@@ -56,7 +56,7 @@ def two_processes(data, cache, tmp_path):
         xla = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
         environment = os.environ | {"XLA_FLAGS": xla, "JAX_COMPILATION_CACHE_DIR": str(cache)}
         environment["PYTHONPATH"] = os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))
-        arguments = [sys.executable, "-m", "tests.commands.train_process", "--data_train", data]
+        arguments = [sys.executable, "-m", "tests.training.train_process", "--data_train", data]
         arguments += ["--output_dir", tmp_path / "two", "--coordinator_address", address, "--num_processes", 2, *flags]
         arguments += [word for name, value in settings.items() for word in (f"--{name}", value)]
         for number, extra in enumerate(({}, second or {})):
@@ -101,7 +101,7 @@ def test_a_second_start_compiles_nothing(data, tmp_path):
     cached = []
     for seed, name in enumerate(("first", "second")):
         # The seed is no part of the program: that of the second network of an ensemble is not compiled again.
-        command_line = [sys.executable, "-m", "tests.commands.train_process", "--data_train", str(data), "--steps", "1"]
+        command_line = [sys.executable, "-m", "tests.training.train_process", "--data_train", str(data), "--steps", "1"]
         command_line += ["--model", "MambaHoME_tiny", "--batch_size", "2", "--output_dir", str(tmp_path / name)]
         command_line += ["--seed", str(seed)]
         subprocess.run(command_line, env=environment, cwd=ROOT, check=True, capture_output=True, timeout=300)

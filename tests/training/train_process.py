@@ -1,4 +1,4 @@
-"""One training process with a small network: python -m tests.commands.train_process FLAGS OF train.py."""
+"""One training process with a small network: python -m tests.training.train_process FLAGS OF train.py."""
 
 import os
 import sys
