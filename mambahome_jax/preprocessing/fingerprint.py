@@ -1,0 +1,79 @@
+"""What the scans of a dataset measure: the numbers that a plan is made of. Reads no voxel."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mambahome_jax.datasets.prepared import Prepared
+from mambahome_jax.datasets.structures import sides
+from mambahome_jax.patches.store import StoreEntry
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Measurements of the cases, along the axes that the volumes have after reorientation.
+
+    spacings: (cases, 3) mm, and shapes: (cases, 3) voxels, before resampling where they are known. pairs: structures
+    whose names differ in the side; alone: those of one side without a counterpart. resampled: the spacing in mm that
+    the cases have been brought to, None before that. details: measured after resampling, for a reader of plan.json.
+    """
+
+    spacings: np.ndarray
+    shapes: np.ndarray
+    pairs: tuple[tuple[str, str], ...] = ()
+    alone: tuple[str, ...] = ()
+    resampled: tuple[float, ...] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def shape_at(self, spacing: Sequence[float]) -> tuple[int, ...]:
+        """Voxels of the median scan once it is resampled; an axis of 0 mm keeps the scans' own."""
+        target = np.where(np.array(spacing) > 0, spacing, self.spacings)
+        return tuple(int(n) for n in np.round(np.median(np.round(self.shapes * self.spacings / target), axis=0)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the summary that plan.json holds beside the settings."""
+        median = {
+            "spacing_mm": np.median(self.spacings, axis=0),
+            "shape": np.median(self.shapes, axis=0),
+            "extent_mm": np.median(self.spacings * self.shapes, axis=0),
+        }
+        rounded = {name: [float(f"{value:.6g}") for value in row] for name, row in median.items()}
+        return {"cases": len(self.shapes), "median": rounded, "sides": self.pairs, **self.details}
+
+
+def measure_sides(labels: Mapping[int, str]) -> dict[str, Any]:
+    """Return the fields `pairs` and `alone` of a table of structures."""
+    pairs, alone = sides(labels, "LR")
+    return {"pairs": tuple((labels[one], labels[other]) for one, other in pairs), "alone": alone}
+
+
+def fingerprint_of_prepared(prepared: Prepared, entries: Sequence[StoreEntry]) -> Fingerprint:
+    """Measure a preprocessed dataset by its patch store. entries: one at least."""
+    spacings = np.array([entry.spacing for entry in entries], float)
+    body = np.array([np.subtract(*entry.body_box[::-1]) for entry in entries], float)
+    structures = {}
+    for value, name in prepared.labels.items():
+        volumes = [
+            entry.foreground_counts[value] * float(np.prod(entry.spacing)) / 1000
+            for entry in entries
+            if value in entry.foreground_counts
+        ]
+        middle = float(f"{np.median(volumes):.4g}") if volumes else None
+        structures[name] = {"cases": len(volumes), "median_ml": middle}
+    percentiles = [entry.percentiles for entry in entries if len(entry.percentiles) == len(prepared.channels)]
+    return Fingerprint(
+        spacings,
+        np.array([entry.shape for entry in entries], float),
+        **measure_sides(prepared.labels),
+        resampled=prepared.spacing or (0.0, 0.0, 0.0),
+        details={
+            "resampled": {
+                "shape": np.median([entry.shape for entry in entries], axis=0).tolist(),
+                "shape_after_cropping": np.median(body, axis=0).tolist(),
+            },
+            "intensity_percentiles": np.median(percentiles, axis=0).tolist() if percentiles else None,
+            "structures": structures,
+        },
+    )

@@ -1,0 +1,305 @@
+"""The plan: settings of preprocessing and training that follow from a dataset and a machine, each with its reason.
+
+Pure: numbers in, settings out. Nothing here reads a scan.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+
+from mambahome_jax.config import (
+    MODEL_SIZES,
+    AnatomicalAxis,
+    Convert,
+    among,
+    converted,
+    count_up_to,
+    entries,
+    grids_for,
+    patch_and_grids,
+    said_multiples,
+    text,
+)
+from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.preprocessing.fingerprint import Fingerprint
+from mambahome_jax.recipes import RECIPES
+from mambahome_jax.support.files import read_json, write_json
+
+PLAN = "plan.json"
+VERSION = 1
+_ANISOTROPIC = 3
+_ONE_SIDED_MM = 100  # narrower scans show one side of the body
+# Voxels of a step for each GiB of the device: a rule, not a measurement of the compiled step.
+_VOXELS_A_GIB = {"MambaHoME": 200_000, "MambaHoME_small": 500_000, "MambaHoME_tiny": 1_000_000}
+_MOST_VOXELS = 4 * 112 * 112 * 80  # of a step: beyond that, more steps serve better
+_MOST_PATCHES = 8
+_CPU_PATCHES = 2
+_SMALL_FROM_GIB = 4
+# A length is so many passes over every region at so many voxels a second, within bounds in minutes.
+_PASSES = {"gpu": 400, "cpu": 60}
+_VOXELS_A_SECOND = {"gpu": 40e6, "cpu": 0.4e6}
+_MINUTES = {"gpu": (10, 720), "cpu": (10, 480)}
+
+
+class Setting(NamedTuple):
+    """A value, and why it is this one, in a sentence."""
+
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is made for: memory of each GPU in GiB, None for a CPU."""
+
+    gpu_gib: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """Return "gpu" or "cpu"."""
+        return "cpu" if self.gpu_gib is None else "gpu"
+
+    def __str__(self) -> str:
+        return "a CPU" if self.gpu_gib is None else f"a GPU of {self.gpu_gib:.3g} GiB"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings read off the data and the machine, in the order in which they follow from each other.
+
+    spacing: mm; patch_size: voxels; strides, kernel_sizes: see `ModelConfig`; batch_size: on each device; mirror: axes
+    of `--mirror`; length: {"minutes": ...}, {"epochs": ...} or {"steps": ...}.
+    """
+
+    spacing: Setting
+    model: Setting
+    patch_size: Setting
+    strides: Setting
+    kernel_sizes: Setting
+    batch_size: Setting
+    recipe: Setting
+    mirror: Setting
+    length: Setting
+
+    def settings(self) -> dict[str, Setting]:
+        """Return all settings by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+
+def make_plan(fingerprint: Fingerprint, machine: Machine, given: Mapping[str, Setting] | None = None) -> Plan:
+    """Choose every setting.
+
+    Args:
+        fingerprint: what the dataset measures.
+        machine: that which will train.
+        given: settings to keep, such as those of a plan that a person edited; the others follow from them.
+
+    Returns:
+        The plan; the same one for the same arguments.
+    """
+    chosen = dict(given or {})
+    chosen.setdefault("spacing", _choose_spacing(fingerprint))
+    spacing = chosen["spacing"].value
+    shape = fingerprint.shape_at(spacing)
+    mm = [own if own > 0 else float(np.median(fingerprint.spacings[:, axis])) for axis, own in enumerate(spacing)]
+    model = chosen.setdefault("model", _choose_model(machine)).value
+    for name, setting in _choose_grids(mm, shape, model, machine, chosen.get("patch_size")).items():
+        chosen.setdefault(name, setting)
+    patch = chosen["patch_size"].value
+    chosen.setdefault("batch_size", _choose_batch(patch, model, machine))
+    chosen.setdefault("recipe", Setting("strong", "ahead of the published recipe where both were measured"))
+    chosen.setdefault("mirror", _choose_mirror(fingerprint))
+    chosen.setdefault("length", _choose_length(len(fingerprint.shapes), shape, patch, machine))
+    return Plan(**chosen)
+
+
+def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Choose the spacing to resample to, as nnU-Net's planner does, and say whether a coarse axis is made finer.
+
+    Args:
+        spacings: (cases, 3) mm.
+        shapes: (cases, 3) voxels at these spacings.
+
+    Returns:
+        The median of each axis, (3,) mm. Of an axis that is more than 3 times as coarse as the others and has less than
+        a third of their voxels, the 10th percentile, but nothing finer than the others.
+    """
+    target, voxels = np.median(spacings, axis=0), np.median(shapes, axis=0)
+    coarse = int(target.argmax())
+    others = np.delete(target, coarse)
+    thick = target[coarse] > _ANISOTROPIC * others.max()
+    if not (thick and _ANISOTROPIC * voxels[coarse] < np.delete(voxels, coarse).min()):
+        return target, False
+    finer = float(np.percentile(spacings[:, coarse], 10))
+    target[coarse] = finer if finer >= others.max() else others.max() + 1e-5
+    return target, True
+
+
+def _choose_spacing(fingerprint: Fingerprint) -> Setting:
+    if fingerprint.resampled is not None:
+        return Setting(tuple(fingerprint.resampled), "the cases of this folder are resampled to it")
+    target, finer = target_spacing(fingerprint.spacings, fingerprint.shapes)
+    # Headers hold float32; its rounding is no information.
+    values = tuple(float(f"{mm:.6g}") for mm in target)
+    cases = _count(len(fingerprint.spacings), "case")
+    if not finer:
+        return Setting(values, f"the median of each axis over {cases}")
+    coarse = int(np.median(fingerprint.spacings, axis=0).argmax())
+    return Setting(values, f"the median over {cases}; of axis {coarse}, far coarser than the others, the finest tenth")
+
+
+def _choose_model(machine: Machine) -> Setting:
+    if machine.gpu_gib is None:
+        return Setting("MambaHoME_tiny", "on a CPU a larger network would take days")
+    if machine.gpu_gib < _SMALL_FROM_GIB:
+        return Setting("MambaHoME_tiny", f"a larger network does not train well in {machine.gpu_gib:.3g} GiB")
+    return Setting("MambaHoME_small", "the published size has seven times the parameters and overfits small datasets")
+
+
+def _choose_grids(
+    mm: Sequence[float], shape: Sequence[int], model: str, machine: Machine, patch: Setting | None
+) -> dict[str, Setting]:
+    """Choose patch_size, strides and kernel_sizes. mm, shape: of the median scan after resampling."""
+    if patch is None:
+        voxels = math.prod(MODEL_SIZES[model].patch_size)
+        if machine.gpu_gib is not None:
+            voxels = min(voxels, int(_VOXELS_A_GIB[model] * machine.gpu_gib) // 2)
+        found = patch_and_grids(mm, shape, voxels)
+        scan = " x ".join(map(str, shape))
+        reason = f"about {voxels:,} voxels, as long in mm along every axis, or as the median scan of {scan} voxels"
+        patch = Setting(found.patch_size, reason)
+    else:
+        found = grids_for(mm, patch.value)
+    multiples = tuple(math.prod(column) for column in zip(*found.strides, strict=True))
+    if len(set(multiples)) == 1:
+        strides, kernels = "voxels are alike along all axes", "voxels are alike along all axes"
+    else:
+        strides = f"an axis is halved while it is long and fine enough; in all by {said_multiples(multiples)}"
+        kernels = "1 along an axis whose voxels are still twice as long as the finest, else 3"
+    return {
+        "patch_size": patch,
+        "strides": Setting(found.strides, strides),
+        "kernel_sizes": Setting(found.kernel_sizes, kernels),
+    }
+
+
+def _choose_batch(patch: Sequence[int], model: str, machine: Machine) -> Setting:
+    if machine.gpu_gib is None:
+        return Setting(_CPU_PATCHES, "on a CPU many steps of few patches reach more than few steps of many")
+    fit = int(_VOXELS_A_GIB[model] * machine.gpu_gib)
+    voxels = min(fit, _MOST_VOXELS)
+    count = max(1, min(_MOST_PATCHES, voxels // math.prod(patch)))
+    rule = f"{voxels:,} voxels a step, a rule for {model} on {machine}, and at most {_MOST_PATCHES} patches"
+    return Setting(count, rule)
+
+
+def _choose_mirror(fingerprint: Fingerprint) -> Setting:
+    width = float(np.median(fingerprint.spacings[:, 0] * fingerprint.shapes[:, 0]))
+    if fingerprint.alone:
+        return Setting(("none",), f"{fingerprint.alone[0]} has no counterpart of the other side among the structures")
+    if fingerprint.pairs:
+        pairs = _count(len(fingerprint.pairs), "pair")
+        return Setting(
+            ("LR",), f"{pairs} of a left and a right structure, such as {' and '.join(fingerprint.pairs[0])}"
+        )
+    if width < _ONE_SIDED_MM:
+        return Setting(("none",), f"scans {width:.0f} mm wide show one side, so that mirrored ones never occur")
+    return Setting(("LR",), "as the strong recipe has it; no structure is of one side")
+
+
+def _choose_length(cases: int, shape: Sequence[int], patch: Sequence[int], machine: Machine) -> Setting:
+    kind = machine.kind
+    regions = cases * max(1.0, math.prod(shape) / math.prod(patch))
+    minutes = _PASSES[kind] * regions * math.prod(patch) / _VOXELS_A_SECOND[kind] / 60
+    least, most = _MINUTES[kind]
+    value = max(least, min(most, round(minutes)))
+    speed = _VOXELS_A_SECOND[kind] / 1e6
+    seen = f"about {_PASSES[kind]} passes over {_count(cases, 'case')} at {speed:g} million voxels a second"
+    if value == round(minutes):
+        return Setting({"minutes": value}, f"{seen}; longer may reach more")
+    return Setting(
+        {"minutes": value},
+        f"the {'least' if value == least else 'most'} that is planned; {seen} would be {minutes:.0f}",
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def as_typed(value: Any) -> str:
+    """Write a setting's value for a line of text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{number:g} {unit}" for unit, number in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        nested = any(isinstance(entry, Sequence) and not isinstance(entry, str) for entry in value)
+        return " ".join("".join(map(str, entry)) if nested else as_typed(entry) for entry in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# --- plan.json -------------------------------------------------------------------------------------------------------
+
+
+def _length(value: Any) -> dict[str, float]:
+    ((unit, number),) = value.items()
+    number = (
+        count_up_to(math.inf)(number) if among(("minutes", "epochs", "steps"))(unit) != "minutes" else float(number)
+    )
+    if not 0 < number < math.inf:
+        raise ValueError(f"{number} is no length")
+    return {unit: number}
+
+
+_SIZE = entries(count_up_to(1 << 16), 3)
+_FORMS: dict[str, tuple[Convert, str]] = {
+    "spacing": (entries(float, 3), "three numbers in mm"),
+    "model": (among(tuple(MODEL_SIZES)), f"one of {', '.join(MODEL_SIZES)}"),
+    "patch_size": (_SIZE, "three positive integers"),
+    "strides": (entries(entries(among((1, 2)), 3), 4), "4 triples of 1 or 2"),
+    "kernel_sizes": (entries(entries(among((1, 3)), 3), 5), "5 triples of 1 or 3"),
+    "batch_size": (count_up_to(1 << 16), "a positive integer"),
+    "recipe": (among(tuple(RECIPES)), f"one of {', '.join(RECIPES)}"),
+    "mirror": (entries(among(("none", *get_args(AnatomicalAxis)))), 'axes such as ["LR"], or ["none"]'),
+    "length": (_length, '{"minutes": 30}, {"epochs": 100} or {"steps": 5000}'),
+}
+
+
+def read_settings(file: Path) -> dict[str, Setting]:
+    """Read the settings of a plan.json, by name; a setting that a person took out is absent.
+
+    Raises DatasetError: missing, damaged, of another version, a setting that there is not or that cannot work.
+    """
+    action = f"Correct it, or remove {PLAN} and run preprocess again."
+    content = read_json(file, action)
+    if content.pop("version", None) != VERSION:
+        raise DatasetError("of another version, or no plan", file=file, expected=f'"version": {VERSION}', action=action)
+    for name in ("machine", "fingerprint"):
+        content.pop(name, None)
+    settings = {}
+    for name, entry in content.items():
+        if name not in _FORMS:
+            expected = f"settings among {', '.join(_FORMS)}"
+            raise DatasetError(f"a setting {name!r}", file=file, expected=expected, action=action)
+        if not isinstance(entry, dict) or "value" not in entry:
+            raise DatasetError(
+                f"{name} is {entry!r}", file=file, expected='{"value": ..., "reason": ...}', action=action
+            )
+        try:
+            value = converted(name, entry["value"], *_FORMS[name])
+            settings[name] = Setting(value, text(entry.get("reason", "")))
+        except (ConfigError, TypeError) as error:
+            found = f"{name} is {entry['value']!r}"
+            raise DatasetError(found, file=file, expected=_FORMS[name][1], action=action) from error
+    return settings
+
+
+def write_plan(file: Path, plan: Plan, machine: Machine, fingerprint: Fingerprint) -> None:
+    """Write the plan, for whom it was made and what was measured; whole or not at all. Raises OutputError."""
+    settings = {name: setting._asdict() for name, setting in plan.settings().items()}
+    content = {"version": VERSION, **settings, "machine": str(machine), "fingerprint": fingerprint.to_json()}
+    write_json(file, content)

@@ -1,0 +1,123 @@
+"""The plan: nnU-Net's spacing rule, grids of known datasets, settings that are given, plan.json."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mambahome_jax.config import ModelConfig
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.preprocessing.fingerprint import Fingerprint
+from mambahome_jax.preprocessing.plan import Machine, Setting, make_plan, read_settings, target_spacing, write_plan
+
+GOLDENS = json.loads((Path(__file__).parent.parent / "goldens" / "nnunet_plans.json").read_text())
+GPU, CPU = Machine(140.0), Machine()
+SIDES = {"pairs": (("left lung", "right lung"),)}
+
+
+def fingerprint(spacing, shape, cases=1, **fields):
+    return Fingerprint(
+        np.tile(np.array(spacing, float), (cases, 1)), np.tile(np.array(shape, float), (cases, 1)), **fields
+    )
+
+
+@pytest.mark.parametrize("golden", GOLDENS, ids=lambda golden: golden["name"])
+def test_spacing_is_that_of_nnunets_planner(golden):
+    spacings, shapes = np.array(golden["spacings"]), np.array(golden["shapes"], float)
+    target, _ = target_spacing(spacings, shapes)
+    assert np.allclose(target, golden["target"], rtol=0, atol=1e-9)
+    plan = make_plan(Fingerprint(spacings, shapes), GPU)
+    assert np.allclose(plan.spacing.value, golden["target"], rtol=2e-6)
+    assert all(setting.reason for setting in plan.settings().values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "patch", "strides"),
+    [
+        ((36, 50, 35), (1, 1, 1), (48, 64, 48), "222 222 222 222"),
+        ((190, 142, 88), (0.625, 0.625, 0.625), (96, 96, 96), "222 222 222 222"),
+        ((256, 216, 10), (1.5, 1.5, 10), (256, 224, 10), "221 221 222 221"),
+        ((512, 512, 100), (0.7, 0.7, 5), (192, 192, 24), "221 221 222 222"),
+        ((240, 240, 155), (1, 1, 1), (96, 96, 96), "222 222 222 222"),
+        ((320, 320, 20), (0.6, 0.6, 3.6), (208, 208, 20), "221 221 222 222"),
+        ((512, 512, 93), (0.8, 0.8, 2.5), (144, 144, 48), "221 222 222 222"),
+    ],
+)
+def test_plans_of_known_datasets(shape, spacing, patch, strides):
+    plan = make_plan(fingerprint(spacing, shape), GPU)
+    assert plan.spacing.value == spacing  # thick slices stay whole
+    assert plan.patch_size.value == patch
+    assert " ".join("".join(map(str, stride)) for stride in plan.strides.value) == strides
+    multiples = ModelConfig(strides=plan.strides.value, kernel_sizes=plan.kernel_sizes.value).multiples
+    assert not any(n % m for n, m in zip(patch, multiples, strict=True))
+
+
+def test_batch_and_model_follow_the_machine():
+    atrium = fingerprint((0.625,) * 3, (190, 142, 88), cases=80)
+    assert make_plan(atrium, GPU).batch_size.value == 4
+    assert make_plan(fingerprint((1, 1, 1), (36, 50, 35)), GPU).batch_size.value == 8
+    assert make_plan(atrium, CPU).model.value == "MambaHoME_tiny"
+    assert make_plan(atrium, Machine(2.0)).model.value == "MambaHoME_tiny"
+    small = make_plan(atrium, Machine(2.0), {"model": Setting("MambaHoME", "given")})
+    assert small.model == Setting("MambaHoME", "given") and np.prod(small.patch_size.value) < 300_000
+    assert make_plan(atrium, CPU).length.value["minutes"] > make_plan(atrium, GPU).length.value["minutes"]
+
+
+def test_what_is_given_stays_and_the_rest_follows():
+    given = {"spacing": Setting((3.0, 3.0, 0.0), "by hand"), "patch_size": Setting((32, 32, 32), "by hand")}
+    plan = make_plan(fingerprint((1, 1, 5), (300, 300, 60)), GPU, given)
+    assert (plan.spacing, plan.patch_size) == (given["spacing"], given["patch_size"])
+    assert plan.strides.value == ((2, 2, 2),) * 4
+    assert make_plan(fingerprint((1, 1, 5), (300, 300, 60)), GPU, plan.settings()) == plan
+
+
+@pytest.mark.parametrize(
+    ("fields", "width", "mirror"),
+    [({}, 300, "LR"), ({}, 40, "none"), (SIDES, 40, "LR"), ({"alone": ("left arm",)}, 300, "none")],
+)
+def test_mirrored_where_mirrored_scans_can_occur(fields, width, mirror):
+    assert make_plan(fingerprint((1, 1, 1), (width, 100, 100), **fields), GPU).mirror.value == (mirror,)
+
+
+def test_a_thousand_cases_take_no_time():
+    rng = np.random.default_rng(0)
+    many = Fingerprint(rng.uniform(0.5, 5, (1000, 3)), rng.integers(20, 600, (1000, 3)).astype(float))
+    started = time.process_time()
+    make_plan(many, GPU)
+    assert time.process_time() - started < 2
+
+
+def test_plan_json_comes_back(tmp_path):
+    numbers = fingerprint((1.5, 1.5, 10), (256, 216, 10), cases=3, **SIDES)
+    plan = make_plan(numbers, CPU)
+    write_plan(tmp_path / "plan.json", plan, CPU, numbers)
+    assert read_settings(tmp_path / "plan.json") == plan.settings()
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["machine"] == "a CPU" and content["fingerprint"]["cases"] == 3
+    assert set(content["patch_size"]) == {"value", "reason"}
+    for name, value in {
+        "patch_size": [16, 16],
+        "spacing": "fine",
+        "model": "huge",
+        "strides": [[2, 2, 3]] * 4,
+        "batch_size": 0,
+        "length": {"minutes": -1},
+        "mirror": ["up"],
+        "recipe": None,
+    }.items():
+        content_of = content | {name: {"value": value, "reason": "by hand"}}
+        (tmp_path / "bad.json").write_text(json.dumps(content_of))
+        with pytest.raises(DatasetError, match=rf"bad.json: {name} is"):
+            read_settings(tmp_path / "bad.json")
+    for change in ({"version": 9}, {"patch": {"value": 1}}, {"model": "MambaHoME"}):
+        (tmp_path / "bad.json").write_text(json.dumps(content | change))
+        with pytest.raises(DatasetError, match=r"bad\.json"):
+            read_settings(tmp_path / "bad.json")
+
+
+def test_plans_are_equal_for_equal_numbers():
+    numbers = fingerprint((0.8, 0.8, 2.5), (512, 512, 93), cases=5)
+    assert make_plan(numbers, GPU) == make_plan(dataclasses.replace(numbers), Machine(140.0))
