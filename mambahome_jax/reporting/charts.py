@@ -12,11 +12,12 @@ _LONGEST_LABEL = 24
 
 @dataclass(frozen=True)
 class ChartRow:
-    """A structure. y: of its middle. without: cases that have no value. box: left end and width, from the lower to the
-    upper quartile. points: (x, y, text) a case. Lengths are px."""
+    """A structure. y: of its middle. summary: in words. without: cases that have no value. box: left end and width,
+    from the lower to the upper quartile. points: (x, y, text) a case. Lengths are px."""
 
     label: str
     y: float
+    summary: str
     without: int
     box: tuple[float, float] = (0.0, 0.0)
     median: float = 0.0
@@ -25,11 +26,10 @@ class ChartRow:
 
 @dataclass(frozen=True)
 class Chart:
-    """One row a structure over a common axis. description: in words, for those who do not see it. ticks: (x, text)."""
+    """One row a structure over a common axis. ticks: (x, text)."""
 
     title: str
     unit: str
-    description: str
     ticks: Sequence[tuple[float, str]]
     rows: Sequence[ChartRow]
     left: int = LEFT
@@ -46,42 +46,43 @@ class Chart:
     def height(self) -> int:
         return self.bottom + BOTTOM
 
+    @property
+    def description(self) -> str:
+        return "; ".join(row.summary for row in self.rows)
+
 
 def chart_of(
     title: str, unit: str, values: Mapping[str, Sequence[tuple[str, float]]], limits: tuple[float, float] | None = None
 ) -> Chart:
-    """A chart with a point a case, a box between the quartiles and a bar at the median.
+    """Make a chart with a point a case, a box between the quartiles and a bar at the median.
 
     values: structure -> (case, value) with nan and inf, which are counted but not drawn. limits: of the axis, None for
     those of the values.
     """
-    known = [value for rows in values.values() for _, value in rows if math.isfinite(value)]
-    span = limits or _limits(known)
+    span = limits or _limits([value for rows in values.values() for _, value in rows if math.isfinite(value)])
     ticks = [(_place(tick, span), f"{tick:g}") for tick in _ticks(*span)]
-    rows = [
-        _row(name, entries, TOP + ROW * (number + 0.5), span, number)
-        for number, (name, entries) in enumerate(values.items())
-    ]
-    return Chart(title, unit, _described(values), ticks, rows)
+    rows = [_row(number, name, entries, span) for number, (name, entries) in enumerate(values.items())]
+    return Chart(title, unit, ticks, rows)
 
 
-def _row(
-    name: str, entries: Sequence[tuple[str, float]], y: float, limits: tuple[float, float], number: int
-) -> ChartRow:
+def _row(number: int, name: str, entries: Sequence[tuple[str, float]], limits: tuple[float, float]) -> ChartRow:
+    y = TOP + ROW * (number + 0.5)
     shown = [(case, value) for case, value in entries if math.isfinite(value)]
+    counted = f"{len(shown)} of {len(entries)} cases"
     label = name if len(name) <= _LONGEST_LABEL else name[: _LONGEST_LABEL - 1] + "…"
     if not shown:
-        return ChartRow(label, y, len(entries))
-    array = np.array([value for _, value in shown])
-    first, middle, third = (_place(float(q), limits) for q in np.percentile(array, (25, 50, 75)))
+        return ChartRow(label, y, f"{name}: no value, {counted}", len(entries))
+    low, first, middle, third, high = map(float, np.percentile([value for _, value in shown], (0, 25, 50, 75, 100)))
     # Spread a little so that equal values can be told apart; the same at every run.
     shift = np.random.default_rng(number).uniform(-0.3, 0.3, len(shown)) * ROW
     points = [
         (_place(value, limits), round(y + up, 1), f"{case}: {value:.4g}")
         for (case, value), up in zip(shown, shift, strict=True)
     ]
-    box = (first, max(round(third - first, 1), 1))
-    return ChartRow(label, y, len(entries) - len(shown), box, middle, points)
+    left, median, right = (_place(quartile, limits) for quartile in (first, middle, third))
+    summary = f"{name}: median {middle:.3g}, from {low:.3g} to {high:.3g}, {counted}"
+    box = (left, max(round(right - left, 1), 1))
+    return ChartRow(label, y, summary, len(entries) - len(shown), box, median, points)
 
 
 def _limits(known: Sequence[float]) -> tuple[float, float]:
@@ -103,15 +104,3 @@ def _ticks(low: float, high: float) -> list[float]:
 def _place(value: float, limits: tuple[float, float]) -> float:
     low, high = limits
     return round(LEFT + WIDTH * (min(max(value, low), high) - low) / (high - low), 1)
-
-
-def _described(values: Mapping[str, Sequence[tuple[str, float]]]) -> str:
-    texts = []
-    for name, rows in values.items():
-        known = [value for _, value in rows if math.isfinite(value)]
-        spread = "no value"
-        if known:
-            low, middle, high = np.percentile(known, (0, 50, 100))
-            spread = f"median {middle:.3g}, from {low:.3g} to {high:.3g}"
-        texts.append(f"{name}: {spread}, {len(known)} of {len(rows)} cases")
-    return "; ".join(texts)
