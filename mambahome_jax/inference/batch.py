@@ -36,8 +36,7 @@ from mambahome_jax.support.files import csv_name, jsonable, write_csv, write_jso
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import from_keywords, real_path
 from mambahome_jax.support.processes import available_memory, isolated_reads
-from mambahome_jax.weights.digest import digest_of
-from mambahome_jax.weights.weights import load_model
+from mambahome_jax.weights.weights import digest_of, load_model
 
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
 FORMATS = ("SimpleITK", "highdicom", "pydicom")  # where they are installed

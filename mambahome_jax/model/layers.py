@@ -171,13 +171,7 @@ class Upsample(nnx.Module):
     """
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        stride: int | Triple = 2,
-        *,
-        rngs: nnx.Rngs,
-        numerics: Numerics = FLOAT32,
+        self, inputs: int, outputs: int, stride: int | Triple = 2, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32
     ):
         self.numerics, stride = numerics, each_axis(stride)
         # torch counts the outputs as fan-in of a transposed convolution

@@ -37,15 +37,7 @@ class GatedSpatialConv(nnx.Module):
 
     def __init__(self, channels: int, size: int | Triple = 3, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
         def conv(size: int | Triple) -> Conv3d:
-            return Conv3d(
-                channels,
-                channels,
-                size,
-                padding=same(size),
-                bias=True,
-                rngs=rngs,
-                numerics=numerics,
-            )
+            return Conv3d(channels, channels, size, padding=same(size), bias=True, rngs=rngs, numerics=numerics)
 
         self.proj, self.proj2, self.proj3, self.proj4 = conv(size), conv(size), conv(1), conv(1)
 
@@ -60,24 +52,10 @@ class ResidualBlock(nnx.Module):
     """Two convolutions of `size`, instance norm and leaky ReLU, and a shortcut (1x1x1 where the channels change)."""
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        size: int | Triple = 3,
-        *,
-        rngs: nnx.Rngs,
-        numerics: Numerics = FLOAT32,
+        self, inputs: int, outputs: int, size: int | Triple = 3, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32
     ):
         def conv(inputs: int, size: int | Triple) -> Conv3d:
-            return Conv3d(
-                inputs,
-                outputs,
-                size,
-                padding=same(size),
-                bias=False,
-                rngs=rngs,
-                numerics=numerics,
-            )
+            return Conv3d(inputs, outputs, size, padding=same(size), bias=False, rngs=rngs, numerics=numerics)
 
         self.conv1, self.conv2 = conv(inputs, size), conv(outputs, size)
         self.conv3 = conv(inputs, 1) if inputs != outputs else None

@@ -9,34 +9,30 @@ import numpy as np
 from mambahome_jax.config import ModelConfig, Triple
 from mambahome_jax.errors import CheckpointError
 
-Path = tuple[str | int, ...]
+TreePath = tuple[str | int, ...]
 
-_HOME = "mamba_encoder.moe_layers.{}.{}.mlp."
 _MAMBA = "mamba_encoder.mamba_blocks.{}.{}."
-_MOE = {
-    r"norm\.gamma": "norm.gamma",
-    r"slot_proj\.kernel": "to_slot_embeds.0.weight",
-    r"slot_norm\.gamma": "to_slot_embeds.2.gamma",
-}
+_HOME = "mamba_encoder.moe_layers.{}.{}.mlp."
+_SECOND = _HOME + "dynamic_slots_soft_moe."
+_STAGE = r"encoder\.stages\.(\d)\."
+_BLOCK = _STAGE + r"blocks\.(\d+)\."
 # Our dotted path -> published name. Groups are indices; {e} stands for the expert that a stacked array holds.
 _TABLE: dict[str, str | Callable[..., str]] = {
     r"encoder\.stages\.0\.downsample\.(kernel|bias)": "mamba_encoder.downsample_layers.0.0.{}",
-    r"encoder\.stages\.(\d)\.downsample\.(kernel|bias)": "mamba_encoder.downsample_layers.{}.1.{}",
-    r"encoder\.stages\.(\d)\.gsc\.(proj\d?)\.(kernel|bias)": "mamba_encoder.gscs.{}.{}.{}",
-    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.mamba_norm\.(\w+)": _MAMBA + "norm.{}",
-    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.home_norm\.(\w+)": "mamba_encoder.norm_moe.{}.{}.{}",
-    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.mamba\.(A_log|D)": _MAMBA + "mamba.{}",
-    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.mamba\.dt_bias": _MAMBA + "mamba.dt_proj.bias",
-    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.mamba\.conv\.(kernel|bias)": _MAMBA + "mamba.conv1d.{}",
-    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.mamba\.(\w+_proj)\.kernel": _MAMBA + "mamba.{}.weight",
-    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.expert_gates": _HOME + "expert_gates",
-    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.group_gate\.(kernel|bias)": _HOME + "group_gate_mlp.{}",
-    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.experts\.(kernel|bias)_in": _HOME + "experts_first.{{e}}.0.{}",
-    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.experts\.(kernel|bias)_out": _HOME + "experts_first.{{e}}.3.{}",
-    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.second\.experts\.(kernel|bias)_in": _HOME
-    + "dynamic_slots_soft_moe.experts.{{e}}.0.{}",
-    r"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.second\.experts\.(kernel|bias)_out": _HOME
-    + "dynamic_slots_soft_moe.experts.{{e}}.3.{}",
+    _STAGE + r"downsample\.(kernel|bias)": "mamba_encoder.downsample_layers.{}.1.{}",
+    _STAGE + r"gsc\.(proj\d?)\.(kernel|bias)": "mamba_encoder.gscs.{}.{}.{}",
+    _BLOCK + r"mamba_norm\.(\w+)": _MAMBA + "norm.{}",
+    _BLOCK + r"home_norm\.(\w+)": "mamba_encoder.norm_moe.{}.{}.{}",
+    _BLOCK + r"mamba\.(A_log|D)": _MAMBA + "mamba.{}",
+    _BLOCK + r"mamba\.dt_bias": _MAMBA + "mamba.dt_proj.bias",
+    _BLOCK + r"mamba\.conv\.(kernel|bias)": _MAMBA + "mamba.conv1d.{}",
+    _BLOCK + r"mamba\.(\w+_proj)\.kernel": _MAMBA + "mamba.{}.weight",
+    _BLOCK + r"home\.expert_gates": _HOME + "expert_gates",
+    _BLOCK + r"home\.group_gate\.(kernel|bias)": _HOME + "group_gate_mlp.{}",
+    _BLOCK + r"home\.experts\.(kernel|bias)_in": _HOME + "experts_first.{{e}}.0.{}",
+    _BLOCK + r"home\.experts\.(kernel|bias)_out": _HOME + "experts_first.{{e}}.3.{}",
+    _BLOCK + r"home\.second\.experts\.(kernel|bias)_in": _SECOND + "experts.{{e}}.0.{}",
+    _BLOCK + r"home\.second\.experts\.(kernel|bias)_out": _SECOND + "experts.{{e}}.3.{}",
     r"decoder\.skips\.(\d)\.(conv\d)\.kernel": lambda k, conv: f"encoder{int(k) + 1}.layer.{conv}.conv.weight",
     r"decoder\.ups\.(\d)\.up\.kernel": lambda k: f"decoder{5 - int(k)}.transp_conv.conv.weight",
     r"decoder\.ups\.(\d)\.block\.(conv\d)\.kernel": lambda k, conv: (
@@ -45,11 +41,10 @@ _TABLE: dict[str, str | Callable[..., str]] = {
     r"decoder\.last\.(conv\d)\.kernel": "decoder1.layer.{}.conv.weight",
     r"decoder\.out\.(kernel|bias)": "out.conv.conv.{}",
 }
-for _ours, _theirs in _MOE.items():
-    _TABLE[rf"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.{_ours}"] = _HOME + _theirs
-    _TABLE[rf"encoder\.stages\.(\d)\.blocks\.(\d+)\.home\.second\.{_ours}"] = (
-        _HOME + "dynamic_slots_soft_moe." + _theirs
-    )
+for _level, _name in (("", _HOME), (r"second\.", _SECOND)):
+    _TABLE[_BLOCK + rf"home\.{_level}norm\.gamma"] = _name + "norm.gamma"
+    _TABLE[_BLOCK + rf"home\.{_level}slot_proj\.kernel"] = _name + "to_slot_embeds.0.weight"
+    _TABLE[_BLOCK + rf"home\.{_level}slot_norm\.gamma"] = _name + "to_slot_embeds.2.gamma"
 _PATTERNS = tuple((re.compile(pattern), name) for pattern, name in _TABLE.items())
 
 
@@ -75,7 +70,7 @@ class Target(NamedTuple):
     layout: Layout
 
 
-def dotted(path: Path) -> str:
+def dotted(path: TreePath) -> str:
     """("decoder", "ups", 0) -> "decoder.ups.0"."""
     return ".".join(str(part) for part in path)
 
@@ -90,7 +85,7 @@ def _layout(ours: str, ndim: int) -> Layout:
     return Layout(tuple(range(ndim)))
 
 
-def targets(path: Path, shape: tuple[int, ...]) -> list[Target]:
+def targets(path: TreePath, shape: tuple[int, ...]) -> list[Target]:
     """The published tensors that our array at `path` holds: one, or one an expert where experts are stacked."""
     ours = dotted(path)
     for pattern, name in _PATTERNS:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +23,9 @@ from mambahome_jax.support.devices import default_precision
 from mambahome_jax.support.files import NPZ_ERRORS, parse_json, require_whole_npz
 from mambahome_jax.support.paths import openable_path
 from mambahome_jax.weights.checkpoint import read_checkpoint_config, read_checkpoint_params, write_checkpoint
-from mambahome_jax.weights.names import config_of_shapes, dotted, official_shape, targets
+from mambahome_jax.weights.names import TreePath, config_of_shapes, dotted, official_shape, targets
 from mambahome_jax.weights.pth import read_pth, write_pth
 
-FORMATS = (".pth", ".pt", ".npz", ".safetensors")
 # Wrappers that data-parallel training puts around the names.
 _PREFIXES = ("module.", "_forward_module.", "_orig_mod.", "model.")
 
@@ -38,15 +38,11 @@ class Weights(NamedTuple):
     data: DataProperties | None
 
 
-def _leaves(tree: Any) -> dict[tuple[str | int, ...], Any]:
+def _leaves(tree: Any) -> dict[TreePath, Any]:
     """{path: array} of a model, its state, or any nested dict or pytree of its shape."""
-    if isinstance(tree, nnx.Module):
-        tree = nnx.state(tree, nnx.Param)
-    if isinstance(tree, nnx.State):
-        tree = nnx.to_pure_dict(tree)
-    flat: dict[tuple[str | int, ...], Any] = {}
+    flat: dict[TreePath, Any] = {}
 
-    def walk(node: Any, path: tuple[str | int, ...]) -> None:
+    def walk(node: Any, path: TreePath) -> None:
         if isinstance(node, nnx.State):
             node = nnx.to_pure_dict(node)
         if isinstance(node, Mapping):
@@ -55,8 +51,18 @@ def _leaves(tree: Any) -> dict[tuple[str | int, ...], Any]:
         elif node is not None:
             flat[path] = node[...] if isinstance(node, nnx.Variable) else node
 
-    walk(tree, ())
+    walk(nnx.state(tree, nnx.Param) if isinstance(tree, nnx.Module) else tree, ())
     return flat
+
+
+def _nest(flat: Mapping[TreePath, Any]) -> dict[Any, Any]:
+    tree: dict[Any, Any] = {}
+    for path, leaf in flat.items():
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = leaf
+    return tree
 
 
 def export_official(tree: Any) -> dict[str, np.ndarray]:
@@ -66,8 +72,7 @@ def export_official(tree: Any) -> dict[str, np.ndarray]:
         tree: a MambaHoME, its `nnx.State`, or any pytree shaped like its parameters (gradients, optimizer moments).
 
     Returns:
-        {published name: array}: convolutions (out, in, kD, kH, kW), linear layers (out, in), one tensor an expert; the
-        dtype of each array stays.
+        {published name: array}, one tensor an expert, each array in its own dtype.
     """
     official: dict[str, np.ndarray] = {}
     for path, leaf in _leaves(tree).items():
@@ -90,23 +95,24 @@ def _abstract(config: ModelConfig, **arguments: Any) -> tuple[nnx.GraphDef, nnx.
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[str | int, ...], tuple[int, ...]]]:
+def _shapes(config: ModelConfig) -> dict[str, tuple[TreePath, tuple[int, ...]]]:
     """{dotted path: (path, shape)} of the network's parameters."""
     return {dotted(path): (path, leaf.shape) for path, leaf in _leaves(_abstract(config)[1]).items()}
 
 
-def _faults(source: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _require_shapes(source: Path, given: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raises CheckpointError that lists every missing, unknown and misshapen name."""
-    missing = [name for name in expected if name not in found]
-    unknown = [name for name in found if name not in expected]
-    misshapen = [
-        f"{name} is {tuple(found[name])}, expected {tuple(expected[name])}"
-        for name in expected
-        if name in found and tuple(found[name]) != tuple(expected[name])
-    ]
-    if missing or unknown or misshapen:
-        lists = {"missing": missing, "unknown": unknown, "wrong shape": misshapen}
-        text = "; ".join(f"{kind} ({len(names)}): {', '.join(names)}" for kind, names in lists.items() if names)
+    lists = {
+        "missing": [name for name in expected if name not in given],
+        "unknown": [name for name in given if name not in expected],
+        "wrong shape": [
+            f"{name} is {given[name].shape}, expected {tuple(shape)}"
+            for name, shape in expected.items()
+            if name in given and given[name].shape != tuple(shape)
+        ],
+    }
+    text = "; ".join(f"{kind} ({len(names)}): {', '.join(names)}" for kind, names in lists.items() if names)
+    if text:
         raise CheckpointError(
             f"{source}: the names and shapes are not those of the network, nothing was loaded. {text}"
         )
@@ -115,17 +121,17 @@ def _faults(source: Path, found: Mapping[str, tuple[int, ...]], expected: Mappin
 def _from_official(source: Path, tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
     shapes = _shapes(config)
     plan = {ours: targets(path, shape) for ours, (path, shape) in shapes.items()}
-    expected = {t.name: official_shape(t, shapes[ours][1]) for ours, found in plan.items() for t in found}
-    _faults(source, {name: array.shape for name, array in tensors.items()}, expected)
+    expected = {t.name: official_shape(t, shapes[ours][1]) for ours, parts in plan.items() for t in parts}
+    _require_shapes(source, tensors, expected)
     params = {}
-    for ours, found in plan.items():
-        parts = [target.layout.to_ours(np.asarray(tensors[target.name])) for target in found]
-        params[ours] = parts[0] if found[0].expert is None else np.stack(parts)
+    for ours, parts in plan.items():
+        arrays = [target.layout.to_ours(np.asarray(tensors[target.name])) for target in parts]
+        params[ours] = arrays[0] if parts[0].expert is None else np.stack(arrays)
     return params
 
 
 def _json_object(text: str, path: Path) -> dict[str, Any]:
-    """The configuration that a file of weights carries. Raises CheckpointError: no JSON object."""
+    """The configuration in a file of weights or beside it."""
     try:
         values = parse_json(text)
     except ValueError as error:
@@ -136,24 +142,18 @@ def _json_object(text: str, path: Path) -> dict[str, Any]:
 
 
 def _read_npz(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    try:
-        require_whole_npz(path)
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except NPZ_ERRORS as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); expected arrays of numpy.savez") from error
+    require_whole_npz(path)
+    with np.load(path, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
     config = _json_object(str(arrays.pop("config_json", "{}")), path)
     marked = {name.removeprefix("param/"): array for name, array in arrays.items() if name.startswith("param/")}
     return marked or arrays, config
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            config = _json_object((file.metadata() or {}).get("config", "{}"), path)
-            return {name: file.get_tensor(name) for name in file.keys()}, config  # noqa: SIM118
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error}); expected a safetensors file") from error
+    with safetensors.safe_open(path, framework="np") as file:
+        config = _json_object((file.metadata() or {}).get("config", "{}"), path)
+        return {name: file.get_tensor(name) for name in file.keys()}, config  # noqa: SIM118
 
 
 def _read_torch(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -161,15 +161,35 @@ def _read_torch(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     config: dict[str, Any] = {}
     if isinstance(content, Mapping):
         config = dict(content["config"]) if isinstance(content.get("config"), Mapping) else {}
-        content = next(
-            (content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping)), content
-        )
+        inner = (content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping))
+        content = next(inner, content)
     if not isinstance(content, Mapping):
         raise CheckpointError(
             f"{path}: holds a {type(content).__name__}; expected a state_dict, alone or under 'model'"
         )
-    tensors = {str(name): array for name, array in content.items() if isinstance(array, np.ndarray)}
-    return tensors, config
+    return {str(name): array for name, array in content.items() if isinstance(array, np.ndarray)}, config
+
+
+# By suffix: reader, what it raises for a damaged file (CheckpointError aside), and what it expects.
+_READERS: dict[str, tuple[Callable, tuple[type[Exception], ...], str]] = {
+    ".pth": (_read_torch, (), ""),
+    ".pt": (_read_torch, (), ""),
+    ".npz": (_read_npz, NPZ_ERRORS, "arrays of numpy.savez"),
+    ".safetensors": (
+        _read_safetensors,
+        (OSError, ValueError, TypeError, safetensors.SafetensorError),
+        "a safetensors file",
+    ),
+}
+FORMATS = tuple(_READERS)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    reader, errors, expected = _READERS[path.suffix]
+    try:
+        return reader(path)
+    except errors as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); expected {expected}") from error
 
 
 def _config_beside(path: Path) -> tuple[dict[str, Any], Path]:
@@ -193,7 +213,7 @@ def _strip_prefixes(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _data_of(values: Mapping[str, Any], source: Path) -> DataProperties | None:
-    """From the entry "data" of a configuration, None where there is none. Raises CheckpointError: it is damaged."""
+    """From the entry "data" of a configuration, None where there is none."""
     if not isinstance(values.get("data"), Mapping):
         return None
     best = values.get("best")
@@ -212,21 +232,8 @@ def read_weights(path: Path | str) -> Weights:
     Raises CheckpointError listing by name whatever is missing, unknown or misshapen; nothing is loaded halfway.
     """
     path = openable_path(path)
-    readers = {".pth": _read_torch, ".pt": _read_torch, ".npz": _read_npz, ".safetensors": _read_safetensors}
-    if path.is_file() and path.suffix in readers:
-        tensors, values = readers[path.suffix](path)
-        values, source = (values, path) if values else _config_beside(path)
-        model = values["model"] if isinstance(values.get("model"), Mapping) else values
-        tensors = _strip_prefixes(tensors)
-        if not tensors:
-            raise CheckpointError(f"{path}: no tensors inside; expected the weights of MambaHoME")
-        try:
-            config = config_of_shapes({name: array.shape for name, array in tensors.items()}, model)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        except ConfigError as error:
-            raise CheckpointError(f"{source}: its configuration cannot be used: {error}") from error
-        return Weights(_from_official(path, tensors, config), config, _data_of(values, source))
+    if path.is_file() and path.suffix in FORMATS:
+        return _read_weights_file(path)
     if path.suffix in FORMATS and not path.exists():
         raise CheckpointError(f"{path}: no such file. Check the path")
     if path.is_file():
@@ -234,8 +241,24 @@ def read_weights(path: Path | str) -> Weights:
     values = read_checkpoint_config(path)
     config = config_from_json(values["model"], path)
     params = {dotted(p): np.asarray(leaf) for p, leaf in _leaves(read_checkpoint_params(path)).items()}
-    _faults(path, {n: a.shape for n, a in params.items()}, {n: shape for n, (_, shape) in _shapes(config).items()})
+    _require_shapes(path, params, {name: shape for name, (_, shape) in _shapes(config).items()})
     return Weights(params, config, _data_of(values, path))
+
+
+def _read_weights_file(path: Path) -> Weights:
+    tensors, values = _read_tensors(path)
+    values, source = (values, path) if values else _config_beside(path)
+    model = values["model"] if isinstance(values.get("model"), Mapping) else values
+    tensors = _strip_prefixes(tensors)
+    if not tensors:
+        raise CheckpointError(f"{path}: no tensors inside; expected the weights of MambaHoME")
+    try:
+        config = config_of_shapes({name: array.shape for name, array in tensors.items()}, model)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except ConfigError as error:
+        raise CheckpointError(f"{source}: its configuration cannot be used: {error}") from error
+    return Weights(_from_official(path, tensors, config), config, _data_of(values, source))
 
 
 def config_from_json(values: Mapping[str, Any], source: Path | str) -> ModelConfig:
@@ -279,25 +302,14 @@ def build_model(
     return nnx.merge(graphdef, state)
 
 
-def _nest(flat: Mapping[tuple[str | int, ...], Any]) -> dict[Any, Any]:
-    tree: dict[Any, Any] = {}
-    for path, leaf in flat.items():
-        node = tree
-        for part in path[:-1]:
-            node = node.setdefault(part, {})
-        node[path[-1]] = leaf
-    return tree
-
-
 def _nested_params(weights: Weights) -> dict[Any, Any]:
     return _nest({path: weights.params[ours] for ours, (path, _) in _shapes(weights.config).items()})
 
 
 def write_weights(path: Path | str, weights: Weights, *, overwrite: bool = False) -> None:
-    """Write weights in the form that the suffix says: .pth, .npz, .safetensors with published names, else a folder.
+    """Write weights and their configuration as the suffix says: published names in one file, without one a folder.
 
-    The configuration travels in the file. Raises OutputError where the place is taken or cannot be written; a file
-    appears whole or not at all.
+    Raises OutputError where the place is taken or cannot be written; a file appears whole or not at all.
     """
     path = openable_path(path)
     values: dict[str, Any] = {"model": dataclasses.asdict(weights.config)}
@@ -325,3 +337,29 @@ def write_weights(path: Path | str, weights: Weights, *, overwrite: bool = False
             partial.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise OutputError(f"{path}: cannot be written ({error}). Is the disk full or read-only?") from error
+
+
+def digest_of(model: Any) -> str:
+    """SHA-256 of a network's parameters, configuration and metadata, however its files are called or written.
+
+    Fields that have their default are left out, so that a version which adds some gives the same. Empty for a callable
+    that is no network.
+    """
+    if not isinstance(model, nnx.Module):
+        return ""
+    digest = hashlib.sha256()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    for path, leaf in sorted(leaves, key=lambda entry: jax.tree_util.keystr(entry[0])):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    for part in (getattr(model, "config", None), getattr(model, "metadata", None)):
+        digest.update(json.dumps(_changed_fields(part), sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _changed_fields(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    fields = {field.name: (getattr(value, field.name), field.default) for field in dataclasses.fields(value)}
+    return {name: _changed_fields(own) for name, (own, default) in fields.items() if own != default}

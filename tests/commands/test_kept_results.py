@@ -13,7 +13,7 @@ from mambahome_jax.commands import infer
 from mambahome_jax.config import DataProperties
 from mambahome_jax.imaging.volume import read_labels
 from mambahome_jax.inference import batch
-from mambahome_jax.weights.digest import digest_of
+from mambahome_jax.weights.weights import digest_of
 from tests.commands.scans import write
 from tests.commands.test_infer_options import PROPERTIES, config, labels_of
 from tests.imaging.dicom_files import write_slice

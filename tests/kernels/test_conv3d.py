@@ -87,9 +87,7 @@ def test_xla_is_the_definition(shape):
 
 @needs_pallas
 @pytest.mark.parametrize(
-    ("shape", "outputs"),
-    [((1, 2, 9, 18, 24), 16), ((2, 1, 3, 5, 16), 24)],
-    ids=["ragged", "smaller than a tile"],
+    ("shape", "outputs"), [((1, 2, 9, 18, 24), 16), ((2, 1, 3, 5, 16), 24)], ids=["ragged", "smaller than a tile"]
 )
 def test_interpreted_kernels_are_the_definition(capfd, shape, outputs):
     inputs = arrays(shape, outputs, BF16)

@@ -23,16 +23,7 @@ from mambahome_kernels.shapes import SCAN_RAGGED, SCAN_STAGES
 
 from tests.conftest import ROOT, load_golden
 
-OFFICIAL = {
-    "x": "u",
-    "dt": "delta",
-    "A": "A",
-    "B": "B",
-    "C": "C",
-    "D": "D",
-    "z": "z",
-    "dt_bias": "delta_bias",
-}
+OFFICIAL = {"x": "u", "dt": "delta", "A": "A", "B": "B", "C": "C", "D": "D", "z": "z", "dt_bias": "delta_bias"}
 
 OLD = jax.__version_info__ < (0, 11)
 needs_pallas = pytest.mark.skipif(OLD, reason=f"the kernel needs JAX 0.11 or newer, this is {jax.__version__}")
@@ -102,10 +93,7 @@ def check_in_interpreter(
 
 
 @needs_pallas
-@pytest.mark.parametrize(
-    ("length", "d_inner", "d_state", "chunk"),
-    [(1, 5, 3, None), (7, 33, 8, 8), (21, 40, 4, 8)],
-)
+@pytest.mark.parametrize(("length", "d_inner", "d_state", "chunk"), [(1, 5, 3, None), (7, 33, 8, 8), (21, 40, 4, 8)])
 def test_interpreted_kernel_is_the_definition(capfd, length, d_inner, d_state, chunk):
     check_in_interpreter(capfd, scan_inputs(length, 1, length, d_inner, d_state), True, 2e-6, 1e-5, chunk)
 

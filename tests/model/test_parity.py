@@ -98,10 +98,7 @@ def test_rematerialisation_changes_no_number(x64):
 
     def gradients(use_checkpoint):
         stage = Stage(
-            config.replace(use_checkpoint=use_checkpoint),
-            2,
-            rngs=nnx.Rngs(0),
-            numerics=Numerics(jnp.float64),
+            config.replace(use_checkpoint=use_checkpoint), 2, rngs=nnx.Rngs(0), numerics=Numerics(jnp.float64)
         )
         graphdef, state = nnx.split(stage)
         run = jax.jit(jax.grad(lambda state: jnp.sum(jnp.sin(nnx.merge(graphdef, state)(x)))))

@@ -55,10 +55,7 @@ def apart(array: fa.FragmentedArray, parts: int) -> tuple[fa.FragmentedArray, ..
 
 
 def multiply_add(
-    sums: Sequence[fa.FragmentedArray],
-    left: Sequence[Operand],
-    right: Operand,
-    offsets: Iterable[tuple[int, int, int]],
+    sums: Sequence[fa.FragmentedArray], left: Sequence[Operand], right: Operand, offsets: Iterable[tuple[int, int, int]]
 ) -> tuple[fa.FragmentedArray, ...]:
     """sums[k] += left[k] at one offset times right at another, for all (k, offset, offset) in bytes, when all are done.
 

@@ -129,10 +129,7 @@ def carry_over(sizes: Sizes, total, local, edge, rates, options: Options, revers
         s,
         options,
         s.d_state * s.units // WARPS,
-        out_type=[
-            jax.ShapeDtypeStruct(local.shape, F32),
-            jax.ShapeDtypeStruct((s.batch, s.d_state, s.channels), F32),
-        ],
+        out_type=[jax.ShapeDtypeStruct(local.shape, F32), jax.ShapeDtypeStruct((s.batch, s.d_state, s.channels), F32)],
         scratch_types=[],
     )(total, local, rates, *given)
 
