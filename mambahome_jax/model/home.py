@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from mambahome_jax.model.layers import FLOAT32, Linear, Numerics, keep, uniform
+from mambahome_jax.model.layers import FLOAT32, Linear, Numerics, save_for_backward, uniform
 from mambahome_jax.model.norms import RMSNorm, at_least_float32
 
 
@@ -33,10 +33,12 @@ class Experts(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         exact = self.numerics.lax_precision
-        h = keep(jnp.einsum("...esf,efh->...esh", x, self.kernel_in[...].astype(x.dtype), precision=exact))
+        h = save_for_backward(jnp.einsum("...esf,efh->...esh", x, self.kernel_in[...].astype(x.dtype), precision=exact))
         value, gate = jnp.split(h + self.bias_in[...].astype(x.dtype)[:, None], 2, axis=-1)
         h = value * _gelu(gate)
-        y = keep(jnp.einsum("...esh,ehf->...esf", h, self.kernel_out[...].astype(x.dtype), precision=exact))
+        y = save_for_backward(
+            jnp.einsum("...esh,ehf->...esf", h, self.kernel_out[...].astype(x.dtype), precision=exact)
+        )
         return y + self.bias_out[...].astype(x.dtype)[:, None]
 
 

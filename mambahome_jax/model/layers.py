@@ -16,9 +16,9 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from mambahome_kernels import conv3d
-from mambahome_kernels.conv3d.api import each_axis
+from mambahome_kernels.conv3d.api import Size, each_axis
 
-from mambahome_jax.config import Precision, Triple
+from mambahome_jax.config import Precision
 
 # TF32 is what XLA's default means for float32 on a GPU; bfloat16 operands have one meaning only.
 _PRECISIONS: dict[Precision, lax.Precision] = {
@@ -26,12 +26,9 @@ _PRECISIONS: dict[Precision, lax.Precision] = {
     "tf32": lax.Precision.DEFAULT,
     "bf16": lax.Precision.DEFAULT,
 }
-
-
 _KEPT = "kept"
 # The names that the kernels give to what costs much to compute again.
 _KEPT_BY_KERNELS = ("norm_act", "selective_scan")
-
 Tree = TypeVar("Tree")
 
 
@@ -60,17 +57,15 @@ class Numerics:
 FLOAT32 = Numerics()
 
 
-def keep(tree: Tree) -> Tree:
-    """Marks what costs much to compute for the memory it takes: results of convolutions and large products, and
-    statistics."""
+def save_for_backward(tree: Tree) -> Tree:
+    """Mark what costs much time to compute for its memory: convolutions, large products, statistics."""
     return checkpoint_name(tree, _KEPT)
 
 
 def remat(everything: bool, module: nnx.Module, *arrays: jax.Array) -> jax.Array:
-    """module(*arrays).
+    """Call the module; the backward pass computes again `everything`, or on a GPU all that is not marked.
 
-    With `everything` (--use_checkpoint) only the arguments are kept for the backward pass. Otherwise on a GPU, whose
-    memory is small and whose time for norms and activations is short, all but what is marked is computed again.
+    A GPU's memory is small, and its time for norms and activations short.
     """
     if everything:
         return nnx.remat(_call)(module, *arrays)
@@ -84,13 +79,12 @@ def _call(module: Any, *arrays: jax.Array) -> jax.Array:
     return module(*arrays)
 
 
-def drawn(
+def init_on_host(
     rngs: nnx.Rngs, shape: tuple[int, ...], dtype, draw: Callable[[np.random.Generator], np.ndarray]
 ) -> jax.Array:
-    """An initial value of this shape that `draw` makes from a generator seeded by the next key of `rngs.params`.
+    """Draw an initial value from a generator seeded by the next key of `rngs.params`; equal on every platform.
 
-    On the host, since jax.random compiles anew for every shape, which for the whole network takes minutes; the values
-    are the same on every platform, and also where the constructor is traced.
+    On the host, since jax.random compiles anew for every shape, which takes minutes for the whole network.
     """
 
     def on_host(key_data: np.ndarray) -> np.ndarray:
@@ -106,7 +100,7 @@ def drawn(
 def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.Param:
     """Uniform in +-1/sqrt(fan_in): torch's default for weights and biases of convolutions and linear layers."""
     bound = 1 / math.sqrt(fan_in)
-    return nnx.Param(drawn(rngs, shape, dtype, lambda rng: rng.uniform(-bound, bound, shape)))
+    return nnx.Param(init_on_host(rngs, shape, dtype, lambda rng: rng.uniform(-bound, bound, shape)))
 
 
 class Linear(nnx.Module):
@@ -125,17 +119,17 @@ class Linear(nnx.Module):
 class Conv3d(nnx.Module):
     """(batch, depth, height, width, inputs) -> (..., outputs), strided; kernel (kd, kh, kw, inputs, outputs).
 
-    size, stride, padding: one number, or one an axis.
+    size, stride, padding: one number, or one an axis; by default padding keeps the grid of an odd size.
     """
 
     def __init__(
         self,
         inputs: int,
         outputs: int,
-        size: int | Triple,
+        size: Size,
         *,
-        stride: int | Triple = 1,
-        padding: int | Triple = 0,
+        stride: Size = 1,
+        padding: Size | None = None,
         bias: bool,
         rngs: nnx.Rngs,
         numerics: Numerics = FLOAT32,
@@ -146,22 +140,18 @@ class Conv3d(nnx.Module):
         self.bias = uniform(rngs, (outputs,), fan_in, numerics.param_dtype) if bias else None
 
     def __call__(self, *parts: jax.Array) -> jax.Array:
-        """Of the channels of `parts` side by side. A GPU adds up the convolutions of the parts, which is as fast, and
-        joins nothing."""
+        """Convolve `parts`, whose channels lie side by side; a GPU adds up their convolutions and joins nothing."""
         kernel = self.kernel[...].astype(parts[0].dtype)
         if len(parts) > 1 and jax.default_backend() != "gpu":
             parts = (jnp.concatenate(parts, -1),)
         ends = np.cumsum([part.shape[-1] for part in parts])
         kernels = jnp.split(kernel, ends[:-1], axis=3)
+        convolve = functools.partial(conv3d, precision=self.numerics.lax_precision)
         y = functools.reduce(
-            jnp.add,
-            [
-                conv3d(x, k, self.stride, self.padding, precision=self.numerics.lax_precision)
-                for x, k in zip(parts, kernels, strict=True)
-            ],
+            jnp.add, [convolve(x, k, self.stride, self.padding) for x, k in zip(parts, kernels, strict=True)]
         )
         y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
-        return y if max(kernel.shape[:3]) == 1 else keep(y)
+        return y if max(kernel.shape[:3]) == 1 else save_for_backward(y)
 
 
 class Upsample(nnx.Module):
@@ -170,9 +160,7 @@ class Upsample(nnx.Module):
     With stride 2: out[2z+a, 2y+b, 2x+c, o] = sum over i of in[z, y, x, i] kernel[a, b, c, i, o].
     """
 
-    def __init__(
-        self, inputs: int, outputs: int, stride: int | Triple = 2, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32
-    ):
+    def __init__(self, inputs: int, outputs: int, stride: Size = 2, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
         self.numerics, stride = numerics, each_axis(stride)
         # torch counts the outputs as fan-in of a transposed convolution
         self.kernel = uniform(rngs, (*stride, inputs, outputs), outputs * math.prod(stride), numerics.param_dtype)
@@ -188,17 +176,16 @@ class Upsample(nnx.Module):
 
 @dataclass(frozen=True)
 class ChannelDropout:
-    """dropout(x, number): each channel of each sample of (batch, ..., channels) 0 with probability `rate`, the others
-    divided by 1 - rate (spatial dropout, Tompson et al., CVPR 2015); dtype and shape stay.
+    """Spatial dropout (Tompson et al., CVPR 2015): zero channels of a sample with probability `rate`, scale the others.
 
-    key: from jax.random.key, another at each step. number: of the place in the network, so that each draws its own.
-    Sample n draws from fold_in(key, n), whatever the size of the batch.
+    key: from jax.random.key, another at each step. Sample n draws from fold_in(key, n), whatever the size of the batch.
     """
 
     key: jax.Array
     rate: float
 
     def __call__(self, x: jax.Array, number: int) -> jax.Array:
+        """x (batch, ..., channels) with channels dropped; each place in the network, by number, draws its own."""
         batch, channels = x.shape[0], x.shape[-1]
         place = jax.random.fold_in(self.key, number)
         kept = jax.vmap(

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from mambahome_kernels import selective_scan
 
-from mambahome_jax.model.layers import FLOAT32, Linear, Numerics, drawn, keep, uniform
+from mambahome_jax.model.layers import FLOAT32, Linear, Numerics, init_on_host, save_for_backward, uniform
 
 D_STATE = 16
 D_CONV = 4
@@ -55,14 +55,14 @@ class Mamba(nnx.Module):
             dt = np.maximum(np.exp(rng.uniform(low, high, d_inner)), DT_FLOOR)
             return dt + np.log(-np.expm1(-dt))
 
-        self.dt_bias = nnx.Param(drawn(rngs, (d_inner,), numerics.param_dtype, inverse_softplus_of_dt))
+        self.dt_bias = nnx.Param(init_on_host(rngs, (d_inner,), numerics.param_dtype, inverse_softplus_of_dt))
         states = np.tile(np.log(np.arange(1, D_STATE + 1)), (d_inner, 1))
         self.A_log = nnx.Param(jax.device_put(states.astype(numerics.param_dtype)))
         self.D = nnx.Param(jnp.ones(d_inner, numerics.param_dtype))
         self.out_proj = linear(d_inner, d_model)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        x, z = jnp.split(keep(self.in_proj(tokens)), 2, axis=-1)
+        x, z = jnp.split(save_for_backward(self.in_proj(tokens)), 2, axis=-1)
         x = jax.nn.silu(self.conv(x))
         dt, B, C = jnp.split(self.x_proj(x), (self.dt_rank, self.dt_rank + D_STATE), axis=-1)
         y, _ = selective_scan(

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from mambahome_kernels import norm_act
-from mambahome_kernels.conv3d.api import each_axis
+from mambahome_kernels.conv3d.api import Size
 
-from mambahome_jax.config import DataProperties, ModelConfig, Precision, Triple
+from mambahome_jax.config import DataProperties, ModelConfig, Precision
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.model.home import HoME
 from mambahome_jax.model.layers import FLOAT32, ChannelDropout, Conv3d, Numerics, Upsample, remat
@@ -23,23 +23,16 @@ from mambahome_jax.model.norms import DynamicTanh, instance_norm
 LEAKY_SLOPE = 0.01
 
 
-def same(size: int | Triple) -> Triple:
-    """Padding with which an odd kernel of this size keeps the grid."""
-    a, b, c = (n // 2 for n in each_axis(size))
-    return a, b, c
-
-
 class GatedSpatialConv(nnx.Module):
     """relu(IN(conv1(a + b))) + x with a from two convolutions of `size`, 3x3x3 as published, and b from a 1x1x1 one.
 
     The biases before the norms have no effect; they are kept for the exchange of weights.
     """
 
-    def __init__(self, channels: int, size: int | Triple = 3, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
-        def conv(size: int | Triple) -> Conv3d:
-            return Conv3d(channels, channels, size, padding=same(size), bias=True, rngs=rngs, numerics=numerics)
-
-        self.proj, self.proj2, self.proj3, self.proj4 = conv(size), conv(size), conv(1), conv(1)
+    def __init__(self, channels: int, size: Size = 3, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+        self.proj, self.proj2, self.proj3, self.proj4 = (
+            Conv3d(channels, channels, n, bias=True, rngs=rngs, numerics=numerics) for n in (size, size, 1, 1)
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         a = norm_act((self.proj(x),), slope=0)
@@ -51,11 +44,9 @@ class GatedSpatialConv(nnx.Module):
 class ResidualBlock(nnx.Module):
     """Two convolutions of `size`, instance norm and leaky ReLU, and a shortcut (1x1x1 where the channels change)."""
 
-    def __init__(
-        self, inputs: int, outputs: int, size: int | Triple = 3, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32
-    ):
-        def conv(inputs: int, size: int | Triple) -> Conv3d:
-            return Conv3d(inputs, outputs, size, padding=same(size), bias=False, rngs=rngs, numerics=numerics)
+    def __init__(self, inputs: int, outputs: int, size: Size = 3, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+        def conv(inputs: int, size: Size) -> Conv3d:
+            return Conv3d(inputs, outputs, size, bias=False, rngs=rngs, numerics=numerics)
 
         self.conv1, self.conv2 = conv(inputs, size), conv(outputs, size)
         self.conv3 = conv(inputs, 1) if inputs != outputs else None
@@ -75,8 +66,8 @@ class UpBlock(nnx.Module):
         self,
         inputs: int,
         outputs: int,
-        stride: int | Triple = 2,
-        size: int | Triple = 3,
+        stride: Size = 2,
+        size: Size = 3,
         *,
         rngs: nnx.Rngs,
         numerics: Numerics = FLOAT32,
@@ -112,37 +103,27 @@ class MambaHoMEBlock(nnx.Module):
         return tokens + self.home(self.home_norm(tokens))
 
 
-def stem_size(config: ModelConfig) -> Triple:
-    """7 along the axes that the first convolution halves; along the others that of the full grid's convolutions."""
-    a, b, c = (
-        7 if stride == 2 else size for stride, size in zip(config.strides[0], config.kernel_sizes[0], strict=True)
-    )
-    return a, b, c
-
-
 class Stage(nnx.Module):
     """Coarsens the grid of a volume (batch, depth, height, width, channels before) by its stride, and mixes it."""
 
     def __init__(self, config: ModelConfig, stage: int, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
         channels = config.feat_size[stage]
-        self.first, self.use_checkpoint = stage == 0, config.use_checkpoint
-        stride = config.strides[stage]
-        if self.first:
-            size = stem_size(config)
-            self.downsample = Conv3d(
-                config.in_chans,
-                channels,
-                size,
-                stride=stride,
-                padding=same(size),
-                bias=True,
-                rngs=rngs,
-                numerics=numerics,
-            )
-        else:
-            self.downsample = Conv3d(
-                config.feat_size[stage - 1], channels, stride, stride=stride, bias=True, rngs=rngs, numerics=numerics
-            )
+        self.use_checkpoint = config.use_checkpoint
+        stride = size = config.strides[stage]
+        if stage == 0:
+            # 7 along the axes that the stem halves, along the others as wide as the full grid's convolutions.
+            a, b, c = (7 if n == 2 else wide for n, wide in zip(stride, config.kernel_sizes[0], strict=True))
+            size = (a, b, c)
+        self.downsample = Conv3d(
+            config.feat_size[stage - 1] if stage else config.in_chans,
+            channels,
+            size,
+            stride=stride,
+            padding=None if stage == 0 else 0,
+            bias=True,
+            rngs=rngs,
+            numerics=numerics,
+        )
         self.gsc = GatedSpatialConv(channels, config.kernel_sizes[stage + 1], rngs=rngs, numerics=numerics)
         self.blocks = nnx.List(
             [MambaHoMEBlock(config, stage, rngs=rngs, numerics=numerics) for _ in range(config.depths[stage])]

@@ -1,8 +1,7 @@
 """Checkpoint folders: `config.json` in plain sight, parameters in Orbax' format, swapped in whole or not at all.
 
 A folder `best` is written as `best.partial` and renamed; the one it replaces is `best.previous` for that moment, and
-is read in its place should a crash leave only that. This module knows the parameters; training/checkpoints.py adds the
-state of the optimizer and of the data to the same folder.
+is read in its place should a crash leave only that. training/checkpoints.py adds the state of optimizer and data.
 """
 
 import contextlib
@@ -48,8 +47,7 @@ def sibling(folder: Path, suffix: str) -> Path:
 
 
 def find_checkpoint(folder: Path | str) -> Path:
-    """The folder to read for `folder`: itself, the best checkpoint of the run that it is, or what a crash in the middle
-    of a swap left aside of either.
+    """Find the folder to read: itself, the best checkpoint of a run, or what a crash in a swap left aside of either.
 
     Raises CheckpointError when there is none.
     """
@@ -59,17 +57,14 @@ def find_checkpoint(folder: Path | str) -> Path:
         for candidate in (checkpoint, sibling(checkpoint, PREVIOUS)):
             if (candidate / CONFIG_FILE).is_file() and (candidate / MODEL_ITEM).is_dir():
                 return candidate
-    found = "the folder has no config.json and model/" if folder.is_dir() else "no such folder"
+    fault = "the folder has no config.json and model/" if folder.is_dir() else "no such folder"
     raise CheckpointError(
-        f"{folder}: {found}; expected a run, or a checkpoint such as RUN/checkpoints/best. Check the path"
+        f"{folder}: {fault}; expected a run, or a checkpoint such as RUN/checkpoints/best. Check the path"
     )
 
 
 def read_checkpoint_config(folder: Path | str) -> dict[str, Any]:
-    """`config.json` of a checkpoint: {"model": fields of ModelConfig, "data": {...}, "step", ...}.
-
-    Raises CheckpointError when there is no checkpoint or its configuration is not JSON.
-    """
+    """Read `config.json`: {"model": fields of ModelConfig, "data": {...}, "step", ...}. Raises CheckpointError."""
     path = find_checkpoint(folder) / CONFIG_FILE
     try:
         config = parse_json(path.read_text(encoding="utf-8"))
@@ -81,17 +76,14 @@ def read_checkpoint_config(folder: Path | str) -> dict[str, Any]:
 
 
 def integer_keys(tree: Any) -> Any:
-    """Nested dict with the keys of lists as integers again, as nnx has them; Orbax keeps every key as text."""
+    """Make the keys of lists integers again, as nnx has them; Orbax keeps every key as text."""
     if not isinstance(tree, dict):
         return tree
     return {int(k) if isinstance(k, str) and k.isdigit() else k: integer_keys(v) for k, v in tree.items()}
 
 
 def read_checkpoint_params(folder: Path | str) -> dict[str, Any]:
-    """Parameters of a checkpoint on the host, whatever devices they were written from.
-
-    Returns:
-        nested dict of numpy arrays, as `nnx.to_pure_dict(nnx.state(model))` nests them (indices of lists are int).
+    """Read the parameters onto the host as numpy arrays, nested as `nnx.to_pure_dict` nests them.
 
     Raises CheckpointError when they cannot be read.
     """
@@ -144,7 +136,7 @@ def write_checkpoint(folder: Path | str, params: Any, config: dict[str, Any], *,
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raises OSError where arrays of `needed` bytes find no room: told before the writer's threads fail one by one."""
+    """Raise OSError where arrays of `needed` bytes find no room, before the writer's threads fail one by one."""
     free, needed = shutil.disk_usage(folder).free, needed + _MORE_BYTES
     if free < needed:
         raise OSError(f"{needed / 1e6:.3g} MB needed, {free / 1e6:.3g} MB free")
@@ -155,11 +147,7 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a failed write left beside `folder`; Orbax writes under the partial name with more behind it.
-
-    More than once where it has to be: of the arrays that are written at once the first to fail tells, and the others
-    may still bring files into what is being removed.
-    """
+    """Remove what a failed write left beside `folder`, again where threads still bring files into it."""
     for _ in range(_REMOVALS):
         leftovers = list(folder.parent.glob(f"{glob.escape(folder.name)}{PARTIAL}*"))
         if not leftovers:
@@ -177,8 +165,7 @@ def writing_handler() -> ocp.CompositeCheckpointHandler:
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Orbax logs each failure with its traceback before it raises it, tasks of its own tell theirs when they are
-    collected, and TensorStore where a loop that waited for it is closed; the message is ours to give."""
+    """Silence what Orbax and TensorStore log and print of a failure besides raising it."""
     logger, hook = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
 
@@ -215,10 +202,7 @@ def prepare_partial(folder: Path) -> Path:
 
 
 def finish_checkpoint(folder: Path, config: dict[str, Any], keep: int = 1) -> None:
-    """Put the configuration into the written `folder`.partial and let it take the place of `folder`.
-
-    The keep - 1 checkpoints before it stay as step_<number> beside it.
-    """
+    """Let the written `folder`.partial take the place of `folder`; keep - 1 earlier ones stay as step_<number>."""
     partial, previous = sibling(folder, PARTIAL), sibling(folder, PREVIOUS)
     (partial / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if folder.exists():

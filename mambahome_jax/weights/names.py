@@ -108,33 +108,31 @@ def official_shape(target: Target, shape: tuple[int, ...]) -> tuple[int, ...]:
 def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], extra: Mapping[str, Any] | None = None) -> ModelConfig:
     """Configuration of the network whose published tensors have these shapes.
 
-    The group sizes of level 1 leave no trace in the weights: they come from `extra` (fields of ModelConfig), else they
-    are the published ones. Raises CheckpointError where a tensor that is needed is missing, ConfigError where a value
-    cannot be.
+    The group sizes of level 1 leave no trace there: they come from `extra` (fields of ModelConfig), else they are the
+    published ones. Raises CheckpointError where a tensor is missing, ConfigError where a value cannot be.
     """
-    home = "mamba_encoder.moe_layers.{}.0.mlp."
+
+    def home(name: str, axis: int) -> tuple[int, ...]:
+        return tuple(shapes[_HOME.format(stage, 0) + name][axis] for stage in range(4))
+
     try:
         feat = tuple(shapes[f"mamba_encoder.downsample_layers.{i}.{int(i > 0)}.weight"][0] for i in range(4))
         depths = tuple(
             1 + max(int(m[1]) for n in shapes if (m := re.match(rf"mamba_encoder\.mamba_blocks\.{i}\.(\d+)\.", n)))
             for i in range(4)
         )
-        experts = tuple(shapes[home.format(i) + "expert_gates"][0] for i in range(4))
-        first = tuple(shapes[home.format(i) + "to_slot_embeds.0.weight"][0] for i in range(4))
-        second = tuple(
-            shapes[home.format(i) + "dynamic_slots_soft_moe.to_slot_embeds.0.weight"][0] // feat[i] for i in range(4)
-        )
-        hidden = tuple(shapes[home.format(i) + "experts_first.0.3.weight"][1] for i in range(4))
+        experts = home("expert_gates", 0)
+        second = home("dynamic_slots_soft_moe.to_slot_embeds.0.weight", 0)
         config = ModelConfig(
             in_chans=shapes["mamba_encoder.downsample_layers.0.0.weight"][1],
             out_chans=shapes["out.conv.conv.weight"][0],
             depths=depths,
             feat_size=feat,
             hidden_size=shapes["encoder5.layer.conv1.conv.weight"][0],
-            expert_mult=_expert_mult(feat, hidden),
-            num_slots_per_expert_first=first[0] // (experts[0] * feat[0]),
+            expert_mult=_expert_mult(feat, home("experts_first.0.3.weight", 1)),
+            num_slots_per_expert_first=home("to_slot_embeds.0.weight", 0)[0] // (experts[0] * feat[0]),
             experts_list=experts,
-            experts_list_second=second,
+            experts_list_second=tuple(n // f for n, f in zip(second, feat, strict=True)),
             # encoder1 lies on the full grid, decoder2 leads to it
             strides=tuple(_axes(shapes[f"decoder{i + 2}.transp_conv.conv.weight"]) for i in range(4)),
             kernel_sizes=tuple(_axes(shapes[f"encoder{i + 1}.layer.conv1.conv.weight"]) for i in range(5)),

@@ -1,8 +1,7 @@
 """Files of torch.save, without torch and without running anything that the file says.
 
-A .pth file is a zip archive: `<root>/data.pkl` describes the objects, `<root>/data/<key>` holds the bytes of each
-storage. The description is a pickle, which could call any function. Here only the functions that put tensors together
-are known, and they are ours; every other class or function in the file becomes an inert stand-in.
+A .pth file is a zip archive: `<root>/data.pkl` describes the objects, `<root>/data/<key>` holds a storage's bytes. The
+description is a pickle, which could call any function; here all but those that put tensors together are inert.
 """
 
 import io
@@ -34,27 +33,12 @@ _STORAGES = {
     "BoolStorage": np.bool_,
 }
 _STORAGE_OF = {np.dtype(dtype): name for name, dtype in _STORAGES.items()}
-_READ_ERRORS = (
-    OSError,
-    EOFError,
-    KeyError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    OverflowError,
-    MemoryError,
-    RecursionError,
-    NotImplementedError,
-    RuntimeError,
-    struct.error,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-)
+_DATA_ERRORS = (OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError)
+_READ_ERRORS = (*_DATA_ERRORS, MemoryError, RuntimeError, struct.error, pickle.UnpicklingError)
 
 
 class Unknown:
-    """Stands for anything in the file that is neither data nor a tensor; takes every argument and does nothing."""
+    """Stand for anything that is neither data nor a tensor."""
 
     def __init__(self, *args, **kwargs):
         pass
@@ -86,17 +70,13 @@ class _Unpickler(pickle._Unpickler):
         self._loaded: dict[str, np.ndarray] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self._tensor
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, *_: data
-        if (module, name) == ("torch", "Size"):
-            return tuple
-        if module == "torch" and name in _STORAGES:
-            return np.dtype(_STORAGES[name])
-        return Unknown
+        known = {
+            ("collections", "OrderedDict"): OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+            ("torch", "Size"): tuple,
+        } | {("torch", storage): np.dtype(dtype) for storage, dtype in _STORAGES.items()}
+        return known.get((module, name), Unknown)
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _, size = pid
@@ -123,17 +103,14 @@ class _Unpickler(pickle._Unpickler):
 
 
 def _require_stored(archive: zipfile.ZipFile, size: int) -> None:
-    """Raises BadZipFile where the members are more than the file's `size` bytes: torch.save does not compress."""
+    """Raise BadZipFile where the members are more than the file's `size` bytes: torch.save does not compress."""
     claimed = sum(member.file_size for member in archive.infolist())
     if claimed > size:
         raise zipfile.BadZipFile(f"{claimed} bytes in a file of {size}")
 
 
 def read_pth(path: Path) -> Any:
-    """What torch.save wrote: dicts, lists, numbers and text as they are, tensors as numpy arrays (bfloat16 too).
-
-    Raises CheckpointError where the file cannot be read.
-    """
+    """Read what torch.save wrote, tensors as numpy arrays (bfloat16 too). Raises CheckpointError."""
     try:
         with zipfile.ZipFile(path) as archive:
             roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("data.pkl")]
@@ -156,10 +133,7 @@ def read_pth(path: Path) -> Any:
 
 
 def write_pth(path: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
-    """Write {"model": tensors, "config": config} as torch.save would, for torch.load(path, weights_only=True).
-
-    tensors: arrays of any shape and a dtype that torch has. config: plain values. OSError passes through.
-    """
+    """Write {"model": tensors, "config": config} for torch.load(path, weights_only=True). OSError passes through."""
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr("archive/data.pkl", _describe(arrays, config))
@@ -170,7 +144,7 @@ def write_pth(path: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str
 
 
 def _value(value: Any) -> bytes:
-    """Opcodes that push a plain value, without header and end; `optimize` drops the memo, so pieces can be joined."""
+    """Opcodes that push a plain value, without header, end and memo, so that pieces can be joined."""
     return pickletools.optimize(pickle.dumps(value, protocol=2))[2:-1]
 
 
