@@ -15,7 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mambahome_kernels.conv3d.mosaic_gpu import products
 from mambahome_kernels.conv3d.mosaic_gpu.tiles import KERNEL, PIECE, ROW_BYTES, SHARED_BYTES, Walks, walks, with_margin
-from mambahome_kernels.mosaic.runtime import interpreting, launch
+from mambahome_kernels.mosaic.launch import launch
+from mambahome_kernels.mosaic.runtime import interpreting
 
 F32 = jnp.float32
 SIDE = 8  # voxels a side of the square that one instruction multiplies

@@ -16,7 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from mambahome_kernels.conv3d.mosaic_gpu import products
 from mambahome_kernels.conv3d.mosaic_gpu.tiles import KERNEL, PIECE, ROW_BYTES, Walks, walks, with_margin
-from mambahome_kernels.mosaic.runtime import interpreting, launch
+from mambahome_kernels.mosaic.launch import launch
+from mambahome_kernels.mosaic.runtime import interpreting
 
 F32 = jnp.float32
 ROWS, COLUMNS = 8, 16  # of a tile; the voxels of a row are what one instruction sums over

@@ -10,7 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from mambahome_kernels.mosaic.runtime import interpreting, launch
+from mambahome_kernels.mosaic.launch import launch
+from mambahome_kernels.mosaic.runtime import interpreting
 
 WARP = 32  # channels of a unit: one for each thread of a warp
 WARPS = 4  # in a block

@@ -12,7 +12,8 @@ if jax.__version_info__ < (0, 11):
 
 from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir
-from mambahome_kernels.mosaic import runtime
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from mambahome_kernels.mosaic import launch, runtime
 
 ARRAYS = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, 8, 16, 16, 16), (3, 3, 3, 16, 16))]
 
@@ -31,8 +32,9 @@ def client(monkeypatch):
         platform, compute_capability, client = "gpu", "9.0", Client()
 
     jax.clear_caches()
+    monkeypatch.setattr(launch, "default_device", lambda: Device)
     monkeypatch.setattr(runtime, "default_device", lambda: Device)
-    monkeypatch.setattr(runtime, "_AHEAD", {})
+    monkeypatch.setattr(launch, "_AHEAD", {})
     return Device.client
 
 
@@ -55,7 +57,7 @@ def test_a_kernel_is_the_same_in_every_program(client):
 def test_kernels_begin_to_compile_while_the_program_is_lowered(client):
     """Each once, as a program of its own that XLA can read."""
     text = lowered(lambda x, kernel: conv3d(conv3d(x, kernel), kernel) + conv3d(x * 2, kernel))
-    for future in runtime._AHEAD.values():
+    for future in launch._AHEAD.values():
         future.result()
     assert len(client.programs) == len(set(hashes(text))) == 1
     with mlir.make_ir_context():
@@ -65,6 +67,25 @@ def test_kernels_begin_to_compile_while_the_program_is_lowered(client):
 
 
 def test_nothing_is_compiled_for_a_device_that_is_not_here(client, monkeypatch):
-    monkeypatch.setattr(runtime.default_device(), "client", None)
+    monkeypatch.setattr(launch.default_device(), "client", None)
     lowered(lambda x, kernel: conv3d(x, kernel))
-    assert not runtime._AHEAD
+    assert not launch._AHEAD
+
+
+@pytest.fixture
+def cache(tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    yield tmp_path
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+def test_a_kernel_that_an_earlier_process_lowered_is_not_lowered_again(client, cache, monkeypatch):
+    first = lowered(lambda x, kernel: conv3d(x, kernel) * 2)
+    (kept,) = (cache / "mosaic").iterdir()
+    jax.clear_caches()
+    with monkeypatch.context() as patch:
+        patch.setattr(plgpu, "kernel", lambda *_, **__: None)
+        assert lowered(lambda x, kernel: conv3d(x, kernel) * 2) == first
+    jax.clear_caches()
+    kept.write_bytes(kept.read_bytes()[:1000])
+    assert lowered(lambda x, kernel: conv3d(x, kernel) * 2) == first
