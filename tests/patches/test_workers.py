@@ -73,6 +73,6 @@ def test_workers_that_are_killed_end_the_run_with_one_line(tmp_path):
         with pytest.raises(TrainingError, match="a process that reads patches was killed"):
             while True:
                 next(batches)
-        assert time.monotonic() - begun < 60
+        assert time.monotonic() - begun < 600
     finally:
         batches.close()
