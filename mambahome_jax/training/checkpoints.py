@@ -145,13 +145,13 @@ def restore_state(
     }
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-            found = checkpointer.restore(path, ocp.args.Composite(**arguments, data=ocp.args.JsonRestore()))
+            restored = checkpointer.restore(path, ocp.args.Composite(**arguments, data=ocp.args.JsonRestore()))
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: cannot be read ({error}). The checkpoint is damaged, use another") from error
-    optimizer = found[OPTIMIZER_ITEM]
-    params = optimizer.get("params", found[MODEL_ITEM])
-    average = None if abstract.ema is None else found[MODEL_ITEM]
-    return TrainState(optimizer["step"], params, optimizer["state"], average), found[DATA_ITEM]
+    optimizer, model = restored[OPTIMIZER_ITEM], restored[MODEL_ITEM]
+    average = None if abstract.ema is None else model
+    state = TrainState(optimizer["step"], optimizer.get("params", model), optimizer["state"], average)
+    return state, restored[DATA_ITEM]
 
 
 def _optimizer_item(state: TrainState) -> dict[str, Any]:
@@ -167,11 +167,11 @@ def _check_shapes(path: Path, items: Mapping[str, Any]) -> None:
             metadata = ocp.PyTreeCheckpointHandler().metadata(path / name)
         except READ_ERRORS as error:
             raise CheckpointError(f"{path / name}: cannot be read ({error}). Use another checkpoint") from error
-        found, expected = _shapes(metadata.tree), _shapes(item)
-        faults += [f"{key} is missing" for key in expected if key not in found]
-        faults += [f"{key} is unknown" for key in found if key not in expected]
-        both = [key for key in expected if key in found]
-        faults += [f"{key} is {found[key]}, expected {expected[key]}" for key in both if found[key] != expected[key]]
+        stored, expected = _shapes(metadata.tree), _shapes(item)
+        faults += [f"{key} is missing" for key in expected if key not in stored]
+        faults += [f"{key} is unknown" for key in stored if key not in expected]
+        both = [key for key in expected if key in stored]
+        faults += [f"{key} is {stored[key]}, expected {expected[key]}" for key in both if stored[key] != expected[key]]
     if faults:
         raise CheckpointError(f"{path} is of another configuration: " + "; ".join(faults))
 

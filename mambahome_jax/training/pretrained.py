@@ -70,6 +70,6 @@ def _check(theirs: ModelConfig, ours: ModelConfig, source: str) -> None:
 def _fitting(params: Mapping[str, np.ndarray], name: str, leaf: Any, source: str) -> np.ndarray:
     array = params.get(name)
     if array is None or array.shape != tuple(leaf.shape):
-        found = "missing" if array is None else f"of shape {array.shape}"
-        raise CheckpointError(f"{source}: {name} is {found}, expected {tuple(leaf.shape)}. Use another checkpoint")
+        fault = "missing" if array is None else f"of shape {array.shape}"
+        raise CheckpointError(f"{source}: {name} is {fault}, expected {tuple(leaf.shape)}. Use another checkpoint")
     return array.astype(leaf.dtype)

@@ -331,8 +331,8 @@ def label_lines(setup: Setup) -> list[str]:
     largest = max(setup.structures)
     if largest == len(setup.structures):
         return lines
-    found = f"{largest - len(setup.structures)} output channels stand for no structure"
-    return [*lines, f"Note: {found}, as label values go up to {largest}; preprocess.py numbers them without gaps"]
+    unused = f"{largest - len(setup.structures)} output channels stand for no structure"
+    return [*lines, f"Note: {unused}, as label values go up to {largest}; preprocess.py numbers them without gaps"]
 
 
 def end_lines(folder: Path, report: Mapping[str, Any]) -> list[str]:

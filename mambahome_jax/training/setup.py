@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -234,70 +235,62 @@ def _schedule(flags: TrainConfig, recipe: Recipe, steps_per_epoch: int) -> Sched
     )
 
 
-def _workers(config: TrainConfig) -> int:
-    if config.num_workers is not None:
-        return config.num_workers
+def _workers(flags: TrainConfig) -> int:
+    if flags.num_workers is not None:
+        return flags.num_workers
     return GPU_WORKERS if jax.default_backend() == "gpu" else 0
 
 
 # --- Network and patch -----------------------------------------------------------------------------------------------
 
 
-def model_config(config: TrainConfig, in_chans: int, out_chans: int) -> ModelConfig:
+def model_config(flags: TrainConfig, in_chans: int, out_chans: int) -> ModelConfig:
     """The size that --model picks, widened to --feature_size in all its stages."""
-    model = MODEL_SIZES[config.model].model.replace(
-        in_chans=in_chans, out_chans=out_chans, use_checkpoint=config.use_checkpoint
-    )
-    if config.feature_size is None:
+    model = MODEL_SIZES[flags.model].model
+    model = model.replace(in_chans=in_chans, out_chans=out_chans, use_checkpoint=flags.use_checkpoint)
+    if flags.feature_size is None:
         return model
-    if config.feature_size < 1:
-        raise ConfigError(f"--feature_size {config.feature_size}; expected 1 or more")
-    widths = [
-        round(width * config.feature_size / model.feat_size[0]) for width in (*model.feat_size, model.hidden_size)
-    ]
-    return model.replace(feat_size=tuple(widths[:4]), hidden_size=widths[4])
+    if flags.feature_size < 1:
+        raise ConfigError(f"--feature_size {flags.feature_size}; expected 1 or more")
+    first = model.feat_size[0]
+    *widths, hidden = (round(width * flags.feature_size / first) for width in (*model.feat_size, model.hidden_size))
+    return model.replace(feat_size=tuple(widths), hidden_size=hidden)
 
 
 def choose_grids(
-    config: TrainConfig, shapes: list[Triple], spacing: tuple[float, float, float]
+    flags: TrainConfig, shapes: list[Triple], spacing: tuple[float, float, float]
 ) -> tuple[Triple, dict[str, Any]]:
     """The patch, and what --strides changes of the network for it."""
-    if config.strides == "published":
-        return choose_patch(config, shapes), {}
-    if config.patch_size is None:
-        a, b, c = MODEL_SIZES[config.model].patch_size
-        median = [round(n) for n in np.median(shapes, axis=0)]
-        found = patch_and_grids(spacing, median, a * b * c)
-    else:
-        found = grids_for(spacing, config.patch_size)
-    grids: dict[str, Any] = {"strides": found.strides, "kernel_sizes": found.kernel_sizes}
-    if config.patch_size is None:
-        return found.patch_size, grids
-    return choose_patch(config, shapes, ModelConfig(**grids).multiples), grids
+    if flags.strides == "published":
+        return choose_patch(flags, shapes), {}
+    if flags.patch_size is not None:
+        _, strides, kernel_sizes = grids_for(spacing, flags.patch_size)
+        grids: dict[str, Any] = {"strides": strides, "kernel_sizes": kernel_sizes}
+        return choose_patch(flags, shapes, ModelConfig(**grids).multiples), grids
+    median = [round(n) for n in np.median(shapes, axis=0)]
+    patch, strides, kernel_sizes = patch_and_grids(spacing, median, math.prod(MODEL_SIZES[flags.model].patch_size))
+    return patch, {"strides": strides, "kernel_sizes": kernel_sizes}
 
 
-def choose_patch(config: TrainConfig, shapes: list[Triple], multiples: Triple = (16, 16, 16)) -> Triple:
+def choose_patch(flags: TrainConfig, shapes: list[Triple], multiples: Triple = (16, 16, 16)) -> Triple:
     """--patch_size checked, or that of --model, cut to what covers the largest volume along each axis.
 
     multiples: `ModelConfig.multiples` of the network.
     """
-    if config.patch_size is None:
-        default = MODEL_SIZES[config.model].patch_size
-        largest = [max(shape[axis] for shape in shapes) for axis in range(3)]
+    if flags.patch_size is None:
+        default, largest = MODEL_SIZES[flags.model].patch_size, np.max(shapes, axis=0).tolist()
         a, b, c = (min(d, -(-n // m) * m) for d, n, m in zip(default, largest, multiples, strict=True))
         # One voxel at the deepest stage leaves instance norm nothing to normalise.
         return (a, b, c) if (a, b, c) != multiples else (2 * a, b, c)
-    a, b, c = config.patch_size
-    near = [max(round(n / m), 1) * m for n, m in zip(config.patch_size, multiples, strict=True)]
-    if tuple(near) == multiples:
-        near[0] *= 2
-    if (a, b, c) != tuple(near):
-        given, valid = (" ".join(map(str, sizes)) for sizes in (config.patch_size, near))
+    a, b, c = (max(round(n / m), 1) * m for n, m in zip(flags.patch_size, multiples, strict=True))
+    near = (a, b, c) if (a, b, c) != multiples else (2 * a, b, c)
+    if near != tuple(flags.patch_size):
+        given, valid = (" ".join(map(str, sizes)) for sizes in (flags.patch_size, near))
         said = said_multiples(multiples)
         raise ConfigError(
             f"--patch_size {given}; expected multiples of {said}, not all of them {said}, such as {valid}"
         )
-    return a, b, c
+    return near
 
 
 def _voxel_size(prepared: Prepared) -> tuple[float, float, float]:
@@ -326,20 +319,17 @@ def values_of_training(
     names = {value: f"label_{prepared_val.values.get(value, value)}" for value in present} | dict(prepared_val.labels)
     values = match_structures(names, structures, prepared_val.values, prepared.values)
     if structures and present and not values.keys() & {*present}:
-        found, expected = (
-            ", ".join(f"{value} {name}" for value, name in table.items()) for table in (names, structures)
-        )
+        theirs, ours = (", ".join(f"{value} {name}" for value, name in table.items()) for table in (names, structures))
         action = "Preprocess both folders with the same dataset.json or --label_map."
-        raise DatasetError(
-            f"structures {found}", file=prepared_val.root / DESCRIPTION, expected=expected, action=action
-        )
+        file = prepared_val.root / DESCRIPTION
+        raise DatasetError(f"structures {theirs}", file=file, expected=ours, action=action)
     return None if all(values.get(value) == value for value in present) else values
 
 
 def labelled_classes(prepared: Prepared, cases: Sequence[str], classes: int) -> np.ndarray | None:
     """(cases, classes) bool: the classes that the dataset of each case has labels of; None where all have all."""
-    found = {case.id: case.labelled for case in prepared.cases}
-    rows = [[values is None or value in (0, *values) for value in range(classes)] for values in map(found.get, cases)]
+    of_case = {case.id: case.labelled for case in prepared.cases}
+    rows = [[values is None or value in (0, *values) for value in range(classes)] for values in map(of_case.get, cases)]
     table = np.array(rows, bool)
     return None if table.all() else table
 
@@ -395,8 +385,8 @@ def choose_mirrors(
 
 def recorded_mirrors(run: Path) -> tuple[Mirror, ...]:
     """The mirrors that an earlier part of the run trained with, by its last checkpoint. Raises CheckpointError."""
-    found = read_checkpoint_config(run / "checkpoints" / "last").get("training", {}).get("mirror", ())
-    return tuple((axis, tuple((one, other) for one, other in pairs)) for axis, pairs in found)
+    mirrors = read_checkpoint_config(run / "checkpoints" / "last").get("training", {}).get("mirror", ())
+    return tuple((axis, tuple((one, other) for one, other in pairs)) for axis, pairs in mirrors)
 
 
 def _shapes(prepared: Prepared, pairs: Sequence[Pair]) -> dict[Pair, list[tuple[np.ndarray, np.ndarray]]]:
@@ -461,8 +451,8 @@ def _files(entry: StoreEntry) -> str | None:
 
 
 def _intensities(entry: StoreEntry) -> list[tuple[float, ...]]:
-    found = entry.statistics
-    return [found.mean, found.std, found.minimum, found.maximum]
+    known = entry.statistics
+    return [known.mean, known.std, known.minimum, known.maximum]
 
 
 def _case_digest(entry: StoreEntry) -> str:

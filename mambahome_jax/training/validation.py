@@ -90,13 +90,12 @@ def make_validate(graphdef: nnx.GraphDef, store: Store, settings: ValidationSett
                 continue
             if picture is None:
                 picture = _picture(entry, image, prediction, reference, settings)
-            found = dice(prediction, reference, values)
-            scores[case] = [None if math.isnan(score) else float(score) for score in found]
+            scores[case] = [finite_or_none(float(score)) for score in dice(prediction, reference, values)]
             first_ended = first_ended or time.perf_counter()
         # Without what the first case alone took: it may have compiled.
-        again = None
+        seconds_again = None
         if first_ended is not None and len(scores) > 1:
-            again = (time.perf_counter() - first_ended) * len(scores) / (len(scores) - 1)
+            seconds_again = (time.perf_counter() - first_ended) * len(scores) / (len(scores) - 1)
         shares = gather({"scores": scores, "failures": failures, "stopped": stopped})
         if any(share["stopped"] for share in shares):
             return None
@@ -107,7 +106,7 @@ def make_validate(graphdef: nnx.GraphDef, store: Store, settings: ValidationSett
         table = np.array(rows, np.float64).reshape(len(rows), len(values))
         means = finite_mean(table, axis=0)
         structures = {settings.labels[value]: float(mean) for value, mean in zip(values, means, strict=True)}
-        return Validation(float(finite_mean(means)), structures, tuple(failures.items()), again, picture)
+        return Validation(float(finite_mean(means)), structures, tuple(failures.items()), seconds_again, picture)
 
     return validate
 
