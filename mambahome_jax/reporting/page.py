@@ -84,7 +84,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Table:
+class SortableTable:
     """A table whose headings are buttons that sort it. foot: a row that stays at the end; sorted_by: column that is in
     ascending order already."""
 
@@ -158,7 +158,7 @@ def inline_json(data: Any) -> Markup:
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
-def _structures(statistics: Mapping[str, Any], scores: Sequence[Score]) -> Table:
+def _structures(statistics: Mapping[str, Any], scores: Sequence[Score]) -> SortableTable:
     """METRICS of each structure, and of all: mean, interval, median, and how often it is in one label map alone."""
     counts = {name: entry["cases"] for name, entry in summarise(scores)["structures"].items()}
     rows = []
@@ -167,12 +167,12 @@ def _structures(statistics: Mapping[str, Any], scores: Sequence[Score]) -> Table
         totals = [str(sum(count[key] for count in own)) for key in ("missed", "invented")]
         rows.append(Row(name, [*(Cell(total, total) for total in totals), *_spread(entry, METRICS)]))
     headings = ["structure", "missed", "invented", *_spread_headings(METRICS)]
-    return Table("structures", "Scores of each structure, means over cases", headings, rows[:-1], foot=rows[-1])
+    return SortableTable("structures", "Scores of each structure, means over cases", headings, rows[:-1], foot=rows[-1])
 
 
-def _volumes(statistics: Mapping[str, Any]) -> Table:
+def _volumes(statistics: Mapping[str, Any]) -> SortableTable:
     rows = [Row(name, _spread(entry, VOLUMES)) for name, entry in statistics["structures"].items()]
-    return Table("volumes", "Volumes of each structure", ["structure", *_spread_headings(VOLUMES)], rows)
+    return SortableTable("volumes", "Volumes of each structure", ["structure", *_spread_headings(VOLUMES)], rows)
 
 
 def _spread_headings(metrics: Sequence[str]) -> list[str]:
@@ -200,17 +200,19 @@ def _worst(shown: Shown, scores: Sequence[Score], name: str) -> dict[str, Any]:
         for s in own
     ]
     headings = ["structure", *(label for label, _, _ in CHOICES.values())]
-    table = Table(f"{name}-scores", f"Scores of {shown.case}", headings, rows)
+    table = SortableTable(f"{name}-scores", f"Scores of {shown.case}", headings, rows)
     return {"name": name, "shown": shown, "dice": finite_mean(np.array([s.dice for s in own])), "scores": table}
 
 
-def _cases(values: np.ndarray, cases: Sequence[str], structures: Sequence[str], links: Mapping[str, str]) -> Table:
+def _cases(
+    values: np.ndarray, cases: Sequence[str], structures: Sequence[str], links: Mapping[str, str]
+) -> SortableTable:
     """One row a case, in the order given (worst Dice first), one column a structure; links: case -> its anchor."""
     rows = [
         Row(case, [_number(float(value), 3, share=True) for value in line], links.get(case, ""), number)
         for number, (case, line) in enumerate(zip(cases, values, strict=True))
     ]
-    return Table("cases", "Dice", ["case", "mean", *structures], rows, sorted_by=1)
+    return SortableTable("cases", "Dice", ["case", "mean", *structures], rows, sorted_by=1)
 
 
 def _as_data(metric: str, values: np.ndarray) -> dict[str, Any]:
@@ -233,7 +235,7 @@ def _comparison(comparison: Mapping[str, Any]) -> dict[str, Any]:
             cells += [_interval(numbers, digits), _number(numbers["p"], 4), Cell(str(int(numbers["cases"])))]
             rows.append(Row(name, cells))
         headings = ["structure", "this run", "other run", "difference", "95 %", "p", "cases"]
-        tables.append(Table(f"comparison-{metric}", label, headings, rows[:-1], foot=rows[-1]))
+        tables.append(SortableTable(f"comparison-{metric}", label, headings, rows[:-1], foot=rows[-1]))
     alone = [
         (text, ", ".join(map(str, comparison[key])))
         for key, text in (("only_here", "only in this run"), ("only_there", "only in the other run"))
