@@ -335,9 +335,9 @@ def predict_tiled(
     padded = tuple(max(n, r) for n, r in zip(shape, settings.roi, strict=True))
     before = tuple((p - n) // 2 for p, n in zip(padded, shape, strict=True))
     tiling = Tiling(padded, settings.roi, parts_for(networks[0][0].device))
+    windows = Windows(slab, shape, tiling.axis, before, settings)
     for target in targets:
         target.begin(tiling, before)
-    windows = Windows(slab, shape, tiling.axis, before, settings)
     pending: deque[tuple[TileTarget, Part]] = deque()
     for index, sums in _whole_tiles(networks, windows, tiling, progress):
         pending.extend((target, part) for target in targets for part in target.parts(index, sums))
