@@ -18,7 +18,7 @@ from mambahome_jax.flags import EvaluateConfig
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.imaging.plausibility import resembles_image
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.support.console import Track, silent, untracked
+from mambahome_jax.support.console import Say, Track, silent, untracked
 from mambahome_jax.support.files import write_json
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import from_keywords, real_path
@@ -82,7 +82,7 @@ def evaluate(**flags: Any) -> Evaluated:
 @isolated_reads()
 def evaluate_folders(
     config: EvaluateConfig,
-    say: Callable[[str], None] = silent,
+    say: Say = silent,
     track: Track = untracked,
     show: Callable[[Evaluated], None] = lambda _: None,
 ) -> Evaluated:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -18,7 +18,7 @@ from mambahome_jax.imaging.geometry import resample_to, same_grid
 from mambahome_jax.imaging.pictures import Panel, display_range, draw_planes
 from mambahome_jax.imaging.volume import read_volume
 from mambahome_jax.reporting.page import Report, Shown, render_report, worst_first
-from mambahome_jax.support.console import Track, silent, untracked
+from mambahome_jax.support.console import Say, Track, silent, untracked
 from mambahome_jax.support.files import read_json, write_text
 from mambahome_jax.support.paths import from_keywords
 from mambahome_jax.support.processes import isolated_reads
@@ -58,7 +58,7 @@ def report(**flags: Any) -> Reported:
 
 
 @isolated_reads()
-def write_report(config: ReportConfig, say: Callable[[str], None] = silent, track: Track = untracked) -> Reported:
+def write_report(config: ReportConfig, say: Say = silent, track: Track = untracked) -> Reported:
     """Write the page about config.evaluation; see `report`. say, track: of support.console."""
     _check(config)
     output = config.output or config.evaluation / "report.html"
@@ -125,7 +125,7 @@ def _not_scored(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _pictures(
-    config: ReportConfig, evaluation: Evaluation, run: Mapping[str, Any], say: Callable[[str], None], track: Track
+    config: ReportConfig, evaluation: Evaluation, run: Mapping[str, Any], say: Say, track: Track
 ) -> list[Shown]:
     """Draw the worst cases; one that cannot be drawn carries a remark that names the reason."""
     pairs = _pairs(config, evaluation.summary)
