@@ -58,8 +58,11 @@ class PreprocessConfig:
     """Folder of the dataset as downloaded, or a CSV file of paths; several are joined by their structures' names."""
     output_path: Path
     """Folder to write; cases in it that are up to date are kept."""
-    spacing: tuple[float, float, float] = (0.8, 0.8, 3.0)
-    """Voxel size in mm to resample to, one value per axis of the reoriented volume; 0 or less keeps an axis."""
+    spacing: tuple[float, float, float] | None = None
+    """Voxel size in mm to resample to, one value per axis of the reoriented volume; 0 or less keeps an axis (default:
+    of the plan, which follows the scans; the paper: 0.8 0.8 3.0)."""
+    plan: Path | None = None
+    """A plan.json to obey, such as one that you edited (default: that of --output_path, where there is one)."""
     orientation: str = "RAS"
     """Direction of the array axes after reading, as three of the letters R L A P S I."""
     spacing_scale: SpacingScale = None

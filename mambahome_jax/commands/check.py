@@ -12,6 +12,7 @@ from mambahome_jax.flags import CheckConfig
 from mambahome_jax.preprocessing.examine import PERCENTILES, Checked, check_folders
 from mambahome_jax.preprocessing.findings import SCANS, Finding, by
 from mambahome_jax.preprocessing.open_dataset import several
+from mambahome_jax.preprocessing.plan import as_typed
 from mambahome_jax.preprocessing.summary import DatasetSummary, Range
 from mambahome_jax.support.console import command_line, say, tracked
 
@@ -82,13 +83,11 @@ def _print_summary(checked: Checked, console: Console) -> None:
         where = f"{escape(structure.name)}: in {structure.cases} cases{_ml(structure.ml)}"
         table.add_row(f"label {structure.value}", where)
     console.print(table)
-    if summary.suggestion is not None:
-        hint = summary.suggestion
-        flags = f"--spacing {' '.join(f'{mm:g}' for mm in hint.spacing)}"
-        flags += f" --modality {hint.modality}" if hint.modality else ""
-        say(console, f"Suggested: preprocess.py {flags}; train.py --patch_size {' '.join(map(str, hint.patch_size))}")
-        for reason in hint.reasons:
-            say(console, f"  {reason}")
+    if summary.plan is not None:
+        say(console, "Plan (mambahome preprocess follows it):")
+        for name, setting in summary.plan.settings().items():
+            say(console, f"  {name} {as_typed(setting.value)}: {setting.reason}")
+        say(console, f"  modality {summary.modality or 'of each case'}: {summary.modality_reason}")
 
 
 def _next_line(config: CheckConfig, summary: DatasetSummary) -> str:
@@ -96,9 +95,7 @@ def _next_line(config: CheckConfig, summary: DatasetSummary) -> str:
     words = ["--input_path", *map(str, several(config.folder)), "--output_path", "READY"]
     words += ["--dataset", *config.dataset] if config.dataset else []
     words += ["--spacing_scale", f"{config.spacing_scale:g}"] if config.spacing_scale is not None else []
-    hint = summary.suggestion
-    words += ["--spacing", *(f"{mm:g}" for mm in hint.spacing)] if hint is not None else []
-    modality = config.modality or (hint.modality if hint is not None else None)
+    modality = config.modality or (summary.modality if summary.plan is not None else None)
     return command_line("preprocess", *words, *(["--modality", modality] if modality else []))
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.preprocessing.dataset import Preprocessed, preprocess_folders
+from mambahome_jax.preprocessing.plan import PLAN, as_typed
 from mambahome_jax.support.console import command_line, say, tracked
 
 _SHOWN = 20  # structures that a table lists
@@ -30,6 +31,10 @@ def run(config: PreprocessConfig) -> int:
     console.print(table)
     if result.failed:
         say(console, f"{len(result.failed)} cases failed, for the reasons above; dataset.json lists them too")
+    if result.plan is not None:
+        plan = {name: as_typed(setting.value) for name, setting in result.plan.settings().items()}
+        text = f"{plan['model']}, patch {plan['patch_size']}, batch {plan['batch_size']}, {plan['length']}"
+        say(console, f"Plan: {text}; the reasons are in {prepared.root / PLAN}, which you may edit")
     if entries:
         say(console, f"Next: {command_line('train', '--data_train', prepared.root)}")
     return result.exit_code

@@ -20,9 +20,12 @@ from mambahome_jax.imaging.plausibility import guessed_modality
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
 from mambahome_jax.patches.store import StoreEntry, ct_scale, write_index
 from mambahome_jax.preprocessing.case import CaseJob, new_numbers, prepare_case, renumber_case, up_to_date
+from mambahome_jax.preprocessing.fingerprint import fingerprint_of_headers, fingerprint_of_prepared
 from mambahome_jax.preprocessing.open_dataset import open_dataset, several
 from mambahome_jax.preprocessing.output import OutputFolder
+from mambahome_jax.preprocessing.plan import PLAN, Machine, Plan, Setting, as_typed, make_plan, read_plan, write_plan
 from mambahome_jax.support.console import Say, Track, silent, untracked
+from mambahome_jax.support.devices import gpu_memory_gib
 from mambahome_jax.support.output_folder import locked
 from mambahome_jax.support.paths import from_keywords, local_path, real_path, require_letters
 from mambahome_jax.support.processes import count_workers, isolated_reads, run_jobs, why_failed
@@ -39,7 +42,8 @@ _FEW = 8
 class Preprocessed:
     """What came of a dataset: ids of the cases done now and kept from before, (id, reason) of those that failed.
 
-    prepared: what dataset.json says. entries: of the patch store, in the order of prepared.cases.
+    prepared: what dataset.json says. entries: of the patch store, in the order of prepared.cases. plan: see
+    plan.json.
     """
 
     prepared: Prepared
@@ -47,6 +51,7 @@ class Preprocessed:
     done: tuple[str, ...]
     kept: tuple[str, ...]
     failed: tuple[tuple[str, str], ...]
+    plan: Plan | None = None
 
     @property
     def exit_code(self) -> int:
@@ -84,7 +89,7 @@ def preprocess_folders(config: PreprocessConfig, say: Say = silent, track: Track
 def prepare_dataset(
     dataset: Dataset, config: PreprocessConfig, *, store_only: bool = False, say: Say = silent, track: Track = untracked
 ) -> Preprocessed:
-    """Bring every case to one orientation and spacing; write OUT/images, labels, store, dataset.json; see `preprocess`.
+    """Bring every case to one orientation and spacing; write what OUT holds; see `preprocess`.
 
     A case that fails is reported and the others go on. The voxels of a CT stay in HU, however it is to be normalised.
     store_only: for a training on folders as they are, write no NIfTI files and keep every scan's own spacing.
@@ -92,10 +97,13 @@ def prepare_dataset(
     output = local_path(config.output_path)
     require_letters(output)
     reorient(Volume(np.zeros((1, 1, 1)), np.eye(4)), config.orientation)
-    resampled_grid(np.eye(4), (1, 1, 1), config.spacing)
+    machine = Machine(gpu_memory_gib())
+    given = {} if store_only else _given_settings(dataset, config, machine, say)
+    spacing = None if store_only else given["spacing"].value
+    resampled_grid(np.eye(4), (1, 1, 1), spacing or (0, 0, 0))
     for note in dataset.notes:
         say(f"Note: {note}")
-    jobs = _make_jobs(dataset, config, output, store_only, say)
+    jobs = _make_jobs(dataset, config, output, spacing, say)
     percentiles = config.ct_intensity == "percentiles"
     if percentiles and not _of_scale(jobs):
         raise ConfigError("--ct_intensity percentiles, but there is no CT with a label that is not of the test split")
@@ -136,7 +144,7 @@ def prepare_dataset(
     prepared = Prepared(
         root=output,
         name=dataset.name,
-        spacing=None if store_only else config.spacing,
+        spacing=spacing,
         orientation=config.orientation.upper(),
         channels=dataset.channels,
         labels=labels,
@@ -147,12 +155,46 @@ def prepare_dataset(
         values=values,
     )
     write_prepared(prepared)
+    plan = None
+    if ordered and not store_only:
+        fingerprint = fingerprint_of_prepared(prepared, ordered)
+        plan = make_plan(fingerprint, machine, given)
+        write_plan(output / PLAN, plan, machine, fingerprint)
     new = tuple(entry.id for entry in ordered if entry.id not in kept)
-    return Preprocessed(prepared, tuple(ordered), new, kept, prepared.skipped)
+    return Preprocessed(prepared, tuple(ordered), new, kept, prepared.skipped, plan)
 
 
-def _make_jobs(dataset: Dataset, config: PreprocessConfig, output: Path, store_only: bool, say: Say) -> list[CaseJob]:
-    """Make a job for each case, in the dataset's order."""
+def _given_settings(dataset: Dataset, config: PreprocessConfig, machine: Machine, say: Say) -> dict[str, Setting]:
+    """Take the settings that --spacing, --plan or an earlier plan of the output folder decide; spacing is among them.
+
+    Of an earlier plan that nobody edited the spacing is kept, or added cases would have all of them resampled again.
+    """
+    earlier, given = local_path(config.output_path) / PLAN, {}
+    if config.plan is not None:
+        given = read_plan(config.plan).settings
+        say(f"Plan: {config.plan}")
+    elif earlier.is_file() and not config.overwrite and config.spacing is None:
+        stored = read_plan(earlier)
+        given = stored.settings
+        if not stored.edited:
+            given = {name: setting for name, setting in given.items() if name == "spacing"}
+        say(f"Plan: {'all' if stored.edited else 'the spacing'} of {earlier} (--overwrite plans anew)")
+    if config.spacing is not None:
+        given["spacing"] = Setting(config.spacing, "given by --spacing")
+    elif "spacing" not in given:
+        fingerprint = fingerprint_of_headers(dataset, config.orientation)
+        # Without a scan that can be read every case fails, for its own reason.
+        unread = Setting((0.0, 0.0, 0.0), "no header could be read")
+        given["spacing"] = make_plan(fingerprint, machine).spacing if fingerprint else unread
+    spacing = given["spacing"]
+    say(f"Spacing: {as_typed(spacing.value)} mm, {spacing.reason}; --spacing overrides")
+    return given
+
+
+def _make_jobs(
+    dataset: Dataset, config: PreprocessConfig, output: Path, spacing: tuple[float, float, float] | None, say: Say
+) -> list[CaseJob]:
+    """Make a job for each case, in the dataset's order. spacing: None to write the store alone, at the scans' own."""
     modality, named = config.modality, sorted({str(case.modality) for case in dataset.cases})
     reason, override = f"{', '.join(named)}, as the dataset says", "; --modality ct|mr|us overrides"
     if modality is not None:
@@ -168,11 +210,11 @@ def _make_jobs(dataset: Dataset, config: PreprocessConfig, output: Path, store_o
             output=output,
             channels=len(dataset.channels),
             labels=dict(dataset.labels),
-            spacing=None if store_only else config.spacing,
+            spacing=spacing,
             orientation=config.orientation.upper(),
             modality=modality or case.modality or guess or "ct",
             # A label map that is made here, or channels put together, are in no file of the dataset's own.
-            nifti=not store_only or bool(case.masks or case.images or case.values),
+            nifti=spacing is not None or bool(case.masks or case.images or case.values),
             hint=dataset.hint,
             sampled=config.ct_intensity == "percentiles",
         )

@@ -1,13 +1,18 @@
 """What the scans of a dataset measure: the numbers that a plan is made of. Reads no voxel."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from mambahome_jax.datasets.base import Dataset
 from mambahome_jax.datasets.prepared import Prepared
 from mambahome_jax.datasets.structures import sides
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.geometry import reorient
+from mambahome_jax.imaging.volume import Volume, read_geometry
 from mambahome_jax.patches.store import StoreEntry
 
 
@@ -47,6 +52,21 @@ def measure_sides(labels: Mapping[int, str]) -> dict[str, Any]:
     """Return the fields `pairs` and `alone` of a table of structures."""
     pairs, alone = sides(labels, "LR")
     return {"pairs": tuple((labels[one], labels[other]) for one, other in pairs), "alone": alone}
+
+
+def fingerprint_of_headers(dataset: Dataset, orientation: str) -> Fingerprint | None:
+    """Measure the scans by their headers, along axes of that orientation; None where none of them can be read."""
+    spacings, shapes = [], []
+    for case in dataset.cases:
+        # A file that cannot be read is reported when its turn comes.
+        with contextlib.suppress(DatasetError, OSError):
+            shape, affine = read_geometry(case.image, spacing_scale=case.spacing_scale, series=case.series)
+            oriented = reorient(Volume(np.broadcast_to(np.uint8(0), shape), affine), orientation)
+            spacings.append(oriented.spacing)
+            shapes.append(oriented.shape[:3])
+    if not shapes:
+        return None
+    return Fingerprint(np.array(spacings, float), np.array(shapes, float), **measure_sides(dataset.labels))
 
 
 def fingerprint_of_prepared(prepared: Prepared, entries: Sequence[StoreEntry]) -> Fingerprint:

@@ -4,7 +4,9 @@ Pure: numbers in, settings out. Nothing here reads a scan.
 """
 
 import dataclasses
+import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,6 +257,7 @@ def _length(value: Any) -> dict[str, float]:
     return {unit: number}
 
 
+_NO_SETTINGS = ("version", "machine", "fingerprint", "digest")
 _SIZE = entries(count_up_to(1 << 16), 3)
 _FORMS: dict[str, tuple[Convert, str]] = {
     "spacing": (entries(float, 3), "three numbers in mm"),
@@ -269,37 +272,50 @@ _FORMS: dict[str, tuple[Convert, str]] = {
 }
 
 
-def read_settings(file: Path) -> dict[str, Setting]:
-    """Read the settings of a plan.json, by name; a setting that a person took out is absent.
+class StoredPlan(NamedTuple):
+    """What a plan.json holds: settings by name, whom it was made for, and whether a person changed a value since."""
+
+    settings: dict[str, Setting]
+    machine: str
+    edited: bool
+
+
+def read_plan(file: Path) -> StoredPlan:
+    """Read a plan.json; a setting that a person took out of it is absent.
 
     Raises DatasetError: missing, damaged, of another version, a setting that there is not or that cannot work.
     """
     action = f"Correct it, or remove {PLAN} and run preprocess again."
     content = read_json(file, action)
-    if content.pop("version", None) != VERSION:
+    if content.get("version") != VERSION:
         raise DatasetError("of another version, or no plan", file=file, expected=f'"version": {VERSION}', action=action)
-    for name in ("machine", "fingerprint"):
-        content.pop(name, None)
     settings = {}
     for name, entry in content.items():
+        if name in _NO_SETTINGS:
+            continue
         if name not in _FORMS:
             expected = f"settings among {', '.join(_FORMS)}"
             raise DatasetError(f"a setting {name!r}", file=file, expected=expected, action=action)
         if not isinstance(entry, dict) or "value" not in entry:
-            raise DatasetError(
-                f"{name} is {entry!r}", file=file, expected='{"value": ..., "reason": ...}', action=action
-            )
+            form = '{"value": ..., "reason": ...}'
+            raise DatasetError(f"{name} is {entry!r}", file=file, expected=form, action=action)
         try:
             value = converted(name, entry["value"], *_FORMS[name])
             settings[name] = Setting(value, text(entry.get("reason", "")))
         except (ConfigError, TypeError) as error:
             found = f"{name} is {entry['value']!r}"
             raise DatasetError(found, file=file, expected=_FORMS[name][1], action=action) from error
-    return settings
+    edited = content.get("digest") != _digest(settings)
+    return StoredPlan(settings, str(content.get("machine", "")), edited)
+
+
+def _digest(settings: Mapping[str, Setting]) -> str:
+    values = {name: converted(name, setting.value, *_FORMS[name]) for name, setting in settings.items()}
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
 def write_plan(file: Path, plan: Plan, machine: Machine, fingerprint: Fingerprint) -> None:
     """Write the plan, for whom it was made and what was measured; whole or not at all. Raises OutputError."""
     settings = {name: setting._asdict() for name, setting in plan.settings().items()}
     content = {"version": VERSION, **settings, "machine": str(machine), "fingerprint": fingerprint.to_json()}
-    write_json(file, content)
+    write_json(file, content | {"digest": _digest(plan.settings())})

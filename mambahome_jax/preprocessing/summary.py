@@ -1,6 +1,5 @@
-"""What a dataset is like in numbers, and the settings that these suggest. Reads no file."""
+"""What a dataset is like in numbers, and the plan that follows from them. Reads no file."""
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +10,8 @@ from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Dataset
 from mambahome_jax.imaging.plausibility import guessed_modality
 from mambahome_jax.preprocessing.findings import SCANS, CaseFacts
-
-_ANISOTROPIC = 3.0
-_PATCH_VOXELS = 96**3  # as the published patch
-_PATCH_STEP = 16
-_FINER = ", of the coarsest axis the lowest tenth"
-# Voxels below which an axis that the network halves four times has hardly more than one left.
-_FEWEST_SLICES = 24
+from mambahome_jax.preprocessing.fingerprint import Fingerprint, measure_sides
+from mambahome_jax.preprocessing.plan import Machine, Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -50,18 +44,12 @@ class Intensities:
 
 
 @dataclass(frozen=True)
-class Suggestion:
-    """spacing in mm of the axes of a volume in RAS; patch_size in voxels at that spacing; modality None: by case."""
-
-    spacing: tuple[float, ...]
-    patch_size: tuple[int, ...]
-    modality: Modality | None
-    reasons: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class DatasetSummary:
-    """Numbers of a dataset. cases: (split, modality, cases, of these labelled); unknown ones are "-"."""
+    """Numbers of a dataset, and the settings that follow from them.
+
+    cases: (split, modality, cases, of these labelled); unknown ones are "-". plan: None without labels, as there is
+    nothing to preprocess for a training. modality: None where each case has its own, or the headers do not tell.
+    """
 
     cases: tuple[tuple[str, str, int, int], ...]
     spacing_mm: Range | None = None
@@ -69,11 +57,13 @@ class DatasetSummary:
     extent_mm: Range | None = None
     intensities: tuple[Intensities, ...] = ()
     structures: tuple[Structure, ...] = ()
-    suggestion: Suggestion | None = None
+    plan: Plan | None = None
+    modality: Modality | None = None
+    modality_reason: str = ""
 
 
-def summarise_dataset(dataset: Dataset, facts: Sequence[CaseFacts]) -> DatasetSummary:
-    """Sum up the cases that can be used; what was not read is left out."""
+def summarise_dataset(dataset: Dataset, facts: Sequence[CaseFacts], machine: Machine) -> DatasetSummary:
+    """Sum up the cases that can be used, and plan for the machine; what was not read is left out."""
     usable = [fact for fact in facts if fact.usable and fact.shape is not None and fact.spacing is not None]
     kinds = [(fact.split or "-", fact.modality or "-", fact.labelled) for fact in usable]
     cases = Counter((split, modality) for split, modality, _ in kinds)
@@ -83,6 +73,10 @@ def summarise_dataset(dataset: Dataset, facts: Sequence[CaseFacts]) -> DatasetSu
         return DatasetSummary(rows)
     spacing = np.array([fact.spacing for fact in usable], float)
     shape = np.array([fact.shape[:3] for fact in usable if fact.shape is not None], float)
+    plan = None
+    if dataset.layout != SCANS:
+        plan = make_plan(Fingerprint(spacing, shape, **measure_sides(dataset.labels)), machine)
+    modality, reason = likely_modality(usable)
     return DatasetSummary(
         cases=rows,
         spacing_mm=_range(spacing),
@@ -90,77 +84,10 @@ def summarise_dataset(dataset: Dataset, facts: Sequence[CaseFacts]) -> DatasetSu
         extent_mm=_range(spacing * shape),
         intensities=_intensities(dataset, usable),
         structures=_structures(dataset, usable),
-        # Without labels there is nothing to preprocess for a training.
-        suggestion=None if dataset.layout == SCANS else _suggest(usable, spacing, shape),
+        plan=plan,
+        modality=modality,
+        modality_reason=reason,
     )
-
-
-def suggest_spacing(spacing: np.ndarray) -> tuple[float, ...]:
-    """Take the median of spacings (cases, 3) in mm; where one axis is far coarser than the others, its lowest tenth."""
-    median = np.median(spacing, axis=0)
-    coarse = int(median.argmax())
-    if median[coarse] > _ANISOTROPIC * np.delete(median, coarse).max():
-        # The coarse axis of most scans would lose half of what the finer scans show.
-        finer = float(np.percentile(spacing[:, coarse], 10))
-        median[coarse] = max(finer, np.delete(median, coarse).max())
-    return tuple(float(f"{mm:.3g}") for mm in median)
-
-
-def slice_parts(spacing: tuple[float, ...], shape: np.ndarray) -> tuple[int, int]:
-    """Find the axis of thick slices, and into how many each of them is resampled, 1 to leave it as it is.
-
-    spacing: (3,) mm; shape: (3,) voxels of the median scan at that spacing. Slices are cut where a scan has so few of
-    them that halving four times leaves one voxel, and not thinner than the voxels within them.
-    """
-    coarse = int(np.argmax(spacing))
-    within = max(mm for axis, mm in enumerate(spacing) if axis != coarse)
-    wanted = math.ceil(_FEWEST_SLICES / max(shape[coarse], 1))
-    return coarse, max(1, min(wanted, int(spacing[coarse] / within)))
-
-
-def suggest_patch(shape: np.ndarray, budget: int = _PATCH_VOXELS) -> tuple[int, ...]:
-    """Take multiples of 16 in about the proportions of a scan of `shape` (3,): at most `budget` voxels, none beyond it.
-
-    An axis of more than 16 voxels has at least 32, as halving four times would leave one of 16.
-    """
-    largest = np.maximum(np.ceil(shape / _PATCH_STEP), 1).astype(int)
-    patch = np.minimum(largest, 2)
-    # The axis that covers least of its scan grows, as long as the budget allows.
-    while True:
-        order = np.argsort(patch * _PATCH_STEP / shape, kind="stable")
-        for axis in order:
-            grown = patch.copy()
-            grown[axis] += 1
-            if grown[axis] <= largest[axis] and int(np.prod(grown * _PATCH_STEP)) <= budget:
-                patch = grown
-                break
-        else:
-            return tuple(int(n) * _PATCH_STEP for n in patch)
-
-
-def _suggest(usable: Sequence[CaseFacts], spacing: np.ndarray, shape: np.ndarray) -> Suggestion:
-    new = suggest_spacing(spacing)
-    median_mm = np.median(spacing, axis=0)
-    coarse = int(median_mm.argmax())
-    finer = _FINER if new[coarse] < 0.99 * median_mm[coarse] else ""
-    median = np.median(shape * spacing / np.array(new), axis=0)
-    axis, parts = slice_parts(new, median)
-    if parts > 1:
-        thick, slices = new[axis], median[axis]
-        new = tuple(float(f"{mm / parts:.3g}") if index == axis else mm for index, mm in enumerate(new))
-        median[axis] *= parts
-        finer += (
-            f"; slices of {thick:g} mm in {parts} parts, as the network would halve {slices:.0f} of them four times "
-            f"(or keep {thick:g} mm, and train.py --strides auto leaves them whole)"
-        )
-    modality, why = likely_modality(usable)
-    size = " x ".join(f"{voxels:g}" for voxels in np.round(median))
-    reasons = (
-        f"spacing: the median of the cases{finer}",
-        f"patch size: in the proportions of the median scan, {size} voxels at that spacing",
-        f"modality: {why}",
-    )
-    return Suggestion(new, suggest_patch(median), modality, reasons)
 
 
 def likely_modality(usable: Sequence[CaseFacts]) -> tuple[Modality | None, str]:

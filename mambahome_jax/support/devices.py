@@ -4,6 +4,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,20 @@ def default_precision() -> Precision:
     import jax
 
     return "bf16" if jax.default_backend() == "gpu" else "fp32"
+
+
+def gpu_memory_gib() -> float | None:
+    """Return the memory of the smallest GPU that JAX would see, in GiB; None without one. Starts no JAX."""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if platforms.startswith("cpu") or visible in ("", "-1"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        return min(float(line) for line in done.stdout.split()) / 1024
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None
 
 
 def choose_devices(parallel: bool = True, num_devices: int | None = None) -> "list[jax.Device]":

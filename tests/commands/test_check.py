@@ -63,10 +63,13 @@ def test_a_sound_dataset_is_clean_and_summarised(folder, capsys):
     medians = [np.median(image[label > 0]) for image, label in images]
     assert summary["intensities"][0]["percentiles"][0] == np.median(lows)
     assert summary["intensities"][0]["foreground"][3] == np.median(medians)
-    hint = summary["suggestion"]
-    assert (hint["spacing"], hint["patch_size"], hint["modality"]) == ([2, 1, 3], [16, 16, 16], "ct")
+    assert summary["plan"]["spacing"][0] == [2, 1, 3] and summary["modality"] == "ct"
     shown = capsys.readouterr().out
-    assert "--spacing 2 1 3 --modality ct" in shown and "6 of 6 cases can be preprocessed; nothing found" in shown
+    assert (
+        "spacing 2 1 3: the median" in shown
+        and "READY --modality ct" in shown
+        and "6 of 6 cases can be preprocessed; nothing found" in shown
+    )
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_from_check_to_report(home, capsys):
     assert check.run(CheckConfig(data, num_workers=1, modality="ct")) == 0
     command, config = following(capsys)
     assert (command, config.input_path, config.modality) == ("preprocess", data, "ct")
-    assert config.spacing != PreprocessConfig.spacing
+    assert config.spacing is None  # preprocess makes the same plan
     assert preprocess.run(PreprocessConfig(data, ready, spacing=(0, 0, 0), num_workers=1)) == 0
     command, config = following(capsys)
     assert (command, config.data_train) == ("train", ready)

@@ -34,7 +34,7 @@ def test_check_is_silent_and_returns_facts_and_findings(tmp_path, capsys):
     assert [fact.id for fact in result.facts] == ["a", "b", "c"] and result.usable == 2
     errors = [finding for finding in result.findings if finding.severity == "error"]
     assert [finding.case for finding in errors] == ["b"] and (result.counts["error"], result.exit_code) == (1, 1)
-    assert result.summary.suggestion is not None and np.allclose(result.summary.suggestion.spacing, (2, 1, 3))
+    assert result.summary.plan is not None and np.allclose(result.summary.plan.spacing.value, (2, 1, 3))
     assert (tmp_path / "check.json").is_file()
     with pytest.raises(mh.DatasetError, match="no such folder"):
         mh.check(folder=str(tmp_path / "nowhere"))

@@ -1,4 +1,4 @@
-"""Findings that need the whole dataset, and the suggested settings, on facts without files."""
+"""Findings that need the whole dataset, and the plan, on facts without files."""
 
 from dataclasses import replace
 
@@ -7,7 +7,8 @@ import pytest
 
 from mambahome_jax.datasets import Dataset
 from mambahome_jax.preprocessing.findings import CaseFacts, dataset_findings
-from mambahome_jax.preprocessing.summary import suggest_patch, suggest_spacing, summarise_dataset
+from mambahome_jax.preprocessing.plan import Machine
+from mambahome_jax.preprocessing.summary import summarise_dataset
 
 
 def facts(name: str, **changes) -> CaseFacts:
@@ -74,42 +75,11 @@ def test_rare_and_missing_structures():
     assert "label 1 (liver) occurs in none of the 1 label maps of modality mr" in text
 
 
-def test_suggested_spacing_is_the_median_and_finer_along_a_coarse_axis():
-    spacings = np.array([[0.8, 0.7, 1.0], [0.8, 0.9, 1.5], [0.7, 0.8, 2.0]])
-    assert suggest_spacing(spacings) == (0.8, 0.8, 1.5)
-    spacings = np.array([[0.8, 0.8, mm] for mm in (1, 3, 5, 5, 5, 5, 5, 5, 5, 5, 5)])
-    assert suggest_spacing(spacings) == (0.8, 0.8, 3.0)
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [
-        ((35, 50, 35), (48, 64, 48)),
-        ((500, 500, 500), (96, 96, 96)),
-        ((512, 512, 60), (160, 160, 32)),
-        ((9, 9, 9), (16, 16, 16)),
-    ],
-)
-def test_suggested_patch_is_multiples_of_16_within_the_budget(shape, expected):
-    patch = suggest_patch(np.array(shape, float))
-    assert patch == expected and np.prod(patch) <= 96**3
-
-
-@pytest.mark.parametrize(
-    ("spacing", "shape", "new", "patch"),
-    [
-        ((1.5, 1.5, 10.0), (256, 216, 10), (1.5, 1.5, 3.33), (192, 144, 32)),  # ACDC
-        ((10.0, 1.5, 1.5), (10, 216, 256), (3.33, 1.5, 1.5), (32, 144, 192)),
-        ((0.6, 0.6, 3.6), (320, 320, 20), (0.6, 0.6, 1.8), (160, 160, 32)),  # a prostate
-        ((1.4, 1.4, 3.0), (200, 180, 6), (1.4, 1.4, 1.5), (208, 192, 16)),  # not thinner than voxels are wide
-        ((0.8, 0.8, 5.0), (512, 512, 100), (0.8, 0.8, 5.0), (160, 160, 32)),  # enough slices
-        ((1.0, 1.0, 1.0), (36, 50, 35), (1.0, 1.0, 1.0), (48, 64, 48)),  # no thick ones
-    ],
-)
-def test_few_thick_slices_are_suggested_thinner(spacing, shape, new, patch):
-    hint = summarise_dataset(dataset(), [facts(name, spacing=spacing, shape=shape) for name in "abc"]).suggestion
-    assert hint is not None and (hint.spacing, hint.patch_size) == (new, patch)
-    assert ("--strides auto" in hint.reasons[0]) == (new != spacing)
+def test_the_plan_of_check_leaves_thick_slices_whole():
+    cases = [facts(name, spacing=(1.5, 1.5, 10.0), shape=(256, 216, 10)) for name in "abc"]
+    plan = summarise_dataset(dataset(), cases, Machine(80.0)).plan
+    assert plan is not None and plan.spacing.value == (1.5, 1.5, 10)
+    assert plan.patch_size.value == (256, 224, 10) and plan.strides.value[0] == (2, 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -119,15 +89,14 @@ def test_few_thick_slices_are_suggested_thinner(spacing, shape, new, patch):
 def test_suggested_modality(modality, low, high, expected):
     row = (low, low, low, low, high, high, high)
     cases = [facts(name, modality=modality, percentiles=(row,)) for name in "abc"]
-    hint = summarise_dataset(dataset(), cases).suggestion
-    assert hint is not None and hint.modality == expected
+    assert summarise_dataset(dataset(), cases, Machine()).modality == expected
 
 
 def test_unusable_cases_do_not_enter_the_summary():
     bad = facts("bad", spacing=(50.0, 50.0, 50.0))
     broken = replace(bad, findings=tuple(dataset_findings(dataset(skipped=(("bad", "x"),)), [])))
     assert not broken.usable
-    summary = summarise_dataset(dataset(), [facts("a"), broken])
+    summary = summarise_dataset(dataset(), [facts("a"), broken], Machine())
     assert summary.spacing_mm is not None and summary.spacing_mm.max == (1, 1, 2)
     assert summary.cases == (("train", "ct", 1, 1),)
-    assert summarise_dataset(dataset(), [broken]).suggestion is None
+    assert summarise_dataset(dataset(), [broken], Machine()).plan is None

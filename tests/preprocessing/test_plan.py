@@ -11,7 +11,7 @@ import pytest
 from mambahome_jax.config import ModelConfig
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.preprocessing.fingerprint import Fingerprint
-from mambahome_jax.preprocessing.plan import Machine, Setting, make_plan, read_settings, target_spacing, write_plan
+from mambahome_jax.preprocessing.plan import Machine, Setting, make_plan, read_plan, target_spacing, write_plan
 
 GOLDENS = json.loads((Path(__file__).parent.parent / "goldens" / "nnunet_plans.json").read_text())
 GPU, CPU = Machine(140.0), Machine()
@@ -94,10 +94,14 @@ def test_plan_json_comes_back(tmp_path):
     numbers = fingerprint((1.5, 1.5, 10), (256, 216, 10), cases=3, **SIDES)
     plan = make_plan(numbers, CPU)
     write_plan(tmp_path / "plan.json", plan, CPU, numbers)
-    assert read_settings(tmp_path / "plan.json") == plan.settings()
+    assert read_plan(tmp_path / "plan.json") == (plan.settings(), "a CPU", False)
     content = json.loads((tmp_path / "plan.json").read_text())
     assert content["machine"] == "a CPU" and content["fingerprint"]["cases"] == 3
     assert set(content["patch_size"]) == {"value", "reason"}
+    edited = content | {"patch_size": {"value": [64, 64, 10], "reason": "by hand"}}
+    (tmp_path / "edited.json").write_text(json.dumps(edited))
+    stored = read_plan(tmp_path / "edited.json")
+    assert stored.edited and stored.settings["patch_size"] == Setting((64, 64, 10), "by hand")
     for name, value in {
         "patch_size": [16, 16],
         "spacing": "fine",
@@ -111,11 +115,11 @@ def test_plan_json_comes_back(tmp_path):
         content_of = content | {name: {"value": value, "reason": "by hand"}}
         (tmp_path / "bad.json").write_text(json.dumps(content_of))
         with pytest.raises(DatasetError, match=rf"bad.json: {name} is"):
-            read_settings(tmp_path / "bad.json")
+            read_plan(tmp_path / "bad.json")
     for change in ({"version": 9}, {"patch": {"value": 1}}, {"model": "MambaHoME"}):
         (tmp_path / "bad.json").write_text(json.dumps(content | change))
         with pytest.raises(DatasetError, match=r"bad\.json"):
-            read_settings(tmp_path / "bad.json")
+            read_plan(tmp_path / "bad.json")
 
 
 def test_plans_are_equal_for_equal_numbers():

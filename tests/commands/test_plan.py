@@ -1,0 +1,66 @@
+"""plan.json: preprocess writes it, obeys an edited one, and check comes to the same."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+import mambahome_jax as mh
+from mambahome_jax.commands.preprocess import run
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.preprocessing.plan import PLAN, read_plan
+from tests.commands.scans import description, preprocess_config
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    return replace(preprocess_config(tmp_path), spacing=None)
+
+
+def edit(config, **values):
+    file = config.output_path / PLAN
+    content = json.loads(file.read_text())
+    for name, value in values.items():
+        content[name]["value"] = value
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_preprocess_plans_from_the_scans_as_check_does(config, capsys):
+    assert run(config) == 0
+    out = capsys.readouterr().out
+    assert "Spacing: 2 1 3 mm, the median of each axis over 3 cases" in out and "which you may edit" in out
+    assert description(config)["spacing"] == [2, 1, 3]
+    stored = read_plan(config.output_path / PLAN)
+    assert not stored.edited and stored.machine == "a CPU"
+    plan = mh.check(folder=config.input_path, num_workers=1).summary.plan
+    ours, theirs = ({name: setting.value for name, setting in s.items()} for s in (stored.settings, plan.settings()))
+    assert ours == theirs
+    measured = json.loads((config.output_path / PLAN).read_text())["fingerprint"]
+    assert measured["structures"]["label_1"] == {"cases": 3, "median_ml": 0.432}
+    assert measured["resampled"]["shape"] == [12, 16, 8]
+
+
+def test_an_edited_plan_is_obeyed_and_kept(config, tmp_path, capsys):
+    assert run(config) == 0
+    file = edit(config, spacing=[2, 2, 3], batch_size=7)
+    assert run(config) == 0
+    assert "Plan: all of" in capsys.readouterr().out
+    assert description(config)["spacing"] == [2, 2, 3]
+    assert read_plan(file).settings["batch_size"].value == 7
+    other = replace(config, output_path=tmp_path / "other", plan=file)
+    assert run(other) == 0
+    assert description(other)["spacing"] == [2, 2, 3]
+    assert read_plan(other.output_path / PLAN).settings["batch_size"].value == 7
+    # A flag wins, and --overwrite plans anew.
+    assert run(replace(other, spacing=(3, 3, 3))) == 0 and description(other)["spacing"] == [3, 3, 3]
+    assert run(replace(config, overwrite=True)) == 0 and description(config)["spacing"] == [2, 1, 3]
+    assert read_plan(file).settings["batch_size"].value != 7
+
+
+def test_a_plan_that_cannot_be_read_is_refused(config):
+    assert run(config) == 0
+    edit(config, spacing=[2, 2])
+    with pytest.raises(DatasetError, match=r"plan\.json: spacing is \[2, 2\]; expected three numbers in mm"):
+        run(config)
