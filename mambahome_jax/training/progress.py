@@ -276,7 +276,7 @@ def start_lines(
         f"{parameters / 1e6:.2f} M parameters; patches of {patch}, {setup.global_batch} a step, {setup.precision}, "
         f"on {len(devices)} x {devices[0].device_kind}{processes}",
         str(schedule),
-        f"recipe {setup.flags.recipe}: {_ingredients(setup)}",
+        f"recipe {setup.flags.recipe}: {_recipe_text(setup)}",
         *setup.mirror_lines,
         *_patient_lines(setup),
         *(f"Note: {note}" for note in data_notes(setup)),
@@ -284,7 +284,7 @@ def start_lines(
     ]
 
 
-def _ingredients(setup: Setup) -> str:
+def _recipe_text(setup: Setup) -> str:
     used, optimizer = setup.recipe.ingredients(), setup.schedule.optimizer
     parts = [f"{optimizer.name}, lr {optimizer.lr:g}, weight decay {optimizer.weight_decay:g}"]
     if optimizer.name != "SGD":
