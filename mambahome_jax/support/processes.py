@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -21,7 +22,8 @@ from functools import partial
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, ClassVar, Concatenate, ParamSpec, TypeVar
+from subprocess import PIPE
+from typing import Any, BinaryIO, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.support.console import Say
@@ -31,6 +33,7 @@ R = TypeVar("R")
 P = ParamSpec("P")
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+_STDOUT, _STDERR = 1, 2  # descriptors
 _SECONDS = 600  # in which a library must have read a file
 _ADDRESSES = 8 << 30  # bytes that a process may name beside those that it uses, as for its libraries
 # Shared memory. Containers have 64 MB of it unless told otherwise; who writes beyond is killed without a word.
@@ -263,46 +266,51 @@ class _Reader:
     idle: ClassVar[list["_Reader"]] = []
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._link, theirs = context.Pipe()
-        self._process = context.Process(target=_serve_reads, args=(theirs,), daemon=True)
+        # Not by multiprocessing, which would run a script anew that is not guarded against it.
+        code = "from mambahome_jax.support.processes import serve_reads; serve_reads()"
+        paths = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         with _interrupt_held_back():
-            self._process.start()
-        theirs.close()
+            self._process = subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, env=paths)
 
     def call(self, function: Callable[..., Any], path: Path, *args: Any, **kwargs: Any) -> Any:
         """Give what the function returns or raises there. Raises DatasetError: the process ended."""
+        requests, answers = self._process.stdin, self._process.stdout
+        assert requests is not None and answers is not None
         try:
-            self._link.send((_SECONDS, function, (path, *args), kwargs))
-            buffers = [self._link.recv_bytes() for _ in range(self._link.recv())]
-            return pickle.loads(self._link.recv_bytes(), buffers=buffers)
-        except (EOFError, OSError) as error:
+            pickle.dump((_SECONDS, function, (path, *args), kwargs), requests)
+            requests.flush()
+            buffers = [answers.read(size) for size in pickle.load(answers)]
+            return pickle.load(answers, buffers=buffers)
+        except (EOFError, OSError, pickle.UnpicklingError) as error:
             self.close()
-            code = self._process.exitcode or 0
+            code = self._process.returncode
             slow = hasattr(signal, "SIGALRM") and code == -signal.SIGALRM
             how = f"did not end within {_SECONDS} s" if slow else f"ended its process (exit code {code})"
             action = "Copy or export it again, or leave it out."
             raise DatasetError(f"the library that reads it {how}", file=path, action=action) from error
         except BaseException:
             self._process.kill()
+            self.close()
             raise
 
     def close(self) -> None:
-        """End the process, which is not reading."""
-        self._link.close()
-        self._process.join()
+        """Wait for the end of the process, which is not reading."""
+        self._process.communicate()
 
 
-def _serve_reads(link: Connection) -> None:
+def serve_reads() -> None:
     """Answer the calls of a `_Reader` until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _limit_memory()
+    answers = os.fdopen(os.dup(_STDOUT), "wb")
+    # What a library prints is for people.
+    os.dup2(_STDERR, _STDOUT)
     with suppress(EOFError):
         while True:
-            _answer(link, *link.recv())
+            _answer(answers, *pickle.load(sys.stdin.buffer))
 
 
-def _answer(link: Connection, seconds: int, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
+def _answer(answers: BinaryIO, seconds: int, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
     # By default it ends the process, whatever a library is doing, and also where the parent is gone.
     alarm = getattr(signal, "alarm", lambda seconds: None)
     alarm(seconds)
@@ -313,10 +321,12 @@ def _answer(link: Connection, seconds: int, function: Callable[..., Any], args: 
     alarm(0)
     buffers: list[pickle.PickleBuffer] = []
     content = pickle.dumps(result, protocol=5, buffer_callback=buffers.append)
-    link.send(len(buffers))
-    for buffer in buffers:
-        link.send_bytes(buffer.raw())
-    link.send_bytes(content)
+    views = [buffer.raw() for buffer in buffers]
+    pickle.dump([view.nbytes for view in views], answers)
+    for view in views:
+        answers.write(view)
+    answers.write(content)
+    answers.flush()
 
 
 def _limit_memory() -> None:

@@ -1,6 +1,5 @@
 """Jobs over processes: results, errors and processes that die."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -55,7 +54,8 @@ def test_a_file_is_read_here_unless_a_command_reads_many():
         assert process != os.getpid() and process == read(Path("a"))[0]
         assert array.flags.f_contiguous and array.sum() == 276
     assert read(Path("a"))[0] == os.getpid()
-    assert not multiprocessing.active_children()
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="no alarms")
@@ -74,6 +74,18 @@ def test_what_a_library_does_to_its_process_is_an_error_of_one_file(monkeypatch,
         with pytest.raises(DatasetError, match=message):
             read(Path("a"), how)
         assert read(Path("b"))[1].shape == (2, 3, 4)
+
+
+def test_a_script_without_a_guard_is_not_run_anew(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\nfrom mambahome_jax.support.processes import isolated_reads\n"
+        "from tests.support.test_processes import read\n"
+        "with isolated_reads():\n    print(read(Path('a'))[1].shape)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    shown = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
+    assert shown.stdout == "(2, 3, 4)\n" and shown.stderr == ""
 
 
 def isolated_square(job: int) -> int:
