@@ -151,14 +151,14 @@ def _other_run(config: EvaluateConfig, cases: set[str]) -> Evaluation | None:
     if real_path(config.compare) == real_path(config.output_dir):
         raise ConfigError(f"--compare {config.compare} is the --output_dir itself. Name another --output_dir")
     other = read_evaluation(config.compare)
-    tolerance = other.summary.get("tolerance_mm", config.tolerance_mm)
-    surface = other.summary.get("surface", "voxels")
-    if tolerance != config.tolerance_mm:
-        found = f"NSD was taken at {tolerance} mm there; expected {config.tolerance_mm:g} mm"
-        raise ConfigError(_differs(config, found, f"--tolerance_mm {tolerance}"))
-    if surface != config.surface:
-        found = f"distances were taken of {surface} there; expected {config.surface}"
-        raise ConfigError(_differs(config, found, f"--surface {surface}"))
+    for flag, default, found in (
+        ("tolerance_mm", config.tolerance_mm, "NSD was taken at {} mm there; expected {:g} mm"),
+        ("surface", "voxels", "distances were taken of {} there; expected {}"),
+    ):
+        there, here = other.summary.get(flag, default), getattr(config, flag)
+        if there != here:
+            action = f"Pass --{flag} {there}, or evaluate the other run again"
+            raise ConfigError(f"--compare {config.compare}: {found.format(there, here)}. {action}")
     theirs = sorted({row.case for row in other.scores})
     ours = counterparts(theirs, cases)
     if not ours:
@@ -166,10 +166,6 @@ def _other_run(config: EvaluateConfig, cases: set[str]) -> Evaluation | None:
         action = "Name the evaluation of the same cases."
         raise DatasetError(f"other cases, such as {theirs[0]}", file=config.compare, expected=expected, action=action)
     return replace(other, scores=[replace(row, case=ours.get(row.case, row.case)) for row in other.scores])
-
-
-def _differs(config: EvaluateConfig, found: str, flag: str) -> str:
-    return f"--compare {config.compare}: {found}. Pass {flag}, or evaluate the other run again"
 
 
 def _score(pairs: list[Pair], num_workers: int | None, track: Track) -> tuple[list[Score], list[tuple[str, str]]]:
