@@ -230,6 +230,13 @@ def test_arguments_that_do_not_fit():
 
 
 @needs_pallas
+def test_no_row_of_the_result_is_as_wide_as_a_square():
+    """On a GPU Pallas would store such a square as one run of bytes, over its neighbours (seen with JAX 0.11.2)."""
+    widths = [mosaic_gpu.forward.sizes_of((1, 5, 8, width, 16), 64, 1).row_width for width in (4, 8, 16)]
+    assert widths == [4, 9, 16]
+
+
+@needs_pallas
 @pytest.mark.parametrize("blocks", [1, 7, 132])
 @pytest.mark.parametrize("shape", [(2, 128, 128, 128), (1, 5, 9, 17), (3, 1, 40, 8)])
 def test_every_voxel_is_in_one_walk(shape, blocks):

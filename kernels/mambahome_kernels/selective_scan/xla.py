@@ -240,30 +240,7 @@ def _backward(
         g, states, sums, by_step, s = carry
         k = plan.segment - 1 - i
         t = s * plan.segment + k
-        x, B, C = (_at(a, t, dtype) for a in (data.x, data.B, data.C))
-        delta, slope = delta_at(t)
-        h_before = lax.dynamic_index_in_dim(states, k, axis=0, keepdims=False)
-        h = lax.dynamic_index_in_dim(states, k + 1, axis=0, keepdims=False)
-        decay = jnp.exp(_over_d(delta) * data.A)
-        dout = _at(dy, t, dtype)
-        out = {}
-        if data.z is not None:
-            silu, dsilu = gate(_at(data.z, t, dtype))
-            plain = jnp.sum(h * _over_n(C), axis=2)
-            if inputs.D is not None:
-                plain = plain + inputs.D * x
-            out["z"], dout = dout * plain * dsilu, dout * silu
-        g = g + _over_d(dout) * _over_n(C)
-        dstate = g * h_before * decay
-        du = jnp.sum(g * _over_n(B), axis=2)
-        ddt = (jnp.sum(dstate * data.A, axis=2) + du * x) * slope
-        dx = du * delta
-        out["x"] = dx if inputs.D is None else dx + dout * inputs.D
-        out["dt"] = ddt
-        out["B"] = _sum_over_d(g, delta * x)
-        out["C"] = _sum_over_d(h, dout)
-        dA, dD, dbias = sums
-        sums = (dA + dstate * _over_d(delta), dD + dout * x, dbias + ddt)
+        g, decay, sums, out = _pull_back(inputs, data, t, g, states, k, sums, delta_at, dy)
         by_step = {
             name: lax.dynamic_update_index_in_dim(buffer, out[name].astype(buffer.dtype), t, axis=2)
             for name, buffer in by_step.items()
@@ -308,6 +285,36 @@ def _backward(
         initial_state=g[:, 0].swapaxes(1, 2),
     )
     return cast_gradients(gradients, given)
+
+
+def _pull_back(inputs: ScanInputs, data: _Chunked, t, g, states, k, sums, delta_at, dy):
+    """Step t of the adjoint: itself and its decay, sums of dA, dD and ddt_bias, gradients of the step's inputs."""
+    dtype = state_dtype(inputs)
+    x, B, C = (_at(a, t, dtype) for a in (data.x, data.B, data.C))
+    delta, slope = delta_at(t)
+    h_before = lax.dynamic_index_in_dim(states, k, axis=0, keepdims=False)
+    h = lax.dynamic_index_in_dim(states, k + 1, axis=0, keepdims=False)
+    decay = jnp.exp(_over_d(delta) * data.A)
+    dout = _at(dy, t, dtype)
+    out = {}
+    if data.z is not None:
+        silu, dsilu = gate(_at(data.z, t, dtype))
+        plain = jnp.sum(h * _over_n(C), axis=2)
+        if inputs.D is not None:
+            plain = plain + inputs.D * x
+        out["z"], dout = dout * plain * dsilu, dout * silu
+    g = g + _over_d(dout) * _over_n(C)
+    dstate = g * h_before * decay
+    du = jnp.sum(g * _over_n(B), axis=2)
+    ddt = (jnp.sum(dstate * data.A, axis=2) + du * x) * slope
+    dx = du * delta
+    out["x"] = dx if inputs.D is None else dx + dout * inputs.D
+    out["dt"] = ddt
+    out["B"] = _sum_over_d(g, delta * x)
+    out["C"] = _sum_over_d(h, dout)
+    dA, dD, dbias = sums
+    sums = (dA + dstate * _over_d(delta), dD + dout * x, dbias + ddt)
+    return g, decay, sums, out
 
 
 def is_short(inputs: ScanInputs) -> bool:

@@ -40,6 +40,11 @@ class Sizes(NamedTuple):
         return with_margin(SIDE, SIDE * WORKERS, 1)
 
     @property
+    def row_width(self) -> int:
+        """Of the result: Pallas stores squares as wide as a row as single runs of bytes, across the ends of planes."""
+        return self.walks.width + (self.walks.width == SIDE)
+
+    @property
     def shared_bytes(self) -> int:
         weights = TAPS * self.pieces * KERNEL * self.outputs * ROW_BYTES
         planes = self.slots * self.pieces * self.margin[0] * self.margin[1] * ROW_BYTES
@@ -75,8 +80,6 @@ def _kernel(s: Sizes):
     w = s.walks
     before = 0 if interpreting() else 1
     square = (SIDE, SIDE) if interpreting() else (SIDE * SIDE,)
-    # Into rows as wide as a square Pallas stores one as a single run of bytes, across the ends of rows and planes.
-    width = w.width + (w.width == SIDE)
 
     def kernel(x, weights, out, planes, taps, staged, full, free, arrived):
         worker, block = lax.axis_index("worker"), lax.axis_index("block")
@@ -138,7 +141,7 @@ def _kernel(s: Sizes):
         kernel,
         "conv3d_forward",
         s,
-        out_type=jax.ShapeDtypeStruct((w.entries * w.depth, w.height, width, s.outputs), jnp.bfloat16),
+        out_type=jax.ShapeDtypeStruct((w.entries * w.depth, w.height, s.row_width, s.outputs), jnp.bfloat16),
         scratch_types=[
             plgpu.SMEM((s.slots, s.pieces, *s.margin, PIECE), jnp.bfloat16),
             plgpu.SMEM((TAPS * s.pieces, KERNEL * s.outputs, PIECE), jnp.bfloat16),

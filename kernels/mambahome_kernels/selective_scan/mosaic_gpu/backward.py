@@ -5,6 +5,8 @@ g_t = exp(delta_(t+1) A) g_(t+1) + C_t dout_t. The states it is multiplied with 
 forward pass kept before every tile, half a tile at a time, and stay in registers.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,6 +22,7 @@ from mambahome_kernels.selective_scan.mosaic_gpu.lanes import (
     WARPS,
     Options,
     Sizes,
+    Worker,
     advance,
     barrier,
     copies,
@@ -113,6 +116,104 @@ def starts(sizes: Sizes, dt, z, dy, C, rates, bias, options: Options):
     )(*wide, C, rates, bias)
 
 
+class _Work(NamedTuple):
+    """What the steps of a block read and write: buffers in shared memory, and constants of each worker's channels."""
+
+    sizes: Sizes
+    team: list[Worker]
+    rates: list
+    dt_bias: list
+    skip: list
+    inputs: tuple  # x, dt, dy and z
+    B: Any
+    C: Any
+    before: Any  # states that the forward pass kept
+    results: tuple  # dx, ddt and dz
+    products: Any
+
+    def recompute(self, w: int, slot, tile, t, h) -> tuple:
+        """The states after step t."""
+        at = self.team[w]
+        b = at.scalars(self.B, slot, t, self.sizes.d_state)
+        xv, dtv = (at.row(buffer, slot, t) for buffer in self.inputs[:2])
+        step = step_size(dtv, self.dt_bias[w], self.sizes.softplus)
+        inside = within(self.sizes, at, tile, t)
+        delta = step.delta * inside
+        return advance(h, self.rates[w], delta, delta * xv, b)
+
+    def pull_back(self, w: int, slot, t, row, carry, h_before, h, tile):
+        """Adjoint and sums before step t; its gradients by x, dt and z go to `results`, the terms of dB, dC to
+        `products`."""
+        s, at, a = self.sizes, self.team[w], self.rates[w]
+        g, dA, dD, dbias = carry
+        xv = at.row(self.inputs[0], slot, t)
+        step = step_size(at.row(self.inputs[1], slot, t), self.dt_bias[w], s.softplus)
+        inside = within(s, at, tile, t)
+        delta, by_dt = step.delta * inside, slope(step, inside)
+        dx = delta * xv
+        b, c = at.scalars(self.B, slot, t, s.d_state), at.scalars(self.C, slot, t, s.d_state)
+        dout = at.row(self.inputs[2], slot, t)
+        if s.gated:
+            zv = at.row(self.inputs[3], slot, t)
+            gate = sigmoid(zv)
+            plain = dot(h, c, self.skip[w] * xv)
+            at.put(self.results[2], 0, t, dout * plain * gate * (1.0 + zv * (1.0 - gate)))
+            dout = dout * (zv * gate)
+        g = [v + dout * k for v, k in zip(g, c, strict=True)]
+        pairs = ((v * dx, u * dout) for v, u in zip(g, h, strict=True))
+        at.put_rows(self.products, (row, SUM_ROWS // 2 + row), pairs)
+        du = dot(g, b)
+        carried = [jnp.exp2(delta * r) * v for r, v in zip(a, g, strict=True)]
+        pulled = [v * p for v, p in zip(carried, h_before, strict=True)]
+        ddt = (dot(pulled, a) * (1.0 / LOG2E) + du * xv) * by_dt
+        at.put(self.results[0], 0, t, du * delta + self.skip[w] * dout)
+        at.put(self.results[1], 0, t, ddt)
+        dA = tuple(v + p * delta for v, p in zip(dA, pulled, strict=True))
+        return tuple(carried), dA, dD + dout * xv, dbias + ddt
+
+    def write_sums(self, thin, tile, t) -> None:
+        """Sum the products of some steps, from t on, over each unit's channels."""
+        s = self.sizes
+        for at in each_of_block(s.units):
+            where = (at.chunk * s.chunk + tile * TILE + t) // _per_sum(s)
+            own = self.products.at[pl.ds(0, SUM_ROWS), pl.ds(at.warp * WARP, WARP)]
+            sums_of = jnp.sum(plgpu.load(own, layout=plgpu.Layout.WGMMA, optimized=False), axis=1)
+            thin[at.batch, at.unit, pl.ds(where * SUM_ROWS, SUM_ROWS)] = sums_of
+
+    def tile(self, slot, tile, thin, carry):
+        """Walk back through one tile, half of it at a time."""
+        s = self.sizes
+
+        def half(k, carry):
+            first = (1 - k) * _HALF
+            states = []
+            for w, at in enumerate(self.team):
+                h = tuple(at.row(self.before, slot, m) for m in range(s.d_state))
+                h = lax.fori_loop(0, first, lambda t, h, w=w: self.recompute(w, slot, tile, t, h), h)
+                path = [h]
+                for j in range(_HALF):
+                    path.append(self.recompute(w, slot, tile, first + j, path[-1]))
+                states.append(path)
+            for j in reversed(range(_HALF)):
+                row = (j % _per_sum(s)) * s.d_state
+                carry = tuple(
+                    self.pull_back(w, slot, first + j, row, c, states[w][j], states[w][j + 1], tile)
+                    for w, c in enumerate(carry)
+                )
+                if j % _per_sum(s) == 0:
+                    barrier()
+                    self.write_sums(thin, tile, first + j)
+                    barrier()
+            return carry
+
+        return lax.fori_loop(0, 2, half, carry)
+
+
+def _per_sum(s: Sizes) -> int:
+    """Steps whose products are summed together."""
+    return SUM_ROWS // (2 * s.d_state)
+
+
 def gradients(sizes: Sizes, x, dt, B, C, z, dy, rates, bias, skip, kept, ends, options: Options):
     """All gradients, from the adjoint state after each chunk (`ends`) and the states before each tile (`kept`).
 
@@ -121,7 +222,7 @@ def gradients(sizes: Sizes, x, dt, B, C, z, dy, rates, bias, skip, kept, ends, o
     (batch, units, length padded to chunks / q, 2, q, d_state) with q = 64 / (2 d_state) steps summed together.
     """
     s, n, slots = sizes, sizes.d_state, options.slots
-    per_sum = SUM_ROWS // (2 * n)
+    per_sum = _per_sum(s)
     wide = [x, dt, dy] + ([z] if s.gated else [])
     outs = [x, dt] + ([z] if s.gated else [])
 
@@ -134,6 +235,7 @@ def gradients(sizes: Sizes, x, dt, B, C, z, dy, rates, bias, skip, kept, ends, o
         team = workers(s.units)
         a = [[rates[k, at.channels] for k in range(n)] for at in team]
         dt_bias, d_skip = ([v[0, at.channels] for at in team] for v in (bias, skip))
+        work = _Work(s, team, a, dt_bias, d_skip, buffers, bs, cs, before, out_buffers, products)
 
         def load(i, slot):
             def copy(at):
@@ -150,82 +252,11 @@ def gradients(sizes: Sizes, x, dt, B, C, z, dy, rates, bias, skip, kept, ends, o
 
             copies(team, copy)
 
-        def forward(w, slot, tile, t, h):
-            at = team[w]
-            b = at.scalars(bs, slot, t, n)
-            xv, dtv = (at.row(buffer, slot, t) for buffer in buffers[:2])
-            step = step_size(dtv, dt_bias[w], s.softplus)
-            inside = within(s, at, tile, t)
-            delta = step.delta * inside
-            return advance(h, a[w], delta, delta * xv, b), tile
-
-        def backward(w, slot, t, row, carry, h_before, h, known):
-            at = team[w]
-            g, dA, dD, dbias = carry
-            xv = at.row(buffers[0], slot, t)
-            step = step_size(at.row(buffers[1], slot, t), dt_bias[w], s.softplus)
-            inside = within(s, at, known, t)
-            delta, by_dt = step.delta * inside, slope(step, inside)
-            dx = delta * xv
-            b, c = at.scalars(bs, slot, t, n), at.scalars(cs, slot, t, n)
-            dout = at.row(buffers[2], slot, t)
-            if s.gated:
-                zv = at.row(buffers[3], slot, t)
-                gate = sigmoid(zv)
-                plain = dot(h, c, d_skip[w] * xv)
-                at.put(out_buffers[2], 0, t, dout * plain * gate * (1.0 + zv * (1.0 - gate)))
-                dout = dout * (zv * gate)
-            g = [v + dout * k for v, k in zip(g, c, strict=True)]
-            pairs = ((v * dx, u * dout) for v, u in zip(g, h, strict=True))
-            at.put_rows(products, (row, SUM_ROWS // 2 + row), pairs)
-            du = dot(g, b)
-            carried = [jnp.exp2(delta * r) * v for r, v in zip(a[w], g, strict=True)]
-            pulled = [v * p for v, p in zip(carried, h_before, strict=True)]
-            ddt = (dot(pulled, a[w]) * (1.0 / LOG2E) + du * xv) * by_dt
-            at.put(out_buffers[0], 0, t, du * delta + d_skip[w] * dout)
-            at.put(out_buffers[1], 0, t, ddt)
-            dA = tuple(v + p * delta for v, p in zip(dA, pulled, strict=True))
-            return tuple(carried), dA, dD + dout * xv, dbias + ddt
-
-        def write_sums(tile, t):
-            """Of the products of `per_sum` steps from t on, over each unit's channels."""
-            for at in each_of_block(s.units):
-                where = (at.chunk * s.chunk + tile * TILE + t) // per_sum
-                own = products.at[pl.ds(0, SUM_ROWS), pl.ds(at.warp * WARP, WARP)]
-                sums_of = jnp.sum(plgpu.load(own, layout=plgpu.Layout.WGMMA, optimized=False), axis=1)
-                thin[at.batch, at.unit, pl.ds(where * SUM_ROWS, SUM_ROWS)] = sums_of
-
         def compute(i, slot, carry):
             tile = s.tiles - 1 - i
             plgpu.barrier_wait(full.at[slot])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-            def half(k, carry):
-                first = (1 - k) * _HALF
-                states, known = [], []
-                for w, at in enumerate(team):
-                    h = tuple(at.row(before, slot, m) for m in range(n))
-                    h = lax.fori_loop(0, first, lambda t, h, w=w: forward(w, slot, tile, t, h)[0], h)
-                    path, steps = [h], []
-                    for j in range(_HALF):
-                        h, step = forward(w, slot, tile, first + j, h)
-                        path.append(h)
-                        steps.append(step)
-                    states.append(path)
-                    known.append(steps)
-                for j in reversed(range(_HALF)):
-                    row = (j % per_sum) * n
-                    carry = tuple(
-                        backward(w, slot, first + j, row, c, states[w][j], states[w][j + 1], known[w][j])
-                        for w, c in enumerate(carry)
-                    )
-                    if j % per_sum == 0:
-                        barrier()
-                        write_sums(tile, first + j)
-                        barrier()
-                return carry
-
-            return lax.fori_loop(0, 2, half, carry)
+            return work.tile(slot, tile, thin, carry)
 
         def store(i, slot):
             def copy(at):

@@ -15,6 +15,7 @@ from mambahome_kernels.selective_scan.mosaic_gpu.lanes import (
     WARPS,
     Options,
     Sizes,
+    Worker,
     advance,
     copies,
     dot,
@@ -162,17 +163,6 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
 
             copies(team, copy)
 
-        def keep_states(i, carry):
-            if kept is None:
-                return
-            for at, h in zip(team, carry, strict=True):
-                tile = at.chunk * s.tiles + i
-
-                @pl.when(tile < s.kept)
-                def _(at=at, tile=tile, h=h):
-                    for k in range(n):
-                        kept[at.batch, tile, k, at.channels] = h[k].astype(kept.dtype)
-
         def compute(i, slot, carry):
             plgpu.barrier_wait(full.at[slot])
             plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
@@ -191,7 +181,8 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
                 return h
 
             for part in range(span):
-                keep_states(i * span + part, carry)
+                if kept is not None:
+                    _keep_states(s, team, kept, i * span + part, carry)
                 first = part * TILE
                 carry = tuple(
                     lax.fori_loop(first, first + TILE, lambda t, h, w=w: step(t, h, w), h, unroll=options.unroll)
@@ -227,3 +218,13 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
             plgpu.Barrier(num_arrivals=(len(wide) + 2) * WARPS, num_barriers=slots),
         ],
     )(*wide, B, C, rates, bias, skip, starts)
+
+
+def _keep_states(s: Sizes, team: list[Worker], kept, i, carry) -> None:
+    for at, h in zip(team, carry, strict=True):
+        tile = at.chunk * s.tiles + i
+
+        @pl.when(tile < s.kept)
+        def _(at=at, tile=tile, h=h):
+            for k in range(s.d_state):
+                kept[at.batch, tile, k, at.channels] = h[k].astype(kept.dtype)
