@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "evaluation.metrics": ["assd", "dice", "hd95", "nsd"],
         "preprocessing.dataset": ["preprocess"],
         "preprocessing.examine": ["check"],
+        "preprocessing.plan_folder": ["plan"],
         "reporting.report": ["report"],
         "inference.batch": ["infer"],
         "inference.postprocess": ["volumes_ml"],

@@ -20,7 +20,8 @@ from mambahome_jax.version import __version__
 
 # The class of a command's flags is flags.<Command>Config, what it does is run() of commands/<command>.py.
 COMMANDS = {
-    "check": "Look through a dataset, list what is wrong with it and suggest settings",
+    "check": "Look through a dataset, list what is wrong with it and plan its settings",
+    "plan": "Show the settings that follow from a dataset, and why",
     "preprocess": "Reorient and resample a folder of scans",
     "train": "Train a network on a preprocessed folder",
     "infer": "Segment scans",

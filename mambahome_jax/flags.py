@@ -86,6 +86,24 @@ class PreprocessConfig:
 
 
 @dataclass(frozen=True)
+class PlanConfig:
+    """Show the settings that follow from a dataset, each with its reason, and what changes with another machine."""
+
+    folder: Positional[Annotated[Path, arg(metavar="FOLDER")]]
+    """A dataset as preprocess takes it, or a folder that preprocess wrote."""
+    memory: float | None = None
+    """Plan for a GPU of so many GiB; 0: for a CPU (default: this machine)."""
+    model: Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny"] | None = None
+    """Plan for this size of the network."""
+    max_minutes: float | None = None
+    """Plan for a training of so many minutes."""
+    dataset: UseAppendAction[tuple[str, ...]] = ()
+    """Layout of the dataset (default: recognised)."""
+    output: Path | None = None
+    """File to write the plan to, for `preprocess --plan` or as plan.json of a preprocessed folder."""
+
+
+@dataclass(frozen=True)
 @with_ingredient_flags
 class TrainConfig:
     """Train on a preprocessed folder, or straight on <case>/*ct*.nii.gz with <case>/*labels*.nii.gz."""

@@ -75,13 +75,9 @@ def fingerprint_of_prepared(prepared: Prepared, entries: Sequence[StoreEntry]) -
     body = np.array([np.subtract(*entry.body_box[::-1]) for entry in entries], float)
     structures = {}
     for value, name in prepared.labels.items():
-        volumes = [
-            entry.foreground_counts[value] * float(np.prod(entry.spacing)) / 1000
-            for entry in entries
-            if value in entry.foreground_counts
-        ]
-        middle = float(f"{np.median(volumes):.4g}") if volumes else None
-        structures[name] = {"cases": len(volumes), "median_ml": middle}
+        present = [entry for entry in entries if value in entry.foreground_counts]
+        ml = [entry.foreground_counts[value] * float(np.prod(entry.spacing)) / 1000 for entry in present]
+        structures[name] = {"cases": len(ml), "median_ml": float(f"{np.median(ml):.4g}") if ml else None}
     percentiles = [entry.percentiles for entry in entries if len(entry.percentiles) == len(prepared.channels)]
     return Fingerprint(
         spacings,

@@ -94,15 +94,9 @@ class Plan:
 
 
 def make_plan(fingerprint: Fingerprint, machine: Machine, given: Mapping[str, Setting] | None = None) -> Plan:
-    """Choose every setting.
+    """Choose every setting for a dataset and the machine that will train.
 
-    Args:
-        fingerprint: what the dataset measures.
-        machine: that which will train.
-        given: settings to keep, such as those of a plan that a person edited; the others follow from them.
-
-    Returns:
-        The plan; the same one for the same arguments.
+    given: settings to keep, such as those of a plan that a person edited; the others follow from them.
     """
     chosen = dict(given or {})
     chosen.setdefault("spacing", _choose_spacing(fingerprint))
@@ -123,13 +117,9 @@ def make_plan(fingerprint: Fingerprint, machine: Machine, given: Mapping[str, Se
 def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> tuple[np.ndarray, bool]:
     """Choose the spacing to resample to, as nnU-Net's planner does, and say whether a coarse axis is made finer.
 
-    Args:
-        spacings: (cases, 3) mm.
-        shapes: (cases, 3) voxels at these spacings.
-
-    Returns:
-        The median of each axis, (3,) mm. Of an axis that is more than 3 times as coarse as the others and has less than
-        a third of their voxels, the 10th percentile, but nothing finer than the others.
+    spacings: (cases, 3) mm. shapes: (cases, 3) voxels. Chosen is the median of each axis, (3,) mm; of an axis more
+    than 3 times as coarse as the others and has less than a third of their voxels, the 10th percentile, but nothing
+    finer than the others.
     """
     target, voxels = np.median(spacings, axis=0), np.median(shapes, axis=0)
     coarse = int(target.argmax())
@@ -178,9 +168,8 @@ def _choose_grids(
     else:
         found = grids_for(mm, patch.value)
     multiples = tuple(math.prod(column) for column in zip(*found.strides, strict=True))
-    if len(set(multiples)) == 1:
-        strides, kernels = "voxels are alike along all axes", "voxels are alike along all axes"
-    else:
+    strides = kernels = "voxels are alike along all axes"
+    if len(set(multiples)) > 1:
         strides = f"an axis is halved while it is long and fine enough; in all by {said_multiples(multiples)}"
         kernels = "1 along an axis whose voxels are still twice as long as the finest, else 3"
     return {
@@ -242,9 +231,6 @@ def as_typed(value: Any) -> str:
         nested = any(isinstance(entry, Sequence) and not isinstance(entry, str) for entry in value)
         return " ".join("".join(map(str, entry)) if nested else as_typed(entry) for entry in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-# --- plan.json -------------------------------------------------------------------------------------------------------
 
 
 def _length(value: Any) -> dict[str, float]:

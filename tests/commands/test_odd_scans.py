@@ -165,7 +165,7 @@ def check_report(folder, **flags):
     file = folder.parent / "check.json"
     code = check.run(CheckConfig(folder, json=file, num_workers=1, **flags))
     content = json.loads(file.read_text())
-    assert content["layout"] == "scans" and content["exit_code"] == code and content["summary"]["suggestion"] is None
+    assert content["layout"] == "scans" and content["exit_code"] == code and content["summary"]["plan"] is None
     return code, {f["case"]: f["found"] for f in content["findings"] if f["kind"] == "intensity"}, content["findings"]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 import mambahome_jax as mh
+from mambahome_jax.cli import run_command
 from mambahome_jax.commands.preprocess import run
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.preprocessing.plan import PLAN, read_plan
@@ -64,3 +65,25 @@ def test_a_plan_that_cannot_be_read_is_refused(config):
     edit(config, spacing=[2, 2])
     with pytest.raises(DatasetError, match=r"plan\.json: spacing is \[2, 2\]; expected three numbers in mm"):
         run(config)
+
+
+def test_the_command_explains_raw_and_preprocessed_folders(config, tmp_path, capsys):
+    assert run_command("plan", [str(config.input_path)], "mambahome plan") == 0
+    out = capsys.readouterr().out
+    assert "3 cases, for a CPU" in out and "MambaHoME_tiny" in out and "mambahome preprocess --input_path" in out
+    assert run(config) == 0
+    raw, ready = mh.plan(folder=config.input_path), mh.plan(folder=config.output_path)
+    assert (raw.prepared, ready.prepared) == (False, True)
+    ours, theirs = ({name: s.value for name, s in plan.settings().items()} for plan in (raw.plan, ready.plan))
+    assert ours == theirs
+    file = tmp_path / "large.json"
+    other = mh.plan(folder=config.output_path, memory=80, max_minutes=5, output=file)
+    assert (other.before, other.plan.model.value) == (ready.plan, "MambaHoME_small")
+    assert other.plan.length.value == {"minutes": 5} and read_plan(file).machine == "a GPU of 80 GiB"
+    capsys.readouterr()
+    words = [str(config.output_path), "--model", "MambaHoME"]
+    assert run_command("plan", words, "mambahome plan") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "was" in out and "--output" in out and "mambahome train --data_train" in out
+    assert run_command("plan", [str(config.output_path), "--max_minutes", "0"], "mambahome plan") == 2
+    assert "--max_minutes 0; expected a positive number" in capsys.readouterr().err
