@@ -21,8 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mambahome_jax.datasets.registry import load_dataset
-from mambahome_jax.evaluation.results import read_evaluation
-from mambahome_jax.evaluation.statistics import compare_runs
+from mambahome_jax.evaluation.results import compare_runs, read_evaluation
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {

@@ -12,8 +12,15 @@ from mambahome_jax.datasets.files import counterparts, twins_note
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.evaluation.metrics import compare
 from mambahome_jax.evaluation.pairs import Pair, find_pairs, named_pairs, read_pair
-from mambahome_jax.evaluation.results import Evaluation, Score, read_evaluation, write_metrics
-from mambahome_jax.evaluation.statistics import compare_runs, describe, summarise
+from mambahome_jax.evaluation.results import (
+    Evaluation,
+    Score,
+    compare_runs,
+    describe,
+    read_evaluation,
+    summarise,
+    write_metrics,
+)
 from mambahome_jax.flags import EvaluateConfig
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.imaging.plausibility import resembles_image

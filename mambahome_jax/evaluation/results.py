@@ -1,4 +1,4 @@
-"""Scores of one structure of one case, tables of them, and the files of an evaluation."""
+"""Scores of one structure of one case: tables of them, the files of an evaluation, means, intervals and tests."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
@@ -108,3 +108,212 @@ def read_evaluation(folder: Path) -> Evaluation:
     if not scores:
         raise DatasetError("no case was scored", file=path, action="Look at failures in summary.json beside it.")
     return Evaluation(scores, summary)
+
+
+DESCRIBED = (*METRICS, *VOLUMES)
+COMPARED = (*METRICS, "absolute_volume_difference_ml")
+RESAMPLES = 2000
+SEED = 0
+CONFIDENCE = 0.95
+_BLOCK = 200  # resamples at a time: 8 bytes for each of them and each case
+# metrics.csv has six digits: a difference below their rounding is none, and equal differences are ties.
+_DECIMALS = 9
+_INTERVALS = (
+    "low, high: percentile bootstrap interval of the mean, drawing whole cases; overall: mean over structures of their "
+    "means and of their medians over cases; nan and inf are left out; no interval for fewer than two cases"
+)
+_DIFFERENCES = (
+    "difference: this evaluation minus the other, over cases where both have a finite value; low, high: bootstrap 95 % "
+    "interval of the mean difference, drawing whole cases; p: two-sided Wilcoxon signed-rank test, not corrected for "
+    "the number of structures; overall: mean over structures, its test over each case's mean over structures"
+)
+
+
+def finite_mean(values: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """Return the mean over what is finite along an axis; nan where nothing is."""
+    known = np.isfinite(values)
+    total, number = np.where(known, values, 0.0).sum(axis=axis), known.sum(axis=axis)
+    return np.where(number > 0, total / np.maximum(number, 1), np.nan)
+
+
+def finite_median(values: np.ndarray) -> float:
+    """Return the median of what is finite; nan where nothing is."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if known.size else np.nan
+
+
+def summarise(scores: Iterable[Score]) -> dict[str, Any]:
+    """Return {"mean": {metric: value}, "structures": {name: {metric: value, "cases": counts}}}.
+
+    A structure's value is its mean over cases, the mean that over structures; nan and inf are left out, and where
+    nothing is left the value is nan. counts: cases with the structure in "both" label maps, "missed" (reference only),
+    "invented" (prediction only) and "absent" (neither).
+    """
+    rows = list(scores)
+    number = len({row.case for row in rows})
+    structures: dict[str, Any] = {}
+    for name in structures_of(rows):
+        own = [row for row in rows if row.structure == name]
+        present = [(row.volume_ml > 0, row.reference_volume_ml > 0) for row in own]
+        structures[name] = {
+            metric: float(finite_mean(np.array([getattr(row, metric) for row in own]))) for metric in DESCRIBED
+        } | {
+            "cases": {
+                "both": present.count((True, True)),
+                "missed": present.count((False, True)),
+                "invented": present.count((True, False)),
+                "absent": number - len(present) + present.count((False, False)),
+            }
+        }
+    means = {metric: np.array([entry[metric] for entry in structures.values()]) for metric in METRICS}
+    return {"mean": {metric: float(finite_mean(values)) for metric, values in means.items()}, "structures": structures}
+
+
+def describe(scores: Sequence[Score], resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, Any]:
+    """Return {"overall": {metric: entry}, "structures": {name: {metric: entry}}} of DESCRIBED, and how it was made.
+
+    entry: mean, median, low, high (of the mean) and cases, the number that has a finite value; nan where nothing has.
+    """
+    cases, names = sorted({row.case for row in scores}), structures_of(scores)
+    overall: dict[str, Any] = {}
+    structures: dict[str, Any] = {name: {} for name in names}
+    for metric in DESCRIBED:
+        values = score_matrix(scores, metric, cases, names)
+        columns, total = mean_intervals(values, resamples, seed)
+        for name, column, interval in zip(names, values.T, columns, strict=True):
+            structures[name][metric] = _entry(column, finite_median(column), interval)
+        medians = np.array([structures[name][metric]["median"] for name in names])
+        entry = _entry(finite_mean(values, axis=1), float(finite_mean(medians)), total)
+        overall[metric] = entry | {"mean": float(finite_mean(finite_mean(values, axis=0)))}
+    how = {"resamples": resamples, "seed": seed, "confidence": CONFIDENCE, "definition": _INTERVALS}
+    return {"overall": overall, "structures": structures, **how}
+
+
+def _entry(values: np.ndarray, median: float, interval: tuple[float, float]) -> dict[str, Any]:
+    cases = int(np.isfinite(values).sum())
+    return dict(mean=float(finite_mean(values)), median=median, low=interval[0], high=interval[1], cases=cases)
+
+
+def compare_runs(
+    scores: Sequence[Score], others: Sequence[Score], resamples: int = RESAMPLES, seed: int = SEED
+) -> dict[str, Any]:
+    """Compare two evaluations, matching cases and structures by name.
+
+    Returns:
+        {"metrics": {metric: {"overall": entry, "structures": {name: entry}}}} of COMPARED, and what only one side has.
+        entry: mean and other_mean of the paired cases, difference and median_difference (scores minus others), low,
+        high, p, cases; nan where nothing is paired.
+    """
+    ours, theirs = ({row.case for row in side} for side in (scores, others))
+    names, other_names = structures_of(scores), structures_of(others)
+    cases, common = sorted(ours & theirs), [name for name in names if name in other_names]
+    metrics: dict[str, Any] = {}
+    for metric in COMPARED:
+        values, other_values = (_as_written(score_matrix(side, metric, cases, common)) for side in (scores, others))
+        metrics[metric] = _compare_metric(values, other_values, common, resamples, seed)
+    return {
+        "metrics": metrics,
+        "cases": cases,
+        "only_here": sorted(ours - theirs),
+        "only_there": sorted(theirs - ours),
+        "structures_only_here": [name for name in names if name not in common],
+        "structures_only_there": [name for name in other_names if name not in common],
+        "resamples": resamples,
+        "seed": seed,
+        "definition": _DIFFERENCES,
+    }
+
+
+def _compare_metric(
+    ours: np.ndarray, theirs: np.ndarray, names: Sequence[str], resamples: int, seed: int
+) -> dict[str, Any]:
+    differences = ours - theirs
+    ours, theirs = (np.where(np.isfinite(differences), side, np.nan) for side in (ours, theirs))
+    columns, total = mean_intervals(differences, resamples, seed)
+    structures = {
+        name: _paired(ours[:, number], theirs[:, number], differences[:, number], columns[number])
+        for number, name in enumerate(names)
+    }
+    overall = _paired(finite_mean(ours, 1), finite_mean(theirs, 1), finite_mean(differences, 1), total)
+    # As everywhere, the mean over structures of means over cases; a case without a structure makes it another number.
+    for key, array in (("mean", ours), ("other_mean", theirs), ("difference", differences)):
+        overall[key] = float(finite_mean(finite_mean(array, axis=0)))
+    return {"overall": overall, "structures": structures}
+
+
+def _paired(
+    ours: np.ndarray, theirs: np.ndarray, differences: np.ndarray, interval: tuple[float, float]
+) -> dict[str, Any]:
+    return {
+        "cases": int(np.isfinite(differences).sum()),
+        "mean": float(finite_mean(ours)),
+        "other_mean": float(finite_mean(theirs)),
+        "difference": float(finite_mean(differences)),
+        "median_difference": finite_median(differences),
+        "low": interval[0],
+        "high": interval[1],
+        "p": wilcoxon_p(differences),
+    }
+
+
+def _as_written(values: np.ndarray) -> np.ndarray:
+    """Round to the six digits of metrics.csv: a run compared with itself, read back, has no difference."""
+    return np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[np.float64])(values)
+
+
+def wilcoxon_p(differences: np.ndarray) -> float:
+    """Test differences (n,) by Wilcoxon's two-sided signed-rank test, nan left out and 0 dropped.
+
+    1 where all are 0, nan where there is none.
+    """
+    known = np.round(differences[np.isfinite(differences)], _DECIMALS)
+    if not known.size:
+        return np.nan
+    if not known.any():
+        return 1.0
+    # Here, as it takes longer to import than all else in this package.
+    from scipy.stats import wilcoxon
+
+    return float(wilcoxon(known[known != 0]).pvalue)
+
+
+def mean_intervals(
+    values: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED
+) -> tuple[list[tuple[float, float]], tuple[float, float]]:
+    """Return bootstrap intervals of each structure's mean over cases, and of the mean of these means.
+
+    values: (cases, structures), nan where there is none. Cases are drawn whole, the same for all structures. (nan, nan)
+    where fewer than two cases have a value.
+    """
+    means = bootstrap_means(values, resamples, seed)
+    enough = np.isfinite(values).sum(axis=0) >= 2
+    columns = [_interval(means[:, number]) if enough[number] else (np.nan, np.nan) for number in range(len(enough))]
+    several = np.isfinite(values).any(axis=1).sum() >= 2
+    return columns, _interval(finite_mean(means, axis=1)) if several else (np.nan, np.nan)
+
+
+def bootstrap_means(values: np.ndarray, resamples: int = RESAMPLES, seed: int = SEED) -> np.ndarray:
+    """Return (resamples, structures) means over as many cases as there are, drawn with replacement.
+
+    values: (cases, structures). nan where none of the cases drawn has a value. Same values and seed, same means.
+    """
+    cases = len(values)
+    known = np.isfinite(values).astype(np.float64)
+    filled = np.where(known > 0, values, 0.0)
+    means = np.full((resamples, values.shape[1]), np.nan)
+    rng = np.random.default_rng(seed)
+    for start in range(0, resamples if cases else 0, _BLOCK):
+        size = min(_BLOCK, resamples - start)
+        drawn = rng.multinomial(cases, np.full(cases, 1 / cases), size=size).astype(np.float64)
+        number = drawn @ known
+        means[start : start + size] = np.where(number > 0, (drawn @ filled) / np.maximum(number, 1), np.nan)
+    return means
+
+
+def _interval(means: np.ndarray) -> tuple[float, float]:
+    known = means[np.isfinite(means)]
+    if not known.size:
+        return np.nan, np.nan
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(known, [tail, 100 - tail])
+    return float(low), float(high)

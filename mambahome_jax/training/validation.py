@@ -14,7 +14,7 @@ from flax import nnx
 from mambahome_jax.config import Modality
 from mambahome_jax.errors import CheckpointError, DatasetError
 from mambahome_jax.evaluation.metrics import dice
-from mambahome_jax.evaluation.statistics import finite_mean
+from mambahome_jax.evaluation.results import finite_mean
 from mambahome_jax.imaging.normalisation import Normalisation, normalisations
 from mambahome_jax.imaging.pictures import render
 from mambahome_jax.imaging.volume import Volume, replace_values

@@ -8,8 +8,7 @@ import pytest
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.evaluation.evaluate import evaluate_case
 from mambahome_jax.evaluation.pairs import Pair
-from mambahome_jax.evaluation.results import COLUMNS, METRICS, Score, write_metrics
-from mambahome_jax.evaluation.statistics import summarise
+from mambahome_jax.evaluation.results import COLUMNS, METRICS, Score, summarise, write_metrics
 from mambahome_jax.imaging.volume import Volume, write_volume
 from mambahome_jax.support.files import write_json
 

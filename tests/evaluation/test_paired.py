@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mambahome_jax.evaluation.results import Score
-from mambahome_jax.evaluation.statistics import COMPARED, compare_runs, wilcoxon_p
+from mambahome_jax.evaluation.results import COMPARED, Score, compare_runs, wilcoxon_p
 
 
 def row(case, label, dice, volume=1.0):

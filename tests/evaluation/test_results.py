@@ -3,8 +3,7 @@ import math
 import pytest
 
 from mambahome_jax.errors import DatasetError, OutputError
-from mambahome_jax.evaluation.results import Score, read_evaluation, write_metrics
-from mambahome_jax.evaluation.statistics import summarise
+from mambahome_jax.evaluation.results import Score, read_evaluation, summarise, write_metrics
 from mambahome_jax.support.files import write_json, write_text
 
 SCORES = [

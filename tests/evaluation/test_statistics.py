@@ -3,8 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from mambahome_jax.evaluation.results import Score
-from mambahome_jax.evaluation.statistics import DESCRIBED, bootstrap_means, describe, finite_median, mean_intervals
+from mambahome_jax.evaluation.results import DESCRIBED, Score, bootstrap_means, describe, finite_median, mean_intervals
 
 
 def row(case, label, dice, assd=1.0, volume=1.0, reference=1.0):

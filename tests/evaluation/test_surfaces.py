@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.evaluation.metrics import assd, dice, hausdorff, hd95, nsd
-from mambahome_jax.evaluation.surface_area import areas_of, codes_of
+from mambahome_jax.evaluation.metrics import areas_of, assd, codes_of, dice, hausdorff, hd95, nsd
 from tests.conftest import load_golden
 
 PAIRS = ("shifted", "outlier", "equal", "empty_prediction", "empty_reference", "both_empty", "noise", "border")

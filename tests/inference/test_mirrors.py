@@ -8,7 +8,7 @@ from flax import nnx
 from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.inference.mirrors import class_order, mirrored, mirrors_for
+from mambahome_jax.inference.ensemble import class_order, mirrored, mirrors_for
 from mambahome_jax.inference.segment import Segmenter, SegmentOptions, segment
 from tests.inference.models import Levels
 

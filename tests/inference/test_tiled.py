@@ -10,7 +10,7 @@ from mambahome_jax.imaging.geometry import orientation_of, reorient, resample_to
 from mambahome_jax.imaging.normalisation import CtWindow, MinMax, normalisation_for
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference import targets, tiled
-from mambahome_jax.inference.mirrors import mirrored
+from mambahome_jax.inference.ensemble import mirrored
 from mambahome_jax.inference.segment import SegmentSettings, label, to_network_grid
 from mambahome_jax.inference.sliding_window import sliding_window
 from mambahome_jax.inference.tiled import Tiling

@@ -7,11 +7,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from mambahome_jax.evaluation.results import Evaluation, Score
-from mambahome_jax.evaluation.statistics import compare_runs
+from mambahome_jax.evaluation.results import Evaluation, Score, compare_runs
 from mambahome_jax.imaging.pictures import Panel
-from mambahome_jax.reporting.charts import chart_of
-from mambahome_jax.reporting.page import Report, Shown, inline_json, render_report, template, worst_first
+from mambahome_jax.reporting.page import Report, Shown, chart_of, inline_json, render_report, template, worst_first
 from mambahome_jax.support.files import jsonable
 
 EVIL = "</script><script>alert('1')</script>\"<img src=x onerror=alert(2)>&amp;"

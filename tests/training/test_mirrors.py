@@ -10,7 +10,7 @@ from mambahome_jax.datasets.prepared import Prepared, PreparedCase, write_prepar
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.intensity import statistics
-from mambahome_jax.inference.mirrors import mirrors_for
+from mambahome_jax.inference.ensemble import mirrors_for
 from mambahome_jax.patches.store import StoreEntry, write_case, write_index
 from mambahome_jax.training.setup import choose_mirrors, make_setup, recorded_mirrors
 
