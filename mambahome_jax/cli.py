@@ -105,14 +105,18 @@ def parse(command: str, argv: Sequence[str], prog: str) -> Any:
 
     registry = ConstructorRegistry()
     registry.primitive_rule(path_rule)
+    words = normalise_arguments(command, argv)
     settings = tyro.cli(
         flags_of(command),
-        args=normalise_arguments(command, argv),
+        args=words,
         prog=prog,
         use_underscores=True,
         config=(tyro.conf.FlagConversionOff,),
         registry=registry,
     )
+    if hasattr(settings, "given"):
+        given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+        settings = dataclasses.replace(settings, given=tuple(sorted(given)))
     weights = getattr(settings, "use_pretrained", "")
     return dataclasses.replace(settings, use_pretrained=str(typed_path(weights))) if weights else settings
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
 from mambahome_jax.config import CtIntensity, Modality, Precision, Strategy, Surface
 from mambahome_jax.recipes import with_ingredient_flags
@@ -188,7 +188,10 @@ class TrainConfig:
     pin_memory: bool = True
     """Accepted for command lines of the published code; has no meaning in JAX."""
     recipe: Literal["published", "strong"] = "published"
-    """Defaults of the flags from here on: as in the published code, or stronger."""
+    """Defaults of the flags from here on: as in the published code, or stronger. A preprocessed folder's plan.json
+    decides, also on model, patch, batch and length, what no flag does; --recipe published leaves the plan aside."""
+    given: Suppress[tuple[str, ...]] = ()
+    """Names of the flags that were given, whatever their values."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the house may grow to, `__init__`s apart.
-MOST_FILES, MOST_LINES = 132, 25_000
+MOST_FILES, MOST_LINES = 132, 25_200
 LONGEST_FILE, LONGEST_FUNCTION = 500, 160
 # Belong to no room: the public names, the version, errors and configuration.
 LEAVES = {"config", "errors", "flags", "recipes", "version"}

@@ -19,7 +19,10 @@ from mambahome_jax.support.console import command_line
 SPACING = "6 6 6"
 # Little time and no variation to speak of: no augmentation, and every structure as often as the others. Half as wide
 # again as the smallest size, which in so few steps misses the kidneys with some seeds.
-TRAINING = "--patch_size 48 32 32 --feature_size 12 --batch_size 1 --lr 2e-3 --class_balanced --augment False"
+TRAINING = (
+    "--recipe published --patch_size 48 32 32 --feature_size 12 --batch_size 1 --lr 2e-3 --class_balanced "
+    "--augment False"
+)
 # As many windows as validation takes at a time: inference then finds the network compiled.
 INFERENCE = "--sw_batch_size 1"
 

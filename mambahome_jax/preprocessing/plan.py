@@ -27,7 +27,9 @@ from mambahome_jax.config import (
     said_multiples,
     text,
 )
+from mambahome_jax.datasets.prepared import detect, read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing.fingerprint import Fingerprint
 from mambahome_jax.recipes import RECIPES
 from mambahome_jax.support.files import read_json, write_json
@@ -305,3 +307,59 @@ def write_plan(file: Path, plan: Plan, machine: Machine, fingerprint: Fingerprin
     settings = {name: setting._asdict() for name, setting in plan.settings().items()}
     content = {"version": VERSION, **settings, "machine": str(machine), "fingerprint": fingerprint.to_json()}
     write_json(file, content | {"digest": _digest(plan.settings())})
+
+
+# How a training follows it.
+
+
+def planned_settings(folder: Path) -> StoredPlan:
+    """Read the plan of a preprocessed folder, without settings where it has none.
+
+    Raises DatasetError: as `read_plan`; a spacing other than that of the folder's cases.
+    """
+    file = folder / PLAN
+    if not (detect(folder) and file.is_file()):
+        return StoredPlan({}, "", False)
+    stored, spacing = read_plan(file), read_prepared(folder).spacing
+    planned = stored.settings.get("spacing")
+    if planned is not None and spacing is not None and not np.allclose(planned.value, spacing):
+        found = f"spacing is {as_typed(planned.value)}, but the cases are resampled to {as_typed(spacing)} mm"
+        action = "Run preprocess again, which follows the plan, or set the spacing back."
+        raise DatasetError(found, file=file, expected=as_typed(spacing), action=action)
+    return stored
+
+
+def follow_plan(flags: TrainConfig, settings: Mapping[str, Setting]) -> TrainConfig:
+    """Fill flags that were not given by the settings of a plan; none of them with --recipe published."""
+    defaults = {field.name: field.default for field in dataclasses.fields(flags)}
+
+    def free(*names: str) -> bool:
+        return not any(name in flags.given or getattr(flags, name) != defaults[name] for name in names)
+
+    if not free("recipe") and flags.recipe == "published":
+        return flags
+    names = ("model", "patch_size", "batch_size", "recipe", "mirror")
+    planned = {name: settings[name].value for name in names if name in settings and free(name)}
+    if "strides" in settings and free("strides"):
+        planned["strides"] = "auto"
+    if "length" in settings and free("epochs", "steps", "max_minutes"):
+        ((unit, number),) = settings["length"].value.items()
+        planned["max_minutes" if unit == "minutes" else unit] = number
+    return dataclasses.replace(flags, **planned)
+
+
+def plan_lines(flags: TrainConfig, followed: TrainConfig, plan: StoredPlan, kind: str) -> list[str]:
+    """Say what a plan decided of a training on a machine of that kind, "cpu" or "gpu"."""
+    if followed == flags:
+        return []
+    chosen = {name: value for name, value in vars(followed).items() if value != getattr(flags, name)}
+    lines = [
+        f"By {flags.data_train / PLAN}: {', '.join(f'{name} {as_typed(value)}' for name, value in chosen.items())}. "
+        "A flag wins; --recipe published trains as the paper did"
+    ]
+    if plan.machine and (plan.machine == str(Machine())) != (kind == "cpu"):
+        again = f"mambahome plan {flags.data_train} --output {flags.data_train / PLAN}"
+        lines.append(f"Note: it was made for {plan.machine}, and this machine is of another kind; {again} plans for it")
+    if kind == "cpu":
+        lines.append("On a CPU a small network on small scans is realistic; for whole organs in large scans use a GPU")
+    return lines

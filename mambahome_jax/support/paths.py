@@ -119,8 +119,11 @@ def from_keywords(kind: type[Config], flags: Mapping[str, Any]) -> Config:
             return tuple(openable(entry) for entry in value)
         return typed_path(value) if isinstance(value, str | Path) else value
 
+    values = {name: openable(value) if name in paths else value for name, value in flags.items()}
+    if any(field.name == "given" for field in dataclasses.fields(kind)):  # type: ignore[arg-type]
+        values |= {"given": tuple(sorted(flags))}
     try:
-        return kind(**{name: openable(value) if name in paths else value for name, value in flags.items()})
+        return kind(**values)
     except TypeError as error:
         raise ConfigError(str(error).replace(f"{kind.__name__}.__init__()", "this command")) from error
 

@@ -23,6 +23,7 @@ from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.flags import PreprocessConfig, TrainConfig
 from mambahome_jax.preprocessing.dataset import prepare_dataset
+from mambahome_jax.preprocessing.plan import Setting, follow_plan, plan_lines, planned_settings
 from mambahome_jax.support.console import say, tracked
 from mambahome_jax.support.devices import choose_devices, device_line, versions
 from mambahome_jax.support.files import jsonable, read_json, write_json
@@ -40,7 +41,7 @@ from mambahome_jax.weights.checkpoint import read_checkpoint_config
 SIGNALLED = 128
 # Flags that say how a run was started; it may be another way of starting that finds it finished.
 _OF_THE_START = {
-    *("resume", "load_checkpoint", "output_dir", "checkpoint_name"),
+    *("resume", "load_checkpoint", "output_dir", "checkpoint_name", "given"),
     *("coordinator_address", "num_processes", "process_id"),
 }
 
@@ -96,9 +97,14 @@ def run_training(flags: TrainConfig, console: Console, started: float | None = N
 
     Raises MambaHomeError before anything is trained.
     """
+    plan = planned_settings(flags.data_train)
+    given, flags = flags, follow_plan(flags, plan.settings)
+    for line in plan_lines(given, flags, plan, "cpu" if jax.default_backend() == "cpu" else "gpu"):
+        say(console, line)
     seconds = math.inf if flags.max_minutes is None else flags.max_minutes * 60
     folder = local_path(flags.output_dir or Path("runs") / (flags.checkpoint_name or flags.model))
-    return Training(flags, folder, console, Clock(started or time.monotonic(), seconds)).run()
+    clock = Clock(started or time.monotonic(), seconds)
+    return Training(flags, folder, console, clock, plan.settings).run()
 
 
 @dataclass
@@ -109,6 +115,7 @@ class Training:
     folder: Path
     console: Console
     clock: Clock
+    settings: Mapping[str, Setting]
     programs: Programs = field(default_factory=dict)
 
     @functools.cached_property
@@ -136,7 +143,8 @@ class Training:
             resume = self._may_start(folder, flags)
             earlier, recorded = (earlier_report(folder), recorded_mirrors(folder)) if resume else ({}, ())
             devices = choose_devices(flags.parallel, flags.num_devices)
-            setup = make_setup(flags, self.data.prepared, self.data.prepared_val, len(devices), recorded)
+            data = self.data
+            setup = make_setup(flags, data.prepared, data.prepared_val, len(devices), recorded, self.settings)
             require_same("The configuration", checkpoint_settings(setup))
             checkpoint = require_same_run(folder, setup, earlier) if resume else None
             if skip_finished and is_finished(earlier, flags):

@@ -39,6 +39,7 @@ from mambahome_jax.datasets.structures import (
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.patches.store import CRC_LETTERS, Store, StoreEntry, training_ranges
+from mambahome_jax.preprocessing.plan import Setting
 from mambahome_jax.recipes import AugmentationConfig, Recipe, given_ingredients, resolve
 from mambahome_jax.support.devices import default_precision
 from mambahome_jax.training.schedule import Schedule
@@ -112,10 +113,11 @@ def make_setup(
     prepared_val: Prepared | None,
     devices: int,
     recorded: tuple[Mirror, ...] = (),
+    settings: Mapping[str, Setting] | None = None,
 ) -> Setup:
     """Resolve every default that depends on the dataset or the devices.
 
-    recorded: the mirrors that the run to be resumed began with; it goes on with them.
+    recorded: the mirrors that the run to be resumed began with; it goes on with them. settings: of the plan.
     Raises ConfigError for flags that cannot work, DatasetError where there is nothing to train on.
     """
     _check_flags(flags)
@@ -124,7 +126,7 @@ def make_setup(
     val = held_out[: flags.max_val_cases]
     store, val_store = Store(prepared.store), Store((prepared_val or prepared).store)
     entries = [store.entry(case) for case in train]
-    patch, grids = choose_grids(flags, [entry.shape for entry in entries], _voxel_size(prepared))
+    patch, grids = choose_grids(flags, [entry.shape for entry in entries], _voxel_size(prepared), settings or {})
     classes, named = _classes(flags, prepared, entries)
     structures = named or {1: "label_1"}
     augmentation, mirror_lines = make_augmentation(
@@ -258,14 +260,20 @@ def model_config(flags: TrainConfig, in_chans: int, out_chans: int) -> ModelConf
 
 
 def choose_grids(
-    flags: TrainConfig, shapes: list[Triple], spacing: tuple[float, float, float]
+    flags: TrainConfig,
+    shapes: list[Triple],
+    spacing: tuple[float, float, float],
+    settings: Mapping[str, Setting] | None = None,
 ) -> tuple[Triple, dict[str, Any]]:
-    """The patch, and what --strides changes of the network for it."""
+    """The patch, and what --strides, or the plan of `settings` for the same patch, changes of the network for it."""
     if flags.strides == "published":
         return choose_patch(flags, shapes), {}
     if flags.patch_size is not None:
         _, strides, kernel_sizes = grids_for(spacing, flags.patch_size)
         grids: dict[str, Any] = {"strides": strides, "kernel_sizes": kernel_sizes}
+        planned = {name: setting.value for name, setting in (settings or {}).items()}
+        if tuple(flags.patch_size) == planned.get("patch_size"):
+            grids = {name: planned.get(name, value) for name, value in grids.items()}
         return choose_patch(flags, shapes, ModelConfig(**grids).multiples), grids
     median = [round(n) for n in np.median(shapes, axis=0)]
     patch, strides, kernel_sizes = patch_and_grids(spacing, median, math.prod(MODEL_SIZES[flags.model].patch_size))

@@ -87,3 +87,18 @@ def test_the_command_explains_raw_and_preprocessed_folders(config, tmp_path, cap
     assert "was" in out and "--output" in out and "mambahome train --data_train" in out
     assert run_command("plan", [str(config.output_path), "--max_minutes", "0"], "mambahome plan") == 2
     assert "--max_minutes 0; expected a positive number" in capsys.readouterr().err
+
+
+def test_train_follows_the_plan_and_refuses_another_spacing(config, tmp_path, capsys):
+    assert run(config) == 0
+    edit(config, length={"steps": 2}, patch_size=[32, 16, 16], strides=[[2, 2, 2]] * 4, kernel_sizes=[[3, 3, 3]] * 5)
+    words = ["--data_train", str(config.output_path), "--output_dir", str(tmp_path / "run"), "--num_workers", "0"]
+    assert run_command("train", words, "train") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "recipe strong" in out and "A flag wins" in out and "On a CPU" in out
+    report = json.loads((tmp_path / "run/run.json").read_text())
+    assert (report["step"], report["configuration"]["model"]) == (2, "MambaHoME_tiny")
+    assert report["training"]["patch_size"] == [32, 16, 16] and report["model"]["strides"] == [[2, 2, 2]] * 4
+    edit(config, spacing=[2, 2, 3])
+    assert run_command("train", [*words, "--resume"], "train") == 2
+    assert "spacing is 2 2 3, but the cases are resampled to 2 1 3 mm; expected 2 1 3" in capsys.readouterr().err

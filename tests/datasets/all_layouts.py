@@ -36,7 +36,7 @@ def end_to_end(name: str, folder: Path, *flags: str) -> dict[str, str]:
     assert code == (1 if miniature.skipped else 0), f"preprocess ended with {code}"
     prepared = json.loads((out / "dataset.json").read_text())
     labels = prepared["labels"]
-    sizes = ("--patch_size", "32", "16", "16", "--batch_size", "1", "--num_workers", "0")
+    sizes = ("--recipe", "published", "--patch_size", "32", "16", "16", "--batch_size", "1", "--num_workers", "0")
     model = (
         "--model",
         "MambaHoME_tiny",

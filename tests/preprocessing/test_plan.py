@@ -10,8 +10,19 @@ import pytest
 
 from mambahome_jax.config import ModelConfig
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing.fingerprint import Fingerprint
-from mambahome_jax.preprocessing.plan import Machine, Setting, make_plan, read_plan, target_spacing, write_plan
+from mambahome_jax.preprocessing.plan import (
+    Machine,
+    Setting,
+    StoredPlan,
+    follow_plan,
+    make_plan,
+    plan_lines,
+    read_plan,
+    target_spacing,
+    write_plan,
+)
 
 GOLDENS = json.loads((Path(__file__).parent.parent / "goldens" / "nnunet_plans.json").read_text())
 GPU, CPU = Machine(140.0), Machine()
@@ -125,3 +136,31 @@ def test_plan_json_comes_back(tmp_path):
 def test_plans_are_equal_for_equal_numbers():
     numbers = fingerprint((0.8, 0.8, 2.5), (512, 512, 93), cases=5)
     assert make_plan(numbers, GPU) == make_plan(dataclasses.replace(numbers), Machine(140.0))
+
+
+def test_a_training_follows_what_no_flag_decides():
+    settings = make_plan(fingerprint((1.5, 1.5, 10), (256, 216, 10), cases=50), GPU).settings()
+    data = Path("ready")
+    followed = follow_plan(TrainConfig(data), settings)
+    assert (followed.model, followed.recipe, followed.strides) == ("MambaHoME_small", "strong", "auto")
+    assert followed.patch_size == (256, 224, 10) and followed.max_minutes == settings["length"].value["minutes"]
+    assert followed.batch_size == settings["batch_size"].value and followed.mirror == ("LR",)
+    # Given at its default, a flag wins all the same.
+    asked = follow_plan(TrainConfig(data, model="MambaHoME", steps=5, given=("model", "steps", "batch_size")), settings)
+    assert (asked.model, asked.steps, asked.max_minutes, asked.batch_size) == ("MambaHoME", 5, None, 2)
+    assert follow_plan(TrainConfig(data, patch_size=(48, 48, 10)), settings).patch_size == (48, 48, 10)
+    for published in (TrainConfig(data, given=("recipe",)), TrainConfig(data, recipe="published", given=("recipe",))):
+        assert follow_plan(published, settings) == published
+    assert follow_plan(TrainConfig(data), {}) == TrainConfig(data)
+    epochs = follow_plan(TrainConfig(data), {"length": Setting({"epochs": 3}, "")})
+    assert (epochs.epochs, epochs.max_minutes) == (3, None)
+
+
+def test_what_a_plan_decided_is_said():
+    flags, stored = TrainConfig(Path("ready")), StoredPlan({"model": Setting("MambaHoME_tiny", "")}, "a CPU", False)
+    assert plan_lines(flags, flags, stored, "cpu") == []
+    followed = follow_plan(flags, stored.settings)
+    first, second = plan_lines(flags, followed, stored, "cpu")
+    assert "model MambaHoME_tiny" in first and "--recipe published trains as the paper" in first
+    assert second.startswith("On a CPU")
+    assert "this machine is of another kind" in plan_lines(flags, followed, stored, "gpu")[1]
