@@ -96,30 +96,45 @@ def _coordinates(affine: np.ndarray, shape: tuple[int, int, int], rng: np.random
     return bent
 
 
-def _paint(x: np.ndarray, y: np.ndarray, z: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Attenuation in HU (float32, without noise) and labels (uint8) at canonical coordinates in mm."""
-    hu, labels = np.full(x.shape, -1000, np.float32), np.zeros(x.shape, np.uint8)
+class _Canvas:
+    """Attenuation in HU (float32, without noise) and labels (uint8) at canonical coordinates in mm, painted upon."""
 
-    def put(inside: np.ndarray, value: float | np.ndarray, label: int = 0) -> None:
+    def __init__(self, x: np.ndarray, y: np.ndarray, z: np.ndarray, rng: np.random.Generator):
+        self.x, self.y, self.z, self.rng = x, y, z, rng
+        self.hu, self.labels = np.full(x.shape, -1000, np.float32), np.zeros(x.shape, np.uint8)
+
+    def put(self, inside: np.ndarray, value: float | np.ndarray, label: int = 0) -> None:
         # An edge fades over a voxel or so: partial volume.
         cover = np.clip(0.5 - inside / 3.5, 0, 1)
-        hu[...] += cover * (value - hu)
+        self.hu += cover * (value - self.hu)
         if label:
-            labels[inside < 0] = label
+            self.labels[inside < 0] = label
 
-    def blob(centre: tuple[float, float, float], radii: tuple[float, float, float], tilt: float = 0.0) -> np.ndarray:
+    def blob(self, centre: tuple[float, float, float], radii: tuple[float, float, float], tilt: float = 0.0):
         """Ellipsoid near its place and size, turned by `tilt` degrees about the y axis."""
-        c = (np.array(centre) + rng.uniform(-4, 4, 3)).tolist()
-        r = np.array(radii) * rng.uniform(0.92, 1.08, 3)
-        angle = math.radians(tilt + rng.uniform(-8, 8))
+        c = (np.array(centre) + self.rng.uniform(-4, 4, 3)).tolist()
+        r = np.array(radii) * self.rng.uniform(0.92, 1.08, 3)
+        angle = math.radians(tilt + self.rng.uniform(-8, 8))
         cos, sin = math.cos(angle), math.sin(angle)
-        u, w = x - c[0], z - c[2]
-        return _ellipsoid(cos * u + sin * w, y - c[1], cos * w - sin * u, r)
+        u, w = self.x - c[0], self.z - c[2]
+        return _ellipsoid(cos * u + sin * w, self.y - c[1], cos * w - sin * u, r)
 
+
+def _paint(x: np.ndarray, y: np.ndarray, z: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Attenuation in HU (float32, without noise) and labels (uint8) at canonical coordinates in mm."""
+    canvas = _Canvas(x, y, z, rng)
     fat, muscle = rng.uniform(-115, -90), rng.uniform(45, 65)
     # Portal inflow phase, some 40 s after the contrast medium: aorta, kidneys, spleen, liver from bright to dull.
-    blood = rng.uniform(240, 300)
-    liver_hu = rng.uniform(85, 105)
+    blood, liver_hu = rng.uniform(240, 300), rng.uniform(85, 105)
+    cavity = _paint_trunk(canvas, fat, muscle)
+    _paint_spine_and_bowel(canvas, muscle)
+    _paint_organs(canvas, cavity, blood, liver_hu)
+    return canvas.hu, canvas.labels
+
+
+def _paint_trunk(canvas: _Canvas, fat: float, muscle: float) -> np.ndarray:
+    """Table, skin, fat, muscle and ribs; returns the cavity."""
+    x, y, z, rng, put = canvas.x, canvas.y, canvas.z, canvas.rng, canvas.put
     belly = rng.uniform(10, 26)  # mm of fat under the skin
 
     skin = _cylinder(x, y, 150.0, 106.0)
@@ -132,7 +147,11 @@ def _paint(x: np.ndarray, y: np.ndarray, z: np.ndarray, rng: np.random.Generator
     lines = (z + 0.4 * y) / 26
     stripes = np.abs(lines - np.rint(lines)) * 26 - 5
     put(np.maximum.reduce([np.abs(cavity - 6) - 4, stripes, -25 - z - 0.4 * y, y - 72]), rng.uniform(280, 420))
+    return cavity
 
+
+def _paint_spine_and_bowel(canvas: _Canvas, muscle: float) -> None:
+    x, y, z, rng, put = canvas.x, canvas.y, canvas.z, canvas.rng, canvas.put
     # Spine: vertebrae and discs, canal, processes, and the muscles beside them.
     for side in (-1, 1):
         put(_ellipsoid(x - side * 36, y + 82, z, (27.0, 19.0, 1e3)), muscle)
@@ -151,6 +170,10 @@ def _paint(x: np.ndarray, y: np.ndarray, z: np.ndarray, rng: np.random.Generator
         put(loop, rng.uniform(50, 90))
         put(loop + 3.5, float(rng.choice([15.0, 35.0, -700.0], p=[0.4, 0.4, 0.2])))
 
+
+def _paint_organs(canvas: _Canvas, cavity: np.ndarray, blood: float, liver_hu: float) -> None:
+    """Lungs and heart, then the organs of the abdomen, those with labels last."""
+    x, y, z, rng, put, blob = canvas.x, canvas.y, canvas.z, canvas.rng, canvas.put, canvas.blob
     dome = [84 - 40 * (((x - side * 62) / 85) ** 2 + ((y - 5) / 85) ** 2) for side in (1, -1)]
     below = z - np.maximum(dome[0] + rng.uniform(0, 8), dome[1] - 4)
     put(np.maximum(cavity + 4, 4 - below), -850.0)
@@ -190,7 +213,6 @@ def _paint(x: np.ndarray, y: np.ndarray, z: np.ndarray, rng: np.random.Generator
     bend = rng.uniform(-6, 6, 2).tolist()
     aorta = np.hypot(x + 9 + bend[0] * np.sin(z / 40), y + 28 + bend[1] * np.cos(z / 55)) - rng.uniform(13, 15.5)
     put(aorta, blood, 4)
-    return hu, labels
 
 
 _PANCREAS = np.array([(38, 8, -12), (18, 16, -4), (-8, 12, 4), (-36, -2, 12), (-66, -12, 22)], dtype=np.float64)
