@@ -30,6 +30,8 @@ def run(config: PlanConfig) -> int:
             say(console, f"train follows {config.folder / PLAN}; --output {config.folder / PLAN} replaces it")
         say(console, f"Next: {command_line('train', '--data_train', config.folder)}")
         return 0
+    if config.output is None and result.plan != result.before:
+        say(console, "--output FILE writes this plan, and preprocess --plan FILE obeys it")
     words: list[str | Path] = ["--input_path", config.folder, "--output_path", "READY"]
     words += ["--dataset", *config.dataset] if config.dataset else []
     words += ["--plan", config.output] if config.output is not None else []

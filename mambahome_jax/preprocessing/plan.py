@@ -6,6 +6,7 @@ Pure: numbers in, settings out. Nothing here reads a scan.
 import dataclasses
 import json
 import math
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ PLAN = "plan.json"
 VERSION = 1
 _ANISOTROPIC = 3
 _ONE_SIDED_MM = 100  # narrower scans show one side of the body
+_HEART = re.compile(r"(?i)^(?!.*lateral).*(ventric|atri)")  # not the ventricles of the brain
 # Voxels of a step for each GiB of the device: a rule, not a measurement of the compiled step.
 _VOXELS_A_GIB = {"MambaHoME": 200_000, "MambaHoME_small": 500_000, "MambaHoME_tiny": 1_000_000}
 _MOST_VOXELS = 4 * 112 * 112 * 80  # of a step: beyond that, more steps serve better
@@ -195,6 +197,8 @@ def _choose_mirror(fingerprint: Fingerprint) -> Setting:
     width = float(np.median(fingerprint.spacings[:, 0] * fingerprint.shapes[:, 0]))
     if fingerprint.alone:
         return Setting(("none",), f"{fingerprint.alone[0]} has no counterpart of the other side among the structures")
+    if fingerprint.pairs and all(_HEART.search(" ".join(pair)) for pair in fingerprint.pairs):
+        return Setting(("none",), f"{' and '.join(fingerprint.pairs[0])} are no mirror images of each other")
     if fingerprint.pairs:
         pairs = _count(len(fingerprint.pairs), "pair")
         return Setting(

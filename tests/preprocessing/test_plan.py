@@ -27,6 +27,8 @@ from mambahome_jax.preprocessing.plan import (
 GOLDENS = json.loads((Path(__file__).parent.parent / "goldens" / "nnunet_plans.json").read_text())
 GPU, CPU = Machine(140.0), Machine()
 SIDES = {"pairs": (("left lung", "right lung"),)}
+HEART = ("right ventricle", "left ventricle")
+BRAIN = ("left lateral ventricle", "right lateral ventricle")
 
 
 def fingerprint(spacing, shape, cases=1, **fields):
@@ -87,7 +89,15 @@ def test_what_is_given_stays_and_the_rest_follows():
 
 @pytest.mark.parametrize(
     ("fields", "width", "mirror"),
-    [({}, 300, "LR"), ({}, 40, "none"), (SIDES, 40, "LR"), ({"alone": ("left arm",)}, 300, "none")],
+    [
+        ({}, 300, "LR"),
+        ({}, 40, "none"),
+        (SIDES, 40, "LR"),
+        ({"alone": ("left arm",)}, 300, "none"),
+        ({"pairs": (HEART,)}, 300, "none"),
+        ({"pairs": (BRAIN,)}, 300, "LR"),
+        ({"pairs": (HEART, *SIDES["pairs"])}, 300, "LR"),
+    ],
 )
 def test_mirrored_where_mirrored_scans_can_occur(fields, width, mirror):
     assert make_plan(fingerprint((1, 1, 1), (width, 100, 100), **fields), GPU).mirror.value == (mirror,)
