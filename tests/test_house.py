@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the house may grow to, `__init__`s apart.
-MOST_FILES, MOST_LINES = 132, 25_200
+MOST_FILES, MOST_LINES = 132, 26_000
 LONGEST_FILE, LONGEST_FUNCTION = 500, 160
 # Belong to no room: the public names, the version, errors and configuration.
 LEAVES = {"config", "errors", "flags", "recipes", "version"}
@@ -27,7 +27,7 @@ ALLOWED = {
     "inference": {"support", "imaging", "datasets", "model", "weights"},
     "training": {
         *("support", "imaging", "datasets", "patches", "preprocessing"),
-        *("model", "weights", "inference", "evaluation"),
+        *("model", "weights", "inference", "evaluation", "reporting"),
     },
     "evaluation": {"support", "imaging", "datasets"},
     "reporting": {"support", "imaging", "datasets", "evaluation"},

@@ -1,7 +1,7 @@
 """Label maps against references: the scores of a case, and of two folders into metrics.csv and summary.json."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,19 +119,7 @@ def evaluate_folders(
         open_output(config.output_dir, ["metrics.csv", "summary.json", *(["comparison.json"] if other else [])])
         scores, failed = _score(pairs, config.num_workers, track)
         failures = tuple(alone + failed)
-        summary = summarise(scores) | {
-            "statistics": describe(scores),
-            "cases": len(pairs) - len(failed),
-            "failures": [{"case": case, "reason": reason} for case, reason in failures],
-            "tolerance_mm": config.tolerance_mm,
-            "spacing_scale": config.spacing_scale,
-            "labels": {str(value): name for value, name in names.items()},
-            "reference_values": None if values is None else {str(old): new for old, new in values.items()},
-            "predictions": str(config.predictions),
-            "references": str(config.references),
-            "surface": config.surface,
-            "definitions": DEFINITIONS | (DEFINITIONS_BY_AREA if config.surface == "area" else {}),
-        }
+        summary = make_summary(config, scores, len(pairs) - len(failed), failures, names, values)
         comparison = compare_runs(scores, other.scores) | {"other": str(config.compare)} if other else None
         result = Evaluated(tuple(scores), summary, comparison, failures, config.output_dir)
         # Scores that took hours are not lost to a disk that filled up meanwhile.
@@ -145,6 +133,30 @@ def evaluate_folders(
             with contextlib.suppress(OSError):
                 (config.output_dir / "comparison.json").unlink(missing_ok=True)
     return result
+
+
+def make_summary(
+    config: EvaluateConfig,
+    scores: Sequence[Score],
+    cases: int,
+    failures: Iterable[tuple[str, str]],
+    names: Mapping[int, str],
+    values: Mapping[int, int] | None = None,
+) -> dict[str, Any]:
+    """The content of summary.json. cases: how many were scored; values: of the references -> of the predictions."""
+    return summarise(scores) | {
+        "statistics": describe(scores),
+        "cases": cases,
+        "failures": [{"case": case, "reason": reason} for case, reason in failures],
+        "tolerance_mm": config.tolerance_mm,
+        "spacing_scale": config.spacing_scale,
+        "labels": {str(value): name for value, name in names.items()},
+        "reference_values": None if values is None else {str(old): new for old, new in values.items()},
+        "predictions": str(config.predictions),
+        "references": str(config.references),
+        "surface": config.surface,
+        "definitions": DEFINITIONS | (DEFINITIONS_BY_AREA if config.surface == "area" else {}),
+    }
 
 
 def _other_run(config: EvaluateConfig, cases: set[str]) -> Evaluation | None:
@@ -204,7 +216,12 @@ def evaluate_case(pair: Pair) -> list[Score]:
             found = f"{len(unnamed)} values without a name, which change from voxel to voxel"
             action = "Is this an image? If it is a label map, name its structures by --labels FILE."
             raise DatasetError(found, file=file, expected="a label map", action=action)
-    labels = sorted({*pair.names, *ours, *theirs} - {0})
+    return score_case(pair, prediction, reference)
+
+
+def score_case(pair: Pair, prediction: Volume, reference: Volume) -> list[Score]:
+    """Score label maps that were read: every structure that is named, or found in either of them."""
+    labels = sorted({*pair.names, *_values(prediction), *_values(reference)} - {0})
     labels = [label for label in labels if pair.labelled is None or label in pair.labelled]
     if not labels:
         return []

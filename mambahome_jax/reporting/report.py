@@ -58,8 +58,18 @@ def report(**flags: Any) -> Reported:
 
 
 @isolated_reads()
-def write_report(config: ReportConfig, say: Say = silent, track: Track = untracked) -> Reported:
-    """Write the page about config.evaluation; see `report`. say, track: of support.console."""
+def write_report(
+    config: ReportConfig,
+    say: Say = silent,
+    track: Track = untracked,
+    files: tuple[Mapping[str, Pair], Mapping[str, Scan]] | None = None,
+) -> Reported:
+    """Write the page about config.evaluation; see `report`.
+
+    Args:
+        say, track: of support.console.
+        files: label maps and scan of each case for the pictures, instead of the folders of `config`.
+    """
     _check(config)
     output = config.output or config.evaluation / "report.html"
     if output.is_dir():
@@ -68,8 +78,11 @@ def write_report(config: ReportConfig, say: Say = silent, track: Track = untrack
     comparison = _comparison(config.evaluation / "comparison.json")
     run = _run_of(config.predictions)
     shown = [Shown(case) for case in worst_first(evaluation.scores)[: config.worst]]
-    if config.predictions and config.references:
-        shown = _pictures(config, evaluation, run, say, track)
+    if files is None and config.predictions and config.references:
+        scans = {scan.case: scan for scan in find_scans(config.images).scans} if config.images else {}
+        files = _pairs(config, evaluation.summary), scans
+    if files is not None:
+        shown = _pictures(config, evaluation, run, *files, say, track)
     given = [config.evaluation, config.predictions, config.references, config.images]
     noted = [evaluation.summary.get(key) for key in ("predictions", "references")]
     folders = [Path(folder) for folder in (*given, *noted) if isinstance(folder, str | Path) and folder]
@@ -125,11 +138,15 @@ def _not_scored(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _pictures(
-    config: ReportConfig, evaluation: Evaluation, run: Mapping[str, Any], say: Say, track: Track
+    config: ReportConfig,
+    evaluation: Evaluation,
+    run: Mapping[str, Any],
+    pairs: Mapping[str, Pair],
+    scans: Mapping[str, Scan],
+    say: Say,
+    track: Track,
 ) -> list[Shown]:
     """Draw the worst cases; one that cannot be drawn carries a remark that names the reason."""
-    pairs = _pairs(config, evaluation.summary)
-    scans = {scan.case: scan for scan in find_scans(config.images).scans} if config.images else {}
     settings = run.get("settings")
     modality = settings.get("modality") if isinstance(settings, Mapping) else None
     cases = worst_first(evaluation.scores)[: config.worst]

@@ -22,6 +22,7 @@ Say = Callable[[str], None]
 Track = Callable[[Iterable[T], int], Iterable[T]]
 
 _STDERR = 2  # descriptor
+LOG_WIDTH = 120  # of tables in a log
 
 
 class _Pipe(io.FileIO):
@@ -89,6 +90,36 @@ def command_line(command: str, *words: str | Path) -> str:
 def say(console: "Console", text: str) -> None:
     """Print a line as it is: no markup, no colours, not cut to the width of the terminal."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def logged(console: "Console", file: Path) -> Iterator[None]:
+    """Append to a file what the console prints meanwhile, without bars; what the file does not take is lost."""
+    from rich.console import Console, RenderHook
+    from rich.control import Control
+    from rich.text import Text
+
+    with contextlib.ExitStack() as stack:
+        try:
+            stream = stack.enter_context(file.open("a", encoding="utf-8", buffering=1))
+        except OSError:
+            yield
+            return
+        log = Console(file=stream, width=LOG_WIDTH, force_terminal=False, no_color=True)
+
+        class Log(RenderHook):
+            def process_renderables(self, renderables: list[Any]) -> list[Any]:
+                shown = [each for each in renderables if not isinstance(each, Control)]
+                with contextlib.suppress(OSError):
+                    for each in shown:
+                        log.print(each, soft_wrap=isinstance(each, Text))
+                return renderables
+
+        console.push_render_hook(Log())
+        try:
+            yield
+        finally:
+            console.pop_render_hook()
 
 
 def progress_bar(console: "Console", text: str = "{task.description}", *, disable: bool = False) -> "Progress":

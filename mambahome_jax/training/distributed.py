@@ -89,6 +89,9 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
     return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
 
 
+FINISHING = "finishing this step and writing a checkpoint (a compilation ends first)"
+
+
 def join_processes(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
@@ -231,11 +234,11 @@ class StopOnSignal(contextlib.AbstractContextManager):
     Several processes stop after the same step, whichever of them was asked to: each step they vote.
     """
 
-    def __init__(self, say: Callable[[str], None], mesh: Mesh):
+    def __init__(self, say: Callable[[str], None], mesh: Mesh, what: str = FINISHING):
         self.received: int | None = None
         self._decided: int | None = None
         self._votes = Votes(mesh) if jax.process_count() > 1 else None
-        self._say = say
+        self._say, self._what = say, what
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnSignal":
@@ -268,4 +271,4 @@ class StopOnSignal(contextlib.AbstractContextManager):
             raise KeyboardInterrupt
         self.received = number
         name = signal.Signals(number).name
-        self._say(f"{name}: finishing this step and writing a checkpoint (a compilation ends first)")
+        self._say(f"{name}: {self._what}")

@@ -1,7 +1,8 @@
-"""What a person sees of a training, and what is kept of it: progress bar or lines, metrics.csv, TensorBoard."""
+"""What a person sees of a training, and what is kept of it: progress bar or lines, metrics.csv, curves, TensorBoard."""
 
 import contextlib
 import csv
+import dataclasses
 import io
 import math
 import time
@@ -22,8 +23,11 @@ from mambahome_jax.datasets.patients import split_notes
 from mambahome_jax.datasets.splits import outside_note, outside_split
 from mambahome_jax.datasets.structures import describe_numbering
 from mambahome_jax.errors import OutputError
+from mambahome_jax.flags import TrainConfig
 from mambahome_jax.support.console import command_line, duration, say
 from mambahome_jax.support.files import atomic_write
+from mambahome_jax.training.curves import NAME as CURVES
+from mambahome_jax.training.curves import write_curves
 from mambahome_jax.training.schedule import Schedule
 from mambahome_jax.training.setup import Setup
 from mambahome_jax.training.validation import Validation, finite_or_none
@@ -40,6 +44,10 @@ COLUMNS = (
     "data_wait",
     "seconds",
 )
+# Of a bar, what is left out first where the terminal is narrow; step and loss stay.
+_LEFT_OUT = ("data wait", "lr", "images/s", "GPU")
+# Columns for the bar itself, and for times and gaps beside it.
+_BAR, _TIMES = 10, 24
 # Without a terminal: a line after this many seconds.
 LINE_SECONDS = 10.0
 # Without a validation or checkpoint, who watches sees nothing new for so long.
@@ -58,19 +66,31 @@ class MetricsLog(contextlib.AbstractContextManager):
     def flush(self) -> None:
         """Bring everything to the disk, for who watches."""
 
+    def draw(self) -> None:
+        """Draw the curves of all steps so far."""
+
     def __exit__(self, *_: object) -> None:
         """Bring everything to the disk, and close the files."""
 
 
 class FileLog(MetricsLog):
-    """RUN/metrics.csv, one row a step, and RUN/tensorboard. Raises OutputError where nothing can be written.
+    """RUN/metrics.csv, one row a step, RUN/progress.png and RUN/tensorboard. Raises OutputError: none can be written.
 
     On a resume after `start` steps the rows beyond are dropped: the steps are done again. say: called with what
-    happened to a file that somebody removed.
+    happened to a file that somebody removed. structures: those validated, each with a column dice_<structure>.
     """
 
-    def __init__(self, folder: Path, start: int = 0, say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        folder: Path,
+        start: int = 0,
+        say: Callable[[str], None] = print,
+        structures: Sequence[str] = (),
+    ):
         self._path, self._say, self._flush_due = folder / "metrics.csv", say, 0.0
+        place = COLUMNS.index("val_dice") + 1
+        self._structures = structures
+        self.columns = (*COLUMNS[:place], *(f"dice_{name}" for name in structures), *COLUMNS[place:])
         with self._writing():
             self._open(start)
 
@@ -79,22 +99,24 @@ class FileLog(MetricsLog):
         self._events = EventWriter(self._path.with_name("tensorboard"), start + 1 if start else None)
 
     def _open_rows(self, step: int, added: Mapping[str, str] | None = None) -> None:
-        _keep_rows(self._path, step, added)
+        _keep_rows(self._path, self.columns, step, added)
         # A row reaches the file whole or not at all, also where the process is killed.
         self._file = self._path.open("a", newline="", encoding="utf-8", buffering=1)
-        self._writer = csv.DictWriter(self._file, COLUMNS)
+        self._writer = csv.DictWriter(self._file, self.columns)
 
     def step(self, row: Mapping[str, Any], validation: Validation | None = None) -> None:
         with self._writing():
             values = {**row} if validation is None else {**row, "val_dice": finite_or_none(validation.dice)}
-            self._writer.writerow({name: _text(values.get(name)) for name in COLUMNS})
+            table = values | _dice_columns(validation)
+            self._writer.writerow({name: _text(table.get(name)) for name in self.columns})
             self._to_events(values, validation)
 
     def complete(self, step: int, validation: Validation) -> None:
         with self._writing():
             score = finite_or_none(validation.dice)
             self._file.close()
-            self._open_rows(step, {"val_dice": _text(score)})
+            columns = {"val_dice": score, **_dice_columns(validation)}
+            self._open_rows(step, {name: _text(columns[name]) for name in columns if name in self.columns})
             self._to_events({"step": step, "val_dice": score}, validation)
 
     def _to_events(self, row: Mapping[str, Any], validation: Validation | None) -> None:
@@ -120,10 +142,16 @@ class FileLog(MetricsLog):
                 self._open(0)
                 self._say(f"{self._path} is gone, and the values so far with it; a new one goes on from here")
 
+    def draw(self) -> None:
+        with self._writing():
+            if self._path.exists():
+                write_curves(self._path.with_name(CURVES), rows_up_to(self._path), self._structures)
+
     def __exit__(self, *_: object) -> None:
         with self._writing():
             self._file.close()
             self._events.close()
+        self.draw()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -153,22 +181,30 @@ class EventWriter(EventsWriter):
         self.write_event(Event(wall_time=time.time(), step=step, summary=summary))
 
 
-def _keep_rows(path: Path, step: int, added: Mapping[str, str] | None = None) -> None:
+def _dice_columns(validation: Validation | None) -> dict[str, float | None]:
+    structures = {} if validation is None else validation.structures
+    return {f"dice_{name}": finite_or_none(value) for name, value in structures.items()}
+
+
+def _keep_rows(path: Path, columns: Sequence[str], step: int, added: Mapping[str, str] | None = None) -> None:
     """Replace the file by its header and rows up to a step, its own with what is `added`; a kill leaves either."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
+    # Of an earlier version there may be columns less; those that no structure has any more go.
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
     writer.writeheader()
-    writer.writerows({**row, **(added or {})} if row["step"] == str(step) else row for row in _rows_up_to(path, step))
+    rows = rows_up_to(path, step) if step else []
+    writer.writerows({**row, **(added or {})} if row["step"] == str(step) else row for row in rows)
     with atomic_write(path, "output folder", parents=False) as partial:
         partial.write_bytes(text.getvalue().encode())
 
 
-def _rows_up_to(path: Path, step: int) -> list[dict[str, str]]:
-    if step == 0 or not path.exists():
+def rows_up_to(path: Path, step: float = math.inf) -> list[dict[str, str]]:
+    """The whole rows of metrics.csv, up to a step; none where there is no file."""
+    if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         # A full disk may leave half a row at the end.
-        rows = [row for row in csv.DictReader(file) if set(row) == set(COLUMNS) and None not in row.values()]
+        rows = [row for row in csv.DictReader(file) if set(row) >= set(COLUMNS) and None not in row.values()]
     return [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step]
 
 
@@ -187,11 +223,11 @@ class Display:
 
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
-            columns = (TextColumn("Training"), BarColumn(bar_width=None), TextColumn("{task.fields[values]}"))
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[values]}"))
             times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
             self._bar = Progress(*columns, *times, console=self.console)
             done, total = self.schedule.done(self.start)
-            self._task = self._bar.add_task("", total=total, values="")
+            self._task = self._bar.add_task("Training", total=total, values="")
             self._bar.update(self._task, completed=done)
             self._bar.start()
         return self
@@ -203,6 +239,11 @@ class Display:
     def say(self, text: str) -> None:
         """Print lines above the progress."""
         say(self.console, text)
+
+    def state(self, doing: str) -> None:
+        """Say beside the bar what is being done."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=doing, refresh=True)
 
     def tick(self, step: int) -> float | None:
         """Note that a step has ended now; return images per second over the last ones, None before that is known."""
@@ -233,7 +274,8 @@ class Display:
         parts.append(f"data wait {row['data_wait']:.0%}")
         done, end = self.schedule.done(step)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, values="  ".join(parts))
+            values = fit_values(parts, self.console.width - len("Training") - _TIMES - _BAR)
+            self._bar.update(self._task, completed=done, description="Training", values=values)
             return
         now = time.perf_counter()
         if now >= self._line_due or step == total:
@@ -242,6 +284,15 @@ class Display:
                 left = end - done if total is None else (end - done) * self.images / rate
                 parts.append(f"left {duration(max(left, 0.0))}")
             self.say("  ".join(parts))
+
+
+def fit_values(parts: Sequence[str], width: int) -> str:
+    """Join what a bar says of a step; where that is too wide, without what matters least."""
+    kept = list(parts)
+    for name in _LEFT_OUT:
+        if len("  ".join(kept)) > width:
+            kept = [part for part in kept if name not in part]
+    return "  ".join(kept)
 
 
 def device_memory(devices: Sequence[jax.Device]) -> tuple[int, int] | None:
@@ -343,10 +394,23 @@ def end_lines(folder: Path, report: Mapping[str, Any]) -> list[str]:
         score = "" if best["val_dice"] is None else f", validation Dice {best['val_dice']:.4f}"
         lines.append(f"Best: step {best['step']}{score}, in {folder / 'checkpoints' / 'best'}")
     if report["exit_code"] in (130, 143):
-        lines.append("The same command with --resume continues")
+        flags = TrainConfig(**report["configuration"])
+        lines.append(f"Next, to continue up to the scores of the held-out cases: {train_line(flags, resume=True)}")
     elif best is not None:
         lines.append(f"Next: {_infer_line([folder / 'checkpoints' / 'best'])}")
     return lines
+
+
+def train_line(flags: TrainConfig, **changes: Any) -> str:
+    """The command line of these flags, without those that have their default."""
+    words: list[str] = []
+    flags = dataclasses.replace(flags, **changes)
+    for field in dataclasses.fields(flags):
+        value = getattr(flags, field.name)
+        if field.default is dataclasses.MISSING or value != field.default:
+            values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+            words += [f"--{field.name}", *map(str, values)]
+    return command_line("train", *words)
 
 
 def ensemble_line(checkpoints: Sequence[Path], members: int) -> str:

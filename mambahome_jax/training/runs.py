@@ -24,7 +24,7 @@ from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, Outp
 from mambahome_jax.flags import PreprocessConfig, TrainConfig
 from mambahome_jax.preprocessing.dataset import prepare_dataset
 from mambahome_jax.preprocessing.plan import Setting, follow_plan, plan_lines, planned_settings
-from mambahome_jax.support.console import say, tracked
+from mambahome_jax.support.console import logged, say, tracked
 from mambahome_jax.support.devices import choose_devices, device_line, versions
 from mambahome_jax.support.files import jsonable, read_json, write_json
 from mambahome_jax.support.output_folder import locked, open_output
@@ -139,8 +139,10 @@ class Training:
 
     def _train_one(self, folder: Path, flags: TrainConfig, clock: Clock, skip_finished: bool) -> TrainResult:
         """Train one network; with skip_finished not one that ended: what its budget kept free would be time again."""
-        with _locked(folder):
+        with _locked(folder), contextlib.ExitStack() as stack:
             resume = self._may_start(folder, flags)
+            if is_first():
+                stack.enter_context(logged(self.console, folder / "log.txt"))
             earlier, recorded = (earlier_report(folder), recorded_mirrors(folder)) if resume else ({}, ())
             devices = choose_devices(flags.parallel, flags.num_devices)
             data = self.data
@@ -186,6 +188,7 @@ class Training:
                 "loss": earlier.get("loss") if run.loss is None else run.loss,
                 "best": run.best,
                 "last_validation": run.validation.structures if run.validation else earlier.get("last_validation"),
+                "held_out": held_out_entry(run.held_out),
                 "failures": [{"id": case, "reason": reason} for case, reason in run.failures.items()],
             }
             save_report(folder, report)
@@ -332,7 +335,22 @@ def new_report(folder: Path, setup: Setup, skipped: Sequence[tuple[str, str]]) -
         "versions": versions(PACKAGES),
         "git": git_state(),
         "device": device_line(),
-        "outputs": {"best": "checkpoints/best", "last": "checkpoints/last", "metrics": "metrics.csv"},
+        "outputs": {
+            **{"best": "checkpoints/best", "last": "checkpoints/last", "metrics": "metrics.csv"},
+            **{"curves": "progress.png", "log": "log.txt", "held_out": "validation"},
+        },
+    }
+
+
+def held_out_entry(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """What run.json says of the scores of the cases held out: mean Dice, of each structure, and of which checkpoint."""
+    if summary is None:
+        return None
+    return {
+        "checkpoint": {key: summary["checkpoint"][key] for key in ("name", "step")},
+        "cases": summary["cases"],
+        "dice": summary["mean"]["dice"],
+        "structures": {name: entry["dice"] for name, entry in summary["structures"].items()},
     }
 
 

@@ -23,6 +23,8 @@ STEPS_PER_VALIDATION_TIME = 19.0
 SAFETY, MARGIN_SECONDS, MARGIN_PART = 1.15, 1.0, 0.005
 # On top of that for the last validation, which may be shorter than what one step differs from another.
 SLACK_SECONDS, SLACK_PART = 1.0, 0.005
+# What held-out scores take: distances and files on top of each case's prediction, and the report about all.
+HELD_OUT_TIMES, REPORT_SECONDS, REPORT_PART = 2.0, 5.0, 0.1
 
 
 def learning_rate(config: OptimizerConfig, progress: float, updates: int) -> float:
@@ -50,7 +52,8 @@ class TimeBudget:
     """Time of a run in seconds since `started`, the start of the program; a resumed run goes on with what was spent.
 
     seconds: the budget, infinite for none; what is left of it after the first step is cut to one part in `parts`.
-    to_first_step: of spent_before, the part until the first step was done.
+    to_first_step: of spent_before, the part until the first step was done. held_out: cases that are predicted at the
+    end, as a multiple of those of a validation.
     """
 
     def __init__(
@@ -62,7 +65,7 @@ class TimeBudget:
         parts: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.seconds, self.parts = seconds, parts
+        self.seconds, self.parts, self.held_out = seconds, parts, 0.0
         self._clock, self._origin = clock, started - spent_before
         self.to_first_step = to_first_step
         self._steps: deque[float] = deque(maxlen=8)
@@ -126,6 +129,13 @@ class TimeBudget:
         """Seconds kept free for the end of the program."""
         return min(MARGIN_SECONDS + MARGIN_PART * self.seconds, 0.05 * self.seconds)
 
+    def held_out_seconds(self, part: float = 1.0) -> float:
+        """Seconds kept free for scores and report of the held-out cases, or of a `part` of the cases."""
+        if not self.held_out:
+            return 0.0
+        report = min(REPORT_SECONDS, REPORT_PART * self.seconds)
+        return HELD_OUT_TIMES * part * self.held_out * self._validation_seconds + report
+
     def must_save(self) -> bool:
         """Whether a validation has to be given up, so that the checkpoint is still written in time."""
         return self.limited and self.left() < SAFETY * self._saving_seconds + self.margin()
@@ -136,7 +146,7 @@ class TimeBudget:
             return Decision(False, False, 0.0)
         step = max(self._steps, default=0.0)
         reserve = SAFETY * (self._validation_seconds + self._saving_seconds) + self.margin()
-        reserve += min(SLACK_SECONDS, SLACK_PART * self.seconds)
+        reserve += min(SLACK_SECONDS, SLACK_PART * self.seconds) + self.held_out_seconds()
         # The step under way ends first, and one more has to fit.
         last = self.left() - reserve < 2 * step
         decision = np.array([last, self._validation_due(reserve), self.fraction()], np.float32)

@@ -80,6 +80,11 @@ class Setup:
     num_workers: int
     schedule: Schedule
 
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """All cases held out, of which `val_cases` are validated on."""
+        return tuple(self.digests["val"])
+
     def settings(self) -> dict[str, Any]:
         """The settings that change the result of a run: a resumed one has to agree with them."""
         flags, optimizer = self.flags, self.schedule.optimizer

@@ -34,6 +34,7 @@ from mambahome_jax.training.distributed import (
     put_batch,
     replicated,
 )
+from mambahome_jax.training.held_out import score_held_out
 from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.pretrained import Transfer, transfer
@@ -53,6 +54,8 @@ from mambahome_jax.training.step import (
 from mambahome_jax.training.validation import Validate, Validation, ValidationSettings, finite_or_none, make_validate
 from mambahome_jax.weights.weights import read_weights
 
+# The curves are drawn with a checkpoint after so many seconds, and at the end.
+DRAWING_SECONDS = 60.0
 # Compiled steps by all that differs between the networks of one command. JAX's own cache would not know one again, as
 # Pallas numbers the kernels of a process.
 Programs = dict[tuple[nnx.GraphDef, AugmentationConfig | None], TrainStep]
@@ -91,6 +94,7 @@ def train_network(
 
     # --- Schedule ------------------------------------------------------------------------------------------------
     schedule = dataclasses.replace(setup.schedule, budget=clock.budget(earlier))
+    schedule.budget.held_out = len(setup.held_out) / max(len(setup.val_cases), 1)
     begin(schedule, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)), transferred)
 
     # --- Step ----------------------------------------------------------------------------------------------------
@@ -113,15 +117,24 @@ def train_network(
     )
     with contextlib.ExitStack() as stack:
         if is_first():
-            run.log = stack.enter_context(FileLog(folder, run.step, display.say))
+            structures = tuple(setup.structures.values()) if setup.val_cases else ()
+            run.log = stack.enter_context(FileLog(folder, run.step, display.say, structures))
         stack.enter_context(display)
         batches = stack.enter_context(open_batches(setup, position, display.say))
         if compiles and not schedule.ends(run.step):
+            display.state("Compiling")
             display.say("Compiling the training step, once; the first step follows")
         try:
             train(state, batches, train_step, run)
         except TrainingError as error:
             run.error = str(error)
+        del state
+
+        # --- Scores of the cases held out ------------------------------------------------------------------------
+        if run.error is None and run.signal is None and setup.held_out:
+            settings = validation_settings(setup, setup.held_out)
+            with StopOnSignal(display.say, mesh, "finishing this case") as run.stop:
+                score_held_out(folder, setup, run, graphdef, settings, own_device(devices))
     return run
 
 
@@ -213,15 +226,23 @@ def open_validation(graphdef: nnx.GraphDef, setup: Setup, devices: Sequence[jax.
     """What validates the network on the cases held out; None where there are none."""
     if not setup.val_cases:
         return None
-    settings = ValidationSettings(
-        *(setup.val_cases, setup.structures, setup.patch_size, setup.flags.overlap),
+    store = Store((setup.prepared_val or setup.prepared).store)
+    return make_validate(graphdef, store, validation_settings(setup, setup.val_cases), own_device(devices))
+
+
+def validation_settings(setup: Setup, cases: Sequence[str]) -> ValidationSettings:
+    """How cases are predicted in validation, and once more at the end."""
+    return ValidationSettings(
+        *(cases, setup.structures, setup.patch_size, setup.flags.overlap),
         normalise=normalisations(setup.properties.ct_normalisation, setup.flags.modality),
         sw_batch_size=setup.flags.batch_size,
         values=setup.val_values,
     )
-    store = Store((setup.prepared_val or setup.prepared).store)
-    device = next(device for device in devices if device.process_index == jax.process_index())
-    return make_validate(graphdef, store, settings, device)
+
+
+def own_device(devices: Sequence[jax.Device]) -> jax.Device:
+    """The first device of this process."""
+    return next(device for device in devices if device.process_index == jax.process_index())
 
 
 # --- Loop --------------------------------------------------------------------------------------------------------
@@ -267,7 +288,7 @@ class TrainingRun:
     """A run under way: what its loop drives, and how far it is.
 
     folder: of the checkpoints; settings: entries of their config.json. validated_until: the step up to which that is
-    done. error: why it ended before its time.
+    done. error: why it ended before its time. held_out: the summary of the scores of the cases held out.
     """
 
     folder: Path
@@ -288,6 +309,7 @@ class TrainingRun:
     failures: dict[str, str] = field(default_factory=dict)
     signal: int | None = None
     error: str | None = None
+    held_out: Mapping[str, Any] | None = None
     writer: CheckpointWriter = field(init=False)
     stop: StopOnSignal = field(init=False)
     _pending: dict[str, jax.Array] | None = None
@@ -296,6 +318,7 @@ class TrainingRun:
     _position: dict[str, Any] = field(default_factory=dict)
     _begun: float = field(default_factory=time.perf_counter)
     _waited: float = 0.0
+    _drawing_due: float = field(default_factory=lambda: time.monotonic() + DRAWING_SECONDS)
     _step_ended: float = field(default_factory=time.perf_counter)
 
     @classmethod
@@ -366,10 +389,12 @@ class TrainingRun:
         # Without cases too: the checkpoints that follow need their pause.
         with self.schedule.budget.validating():
             if self.validate is not None:
+                self.display.state("Validating")
                 validation = self.validate(deployed_params(state), self._must_stop)
         if self.validate is not None:
             self.stop.agree(at_once=True)
             self.display.pause()
+            self.display.state("Training")
             self._waited, self._step_ended = 0.0, time.perf_counter()
             if validation is None:
                 if not self.stop.requested():
@@ -402,6 +427,9 @@ class TrainingRun:
         """Write `last`; with a time budget wait for it, which tells how long that takes."""
         # A run that is killed goes on from this checkpoint, and the metrics up to it have to be there.
         self.log.flush()
+        if time.monotonic() >= self._drawing_due:
+            self.log.draw()
+            self._drawing_due = time.monotonic() + DRAWING_SECONDS
         with self.schedule.budget.saving():
             self.writer.save(self.folder / "last", state, self._config(), self._position, self.keep_last)
             if self.schedule.budget.limited:

@@ -38,7 +38,6 @@ class Validation:
     """RGB (rows, columns, 3) uint8 of a case, the same one each time."""
 
 
-Normalise = Callable[[np.ndarray], np.ndarray]
 # (params, asked to stop?) -> result, or None where it was interrupted
 Validate = Callable[[Any, Callable[[], bool]], Validation | None]
 
@@ -79,12 +78,8 @@ def make_validate(graphdef: nnx.GraphDef, store: Store, settings: ValidationSett
                 break
             entry = store.entry(case)
             try:
-                image = store.read_image(case)
-                reference = store.read_label(case)
-                if settings.values is not None:
-                    reference = replace_values(reference, settings.values)
-                normalise = partial(settings.normalise[entry.modality], statistics=entry.statistics)
-                prediction = _predict(network, image, normalise, settings)
+                image, reference = read_case(store, case, settings)
+                prediction = predict_case(network, image, entry, settings)
             except (DatasetError, CheckpointError) as error:
                 failures[case] = str(error)
                 continue
@@ -111,8 +106,15 @@ def make_validate(graphdef: nnx.GraphDef, store: Store, settings: ValidationSett
     return validate
 
 
-def _predict(network: Replica, image: np.ndarray, normalise: Normalise, settings: ValidationSettings) -> np.ndarray:
+def read_case(store: Store, case: str, settings: ValidationSettings) -> tuple[np.ndarray, np.ndarray]:
+    """Image (D, H, W, in) as stored, and labels (D, H, W) by the numbers of training. Raises DatasetError."""
+    image, reference = store.read_image(case), store.read_label(case)
+    return image, reference if settings.values is None else replace_values(reference, settings.values)
+
+
+def predict_case(network: Replica, image: np.ndarray, entry: StoreEntry, settings: ValidationSettings) -> np.ndarray:
     """Labels (D, H, W). The logits of a window's depth exist at a time, and the normalised image of one."""
+    normalise = partial(settings.normalise[entry.modality], statistics=entry.statistics)
 
     def slab(axis: int, start: int, stop: int) -> np.ndarray:
         planes = np.moveaxis(image, axis, 0)[start:stop]

@@ -102,7 +102,8 @@ def test_a_run_writes_what_the_design_promises(tmp_path, capsys):
     assert "boxes: 4 cases to train on, 1 to validate on; ct" in text
     assert "patches of 32 x 16 x 16, 2 a step, fp32" in text and "Compiling" in text
     assert "Next: mambahome infer --data_path SCANS" in text
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"checkpoints", "metrics.csv", "run.json", "tensorboard"}
+    files = {"checkpoints", "log.txt", "metrics.csv", "progress.png", "run.json", "tensorboard", "validation"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == files
     assert {p.name for p in (tmp_path / "run" / "checkpoints").iterdir()} == {"best", "last"}
     config = read_checkpoint_config(tmp_path / "run" / "checkpoints" / "best")
     ranges = config["data"].pop("ranges")

@@ -1,0 +1,120 @@
+"""RUN/progress.png: the loss of a training, and the Dice of each structure in its validations."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from mambahome_jax.imaging.pictures import BACKGROUND, FAINT, TEXT, colours_of
+from mambahome_jax.support.files import atomic_write
+
+NAME = "progress.png"
+WIDTH, HEIGHT = 1100, 320  # of a chart
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 260, 40, 36
+# Of the loss there are as many points as columns; each is the mean of the steps in it.
+_POINTS = 400
+_NAMED = 12  # structures in the legend
+_GRID, _LOSS, _MEAN = (60, 60, 60), (110, 170, 255), (255, 255, 255)
+Point = tuple[float, float]
+Colour = tuple[int, int, int]
+
+
+class Curve(NamedTuple):
+    """A line of a chart: its name, colour, and (step, value) of its points."""
+
+    name: str
+    colour: Colour
+    points: Sequence[Point]
+
+
+def write_curves(path: Path, rows: Sequence[Mapping[str, str]], structures: Sequence[str]) -> None:
+    """Draw the rows of metrics.csv, whole or not at all. Raises OutputError."""
+    steps = max((float(row["step"]) for row in rows), default=1.0)
+    loss = Curve("loss", _LOSS, _averaged(_points(rows, "loss")))
+    palette = colours_of(range(1, len(structures) + 1))
+    dice = [
+        Curve(name, palette[number], _points(rows, f"dice_{name}")) for number, name in enumerate(structures, start=1)
+    ]
+    dice = [Curve("mean", _MEAN, _points(rows, "val_dice")), *dice]
+    charts = [_chart("Training loss, mean of steps", [loss], steps, _range(loss.points))]
+    if any(curve.points for curve in dice):
+        charts.append(_chart("Dice of the cases validated on", dice, steps, (0.0, 1.0)))
+    picture = Image.new("RGB", (WIDTH, HEIGHT * len(charts)), BACKGROUND)
+    for number, chart in enumerate(charts):
+        picture.paste(chart, (0, number * HEIGHT))
+    with atomic_write(path, "output folder", parents=False) as partial:
+        picture.save(partial, "PNG")
+
+
+def _points(rows: Sequence[Mapping[str, str]], column: str) -> list[Point]:
+    return [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
+
+
+def _averaged(points: Sequence[Point]) -> list[Point]:
+    parts = np.array_split(np.array(points, np.float64).reshape(-1, 2), min(len(points), _POINTS) or 1)
+    means = [part.mean(axis=0) for part in parts if len(part)]
+    return [(float(step), float(value)) for step, value in means]
+
+
+def _range(points: Sequence[Point]) -> tuple[float, float]:
+    """Lowest and highest value on round numbers."""
+    values = [value for _, value in points] or [0.0, 1.0]
+    low, high = min(values), max(values)
+    step = _round_step(max(high - low, 0.01 * abs(high), 1e-6))
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return first * step, max(last, first + 1) * step
+
+
+def _round_step(span: float) -> float:
+    """Distance of about five marks over a span: 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(span / 5))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span / 5 * (1 - 1e-9))
+
+
+def _marks(low: float, high: float) -> list[float]:
+    step = _round_step(high - low)
+    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+
+
+def _chart(title: str, curves: Sequence[Curve], steps: float, bounds: tuple[float, float]) -> Image.Image:
+    """Curves over the steps under a title, their names with the last values at the right."""
+    font, small = ImageFont.load_default(size=18), ImageFont.load_default(size=14)
+    image = Image.new("RGB", (WIDTH, HEIGHT), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+    low, high = bounds
+    right, bottom = WIDTH - _RIGHT, HEIGHT - _BOTTOM
+
+    def place(step: float, value: float) -> Point:
+        x = _LEFT + (right - _LEFT) * step / steps
+        return x, bottom - (bottom - _TOP) * (value - low) / (high - low)
+
+    draw.text((_LEFT, 8), title, TEXT, font)
+    for value in _marks(low, high):
+        (_, y), text = place(0, value), f"{value:.4g}"
+        draw.line((_LEFT, y, right, y), _GRID)
+        draw.text((_LEFT - 8 - small.getlength(text), y - 9), text, FAINT, small)
+    for step in _marks(0, steps):
+        (x, _), text = place(step, low), f"{step:g}"
+        draw.text((x - small.getlength(text) / 2, bottom + 6), text, FAINT, small)
+    draw.text((right + 12, bottom + 6), "step", FAINT, small)
+    for curve in reversed(curves):
+        places = [place(*point) for point in curve.points]
+        draw.line(places, curve.colour, 2)
+        # A few validations are points; many are a line.
+        for x, y in places if len(places) <= 30 else ():
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), curve.colour)
+    for number, curve in enumerate(curves[: _NAMED + 1]):
+        y = _TOP + number * 18
+        last = f"{curve.points[-1][1]:.3f}" if curve.points else "-"
+        draw.rectangle((right + 14, y + 3, right + 26, y + 13), curve.colour)
+        draw.text((right + 34, y), f"{last}  {_short(curve.name)}", TEXT, small)
+    if len(curves) > _NAMED + 1:
+        draw.text((right + 34, _TOP + (_NAMED + 1) * 18), f"and {len(curves) - _NAMED - 1} more", FAINT, small)
+    return image
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 22 else f"{name[:21]}..."

@@ -1,0 +1,240 @@
+"""What a training ends with: label maps of the cases held out, their scores, and a report of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mambahome_jax.datasets.find_scans import Scan
+from mambahome_jax.datasets.prepared import Prepared, PreparedCase
+from mambahome_jax.errors import DatasetError, MambaHomeError
+from mambahome_jax.evaluation.evaluate import make_summary, score_case
+from mambahome_jax.evaluation.pairs import Pair
+from mambahome_jax.evaluation.results import Score, write_metrics
+from mambahome_jax.evaluation.tables import results_table
+from mambahome_jax.flags import EvaluateConfig, ReportConfig
+from mambahome_jax.imaging.geometry import orientation_of, reorient, same_grid
+from mambahome_jax.imaging.volume import Volume, read_grid, replace_values, write_volume
+from mambahome_jax.inference.batch import CASE_ERRORS, failure_reason
+from mambahome_jax.inference.ensemble import apply_network
+from mambahome_jax.inference.tiled import Replica
+from mambahome_jax.patches.store import Store
+from mambahome_jax.reporting.report import write_report
+from mambahome_jax.support.files import read_json, write_json
+from mambahome_jax.support.output_folder import open_output
+from mambahome_jax.support.processes import usable_cores
+from mambahome_jax.training.distributed import gather, is_first
+from mambahome_jax.training.setup import Setup
+from mambahome_jax.training.validation import ValidationSettings, predict_case, read_case
+from mambahome_jax.weights.checkpoint import read_checkpoint_params
+
+if TYPE_CHECKING:
+    from mambahome_jax.training.train import TrainingRun
+
+FOLDER, SUMMARY = "validation", "summary.json"
+
+
+def score_held_out(
+    folder: Path,
+    setup: Setup,
+    run: TrainingRun,
+    graphdef: nnx.GraphDef,
+    settings: ValidationSettings,
+    device: jax.Device,
+) -> None:
+    """Predict settings.cases by the best network of a run in `folder`, score them, and show and report the scores.
+
+    What came of it is in `run`: held_out, failures, and signal where one ended it. Several processes share the cases.
+    """
+    scored = run.best is not None and run.best["val_dice"] is not None
+    name, step = ("best", run.best["step"]) if run.best is not None and scored else ("last", run.step)
+    checkpoint = {"name": name, "step": step, "chosen_on": list(setup.val_cases) if scored else []}
+    output = folder / FOLDER
+    # No process reads the checkpoint before all of them have written their part of it.
+    run.held_out = gather(_scored_before(output, checkpoint, settings.cases))[0]
+    try:
+        if run.held_out is None:
+            open_output(output)
+            run.display.state("Held-out cases")
+            run.display.say(f"Segmenting the {len(settings.cases)} cases held out by checkpoints/{name}")
+            params = jax.device_put(read_checkpoint_params(folder / "checkpoints" / name), device)
+            network = Replica(device, partial(apply_network, graphdef, params))
+            scores, left = HeldOutCases(output, setup, settings, network, run).score()
+            if run.signal is not None:
+                return
+            config = EvaluateConfig(output, (setup.prepared_val or setup.prepared).root / "labels", output)
+            done = len({row.case for row in scores})
+            failures = sorted((case, reason) for case, reason in run.failures.items() if case in settings.cases)
+            run.held_out = make_summary(config, scores, done, failures, _names(setup)) | {
+                "checkpoint": checkpoint,
+                "note": _note(checkpoint, settings.cases),
+                "not_segmented": left,
+            }
+            if is_first() and scores:
+                _write(output, setup, scores, run.held_out)
+    except MambaHomeError as error:
+        run.failures[FOLDER] = str(error)
+        run.display.say(f"No held-out scores: {error}")
+        return
+    show(output, run.held_out, run.display)
+
+
+def show(output: Path, summary: Mapping[str, Any], display: Any) -> None:
+    """Print the table of the scores, and what has to be known to read it."""
+    if summary["cases"]:
+        display.console.print(results_table(summary, display.console.width))
+        display.say(f"Held-out scores of checkpoints/{summary['checkpoint']['name']}, with the report, in {output}")
+    if summary["note"]:
+        display.say(f"Note: {summary['note']}")
+    for failure in summary["failures"]:
+        display.say(f"Not scored: {failure['case']}: {failure['reason']}")
+    if summary["not_segmented"]:
+        display.say(f"The time was over before {len(summary['not_segmented'])} held-out cases were segmented")
+
+
+@dataclass(frozen=True)
+class HeldOutCases:
+    """The cases of a run to segment and to score, and what for."""
+
+    output: Path
+    setup: Setup
+    settings: ValidationSettings
+    network: Replica
+    run: TrainingRun
+
+    @property
+    def prepared(self) -> Prepared:
+        return self.setup.prepared_val or self.setup.prepared
+
+    def score(self) -> tuple[list[Score], list[str]]:
+        """Scores of all cases, and the cases for which no time was left; failures go to the run, a signal too."""
+        store, waiting = Store(self.prepared.store), deque[tuple[str, Future[list[Score]]]]()
+        scores: list[Score] = []
+        failures: dict[str, str] = {}
+        share = self.settings.cases[jax.process_index() :: jax.process_count()]
+        left: Sequence[str] = ()
+        workers = usable_cores()
+
+        def collect(most: int) -> None:
+            while len(waiting) > most:
+                case, result = waiting.popleft()
+                try:
+                    scores.extend(result.result())
+                except CASE_ERRORS as error:
+                    failures[case] = failure_reason(error)
+
+        with ThreadPoolExecutor(workers) as writers:
+            for number, case in enumerate(share):
+                if self.run.stop.noticed() or self._late():
+                    left = share[number:]
+                    break
+                try:
+                    image, reference = read_case(store, case, self.settings)
+                    labels = predict_case(self.network, image, store.entry(case), self.settings)
+                except CASE_ERRORS as error:
+                    failures[case] = failure_reason(error)
+                    continue
+                del image
+                waiting.append((case, writers.submit(self._finish, case, labels, reference, store)))
+                collect(workers)
+            collect(0)
+        self.run.stop.agree(at_once=True)
+        self.run.signal = self.run.stop.requested()
+        mine = {"scores": [asdict(row) for row in scores], "failures": failures, "left": list(left)}
+        shares = gather(mine)
+        for each in shares:
+            self.run.failures.update(each["failures"])
+        rows = [Score(**row) for each in shares for row in each["scores"]]
+        return sorted(rows, key=lambda row: (row.case, row.label)), [case for each in shares for case in each["left"]]
+
+    def _late(self) -> bool:
+        """Whether another case and the report no longer fit into the time."""
+        budget = self.run.schedule.budget
+        return budget.limited and budget.left() < budget.held_out_seconds(1 / len(self.settings.cases))
+
+    def _finish(self, case: str, labels: np.ndarray, reference: np.ndarray, store: Store) -> list[Score]:
+        """Write the label map of a case, and score it."""
+        stored = dict(self.setup.properties.values)
+        affine, names = np.array(store.entry(case).affine), _names(self.setup)
+        ours, truth = (replace_values(each, stored) if stored else each for each in (labels, reference))
+        entry = next(entry for entry in self.prepared.cases if entry.id == case)
+        path = self.output / f"{case}.nii.gz"
+        write_volume(path, on_own_grid(Volume(ours, affine), self.prepared.image_path(entry)), names=names, warn=False)
+        pair = _pair(self.output, self.setup, entry)
+        return score_case(pair, Volume(ours, affine), Volume(truth, affine))
+
+
+def on_own_grid(labels: Volume, image: Path) -> Volume:
+    """Labels of a store's case on the grid of its image's file; as they are where there is no such file any more."""
+    try:
+        grid = read_grid(image)
+    except DatasetError:
+        return labels
+    labels = reorient(labels, orientation_of(grid.affine))
+    if not same_grid(Volume(grid.array[..., 0] if grid.array.ndim == 4 else grid.array, grid.affine), labels):
+        return labels
+    return Volume(labels.array, grid.affine, grid.header)
+
+
+def _scored_before(output: Path, checkpoint: Mapping[str, Any], cases: Sequence[str]) -> dict[str, Any] | None:
+    """The summary of an earlier end of this run, where it is of the same checkpoint and all cases."""
+    try:
+        summary = read_json(output / SUMMARY)
+    except DatasetError:
+        return None
+    whole = summary.get("checkpoint") == checkpoint and summary.get("cases") == len(cases)
+    return summary if whole and all((output / f"{case}.nii.gz").is_file() for case in cases) else None
+
+
+def _names(setup: Setup) -> dict[int, str]:
+    """Value in the label maps that are written -> structure."""
+    stored = dict(setup.properties.values)
+    return {stored.get(value, value): name for value, name in setup.structures.items()}
+
+
+def _pair(output: Path, setup: Setup, case: PreparedCase) -> Pair:
+    """The label map of a case and its reference, whose values become those of the label map."""
+    prepared, stored = setup.prepared_val or setup.prepared, dict(setup.properties.values)
+    own = setup.val_values or {value: value for value in setup.structures}
+    values = {old: stored.get(new, new) for old, new in own.items()}
+    labelled = None if case.labelled is None else tuple(values[old] for old in case.labelled if old in values)
+    reference = prepared.label_path(case) or output
+    return Pair(
+        case.id,
+        output / f"{case.id}.nii.gz",
+        reference,
+        _names(setup),
+        reference_values=values,
+        labelled=labelled,
+    )
+
+
+def _note(checkpoint: Mapping[str, Any], cases: Sequence[str]) -> str:
+    """What to say of scores on cases that helped to choose the network."""
+    if not checkpoint["chosen_on"]:
+        return ""
+    which = "these cases" if len(checkpoint["chosen_on"]) == len(cases) else f"{len(checkpoint['chosen_on'])} of these"
+    return f"`best` was chosen by its Dice on {which}, so the scores are a little too good for unseen cases"
+
+
+def _write(output: Path, setup: Setup, scores: Sequence[Score], summary: Mapping[str, Any]) -> None:
+    """Write metrics.csv, summary.json and report.html, the latter with pictures of the cases that have files."""
+    write_metrics(output / "metrics.csv", scores)
+    write_json(output / SUMMARY, summary, "--output_dir")
+    prepared = setup.prepared_val or setup.prepared
+    scored = {row.case for row in scores}
+    cases = [case for case in prepared.cases if case.id in scored]
+    files = {case.id: (prepared.image_path(case), prepared.label_path(case)) for case in cases}
+    drawn = [case for case in cases if all(path is not None and path.exists() for path in files[case.id])]
+    pairs = {case.id: _pair(output, setup, case) for case in drawn}
+    scans = {case.id: Scan(case.id, files[case.id][0], case.modality) for case in drawn}
+    write_report(ReportConfig(evaluation=output), files=(pairs, scans) if drawn else None)
