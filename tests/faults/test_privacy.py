@@ -63,7 +63,7 @@ def test_nothing_of_a_nifti_header_goes_on(tmp_path, capsys, monkeypatch):
     out.mkdir()
     check.run(CheckConfig(data, json=out / "check.json"))
     assert preprocess.run(PreprocessConfig(data, out / "ready", spacing=(0, 0, 0), modality="ct", num_workers=1)) == 1
-    sizes = {"model": "MambaHoME_tiny", "patch_size": (32, 16, 16), "steps": 1, "batch_size": 1}
+    sizes = {"model": "MambaHoME_tiny", "patch_size": (32, 16, 16), "steps": 1, "batch_size": 1, "given": ("recipe",)}
     assert train.run(TrainConfig(Path("out/ready"), output_dir=out / "run", **sizes)) == 0
     assert infer.run(InferConfig(data, Path("model"), out / "predicted", save_probabilities=True)) == 1
     assert evaluate.run(EvaluateConfig(out / "predicted", data / "labels", out / "scored")) == 0
