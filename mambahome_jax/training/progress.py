@@ -386,15 +386,14 @@ def label_lines(setup: Setup) -> list[str]:
     return [*lines, f"Note: {unused}, as label values go up to {largest}; preprocess.py numbers them without gaps"]
 
 
-def end_lines(folder: Path, report: Mapping[str, Any]) -> list[str]:
-    """Say how a run ended and what to type next, by its run.json."""
+def end_lines(folder: Path, report: Mapping[str, Any], flags: TrainConfig) -> list[str]:
+    """Say how a run ended, by its run.json, and what to type next. flags: of the command."""
     best = report["best"]
     lines = [f"{report['status']}: step {report['step']} after {duration(report['seconds'])}"]
     if best is not None:
         score = "" if best["val_dice"] is None else f", validation Dice {best['val_dice']:.4f}"
         lines.append(f"Best: step {best['step']}{score}, in {folder / 'checkpoints' / 'best'}")
     if report["exit_code"] in (130, 143):
-        flags = TrainConfig(**report["configuration"])
         lines.append(f"Next, to continue up to the scores of the held-out cases: {train_line(flags, resume=True)}")
     elif best is not None:
         lines.append(f"Next: {_infer_line([folder / 'checkpoints' / 'best'])}")
@@ -402,12 +401,12 @@ def end_lines(folder: Path, report: Mapping[str, Any]) -> list[str]:
 
 
 def train_line(flags: TrainConfig, **changes: Any) -> str:
-    """The command line of these flags, without those that have their default."""
+    """The command line of these flags, without those that were not given and have their default."""
     words: list[str] = []
     flags = dataclasses.replace(flags, **changes)
     for field in dataclasses.fields(flags):
         value = getattr(flags, field.name)
-        if field.default is dataclasses.MISSING or value != field.default:
+        if field.name != "given" and value is not None and (field.name in flags.given or value != field.default):
             values = value if isinstance(value, list | tuple) else [] if value is True else [value]
             words += [f"--{field.name}", *map(str, values)]
     return command_line("train", *words)

@@ -192,7 +192,7 @@ class Training:
                 "failures": [{"id": case, "reason": reason} for case, reason in run.failures.items()],
             }
             save_report(folder, report)
-            for line in end_lines(folder, report):
+            for line in end_lines(folder, report, self.flags):
                 self.say(line)
             return TrainResult.from_report(folder, jsonable(report))
 

@@ -1,5 +1,6 @@
 """The last line of a command is the next one, whole, and can be pasted, whatever the folders are called."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from mambahome_jax import cli
 from mambahome_jax.commands import check, evaluate, infer, preprocess, report
-from mambahome_jax.flags import CheckConfig, EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig
+from mambahome_jax.flags import CheckConfig, EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig, TrainConfig
 from mambahome_jax.inference import batch
 from mambahome_jax.training.progress import end_lines, ensemble_line
 from tests.commands.scans import preprocess_config
@@ -56,9 +57,21 @@ def test_from_train_to_infer(tmp_path, capsys):
     folder = tmp_path / "my run"
     best = {"step": 3, "val_dice": None}
     ended = {"status": "finished", "exit_code": 0, "step": 3, "seconds": 1.0, "best": best}
-    print("\n".join(end_lines(folder, ended)))
+    print("\n".join(end_lines(folder, ended, TrainConfig(tmp_path))))
     command, config = following(capsys)
     assert (command, config.model_path) == ("infer", folder / "checkpoints/best")
     print(ensemble_line([folder / "a", folder / "b c"], 2))
     command, config = following(capsys)
     assert (command, config.model_path) == ("infer", (folder / "a", folder / "b c"))
+
+
+def test_an_interrupted_training_names_the_command_that_continues_it(tmp_path, capsys):
+    words = ["--data_train", str(tmp_path / "my scans"), "--recipe", "published", "--patch_size", "32", "32", "16"]
+    words += ["--mirror", "LR", "AP", "--augment", "False", "--steps", "5", "--use_checkpoint", "--members", "2"]
+    flags = cli.parse("train", words, "mambahome")
+    ended = {"status": "stopped by a signal", "exit_code": 143, "step": 3, "seconds": 1.0, "best": None}
+    print("\n".join(end_lines(tmp_path, ended, flags)))
+    command, config = following(capsys)
+    # Flags given at their default too, so that no plan decides instead.
+    assert command == "train" and {*config.given} == {*flags.given, "resume"}
+    assert dataclasses.replace(config, resume=False, given=flags.given) == flags
