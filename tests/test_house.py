@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # What the house may grow to, `__init__`s apart.
 MOST_FILES, MOST_LINES = 132, 26_000
-LONGEST_FILE, LONGEST_FUNCTION = 500, 160
+LONGEST_FILE, LONGEST_FUNCTION = 500, 80
 # Belong to no room: the public names, the version, errors and configuration.
 LEAVES = {"config", "errors", "flags", "recipes", "version"}
 # room -> rooms that it may import, beside itself and the leaves

@@ -18,7 +18,7 @@ each step: for a short sequence, these starts take the time.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -270,20 +270,12 @@ def _backward(
     sums = (jnp.zeros((batch, plan.chunks, *data.A.shape), dtype), none, none)
     states = jnp.zeros((plan.segment + 1, *ends.shape), dtype)
     g, (dA, dD, dbias), by_step, _ = lax.fori_loop(0, plan.segments, segment, (ends, sums, by_step, states))
-    joined = {name: _join(buffer, length) for name, buffer in by_step.items()}
+    joined: dict[str, Any] = {name: _join(buffer, length) for name, buffer in by_step.items()}
     if not softplus:  # unlike softplus' slope, 1 does not silence the padding
         dbias = joined["dt"].astype(dtype)
-    gradients = ScanInputs(
-        x=joined["x"],
-        dt=joined["dt"],
-        A=dA.sum((0, 1)).T,
-        B=joined["B"],
-        C=joined["C"],
-        D=dD.sum((0, 1)),
-        z=joined.get("z"),
-        dt_bias=dbias.sum((0, 1)),
-        initial_state=g[:, 0].swapaxes(1, 2),
-    )
+    first = g[:, 0].swapaxes(1, 2)
+    dA, dD, dbias = dA.sum((0, 1)).T, dD.sum((0, 1)), dbias.sum((0, 1))
+    gradients = ScanInputs(**{"z": None} | joined, A=dA, D=dD, dt_bias=dbias, initial_state=first)
     return cast_gradients(gradients, given)
 
 

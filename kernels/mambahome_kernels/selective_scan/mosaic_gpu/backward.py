@@ -28,6 +28,7 @@ from mambahome_kernels.selective_scan.mosaic_gpu.lanes import (
     copies,
     dot,
     each_of_block,
+    fetch,
     launch_warps,
     pipeline,
     sigmoid,
@@ -217,9 +218,9 @@ def _per_sum(s: Sizes) -> int:
 def gradients(sizes: Sizes, x, dt, B, C, z, dy, rates, bias, skip, kept, ends, options: Options):
     """All gradients, from the adjoint state after each chunk (`ends`) and the states before each tile (`kept`).
 
-    Returns dx, ddt and dz (None without gate) like x, dt and z; sums over a chunk's steps (batch, chunks, d_state + 2,
-    channels): dA by state, then dD, then ddt_bias; and dB, dC by unit:
-    (batch, units, length padded to chunks / q, 2, q, d_state) with q = 64 / (2 d_state) steps summed together.
+    Returns dx, ddt, dz (None without gate) as x, dt, z; sums over a chunk's steps (batch, chunks, d_state + 2,
+    channels): dA by state, dD, ddt_bias; and dB, dC by unit (batch, units, length padded to chunks / q, 2, q, d_state),
+    of q = 64 / (2 d_state) steps summed together.
     """
     s, n, slots = sizes, sizes.d_state, options.slots
     per_sum = _per_sum(s)
@@ -241,13 +242,9 @@ def gradients(sizes: Sizes, x, dt, B, C, z, dy, rates, bias, skip, kept, ends, o
             def copy(at):
                 tile = s.tiles - 1 - i
                 rows, barrier = at.rows(s, tile), full.at[slot]
-                for source, buffer in zip(ins, buffers, strict=True):
-                    plgpu.copy_gmem_to_smem(source.at[at.batch, rows, at.columns], buffer.at[at.tile(slot)], barrier)
-                plgpu.copy_gmem_to_smem(B.at[at.batch, rows], bs.at[at.tile(slot)], barrier)
-                plgpu.copy_gmem_to_smem(C.at[at.batch, rows], cs.at[at.tile(slot)], barrier)
+                fetch(at, slot, rows, barrier, (*ins, B, C), (*buffers, bs, cs))
                 # Past the end of the sequence any state will do: no step there changes anything.
-                here = jnp.minimum(at.chunk * s.tiles + tile, s.kept - 1)
-                source = kept.at[at.batch, here, pl.ds(0, n), at.columns]
+                source = kept.at[at.batch, jnp.minimum(at.chunk * s.tiles + tile, s.kept - 1), pl.ds(0, n), at.columns]
                 plgpu.copy_gmem_to_smem(source, before.at[at.tile(slot)], barrier)
 
             copies(team, copy)

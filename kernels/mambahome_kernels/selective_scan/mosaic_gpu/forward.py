@@ -19,6 +19,7 @@ from mambahome_kernels.selective_scan.mosaic_gpu.lanes import (
     advance,
     copies,
     dot,
+    fetch,
     launch_warps,
     pipeline,
     sigmoid,
@@ -155,11 +156,7 @@ def outputs(sizes: Sizes, x, dt, B, C, z, rates, bias, skip, starts, options: Op
 
         def load(i, slot):
             def copy(at):
-                rows, barrier = at.rows(s, i * span, span), full.at[slot]
-                for source, buffer in zip(ins, buffers, strict=True):
-                    plgpu.copy_gmem_to_smem(source.at[at.batch, rows, at.columns], buffer.at[at.tile(slot)], barrier)
-                plgpu.copy_gmem_to_smem(B.at[at.batch, rows], bs.at[at.tile(slot)], barrier)
-                plgpu.copy_gmem_to_smem(C.at[at.batch, rows], cs.at[at.tile(slot)], barrier)
+                fetch(at, slot, at.rows(s, i * span, span), full.at[slot], (*ins, B, C), (*buffers, bs, cs))
 
             copies(team, copy)
 

@@ -189,6 +189,13 @@ def copies(workers: list[Worker], copy) -> None:
         plgpu.warp_map(lambda _: copy(workers[0]))
 
 
+def fetch(at: Worker, slot, rows, barrier, sources, buffers) -> None:
+    """Copy these rows of the sources to their buffers: those of a warp's channels, of B and C, the last two, all."""
+    for number, (source, buffer) in enumerate(zip(sources, buffers, strict=True)):
+        where = (at.batch, rows, at.columns) if number < len(sources) - 2 else (at.batch, rows)
+        plgpu.copy_gmem_to_smem(source.at[where], buffer.at[at.tile(slot)], barrier)
+
+
 def barrier() -> None:
     """All warps of the block have come here. Unlike commit_smem it does not wait for the copy engine's view."""
     if interpreting():
