@@ -20,6 +20,7 @@ Triple = tuple[int, int, int]
 Pairs = tuple[tuple[int, int], ...]
 Mirror = tuple[int, Pairs]  # an axis of the array, and the label values that trade places where it is mirrored
 MirrorPairs = tuple[tuple[str, Pairs], ...]  # the same of anatomical axes
+Contents = tuple[tuple[str, ...], ...]  # for each scan its digests, see imaging.intensity.voxel_digest
 # Percentiles of a sample of a scan. Its least and largest value may be single voxels of metal or of padding.
 SAMPLE_PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
 Convert = Callable[[Any], Any]
@@ -250,6 +251,11 @@ class DataProperties:
     """What the scans were like, one entry a modality; empty where that was not noted."""
     values: tuple[tuple[int, int], ...] = ()
     """(value of `labels`, value that label maps store and results hold), where the two differ; empty elsewhere."""
+    trained_on: Contents | None = dataclasses.field(default=None, compare=False)
+    """`voxel_digest`s of each scan that was trained on, pre-training included; () for scans of which nothing is known,
+    None where nothing was noted."""
+    held_out: Contents | None = dataclasses.field(default=None, compare=False)
+    """The same of each scan that was validated on."""
     val_dice: float | None = dataclasses.field(default=None, compare=False)
     """Best mean Dice of the training's validations, None where it is not known."""
 
@@ -282,6 +288,7 @@ class DataProperties:
                 'a stored value of its own, 1 to 65535, for each label: {"1": 255, ...}',
             ),
             "val_dice": (optional(float), "a number, or null"),
+            **{name: (optional(entries(entries(text))), "digests of each scan, or null") for name in _CASES},
         }
         fields = {name: converted(name, values[name], *form) for name, form in forms.items() if name in values}
         if "ct_scale" in fields:
@@ -295,8 +302,9 @@ class DataProperties:
             "ct_scale": ct_to_json(self.ct_normalisation),
         }
         del content["ranges"], content["values"], content["mirror_pairs"], content["ct_normalisation"]
-        if self.val_dice is None:
-            del content["val_dice"]
+        for name in ("val_dice", *_CASES):
+            if content[name] is None:
+                del content[name]
         if self.mirror_pairs is not None:
             content["mirror_pairs"] = dict(self.mirror_pairs)
         if self.values:
@@ -305,6 +313,7 @@ class DataProperties:
 
 
 _PAIR = entries(operator.index, 2)
+_CASES = ("trained_on", "held_out")
 
 
 def _stored(values: Any, labels: Iterable[Any]) -> tuple[tuple[int, int], ...]:

@@ -206,6 +206,9 @@ class InferConfig:
     ensemble: the mean of their softmax probabilities."""
     output_dir: Path = Path("inference")
     """Folder for the label maps, previews, volumes.csv and run.json."""
+    split: Literal["auto", "all", "train", "val", "test"] = "auto"
+    """Scans to segment: all but those that the checkpoint's own record says it was trained on; all; those that it was
+    trained on, was validated on, or has no part in (where the record names a scan in none, as the dataset marks it)."""
     roi_size: tuple[int, int, int] | None = None
     """Window in voxels, each axis a multiple of 16 (default: the training patch; 192 192 48 for published weights)."""
     sw_batch_size: int = 4

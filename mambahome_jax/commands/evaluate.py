@@ -38,6 +38,7 @@ def run(config: EvaluateConfig) -> int:
 
 def _show(console: Console, result: Evaluated) -> None:
     console.print(results_table(result.summary, console.width))
+    say(console, result.summary["provenance"]["summary"])
     if note := _values_apart(result):
         say(console, f"Note: {note}. If they are the same structures, say by --labels what the values mean")
     for case, reason in result.failures[:SHOWN]:

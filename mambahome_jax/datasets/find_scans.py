@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mambahome_jax.config import Modality
-from mambahome_jax.datasets.base import Case
+from mambahome_jax.datasets.base import Case, Split
 from mambahome_jax.datasets.files import (
     CHANNEL,
     channels_of,
@@ -41,6 +41,7 @@ class Scan:
     path: a file, or a folder of DICOM slices. modality: None where it is that of the model. channels: a file each, in
     order; `path` is then the first. series: SeriesInstanceUID of its slices where other series lie in their folder.
     other_name: name of its result in earlier versions, which kept the number of <case>_0000; empty where no other.
+    split: as the dataset marks it.
     """
 
     case: str
@@ -49,6 +50,7 @@ class Scan:
     channels: tuple[Path, ...] = ()
     other_name: str = ""
     series: tuple[str, ...] = ()
+    split: Split | None = None
 
 
 @dataclass(frozen=True)
@@ -159,12 +161,13 @@ def _scans_of(root: Path, content: Search) -> tuple[list[Scan], Failures, list[s
     if len({*modalities.values()} - {None}) < 2:
         # Of one modality the model knows better: it may be trained on another.
         modalities = {}
+    splits = {case.image: case.split for case in cases}
     of_cases = _series_of_cases(root, content.scans, cases)
     homes = {home for home, _ in of_cases.values()}
     named = [case for case in cases if case.image not in homes] if not part else []
     drawn = {path for case in named for path in case.label_files} if below else set()
     named = [] if below else named
-    scans = [Scan(case.id, case.image, modalities.get(case.image), case.images) for case in named]
+    scans = [Scan(case.id, case.image, modalities.get(case.image), case.images, split=case.split) for case in named]
     used = {path for case in named for path in (*case.image_files, *case.label_files)}
     names = {scan.case for scan in scans}
     labels = []
@@ -183,7 +186,8 @@ def _scans_of(root: Path, content: Search) -> tuple[list[Scan], Failures, list[s
             failures.append((name, reason))
         else:
             names.add(name)
-            scans.append(Scan(name, one.path, modalities.get(home), series=(one.series,) if one.series else ()))
+            series = (one.series,) if one.series else ()
+            scans.append(Scan(name, one.path, modalities.get(home), series=series, split=splits.get(home)))
     return (
         scans,
         failures,
@@ -237,7 +241,7 @@ def join_channels(data_path: Path, scans: list[Scan], channels: int) -> tuple[li
             groups[match[1]][int(match[2])] = scan.path
         elif wanted is None:
             joined.append(scan)
-    modalities = {scan.path: scan.modality for scan in scans}
+    marks = {scan.path: (scan.modality, scan.split) for scan in scans}
     taken = {scan.case for scan in joined}
     failures = []
     for case, files in groups.items():
@@ -253,5 +257,6 @@ def join_channels(data_path: Path, scans: list[Scan], channels: int) -> tuple[li
             failures.append((case, reason))
         else:
             paths = tuple(files[number] for number in range(channels))
-            joined.append(Scan(case, paths[0], modalities.get(paths[0]), paths))
+            modality, split = marks.get(paths[0], (None, None))
+            joined.append(Scan(case, paths[0], modality, paths, split=split))
     return sorted(joined, key=lambda scan: scan.case), _entries(failures)

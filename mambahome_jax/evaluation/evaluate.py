@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from mambahome_jax.datasets.base import Split
 from mambahome_jax.datasets.files import counterparts, twins_note
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.evaluation.metrics import compare
-from mambahome_jax.evaluation.pairs import Pair, find_pairs, named_pairs, read_pair
+from mambahome_jax.evaluation.pairs import Pair, find_pairs, left_out_of, named_pairs, read_pair, splits_of
 from mambahome_jax.evaluation.results import (
     Evaluation,
     Score,
@@ -114,12 +115,19 @@ def evaluate_folders(
     for note in twins_note(path for pair in pairs for path in (pair.prediction, pair.reference)):
         say(f"Note: {note}")
     say(f"Names of the structures: {source or 'none found (--labels FILE gives them)'}")
+    splits, skipped = splits_of(config.predictions, pairs), left_out_of(config.predictions)
+    left_out = [case for case, _ in alone if case in skipped]
+    alone = [(case, reason) for case, reason in alone if case not in skipped]
     other = _other_run(config, {pair.case for pair in pairs})
     with locked(config.output_dir, "evaluate"):
         open_output(config.output_dir, ["metrics.csv", "summary.json", *(["comparison.json"] if other else [])])
         scores, failed = _score(pairs, config.num_workers, track)
         failures = tuple(alone + failed)
         summary = make_summary(config, scores, len(pairs) - len(failed), failures, names, values)
+        unscored = {case for case, _ in failed}
+        summary["provenance"] = provenance_of(
+            [pair.case for pair in pairs if pair.case not in unscored], splits, left_out
+        )
         comparison = compare_runs(scores, other.scores) | {"other": str(config.compare)} if other else None
         result = Evaluated(tuple(scores), summary, comparison, failures, config.output_dir)
         # Scores that took hours are not lost to a disk that filled up meanwhile.
@@ -156,6 +164,39 @@ def make_summary(
         "references": str(config.references),
         "surface": config.surface,
         "definitions": DEFINITIONS | (DEFINITIONS_BY_AREA if config.surface == "area" else {}),
+    }
+
+
+def provenance_of(cases: Sequence[str], splits: Mapping[str, Split], left_out: Sequence[str] = ()) -> dict[str, Any]:
+    """Count the cases by their part in the training, and name those that were trained on, as summary.json does.
+
+    left_out: cases that infer passed over because of their part.
+    """
+    parts = [splits.get(case) for case in cases]
+    words: dict[Split | None, str] = {
+        "train": "trained on",
+        "val": "validated on in training",
+        "test": "unseen",
+        None: "not known",
+    }
+    seen, held_out, unseen, unknown = (parts.count(part) for part in words)
+    others = ", ".join(
+        f"{parts.count(part)} {text}" for part, text in words.items() if part != "train" and part in parts
+    )
+    end = "; scores on those tell nothing of unseen ones" if seen else ""
+    text = f"Of {len(cases)} cases, {seen} were trained on{f' ({others})' if others else ''}{end}"
+    if unknown == len(cases):
+        text = f"Nothing says which of the {len(cases)} cases the network was trained on"
+    if left_out:
+        text += f". Not among them: {len(left_out)} that infer left out by --split"
+    return {
+        "summary": text,
+        "trained_on": seen,
+        "validated_on": held_out,
+        "unseen": unseen,
+        "unknown": unknown,
+        "trained_on_cases": [case for case in cases if splits.get(case) == "train"],
+        "left_out": list(left_out),
     }
 
 

@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, get_args
 
 from mambahome_jax.config import Surface
-from mambahome_jax.datasets.base import label_names
+from mambahome_jax.datasets.base import Split, label_names
 from mambahome_jax.datasets.files import common_name, counterparts, fault_of_name, listing, scan_files
 from mambahome_jax.datasets.label_map import count_values
 from mambahome_jax.datasets.prepared import unlisted_files
@@ -17,7 +18,7 @@ from mambahome_jax.imaging.dicom import files_in, sort_out
 from mambahome_jax.imaging.formats import SCAN_SUFFIXES, alternatives, scan_stem
 from mambahome_jax.imaging.geometry import SCORE_VOXELS, require_same_grid
 from mambahome_jax.imaging.volume import Volume, read_grid, read_labels, replace_values
-from mambahome_jax.support.files import read_json
+from mambahome_jax.support.files import read_json, record_of
 from mambahome_jax.support.paths import one_form
 
 RUN, DATASET = "run.json", "dataset.json"
@@ -209,6 +210,50 @@ def judged_pairs(pairs: Iterable[Pair], references: Path, values: Mapping[int, i
             case: tuple(values[value] for value in known if value in values) for case, known in labelled.items()
         }
     return [replace(pair, reference_values=values, labelled=labelled.get(scan_stem(pair.reference))) for pair in pairs]
+
+
+def splits_of(predictions: Path, pairs: Iterable[Pair]) -> dict[str, Split]:
+    """The part that each case had in the training of the network that predicted it, where run.json beside it says so.
+
+    A label map is known by its content, whatever its name; one that was changed since by its name.
+    """
+    report = _report_of(predictions)
+    by_content: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
+    # Results of those that a later run left out may still be there.
+    for entry in (entry for key in ("left_out", "cases") for entry in _objects(report.get(key))):
+        split, record = entry.get("split", ""), entry.get("made_from")
+        if split not in get_args(Split):
+            continue
+        by_name[one_form(str(entry.get("output")))] = split
+        if isinstance(record, Mapping) and isinstance(record.get("result"), Mapping):
+            by_content[str(record["result"].get("content"))] = split
+    splits = {}
+    for pair in pairs if by_name else ():
+        try:
+            content = record_of([pair.prediction])["content"]
+        except DatasetError:
+            # Said when the pair's turn comes.
+            continue
+        if split := by_content.get(content, by_name.get(one_form(pair.prediction.name))):
+            splits[pair.case] = split
+    return splits
+
+
+def left_out_of(predictions: Path) -> set[str]:
+    """The cases that infer left out, by run.json beside its results."""
+    return {str(entry.get("id")) for entry in _objects(_report_of(predictions).get("left_out"))}
+
+
+def _report_of(predictions: Path) -> dict[str, Any]:
+    try:
+        return read_json((predictions if predictions.is_dir() else predictions.parent) / RUN)
+    except DatasetError:
+        return {}
+
+
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
 
 
 def find_names(predictions: Path, references: Path, given: Path | None = None) -> tuple[dict[int, str], Path | None]:

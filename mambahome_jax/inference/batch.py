@@ -16,7 +16,8 @@ import numpy as np
 from flax import nnx
 
 from mambahome_jax.config import said_multiples
-from mambahome_jax.datasets.base import Case
+from mambahome_jax.datasets.base import Case, Split
+from mambahome_jax.datasets.files import listed
 from mambahome_jax.datasets.find_scans import Scan, find_scans, join_channels
 from mambahome_jax.datasets.label_map import read_image
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
@@ -26,7 +27,7 @@ from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.imaging.normalisation import CtScale, normalisation_for
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
-from mambahome_jax.inference.ensemble import Ensemble
+from mambahome_jax.inference.ensemble import Ensemble, TrainingRecord
 from mambahome_jax.inference.result_files import DICOM_SEG, REPORT, VOLUMES, Entry, ResultFiles, Segmented
 from mambahome_jax.inference.segment import NetworkInput, Segmenter, SegmentOptions, label, to_network_grid
 from mambahome_jax.inference.tiled import Progress, window_starts
@@ -52,18 +53,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Inferred:
-    """What came of a run. cases, failures: entries of run.json; report, volumes: its files, None where not written."""
+    """What came of a run. cases, failures, left_out: entries of run.json; report, volumes: its files, or None."""
 
     output_dir: Path
     cases: tuple[Entry, ...]
     failures: tuple[dict[str, str], ...]
     report: Path | None
     volumes: Path | None
+    left_out: tuple[Entry, ...] = ()
 
     @property
     def exit_code(self) -> int:
         """0 all done, 1 some cases failed or a report is missing, 2 nothing was done."""
-        if self.failures:
+        if self.failures or not self.cases:
             return 1 if self.cases else 2
         return 0 if self.report and self.volumes else 1
 
@@ -138,8 +140,14 @@ def infer_scans(
             say("Scans of several modalities: each is normalised by its own, as the dataset says")
         else:
             scans = [replace(scan, modality=None) for scan in scans]
-        cases, failed = _segment_all(run, scans, say, track, windows)
-        return _report(run, cases, [*failures, *failed], time.perf_counter() - started, say)
+        known = segmenter.networks.record is not None or any(scan.split for scan in scans)
+        if config.split not in ("auto", "all") and not known:
+            reason = "neither the weights nor the dataset say which scans were trained on"
+            raise ConfigError(f"--split {config.split}: {reason}. Leave it out")
+        cases, left_out, failed = _segment_all(run, scans, say, track, windows)
+        for line in provenance_lines(segmenter.networks.record, cases, left_out, config.split):
+            say(line)
+        return _report(run, cases, left_out, [*failures, *failed], time.perf_counter() - started, say)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,22 +160,36 @@ class InferRun:
     devices: Sequence[jax.Device] | None = None
 
     def read(self, scan: Scan) -> "tuple[Volume, NetworkInput] | Entry":
-        """Read a scan and bring it to the network's grid; or the entry of its result, where that is whole and stays."""
+        """Read a scan, bring it to the network's grid and find its part in the training; or give its entry of run.json,
+        where its result is whole and stays, or --split leaves it out."""
         kept = self.results.kept(scan, self.segmenter)
-        if kept is not None:
-            return kept
-        self.results.note_source(scan)
-        networks, settings, scale = self.segmenter.networks, self.segmenter.settings, self.config.spacing_scale
+        record = self.segmenter.networks.record
+        split: Split | None = None if kept is None else self.results.known_split(scan)
+        volume = None
+        if kept is None or (record is not None and split is None):
+            if kept is None:
+                self.results.note_source(scan)
+            volume = self._volume(scan)
+            split = None if record is None else record.split_of(volume.array)
+        found = self.results.splits[scan.case] = {} if split is None else {"split": split}
+        if not _takes(self.config.split, scan, split):
+            name = self.results.existing(scan).name
+            return {"id": scan.case, "input": self.results.source(scan), "output": name, "left_out": True} | found
+        if kept is not None or volume is None:
+            return (kept or {}) | found
+        settings = self.segmenter.settings
+        if scan.modality is not None:
+            data = self.segmenter.networks.data
+            settings = replace(settings, normalisation=normalisation_for(scan.modality, data.ct_normalisation))
+        with DatasetError.with_file(scan.path):
+            return volume, to_network_grid(volume, settings, self.segmenter.networks.channels)
+
+    def _volume(self, scan: Scan) -> Volume:
+        channels, scale = self.segmenter.networks.channels, self.config.spacing_scale
         if scan.channels:
             case = Case(scan.case, scan.path, images=scan.channels, spacing_scale=scale)
-            volume = read_image(case, networks.channels or len(scan.channels), as_stored=True)
-        else:
-            volume = read_volume(scan.path, as_stored=True, series=scan.series, spacing_scale=scale)
-        if scan.modality is not None:
-            normalisation = normalisation_for(scan.modality, networks.data.ct_normalisation)
-            settings = replace(settings, normalisation=normalisation)
-        with DatasetError.with_file(scan.path):
-            return volume, to_network_grid(volume, settings, networks.channels)
+            return read_image(case, channels or len(scan.channels), as_stored=True)
+        return read_volume(scan.path, as_stored=True, series=scan.series, spacing_scale=scale)
 
     def segment(self, scan: Scan, volume: Volume, image: NetworkInput, windows: Progress | None) -> Segmented:
         """Predict the labels of a scan, and probabilities where they are asked for."""
@@ -190,6 +212,33 @@ def _require_possible(config: InferConfig) -> None:
     if config.gpu and jax.default_backend() != "gpu":
         action = "Install the extra [cuda] and check nvidia-smi, or leave --gpu out."
         raise ConfigError(f"--gpu was given, but JAX sees only {jax.devices()[0].platform} devices. {action}")
+
+
+def _takes(choice: str, scan: Scan, split: Split | None) -> bool:
+    """Whether --split takes a scan; split: its part by the record of the networks."""
+    if choice in ("auto", "all"):
+        return choice == "all" or split != "train"
+    return choice == (split if split in ("train", "val") else scan.split or split)
+
+
+def provenance_lines(
+    record: TrainingRecord | None, cases: Sequence[Entry], left_out: Sequence[Entry], choice: str
+) -> list[str]:
+    """Say how many scans were trained on, by their voxels, and what --split did about them."""
+    if record is None:
+        lines = ["The weights do not say which scans they were trained on"]
+    else:
+        names = [entry["id"] for entry in (*cases, *left_out) if entry.get("split") == "train"]
+        lines = [f"Of {len(cases) + len(left_out)} scans, {len(names)} were trained on, by the checkpoint's record"]
+        lines[0] += f": {listed(names)}" if names else ""
+        if not record.complete:
+            lines.append("The record does not name all scans that were trained on")
+        if any(entry.get("split") == "train" for entry in cases):
+            lines.append("Scores on scans that were trained on tell nothing of unseen ones")
+    if left_out:
+        end = "; --split all segments them too"
+        lines.append(f"{len(left_out)} scans are left out by --split {choice}{end}")
+    return lines
 
 
 def _only_writable(ending: str, scans: list[Scan]) -> tuple[list[Scan], list[dict[str, str]]]:
@@ -237,17 +286,21 @@ def _load(config: InferConfig) -> Segmenter:
 
 def _segment_all(
     run: InferRun, scans: list[Scan], say: Callable[[str], None], track: Track, windows: Progress | None
-) -> tuple[list[Entry], list[dict[str, str]]]:
-    """Segment scans; returns the entries of those that are done, in their order, and of those that failed."""
+) -> tuple[list[Entry], list[Entry], list[dict[str, str]]]:
+    """Segment scans; returns entries of those that are done, of those left out, in their order, and of failures."""
     for line in run.results.lines_again():
         say(line)
     configuration = jsonable(vars(run.config))
     cases: list[Entry] = []
+    left_out: list[Entry] = []
     failures: list[dict[str, str]] = []
     for scan, outcome in track(_outcomes(run, scans, windows), len(scans)):
         if isinstance(outcome, str):
             failures.append({"id": scan.case, "reason": outcome})
             say(f"Failed {scan.case}: {outcome}")
+            continue
+        if outcome.pop("left_out", False):
+            left_out.append(outcome)
             continue
         cases.append(outcome)
         if not outcome.get("kept"):
@@ -260,7 +313,8 @@ def _segment_all(
     for line in run.results.account_for(kept):
         say(line)
     order = {scan.case: number for number, scan in enumerate(scans)}
-    return sorted(cases, key=lambda entry: order[entry["id"]]), failures
+    cases, left_out = (sorted(entries, key=lambda entry: order[entry["id"]]) for entries in (cases, left_out))
+    return cases, left_out, failures
 
 
 def _outcomes(run: InferRun, scans: list[Scan], windows: Progress | None) -> Iterator[tuple[Scan, Entry | str]]:
@@ -315,7 +369,12 @@ def failure_reason(error: BaseException) -> str:
 
 
 def _report(
-    run: InferRun, cases: list[Entry], failures: list[dict[str, str]], seconds: float, say: Callable[[str], None]
+    run: InferRun,
+    cases: list[Entry],
+    left_out: list[Entry],
+    failures: list[dict[str, str]],
+    seconds: float,
+    say: Callable[[str], None],
 ) -> Inferred:
     """Write run.json and volumes.csv; one that cannot be written is said, and missing in what is returned."""
     stored = run.segmenter.networks.data.values
@@ -329,6 +388,7 @@ def _report(
         "device": device_line(),
         "seconds": round(seconds, 3),
         "cases": cases,
+        **({"left_out": left_out} if left_out else {}),
         "failures": failures,
     }
     rows = [(csv_name(c["id"]), csv_name(name), ml) for c in cases for name, ml in c.get("volume_ml", {}).items()]
@@ -345,7 +405,7 @@ def _report(
     report = written(write_json, REPORT, "report of this run", content)
     run.results.forget_notes()
     volumes = written(write_csv, VOLUMES, "table of volumes", ("case", "structure", "volume_ml"), rows)
-    return Inferred(run.config.output_dir, tuple(cases), tuple(failures), report, volumes)
+    return Inferred(run.config.output_dir, tuple(cases), tuple(failures), report, volumes, tuple(left_out))
 
 
 def held_bytes() -> int:

@@ -14,14 +14,32 @@ import numpy as np
 from flax import nnx
 
 from mambahome_jax.config import DataProperties, Mirror, MirrorPairs, Modality, ModelConfig, ScanRanges, Triple
+from mambahome_jax.datasets.base import Split
 from mambahome_jax.datasets.structures import AXES, axis_along, sides, swap_table
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.imaging.intensity import voxel_digest
 from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW
 from mambahome_jax.inference.tiled import Predict, Replica
 from mambahome_jax.support.devices import compiler_options
 
 # Below it, half of what a network marks is wrong, or half of what there is is missed.
 _POOR_DICE = 0.5
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """Digests (`voxel_digest`) of the scans that networks were trained and validated on; complete: of all of them."""
+
+    trained_on: frozenset[str]
+    held_out: frozenset[str]
+    complete: bool
+
+    def split_of(self, array: np.ndarray) -> Split | None:
+        """The part that a scan had in the training; "test": none; None where that cannot be known."""
+        digest = voxel_digest(array)
+        if digest in self.trained_on:
+            return "train"
+        return None if not self.complete else "val" if digest in self.held_out else "test"
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +119,16 @@ class Ensemble:
         data = [_metadata(member) for member in self.members]
         named = [frozenset(item.modality for item in each.ranges) if each else frozenset() for each in data]
         return frozenset().union(*named) if all(named) else frozenset()
+
+    @functools.cached_property
+    def record(self) -> TrainingRecord | None:
+        """What its members say of the scans that they saw; None where none of them says anything."""
+        data = [_metadata(member) for member in self.members]
+        known = [each for each in data if each is not None and each.trained_on is not None]
+        scans = [scan for each in known for scan in each.trained_on or ()]
+        held_out = frozenset(digest for each in known for scan in each.held_out or () for digest in scan)
+        complete = len(known) == len(data) and all(scans)
+        return TrainingRecord(frozenset(d for scan in scans for d in scan), held_out, complete) if known else None
 
     def mirrors(self, orientation: str) -> tuple[tuple[Mirror, ...], tuple[str, ...]]:
         """Find the axes to mirror windows along, which every network was trained with, and remarks: `mirrors_for`."""

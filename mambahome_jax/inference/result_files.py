@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from mambahome_jax.datasets.base import Split
 from mambahome_jax.datasets.files import listed, parts
 from mambahome_jax.datasets.find_scans import Scan
 from mambahome_jax.errors import DatasetError, OutputError
@@ -31,7 +32,7 @@ Entry = dict[str, Any]  # of a case in run.json
 Origin = Literal["same", "weights", "scan", "changed", "unknown"]
 # Flags on which the labels do not depend.
 _WITHOUT_EFFECT = {
-    *("data_path", "output_dir", "save_probabilities", "previews", "skip_existing"),
+    *("data_path", "output_dir", "split", "save_probabilities", "previews", "skip_existing"),
     *("num_workers", "num_devices", "sw_batch_size", "gpu", "series"),
 }
 _NAMED = 20
@@ -68,6 +69,7 @@ class ResultFiles:
 
     weights: a digest of each network. earlier: entries of run.json by case, each with its "configuration".
     origins: of the results that --skip_existing would keep. sources: what the files of each scan were when it was read.
+    splits: {"split": its part in the training} of each scan, {} where that is not known.
     """
 
     config: InferConfig
@@ -75,6 +77,7 @@ class ResultFiles:
     earlier: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     origins: dict[str, Origin] = field(default_factory=dict)
     sources: dict[str, dict[str, str]] = field(default_factory=dict)
+    splits: dict[str, Entry] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: InferConfig, weights: tuple[str, ...], scans: Iterable[Scan]) -> "ResultFiles":
@@ -135,6 +138,11 @@ class ResultFiles:
             "volume_ml": volumes,
         }
 
+    def known_split(self, scan: Scan) -> Any:
+        """What an earlier run found out of the part of a scan, with these weights; None where it did not."""
+        entry = self.earlier.get(scan.case, {}) if self.origins.get(scan.case) == "same" else {}
+        return entry.get("split") if entry.get("split") in get_args(Split) else None
+
     def save_result(self, done: Segmented, segmenter: Segmenter) -> Entry:
         """Write a label map, its preview and what there is of probabilities; return its entry of run.json.
 
@@ -169,6 +177,7 @@ class ResultFiles:
         return {
             "id": scan.case,
             "input": self.source(scan),
+            **self.splits.pop(scan.case, {}),
             "modality": modality,
             "output": path.name,
             "preview": None if preview is None else str(preview.relative_to(config.output_dir)),
@@ -180,7 +189,7 @@ class ResultFiles:
 
     def note_made(self, entry: Entry, configuration: Mapping[str, Any]) -> None:
         """Note what made a result, for a next run, should this one not come to write its report."""
-        known = {key: entry[key] for key in ("id", "output", "made_from", "remarks") if key in entry}
+        known = {key: entry[key] for key in ("id", "output", "split", "made_from", "remarks") if key in entry}
         row = json.dumps(known | {"configuration": configuration})
         with contextlib.suppress(OSError), (self.config.output_dir / _NOTES).open("a", encoding="utf-8") as file:
             file.write(row + "\n")

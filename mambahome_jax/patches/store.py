@@ -35,6 +35,7 @@ CRC_LETTERS = 8
 _BODY_ABOVE: dict[Modality, float] = {"ct": -175.0, "mr": 0.0, "us": 0.0}
 _POSITIONS = 20_000  # of a class, at most
 _CHUNK = 64
+_ADDED = ("values", "stored_counts", "contents")  # to case.json, where there are any
 _CACHE_BYTES = 256 * 2**20
 _CACHED = 512  # open arrays, and as many positions of a class
 _AGAIN = "Run preprocess.py again."
@@ -51,7 +52,7 @@ class StoreEntry:
     from. labelled: the label values that this case's dataset labels at all, None for all of the table. checksum: of
     image and label map. percentiles: SAMPLE_PERCENTILES of each channel of the scan before resampling. values: label
     value -> value that the dataset's label map stores, where they differ. stored_counts: voxels of each stored value
-    but 0 before resampling.
+    but 0 before resampling. contents: `voxel_digest` of the scan before and after resampling, once where equal.
     """
 
     id: str
@@ -71,6 +72,7 @@ class StoreEntry:
     # Not in repr, which fingerprints of datasets are made of: those of earlier versions stay what they are.
     values: Mapping[int, int] = field(default_factory=dict, repr=False)
     stored_counts: Mapping[int, int] = field(default_factory=dict, repr=False)
+    contents: tuple[str, ...] = field(default=(), repr=False)
 
     @property
     def foreground_counts(self) -> dict[int, int]:
@@ -450,7 +452,7 @@ def _to_json(entry: StoreEntry) -> dict[str, Any]:
     for name in ("class_counts", "values", "stored_counts"):
         if content[name] is not None:
             content[name] = {str(value): count for value, count in content[name].items()}
-    return {name: value for name, value in content.items() if value or name not in ("values", "stored_counts")}
+    return {name: value for name, value in content.items() if value or name not in _ADDED}
 
 
 def _from_json(content: dict[str, Any]) -> StoreEntry:
@@ -464,6 +466,7 @@ def _from_json(content: dict[str, Any]) -> StoreEntry:
         | {
             "labelled": None if labelled is None else tuple(labelled),
             "remarks": tuple(content.get("remarks", ())),
+            "contents": tuple(content.get("contents", ())),
             "percentiles": tuple(tuple(row) for row in content.get("percentiles", ())),
             "shape": tuple(content["shape"]),
             "spacing": tuple(content["spacing"]),

@@ -18,7 +18,7 @@ from mambahome_jax.datasets.label_map import read_image, read_label_map
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.geometry import coarse_remark, reorient, resample
 from mambahome_jax.imaging.header import ROUNDING_VOXELS, grid_shift
-from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles, statistics
+from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles, statistics, voxel_digest
 from mambahome_jax.imaging.plausibility import intensity_remarks
 from mambahome_jax.imaging.volume import Volume, count_values, read_grid, read_labels, replace_values, write_volume
 from mambahome_jax.patches import store
@@ -97,6 +97,7 @@ def prepare_case(job: CaseJob) -> StoreEntry:
     store.remove_entry(job.store, case.id)
     image = read_image(case, job.channels)
     label, notes, stored_counts = read_label_map(case, image, job.labels, job.hint)
+    contents = [voxel_digest(image.array)]
     sample = intensity_sample(image.array if image.array.ndim == 4 else image.array[..., None])
     remarks = [*notes, intensity_remarks(sample).get(job.modality)]
     image = reorient(image, job.orientation)
@@ -142,6 +143,7 @@ def prepare_case(job: CaseJob) -> StoreEntry:
             remarks=tuple(str(remark) for remark in remarks if remark is not None),
             percentiles=sample_percentiles(sample),
             stored_counts={} if job.labels else stored_counts,
+            contents=tuple(dict.fromkeys((*contents, voxel_digest(array)))),
         )
         return store.write_case(job.store, entry, array, None if label is None else np.ascontiguousarray(label.array))
     except OutputError:

@@ -140,11 +140,18 @@ def render_report(report: Report) -> str:
         "all": _cases(values["dice"], cases, structures, links),
         "comparison": None if report.comparison is None else _comparison(report.comparison),
         "run": report.run,
+        "provenance": _provenance(summary),
         "tolerance": summary.get("tolerance_mm"),
         "definitions": definitions if isinstance(definitions, Mapping) else {},
         "data": inline_json({metric: _as_data(metric, array) for metric, array in values.items()}),
     }
     return f"{template().html(page)}\n"
+
+
+def _provenance(summary: Mapping[str, Any]) -> str:
+    provenance = summary.get("provenance")
+    text = provenance.get("summary") if isinstance(provenance, Mapping) else None
+    return text if isinstance(text, str) else "Nothing says which of the cases the network was trained on"
 
 
 @functools.cache

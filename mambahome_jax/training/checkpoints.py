@@ -16,7 +16,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from mambahome_jax.config import Strategy
+from mambahome_jax.config import Contents, Strategy
 from mambahome_jax.datasets.files import listed
 from mambahome_jax.errors import CheckpointError, ConfigError, OutputError, why_not_written
 from mambahome_jax.support.devices import versions
@@ -186,11 +186,19 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-def checkpoint_settings(setup: Setup) -> dict[str, Any]:
-    """What config.json of every checkpoint says of its run, as JSON."""
+def recorded_cases(config: Mapping[str, Any] | None) -> Contents:
+    """The scans that a run was trained on by config.json of its last checkpoint, see `DataProperties`."""
+    return tuple(map(tuple, (config or {}).get("data", {}).get("trained_on") or ()))
+
+
+def checkpoint_settings(setup: Setup, before: Contents = ()) -> dict[str, Any]:
+    """What config.json of every checkpoint says of its run, as JSON; before: scans that its weights began with."""
+    scans = setup.properties.trained_on
+    if before:
+        scans = tuple(dict.fromkeys((*(scans or ((),)), *before)))
     settings = {
         "model": dataclasses.asdict(setup.model.replace(use_checkpoint=False)),
-        "data": setup.properties.to_json(),
+        "data": dataclasses.replace(setup.properties, trained_on=scans).to_json(),
         "cases": data_summary(setup.digests),
         "training": setup.settings(),
         "versions": versions(PACKAGES),

@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mambahome_jax.datasets.base import Split
 from mambahome_jax.datasets.find_scans import Scan
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase
 from mambahome_jax.errors import DatasetError, MambaHomeError
-from mambahome_jax.evaluation.evaluate import make_summary, score_case
+from mambahome_jax.evaluation.evaluate import make_summary, provenance_of, score_case
 from mambahome_jax.evaluation.pairs import Pair
 from mambahome_jax.evaluation.results import Score, write_metrics
 from mambahome_jax.evaluation.tables import results_table
@@ -75,6 +76,7 @@ def score_held_out(
             done = len({row.case for row in scores})
             failures = sorted((case, reason) for case, reason in run.failures.items() if case in settings.cases)
             run.held_out = make_summary(config, scores, done, failures, _names(setup)) | {
+                "provenance": _provenance(scores, checkpoint, setup, run.settings),
                 "checkpoint": checkpoint,
                 "note": _note(checkpoint, settings.cases),
                 "not_segmented": left,
@@ -216,6 +218,25 @@ def _pair(output: Path, setup: Setup, case: PreparedCase) -> Pair:
         reference_values=values,
         labelled=labelled,
     )
+
+
+def _provenance(
+    scores: Sequence[Score], checkpoint: Mapping[str, Any], setup: Setup, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the network saw of the cases, with what it saw before this run by the record of its weights."""
+    scans = settings["data"].get("trained_on") or ()
+    seen = {digest for scan in scans for digest in scan}
+    store = Store((setup.prepared_val or setup.prepared).store)
+    cases = sorted({row.case for row in scores})
+    splits: dict[str, Split] = {}
+    for case in cases:
+        if case in checkpoint["chosen_on"]:
+            splits[case] = "val"
+        elif all(scans):  # else the weights that it began with may have seen any scan
+            splits[case] = "test"
+        if case in setup.trained_on or not seen.isdisjoint(store.entry(case).contents):
+            splits[case] = "train"
+    return provenance_of(cases, splits)
 
 
 def _note(checkpoint: Mapping[str, Any], cases: Sequence[str]) -> str:

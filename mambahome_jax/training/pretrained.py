@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mambahome_jax.config import DataProperties, ModelConfig
+from mambahome_jax.config import Contents, DataProperties, ModelConfig
 from mambahome_jax.errors import CheckpointError
 from mambahome_jax.weights.names import dotted
 from mambahome_jax.weights.weights import Weights
@@ -19,11 +19,15 @@ INPUTS = ("encoder.stages.0.downsample", "decoder.skips.0.conv1", "decoder.skips
 
 @dataclass(frozen=True)
 class Transfer:
-    """Names of parameters: taken from the checkpoint; started anew; in the checkpoint and not taken."""
+    """Names of parameters: taken from the checkpoint; started anew; in the checkpoint and not taken.
+
+    trained_on: the scans that the checkpoint was trained on, see `DataProperties`.
+    """
 
     loaded: tuple[str, ...]
     reinitialised: tuple[str, ...]
     left: tuple[str, ...]
+    trained_on: Contents = ()
 
     def __str__(self) -> str:
         anew, left = (", ".join(names) or "none" for names in (self.reinitialised, self.left))
@@ -55,7 +59,9 @@ def transfer(
 
     params = jax.tree_util.tree_map_with_path(choose, fresh)
     left = tuple(name for name in weights.params if name not in set(loaded))
-    return params, Transfer(tuple(loaded), tuple(reinitialised), left)
+    known = None if weights.data is None else weights.data.trained_on
+    # Weights that do not say have seen scans of which nothing is known.
+    return params, Transfer(tuple(loaded), tuple(reinitialised), left, ((),) if known is None else known)
 
 
 def _check(theirs: ModelConfig, ours: ModelConfig, source: str) -> None:

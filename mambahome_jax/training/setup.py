@@ -15,6 +15,7 @@ import numpy as np
 from mambahome_jax.config import (
     MODEL_SIZES,
     AnatomicalAxis,
+    Contents,
     DataProperties,
     Mirror,
     MirrorPairs,
@@ -150,6 +151,8 @@ def make_setup(
         values=tuple(sorted(prepared.values.items())),
         ranges=training_ranges(entries, named, flags.modality),
         mirror_pairs=_anatomical(mirrors, prepared.orientation) or None,
+        trained_on=_contents(entries),
+        held_out=_contents([val_store.entry(case) for case in held_out]),
     )
     return Setup(
         flags=flags,
@@ -455,6 +458,11 @@ def _image_key(entry: StoreEntry, checksum: bool) -> str:
     return json_digest(
         [entry.shape, entry.channels, _intensities(entry), entry.checksum[:CRC_LETTERS] if checksum else ""]
     )
+
+
+def _contents(entries: Sequence[StoreEntry]) -> Contents | None:
+    """The digests of each case; None where an earlier version made them all."""
+    return tuple(entry.contents for entry in entries) if any(entry.contents for entry in entries) else None
 
 
 def _files(entry: StoreEntry) -> str | None:

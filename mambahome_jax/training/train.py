@@ -24,7 +24,7 @@ from mambahome_jax.patches.store import Store
 from mambahome_jax.recipes import AugmentationConfig
 from mambahome_jax.support.console import duration
 from mambahome_jax.support.processes import batch_bytes, fitting_workers
-from mambahome_jax.training.checkpoints import CheckpointWriter, checkpoint_settings, restore_state
+from mambahome_jax.training.checkpoints import CheckpointWriter, checkpoint_settings, recorded_cases, restore_state
 from mambahome_jax.training.distributed import (
     StopOnSignal,
     device_put_tree,
@@ -106,7 +106,7 @@ def train_network(
     run = TrainingRun.resumed(
         earlier or {},
         folder=folder / "checkpoints",
-        settings=checkpoint_settings(setup),
+        settings=checkpoint_settings(setup, transferred.trained_on if transferred else recorded_cases(earlier)),
         schedule=schedule,
         display=display,
         mesh=mesh,

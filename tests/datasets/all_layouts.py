@@ -53,7 +53,7 @@ def end_to_end(name: str, folder: Path, *flags: str) -> dict[str, str]:
     saved = json.loads((trained / "checkpoints/best/config.json").read_text())
     assert saved["data"]["labels"] == labels, f"the checkpoint names {saved['data']['labels']}"
     where = ("--data_path", out, "--model_path", trained / "checkpoints/best", "--output_dir", predicted)
-    assert _command("infer", *where, "--previews", "False") == 0
+    assert _command("infer", *where, "--split", "all", "--previews", "False") == 0
     assert json.loads((predicted / "run.json").read_text())["labels"] == labels
     first = next(case for case in prepared["cases"] if case["label"] is not None)
     assert _names_in(predicted / f"{first['id']}.nii.gz") == labels
