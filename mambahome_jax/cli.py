@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ _REMOVED = {
     },
     "infer": {"--overwrite": "every scan is segmented again; --skip_existing keeps results that are there and whole"},
 }
+_OF_TYRO = ("--help", "--tyro_")
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
@@ -52,7 +53,7 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
     """Spell what the published scripts accept as tyro reads it.
 
     A bare boolean flag is True, True and False may have any case, dashes stand for underscores, and
-    `--use_pretrained False` is none. Raises ConfigError: a flag that there is no longer.
+    `--use_pretrained False` is none. Raises ConfigError: a flag that there is not, or no longer.
     """
     # __origin__: of what is Annotated.
     kinds = {f"--{f.name}": getattr(f.type, "__origin__", f.type) for f in dataclasses.fields(flags_of(command))}
@@ -67,6 +68,8 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
         name = "--" + name[2:].replace("-", "_")
         if reason := _REMOVED.get(command, {}).get(name):
             raise ConfigError(f"{name} is no longer a flag: {reason}")
+        if name not in kinds and not name.startswith(_OF_TYRO):
+            raise ConfigError(f"{name}: {command} has no such flag. {_nearest(name, kinds)}--help lists all of them")
         following = value if equals else (arguments[0] if arguments else None)
         spelled = following.lower() if following is not None else ""
         if kinds.get(name) in (bool, bool | None):
@@ -82,6 +85,12 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
             value = f"./{value}" if is_path and value.startswith("-") else value
             out += [name, value] if equals else [name]
     return out
+
+
+def _nearest(name: str, flags: Iterable[str]) -> str:
+    from difflib import get_close_matches
+
+    return "".join(f"Did you mean {flag}? " for flag in get_close_matches(name, flags, 1))
 
 
 def parse(command: str, argv: Sequence[str], prog: str) -> Any:

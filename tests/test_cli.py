@@ -108,11 +108,19 @@ def test_help_is_instant(script):
         ),
         (("train", "--config=run.json"), "Error: --config is no longer a flag: run.json holds all flags of a run"),
         (("infer", "--overwrite", "False"), "Error: --overwrite is no longer a flag: every scan is segmented again"),
+        (
+            ("train", "--data_trian", "d"),
+            "Error: --data_trian: train has no such flag. Did you mean --data_train? --help lists all of them\n",
+        ),
+        (("infer", "--zzzz=1"), "Error: --zzzz: infer has no such flag. --help lists all of them\n"),
+        (("preprocess", "--input_path", "scan", "--output_path", "o"), "no such folder. Did you mean scans?\n"),
+        (("check", "nowhere"), "Error: nowhere: no such folder. Check the path.\n"),
         (("dance",), "no command 'dance'"),
     ],
 )
 def test_mistakes_give_a_message_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "scans").mkdir()
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "TF_CPP_MIN_LOG_LEVEL"):
         monkeypatch.setenv(name, os.environ.get(name, "0"))  # so that it is put back afterwards
     with pytest.raises(SystemExit) as ended:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol
 
@@ -68,7 +69,10 @@ def load_dataset(folder: str | Path, name: str | None = None) -> Dataset:
         raise ConfigError(f"--dataset {name}: no such layout; expected one of {', '.join(LAYOUTS)}")
     expected = "one of:\n" + "\n".join(f"  - {key}: {layout.LOOKS_FOR}" for key, layout in LAYOUTS.items())
     if not folder.exists():
-        raise DatasetError("no such folder", file=folder, expected=expected)
+        folders, files = listing(folder.parent)
+        near = get_close_matches(folder.name, [*folders, *files], 1)
+        action = f"Did you mean {folder.with_name(near[0])}?" if near else "Check the path."
+        raise DatasetError("no such folder", file=folder, action=action)
     if not folder.is_dir() and not table.detect(folder):
         raise DatasetError("a file, not a folder", file=folder, expected=expected)
     if name is not None:
