@@ -187,7 +187,8 @@ def _given_settings(dataset: Dataset, config: PreprocessConfig, machine: Machine
         unread = Setting((0.0, 0.0, 0.0), "no header could be read")
         given["spacing"] = make_plan(fingerprint, machine).spacing if fingerprint else unread
     spacing = given["spacing"]
-    say(f"Spacing: {as_typed(spacing.value)} mm, {spacing.reason}; --spacing overrides")
+    override = "" if "--spacing" in spacing.reason else "; --spacing overrides"
+    say(f"Spacing: {as_typed(spacing.value)} mm, {spacing.reason}{override}")
     return given
 
 

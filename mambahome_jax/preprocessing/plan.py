@@ -33,7 +33,7 @@ from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing.fingerprint import Fingerprint
 from mambahome_jax.recipes import RECIPES
-from mambahome_jax.support.files import read_json, write_json
+from mambahome_jax.support.files import json_text, read_json, write_json
 
 PLAN = "plan.json"
 VERSION = 1
@@ -307,10 +307,12 @@ def _digest(settings: Mapping[str, Setting]) -> str:
 
 
 def write_plan(file: Path, plan: Plan, machine: Machine, fingerprint: Fingerprint) -> None:
-    """Write the plan, for whom it was made and what was measured; whole or not at all. Raises OutputError."""
+    """Write the plan, for whom it was made and what was measured, unless the file says so. Raises OutputError."""
     settings = {name: setting._asdict() for name, setting in plan.settings().items()}
     content = {"version": VERSION, **settings, "machine": str(machine), "fingerprint": fingerprint.to_json()}
-    write_json(file, content | {"digest": _digest(plan.settings())})
+    content |= {"digest": _digest(plan.settings())}
+    if not file.is_file() or file.read_bytes() != json_text(content).encode():
+        write_json(file, content)
 
 
 # How a training follows it.

@@ -137,8 +137,12 @@ def write_json(
     path: Path, content: Any, elsewhere: str = "output folder", *, indent: int | None = 1, parents: bool = False
 ) -> None:
     """Write the `plain` content as JSON, whole or not at all (see `atomic_write`). Raises OutputError."""
-    text = json.dumps(jsonable(content), indent=indent, allow_nan=False)
-    write_text(path, text + "\n", elsewhere, parents=parents)
+    write_text(path, json_text(content, indent), elsewhere, parents=parents)
+
+
+def json_text(content: Any, indent: int | None = 1) -> str:
+    """Return what `write_json` writes."""
+    return json.dumps(jsonable(content), indent=indent, allow_nan=False) + "\n"
 
 
 def csv_name(name: str) -> str:

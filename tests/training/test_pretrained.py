@@ -83,6 +83,7 @@ def test_a_run_starts_from_published_weights_and_says_what_it_took(tmp_path, mon
     )
     # Training itself is tested elsewhere; this network takes long to compile.
     monkeypatch.setattr(training, "train", lambda state, *_: started.append(state))
+    monkeypatch.setattr(training, "score_held_out", lambda *_: None)
     started: list[training.TrainState] = []
     path = str(golden_path("mambahome_tiny.pth"))
     config = _config(_dataset(tmp_path / "data"), tmp_path / "run", use_pretrained=path, freeze_encoder=True)
