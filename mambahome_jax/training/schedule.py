@@ -25,6 +25,8 @@ SAFETY, MARGIN_SECONDS, MARGIN_PART = 1.15, 1.0, 0.005
 SLACK_SECONDS, SLACK_PART = 1.0, 0.005
 # What held-out scores take: distances and files on top of each case's prediction, and the report about all.
 HELD_OUT_TIMES, REPORT_SECONDS, REPORT_PART = 2.0, 5.0, 0.1
+# No more of the budget is kept free for them: cases for which it is too little are left out.
+HELD_OUT_PART = 0.15
 
 
 def learning_rate(config: OptimizerConfig, progress: float, updates: int) -> float:
@@ -72,6 +74,7 @@ class TimeBudget:
         self._step_ended: float | None = None
         self._validated: float | None = None
         self._validation_seconds = self._saving_seconds = 0.0
+        self._compiled = False  # within _validation_seconds
 
     @property
     def limited(self) -> bool:
@@ -109,13 +112,14 @@ class TimeBudget:
         """Measure a validation."""
         begun = self.spent()
         yield
+        self._compiled = self._validated is None
         self._validated, self._step_ended = self.spent(), None
         self._validation_seconds = self._validated - begun
 
     def expect_validation(self, seconds: float | None) -> None:
         """How long the next validation takes, where the last one tells (the first one compiles)."""
         if seconds is not None:
-            self._validation_seconds = seconds
+            self._validation_seconds, self._compiled = seconds, False
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -130,11 +134,12 @@ class TimeBudget:
         return min(MARGIN_SECONDS + MARGIN_PART * self.seconds, 0.05 * self.seconds)
 
     def held_out_seconds(self, part: float = 1.0) -> float:
-        """Seconds kept free for scores and report of the held-out cases, or of a `part` of the cases."""
+        """Seconds that scores and report of the held-out cases take, or those of a `part` of the cases."""
         if not self.held_out:
             return 0.0
         report = min(REPORT_SECONDS, REPORT_PART * self.seconds)
-        return HELD_OUT_TIMES * part * self.held_out * self._validation_seconds + report
+        times = HELD_OUT_TIMES * part * self.held_out
+        return (min(times, 1.0) if self._compiled else times) * self._validation_seconds + report
 
     def must_save(self) -> bool:
         """Whether a validation has to be given up, so that the checkpoint is still written in time."""
@@ -146,7 +151,8 @@ class TimeBudget:
             return Decision(False, False, 0.0)
         step = max(self._steps, default=0.0)
         reserve = SAFETY * (self._validation_seconds + self._saving_seconds) + self.margin()
-        reserve += min(SLACK_SECONDS, SLACK_PART * self.seconds) + self.held_out_seconds()
+        reserve += min(SLACK_SECONDS, SLACK_PART * self.seconds)
+        reserve += min(self.held_out_seconds(), HELD_OUT_PART * self.seconds)
         # The step under way ends first, and one more has to fit.
         last = self.left() - reserve < 2 * step
         decision = np.array([last, self._validation_due(reserve), self.fraction()], np.float32)

@@ -140,6 +140,7 @@ def test_the_time_of_the_scores_is_kept_free(tmp_path):
     budget.step_ended()
     with budget.validating():
         now[0] += 20
+    budget.expect_validation(20)
     without = budget.held_out_seconds()
     budget.held_out = 3.0
     assert without == 0 and budget.held_out_seconds() == 2 * 3 * 20 + 5
@@ -149,6 +150,24 @@ def test_the_time_of_the_scores_is_kept_free(tmp_path):
     assert not budget.decide().last
     now[0] += 2
     assert budget.decide().last
+
+
+def test_scores_end_no_training_early(tmp_path):
+    """An hour with 4 of 200 cases in a validation of 24 s kept 40 minutes free for the scores."""
+    now = [0.0]
+    budget = TimeBudget(3600.0, clock=lambda: now[0])
+    budget.step_ended()
+    budget.held_out = 50.0
+    for seconds, scores, kept in ((100, 100 + 5, 100 + 5), (24, 2 * 50 * 24 + 5, 0.15 * 3600)):
+        with budget.validating():
+            now[0] += seconds  # the first one compiles
+        assert budget.held_out_seconds() == scores
+        begun, reserve = now[0], 1.15 * seconds + budget.margin() + 1 + kept
+        for early, last in ((1, False), (-1, True)):
+            now[0] = 3600 - reserve - early
+            assert budget.decide().last == last
+        now[0] = begun
+    assert budget.held_out_seconds(1 / 200) == 2 * 24 / 4 + 5
 
 
 def test_cases_for_which_no_time_is_left_are_counted(tmp_path, capsys, monkeypatch):
