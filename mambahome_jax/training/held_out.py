@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,6 +45,14 @@ if TYPE_CHECKING:
 FOLDER, SUMMARY = "validation", "summary.json"
 
 
+def forget_scores(folder: Path) -> None:
+    """Remove what an earlier run in `folder` ended with: it is of another network."""
+    output = folder / FOLDER
+    with contextlib.suppress(OSError):  # what stands in the way is told when there are scores to write
+        for path in (output / SUMMARY, output / "metrics.csv", output / "report.html", *output.glob("*.nii.gz")):
+            path.unlink(missing_ok=True)
+
+
 def score_held_out(
     folder: Path,
     setup: Setup,
@@ -69,13 +78,12 @@ def score_held_out(
             run.display.say(f"Segmenting the {len(settings.cases)} cases held out by checkpoints/{name}")
             params = jax.device_put(read_checkpoint_params(folder / "checkpoints" / name), device)
             network = Replica(device, partial(apply_network, graphdef, params))
-            scores, left = HeldOutCases(output, setup, settings, network, run).score()
+            scores, failures, left = HeldOutCases(output, setup, settings, network, run).score()
             if run.signal is not None:
                 return
             config = EvaluateConfig(output, (setup.prepared_val or setup.prepared).root / "labels", output)
             done = len({row.case for row in scores})
-            failures = sorted((case, reason) for case, reason in run.failures.items() if case in settings.cases)
-            run.held_out = make_summary(config, scores, done, failures, _names(setup)) | {
+            run.held_out = make_summary(config, scores, done, sorted(failures.items()), _names(setup)) | {
                 "provenance": _provenance(scores, checkpoint, setup, run.settings),
                 "checkpoint": checkpoint,
                 "note": _note(checkpoint, settings.cases),
@@ -117,8 +125,8 @@ class HeldOutCases:
     def prepared(self) -> Prepared:
         return self.setup.prepared_val or self.setup.prepared
 
-    def score(self) -> tuple[list[Score], list[str]]:
-        """Scores of all cases, and the cases for which no time was left; failures go to the run, a signal too."""
+    def score(self) -> tuple[list[Score], dict[str, str], list[str]]:
+        """Scores, failures, and the cases for which no time was left; failures go to the run too, and a signal."""
         store, waiting = Store(self.prepared.store), deque[tuple[str, Future[list[Score]]]]()
         scores: list[Score] = []
         failures: dict[str, str] = {}
@@ -153,10 +161,11 @@ class HeldOutCases:
         self.run.signal = self.run.stop.requested()
         mine = {"scores": [asdict(row) for row in scores], "failures": failures, "left": list(left)}
         shares = gather(mine)
-        for each in shares:
-            self.run.failures.update(each["failures"])
+        failures = {case: reason for each in shares for case, reason in each["failures"].items()}
+        self.run.failures.update(failures)
         rows = [Score(**row) for each in shares for row in each["scores"]]
-        return sorted(rows, key=lambda row: (row.case, row.label)), [case for each in shares for case in each["left"]]
+        rows.sort(key=lambda row: (row.case, row.label))
+        return rows, failures, [case for each in shares for case in each["left"]]
 
     def _late(self) -> bool:
         """Whether another case and the report no longer fit into the time."""

@@ -34,7 +34,7 @@ from mambahome_jax.training.distributed import (
     put_batch,
     replicated,
 )
-from mambahome_jax.training.held_out import score_held_out
+from mambahome_jax.training.held_out import forget_scores, score_held_out
 from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.pretrained import Transfer, transfer
@@ -118,6 +118,8 @@ def train_network(
     with contextlib.ExitStack() as stack:
         if is_first():
             structures = tuple(setup.structures.values()) if setup.val_cases else ()
+            if earlier is None:
+                forget_scores(folder)
             run.log = stack.enter_context(FileLog(folder, run.step, display.say, structures))
         stack.enter_context(display)
         batches = stack.enter_context(open_batches(setup, position, display.say))

@@ -88,6 +88,29 @@ def test_a_finished_run_that_is_resumed_scores_nothing_twice(tmp_path, capsys, m
     assert (tmp_path / "run" / "log.txt").read_text().count("finished: step 2") == 2
 
 
+def test_another_training_in_the_folder_does_not_show_the_scores_of_the_first(tmp_path):
+    config = _config(_dataset(tmp_path / "data"), tmp_path / "run", steps=1)
+    validation = tmp_path / "run" / "validation"
+    assert command.run(config) == 0
+    marked = _summary(tmp_path / "run") | {"mean": {"dice": 0.987}}
+    (validation / "summary.json").write_text(json.dumps(marked))
+    shutil.copy(validation / "c4.nii.gz", validation / "of_the_first.nii.gz")
+    (validation / "mine.txt").write_text("kept")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert command.run(config) == 0
+    assert _summary(tmp_path / "run")["mean"]["dice"] != 0.987
+    assert (validation / "mine.txt").exists() and not (validation / "of_the_first.nii.gz").exists()
+
+
+def test_a_case_that_failed_in_a_validation_and_is_scored_is_not_called_unscored(tmp_path, capsys, monkeypatch):
+    result = Validation(0.5, {"box": 0.5}, (("c4", "for a moment"),))
+    monkeypatch.setattr(train, "make_validate", lambda *_: lambda params, stop: result)
+    assert command.run(_config(_dataset(tmp_path / "data"), tmp_path / "run", steps=1)) == 1
+    summary = _summary(tmp_path / "run")
+    assert summary["cases"] == 1 and summary["failures"] == []
+    assert "Not scored" not in capsys.readouterr().out
+
+
 def test_without_a_score_the_last_weights_are_scored_and_nothing_is_noted(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "make_validate", lambda *_: lambda params, stop: Validation(float("nan"), {}))
     assert command.run(_config(_dataset(tmp_path / "data"), tmp_path / "run", steps=2)) == 0
