@@ -29,6 +29,8 @@ _OPTIONS: dict[str, dict[str, str | bool]] = {
 # 118.5 ms a step with it, 7.9 GiB and 120.4 ms without (docs/experiments/speed.md).
 _LESS_MEMORY: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": False}}
 
+_CUDA_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+
 
 @functools.cache
 def compiler_options(less_memory: bool = False) -> dict[str, str | bool]:
@@ -59,10 +61,14 @@ def default_precision() -> Precision:
 
 
 def gpu_memory_gib() -> float | None:
-    """Return the memory of the smallest GPU that JAX would see, in GiB; None without one. Starts no JAX."""
+    """Return the memory of the smallest GPU in GiB, None without one that JAX has its plugin for. Starts no JAX."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if platforms.startswith("cpu") or visible in ("", "-1"):
+    if (
+        platforms.startswith("cpu")
+        or visible in ("", "-1")
+        or not any(next(iter(importlib.metadata.distributions(name=plugin)), None) for plugin in _CUDA_PLUGINS)
+    ):
         return None
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:

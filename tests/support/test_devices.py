@@ -1,5 +1,8 @@
 """Options for XLA: those that the version knows, and the user's own come first."""
 
+import subprocess
+from importlib import metadata
+
 import pytest
 
 from mambahome_jax.support import devices
@@ -36,3 +39,12 @@ def test_less_memory_is_a_matter_of_those_who_ask_for_it(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     assert devices.compiler_options() == {"xla_backend_optimization_level": "1"}
     assert devices.compiler_options(less_memory=True)["xla_gpu_enable_latency_hiding_scheduler"] is False
+
+
+@pytest.mark.parametrize(("installed", "gib"), [((), None), (("jax-cuda13-plugin",), 80.0)])
+def test_a_gpu_that_jax_has_no_plugin_for_does_not_count(monkeypatch, installed, gib):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **named: subprocess.CompletedProcess(args, 0, "81920\n"))
+    monkeypatch.setattr(metadata, "distributions", lambda name: iter([object()] if name in installed else []))
+    assert devices.gpu_memory_gib() == gib
