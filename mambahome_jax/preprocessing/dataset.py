@@ -98,7 +98,7 @@ def prepare_dataset(
     require_letters(output)
     reorient(Volume(np.zeros((1, 1, 1)), np.eye(4)), config.orientation)
     machine = Machine(gpu_memory_gib())
-    given = {} if store_only else _given_settings(dataset, config, machine, say)
+    given, edited = ({}, False) if store_only else _given_settings(dataset, config, machine, say)
     spacing = None if store_only else given["spacing"].value
     resampled_grid(np.eye(4), (1, 1, 1), spacing or (0, 0, 0))
     for note in dataset.notes:
@@ -159,26 +159,28 @@ def prepare_dataset(
     if ordered and not store_only:
         fingerprint = fingerprint_of_prepared(prepared, ordered)
         plan = make_plan(fingerprint, machine, given)
-        write_plan(output / PLAN, plan, machine, fingerprint)
+        write_plan(output / PLAN, plan, machine, fingerprint, edited)
     new = tuple(entry.id for entry in ordered if entry.id not in kept)
     return Preprocessed(prepared, tuple(ordered), new, kept, prepared.skipped, plan)
 
 
-def _given_settings(dataset: Dataset, config: PreprocessConfig, machine: Machine, say: Say) -> dict[str, Setting]:
-    """Take the settings that --spacing, --plan or an earlier plan of the output folder decide; spacing is among them.
+def _given_settings(
+    dataset: Dataset, config: PreprocessConfig, machine: Machine, say: Say
+) -> tuple[dict[str, Setting], bool]:
+    """Take the settings that --spacing, --plan or an earlier plan decide, spacing among them, and whether by an edit.
 
     Of an earlier plan that nobody edited the spacing is kept, or added cases would have all of them resampled again.
     """
-    earlier, given = local_path(config.output_path) / PLAN, {}
+    earlier, edited = local_path(config.output_path) / PLAN, False
+    given: dict[str, Setting] = {}
     if config.plan is not None:
-        given = read_plan(config.plan).settings
+        given, _, edited = read_plan(config.plan)
         say(f"Plan: {config.plan}")
     elif earlier.is_file() and not config.overwrite and config.spacing is None:
-        stored = read_plan(earlier)
-        given = stored.settings
-        if not stored.edited:
+        given, _, edited = read_plan(earlier)
+        if not edited:
             given = {name: setting for name, setting in given.items() if name == "spacing"}
-        say(f"Plan: {'all' if stored.edited else 'the spacing'} of {earlier} (--overwrite plans anew)")
+        say(f"Plan: {'all' if edited else 'the spacing'} of {earlier} (--overwrite plans anew)")
     if config.spacing is not None:
         given["spacing"] = Setting(config.spacing, "given by --spacing")
     elif "spacing" not in given:
@@ -189,7 +191,7 @@ def _given_settings(dataset: Dataset, config: PreprocessConfig, machine: Machine
     spacing = given["spacing"]
     override = "" if "--spacing" in spacing.reason else "; --spacing overrides"
     say(f"Spacing: {as_typed(spacing.value)} mm, {spacing.reason}{override}")
-    return given
+    return given, edited
 
 
 def _make_jobs(

@@ -33,6 +33,7 @@ from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing.fingerprint import Fingerprint
 from mambahome_jax.recipes import RECIPES
+from mambahome_jax.support.console import command_line
 from mambahome_jax.support.files import json_text, read_json, write_json
 
 PLAN = "plan.json"
@@ -306,11 +307,14 @@ def _digest(settings: Mapping[str, Setting]) -> str:
     return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
-def write_plan(file: Path, plan: Plan, machine: Machine, fingerprint: Fingerprint) -> None:
-    """Write the plan, for whom it was made and what was measured, unless the file says so. Raises OutputError."""
+def write_plan(file: Path, plan: Plan, machine: Machine, fingerprint: Fingerprint, edited: bool = False) -> None:
+    """Write the plan, for whom it was made and what was measured, unless the file says so. Raises OutputError.
+
+    edited: it holds what a person chose, which the next reader has to know too.
+    """
     settings = {name: setting._asdict() for name, setting in plan.settings().items()}
     content = {"version": VERSION, **settings, "machine": str(machine), "fingerprint": fingerprint.to_json()}
-    content |= {"digest": _digest(plan.settings())}
+    content |= {"digest": "edited" if edited else _digest(plan.settings())}
     if not file.is_file() or file.read_bytes() != json_text(content).encode():
         write_json(file, content)
 
@@ -364,8 +368,12 @@ def plan_lines(flags: TrainConfig, followed: TrainConfig, plan: StoredPlan, kind
         "A flag wins; --recipe published trains as the paper did"
     ]
     if plan.machine and (plan.machine == str(Machine())) != (kind == "cpu"):
-        again = f"mambahome plan {flags.data_train} --output {flags.data_train / PLAN}"
-        lines.append(f"Note: it was made for {plan.machine}, and this machine is of another kind; {again} plans for it")
+        memory = ("--memory", "0") if kind == "cpu" else ()
+        file = flags.data_train / PLAN
+        again = f"{command_line('plan', flags.data_train, *memory, '--output', file)} plans for it"
+        if plan.edited:
+            again = "as you edited it, it is yours to change"
+        lines.append(f"Note: it was made for {plan.machine}, and this machine is of another kind; {again}")
     if kind == "cpu":
         lines.append("On a CPU a small network on small scans is realistic; for whole organs in large scans use a GPU")
     return lines

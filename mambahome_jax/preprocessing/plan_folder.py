@@ -9,7 +9,7 @@ from mambahome_jax.flags import CheckConfig, PlanConfig, PreprocessConfig
 from mambahome_jax.patches.store import Store
 from mambahome_jax.preprocessing.fingerprint import Fingerprint, fingerprint_of_headers, fingerprint_of_prepared
 from mambahome_jax.preprocessing.open_dataset import open_checked
-from mambahome_jax.preprocessing.plan import PLAN, Machine, Plan, Setting, make_plan, read_plan, write_plan
+from mambahome_jax.preprocessing.plan import PLAN, Machine, Plan, Setting, StoredPlan, make_plan, read_plan, write_plan
 from mambahome_jax.support.devices import gpu_memory_gib
 from mambahome_jax.support.paths import from_keywords
 from mambahome_jax.support.processes import isolated_reads
@@ -17,7 +17,7 @@ from mambahome_jax.support.processes import isolated_reads
 
 @dataclass(frozen=True)
 class FolderPlan:
-    """The plan for a folder and a machine, and that without --memory, --model and --max_minutes."""
+    """The plan for a folder and a machine, and that which the folder has, or without --memory, --model and the like."""
 
     plan: Plan
     before: Plan
@@ -45,28 +45,29 @@ def plan_folder(config: PlanConfig) -> FolderPlan:
     for name, value in (("memory", config.memory), ("max_minutes", config.max_minutes)):
         if value is not None and (value < 0 or (value == 0 and name == "max_minutes")):
             raise ConfigError(f"--{name} {value:g}; expected a positive number")
-    prepared, stored = detect(config.folder), {}
+    prepared, stored = detect(config.folder), StoredPlan({}, "", False)
     if prepared:
         description = read_prepared(config.folder)
         entries = list(map(Store(description.store).entry, (case.id for case in description.cases)))
         fingerprint = fingerprint_of_prepared(description, entries) if entries else None
         if (config.folder / PLAN).is_file():
-            stored = read_plan(config.folder / PLAN).settings
+            stored = read_plan(config.folder / PLAN)
     else:
         dataset = open_checked(CheckConfig(config.folder, dataset=config.dataset))
         fingerprint = fingerprint_of_headers(dataset, PreprocessConfig.orientation)
     if fingerprint is None:
         raise DatasetError("no scan that can be read", file=config.folder, action="See mambahome check.")
     own = Machine(gpu_memory_gib())
-    before = make_plan(fingerprint, own, stored)
+    before = make_plan(fingerprint, own, stored.settings)
     machine = own if config.memory is None else Machine(config.memory or None)
-    given = {"spacing": before.spacing}
+    # What a person chose is kept, as preprocess does, but where flags ask for another plan.
+    kept = stored.edited and (config.memory, config.model, config.max_minutes) == (None, None, None)
+    given = {**(stored.settings if kept else {}), "spacing": before.spacing}
     if config.model is not None:
         given["model"] = Setting(config.model, "given by --model")
     if config.max_minutes is not None:
         given["length"] = Setting({"minutes": config.max_minutes}, "given by --max_minutes")
-    changes = config.memory is not None or len(given) > 1
-    after = make_plan(fingerprint, machine, given) if changes else before
+    after = make_plan(fingerprint, machine, given)
     if config.output is not None:
-        write_plan(config.output, after, machine, fingerprint)
+        write_plan(config.output, after, machine, fingerprint, edited=kept)
     return FolderPlan(after, before, machine, fingerprint, prepared)

@@ -1,6 +1,7 @@
 """plan.json: preprocess writes it, obeys an edited one, and check comes to the same."""
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,9 @@ import mambahome_jax as mh
 from mambahome_jax.cli import run_command
 from mambahome_jax.commands.preprocess import run
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.preprocessing.plan import PLAN, read_plan
+from mambahome_jax.flags import TrainConfig
+from mambahome_jax.preprocessing import plan_folder
+from mambahome_jax.preprocessing.plan import PLAN, follow_plan, plan_lines, read_plan
 from tests.commands.scans import description, preprocess_config
 
 
@@ -49,7 +52,10 @@ def test_an_edited_plan_is_obeyed_and_kept(config, tmp_path, capsys):
     assert run(config) == 0
     assert "Plan: all of" in capsys.readouterr().out
     assert description(config)["spacing"] == [2, 2, 3]
-    assert read_plan(file).settings["batch_size"].value == 7
+    # Once more: that it was edited is not forgotten, by preprocess nor by plan.
+    assert mh.plan(folder=config.output_path, output=file).plan.batch_size.value == 7
+    assert run(config) == 0
+    assert read_plan(file).settings["batch_size"].value == 7 and read_plan(file).edited
     other = replace(config, output_path=tmp_path / "other", plan=file)
     assert run(other) == 0
     assert description(other)["spacing"] == [2, 2, 3]
@@ -102,3 +108,23 @@ def test_train_follows_the_plan_and_refuses_another_spacing(config, tmp_path, ca
     edit(config, spacing=[2, 2, 3])
     assert run_command("train", [*words, "--resume"], "train") == 2
     assert "spacing is 2 2 3, but the cases are resampled to 2 1 3 mm; expected 2 1 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("made_for", "here", "model"), [(None, 80.0, "small"), (80.0, None, "tiny")])
+def test_the_command_that_train_names_plans_for_this_machine(config, monkeypatch, made_for, here, model):
+    monkeypatch.setattr("mambahome_jax.preprocessing.dataset.gpu_memory_gib", lambda: made_for)
+    assert run(config) == 0
+    stored, flags = read_plan(config.output_path / PLAN), TrainConfig(config.output_path)
+    monkeypatch.setattr(plan_folder, "gpu_memory_gib", lambda: here)
+    kind = "cpu" if here is None else "gpu"
+    note = plan_lines(flags, follow_plan(flags, stored.settings), stored, kind)[1]
+    words = shlex.split(note.partition("; mambahome plan ")[2].removesuffix(" plans for it"))
+    assert ("--memory" in words) == (kind == "cpu")
+    assert run_command("plan", words, "mambahome plan") == 0
+    again = read_plan(config.output_path / PLAN)
+    assert again.settings["model"].value == f"MambaHoME_{model}" and not again.edited
+    assert len(plan_lines(flags, follow_plan(flags, again.settings), again, kind)) == 1 + (kind == "cpu")
+    assert (
+        "yours to change"
+        in plan_lines(flags, flags.__class__(flags.data_train, steps=1), stored._replace(edited=True), kind)[1]
+    )
