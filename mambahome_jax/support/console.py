@@ -101,7 +101,7 @@ def logged(console: "Console", file: Path) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         try:
-            stream = stack.enter_context(file.open("a", encoding="utf-8", buffering=1))
+            stream = stack.enter_context(file.open("a", encoding="utf-8", errors="backslashreplace", buffering=1))
         except OSError:
             yield
             return

@@ -203,8 +203,8 @@ def rows_up_to(path: Path, step: float = math.inf) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        # A full disk may leave half a row at the end.
-        rows = [row for row in csv.DictReader(file) if set(row) >= set(COLUMNS) and None not in row.values()]
+        # A full disk may leave half a row at the end, to which the next one is glued.
+        rows = [row for row in csv.DictReader(file) if {*COLUMNS} <= {*row} and None not in (*row, *row.values())]
     return [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step]
 
 

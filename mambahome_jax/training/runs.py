@@ -99,23 +99,23 @@ def run_training(flags: TrainConfig, console: Console, started: float | None = N
     """
     plan = planned_settings(flags.data_train)
     given, flags = flags, follow_plan(flags, plan.settings)
-    for line in plan_lines(given, flags, plan, "cpu" if jax.default_backend() == "cpu" else "gpu"):
-        say(console, line)
+    first = plan_lines(given, flags, plan, "cpu" if jax.default_backend() == "cpu" else "gpu")
     seconds = math.inf if flags.max_minutes is None else flags.max_minutes * 60
     folder = local_path(flags.output_dir or Path("runs") / (flags.checkpoint_name or flags.model))
     clock = Clock(started or time.monotonic(), seconds)
-    return Training(flags, folder, console, clock, plan.settings).run()
+    return Training(flags, folder, console, clock, plan.settings, first).run()
 
 
 @dataclass
 class Training:
-    """A training command under way: what its networks share, and the time that is left to them."""
+    """A training command under way: what its networks share, the time that is left to them, and what to say first."""
 
     flags: TrainConfig
     folder: Path
     console: Console
     clock: Clock
     settings: Mapping[str, Setting]
+    first: list[str] = field(default_factory=list)
     programs: Programs = field(default_factory=dict)
 
     @functools.cached_property
@@ -143,6 +143,8 @@ class Training:
             resume = self._may_start(folder, flags)
             if is_first():
                 stack.enter_context(logged(self.console, folder / "log.txt"))
+            while self.first:
+                self.say(self.first.pop(0))
             earlier, recorded = (earlier_report(folder), recorded_mirrors(folder)) if resume else ({}, ())
             devices = choose_devices(flags.parallel, flags.num_devices)
             data = self.data

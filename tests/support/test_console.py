@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
-from mambahome_jax.support.console import command_line
+from mambahome_jax.support.console import command_line, logged, say
 
 PRINT = "from mambahome_jax.support.console import protect_output; protect_output(); "
 
@@ -33,6 +34,13 @@ def test_a_reader_that_has_gone_stops_nothing(stream, flags, tmp_path):
     os.close(write)
     assert done.returncode == 0 and not (done.stdout or done.stderr)
     assert (tmp_path / "done").exists()
+
+
+def test_a_log_takes_a_name_that_is_not_text(tmp_path):
+    console = Console(quiet=True)
+    with logged(console, tmp_path / "log.txt"):
+        say(console, os.fsdecode(b"scan_\xff") + " \u00e9")
+    assert (tmp_path / "log.txt").read_text("utf-8") == "scan_\\udcff \u00e9\n"
 
 
 @pytest.mark.parametrize("words", ["--help", "", "--version", "dance", "check --help", "check none"])

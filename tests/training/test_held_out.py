@@ -19,7 +19,7 @@ from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.geometry import orientation_of
 from mambahome_jax.patches.store import Store
 from mambahome_jax.recipes import OptimizerConfig
-from mambahome_jax.training import held_out, train
+from mambahome_jax.training import held_out, runs, train
 from mambahome_jax.training.curves import write_curves
 from mambahome_jax.training.progress import Display, FileLog, fit_values, train_line
 from mambahome_jax.training.schedule import Schedule, TimeBudget
@@ -75,6 +75,14 @@ def test_a_training_ends_with_the_scores_of_all_cases_held_out(tmp_path, capsys)
         rows = list(csv.DictReader(file))
     assert [*rows[0]][:6] == ["step", "epoch", "loss", "lr", "val_dice", "dice_box"]
     assert rows[0]["dice_box"] == "" and rows[1]["dice_box"] == rows[1]["val_dice"] != ""
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_the_log_begins_with_what_the_plan_decided(tmp_path, capsys, monkeypatch, members):
+    monkeypatch.setattr(runs, "plan_lines", lambda *_: ["By plan.json: steps 1"])
+    assert command.run(_config(_dataset(tmp_path / "data"), tmp_path / "run", steps=1, members=members)) == 0
+    log = next((tmp_path / "run").glob("log.txt" if members == 1 else "member_0/log.txt")).read_text()
+    assert log.startswith("By plan.json: steps 1\n") and capsys.readouterr().out.count("By plan.json") == 1
 
 
 def test_a_finished_run_that_is_resumed_scores_nothing_twice(tmp_path, capsys, monkeypatch):

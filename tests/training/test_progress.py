@@ -8,7 +8,7 @@ import pytest
 
 from mambahome_jax.errors import OutputError
 from mambahome_jax.support.console import duration
-from mambahome_jax.training.progress import FileLog
+from mambahome_jax.training.progress import FileLog, rows_up_to
 
 
 def _lines(folder):
@@ -27,6 +27,15 @@ def test_rows_are_in_the_file_before_anything_is_flushed_or_closed(tmp_path):
     assert _lines(tmp_path)[-1].startswith("3,") and not list(tmp_path.glob(".*"))
     for opened in (log, again):
         opened.__exit__()
+
+
+def test_half_a_row_and_what_is_glued_to_it_are_dropped(tmp_path):
+    with FileLog(tmp_path) as log:
+        log.step({"step": 1, "loss": 0.5})
+        log.step({"step": 2, "loss": 0.25})
+    header, first, second = _lines(tmp_path)
+    (tmp_path / "metrics.csv").write_text("\n".join([header, first, first[:5] + second, second, second[:5]]))
+    assert [row["step"] for row in rows_up_to(tmp_path / "metrics.csv")] == ["1", "2"]
 
 
 def test_a_folder_that_was_removed_is_made_again_and_told(tmp_path):
