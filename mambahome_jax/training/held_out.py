@@ -220,12 +220,7 @@ def _pair(output: Path, setup: Setup, case: PreparedCase) -> Pair:
     labelled = None if case.labelled is None else tuple(values[old] for old in case.labelled if old in values)
     reference = prepared.label_path(case) or output
     return Pair(
-        case.id,
-        output / f"{case.id}.nii.gz",
-        reference,
-        _names(setup),
-        reference_values=values,
-        labelled=labelled,
+        case.id, output / f"{case.id}.nii.gz", reference, _names(setup), reference_values=values, labelled=labelled
     )
 
 

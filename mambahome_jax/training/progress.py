@@ -33,16 +33,8 @@ from mambahome_jax.training.setup import Setup
 from mambahome_jax.training.validation import Validation, finite_or_none
 
 COLUMNS = (
-    "step",
-    "epoch",
-    "loss",
-    "lr",
-    "val_dice",
-    "grad_norm",
-    "update_norm",
-    "images_per_second",
-    "data_wait",
-    "seconds",
+    *("step", "epoch", "loss", "lr", "val_dice"),
+    *("grad_norm", "update_norm", "images_per_second", "data_wait", "seconds"),
 )
 # Of a bar, what is left out first where the terminal is narrow; step and loss stay.
 _LEFT_OUT = ("data wait", "lr", "images/s", "GPU")
@@ -81,11 +73,7 @@ class FileLog(MetricsLog):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        start: int = 0,
-        say: Callable[[str], None] = print,
-        structures: Sequence[str] = (),
+        self, folder: Path, start: int = 0, say: Callable[[str], None] = print, structures: Sequence[str] = ()
     ):
         self._path, self._say, self._flush_due = folder / "metrics.csv", say, 0.0
         place = COLUMNS.index("val_dice") + 1
