@@ -72,12 +72,7 @@ def hausdorff(
 
 
 def hd95(
-    prediction: np.ndarray,
-    reference: np.ndarray,
-    classes: Classes,
-    spacing: Spacing,
-    *,
-    surface: Surface = "voxels",
+    prediction: np.ndarray, reference: np.ndarray, classes: Classes, spacing: Spacing, *, surface: Surface = "voxels"
 ) -> np.ndarray:
     """Compute the 95th percentile of the Hausdorff distance in mm; see `hausdorff`."""
     return hausdorff(prediction, reference, classes, spacing, percentile=95, surface=surface)

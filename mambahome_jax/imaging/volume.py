@@ -204,12 +204,7 @@ def replace_values(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
 
 
 def _read(
-    path: Path,
-    channels: int | None,
-    spacing_scale: float | None,
-    series: Collection[str] = (),
-    *,
-    voxels: bool = True,
+    path: Path, channels: int | None, spacing_scale: float | None, series: Collection[str] = (), *, voxels: bool = True
 ) -> tuple[np.ndarray, Header, float, float]:
     """Read voxels as they are stored, zeros without `voxels`, their header, and slope and intercept of the values."""
     require_scale(spacing_scale)

@@ -130,13 +130,7 @@ class ResultFiles:
         if not same_grid(grid, labels):
             return None
         volumes = volumes_ml(labels, segmenter.networks.label_names)
-        return {
-            "id": scan.case,
-            "input": self.source(scan),
-            "output": path.name,
-            "kept": True,
-            "volume_ml": volumes,
-        }
+        return {"id": scan.case, "input": self.source(scan), "output": path.name, "kept": True, "volume_ml": volumes}
 
     def known_split(self, scan: Scan) -> Any:
         """What an earlier run found out of the part of a scan, with these weights; None where it did not."""

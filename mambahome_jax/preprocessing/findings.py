@@ -109,12 +109,7 @@ def affine_findings(case: str, file: str, affine: np.ndarray) -> Iterator[Findin
 
 
 def form_findings(
-    case: str,
-    file: str,
-    shape: tuple[int, ...],
-    sform: np.ndarray | None,
-    qform: np.ndarray | None,
-    pixdim: np.ndarray,
+    case: str, file: str, shape: tuple[int, ...], sform: np.ndarray | None, qform: np.ndarray | None, pixdim: np.ndarray
 ) -> Iterator[Finding]:
     """Look for a header whose ways to state the geometry disagree, or which states none. pixdim (3,) mm."""
     found = expected = action = ""

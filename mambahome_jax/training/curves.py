@@ -1,9 +1,9 @@
 """RUN/progress.png: the loss of a training, and the Dice of each structure in its validations."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +16,7 @@ WIDTH, HEIGHT = 1100, 320  # of a chart
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 260, 40, 36
 # Of the loss there are as many points as columns; each is the mean of the steps in it.
 _POINTS = 400
+_HELD = 4096  # means of as many steps each, of which those points are made; twice as many steps when they are full
 _NAMED = 12  # structures in the legend
 _GRID, _LOSS, _MEAN = (60, 60, 60), (110, 170, 255), (255, 255, 255)
 Point = tuple[float, float]
@@ -30,10 +31,31 @@ class Curve(NamedTuple):
     points: Sequence[Point]
 
 
-def write_curves(path: Path, rows: Sequence[Mapping[str, str]], structures: Sequence[str]) -> None:
-    """Draw the rows of metrics.csv, whole or not at all. Raises OutputError."""
-    steps = max((float(row["step"]) for row in rows), default=1.0)
-    loss = Curve("loss", _LOSS, _averaged(_points(rows, "loss")))
+class Drawn:
+    """What is drawn of the rows of metrics.csv: those with a validation, and few means of the loss of any number."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]] = ()):
+        self.steps, self.validated, self.loss = 1.0, list[Mapping[str, Any]](), list[Point]()
+        self._each, self._next = 1, list[Point]()
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add the row of the next step, or the validation of the last one."""
+        self.steps = float(row["step"])
+        self.validated += [row] if row.get("val_dice") else []
+        self._next += _points([row], "loss")
+        if len(self._next) == self._each:
+            self.loss += _averaged(self._next, 1)
+            self._next.clear()
+        if len(self.loss) == _HELD:
+            self.loss, self._each = _averaged(self.loss, _HELD // 2), 2 * self._each
+
+
+def write_curves(path: Path, drawn: Drawn, structures: Sequence[str]) -> None:
+    """Draw the curves, whole or not at all. Raises OutputError."""
+    steps, rows = drawn.steps, drawn.validated
+    loss = Curve("loss", _LOSS, _averaged(drawn.loss, _POINTS))
     palette = colours_of(range(1, len(structures) + 1))
     dice = [
         Curve(name, palette[number], _points(rows, f"dice_{name}")) for number, name in enumerate(structures, start=1)
@@ -49,12 +71,12 @@ def write_curves(path: Path, rows: Sequence[Mapping[str, str]], structures: Sequ
         picture.save(partial, "PNG")
 
 
-def _points(rows: Sequence[Mapping[str, str]], column: str) -> list[Point]:
+def _points(rows: Sequence[Mapping[str, Any]], column: str) -> list[Point]:
     return [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
 
 
-def _averaged(points: Sequence[Point]) -> list[Point]:
-    parts = np.array_split(np.array(points, np.float64).reshape(-1, 2), min(len(points), _POINTS) or 1)
+def _averaged(points: Sequence[Point], most: int) -> list[Point]:
+    parts = np.array_split(np.array(points, np.float64).reshape(-1, 2), min(len(points), most) or 1)
     means = [part.mean(axis=0) for part in parts if len(part)]
     return [(float(step), float(value)) for step, value in means]
 

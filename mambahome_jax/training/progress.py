@@ -27,7 +27,7 @@ from mambahome_jax.flags import TrainConfig
 from mambahome_jax.support.console import command_line, duration, say
 from mambahome_jax.support.files import atomic_write
 from mambahome_jax.training.curves import NAME as CURVES
-from mambahome_jax.training.curves import write_curves
+from mambahome_jax.training.curves import Drawn, write_curves
 from mambahome_jax.training.schedule import Schedule
 from mambahome_jax.training.setup import Setup
 from mambahome_jax.training.validation import Validation, finite_or_none
@@ -84,6 +84,7 @@ class FileLog(MetricsLog):
 
     def _open(self, start: int) -> None:
         self._open_rows(start)
+        self._drawn = Drawn(rows_up_to(self._path))
         self._events = EventWriter(self._path.with_name("tensorboard"), start + 1 if start else None)
 
     def _open_rows(self, step: int, added: Mapping[str, str] | None = None) -> None:
@@ -96,7 +97,9 @@ class FileLog(MetricsLog):
         with self._writing():
             values = {**row} if validation is None else {**row, "val_dice": finite_or_none(validation.dice)}
             table = values | _dice_columns(validation)
-            self._writer.writerow({name: _text(table.get(name)) for name in self.columns})
+            texts = {name: _text(table.get(name)) for name in self.columns}
+            self._writer.writerow(texts)
+            self._drawn.add(texts)
             self._to_events(values, validation)
 
     def complete(self, step: int, validation: Validation) -> None:
@@ -104,7 +107,9 @@ class FileLog(MetricsLog):
             score = finite_or_none(validation.dice)
             self._file.close()
             columns = {"val_dice": score, **_dice_columns(validation)}
-            self._open_rows(step, {name: _text(columns[name]) for name in columns if name in self.columns})
+            added = {name: _text(columns[name]) for name in columns if name in self.columns}
+            self._open_rows(step, added)
+            self._drawn.add({"step": step, **added})
             self._to_events({"step": step, "val_dice": score}, validation)
 
     def _to_events(self, row: Mapping[str, Any], validation: Validation | None) -> None:
@@ -133,7 +138,7 @@ class FileLog(MetricsLog):
     def draw(self) -> None:
         with self._writing():
             if self._path.exists():
-                write_curves(self._path.with_name(CURVES), rows_up_to(self._path), self._structures)
+                write_curves(self._path.with_name(CURVES), self._drawn, self._structures)
 
     def __exit__(self, *_: object) -> None:
         with self._writing():

@@ -19,8 +19,8 @@ from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.geometry import orientation_of
 from mambahome_jax.patches.store import Store
 from mambahome_jax.recipes import OptimizerConfig
-from mambahome_jax.training import held_out, runs, train
-from mambahome_jax.training.curves import write_curves
+from mambahome_jax.training import held_out, progress, runs, train
+from mambahome_jax.training.curves import Drawn, write_curves
 from mambahome_jax.training.progress import Display, FileLog, fit_values, train_line
 from mambahome_jax.training.schedule import Schedule, TimeBudget
 from mambahome_jax.training.validation import Validation
@@ -256,9 +256,32 @@ def test_metrics_of_an_earlier_version_go_on_with_more_columns(tmp_path):
 
 def test_curves_of_nothing_of_one_step_and_of_a_constant(tmp_path):
     for rows in ([], [{"step": "1", "loss": "0.5"}], [{"step": str(n), "loss": "0"} for n in range(1, 999)]):
-        write_curves(tmp_path / "progress.png", rows, ["a"])
+        write_curves(tmp_path / "progress.png", Drawn(rows), ["a"])
         with Image.open(tmp_path / "progress.png") as picture:
             assert picture.size == (1100, 320)
+
+
+def test_what_is_drawn_of_a_long_training_stays_small_and_true():
+    drawn, steps = Drawn(), 20_000
+    for step in range(1, steps + 1):
+        drawn.add({"step": step, "loss": f"{steps - step}", "val_dice": "0.5" if step % 1000 == 0 else ""})
+    assert len(drawn.loss) < 4096 and [row["step"] for row in drawn.validated] == [*range(1000, steps + 1, 1000)]
+    # Means of as many steps each, in their order, without those of the mean under way.
+    assert np.allclose([step + loss for step, loss in drawn.loss], steps)
+    assert np.ptp(np.diff([step for step, _ in drawn.loss])) == 0 and drawn.loss[-1][0] > steps - 8
+
+
+def test_the_curves_go_on_after_a_resume_and_are_drawn_without_reading_the_file(tmp_path, monkeypatch):
+    with FileLog(tmp_path, structures=("a",)) as log:
+        log.step({"step": 1, "loss": 0.5})
+        log.step({"step": 2, "loss": 0.25})
+    with FileLog(tmp_path, start=2, structures=("a",)) as log:
+        log.complete(2, Validation(0.75, {"a": 0.75}))
+        monkeypatch.setattr(progress, "rows_up_to", lambda *_: pytest.fail("read again"))
+        log.step({"step": 3, "loss": 0.0})
+        log.draw()
+    assert log._drawn.loss == [(1, 0.5), (2, 0.25), (3, 0)] and log._drawn.steps == 3
+    assert [(row["step"], row["dice_a"]) for row in log._drawn.validated] == [(2, "0.75")]
 
 
 def test_results_stay_on_the_grid_of_the_store_without_the_files_of_the_scans(tmp_path):
