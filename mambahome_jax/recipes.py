@@ -5,7 +5,7 @@ and the table in docs/ come from the field. Imports no jax.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -189,9 +189,12 @@ def resolve(flags: Any) -> Recipe:
 
 
 def as_typed(value: Any) -> str:
-    """A value of an ingredient as it stands on a command line."""
-    if isinstance(value, tuple):
-        return " ".join(map(as_typed, value))
+    """Write a setting's value for a line of text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{number:g} {unit}" for unit, number in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        nested = any(isinstance(entry, Sequence) and not isinstance(entry, str) for entry in value)
+        return " ".join("".join(map(str, entry)) if nested else as_typed(entry) for entry in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

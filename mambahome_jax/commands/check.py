@@ -12,8 +12,8 @@ from mambahome_jax.flags import CheckConfig
 from mambahome_jax.preprocessing.examine import PERCENTILES, Checked, check_folders
 from mambahome_jax.preprocessing.findings import SCANS, Finding, by
 from mambahome_jax.preprocessing.open_dataset import several
-from mambahome_jax.preprocessing.plan import as_typed
 from mambahome_jax.preprocessing.summary import DatasetSummary, Range
+from mambahome_jax.recipes import as_typed
 from mambahome_jax.support.console import command_line, say, tracked
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}

@@ -7,8 +7,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from mambahome_jax.flags import PlanConfig
-from mambahome_jax.preprocessing.plan import PLAN, as_typed
+from mambahome_jax.preprocessing.plan import PLAN
 from mambahome_jax.preprocessing.plan_folder import plan_folder
+from mambahome_jax.recipes import as_typed
 from mambahome_jax.support.console import command_line, say
 
 

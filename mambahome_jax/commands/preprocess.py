@@ -9,7 +9,8 @@ from rich.table import Table
 
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.preprocessing.dataset import Preprocessed, preprocess_folders
-from mambahome_jax.preprocessing.plan import PLAN, as_typed
+from mambahome_jax.preprocessing.plan import PLAN
+from mambahome_jax.recipes import as_typed
 from mambahome_jax.support.console import command_line, say, tracked
 
 _SHOWN = 20  # structures that a table lists

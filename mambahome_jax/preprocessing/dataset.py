@@ -23,7 +23,8 @@ from mambahome_jax.preprocessing.case import CaseJob, new_numbers, prepare_case,
 from mambahome_jax.preprocessing.fingerprint import fingerprint_of_headers, fingerprint_of_prepared
 from mambahome_jax.preprocessing.open_dataset import open_dataset, several
 from mambahome_jax.preprocessing.output import OutputFolder
-from mambahome_jax.preprocessing.plan import PLAN, Machine, Plan, Setting, as_typed, make_plan, read_plan, write_plan
+from mambahome_jax.preprocessing.plan import PLAN, Machine, Plan, Setting, make_plan, read_plan, write_plan
+from mambahome_jax.recipes import as_typed
 from mambahome_jax.support.console import Say, Track, silent, untracked
 from mambahome_jax.support.devices import gpu_memory_gib
 from mambahome_jax.support.output_folder import locked

@@ -87,10 +87,7 @@ def check(**flags: Any) -> Checked:
 
 @isolated_reads()
 def check_folders(
-    config: CheckConfig,
-    say: Say = silent,
-    track: Track = untracked,
-    show: Callable[[Checked], None] = lambda _: None,
+    config: CheckConfig, say: Say = silent, track: Track = untracked, show: Callable[[Checked], None] = lambda _: None
 ) -> Checked:
     """Check config.folder; see `check`. say, track: of support.console; show: takes the result before it is written."""
     started = time.perf_counter()

@@ -32,7 +32,7 @@ from mambahome_jax.datasets.prepared import detect, read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing.fingerprint import Fingerprint
-from mambahome_jax.recipes import RECIPES
+from mambahome_jax.recipes import RECIPES, as_typed
 from mambahome_jax.support.console import command_line
 from mambahome_jax.support.files import json_text, read_json, write_json
 
@@ -228,16 +228,6 @@ def _choose_length(cases: int, shape: Sequence[int], patch: Sequence[int], machi
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
-def as_typed(value: Any) -> str:
-    """Write a setting's value for a line of text."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{number:g} {unit}" for unit, number in value.items())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        nested = any(isinstance(entry, Sequence) and not isinstance(entry, str) for entry in value)
-        return " ".join("".join(map(str, entry)) if nested else as_typed(entry) for entry in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _length(value: Any) -> dict[str, float]:

@@ -217,9 +217,7 @@ def require_same_run(folder: Path, setup: Setup, report: Mapping[str, Any]) -> d
 
 
 def check_settings(
-    folder: Path,
-    settings: Mapping[str, Any],
-    differences: Callable[[Mapping[str, Any]], list[str]] = lambda config: [],
+    folder: Path, settings: Mapping[str, Any], differences: Callable[[Mapping[str, Any]], list[str]] = lambda config: []
 ) -> dict[str, Any]:
     """Configuration of a checkpoint to resume, whose entries "model" and "training" have to be those of `settings`.
 
