@@ -425,7 +425,12 @@ def patch_and_grids(spacing: Sequence[float], shape: Sequence[int], voxels: int 
             -(-n // m) * m if n >= whole else max(1, round(n / m)) * m
             for n, m, whole in zip(wanted, multiples, shape, strict=True)
         ]
-    return grids_for(spacing, patch)
+    found = grids_for(spacing, patch)
+    a, b, c = found.patch_size
+    # One voxel at the deepest stage leaves instance norm nothing to normalise.
+    return (
+        found._replace(patch_size=(2 * a, b, c)) if (a, b, c) == ModelConfig(strides=found.strides).multiples else found
+    )
 
 
 def _cut(millimetres: float, spacing: Sequence[float], shape: Sequence[int]) -> list[float]:

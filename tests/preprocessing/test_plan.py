@@ -23,6 +23,7 @@ from mambahome_jax.preprocessing.plan import (
     target_spacing,
     write_plan,
 )
+from mambahome_jax.training.setup import choose_grids
 
 GOLDENS = json.loads((Path(__file__).parent.parent / "goldens" / "nnunet_plans.json").read_text())
 GPU, CPU = Machine(140.0), Machine()
@@ -66,6 +67,14 @@ def test_plans_of_known_datasets(shape, spacing, patch, strides):
     assert " ".join("".join(map(str, stride)) for stride in plan.strides.value) == strides
     multiples = ModelConfig(strides=plan.strides.value, kernel_sizes=plan.kernel_sizes.value).multiples
     assert not any(n % m for n, m in zip(patch, multiples, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (8, 8, 8), (1, 16, 16), (16, 16, 1)])
+def test_train_takes_the_patch_planned_for_tiny_scans(shape):
+    plan = make_plan(fingerprint((1, 1, 1), shape), CPU)
+    followed = follow_plan(TrainConfig(Path("ready")), plan.settings())
+    patch, grids = choose_grids(followed, [shape], (1.0, 1.0, 1.0), plan.settings())
+    assert patch == plan.patch_size.value and grids["strides"] == plan.strides.value
 
 
 def test_batch_and_model_follow_the_machine():
