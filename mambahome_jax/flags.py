@@ -138,7 +138,7 @@ class TrainConfig:
     """Wall-clock minutes, compilation and last validation included, instead of --epochs."""
     members: int = 1
     """Networks to train one after the other, for an ensemble, in member_0, member_1, ...; their seeds count on from
-    --seed. They share --max_minutes; --steps and --epochs hold for each."""
+    --seed. They share --max_minutes; --steps, --epochs and a planned length hold for each."""
     scheduler: Literal["CALR"] = "CALR"
     """Cosine annealing of the learning rate to 0, a step every --skip_val epochs (every epoch with --steps)."""
     skip_val: int = 1

@@ -71,6 +71,12 @@ class Machine:
         """Return "gpu" or "cpu"."""
         return "cpu" if self.gpu_gib is None else "gpu"
 
+    @classmethod
+    def named(cls, name: str) -> "Machine | None":
+        """Return the machine of that str(), None for another text."""
+        gib = re.fullmatch(r"a GPU of ([\d.e+]+) GiB", name)
+        return cls(float(gib[1])) if gib else cls() if name == str(cls()) else None
+
     def __str__(self) -> str:
         return "a CPU" if self.gpu_gib is None else f"a GPU of {self.gpu_gib:.3g} GiB"
 
@@ -329,8 +335,11 @@ def planned_settings(folder: Path) -> StoredPlan:
     return stored
 
 
-def follow_plan(flags: TrainConfig, settings: Mapping[str, Setting]) -> TrainConfig:
-    """Fill flags that were not given by the settings of a plan; none of them with --recipe published."""
+def follow_plan(flags: TrainConfig, settings: Mapping[str, Setting], machine: str = "") -> TrainConfig:
+    """Fill flags that were not given by the settings of a plan; none of them with --recipe published.
+
+    machine: that of the plan, for which the batch is chosen again where a flag gives another network or patch.
+    """
     defaults = {field.name: field.default for field in dataclasses.fields(flags)}
 
     def free(*names: str) -> bool:
@@ -344,8 +353,14 @@ def follow_plan(flags: TrainConfig, settings: Mapping[str, Setting]) -> TrainCon
         planned["strides"] = "auto"
     if "length" in settings and free("epochs", "steps", "max_minutes"):
         ((unit, number),) = settings["length"].value.items()
-        planned["max_minutes" if unit == "minutes" else unit] = number
-    return dataclasses.replace(flags, **planned)
+        # --members share --max_minutes; a planned length is of each.
+        planned |= {"max_minutes": number * max(flags.members, 1)} if unit == "minutes" else {unit: number}
+    followed, made_for = dataclasses.replace(flags, **planned), Machine.named(machine)
+    patch = followed.patch_size or MODEL_SIZES[followed.model].patch_size
+    planned_sizes = [settings[name].value if name in settings else None for name in ("model", "patch_size")]
+    if "batch_size" in planned and made_for is not None and planned_sizes != [followed.model, patch]:
+        return dataclasses.replace(followed, batch_size=_choose_batch(patch, followed.model, made_for).value)
+    return followed
 
 
 def plan_lines(flags: TrainConfig, followed: TrainConfig, plan: StoredPlan, kind: str) -> list[str]:

@@ -24,6 +24,7 @@ from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, Outp
 from mambahome_jax.flags import PreprocessConfig, TrainConfig
 from mambahome_jax.preprocessing.dataset import prepare_dataset
 from mambahome_jax.preprocessing.plan import Setting, follow_plan, plan_lines, planned_settings
+from mambahome_jax.recipes import given_ingredients
 from mambahome_jax.support.console import logged, say, tracked
 from mambahome_jax.support.devices import choose_devices, device_line, versions
 from mambahome_jax.support.files import jsonable, read_json, write_json
@@ -98,12 +99,13 @@ def run_training(flags: TrainConfig, console: Console, started: float | None = N
     Raises MambaHomeError before anything is trained.
     """
     plan = planned_settings(flags.data_train)
-    given, flags = flags, follow_plan(flags, plan.settings)
+    given, flags = flags, follow_plan(flags, plan.settings, plan.machine)
     first = plan_lines(given, flags, plan, "cpu" if jax.default_backend() == "cpu" else "gpu")
     seconds = math.inf if flags.max_minutes is None else flags.max_minutes * 60
     folder = local_path(flags.output_dir or Path("runs") / (flags.checkpoint_name or flags.model))
     clock = Clock(started or time.monotonic(), seconds)
-    return Training(flags, folder, console, clock, plan.settings, first).run()
+    settings = {name: setting for name, setting in plan.settings.items() if name not in given_ingredients(given)}
+    return Training(flags, folder, console, clock, settings, first).run()
 
 
 @dataclass

@@ -123,7 +123,7 @@ def make_setup(
 ) -> Setup:
     """Resolve every default that depends on the dataset or the devices.
 
-    recorded: the mirrors that the run to be resumed began with; it goes on with them. settings: of the plan.
+    recorded: the mirrors that the run to be resumed began with. settings: of the plan, but for those that flags give.
     Raises ConfigError for flags that cannot work, DatasetError where there is nothing to train on.
     """
     _check_flags(flags)
@@ -135,9 +135,8 @@ def make_setup(
     patch, grids = choose_grids(flags, [entry.shape for entry in entries], _voxel_size(prepared), settings or {})
     classes, named = _classes(flags, prepared, entries)
     structures = named or {1: "label_1"}
-    augmentation, mirror_lines = make_augmentation(
-        recipe, prepared, named, explicit="mirror" in given_ingredients(flags), recorded=recorded
-    )
+    asked = "mirror" in given_ingredients(flags) and "mirror" not in (settings or {})
+    augmentation, mirror_lines = make_augmentation(recipe, prepared, named, explicit=asked, recorded=recorded)
     mirrors = () if augmentation is None else augmentation.mirror
     properties = DataProperties(
         spacing=prepared.spacing,

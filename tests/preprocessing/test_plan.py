@@ -173,6 +173,22 @@ def test_a_training_follows_what_no_flag_decides():
     assert follow_plan(TrainConfig(data), {}) == TrainConfig(data)
     epochs = follow_plan(TrainConfig(data), {"length": Setting({"epochs": 3}, "")})
     assert (epochs.epochs, epochs.max_minutes) == (3, None)
+    # The networks of --members share --max_minutes, but each is planned so many.
+    minutes = settings["length"].value["minutes"]
+    assert follow_plan(TrainConfig(data, members=3), settings).max_minutes == 3 * minutes
+
+
+def test_the_batch_follows_a_given_network_or_patch():
+    settings = make_plan(fingerprint((1, 1, 1), (240, 240, 155), cases=50), Machine(16)).settings()
+    settings = settings | {"batch_size": Setting(5, "by hand")}
+
+    def batch(machine="a GPU of 16 GiB", **given):
+        return follow_plan(TrainConfig(Path("ready"), **given, given=tuple(given)), settings, machine).batch_size
+
+    assert batch() == batch(patch_size=settings["patch_size"].value) == batch(model="MambaHoME_small") == 5
+    assert batch(model="MambaHoME") == 3 and batch(patch_size=(128, 128, 128)) == 1
+    assert batch(model="MambaHoME", batch_size=7) == 7
+    assert batch("a CPU", model="MambaHoME") == 2 and batch("another", model="MambaHoME") == 5
 
 
 def test_what_a_plan_decided_is_said():

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from mambahome_jax.config import DataProperties
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, write_prepared
@@ -12,6 +13,7 @@ from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.inference.ensemble import mirrors_for
 from mambahome_jax.patches.store import StoreEntry, write_case, write_index
+from mambahome_jax.training import runs
 from mambahome_jax.training.setup import choose_mirrors, make_setup, recorded_mirrors
 
 SHAPE = (48, 16, 16)
@@ -111,3 +113,20 @@ def test_a_run_goes_on_with_the_mirrors_that_it_began_with(tmp_path):
     assert setup.mirror_lines == ("In mirrored scans labels trade places as when this run began",)
     # Another axis is another setting, which the resumed run is refused for.
     assert make_setup(config, data, None, 1, ((1, ()),)).augmentation.mirror == ((0, ()),)
+
+
+@pytest.mark.parametrize(("given", "planned"), [(None, True), (("LR",), False)])
+def test_a_planned_mirror_that_does_not_fit_is_left_out_in_a_line(tmp_path, monkeypatch, given, planned):
+    data = prepared(tmp_path, "ball", {1: "left atrium"})
+    settings = {"mirror": {"value": ["LR"]}, "recipe": {"value": "strong"}}
+    (tmp_path / "plan.json").write_text(json.dumps({"version": 1, **settings}))
+    monkeypatch.setattr(runs.Training, "run", lambda self: self)
+    config = TrainConfig(tmp_path, mirror=given, steps=1, patch_size=(32, 16, 16))
+    training = runs.run_training(config, Console(quiet=True))
+    assert training.flags.mirror == ("LR",)
+    if planned:
+        setup = make_setup(training.flags, data, None, 1, settings=training.settings)
+        assert setup.augmentation.mirror == () and "Not mirrored along LR" in setup.mirror_lines[0]
+    else:
+        with pytest.raises(ConfigError, match="--mirror LR: left atrium would become"):
+            make_setup(training.flags, data, None, 1, settings=training.settings)
