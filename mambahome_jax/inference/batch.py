@@ -97,10 +97,7 @@ def infer(**flags: Any) -> Inferred:
 
 @isolated_reads()
 def infer_scans(
-    config: InferConfig,
-    say: Callable[[str], None] = silent,
-    track: Track = untracked,
-    windows: Progress | None = None,
+    config: InferConfig, say: Callable[[str], None] = silent, track: Track = untracked, windows: Progress | None = None
 ) -> Inferred:
     """Segment the scans of a file or folder.
 

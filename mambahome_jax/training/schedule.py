@@ -75,6 +75,7 @@ class TimeBudget:
         self._validated: float | None = None
         self._validation_seconds = self._saving_seconds = 0.0
         self._compiled = False  # within _validation_seconds
+        self.ended = self.ended_before = False  # by the last decision, and by the last checkpoint
 
     @property
     def limited(self) -> bool:
@@ -154,11 +155,12 @@ class TimeBudget:
         reserve += min(SLACK_SECONDS, SLACK_PART * self.seconds)
         reserve += min(self.held_out_seconds(), HELD_OUT_PART * self.seconds)
         # The step under way ends first, and one more has to fit.
-        last = self.left() - reserve < 2 * step
+        last = self.ended_before or self.left() - reserve < 2 * step
         decision = np.array([last, self._validation_due(reserve), self.fraction()], np.float32)
         if jax.process_count() > 1:
             decision = np.asarray(multihost_utils.broadcast_one_to_all(decision))
-        return Decision(bool(decision[0]), bool(decision[1]), float(decision[2]))
+        self.ended = bool(decision[0])
+        return Decision(self.ended, bool(decision[1]), float(decision[2]))
 
     def _validation_due(self, reserve: float) -> bool:
         spent = self.spent()
@@ -170,14 +172,15 @@ class TimeBudget:
         # Not so late that the last one follows at once.
         return spent - self._validated >= pause + self._saving_seconds and self.left() - reserve >= pause
 
-    def to_json(self) -> dict[str, Any]:
-        """What a run of a given time has to know of itself to be continued."""
+    def to_json(self, validated: bool = True) -> dict[str, Any]:
+        """What a run of a given time has to know of itself to be continued. validated: after its last step."""
         if not self.limited:
             return {}
         return {
             "seconds_in_all": self.seconds,
             "seconds_spent": self.spent(),
             "seconds_to_first_step": self.to_first_step,
+            "ended": self.ended and validated,
         }
 
 
@@ -191,13 +194,16 @@ class Clock(NamedTuple):
     def budget(self, earlier: Mapping[str, Any] | None) -> TimeBudget:
         """The time of a run, which goes on with what it has spent according to its last checkpoint."""
         known = earlier or {}
-        return TimeBudget(
+        budget = TimeBudget(
             known.get("seconds_in_all", self.seconds),
             self.started,
             known.get("seconds_spent", 0.0),
             None if earlier is None else known.get("seconds_to_first_step", 0.0),
             parts=self.parts if earlier is None else 1,
         )
+        # What is left then is for the scores of the cases held out.
+        budget.ended_before = known.get("ended", False)
+        return budget
 
 
 class Due(NamedTuple):

@@ -444,4 +444,4 @@ class TrainingRun:
             "epoch": self.step // self.schedule.steps_per_epoch,
             "best": self.best,
             "validated_until": self.validated_until,
-        } | self.schedule.budget.to_json()
+        } | self.schedule.budget.to_json(self.validated_until == self.step)
