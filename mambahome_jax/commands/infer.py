@@ -32,10 +32,7 @@ def run(config: InferConfig) -> int:
                 yield result
 
     result = infer_scans(
-        config,
-        partial(say, console),
-        track,
-        lambda done, total: progress.update(windows, completed=done, total=total),
+        config, partial(say, console), track, lambda done, total: progress.update(windows, completed=done, total=total)
     )
     cases, failures = len(result.cases), len(result.failures)
     if result.volumes_ml:

@@ -207,16 +207,8 @@ def compiled_step(
     program, flags, recipe = (graphdef, setup.augmentation), setup.flags, setup.recipe
     if program not in programs:
         programs[program] = make_train_step(
-            graphdef,
-            optimizer,
-            at_all_levels(dice_ce) if recipe.deep_supervision else dice_ce,
-            mesh,
-            flags.seed,
-            setup.augmentation,
-            flags.strategy,
-            recipe.ema_decay,
-            flags.freeze_encoder,
-            recipe.dropout,
+            *(graphdef, optimizer, at_all_levels(dice_ce) if recipe.deep_supervision else dice_ce, mesh, flags.seed),
+            *(setup.augmentation, flags.strategy, recipe.ema_decay, flags.freeze_encoder, recipe.dropout),
         )
     return with_seed(programs[program], flags.seed, mesh)
 

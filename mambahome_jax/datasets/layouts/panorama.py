@@ -15,9 +15,7 @@ LOOKS_FOR = (
     "folder: manual_labels/ and automatic_labels/ with ######_#####.nii.gz"
 )
 COVERS: tuple[str, ...] = ("images_labels", "decathlon")
-LABELS = numbered(
-    *("pdac_lesion", "veins", "arteries", "pancreas_parenchyma", "pancreatic_duct", "common_bile_duct"),
-)
+LABELS = numbered(*("pdac_lesion", "veins", "arteries", "pancreas_parenchyma", "pancreatic_duct", "common_bile_duct"))
 REPOSITORY = "panorama_labels"
 HINT = (
     "Labels cloned before 21 June 2024 hold stray values 7 and 8, corrected since: run git pull in panorama_labels and "
