@@ -256,6 +256,7 @@ def train(state: TrainState, batches: Iterator, train_step: TrainStep, run: "Tra
         if overdue and (validation := run.validate_and_keep_best(state)):
             run.log.complete(run.step, validation)
         due, saved = run.schedule.after(run.step), run.step
+        ended = due.stop
         while not due.stop and (batch := run.fetch(batches)) is not None:
             rate = device_put_tree(np.float32(due.rate), replicated(run.mesh))
             with jax.transfer_guard("disallow"):
@@ -268,10 +269,10 @@ def train(state: TrainState, batches: Iterator, train_step: TrainStep, run: "Tra
             if due.save:
                 run.log_step(state if due.validate else None)
                 run.save_last(state)
-                saved = run.step
+                saved, ended = run.step, due.stop
                 due = run.schedule.after(run.step)
         run.log_step()
-        if run.step > saved:
+        if run.step > saved or due.stop > ended:  # a checkpoint of the end says so
             run.save_last(state)
         run.signal = run.stop.requested()
     return state

@@ -172,13 +172,13 @@ def test_a_timed_run_stopped_in_its_scores_goes_on_with_them(tmp_path, monkeypat
         signal.raise_signal(signal.SIGTERM)
         return original(*arguments)
 
+    monkeypatch.setattr(held_out.HeldOutCases, "_late", lambda _: False)
     options = {"steps": None, "val_every": None, "max_minutes": 0.15}
     monkeypatch.setattr(held_out, "predict_case", interrupted)
     assert command.run(_config(data, tmp_path / "run", **options), time.monotonic() - 3) == 143
     config = json.loads((tmp_path / "run" / "checkpoints" / "last" / "config.json").read_text())
     assert config["ended"] and config["seconds_spent"] < config["seconds_in_all"]
     monkeypatch.setattr(held_out, "predict_case", original)
-    monkeypatch.setattr(held_out.HeldOutCases, "_late", lambda _: False)
     assert command.run(_config(data, tmp_path / "run", **options, resume=True)) == 0
     report = json.loads((tmp_path / "run" / "run.json").read_text())
     assert report["step"] == config["step"] and _summary(tmp_path / "run")["cases"] == 1
