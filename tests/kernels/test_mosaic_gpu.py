@@ -291,17 +291,27 @@ def test_machine_code_spills_no_register(dtype, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     reports = sorted(tmp_path.glob("*.ptxas"))
     assert len(reports) == 6 * len([v for v in VARIANTS if v[0] == dtype])
-    large = 0
+    resources = sorted(tmp_path.glob("*.resources.txt"))
+    assert len(resources) == len(reports)
+    large = set()
     for report in reports:
         text = report.read_text()
         assert "0 bytes spill stores, 0 bytes spill loads" in text, text
         registers = int(re.search(r"Used (\d+) registers", text)[1])
-        shared = int(re.search(r"smem_scratch_bytes=(\d+)", report.with_suffix(".resources.txt").read_text())[1])
         assert registers * 128 * 2 <= 65536, text
+        if registers * 128 * 4 > 65536:
+            large.add(kernel_of(report))
+    for resource in resources:
+        shared = int(re.search(r"smem_scratch_bytes=(\d+)", resource.read_text())[1])
         assert shared * 2 <= 227 * 1024
-        large += registers * 128 * 4 > 65536 or shared * 4 > 227 * 1024
-    # The backward kernel of each variant.
-    assert large == len(reports) / 6
+        if shared * 4 > 227 * 1024:
+            large.add(kernel_of(resource))
+    assert large == {"scan_gradients"}
+
+
+def kernel_of(path):
+    """The kernel's name: dumps number it, or add the digest of its module."""
+    return path.name.split(".")[0].rsplit("_", 1)[0]
 
 
 @pytest.mark.skipif(not OLD, reason="the installed JAX has what the kernel needs")

@@ -95,8 +95,9 @@ def _lower(context, *arrays, kernel: Callable, label: str, types: tuple):
     if module is None:
         block = ir.InsertionPoint.current.block
         already = len(block.operations)
-        lower = mlir.lower_fun(lambda *arrays: jax.tree.leaves(kernel(*arrays)), multiple_results=True)
-        results = lower(context, *arrays)
+        with jax.enable_x64(False):  # indices are of 32 bits
+            lower = mlir.lower_fun(lambda *arrays: jax.tree.leaves(kernel(*arrays)), multiple_results=True)
+            results = lower(context, *arrays)
         calls = [o for o in list(block.operations)[already:] if o.name == "stablehlo.custom_call"]
         if len(calls) != 1:  # a later JAX lowers in a way of its own
             return results
