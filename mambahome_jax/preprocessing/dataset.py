@@ -190,7 +190,7 @@ def _given_settings(
         unread = Setting((0.0, 0.0, 0.0), "no header could be read")
         given["spacing"] = make_plan(fingerprint, machine).spacing if fingerprint else unread
     spacing = given["spacing"]
-    override = "" if "--spacing" in spacing.reason else "; --spacing overrides"
+    override = "; --spacing overrides" if config.spacing is None else ""
     say(f"Spacing: {as_typed(spacing.value)} mm, {spacing.reason}{override}")
     return given, edited
 

@@ -193,8 +193,7 @@ def _choose_grids(
 def _choose_batch(patch: Sequence[int], model: str, machine: Machine) -> Setting:
     if machine.gpu_gib is None:
         return Setting(_CPU_PATCHES, "on a CPU many steps of few patches reach more than few steps of many")
-    fit = int(_VOXELS_A_GIB[model] * machine.gpu_gib)
-    voxels = min(fit, _MOST_VOXELS)
+    voxels = min(int(_VOXELS_A_GIB[model] * machine.gpu_gib), _MOST_VOXELS)
     count = max(1, min(_MOST_PATCHES, voxels // math.prod(patch)))
     rule = f"{voxels:,} voxels a step, a rule for {model} on {machine}, and at most {_MOST_PATCHES} patches"
     return Setting(count, rule)
@@ -204,13 +203,11 @@ def _choose_mirror(fingerprint: Fingerprint) -> Setting:
     width = float(np.median(fingerprint.spacings[:, 0] * fingerprint.shapes[:, 0]))
     if fingerprint.alone:
         return Setting(("none",), f"{fingerprint.alone[0]} has no counterpart of the other side among the structures")
-    if fingerprint.pairs and all(_HEART.search(" ".join(pair)) for pair in fingerprint.pairs):
-        return Setting(("none",), f"{' and '.join(fingerprint.pairs[0])} are no mirror images of each other")
     if fingerprint.pairs:
-        pairs = _count(len(fingerprint.pairs), "pair")
-        return Setting(
-            ("LR",), f"{pairs} of a left and a right structure, such as {' and '.join(fingerprint.pairs[0])}"
-        )
+        pairs, example = _count(len(fingerprint.pairs), "pair"), " and ".join(fingerprint.pairs[0])
+        if all(_HEART.search(" ".join(pair)) for pair in fingerprint.pairs):
+            return Setting(("none",), f"{example} are no mirror images of each other")
+        return Setting(("LR",), f"{pairs} of a left and a right structure, such as {example}")
     if width < _ONE_SIDED_MM:
         return Setting(("none",), f"scans {width:.0f} mm wide show one side, so that mirrored ones never occur")
     return Setting(("LR",), "as the strong recipe has it; no structure is of one side")
@@ -226,10 +223,8 @@ def _choose_length(cases: int, shape: Sequence[int], patch: Sequence[int], machi
     seen = f"about {_PASSES[kind]} passes over {_count(cases, 'case')} at {speed:g} million voxels a second"
     if value == round(minutes):
         return Setting({"minutes": value}, f"{seen}; longer may reach more")
-    return Setting(
-        {"minutes": value},
-        f"the {'least' if value == least else 'most'} that is planned; {seen} would be {minutes:.0f}",
-    )
+    bound = "least" if value == least else "most"
+    return Setting({"minutes": value}, f"the {bound} that is planned; {seen} would be {minutes:.0f}")
 
 
 def _count(number: int, noun: str) -> str:
@@ -238,9 +233,8 @@ def _count(number: int, noun: str) -> str:
 
 def _length(value: Any) -> dict[str, float]:
     ((unit, number),) = value.items()
-    number = (
-        count_up_to(math.inf)(number) if among(("minutes", "epochs", "steps"))(unit) != "minutes" else float(number)
-    )
+    whole = among(("minutes", "epochs", "steps"))(unit) != "minutes"
+    number = count_up_to(math.inf)(number) if whole else float(number)
     if not 0 < number < math.inf:
         raise ValueError(f"{number} is no length")
     return {unit: number}
@@ -294,8 +288,7 @@ def read_plan(file: Path) -> StoredPlan:
         except (ConfigError, TypeError) as error:
             found = f"{name} is {entry['value']!r}"
             raise DatasetError(found, file=file, expected=_FORMS[name][1], action=action) from error
-    edited = content.get("digest") != _digest(settings)
-    return StoredPlan(settings, str(content.get("machine", "")), edited)
+    return StoredPlan(settings, str(content.get("machine", "")), content.get("digest") != _digest(settings))
 
 
 def _digest(settings: Mapping[str, Setting]) -> str:
