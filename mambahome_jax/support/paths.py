@@ -133,15 +133,6 @@ def path_in(folder: Path, text: str) -> Path:
     return local_path(text if text.startswith("~") else folder / text)
 
 
-def working_folder(run: Path) -> str | None:
-    """The working folder as seen from the folder of a run, such as `../..`; None where the run does not lie in it.
-
-    It says nothing of where on a disk both lie.
-    """
-    steps = os.path.relpath(Path.cwd(), real_path(run))
-    return steps if set(Path(steps).parts) <= {os.pardir} else None
-
-
 def as_on_disk(path: Path) -> Path:
     """The path, or where only another Unicode form of its names exists, that: macOS decomposes letters, others do not.
 

@@ -29,7 +29,7 @@ from mambahome_jax.support.console import logged, say, tracked
 from mambahome_jax.support.devices import choose_devices, device_line, versions
 from mambahome_jax.support.files import jsonable, read_json, write_json
 from mambahome_jax.support.output_folder import locked, open_output
-from mambahome_jax.support.paths import from_keywords, local_path, require_letters, working_folder
+from mambahome_jax.support.paths import from_keywords, local_path, require_letters
 from mambahome_jax.training.checkpoints import PACKAGES, checkpoint_settings, require_same_run
 from mambahome_jax.training.distributed import is_first, require_same
 from mambahome_jax.training.pretrained import Transfer
@@ -322,7 +322,6 @@ def new_report(folder: Path, setup: Setup, skipped: Sequence[tuple[str, str]]) -
         "command": "train",
         "status": "starting",
         "configuration": asdict(setup.flags),
-        "working_folder": working_folder(folder),
         "model": asdict(setup.model),
         "data": {
             "name": setup.prepared.name,
