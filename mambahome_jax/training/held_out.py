@@ -17,7 +17,7 @@ from flax import nnx
 
 from mambahome_jax.datasets.base import Split
 from mambahome_jax.datasets.find_scans import Scan
-from mambahome_jax.datasets.prepared import Prepared, PreparedCase
+from mambahome_jax.datasets.prepared import PreparedCase
 from mambahome_jax.errors import DatasetError, MambaHomeError
 from mambahome_jax.evaluation.evaluate import make_summary, provenance_of, score_case
 from mambahome_jax.evaluation.pairs import Pair
@@ -81,7 +81,7 @@ def score_held_out(
             scores, failures, left = HeldOutCases(output, setup, settings, network, run).score()
             if run.signal is not None:
                 return
-            config = EvaluateConfig(output, (setup.prepared_val or setup.prepared).root / "labels", output)
+            config = EvaluateConfig(output, setup.validated.root / "labels", output)
             done = len({row.case for row in scores})
             run.held_out = make_summary(config, scores, done, sorted(failures.items()), _names(setup)) | {
                 "provenance": _provenance(scores, checkpoint, setup, run.settings),
@@ -121,13 +121,9 @@ class HeldOutCases:
     network: Replica
     run: TrainingRun
 
-    @property
-    def prepared(self) -> Prepared:
-        return self.setup.prepared_val or self.setup.prepared
-
     def score(self) -> tuple[list[Score], dict[str, str], list[str]]:
         """Scores, failures, and the cases for which no time was left; failures go to the run too, and a signal."""
-        store, waiting = Store(self.prepared.store), deque[tuple[str, Future[list[Score]]]]()
+        store, waiting = Store(self.setup.validated.store), deque[tuple[str, Future[list[Score]]]]()
         scores: list[Score] = []
         failures: dict[str, str] = {}
         share = self.settings.cases[jax.process_index() :: jax.process_count()]
@@ -177,9 +173,9 @@ class HeldOutCases:
         stored = dict(self.setup.properties.values)
         affine, names = np.array(store.entry(case).affine), _names(self.setup)
         ours, truth = (replace_values(each, stored) if stored else each for each in (labels, reference))
-        entry = next(entry for entry in self.prepared.cases if entry.id == case)
-        path = self.output / f"{case}.nii.gz"
-        write_volume(path, on_own_grid(Volume(ours, affine), self.prepared.image_path(entry)), names=names, warn=False)
+        entry = next(entry for entry in self.setup.validated.cases if entry.id == case)
+        result = on_own_grid(Volume(ours, affine), self.setup.validated.image_path(entry))
+        write_volume(self.output / f"{case}.nii.gz", result, names=names, warn=False)
         pair = _pair(self.output, self.setup, entry)
         return score_case(pair, Volume(ours, affine), Volume(truth, affine))
 
@@ -191,7 +187,7 @@ def on_own_grid(labels: Volume, image: Path) -> Volume:
     except DatasetError:
         return labels
     labels = reorient(labels, orientation_of(grid.affine))
-    if not same_grid(Volume(grid.array[..., 0] if grid.array.ndim == 4 else grid.array, grid.affine), labels):
+    if not same_grid(Volume(grid.array, grid.affine), labels):
         return labels
     return Volume(labels.array, grid.affine, grid.header)
 
@@ -214,11 +210,11 @@ def _names(setup: Setup) -> dict[int, str]:
 
 def _pair(output: Path, setup: Setup, case: PreparedCase) -> Pair:
     """The label map of a case and its reference, whose values become those of the label map."""
-    prepared, stored = setup.prepared_val or setup.prepared, dict(setup.properties.values)
+    stored = dict(setup.properties.values)
     own = setup.val_values or {value: value for value in setup.structures}
     values = {old: stored.get(new, new) for old, new in own.items()}
     labelled = None if case.labelled is None else tuple(values[old] for old in case.labelled if old in values)
-    reference = prepared.label_path(case) or output
+    reference = setup.validated.label_path(case) or output
     return Pair(
         case.id, output / f"{case.id}.nii.gz", reference, _names(setup), reference_values=values, labelled=labelled
     )
@@ -230,7 +226,7 @@ def _provenance(
     """What the network saw of the cases, with what it saw before this run by the record of its weights."""
     scans = settings["data"].get("trained_on") or ()
     seen = {digest for scan in scans for digest in scan}
-    store = Store((setup.prepared_val or setup.prepared).store)
+    contents = dict(zip(setup.held_out, setup.properties.held_out or (), strict=False))
     cases = sorted({row.case for row in scores})
     splits: dict[str, Split] = {}
     for case in cases:
@@ -238,7 +234,7 @@ def _provenance(
             splits[case] = "val"
         elif all(scans):  # else the weights that it began with may have seen any scan
             splits[case] = "test"
-        if case in setup.trained_on or not seen.isdisjoint(store.entry(case).contents):
+        if case in setup.trained_on or not seen.isdisjoint(contents.get(case, ())):
             splits[case] = "train"
     return provenance_of(cases, splits)
 
@@ -255,7 +251,7 @@ def _write(output: Path, setup: Setup, scores: Sequence[Score], summary: Mapping
     """Write metrics.csv, summary.json and report.html, the latter with pictures of the cases that have files."""
     write_metrics(output / "metrics.csv", scores)
     write_json(output / SUMMARY, summary, "--output_dir")
-    prepared = setup.prepared_val or setup.prepared
+    prepared = setup.validated
     scored = {row.case for row in scores}
     cases = [case for case in prepared.cases if case.id in scored]
     files = {case.id: (prepared.image_path(case), prepared.label_path(case)) for case in cases}

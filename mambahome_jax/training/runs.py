@@ -35,7 +35,7 @@ from mambahome_jax.training.distributed import is_first, require_same
 from mambahome_jax.training.pretrained import Transfer
 from mambahome_jax.training.progress import end_lines, ensemble_line, start_lines
 from mambahome_jax.training.schedule import Clock, Schedule
-from mambahome_jax.training.setup import Setup, case_digests, make_setup, recorded_mirrors
+from mambahome_jax.training.setup import Setup, make_setup, recorded_mirrors
 from mambahome_jax.training.train import Programs, train_network
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
 
@@ -325,7 +325,7 @@ def new_report(folder: Path, setup: Setup, skipped: Sequence[tuple[str, str]]) -
         "model": asdict(setup.model),
         "data": {
             "name": setup.prepared.name,
-            "fingerprint": dataset_fingerprint(setup.prepared, setup.train_cases),
+            "fingerprint": dataset_fingerprint(setup.prepared.labels, setup.digests["train"]),
             **setup.properties.to_json(),
             "train": list(setup.train_cases),
             "val": list(setup.val_cases),
@@ -371,9 +371,9 @@ def save_report(folder: Path, report: Mapping[str, Any]) -> None:
         write_json(folder / "run.json", report)
 
 
-def dataset_fingerprint(prepared: Prepared, cases: Sequence[str]) -> str:
-    """SHA-256 of what `case_digests` says of the cases and of the label table: equal for the same data anywhere."""
-    content = [sorted(prepared.labels.items()), sorted(case_digests(prepared, cases).items())]
+def dataset_fingerprint(labels: Mapping[int, str], digests: Mapping[str, str]) -> str:
+    """SHA-256 of the label table and the `case_digests` of the cases: equal for the same data anywhere."""
+    content = [sorted(labels.items()), sorted(digests.items())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 

@@ -84,6 +84,11 @@ class Setup:
     @property
     def held_out(self) -> tuple[str, ...]:
         """All cases held out, of which `val_cases` are validated on."""
+    @property
+    def validated(self) -> Prepared:
+        """The data that the cases held out are of."""
+        return self.prepared_val or self.prepared
+
         return tuple(self.digests["val"])
 
     def settings(self) -> dict[str, Any]:
@@ -130,11 +135,13 @@ def make_setup(
     recipe = resolve(flags)
     train, held_out = _split(flags, prepared, prepared_val)
     val = held_out[: flags.max_val_cases]
-    store, val_store = Store(prepared.store), Store((prepared_val or prepared).store)
+    store = Store(prepared.store)
     entries = [store.entry(case) for case in train]
     patch, grids = choose_grids(flags, [entry.shape for entry in entries], _voxel_size(prepared), settings or {})
     classes, named = _classes(flags, prepared, entries)
     structures = named or {1: "label_1"}
+    val_store = store if prepared_val is None else Store(prepared_val.store)
+    val_entries = [val_store.entry(case) for case in held_out]
     asked = "mirror" in given_ingredients(flags) and "mirror" not in (settings or {})
     augmentation, mirror_lines = make_augmentation(recipe, prepared, named, explicit=asked, recorded=recorded)
     mirrors = () if augmentation is None else augmentation.mirror
@@ -151,7 +158,7 @@ def make_setup(
         ranges=training_ranges(entries, named, flags.modality),
         mirror_pairs=_anatomical(mirrors, prepared.orientation) or None,
         trained_on=_contents(entries),
-        held_out=_contents([val_store.entry(case) for case in held_out]),
+        held_out=_contents(val_entries),
     )
     return Setup(
         flags=flags,
@@ -160,8 +167,8 @@ def make_setup(
         prepared_val=prepared_val,
         train_cases=train,
         val_cases=val,
-        trained_on=tuple(trained_on(entries, [val_store.entry(case) for case in val])),
-        digests={"train": case_digests(prepared, train), "val": case_digests(prepared_val or prepared, held_out)},
+        trained_on=tuple(trained_on(entries, val_entries[: len(val)])),
+        digests={"train": case_digests(entries), "val": case_digests(val_entries)},
         val_values=values_of_training(prepared_val, held_out, prepared, structures) if prepared_val else None,
         structures=structures,
         labelled=labelled_classes(prepared, train, classes),
@@ -435,11 +442,10 @@ def _anatomical(mirrors: Sequence[Mirror], orientation: str) -> MirrorPairs:
 # --- What tells the data of a case from other data -------------------------------------------------------------------
 
 
-def case_digests(prepared: Prepared, cases: Sequence[str]) -> dict[str, str]:
+def case_digests(entries: Iterable[StoreEntry]) -> dict[str, str]:
     """{case: what tells its data from other data}, read off the store's index: grid, intensities, voxels a class, and
     a checksum of all voxels, which stores of earlier versions lack."""
-    store = Store(prepared.store)
-    return {case: _case_digest(store.entry(case)) for case in cases}
+    return {entry.id: _case_digest(entry) for entry in entries}
 
 
 def trained_on(train: Iterable[StoreEntry], val: Iterable[StoreEntry]) -> list[str]:

@@ -220,7 +220,7 @@ def open_validation(graphdef: nnx.GraphDef, setup: Setup, devices: Sequence[jax.
     """What validates the network on the cases held out; None where there are none."""
     if not setup.val_cases:
         return None
-    store = Store((setup.prepared_val or setup.prepared).store)
+    store = Store(setup.validated.store)
     return make_validate(graphdef, store, validation_settings(setup, setup.val_cases), own_device(devices))
 
 

@@ -20,12 +20,13 @@ from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.imaging.volume import Volume, write_volume
-from mambahome_jax.patches.store import StoreEntry, write_case, write_index
+from mambahome_jax.patches.store import Store, StoreEntry, write_case, write_index
 from mambahome_jax.recipes import AugmentationConfig, Recipe
 from mambahome_jax.training import train as training
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.runs import dataset_fingerprint, git_state
 from mambahome_jax.training.setup import (
+    case_digests,
     choose_patch,
     labelled_classes,
     make_augmentation,
@@ -125,8 +126,9 @@ def test_a_run_writes_what_the_design_promises(tmp_path, capsys):
     assert report["versions"]["jax"] and report["configuration"]["lr"] is None and report["seed"] == 0
     assert report["git"] == git_state()
     prepared = read_prepared(tmp_path / "data")
-    assert report["data"]["fingerprint"] == dataset_fingerprint(prepared, ["c3", "c2", "c1", "c0"])
-    assert report["data"]["fingerprint"] != dataset_fingerprint(prepared, ["c0"])
+    digests = case_digests(map(Store(prepared.store).entry, ("c3", "c2", "c1", "c0")))
+    assert report["data"]["fingerprint"] == dataset_fingerprint(prepared.labels, digests)
+    assert report["data"]["fingerprint"] != dataset_fingerprint(prepared.labels, {"c0": digests["c0"]})
     assert "lr 5.00e-03  " in text and "data wait" in text and "  box  0." in text
     (board,) = (tmp_path / "run" / "tensorboard").iterdir()
     assert board.read_bytes().count(b"\x89PNG") == 2

@@ -155,7 +155,7 @@ def test_a_store_without_checksums_still_tells_other_intensities(tmp_path):
     store = Store(data)
 
     def state():
-        digests = {"train": case_digests(read_prepared(data), store.cases)}
+        digests = {"train": case_digests(map(Store(data).entry, store.cases))}
         return {"data": {}, "cases": data_summary(digests)}, digests
 
     def changes(since):
