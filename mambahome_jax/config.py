@@ -380,6 +380,16 @@ class Grids(NamedTuple):
     kernel_sizes: tuple[Triple, ...]
 
 
+def nearest_multiples(size: Sequence[int], multiples: Triple) -> Triple:
+    """The multiples nearest to a size, one at least."""
+    return _triple(max(round(n / m), 1) * m for n, m in zip(size, multiples, strict=True))
+
+
+def beyond_one_voxel(patch: Triple, multiples: Triple) -> Triple:
+    """A patch that leaves one voxel at the deepest stage, so nothing for instance norm to normalise, doubled."""
+    return (2 * patch[0], *patch[1:]) if patch == multiples else patch
+
+
 def grids_for(spacing: Sequence[float], patch_size: Sequence[int]) -> Grids:
     """Choose grids for patches of so many voxels of so many mm, as nnU-Net's planner does.
 
@@ -420,17 +430,13 @@ def patch_and_grids(spacing: Sequence[float], shape: Sequence[int], voxels: int 
     # Once more for the patch that is whole: a few voxels may decide whether an axis is halved.
     for _ in range(2):
         multiples = ModelConfig(strides=grids_for(spacing, patch).strides).multiples
+        nearest = nearest_multiples(wanted, multiples)
         # Up where the scan ends, so that it is covered; else to the nearest.
-        patch = [
-            -(-n // m) * m if n >= whole else max(1, round(n / m)) * m
-            for n, m, whole in zip(wanted, multiples, shape, strict=True)
-        ]
+        sizes = zip(wanted, multiples, shape, nearest, strict=True)
+        patch = [-(-n // m) * m if n >= whole else near for n, m, whole, near in sizes]
     found = grids_for(spacing, patch)
-    a, b, c = found.patch_size
-    # One voxel at the deepest stage leaves instance norm nothing to normalise.
-    return (
-        found._replace(patch_size=(2 * a, b, c)) if (a, b, c) == ModelConfig(strides=found.strides).multiples else found
-    )
+    multiples = ModelConfig(strides=found.strides).multiples
+    return found._replace(patch_size=beyond_one_voxel(found.patch_size, multiples))
 
 
 def _cut(millimetres: float, spacing: Sequence[float], shape: Sequence[int]) -> list[float]:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mambahome_jax.config import said_multiples
+from mambahome_jax.config import nearest_multiples, said_multiples
 from mambahome_jax.datasets.base import Case, Split
 from mambahome_jax.datasets.files import listed
 from mambahome_jax.datasets.find_scans import Scan, find_scans, join_channels
@@ -262,7 +262,8 @@ def _load(config: InferConfig) -> Segmenter:
     segmenter = Segmenter.of(networks, options)
     settings, multiples = segmenter.settings, networks.multiples
     roi, said = " ".join(map(str, settings.roi_size)), said_multiples(multiples)
-    near = [n if n <= 0 else max(round(n / m), 1) * m for n, m in zip(settings.roi_size, multiples, strict=True)]
+    nearest = nearest_multiples(settings.roi_size, multiples)
+    near = [n if n <= 0 else whole for n, whole in zip(settings.roi_size, nearest, strict=True)]
     if tuple(near) != tuple(settings.roi_size):
         raise ConfigError(f"--roi_size {roi}; expected multiples of {said}, such as {' '.join(map(str, near))}")
     if tuple(settings.roi_size) == multiples:

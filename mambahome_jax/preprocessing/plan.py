@@ -19,6 +19,7 @@ from mambahome_jax.config import (
     MODEL_SIZES,
     AnatomicalAxis,
     Convert,
+    ModelConfig,
     among,
     converted,
     count_up_to,
@@ -178,7 +179,7 @@ def _choose_grids(
         patch = Setting(found.patch_size, reason)
     else:
         found = grids_for(mm, patch.value)
-    multiples = tuple(math.prod(column) for column in zip(*found.strides, strict=True))
+    multiples = ModelConfig(strides=found.strides).multiples
     strides = kernels = "voxels are alike along all axes"
     if len(set(multiples)) > 1:
         strides = f"an axis is halved while it is long and fine enough; in all by {said_multiples(multiples)}"

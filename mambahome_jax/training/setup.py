@@ -22,7 +22,9 @@ from mambahome_jax.config import (
     ModelConfig,
     Precision,
     Triple,
+    beyond_one_voxel,
     grids_for,
+    nearest_multiples,
     patch_and_grids,
     said_multiples,
 )
@@ -302,10 +304,8 @@ def choose_patch(flags: TrainConfig, shapes: list[Triple], multiples: Triple = (
     if flags.patch_size is None:
         default, largest = MODEL_SIZES[flags.model].patch_size, np.max(shapes, axis=0).tolist()
         a, b, c = (min(d, -(-n // m) * m) for d, n, m in zip(default, largest, multiples, strict=True))
-        # One voxel at the deepest stage leaves instance norm nothing to normalise.
-        return (a, b, c) if (a, b, c) != multiples else (2 * a, b, c)
-    a, b, c = (max(round(n / m), 1) * m for n, m in zip(flags.patch_size, multiples, strict=True))
-    near = (a, b, c) if (a, b, c) != multiples else (2 * a, b, c)
+        return beyond_one_voxel((a, b, c), multiples)
+    near = beyond_one_voxel(nearest_multiples(flags.patch_size, multiples), multiples)
     if near != tuple(flags.patch_size):
         given, valid = (" ".join(map(str, sizes)) for sizes in (flags.patch_size, near))
         said = said_multiples(multiples)
