@@ -48,6 +48,12 @@ class Fingerprint:
         return {"cases": len(self.shapes), "median": rounded, "sides": self.pairs, **self.details}
 
 
+def voxel_size(spacing: Sequence[float], spacings: Sequence[Any] | np.ndarray) -> tuple[float, float, float]:
+    """Voxels in mm after resampling to a spacing: along an axis of 0, the median of the cases' own, (cases, 3)."""
+    a, b, c = (float(mm if mm > 0 else own) for mm, own in zip(spacing, np.median(spacings, axis=0), strict=True))
+    return a, b, c
+
+
 def measure_sides(labels: Mapping[int, str]) -> dict[str, Any]:
     """Return the fields `pairs` and `alone` of a table of structures."""
     pairs, alone = sides(labels, "LR")

@@ -32,7 +32,7 @@ from mambahome_jax.config import (
 from mambahome_jax.datasets.prepared import detect, read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
-from mambahome_jax.preprocessing.fingerprint import Fingerprint
+from mambahome_jax.preprocessing.fingerprint import Fingerprint, voxel_size
 from mambahome_jax.recipes import RECIPES, as_typed
 from mambahome_jax.support.console import command_line
 from mambahome_jax.support.files import json_text, read_json, write_json
@@ -114,7 +114,7 @@ def make_plan(fingerprint: Fingerprint, machine: Machine, given: Mapping[str, Se
     chosen.setdefault("spacing", _choose_spacing(fingerprint))
     spacing = chosen["spacing"].value
     shape = fingerprint.shape_at(spacing)
-    mm = [own if own > 0 else float(np.median(fingerprint.spacings[:, axis])) for axis, own in enumerate(spacing)]
+    mm = voxel_size(spacing, fingerprint.spacings)
     model = chosen.setdefault("model", _choose_model(machine)).value
     for name, setting in _choose_grids(mm, shape, model, machine, chosen.get("patch_size")).items():
         chosen.setdefault(name, setting)

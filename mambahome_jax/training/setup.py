@@ -42,6 +42,7 @@ from mambahome_jax.datasets.structures import (
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.patches.store import CRC_LETTERS, Store, StoreEntry, training_ranges
+from mambahome_jax.preprocessing.fingerprint import voxel_size
 from mambahome_jax.preprocessing.plan import Setting
 from mambahome_jax.recipes import AugmentationConfig, Recipe, given_ingredients, resolve
 from mambahome_jax.support.devices import default_precision
@@ -84,13 +85,13 @@ class Setup:
     schedule: Schedule
 
     @property
-    def held_out(self) -> tuple[str, ...]:
-        """All cases held out, of which `val_cases` are validated on."""
-    @property
     def validated(self) -> Prepared:
         """The data that the cases held out are of."""
         return self.prepared_val or self.prepared
 
+    @property
+    def held_out(self) -> tuple[str, ...]:
+        """All cases held out, of which `val_cases` are validated on."""
         return tuple(self.digests["val"])
 
     def settings(self) -> dict[str, Any]:
@@ -139,11 +140,11 @@ def make_setup(
     val = held_out[: flags.max_val_cases]
     store = Store(prepared.store)
     entries = [store.entry(case) for case in train]
+    val_store = store if prepared_val is None else Store(prepared_val.store)
+    val_entries = [val_store.entry(case) for case in held_out]
     patch, grids = choose_grids(flags, [entry.shape for entry in entries], _voxel_size(prepared), settings or {})
     classes, named = _classes(flags, prepared, entries)
     structures = named or {1: "label_1"}
-    val_store = store if prepared_val is None else Store(prepared_val.store)
-    val_entries = [val_store.entry(case) for case in held_out]
     asked = "mirror" in given_ingredients(flags) and "mirror" not in (settings or {})
     augmentation, mirror_lines = make_augmentation(recipe, prepared, named, explicit=asked, recorded=recorded)
     mirrors = () if augmentation is None else augmentation.mirror
@@ -316,13 +317,7 @@ def choose_patch(flags: TrainConfig, shapes: list[Triple], multiples: Triple = (
 
 
 def _voxel_size(prepared: Prepared) -> tuple[float, float, float]:
-    """mm; along an axis that every scan has its own of, the median of the cases."""
-    sizes = np.median([case.spacing for case in prepared.cases], axis=0)
-    a, b, c = (
-        float(given) if given > 0 else float(own)
-        for given, own in zip(prepared.spacing or (0, 0, 0), sizes, strict=True)
-    )
-    return a, b, c
+    return voxel_size(prepared.spacing or (0, 0, 0), [case.spacing for case in prepared.cases])
 
 
 # --- Labels ----------------------------------------------------------------------------------------------------------
