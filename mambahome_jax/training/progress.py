@@ -44,6 +44,7 @@ _BAR, _TIMES = 10, 24
 LINE_SECONDS = 10.0
 # Without a validation or checkpoint, who watches sees nothing new for so long.
 FLUSH_SECONDS = 120.0
+Rows = list[dict[str, str]]
 
 
 class MetricsLog(contextlib.AbstractContextManager):
@@ -83,15 +84,15 @@ class FileLog(MetricsLog):
             self._open(start)
 
     def _open(self, start: int) -> None:
-        self._open_rows(start)
-        self._drawn = Drawn(rows_up_to(self._path))
+        self._drawn = Drawn(self._open_rows(start))
         self._events = EventWriter(self._path.with_name("tensorboard"), start + 1 if start else None)
 
-    def _open_rows(self, step: int, added: Mapping[str, str] | None = None) -> None:
-        _keep_rows(self._path, self.columns, step, added)
+    def _open_rows(self, step: int, added: Mapping[str, str] | None = None) -> Rows:
+        rows = _keep_rows(self._path, self.columns, step, added)
         # A row reaches the file whole or not at all, also where the process is killed.
         self._file = self._path.open("a", newline="", encoding="utf-8", buffering=1)
         self._writer = csv.DictWriter(self._file, self.columns)
+        return rows
 
     def step(self, row: Mapping[str, Any], validation: Validation | None = None) -> None:
         with self._writing():
@@ -179,19 +180,21 @@ def _dice_columns(validation: Validation | None) -> dict[str, float | None]:
     return {f"dice_{name}": finite_or_none(value) for name, value in structures.items()}
 
 
-def _keep_rows(path: Path, columns: Sequence[str], step: int, added: Mapping[str, str] | None = None) -> None:
+def _keep_rows(path: Path, columns: Sequence[str], step: int, added: Mapping[str, str] | None = None) -> Rows:
     """Replace the file by its header and rows up to a step, its own with what is `added`; a kill leaves either."""
     text = io.StringIO(newline="")
     # Of an earlier version there may be columns less; those that no structure has any more go.
     writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
     writer.writeheader()
     rows = rows_up_to(path, step) if step else []
-    writer.writerows({**row, **(added or {})} if row["step"] == str(step) else row for row in rows)
+    rows = [{**row, **(added or {})} if row["step"] == str(step) else row for row in rows]
+    writer.writerows(rows)
     with atomic_write(path, "output folder", parents=False) as partial:
         partial.write_bytes(text.getvalue().encode())
+    return rows
 
 
-def rows_up_to(path: Path, step: float = math.inf) -> list[dict[str, str]]:
+def rows_up_to(path: Path, step: float = math.inf) -> Rows:
     """The whole rows of metrics.csv, up to a step; none where there is no file."""
     if not path.exists():
         return []
