@@ -108,6 +108,7 @@ def prepare_case(job: CaseJob) -> StoreEntry:
         with DatasetError.with_file(case.image):
             image = resample(image, job.spacing, order="linear")
         remarks.append(coarse_remark(shape, image.shape))
+        contents.append(voxel_digest(image.array))
         if label is not None:
             present = _present(case, label, stored_counts, image.shape)
             label = resample(label, job.spacing, order="nearest")
@@ -143,7 +144,7 @@ def prepare_case(job: CaseJob) -> StoreEntry:
             remarks=tuple(str(remark) for remark in remarks if remark is not None),
             percentiles=sample_percentiles(sample),
             stored_counts={} if job.labels else stored_counts,
-            contents=tuple(dict.fromkeys((*contents, voxel_digest(array)))),
+            contents=tuple(dict.fromkeys(contents)),
         )
         return store.write_case(job.store, entry, array, None if label is None else np.ascontiguousarray(label.array))
     except OutputError:
