@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-# What the house may grow to, `__init__`s apart.
-MOST_FILES, MOST_LINES = 132, 26_000
+# What the house may grow to with cross-validation, the paper's other systems and what they need, `__init__`s apart.
+MOST_FILES, MOST_LINES = 155, 30_000
 LONGEST_FILE, LONGEST_FUNCTION = 500, 80
 # Belong to no room: the public names, the version, errors and configuration.
 LEAVES = {"config", "errors", "flags", "recipes", "version"}
