@@ -1,9 +1,9 @@
-"""nnU-Net on the hippocampus, for comparison: default plans, 3d_fullres, on the split of benchmarks/hippocampus.py.
+"""nnU-Net on the hippocampus, for comparison: default plans, 3d_fullres, on the split of benchmarks/accuracy.py.
 
 pip install nnunetv2==2.8.1
 python benchmarks/nnunet.py --data OUT/fold_1 --output_dir NNUNET
 
-OUT/fold_1 is what hippocampus.py wrote. Trained on all cases of its train, with a polynomial rate over the seconds
+OUT/fold_1 is what accuracy.py wrote. Trained on all cases of its train, with a polynomial rate over the seconds
 given (compilation included, preprocessing not), not over 1,000 epochs; mirrored at inference, as is its default.
 Then `mambahome evaluate` of NNUNET/predictions.
 """
@@ -30,7 +30,7 @@ def write_raw(data: Path, folder: Path) -> list[Path]:
         (folder / name).mkdir(parents=True)
         paths = sorted((data / source).glob("*.nii.gz"))
         if not paths:
-            raise SystemExit(f"{data / source}: no .nii.gz; expected a folder that benchmarks/hippocampus.py wrote")
+            raise SystemExit(f"{data / source}: no .nii.gz; expected a folder that benchmarks/accuracy.py wrote")
         for path in paths:
             shutil.copy(path, folder / name / (path.name.removesuffix(".nii.gz") + suffix))
     description = {
@@ -46,7 +46,7 @@ def write_raw(data: Path, folder: Path) -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="fold_N of benchmarks/hippocampus.py")
+    parser.add_argument("--data", type=Path, required=True, help="fold_N of benchmarks/accuracy.py")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=420)
     args = parser.parse_args()
