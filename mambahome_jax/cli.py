@@ -4,12 +4,14 @@ Exit codes: 0 all done, 1 some cases failed, 2 wrong usage or nothing could be d
 Arguments are parsed before anything heavy is imported, so that --help is instant.
 """
 
+import contextlib
 import dataclasses
 import importlib
+import io
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ _REMOVED = {
     },
     "infer": {"--overwrite": "every scan is segmented again; --skip_existing keeps results that are there and whole"},
 }
-_OF_TYRO = ("--help", "--tyro_")
+_HELP = ("-h", "--help")
 _TRUE, _FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
 
@@ -55,8 +57,10 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
     A bare boolean flag is True, True and False may have any case, dashes stand for underscores, and
     `--use_pretrained False` is none. Raises ConfigError: a flag that there is not, or no longer.
     """
-    # __origin__: of what is Annotated.
-    kinds = {f"--{f.name}": getattr(f.type, "__origin__", f.type) for f in dataclasses.fields(flags_of(command))}
+    from mambahome_jax import usage
+
+    known = {f"--{name}": flag for name, flag in usage.flags(flags_of(command)).items()}
+    alone = not any(flag.argument for flag in known.values())
     out: list[str] = []
     arguments = list(argv)
     while arguments:
@@ -68,12 +72,17 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
         name = "--" + name[2:].replace("-", "_")
         if reason := _REMOVED.get(command, {}).get(name):
             raise ConfigError(f"{name} is no longer a flag: {reason}")
-        if name not in kinds and not name.startswith(_OF_TYRO):
-            raise ConfigError(f"{name}: {command} has no such flag. {_nearest(name, kinds)}--help lists all of them")
+        if name not in known:
+            near = usage.nearest(name, known)
+            raise ConfigError(f"{name}: {command} has no such flag. {near}--help lists all of them")
+        flag = known[name]
         following = value if equals else (arguments[0] if arguments else None)
         spelled = following.lower() if following is not None else ""
-        if kinds.get(name) in (bool, bool | None):
-            if not equals and spelled in _TRUE + _FALSE:
+        if flag.item is bool:
+            told = spelled in _TRUE + _FALSE
+            if not told and (equals or (alone and following is not None and not following.startswith("--"))):
+                raise ConfigError(flag.refuse([following or "''"]))
+            if not equals and told:
                 arguments.pop(0)
             out += [name, "False" if spelled in _FALSE else "True"]
         elif name == "--use_pretrained" and spelled in ("false", "none", ""):
@@ -81,23 +90,14 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
                 arguments.pop(0)
         else:
             # tyro would take a path that begins with a dash for a flag.
-            is_path = "Path" in str(kinds.get(name)) or name == "--use_pretrained"
+            is_path = flag.item is Path or name == "--use_pretrained"
             value = f"./{value}" if is_path and value.startswith("-") else value
             out += [name, value] if equals else [name]
     return out
 
 
-def _nearest(name: str, flags: Iterable[str]) -> str:
-    from difflib import get_close_matches
-
-    return "".join(f"Did you mean {flag}? " for flag in get_close_matches(name, flags, 1))
-
-
-def parse(command: str, argv: Sequence[str], prog: str) -> Any:
-    """Return the configuration of a command from its arguments; exits with 2 and a message on wrong usage.
-
-    Raises ConfigError: a flag that there is no longer, a path that cannot be opened.
-    """
+def _read(config: type, words: Sequence[str]) -> Any:
+    """Make an object of a class of flags; raises ConfigError with what tyro says where the words do not fit."""
     import tyro
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -114,15 +114,36 @@ def parse(command: str, argv: Sequence[str], prog: str) -> Any:
 
     registry = ConstructorRegistry()
     registry.primitive_rule(path_rule)
-    words = normalise_arguments(command, argv)
-    settings = tyro.cli(
-        flags_of(command),
-        args=words,
-        prog=prog,
-        use_underscores=True,
-        config=(tyro.conf.FlagConversionOff,),
-        registry=registry,
-    )
+    refused = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(refused):
+            config_marks = (tyro.conf.FlagConversionOff,)
+            return tyro.cli(config, args=words, use_underscores=True, config=config_marks, registry=registry)
+    except SystemExit as ended:
+        raise ConfigError(refused.getvalue().strip()) from ended
+
+
+def parse(command: str, argv: Sequence[str], prog: str) -> Any:
+    """Return the configuration of a command from its arguments.
+
+    Raises ConfigError: flags and values that the command does not take, a path that cannot be opened.
+    """
+    from mambahome_jax import usage
+
+    words, config = normalise_arguments(command, argv), flags_of(command)
+
+    def reads(kind: type, words: Sequence[str]) -> bool:
+        try:
+            return bool(_read(kind, words))
+        except ConfigError:
+            return False
+
+    try:
+        settings = _read(config, words)
+    except ConfigError as error:
+        if not isinstance(error.__cause__, SystemExit):
+            raise
+        raise ConfigError(usage.why_refused(config, words, prog, reads) or str(error)) from error
     if hasattr(settings, "given"):
         given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
         settings = dataclasses.replace(settings, given=tuple(sorted(given)))
@@ -139,13 +160,17 @@ def run_command(command: str, argv: Sequence[str], prog: str) -> int:
     try:
         if argv[:1] == ["--version"]:
             return _say_version(verbose="--verbose" in argv)
+        if asked := next((word for word in argv if word in _HELP), None):
+            from mambahome_jax.usage import help_text
+
+            print(help_text(flags_of(command), prog, brief=asked == "-h"))
+            return 0
         settings = parse(command, argv, prog)
         _keep_programs(command)
         run = importlib.import_module(f"mambahome_jax.commands.{command}").run
         return run(settings, started) if command == "train" else run(settings)
     except MambaHomeError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(error)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
@@ -178,16 +203,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--version"]:
         raise SystemExit(_say_version(verbose="--verbose" in arguments))
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: mambahome COMMAND [flags]      (mambahome COMMAND --help lists the flags)\n")
-        print("  --version   Print the version; with --verbose also those of JAX and the like, and the devices")
+    if not arguments or arguments[0] in _HELP:
+        print("usage: mambahome COMMAND [flags]\n")
         print("\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items()))
+        print("\n  -h            List the most used flags of a COMMAND; --help lists all of them")
+        print("  --version     Print the version; with --verbose also those of JAX and the like, and the devices")
+        print("  --completion  Print a script that completes commands and flags: for bash, zsh or fish")
         raise SystemExit(0 if arguments else 2)
     command = arguments.pop(0)
-    if command not in COMMANDS:
-        print(f"mambahome: no command {command!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
-        raise SystemExit(2)
-    raise SystemExit(run_command(command, arguments, f"mambahome {command}"))
+    if command in COMMANDS:
+        raise SystemExit(run_command(command, arguments, f"mambahome {command}"))
+    from mambahome_jax import usage
+
+    if command == "--complete":
+        for word in usage.completions({name: flags_of(name) for name in COMMANDS}, arguments):
+            print(word)
+    elif command == "--completion" and len(arguments) == 1 and arguments[0] in usage.COMPLETION:
+        print(usage.COMPLETION[arguments[0]], end="")
+    elif command == "--completion":
+        error = f"--completion {' '.join(arguments)}".strip()
+        raise SystemExit(_refuse(f"{error}; expected one of {', '.join(usage.COMPLETION)}"))
+    else:
+        near = usage.nearest(command, COMMANDS)
+        raise SystemExit(_refuse(f"{command}: no such command. {near}mambahome --help lists all of them"))
+    raise SystemExit(0)
+
+
+def _refuse(reason: object) -> int:
+    print(f"Error: {reason}", file=sys.stderr)
+    return 2
 
 
 def script(command: str) -> None:

@@ -1,8 +1,12 @@
-"""The flags of every command with their defaults: the command line is made from these dataclasses (see cli.py)."""
+"""The flags of every command with their defaults: the command line is made from these dataclasses (see cli.py).
+
+The first fields of a class are the flags that matter first, which -h shows. A ClassVar is the heading of the group of
+flags that follow it (see usage.py).
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
@@ -35,17 +39,17 @@ class CheckConfig:
     folder: Positional[Annotated[Path | tuple[Path, ...], arg(metavar="FOLDER [FOLDER ...]")]]
     """A dataset as preprocess takes it: its folder, or a CSV file of paths; several are checked as the one dataset that
     preprocess would make of them. Or a scan, or a folder of scans without labels, as infer takes it."""
+    modality: Modality | None = None
+    """What the scans are, if the dataset does not say."""
     dataset: UseAppendAction[tuple[str, ...]] = ()
     """Layout of the dataset (default: recognised); give it once for all, or once for each FOLDER."""
-    series: Series = ()
     fast: bool = False
     """Read headers only: geometry and duplicates, but no voxels."""
     json: Path | None = None
     """File to write all findings and the summary to."""
     show: int = 20
     """Findings of one kind to print; 0 prints all."""
-    modality: Modality | None = None
-    """What the scans are, if the dataset does not say."""
+    series: Series = ()
     spacing_scale: SpacingScale = None
     num_workers: Workers = None
 
@@ -58,31 +62,37 @@ class PreprocessConfig:
     """Folder of the dataset as downloaded, or a CSV file of paths; several are joined by their structures' names."""
     output_path: Path
     """Folder to write; cases in it that are up to date are kept."""
+    dataset: tuple[str, ...] = ()
+    """Layout of the dataset (default: recognised): one name, or one for each folder of --input_path."""
+    modality: Modality | None = None
+    """What the scans are, if the dataset does not say; decides how intensities are normalised."""
     spacing: tuple[float, float, float] | None = None
     """Voxel size in mm to resample to, one value per axis of the reoriented volume; 0 or less keeps an axis (default:
     of the plan, which follows the scans; the paper: 0.8 0.8 3.0)."""
     plan: Path | None = None
     """A plan.json to obey, such as one that you edited (default: that of --output_path, where there is one)."""
-    orientation: str = "RAS"
-    """Direction of the array axes after reading, as three of the letters R L A P S I."""
-    spacing_scale: SpacingScale = None
-    modality: Modality | None = None
-    """What the scans are, if the dataset does not say; decides how intensities are normalised."""
-    ct_intensity: CtIntensity = "window"
-    """CT: -175 to 250 HU scaled to [0, 1]; or clipped to the 0.5 and 99.5 percentiles of the labelled voxels, then mean
-    0 and deviation 1. Training and inference do the same."""
-    dataset: tuple[str, ...] = ()
-    """Layout of the dataset (default: recognised): one name, or one for each folder of --input_path."""
+    num_workers: Workers = None
+    overwrite: bool = False
+    """Process every case again."""
+
+    _CASES: ClassVar = "Cases and structures"
+
+    only: Modality | None = None
+    """Keep only cases of this modality, such as the CT part of AMOS."""
+    series: Series = ()
     labels: tuple[str, ...] = ()
     """Names of the structures to keep, in this order; the others become background (default: all)."""
     label_map: Path | None = None
     """TOML file that makes new structures of the dataset's, with lines such as: pancreas = [4, 5]"""
-    series: Series = ()
-    only: Modality | None = None
-    """Keep only cases of this modality, such as the CT part of AMOS."""
-    num_workers: Workers = None
-    overwrite: bool = False
-    """Process every case again."""
+
+    _GRID: ClassVar = "Grid and intensities"
+
+    orientation: str = "RAS"
+    """Direction of the array axes after reading, as three of the letters R L A P S I."""
+    spacing_scale: SpacingScale = None
+    ct_intensity: CtIntensity = "window"
+    """CT: -175 to 250 HU scaled to [0, 1]; or clipped to the 0.5 and 99.5 percentiles of the labelled voxels, then mean
+    0 and deviation 1. Training and inference do the same."""
 
 
 @dataclass(frozen=True)
@@ -110,69 +120,88 @@ class TrainConfig:
 
     data_train: Path
     """Output folder of preprocess.py, or a folder in the published layout."""
-    data_val: Path | None = None
-    """Another such folder for validation (default: hold out cases marked "val", else every fifth patient)."""
-    hold_out: int = 5
-    """Hold out every n-th patient of a folder without marks; 0: none, the last weights are "best"."""
     output_dir: Path | None = None
     """Folder of the run (default: runs/<checkpoint_name>)."""
-    checkpoint_name: str = ""
-    """Name of the run (default: that of --model)."""
+    data_val: Path | None = None
+    """Another such folder for validation (default: hold out cases marked "val", else every fifth patient)."""
     model: Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny"] = "MambaHoME"
     """Size of the network."""
-    strides: Literal["published", "auto"] = "published"
-    """Axes that each stage halves: all; or by voxel size, so that thick slices are halved later."""
-    feature_size: int | None = None
-    """Channels of the first stage; the other stages keep their proportions to it (default: the size's own)."""
-    classes: int | None = None
-    """Number of classes, background included (default: as many as the dataset has)."""
-    patch_size: tuple[int, int, int] | None = None
-    """Patch in voxels, multiples of 16 (default: 96 96 96, 48 48 48 for MambaHoME_tiny; less for small scans)."""
-    batch_size: int = 2
-    """Patches in a step on each device."""
+    recipe: Literal["published", "strong"] = "published"
+    """Values of the flags under Optimizer, Recipe and Augmentation: as in the published code, or stronger. A
+    preprocessed folder's plan.json decides, also on model, patch, batch and length, what no flag does; --recipe
+    published leaves the plan aside."""
     epochs: int = 800
     """Passes over the training cases."""
     steps: int | None = None
     """Number of steps, instead of --epochs."""
     max_minutes: float | None = None
     """Wall-clock minutes, compilation and last validation included, instead of --epochs."""
-    members: int = 1
-    """Networks to train one after the other, for an ensemble, in member_0, member_1, ...; their seeds count on from
-    --seed. They share --max_minutes; --steps, --epochs and a planned length hold for each."""
+    batch_size: int = 2
+    """Patches in a step on each device."""
+    resume: bool = False
+    """Continue the run in --output_dir from its last checkpoint."""
+
+    _DATA: ClassVar = "Data"
+
+    hold_out: int = 5
+    """Hold out every n-th patient of a folder without marks; 0: none, the last weights are "best"."""
+    classes: int | None = None
+    """Number of classes, background included (default: as many as the dataset has)."""
+    modality: Modality | None = None
+    """ct: window -175 to 250 HU; mr: z-score of each volume; us: scaled to [0, 1] (default: as the dataset says)."""
+    num_workers: int | None = None
+    """Processes that read patches (default: 0 on a CPU, which means threads; 4 on a GPU)."""
+    seed: int = 0
+    """Seed of initial values, patches and augmentation."""
+
+    _NETWORK: ClassVar = "Network"
+
+    strides: Literal["published", "auto"] = "published"
+    """Axes that each stage halves: all; or by voxel size, so that thick slices are halved later."""
+    feature_size: int | None = None
+    """Channels of the first stage; the other stages keep their proportions to it (default: the size's own)."""
+    patch_size: tuple[int, int, int] | None = None
+    """Patch in voxels, multiples of 16 (default: 96 96 96, 48 48 48 for MambaHoME_tiny; less for small scans)."""
+    precision: Numbers = None
+    use_checkpoint: bool = False
+    """Recompute each block in the backward pass: less memory, more time."""
+
+    _WEIGHTS: ClassVar = "Weights to start from"
+
+    use_pretrained: Annotated[str, arg(metavar="PATH|False")] = ""
+    """Weights to start from: a checkpoint folder, .pth, .npz or .safetensors. Layers for other structures or another
+    number of channels start anew."""
+    freeze_encoder: bool = False
+    """Keep the encoder of --use_pretrained as it is, without its backward pass."""
+    encoder_lr_scale: float = 1.0
+    """Learning rate of the encoder, as a share of the rate of the rest."""
+
+    _SCHEDULE: ClassVar = "Schedule, validation and checkpoints"
+
     scheduler: Literal["CALR"] = "CALR"
     """Cosine annealing of the learning rate to 0, a step every --skip_val epochs (every epoch with --steps)."""
     skip_val: int = 1
     """Epochs between validations."""
     val_every: int | None = None
     """Steps between validations, instead of --skip_val."""
-    use_checkpoint: bool = False
-    """Recompute each block in the backward pass: less memory, more time."""
-    use_pretrained: Annotated[str, arg(metavar="PATH|False")] = ""
-    """Weights to start from: a checkpoint folder, .pth, .npz or .safetensors. Layers for other structures or another
-    number of channels start anew."""
-    load_checkpoint: bool = False
-    """Continue the run in --output_dir, as --resume does."""
-    resume: bool = False
-    """Continue the run in --output_dir from its last checkpoint."""
-    modality: Modality | None = None
-    """ct: window -175 to 250 HU; mr: z-score of each volume; us: scaled to [0, 1] (default: as the dataset says)."""
-    freeze_encoder: bool = False
-    """Keep the encoder of --use_pretrained as it is, without its backward pass."""
-    encoder_lr_scale: float = 1.0
-    """Learning rate of the encoder, as a share of the rate of the rest."""
-    precision: Numbers = None
-    num_workers: int | None = None
-    """Processes that read patches (default: 0 on a CPU, which means threads; 4 on a GPU)."""
+    max_val_cases: int | None = None
+    """Largest number of cases to validate on."""
+    overlap: float = 0.5
+    """Overlap of the windows in validation."""
     checkpoint_every: int | None = None
     """Steps between checkpoints, besides those after each validation."""
     keep_last: int = 1
     """Checkpoints to keep besides the best: the newest is checkpoints/last, earlier ones are step_<number>."""
-    overlap: float = 0.5
-    """Overlap of the windows in validation."""
-    max_val_cases: int | None = None
-    """Largest number of cases to validate on."""
-    seed: int = 0
-    """Seed of initial values, patches and augmentation."""
+    checkpoint_name: str = ""
+    """Name of the run (default: that of --model)."""
+    load_checkpoint: bool = False
+    """Continue the run in --output_dir, as --resume does."""
+
+    _SEVERAL: ClassVar = "Several networks, devices and processes"
+
+    members: int = 1
+    """Networks to train one after the other, for an ensemble, in member_0, member_1, ...; their seeds count on from
+    --seed. They share --max_minutes; --steps, --epochs and a planned length hold for each."""
     parallel: bool = True
     """Use several devices; False uses one."""
     num_devices: int | None = None
@@ -187,9 +216,7 @@ class TrainConfig:
     """Several processes: number of this one, from 0."""
     pin_memory: bool = True
     """Accepted for command lines of the published code; has no meaning in JAX."""
-    recipe: Literal["published", "strong"] = "published"
-    """Defaults of the flags from here on: as in the published code, or stronger. A preprocessed folder's plan.json
-    decides, also on model, patch, batch and length, what no flag does; --recipe published leaves the plan aside."""
+
     given: Suppress[tuple[str, ...]] = ()
     """Names of the flags that were given, whatever their values."""
 
@@ -209,30 +236,6 @@ class InferConfig:
     split: Literal["auto", "all", "train", "val", "test"] = "auto"
     """Scans to segment: all but those that the checkpoint's own record says it was trained on; all; those that it was
     trained on, was validated on, or has no part in (where the record names a scan in none, as the dataset marks it)."""
-    roi_size: tuple[int, int, int] | None = None
-    """Window in voxels, each axis a multiple of 16 (default: the training patch; 192 192 48 for published weights)."""
-    sw_batch_size: int = 4
-    """Windows in one call of the network."""
-    overlap: float = 0.5
-    """Overlap of the windows."""
-    spacing: tuple[float, float, float] | None = None
-    """Voxel size in mm at which the network works (default: as it was trained)."""
-    orientation: str | None = None
-    """Orientation in which the network works (default: as it was trained)."""
-    modality: Modality | None = None
-    """How intensities are normalised (default: as in training)."""
-    spacing_scale: SpacingScale = None
-    chain: Literal["trained", "published"] | None = None
-    """Order of resampling and normalising, and blending of windows: as in training, or as in the published inference
-    script (default: the latter for published weights)."""
-    precision: Numbers = None
-    series: Series = ()
-    output_format: Literal["nii.gz", "nii", "mha", "nrrd", "dcm"] = "nii.gz"
-    """Format of the label maps; dcm is DICOM SEG, for folders of DICOM slices."""
-    num_workers: int = 1
-    """Threads that read scans ahead and write results."""
-    num_devices: int | None = None
-    """Devices over which the windows of a scan are spread (default: all GPUs of this machine, or one CPU)."""
     tta: bool = False
     """Test-time augmentation: mean over mirrored windows, along the axes that training mirrored. Each axis doubles the
     work; an axis along which a structure has no counterpart is left out."""
@@ -240,14 +243,47 @@ class InferConfig:
     """Names of the structures to keep; the others become background (default: all)."""
     keep_largest: tuple[str, ...] = ()
     """Structures of which only the largest connected part is kept, or: all."""
-    save_probabilities: bool = False
-    """Write <case>.npz: float16 probabilities of all classes, on the network's grid."""
-    previews: bool = True
-    """Write previews/<case>.png."""
+    output_format: Literal["nii.gz", "nii", "mha", "nrrd", "dcm"] = "nii.gz"
+    """Format of the label maps; dcm is DICOM SEG, for folders of DICOM slices."""
     skip_existing: bool = False
     """Keep a result that is whole, and that the same weights made of the same scan."""
+
+    _SCANS: ClassVar = "Reading scans"
+
+    modality: Modality | None = None
+    """How intensities are normalised (default: as in training)."""
+    series: Series = ()
+    spacing_scale: SpacingScale = None
+    num_workers: int = 1
+    """Threads that read scans ahead and write results."""
+
+    _NETWORK: ClassVar = "Network and windows"
+
+    roi_size: tuple[int, int, int] | None = None
+    """Window in voxels, each axis a multiple of 16 (default: the training patch; 192 192 48 for published weights)."""
+    overlap: float = 0.5
+    """Overlap of the windows."""
+    sw_batch_size: int = 4
+    """Windows in one call of the network."""
+    spacing: tuple[float, float, float] | None = None
+    """Voxel size in mm at which the network works (default: as it was trained)."""
+    orientation: str | None = None
+    """Orientation in which the network works (default: as it was trained)."""
+    chain: Literal["trained", "published"] | None = None
+    """Order of resampling and normalising, and blending of windows: as in training, or as in the published inference
+    script (default: the latter for published weights)."""
+    precision: Numbers = None
     gpu: bool = False
     """Fail without a GPU (default: use the best device)."""
+    num_devices: int | None = None
+    """Devices over which the windows of a scan are spread (default: all GPUs of this machine, or one CPU)."""
+
+    _RESULTS: ClassVar = "Other results"
+
+    previews: bool = True
+    """Write previews/<case>.png."""
+    save_probabilities: bool = False
+    """Write <case>.npz: float16 probabilities of all classes, on the network's grid."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ and the table in docs/ come from the field. Imports no jax.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from tyro.conf import arg
 
@@ -205,8 +205,14 @@ def default_of(flag: str, recipe: str) -> str:
 
 
 def with_ingredient_flags(cls: type[T]) -> type[T]:
-    """Give the class of a command, before it becomes a dataclass, a flag of each ingredient; None: by the recipe."""
-    for flag, (_, field) in INGREDIENTS.items():
+    """Give the class of a command, before it becomes a dataclass, a flag of each ingredient; None: by the recipe.
+
+    The ingredients that a field of Recipe holds are a group of flags with its name.
+    """
+    for flag, (part, field) in INGREDIENTS.items():
+        heading = part or "recipe"
+        cls.__annotations__[f"_{heading.upper()}"] = ClassVar
+        setattr(cls, f"_{heading.upper()}", heading.capitalize())
         defaults = "; ".join(f"{recipe}: {default_of(flag, recipe)}" for recipe in RECIPES)
         described = arg(help=field.metadata["help"], help_behavior_hint=f"({defaults})")
         kind: Any = field.type

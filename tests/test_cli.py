@@ -115,7 +115,8 @@ def test_help_is_instant(script):
         (("infer", "--zzzz=1"), "Error: --zzzz: infer has no such flag. --help lists all of them\n"),
         (("preprocess", "--input_path", "scan", "--output_path", "o"), "no such folder. Did you mean scans?\n"),
         (("check", "nowhere"), "Error: nowhere: no such folder. Check the path.\n"),
-        (("dance",), "no command 'dance'"),
+        (("dance",), "Error: dance: no such command. mambahome --help lists all of them\n"),
+        (("trian",), "Error: trian: no such command. Did you mean train? mambahome"),
     ],
 )
 def test_mistakes_give_a_message_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):

@@ -35,7 +35,10 @@ ALLOWED = {
 ALLOWED["commands"] = {*ALLOWED} - {"mambahome_kernels"}
 # Rooms and modules that start without jax, and those that start without what extras install too.
 WITHOUT_JAX = ("support", "imaging", "datasets", "preprocessing", "evaluation", "reporting")
-WITHOUT_JAX_TOO = ("cli", "config", "flags", "recipes", "commands.check", "commands.evaluate", "commands.report")
+WITHOUT_JAX_TOO = (
+    *("cli", "config", "flags", "recipes", "usage"),
+    *("commands.check", "commands.evaluate", "commands.report"),
+)
 EXTRAS = ("SimpleITK", "highdicom")
 
 
