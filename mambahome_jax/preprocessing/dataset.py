@@ -26,7 +26,7 @@ from mambahome_jax.preprocessing.output import OutputFolder
 from mambahome_jax.preprocessing.plan import PLAN, Machine, Plan, Setting, make_plan, read_plan, write_plan
 from mambahome_jax.recipes import as_typed
 from mambahome_jax.support.console import Say, Track, silent, untracked
-from mambahome_jax.support.devices import gpu_memory_gib
+from mambahome_jax.support.devices import gpu_memory_gib, jax_share
 from mambahome_jax.support.output_folder import locked
 from mambahome_jax.support.paths import from_keywords, local_path, real_path, require_letters
 from mambahome_jax.support.processes import count_workers, isolated_reads, run_jobs, why_failed
@@ -98,7 +98,7 @@ def prepare_dataset(
     output = local_path(config.output_path)
     require_letters(output)
     reorient(Volume(np.zeros((1, 1, 1)), np.eye(4)), config.orientation)
-    machine = Machine(gpu_memory_gib())
+    machine = Machine(gpu_memory_gib(), jax_share())
     given, edited = ({}, False) if store_only else _given_settings(dataset, config, machine, say)
     spacing = None if store_only else given["spacing"].value
     resampled_grid(np.eye(4), (1, 1, 1), spacing or (0, 0, 0))
@@ -175,10 +175,10 @@ def _given_settings(
     earlier, edited = local_path(config.output_path) / PLAN, False
     given: dict[str, Setting] = {}
     if config.plan is not None:
-        given, _, edited = read_plan(config.plan)
+        given, _, edited, _ = read_plan(config.plan)
         say(f"Plan: {config.plan}")
     elif earlier.is_file() and not config.overwrite and config.spacing is None:
-        given, _, edited = read_plan(earlier)
+        given, _, edited, _ = read_plan(earlier)
         if not edited:
             given = {name: setting for name, setting in given.items() if name == "spacing"}
         say(f"Plan: {'all' if edited else 'the spacing'} of {earlier} (--overwrite plans anew)")

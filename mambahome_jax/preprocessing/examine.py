@@ -26,7 +26,7 @@ from mambahome_jax.preprocessing.open_dataset import open_checked, several
 from mambahome_jax.preprocessing.plan import Machine
 from mambahome_jax.preprocessing.summary import DatasetSummary, likely_modality, summarise_dataset
 from mambahome_jax.support.console import Say, Track, silent, untracked
-from mambahome_jax.support.devices import gpu_memory_gib
+from mambahome_jax.support.devices import gpu_memory_gib, jax_share
 from mambahome_jax.support.files import write_json
 from mambahome_jax.support.paths import from_keywords
 from mambahome_jax.support.processes import count_workers, isolated_reads, run_jobs, why_failed
@@ -107,7 +107,7 @@ def check_folders(
         dataset,
         tuple(facts),
         tuple(findings),
-        summarise_dataset(dataset, facts, Machine(gpu_memory_gib())),
+        summarise_dataset(dataset, facts, Machine(gpu_memory_gib(), jax_share())),
         config.fast,
         round(time.perf_counter() - started, 1),
     )

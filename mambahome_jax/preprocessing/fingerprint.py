@@ -21,14 +21,16 @@ class Fingerprint:
     """Measurements of the cases, along the axes that the volumes have after reorientation.
 
     spacings: (cases, 3) mm, and shapes: (cases, 3) voxels, before resampling where they are known. pairs: structures
-    whose names differ in the side; alone: those of one side without a counterpart. resampled: the spacing in mm that
-    the cases have been brought to, None before that. details: measured after resampling, for a reader of plan.json.
+    whose names differ in the side; alone: those of one side without a counterpart; classes: with the background.
+    resampled: the spacing in mm that the cases have been brought to, None before that. details: measured after
+    resampling, for a reader of plan.json.
     """
 
     spacings: np.ndarray
     shapes: np.ndarray
     pairs: tuple[tuple[str, str], ...] = ()
     alone: tuple[str, ...] = ()
+    classes: int = 2
     resampled: tuple[float, ...] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -54,10 +56,14 @@ def voxel_size(spacing: Sequence[float], spacings: Sequence[Any] | np.ndarray) -
     return a, b, c
 
 
-def measure_sides(labels: Mapping[int, str]) -> dict[str, Any]:
-    """Return the fields `pairs` and `alone` of a table of structures."""
+def measure_labels(labels: Mapping[int, str]) -> dict[str, Any]:
+    """Return the fields `pairs`, `alone` and `classes` of a table of structures."""
     pairs, alone = sides(labels, "LR")
-    return {"pairs": tuple((labels[one], labels[other]) for one, other in pairs), "alone": alone}
+    return {
+        "pairs": tuple((labels[one], labels[other]) for one, other in pairs),
+        "alone": alone,
+        "classes": len(labels) + 1,
+    }
 
 
 def fingerprint_of_headers(dataset: Dataset, orientation: str) -> Fingerprint | None:
@@ -72,7 +78,7 @@ def fingerprint_of_headers(dataset: Dataset, orientation: str) -> Fingerprint | 
             shapes.append(oriented.shape[:3])
     if not shapes:
         return None
-    return Fingerprint(np.array(spacings, float), np.array(shapes, float), **measure_sides(dataset.labels))
+    return Fingerprint(np.array(spacings, float), np.array(shapes, float), **measure_labels(dataset.labels))
 
 
 def fingerprint_of_prepared(prepared: Prepared, entries: Sequence[StoreEntry]) -> Fingerprint:
@@ -88,7 +94,7 @@ def fingerprint_of_prepared(prepared: Prepared, entries: Sequence[StoreEntry]) -
     return Fingerprint(
         spacings,
         np.array([entry.shape for entry in entries], float),
-        **measure_sides(prepared.labels),
+        **measure_labels(prepared.labels),
         resampled=prepared.spacing or (0.0, 0.0, 0.0),
         details={
             "resampled": {

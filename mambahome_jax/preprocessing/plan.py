@@ -20,6 +20,7 @@ from mambahome_jax.config import (
     AnatomicalAxis,
     Convert,
     ModelConfig,
+    Precision,
     among,
     converted,
     count_up_to,
@@ -33,8 +34,10 @@ from mambahome_jax.datasets.prepared import detect, read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing.fingerprint import Fingerprint, voxel_size
+from mambahome_jax.preprocessing.step_memory import PLANNED_PART, step_gib
 from mambahome_jax.recipes import RECIPES, as_typed
 from mambahome_jax.support.console import command_line
+from mambahome_jax.support.devices import JAX_SHARE
 from mambahome_jax.support.files import json_text, read_json, write_json
 
 PLAN = "plan.json"
@@ -42,10 +45,9 @@ VERSION = 1
 _ANISOTROPIC = 3
 _ONE_SIDED_MM = 100  # narrower scans show one side of the body
 _HEART = re.compile(r"(?i)^(?!.*lateral).*(ventric|atri)")  # not the ventricles of the brain
-# Voxels of a step for each GiB of the device: a rule, not a measurement of the compiled step.
-_VOXELS_A_GIB = {"MambaHoME": 200_000, "MambaHoME_small": 500_000, "MambaHoME_tiny": 1_000_000}
 _MOST_VOXELS = 4 * 112 * 112 * 80  # of a step: beyond that, more steps serve better
 _MOST_PATCHES = 8
+_FEWEST_VOXELS = 32**3  # of a patch that is made smaller for the memory
 _CPU_PATCHES = 2
 _SMALL_FROM_GIB = 4
 # A length is so many passes over every region at so many voxels a second, within bounds in minutes.
@@ -63,23 +65,35 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is made for: memory of each GPU in GiB, None for a CPU."""
+    """What a plan is made for: memory of each GPU in GiB, None for a CPU, and the part of it that JAX may take."""
 
     gpu_gib: float | None = None
+    share: float = JAX_SHARE
 
     @property
     def kind(self) -> str:
         """Return "gpu" or "cpu"."""
         return "cpu" if self.gpu_gib is None else "gpu"
 
+    @property
+    def step_gib(self) -> float:
+        """GiB that a step may be planned to take; none on a CPU."""
+        return 0.0 if self.gpu_gib is None else PLANNED_PART * self.share * self.gpu_gib
+
     @classmethod
     def named(cls, name: str) -> "Machine | None":
         """Return the machine of that str(), None for another text."""
-        gib = re.fullmatch(r"a GPU of ([\d.e+]+) GiB", name)
-        return cls(float(gib[1])) if gib else cls() if name == str(cls()) else None
+        found = re.fullmatch(r"a GPU of ([\d.e+]+) GiB(?:, ([\d.e-]+) of it for JAX)?", name)
+        if found is None:
+            return cls() if name == str(cls()) else None
+        return cls(float(found[1]), float(found[2] or JAX_SHARE))
 
     def __str__(self) -> str:
-        return "a CPU" if self.gpu_gib is None else f"a GPU of {self.gpu_gib:.3g} GiB"
+        if self.gpu_gib is None:
+            return "a CPU"
+        return f"a GPU of {self.gpu_gib:.3g} GiB" + (
+            "" if self.share == JAX_SHARE else f", {self.share:.3g} of it for JAX"
+        )
 
 
 @dataclass(frozen=True)
@@ -116,10 +130,12 @@ def make_plan(fingerprint: Fingerprint, machine: Machine, given: Mapping[str, Se
     shape = fingerprint.shape_at(spacing)
     mm = voxel_size(spacing, fingerprint.spacings)
     model = chosen.setdefault("model", _choose_model(machine)).value
-    for name, setting in _choose_grids(mm, shape, model, machine, chosen.get("patch_size")).items():
+    grids = _choose_grids(mm, shape, model, machine, fingerprint.classes, chosen.get("patch_size"))
+    for name, setting in grids.items():
         chosen.setdefault(name, setting)
     patch = chosen["patch_size"].value
-    chosen.setdefault("batch_size", _choose_batch(patch, model, machine))
+    network = _network(model, fingerprint.classes, chosen["strides"].value)
+    chosen.setdefault("batch_size", _choose_batch(patch, network, machine))
     chosen.setdefault("recipe", Setting("strong", "ahead of the published recipe where both were measured"))
     chosen.setdefault("mirror", _choose_mirror(fingerprint))
     chosen.setdefault("length", _choose_length(len(fingerprint.shapes), shape, patch, machine))
@@ -166,14 +182,18 @@ def _choose_model(machine: Machine) -> Setting:
 
 
 def _choose_grids(
-    mm: Sequence[float], shape: Sequence[int], model: str, machine: Machine, patch: Setting | None
+    mm: Sequence[float], shape: Sequence[int], model: str, machine: Machine, classes: int, patch: Setting | None
 ) -> dict[str, Setting]:
     """Choose patch_size, strides and kernel_sizes. mm, shape: of the median scan after resampling."""
     if patch is None:
         voxels = math.prod(MODEL_SIZES[model].patch_size)
-        if machine.gpu_gib is not None:
-            voxels = min(voxels, int(_VOXELS_A_GIB[model] * machine.gpu_gib) // 2)
         found = patch_and_grids(mm, shape, voxels)
+        # Small enough for a step of two.
+        while machine.gpu_gib is not None and voxels > _FEWEST_VOXELS:
+            if step_gib(_network(model, classes, found.strides), found.patch_size, 2) <= machine.step_gib:
+                break
+            voxels = voxels * 4 // 5
+            found = patch_and_grids(mm, shape, voxels)
         scan = " x ".join(map(str, shape))
         reason = f"about {voxels:,} voxels, as long in mm along every axis, or as the median scan of {scan} voxels"
         patch = Setting(found.patch_size, reason)
@@ -191,13 +211,22 @@ def _choose_grids(
     }
 
 
-def _choose_batch(patch: Sequence[int], model: str, machine: Machine) -> Setting:
+def _choose_batch(
+    patch: Sequence[int], network: ModelConfig, machine: Machine, precision: Precision = "bf16"
+) -> Setting:
     if machine.gpu_gib is None:
         return Setting(_CPU_PATCHES, "on a CPU many steps of few patches reach more than few steps of many")
-    voxels = min(int(_VOXELS_A_GIB[model] * machine.gpu_gib), _MOST_VOXELS)
-    count = max(1, min(_MOST_PATCHES, voxels // math.prod(patch)))
-    rule = f"{voxels:,} voxels a step, a rule for {model} on {machine}, and at most {_MOST_PATCHES} patches"
-    return Setting(count, rule)
+    most = max(1, min(_MOST_PATCHES, _MOST_VOXELS // math.prod(patch)))
+    fitting = (n for n in range(most, 1, -1) if step_gib(network, patch, n, precision) <= machine.step_gib)
+    count = next(fitting, 1)
+    reason = f"a step takes about {step_gib(network, patch, count, precision):.1f} of {machine.gpu_gib:.3g} GiB"
+    if count == most:
+        reason += f"; beyond {_MOST_PATCHES} patches or {_MOST_VOXELS:,} voxels more steps serve better"
+    return Setting(count, reason)
+
+
+def _network(model: str, classes: int, strides: Any) -> ModelConfig:
+    return MODEL_SIZES[model].model.replace(out_chans=classes, strides=strides)
 
 
 def _choose_mirror(fingerprint: Fingerprint) -> Setting:
@@ -257,11 +286,15 @@ _FORMS: dict[str, tuple[Convert, str]] = {
 
 
 class StoredPlan(NamedTuple):
-    """What a plan.json holds: settings by name, whom it was made for, and whether a person changed a value since."""
+    """What a plan.json holds: settings by name, whom it was made for, and whether a person changed a value since.
+
+    classes: of its folder, with the background.
+    """
 
     settings: dict[str, Setting]
     machine: str
     edited: bool
+    classes: int = 2
 
 
 def read_plan(file: Path) -> StoredPlan:
@@ -320,41 +353,52 @@ def planned_settings(folder: Path) -> StoredPlan:
     file = folder / PLAN
     if not (detect(folder) and file.is_file()):
         return StoredPlan({}, "", False)
-    stored, spacing = read_plan(file), read_prepared(folder).spacing
+    stored, prepared = read_plan(file), read_prepared(folder)
+    spacing = prepared.spacing
     planned = stored.settings.get("spacing")
     if planned is not None and spacing is not None and not np.allclose(planned.value, spacing):
         found = f"spacing is {as_typed(planned.value)}, but the cases are resampled to {as_typed(spacing)} mm"
         action = "Run preprocess again, which follows the plan, or set the spacing back."
         raise DatasetError(found, file=file, expected=as_typed(spacing), action=action)
-    return stored
+    return stored._replace(classes=len(prepared.labels) + 1)
 
 
-def follow_plan(flags: TrainConfig, settings: Mapping[str, Setting], machine: str = "") -> TrainConfig:
+def follow_plan(
+    flags: TrainConfig, settings: Mapping[str, Setting], machine: str = "", classes: int = 2
+) -> TrainConfig:
     """Fill flags that were not given by the settings of a plan; none of them with --recipe published.
 
-    machine: that of the plan, for which the batch is chosen again where a flag gives another network or patch.
+    machine: that of the plan, for which the batch is chosen again where a flag gives another network, patch or
+    precision; classes: of the dataset, with the background.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(flags)}
-
-    def free(*names: str) -> bool:
-        return not any(name in flags.given or getattr(flags, name) != defaults[name] for name in names)
-
-    if not free("recipe") and flags.recipe == "published":
+    if is_given(flags, "recipe") and flags.recipe == "published":
         return flags
     names = ("model", "patch_size", "batch_size", "recipe", "mirror")
-    planned = {name: settings[name].value for name in names if name in settings and free(name)}
-    if "strides" in settings and free("strides"):
+    planned = {name: settings[name].value for name in names if name in settings and not is_given(flags, name)}
+    if "strides" in settings and not is_given(flags, "strides"):
         planned["strides"] = "auto"
-    if "length" in settings and free("epochs", "steps", "max_minutes"):
+    if "length" in settings and not is_given(flags, "epochs", "steps", "max_minutes"):
         ((unit, number),) = settings["length"].value.items()
         # --members share --max_minutes; a planned length is of each.
         planned |= {"max_minutes": number * max(flags.members, 1)} if unit == "minutes" else {unit: number}
     followed, made_for = dataclasses.replace(flags, **planned), Machine.named(machine)
     patch = followed.patch_size or MODEL_SIZES[followed.model].patch_size
     planned_sizes = [settings[name].value if name in settings else None for name in ("model", "patch_size")]
-    if "batch_size" in planned and made_for is not None and planned_sizes != [followed.model, patch]:
-        return dataclasses.replace(followed, batch_size=_choose_batch(patch, followed.model, made_for).value)
+    other = planned_sizes != [followed.model, patch] or is_given(flags, "precision")
+    if "batch_size" in planned and made_for is not None and other:
+        strides = ModelConfig.strides
+        if followed.strides == "auto" and "spacing" in settings and all(mm > 0 for mm in settings["spacing"].value):
+            strides = grids_for(settings["spacing"].value, patch).strides
+        network = _network(followed.model, flags.classes or classes, strides)
+        batch = _choose_batch(patch, network, made_for, followed.precision or "bf16")
+        return dataclasses.replace(followed, batch_size=batch.value)
     return followed
+
+
+def is_given(flags: TrainConfig, *names: str) -> bool:
+    """Whether a person chose any of these flags, by naming it or by another value than the default."""
+    defaults = {field.name: field.default for field in dataclasses.fields(flags)}
+    return any(name in flags.given or getattr(flags, name) != defaults[name] for name in names)
 
 
 def plan_lines(flags: TrainConfig, followed: TrainConfig, plan: StoredPlan, kind: str) -> list[str]:

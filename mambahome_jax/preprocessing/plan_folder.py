@@ -10,7 +10,7 @@ from mambahome_jax.patches.store import Store
 from mambahome_jax.preprocessing.fingerprint import Fingerprint, fingerprint_of_headers, fingerprint_of_prepared
 from mambahome_jax.preprocessing.open_dataset import open_checked
 from mambahome_jax.preprocessing.plan import PLAN, Machine, Plan, Setting, StoredPlan, make_plan, read_plan, write_plan
-from mambahome_jax.support.devices import gpu_memory_gib
+from mambahome_jax.support.devices import gpu_memory_gib, jax_share
 from mambahome_jax.support.paths import from_keywords
 from mambahome_jax.support.processes import isolated_reads
 
@@ -57,7 +57,7 @@ def plan_folder(config: PlanConfig) -> FolderPlan:
         fingerprint = fingerprint_of_headers(dataset, PreprocessConfig.orientation)
     if fingerprint is None:
         raise DatasetError("no scan that can be read", file=config.folder, action="See mambahome check.")
-    own = Machine(gpu_memory_gib())
+    own = Machine(gpu_memory_gib(), jax_share())
     before = make_plan(fingerprint, own, stored.settings)
     machine = own if config.memory is None else Machine(config.memory or None)
     # What a person chose is kept, as preprocess does, but where flags ask for another plan.

@@ -10,7 +10,7 @@ from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Dataset
 from mambahome_jax.imaging.plausibility import guessed_modality
 from mambahome_jax.preprocessing.findings import SCANS, CaseFacts
-from mambahome_jax.preprocessing.fingerprint import Fingerprint, measure_sides
+from mambahome_jax.preprocessing.fingerprint import Fingerprint, measure_labels
 from mambahome_jax.preprocessing.plan import Machine, Plan, make_plan
 
 
@@ -75,7 +75,7 @@ def summarise_dataset(dataset: Dataset, facts: Sequence[CaseFacts], machine: Mac
     shape = np.array([fact.shape[:3] for fact in usable if fact.shape is not None], float)
     plan = None
     if dataset.layout != SCANS:
-        plan = make_plan(Fingerprint(spacing, shape, **measure_sides(dataset.labels)), machine)
+        plan = make_plan(Fingerprint(spacing, shape, **measure_labels(dataset.labels)), machine)
     modality, reason = likely_modality(usable)
     return DatasetSummary(
         cases=rows,

@@ -30,6 +30,9 @@ _OPTIONS: dict[str, dict[str, str | bool]] = {
 _LESS_MEMORY: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": False}}
 
 _CUDA_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
+# The part of a GPU's memory that JAX takes, unless one of the variables names another.
+JAX_SHARE = 0.75
+_SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 @functools.cache
@@ -70,12 +73,50 @@ def gpu_memory_gib() -> float | None:
         or not any(next(iter(importlib.metadata.distributions(name=plugin)), None) for plugin in _CUDA_PLUGINS)
     ):
         return None
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    return min(_nvidia_smi("memory.total"), default=None)
+
+
+def _nvidia_smi(column: str, *options: str) -> list[float]:
+    """Ask the driver for a column in MiB and return it in GiB, one entry a GPU; empty where it does not answer."""
+    query = ["nvidia-smi", f"--query-gpu={column}", "--format=csv,noheader,nounits", *options]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-        return min(float(line) for line in done.stdout.split()) / 1024
+        return [float(line) / 1024 for line in done.stdout.split()]
     except (OSError, ValueError, subprocess.SubprocessError):
+        return []
+
+
+def jax_share() -> float:
+    """Return the part of a GPU's memory that JAX may take in this environment."""
+    named = next((os.environ[name] for name in _SHARE_VARIABLES if os.environ.get(name)), "")
+    try:
+        return min(float(named), 1.0) if named else JAX_SHARE
+    except ValueError:
+        return JAX_SHARE  # JAX itself refuses such a value when it starts
+
+
+def free_bytes(device: "jax.Device") -> int | None:
+    """Return what can still be allocated on a device of this process, None where it does not tell (CPUs).
+
+    JAX's limit counts, and what other programs leave of the card beyond what JAX holds already.
+    """
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
         return None
+    free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    growth = stats["bytes_limit"] - stats.get("pool_bytes", stats["bytes_limit"])
+    if growth > 0:
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        number = device.local_hardware_id or 0
+        name = visible[number] if number < len(visible) else str(number)
+        for card in _nvidia_smi("memory.free", f"--id={name}"):
+            free -= max(growth - int(card * 2**30), 0)
+    return max(free, 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device had no memory left for what it was asked to do."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def choose_devices(parallel: bool = True, num_devices: int | None = None) -> "list[jax.Device]":
