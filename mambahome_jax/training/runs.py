@@ -2,12 +2,13 @@
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import math
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.flags import PreprocessConfig, TrainConfig
 from mambahome_jax.preprocessing.dataset import prepare_dataset
-from mambahome_jax.preprocessing.plan import Setting, follow_plan, plan_lines, planned_settings
+from mambahome_jax.preprocessing.plan import Setting, follow_plan, is_given, plan_lines, planned_settings
 from mambahome_jax.recipes import given_ingredients
 from mambahome_jax.support.console import logged, say, tracked
 from mambahome_jax.support.devices import choose_devices, device_line, versions
@@ -32,11 +33,20 @@ from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import from_keywords, local_path, require_letters
 from mambahome_jax.training.checkpoints import PACKAGES, checkpoint_settings, require_same_run
 from mambahome_jax.training.distributed import is_first, require_same
+from mambahome_jax.training.memory import (
+    SIZES,
+    DeviceMemoryError,
+    device_memory_errors,
+    memory_entry,
+    recorded_sizes,
+    sizes_text,
+    smaller_sizes,
+)
 from mambahome_jax.training.pretrained import Transfer
 from mambahome_jax.training.progress import end_lines, ensemble_line, start_lines
 from mambahome_jax.training.schedule import Clock, Schedule
 from mambahome_jax.training.setup import Setup, make_setup, recorded_mirrors
-from mambahome_jax.training.train import Programs, train_network
+from mambahome_jax.training.train import Programs, TrainingRun, train_network
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
 
 SIGNALLED = 128
@@ -99,18 +109,22 @@ def run_training(flags: TrainConfig, console: Console, started: float | None = N
     Raises MambaHomeError before anything is trained.
     """
     plan = planned_settings(flags.data_train)
-    given, flags = flags, follow_plan(flags, plan.settings, plan.machine)
+    given, flags = flags, follow_plan(flags, plan.settings, plan.machine, plan.classes)
     first = plan_lines(given, flags, plan, "cpu" if jax.default_backend() == "cpu" else "gpu")
     seconds = math.inf if flags.max_minutes is None else flags.max_minutes * 60
     folder = local_path(flags.output_dir or Path("runs") / (flags.checkpoint_name or flags.model))
     clock = Clock(started or time.monotonic(), seconds)
     settings = {name: setting for name, setting in plan.settings.items() if name not in given_ingredients(given)}
-    return Training(flags, folder, console, clock, settings, first).run()
+    fixed = frozenset(name for name in SIZES if is_given(given, name))
+    return Training(flags, folder, console, clock, settings, first, fixed).run()
 
 
 @dataclass
 class Training:
-    """A training command under way: what its networks share, the time that is left to them, and what to say first."""
+    """A training command under way: what its networks share, the time that is left to them, and what to say first.
+
+    fixed: flags of the sizes of a step that were given. sizes: flags with which a step fits after others did not.
+    """
 
     flags: TrainConfig
     folder: Path
@@ -118,6 +132,8 @@ class Training:
     clock: Clock
     settings: Mapping[str, Setting]
     first: list[str] = field(default_factory=list)
+    fixed: frozenset[str] = frozenset()
+    sizes: Mapping[str, Any] = field(default_factory=dict)
     programs: Programs = field(default_factory=dict)
 
     @functools.cached_property
@@ -150,33 +166,21 @@ class Training:
             earlier, recorded = (earlier_report(folder), recorded_mirrors(folder)) if resume else ({}, ())
             devices = choose_devices(flags.parallel, flags.num_devices)
             data = self.data
-            setup = make_setup(flags, data.prepared, data.prepared_val, len(devices), recorded, self.settings)
+
+            def make(sizes: Mapping[str, Any]) -> Setup:
+                sized = replace(flags, **{**self.sizes, **sizes})
+                return make_setup(sized, data.prepared, data.prepared_val, len(devices), recorded, self.settings)
+
+            setup = make({})
+            if resume:
+                setup = make(recorded_sizes(folder, setup, self.fixed))
             require_same("The configuration", checkpoint_settings(setup))
             checkpoint = require_same_run(folder, setup, earlier) if resume else None
-            if skip_finished and is_finished(earlier, flags):
+            if skip_finished and is_finished(earlier, setup.flags):
                 self.say(f"{folder}: finished already")
                 return TrainResult.from_report(folder, earlier)
             started = time.perf_counter()
-            report = new_report(folder, setup, self.data.skipped)
-            report |= {name: earlier[name] for name in ("pretrained",) if name in earlier}
-
-            def begin(schedule: Schedule, parameters: int, transferred: Transfer | None) -> None:
-                if transferred is not None:
-                    self.say(f"{flags.use_pretrained}: {transferred}")
-                    report["pretrained"] = {"path": flags.use_pretrained, **asdict(transferred)}
-                report["status"] = "running"
-                save_report(folder, report)
-                for line in start_lines(setup, schedule, parameters, devices, checkpoint):
-                    self.say(line)
-
-            try:
-                run = train_network(setup, folder, checkpoint, devices, clock, self.programs, self.console, begin)
-            except MambaHomeError as error:
-                # A run that cannot be continued with these flags keeps its report.
-                if report["status"] == "running" or not earlier:
-                    with contextlib.suppress(OutputError):
-                        save_report(folder, report | {"status": str(error), "exit_code": 2})
-                raise
+            run, report = self._train_fitting(folder, setup, make, devices, clock, checkpoint, earlier)
             status, code = "finished", int(bool(self.data.skipped or run.failures))
             if run.error is not None:
                 self.say(f"Error: {run.error}")
@@ -199,6 +203,58 @@ class Training:
             for line in end_lines(folder, report, self.flags):
                 self.say(line)
             return TrainResult.from_report(folder, jsonable(report))
+
+    def _train_fitting(
+        self,
+        folder: Path,
+        setup: Setup,
+        make: Callable[[Mapping[str, Any]], Setup],
+        devices: Sequence[jax.Device],
+        clock: Clock,
+        checkpoint: Mapping[str, Any] | None,
+        earlier: Mapping[str, Any],
+    ) -> tuple[TrainingRun, dict[str, Any]]:
+        """Train a network, with fewer patches or smaller ones where the devices lack the memory; with its report.
+
+        make: (changed sizes) -> Setup. checkpoint: config.json of the one to go on from, with its sizes.
+        """
+        while True:
+            report = new_report(folder, setup, self.data.skipped)
+            report |= {name: earlier[name] for name in ("pretrained",) if name in earlier}
+
+            def begin(
+                schedule: Schedule, parameters: int, transferred: Transfer | None, setup: Setup = setup, report=report
+            ) -> None:
+                if transferred is not None:
+                    self.say(f"{setup.flags.use_pretrained}: {transferred}")
+                    report["pretrained"] = {"path": setup.flags.use_pretrained, **asdict(transferred)}
+                report["status"] = "running"
+                save_report(folder, report)
+                for line in start_lines(setup, schedule, parameters, devices, checkpoint):
+                    self.say(line)
+
+            try:
+                try:
+                    with device_memory_errors():
+                        programs, console = self.programs, self.console
+                        run = train_network(setup, folder, checkpoint, devices, clock, programs, console, begin)
+                    local = [device for device in devices if device.process_index == jax.process_index()]
+                    memory = memory_entry(setup, run.memory, local) if run.memory else earlier.get("memory")
+                    return run, report | {"memory": memory}
+                except DeviceMemoryError as error:
+                    # Its traceback would keep the arrays of the step on the device.
+                    shortage = DeviceMemoryError(str(error), error.memory)
+                gc.collect()
+                smaller = smaller_sizes(setup, shortage, self.fixed, resumed=checkpoint is not None)
+            except MambaHomeError as error:
+                # A run that cannot be continued with these flags keeps its report.
+                if report["status"] == "running" or not earlier:
+                    with contextlib.suppress(OutputError):
+                        save_report(folder, report | {"status": str(error), "exit_code": 2})
+                raise
+            self.sizes = {**self.sizes, **smaller}
+            setup = make({})
+            self.say(f"{shortage}. Trying a step of {sizes_text(setup)}")
 
     def _may_start(self, folder: Path, flags: TrainConfig) -> bool:
         """Whether to resume. Raises where a new run would destroy an earlier one, or the folder cannot be written."""

@@ -142,7 +142,7 @@ def make_setup(
     entries = [store.entry(case) for case in train]
     val_store = store if prepared_val is None else Store(prepared_val.store)
     val_entries = [val_store.entry(case) for case in held_out]
-    patch, grids = choose_grids(flags, [entry.shape for entry in entries], _voxel_size(prepared), settings or {})
+    patch, grids = choose_grids(flags, [entry.shape for entry in entries], own_voxel_size(prepared), settings or {})
     classes, named = _classes(flags, prepared, entries)
     structures = named or {1: "label_1"}
     asked = "mirror" in given_ingredients(flags) and "mirror" not in (settings or {})
@@ -316,7 +316,7 @@ def choose_patch(flags: TrainConfig, shapes: list[Triple], multiples: Triple = (
     return near
 
 
-def _voxel_size(prepared: Prepared) -> tuple[float, float, float]:
+def own_voxel_size(prepared: Prepared) -> tuple[float, float, float]:
     return voxel_size(prepared.spacing or (0, 0, 0), [case.spacing for case in prepared.cases])
 
 
@@ -370,7 +370,7 @@ def make_augmentation(
     mirrors, lines = choose_mirrors(recipe.mirror, prepared, structures, explicit)
     if mirrors != recorded and {axis for axis, _ in mirrors} == {axis for axis, _ in recorded}:
         mirrors, lines = recorded, ("In mirrored scans labels trade places as when this run began",)
-    return replace(recipe.augmentation, mirror=mirrors, voxel_size=_voxel_size(prepared)), lines
+    return replace(recipe.augmentation, mirror=mirrors, voxel_size=own_voxel_size(prepared)), lines
 
 
 def choose_mirrors(

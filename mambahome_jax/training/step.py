@@ -131,6 +131,15 @@ def make_train_step(
     return with_seed(partial(compiled), seed, mesh)
 
 
+def compile_step(train_step: TrainStep, state: TrainState, batch: Any, mesh: Mesh) -> TrainStep:
+    """Compile a step of make_train_step for the shapes of `batch` (ShapeDtypeStructs with shardings)."""
+    rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
+    if not isinstance(train_step, partial):
+        return train_step.lower(state, batch, rate).compile()  # type: ignore[attr-defined]
+    program = train_step.func.lower(state, batch, rate, **train_step.keywords).compile()  # type: ignore[attr-defined]
+    return partial(program, **train_step.keywords)
+
+
 def with_seed(train_step: TrainStep, seed: int, mesh: Mesh) -> TrainStep:
     """A step of make_train_step, compiled or not, with another seed; one that draws nothing as it is."""
     if not isinstance(train_step, partial):

@@ -27,6 +27,7 @@ from mambahome_jax.support.processes import batch_bytes, fitting_workers
 from mambahome_jax.training.checkpoints import CheckpointWriter, checkpoint_settings, recorded_cases, restore_state
 from mambahome_jax.training.distributed import (
     StopOnSignal,
+    batch_sharding,
     device_put_tree,
     gather,
     is_first,
@@ -36,6 +37,13 @@ from mambahome_jax.training.distributed import (
 )
 from mambahome_jax.training.held_out import forget_scores, score_held_out
 from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce
+from mambahome_jax.training.memory import (
+    DeviceMemoryError,
+    StepMemory,
+    device_memory_errors,
+    require_fit,
+    step_memory,
+)
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.pretrained import Transfer, transfer
 from mambahome_jax.training.progress import Display, FileLog, MetricsLog, dice_table
@@ -46,6 +54,7 @@ from mambahome_jax.training.step import (
     TrainState,
     TrainStep,
     abstract_state,
+    compile_step,
     deployed_params,
     init_state,
     make_train_step,
@@ -58,7 +67,7 @@ from mambahome_jax.weights.weights import read_weights
 DRAWING_SECONDS = 60.0
 # Compiled steps by all that differs between the networks of one command. JAX's own cache would not know one again, as
 # Pallas numbers the kernels of a process.
-Programs = dict[tuple[nnx.GraphDef, AugmentationConfig | None], TrainStep]
+Programs = dict[tuple[nnx.GraphDef, AugmentationConfig | None, tuple[tuple[str, Any], ...]], TrainStep]
 
 
 def train_network(
@@ -74,7 +83,8 @@ def train_network(
     """Train one network in `folder`; how far it came, and what stopped it, is in the result.
 
     earlier: config.json of the last checkpoint, to go on from that; None for a new run. begin: called with schedule,
-    number of parameters and what was transferred, once nothing is left to be refused (CheckpointError).
+    number of parameters and what was transferred, once nothing is left to be refused (CheckpointError) but the step for
+    its memory. Raises DeviceMemoryError: it does not fit, or a device ran out of memory before the first checkpoint.
     """
     flags, recipe = setup.flags, setup.recipe
 
@@ -98,11 +108,12 @@ def train_network(
     begin(schedule, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)), transferred)
 
     # --- Step ----------------------------------------------------------------------------------------------------
-    compiles = (trained_graphdef, setup.augmentation) not in programs
-    train_step = compiled_step(setup, trained_graphdef, optimizer, mesh, programs)
+    display = Display(console, schedule, int(state.step), setup.global_batch)
+    train_step, memory = None, None
+    if not (schedule.ends(int(state.step)) or schedule.budget.ended_before):
+        train_step, memory = compiled_step(setup, trained_graphdef, optimizer, mesh, programs, state, display.say)
 
     # --- Validation, and the loop --------------------------------------------------------------------------------
-    display = Display(console, schedule, int(state.step), setup.global_batch)
     run = TrainingRun.resumed(
         earlier or {},
         folder=folder / "checkpoints",
@@ -114,6 +125,7 @@ def train_network(
         labelled=setup.labelled,
         validate=open_validation(graphdef, setup, devices),
         keep_last=flags.keep_last,
+        memory=memory,
     )
     with contextlib.ExitStack() as stack:
         if is_first():
@@ -123,12 +135,11 @@ def train_network(
             run.log = stack.enter_context(FileLog(folder, run.step, display.say, structures))
         stack.enter_context(display)
         batches = stack.enter_context(open_batches(setup, position, display.say))
-        if compiles and not schedule.ends(run.step):
-            display.state("Compiling")
-            display.say("Compiling the training step, once; the first step follows")
         try:
             train(state, batches, train_step, run)
-        except TrainingError as error:
+        except (TrainingError, DeviceMemoryError) as error:
+            if isinstance(error, DeviceMemoryError) and not run.saved:
+                raise  # a smaller step can be trained instead
             run.error = str(error)
         del state
 
@@ -201,16 +212,43 @@ def _split(model: nnx.Module) -> tuple[nnx.GraphDef, Any]:
 
 
 def compiled_step(
-    setup: Setup, graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, programs: Programs
-) -> TrainStep:
-    """The training step with this network's seed, of the programs or added to them."""
-    program, flags, recipe = (graphdef, setup.augmentation), setup.flags, setup.recipe
+    setup: Setup,
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    programs: Programs,
+    state: TrainState,
+    say: Callable[[str], None],
+) -> tuple[TrainStep, StepMemory | None]:
+    """The training step with this network's seed, of the programs or compiled and added to them, and its memory.
+
+    Raises DeviceMemoryError: it does not fit.
+    """
+    flags, recipe, batch = setup.flags, setup.recipe, abstract_batch(setup, mesh)
+    program = (graphdef, setup.augmentation, tuple(batch.items()))
     if program not in programs:
-        programs[program] = make_train_step(
+        say("Compiling the training step, once; the first step follows")
+        train_step = make_train_step(
             *(graphdef, optimizer, at_all_levels(dice_ce) if recipe.deep_supervision else dice_ce, mesh, flags.seed),
             *(setup.augmentation, flags.strategy, recipe.ema_decay, flags.freeze_encoder, recipe.dropout),
         )
-    return with_seed(programs[program], flags.seed, mesh)
+        programs[program] = compile_step(train_step, state, batch, mesh)
+    memory = step_memory(programs[program], state, mesh)
+    require_fit(memory, setup)
+    return with_seed(programs[program], flags.seed, mesh), memory
+
+
+def abstract_batch(setup: Setup, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and sharding of what `TrainingRun.fetch` gives."""
+    image = (setup.global_batch, *setup.patch_size)
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "image": ((*image, setup.model.in_chans), np.float32),
+        "label": (image, np.int32),
+    }
+    if setup.labelled is not None:
+        shapes["labelled"] = ((setup.global_batch, setup.model.out_chans), np.bool_)
+    sharding = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
 
 
 # --- Validation --------------------------------------------------------------------------------------------------
@@ -242,7 +280,7 @@ def own_device(devices: Sequence[jax.Device]) -> jax.Device:
 # --- Loop --------------------------------------------------------------------------------------------------------
 
 
-def train(state: TrainState, batches: Iterator, train_step: TrainStep, run: "TrainingRun") -> TrainState:
+def train(state: TrainState, batches: Iterator, train_step: TrainStep | None, run: "TrainingRun") -> TrainState:
     """Train from `state` until the schedule ends, or SIGTERM or SIGINT comes, which `run.signal` then names.
 
     `batches`, endless {"image", "label", "case"} with get_state(), stand after `run.step` of them; the caller closes
@@ -250,7 +288,8 @@ def train(state: TrainState, batches: Iterator, train_step: TrainStep, run: "Tra
     alone, after the best validation (after each one, where there is no score). Raises TrainingError: loss, gradient or
     update is no longer finite; the checkpoints before stay. OutputError: something cannot be written.
     """
-    with CheckpointWriter() as run.writer, StopOnSignal(run.display.say, run.mesh) as run.stop:
+    writer, stop = CheckpointWriter(), StopOnSignal(run.display.say, run.mesh)
+    with device_memory_errors(), writer as run.writer, stop as run.stop:
         # The run before may have been stopped between its last step and the validation of that.
         overdue = run.step and run.schedule.validates(run.step) and run.validated_until < run.step
         if overdue and (validation := run.validate_and_keep_best(state)):
@@ -259,6 +298,7 @@ def train(state: TrainState, batches: Iterator, train_step: TrainStep, run: "Tra
         ended = due.stop
         while not due.stop and (batch := run.fetch(batches)) is not None:
             rate = device_put_tree(np.float32(due.rate), replicated(run.mesh))
+            assert train_step is not None
             with jax.transfer_guard("disallow"):
                 state, metrics = train_step(state, batch, rate)
             # The step before; the devices work on this one meanwhile.
@@ -283,7 +323,8 @@ class TrainingRun:
     """A run under way: what its loop drives, and how far it is.
 
     folder: of the checkpoints; settings: entries of their config.json. validated_until: the step up to which that is
-    done. error: why it ended before its time. held_out: the summary of the scores of the cases held out.
+    done. error: why it ended before its time. saved: whether it has written a checkpoint. memory: of its compiled step,
+    where it has one. held_out: the summary of the scores of the cases held out.
     """
 
     folder: Path
@@ -296,6 +337,7 @@ class TrainingRun:
     log: MetricsLog = field(default_factory=MetricsLog)
     validate: Validate | None = None
     keep_last: int = 1
+    memory: StepMemory | None = None
     step: int = 0
     best: dict[str, Any] | None = None
     validated_until: int = 0
@@ -304,6 +346,7 @@ class TrainingRun:
     failures: dict[str, str] = field(default_factory=dict)
     signal: int | None = None
     error: str | None = None
+    saved: bool = False
     held_out: Mapping[str, Any] | None = None
     writer: CheckpointWriter = field(init=False)
     stop: StopOnSignal = field(init=False)
@@ -415,13 +458,14 @@ class TrainingRun:
     def _keep_best(self, state: TrainState, score: float | None) -> None:
         best = None if self.best is None else self.best["val_dice"]
         if best is None or (score is not None and score > best):
-            self.best = {"step": self.step, "val_dice": score}
+            self.best, self.saved = {"step": self.step, "val_dice": score}, True
             self.writer.save(self.folder / "best", state, self._config())
 
     def save_last(self, state: TrainState) -> None:
         """Write `last`; with a time budget wait for it, which tells how long that takes."""
         # A run that is killed goes on from this checkpoint, and the metrics up to it have to be there.
         self.log.flush()
+        self.saved = True
         if time.monotonic() >= self._drawing_due:
             self.log.draw()
             self._drawing_due = time.monotonic() + DRAWING_SECONDS
