@@ -82,6 +82,11 @@ class AugmentationConfig:
     mirror: tuple[Mirror, ...] = ()
     affine_probability: float = ingredient(0.0, "Rotation about all axes and isotropic scale, resampled once.", PART)
     affine_rotation: float = ingredient(15.0, "Largest angle about each axis, in degrees.", NOT_NEGATIVE)
+    plane_rotation: float = ingredient(
+        0.0,
+        "Largest angle within thick slices, which then move within their plane only; 0: as other scans.",
+        NOT_NEGATIVE,
+    )
     affine_scale: tuple[float, float] = ingredient((0.85, 1.15), "Smallest and largest scale.", SCALES)
     elastic_probability: float = ingredient(0.0, "Smooth random deformation, in the same resampling.", PART)
     elastic_std: float = ingredient(2.0, "Its largest standard deviation, in voxels of the finest axis.", UNFOLDED)
@@ -149,6 +154,7 @@ RECIPES: Mapping[str, Recipe] = {
             rotate90_probability=0.0,
             affine_probability=0.7,
             affine_rotation=30.0,
+            plane_rotation=180.0,
             affine_scale=(0.7, 1.4),
             elastic_probability=0.5,
             gamma_probability=0.3,

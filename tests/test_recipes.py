@@ -17,7 +17,7 @@ def _resolve(**flags):
 
 
 def test_every_ingredient_has_a_flag():
-    assert {*INGREDIENTS} < {field.name for field in dataclasses.fields(TrainConfig)} and len(INGREDIENTS) == 22
+    assert {*INGREDIENTS} < {field.name for field in dataclasses.fields(TrainConfig)} and len(INGREDIENTS) == 23
     assert {"optimizer", "lr", "ema_decay", "mirror", "affine_scale"} < {*INGREDIENTS}
     assert all(recipe.ingredients().keys() == INGREDIENTS.keys() for recipe in RECIPES.values())
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mambahome_jax.config import Mirror
 from mambahome_jax.datasets.structures import swap_table
@@ -18,6 +19,8 @@ SPATIAL = 3
 FULL = jax.lax.Precision.HIGHEST
 # Distance of the points at which an elastic deformation is drawn, in voxels of the finest axis.
 CONTROL_DISTANCE = 16
+# An axis is one of thick slices where its voxels are over so many times as long as along the others.
+THICK = 3
 # What is drawn beside the published operations leaves their keys as they are.
 _MORE_KEYS = 100
 _ELASTIC_KEY = 200
@@ -82,15 +85,23 @@ def _deform(
     if not config.affine_probability and not config.elastic_probability:
         return image, label
     happens = jax.random.bernoulli(happens_key, config.affine_probability)
+    thick = thick_axis(config.voxel_size) if config.plane_rotation else None
     limit = jnp.deg2rad(config.affine_rotation)
+    if thick is not None:
+        limit = jnp.zeros(3).at[thick].set(jnp.deg2rad(config.plane_rotation))
     angles = jnp.where(happens, jax.random.uniform(angle_key, (3,), jnp.float32, -limit, limit), 0)
     scale = jnp.where(happens, jax.random.uniform(scale_key, (), jnp.float32, *config.affine_scale), 1)
     matrix = affine_matrix(angles, scale, config.voxel_size)
+    if thick is not None:
+        matrix = matrix.at[thick, thick].set(1)
     if not config.elastic_probability:
         return warp(image, label, matrix)
     std_key, field_key = jax.random.split(jax.random.fold_in(key, _ELASTIC_KEY))
     std = _draw(std_key, config.elastic_probability, (0.0, config.elastic_std), neutral=0.0)
-    return warp(image, label, matrix, elastic_displacement(field_key, std, label.shape, config.voxel_size))
+    moved: list[jax.Array | float] = [*elastic_displacement(field_key, std, label.shape, config.voxel_size)]
+    if thick is not None:
+        moved[thick] = 0.0
+    return warp(image, label, matrix, moved)
 
 
 def _change_intensity(key: jax.Array, image: jax.Array, config: AugmentationConfig) -> jax.Array:
@@ -174,6 +185,12 @@ def affine_matrix(angles: jax.Array, scale: jax.Array, voxel_size: Sequence[floa
         matrix = jnp.matmul(turn, matrix, precision=FULL)
     size = jnp.asarray(voxel_size, jnp.float32)
     return matrix * size / size[:, None] / scale
+
+
+def thick_axis(voxel_size: Sequence[float]) -> int | None:
+    """The axis across thick slices: voxels are over 3 times as long along it as along the others; None without one."""
+    coarse = int(np.argmax(voxel_size))
+    return coarse if voxel_size[coarse] > THICK * max(np.delete(voxel_size, coarse)) else None
 
 
 def elastic_displacement(

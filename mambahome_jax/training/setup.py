@@ -46,6 +46,7 @@ from mambahome_jax.preprocessing.fingerprint import voxel_size
 from mambahome_jax.preprocessing.plan import Setting
 from mambahome_jax.recipes import AugmentationConfig, Recipe, given_ingredients, resolve
 from mambahome_jax.support.devices import default_precision
+from mambahome_jax.training.augmentation import thick_axis
 from mambahome_jax.training.schedule import Schedule
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
 
@@ -106,6 +107,7 @@ class Setup:
             **self.recipe.ingredients(),
             "momentum": self.recipe.optimizer.momentum,
             "mirror": () if self.augmentation is None else self.augmentation.mirror,
+            "plane_rotation": 0.0 if self.augmentation is None else self.augmentation.plane_rotation,
             "schedule_step": optimizer.schedule_step,
             "steps_per_period": optimizer.steps_per_period,
             "t_max": optimizer.t_max,
@@ -370,7 +372,9 @@ def make_augmentation(
     mirrors, lines = choose_mirrors(recipe.mirror, prepared, structures, explicit)
     if mirrors != recorded and {axis for axis, _ in mirrors} == {axis for axis, _ in recorded}:
         mirrors, lines = recorded, ("In mirrored scans labels trade places as when this run began",)
-    return replace(recipe.augmentation, mirror=mirrors, voxel_size=own_voxel_size(prepared)), lines
+    size = own_voxel_size(prepared)
+    plane_rotation = 0.0 if thick_axis(size) is None else recipe.augmentation.plane_rotation
+    return replace(recipe.augmentation, mirror=mirrors, voxel_size=size, plane_rotation=plane_rotation), lines
 
 
 def choose_mirrors(

@@ -195,3 +195,29 @@ def test_the_published_operations_draw_what_they_drew_before():
     more = dataclasses.replace(plain, affine_probability=0.0, gamma_probability=0.0)
     outcomes = [augment(jax.random.key(3), image, label, config)[0] for config in (plain, more)]
     np.testing.assert_array_equal(*outcomes)
+
+
+def test_thick_slices_move_within_their_plane_alone_and_turn_to_any_angle_there():
+    size = (1.5, 1.5, 10.0)
+    config = dataclasses.replace(OFF, affine_probability=1.0, affine_rotation=30.0, elastic_probability=1.0)
+    config = dataclasses.replace(config, plane_rotation=180.0, voxel_size=size)
+    label = np.broadcast_to(np.arange(1, 7), (32, 24, 24, 6)).astype(np.int32).copy()
+    image = label[..., None].astype(np.float32)
+    turn = jax.jit(augment, static_argnums=3)
+    new_image, new_label = turn(jax.random.key(1), image, label, config)
+    np.testing.assert_allclose(new_image, image, atol=1e-5)
+    np.testing.assert_array_equal(new_label, label)
+    # A bar from the centre, whose direction says by how much the slices were turned.
+    bar = np.zeros((32, 24, 24, 6), np.int32)
+    bar[:, 12:, 11:13] = 1
+    _, turned = turn(jax.random.key(1), bar[..., None].astype(np.float32), bar, config)
+    weight = np.asarray(turned).sum(axis=3)
+    first, second = np.indices((24, 24)) - 11.5
+    angles = np.arctan2((weight * second).sum(axis=(1, 2)), (weight * first).sum(axis=(1, 2)))
+    assert np.histogram(angles, 4, (-np.pi, np.pi))[0].min() >= 3
+    # Not thick: as any other scan, with the same draws.
+    like = dataclasses.replace(config, voxel_size=(1.5, 1.5, 3.3))
+    other = dataclasses.replace(like, plane_rotation=0.0)
+    np.testing.assert_array_equal(
+        turn(jax.random.key(1), image, label, like)[0], turn(jax.random.key(1), image, label, other)[0]
+    )
