@@ -257,7 +257,7 @@ def test_what_matters_least_is_left_out_first():
 def test_the_command_line_of_a_run_has_what_differs_from_the_defaults(tmp_path):
     config = TrainConfig(tmp_path / "my scans", patch_size=(32, 32, 16), augment=False, steps=5)
     line = train_line(config, resume=True)
-    assert f"--data_train '{tmp_path}/my scans' --patch_size 32 32 16 --steps 5 --resume --augment False" in line
+    assert f"--data_train '{tmp_path}/my scans' --steps 5 --resume --patch_size 32 32 16 --augment False" in line
 
 
 def test_metrics_of_an_earlier_version_go_on_with_more_columns(tmp_path):
