@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
 from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW, CtNormalisation, Modality
 from mambahome_jax.imaging.plausibility import guessed_modality
-from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
+from mambahome_jax.imaging.volume import Volume, read_volume
 from mambahome_jax.patches.store import StoreEntry, ct_scale, write_index
 from mambahome_jax.preprocessing.case import CaseJob, new_numbers, prepare_case, renumber_case, up_to_date
 from mambahome_jax.preprocessing.fingerprint import fingerprint_of_headers, fingerprint_of_prepared
+from mambahome_jax.preprocessing.footprint import Footprint, footprint, require_disk
 from mambahome_jax.preprocessing.open_dataset import open_dataset, several
 from mambahome_jax.preprocessing.output import OutputFolder
 from mambahome_jax.preprocessing.plan import PLAN, Machine, Plan, Setting, make_plan, read_plan, write_plan
@@ -33,8 +34,6 @@ from mambahome_jax.support.processes import count_workers, isolated_reads, run_j
 
 _SHOWN = 20
 _SAMPLED = 3  # scans of which the modality is guessed
-# Of the scan before and after resampling together: 9 measured for an int16 CT, more for stored float64.
-_BYTES_A_VOXEL = 16
 # Label maps whose values are replaced sooner than processes start.
 _FEW = 8
 
@@ -128,8 +127,10 @@ def prepare_dataset(
     for entry in entries.values():
         _say_remarks(entry, say)
     todo = [job for job in jobs if job.case.id not in entries]
+    footprints = {job.case.id: footprint(job) for job in todo}
+    require_disk(output, todo, footprints, say)
     with folder.begun() if todo else contextlib.nullcontext():
-        failing = _work(prepare_case, todo, entries, config.num_workers, say, track)
+        failing = _work(prepare_case, todo, entries, config.num_workers, footprints, say, track)
     labels, values = dict(dataset.labels), dict(dataset.values)
     if not labels:
         labels, values, errors = _number_structures(jobs, entries, folder, config.num_workers, say)
@@ -248,16 +249,18 @@ def _work(
     todo: Sequence[CaseJob],
     entries: dict[str, StoreEntry],
     num_workers: int | None,
+    footprints: Mapping[str, Footprint],
     say: Say,
     track: Track = untracked,
     few: int = 1,
 ) -> list[tuple[str, str]]:
     """Do the cases, adding to `entries`; return (id, reason) of those that failed, which leave `entries`.
 
-    few: cases for which no process is worth its start. A full disk gives up the rest; as the first result, it raises.
+    footprints: by case. few: cases for which no process is worth its start. A full disk gives up the rest; as the
+    first result, it raises.
     """
     failed: list[tuple[str, str]] = []
-    workers = count_workers(num_workers, todo, _peak_bytes, say)
+    workers = count_workers(num_workers, todo, lambda job: footprints[job.case.id].peak, say)
     waiting = dict.fromkeys(job.case.id for job in todo)
     for job, result in track(run_jobs(function, todo, workers, threads=workers == 1 or len(todo) <= few), len(todo)):
         case = job.case.id
@@ -278,18 +281,6 @@ def _work(
     for case, _ in failed:
         entries.pop(case, None)
     return failed
-
-
-def _peak_bytes(job: CaseJob) -> int:
-    """Memory that a case takes at its peak, judged by its header; little where it is damaged or its grid refused."""
-    try:
-        shape, affine = read_geometry(job.case.image, spacing_scale=job.case.spacing_scale, series=job.case.series)
-        oriented = reorient(Volume(np.broadcast_to(np.uint8(0), shape), affine), job.orientation)
-        new = oriented.shape if job.spacing is None else resampled_grid(oriented.affine, oriented.shape, job.spacing)[1]
-    except DatasetError:
-        # Reported when the case's turn comes.
-        return 1
-    return _BYTES_A_VOXEL * job.channels * int(np.prod(oriented.shape, dtype=float) + np.prod(new, dtype=float))
 
 
 def _number_structures(
@@ -313,8 +304,9 @@ def _number_structures(
     if not todo:
         return names, values, []
     folder.begin()
+    footprints = {job.case.id: footprint(job) for job in todo}
     renumber = functools.partial(renumber_case, values=values, names=names)
-    return names, values, _work(renumber, todo, entries, num_workers, say, few=_FEW - 1)
+    return names, values, _work(renumber, todo, entries, num_workers, footprints, say, few=_FEW - 1)
 
 
 def _say_remarks(entry: StoreEntry, say: Say) -> None:

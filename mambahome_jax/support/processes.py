@@ -27,6 +27,7 @@ from typing import Any, BinaryIO, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.support.console import Say
+from mambahome_jax.support.disk import said_bytes
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -421,10 +422,6 @@ def fitting_workers(wanted: int, size: int) -> Workers:
         return Workers(wanted)
     fitting = next((count for count in range(wanted - 1, 0, -1) if needed_bytes(count, size) <= free), 0)
     instead = f"{fitting} processes read patches" if fitting else "patches are read in threads"
-    needed = _megabytes(needed_bytes(wanted, size))
-    need = f"{SHARED_MEMORY} has {_megabytes(free)} free, {wanted} processes may need {needed}"
+    needed = said_bytes(needed_bytes(wanted, size))
+    need = f"{SHARED_MEMORY} has {said_bytes(free)} free, {wanted} processes may need {needed}"
     return Workers(fitting, f"{need}; {instead}. {REMEDY}")
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size < 1e7 else f"{size / 1e6:.0f} MB"
