@@ -6,6 +6,7 @@ parameters that are trained where those of the model are others) and "data" (sta
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -124,6 +125,15 @@ class CheckpointWriter(contextlib.AbstractContextManager):
         return OutputError(f"{self._folder}: cannot be written ({reason}). Is the disk full or read-only? {kept}")
 
 
+def checkpoint_bytes(state: TrainState) -> tuple[int, int]:
+    """Bytes of the arrays in a checkpoint of the parameters alone, as `best`, and in one to resume from, as `last`."""
+    best, optimizer = (
+        sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(item))
+        for item in (deployed_params(state), _optimizer_item(state))
+    )
+    return best, best + optimizer
+
+
 def restore_state(
     folder: Path, abstract: TrainState, mesh: Mesh, strategy: Strategy = "ddp"
 ) -> tuple[TrainState, dict[str, Any]]:
@@ -134,7 +144,8 @@ def restore_state(
     """
     path = find_checkpoint(folder)
     if not (path / OPTIMIZER_ITEM).is_dir():
-        raise CheckpointError(f"{path} holds parameters alone. Resume from RUN/checkpoints/last, or use_pretrained")
+        reason = "holds parameters alone, as best does, and last after mambahome clean"
+        raise CheckpointError(f"{path} {reason}. Resume from RUN/checkpoints/last, or start with --use_pretrained")
     shardings = tree_sharding(abstract, mesh, strategy)
     placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     items = {MODEL_ITEM: deployed_params(placed), OPTIMIZER_ITEM: _optimizer_item(placed)}

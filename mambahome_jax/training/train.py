@@ -22,9 +22,10 @@ from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.patches.loader import make_loader
 from mambahome_jax.patches.store import Store
 from mambahome_jax.recipes import AugmentationConfig
-from mambahome_jax.support.console import duration
-from mambahome_jax.support.processes import batch_bytes, fitting_workers
+from mambahome_jax.support.console import duration, say
+from mambahome_jax.support.processes import fitting_workers
 from mambahome_jax.training.checkpoints import CheckpointWriter, checkpoint_settings, recorded_cases, restore_state
+from mambahome_jax.training.disk import require_disk, shared_batch_bytes
 from mambahome_jax.training.distributed import (
     StopOnSignal,
     batch_sharding,
@@ -105,7 +106,10 @@ def train_network(
     # --- Schedule ------------------------------------------------------------------------------------------------
     schedule = dataclasses.replace(setup.schedule, budget=clock.budget(earlier))
     schedule.budget.held_out = len(setup.held_out) / max(len(setup.val_cases), 1)
+    disk_lines = require_disk(folder, setup, abstract)
     begin(schedule, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)), transferred)
+    for line in disk_lines:
+        say(console, line)
 
     # --- Step ----------------------------------------------------------------------------------------------------
     display = Display(console, schedule, int(state.step), setup.global_batch)
@@ -157,8 +161,7 @@ def train_network(
 @contextlib.contextmanager
 def open_batches(setup: Setup, position: dict[str, Any] | None, say: Callable[[str], None]) -> Iterator[Any]:
     """Open the training batches from `position` on; closed at the end, or their threads and processes would live on."""
-    size = batch_bytes(setup.global_batch // jax.process_count(), setup.patch_size, setup.model.in_chans)
-    workers = fitting_workers(setup.num_workers, size)
+    workers = fitting_workers(setup.num_workers, shared_batch_bytes(setup))
     if workers.why_fewer:
         say(f"Note: {workers.why_fewer}")
     loader = make_loader(
