@@ -32,6 +32,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "inference.sliding_window": ["sliding_window"],
         "model.network": ["MambaHoME"],
         "weights.weights": ["export_official", "load_model"],
+        "training.disk": ["clean"],
         "training.losses": ["dice_ce"],
         "training.runs": ["train"],
         "version": ["__version__"],

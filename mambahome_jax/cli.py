@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": "Score segmentations against references",
     "report": "Write an HTML page about an evaluation",
     "convert": "Convert weights between .pth, .npz, .safetensors and a checkpoint folder",
+    "clean": "List and remove what finished runs, killed commands and compiled programs left on the disk",
     "demo": "See the whole way work on synthetic scans, in a few minutes",
 }
 _COMPILING = ("train", "infer")

@@ -342,6 +342,19 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class CleanConfig:
+    """List what can go of finished runs and killed commands, or without FOLDER of compiled programs; nothing is removed
+    unasked."""
+
+    folder: Positional[Annotated[Path | None, arg(metavar="FOLDER")]] = None
+    """A run, output of another command, or a folder of these (default: the compiled programs in the user's cache)."""
+    yes: bool = False
+    """Remove it, without a question."""
+    older_than: float | None = None
+    """Only what was written more than so many days ago."""
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """Make synthetic abdominal CT scans, then preprocess, train, infer and evaluate as a user would."""
 

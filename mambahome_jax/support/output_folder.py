@@ -40,13 +40,36 @@ def open_output(folder: Path, files: Iterable[str] = (), flag: str = "--output_d
 
 @contextlib.contextmanager
 def locked(folder: Path, command: str, flag: str = "--output_dir") -> Iterator[None]:
-    """Hold an output folder, which is made where it is missing, against any other process that would write to it.
+    """Hold an output folder (see `held`), which is made where it is missing, and remove what a killed run left in it.
+
+    Raises OutputError: as `held`.
+    """
+    new = not folder.exists()
+    try:
+        with held(folder, command, flag):
+            # What a killed run was writing: nobody else writes here now.
+            for leftover in (
+                *folder.glob(".*.partial*"),
+                *folder.glob("previews/.*.partial*"),
+                *folder.glob(".*.probe"),
+            ):
+                with contextlib.suppress(OSError):
+                    leftover.unlink()
+            yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def held(folder: Path, command: str, flag: str = "--output_dir") -> Iterator[None]:
+    """Hold a folder, which is made where it is missing, against any other process that would write to it.
 
     The lock is the operating system's, on a file in the folder that says who holds it: it ends with its process,
     however that ends, so the file of a dead one keeps nobody out. Where the file system knows no locks, none is taken.
     flag: what names the folder. Raises OutputError: another process holds it, and which; it cannot be written.
     """
-    new = not folder.exists()
     lock = filelock.FileLock(folder / LOCK, timeout=0, on_acquired=lambda file: _sign(file, command))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,19 +80,26 @@ def locked(folder: Path, command: str, flag: str = "--output_dir") -> Iterator[N
         if error.errno not in _NO_LOCKS:
             raise not_written(folder, error, flag) from error
     try:
-        # What a killed run was writing: nobody else writes here now.
-        for leftover in (*folder.glob(".*.partial*"), *folder.glob("previews/.*.partial*"), *folder.glob(".*.probe")):
-            with contextlib.suppress(OSError):
-                leftover.unlink()
         yield
     finally:
         with contextlib.suppress(OSError):
             # Before it is given up: whoever opened it meanwhile sees that it is gone, and makes a new one.
             (folder / LOCK).unlink(missing_ok=True)
         lock.release()
-        if new:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+
+
+def holder_of(folder: Path) -> str | None:
+    """Say who holds a folder; None where nobody does. A file system without locks leaves that open: then somebody."""
+    file = folder / LOCK
+    if not file.exists():
+        return None
+    lock = filelock.FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except (filelock.Timeout, OSError):
+        return _holder(file)
+    lock.release()
+    return None
 
 
 def _sign(file: int, command: str) -> None:

@@ -106,10 +106,8 @@ def train_network(
     # --- Schedule ------------------------------------------------------------------------------------------------
     schedule = dataclasses.replace(setup.schedule, budget=clock.budget(earlier))
     schedule.budget.held_out = len(setup.held_out) / max(len(setup.val_cases), 1)
-    disk_lines = require_disk(folder, setup, abstract)
+    say(console, require_disk(folder, setup, abstract))
     begin(schedule, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)), transferred)
-    for line in disk_lines:
-        say(console, line)
 
     # --- Step ----------------------------------------------------------------------------------------------------
     display = Display(console, schedule, int(state.step), setup.global_batch)
