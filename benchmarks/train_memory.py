@@ -26,15 +26,17 @@ ROOT = Path(__file__).resolve().parent.parent
 SPACING = (0.8, 0.8, 3.0)
 
 
-def make_dataset(folder: Path, volumes: int, shape: tuple[int, int, int]) -> None:
-    """A folder as preprocess.py writes it, but for the images, which training does not read."""
+def make_dataset(
+    folder: Path, volumes: int, shape: tuple[int, int, int], spacing: tuple[float, float, float] = SPACING
+) -> None:
+    """A folder as preprocess.py writes it, but for the images, which training does not read. spacing: mm."""
     make_store(folder / "store", volumes, shape)
     names = [f"volume{number}" for number in range(volumes)]
     cases = tuple(
-        PreparedCase(name, f"images/{name}.nii.gz", f"labels/{name}.nii.gz", "train", "ct", shape, SPACING, name)
+        PreparedCase(name, f"images/{name}.nii.gz", f"labels/{name}.nii.gz", "train", "ct", shape, spacing, name)
         for name in names
     )
-    write_prepared(Prepared(folder, "synthetic", SPACING, "RAS", ("ct",), {1: "organ", 2: "lesion"}, cases))
+    write_prepared(Prepared(folder, "synthetic", spacing, "RAS", ("ct",), {1: "organ", 2: "lesion"}, cases))
 
 
 def main() -> None:
