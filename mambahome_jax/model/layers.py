@@ -19,6 +19,7 @@ from mambahome_kernels import conv3d
 from mambahome_kernels.conv3d.api import Size, each_axis
 
 from mambahome_jax.config import Precision
+from mambahome_jax.errors import ConfigError
 
 # TF32 is what XLA's default means for float32 on a GPU; bfloat16 operands have one meaning only.
 _PRECISIONS: dict[Precision, lax.Precision] = {
@@ -55,6 +56,21 @@ class Numerics:
 
 
 FLOAT32 = Numerics()
+
+
+def require_positive(**sizes: int) -> None:
+    """Raise ConfigError, naming it, for a size below 1."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"{name} is {size}; expected 1 or more")
+
+
+def check_tokens(tokens: jax.Array, channels: int) -> None:
+    """Raise ConfigError where a layer of so many channels cannot take these tokens."""
+    if tokens.ndim != 3 or tokens.shape[-1] != channels or not tokens.shape[1]:
+        raise ConfigError(f"the tokens have shape {tokens.shape}; expected (batch, length from 1 on, {channels})")
+    if not jnp.issubdtype(tokens.dtype, jnp.floating):
+        raise ConfigError(f"the tokens are {tokens.dtype}; expected float32, bfloat16 or float64")
 
 
 def save_for_backward(tree: Tree) -> Tree:

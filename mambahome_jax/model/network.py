@@ -89,11 +89,11 @@ class MambaHoMEBlock(nnx.Module):
         self.home_norm = DynamicTanh(channels, param_dtype=numerics.param_dtype)
         self.home = HoME(
             channels,
-            group=config.group_list[stage],
-            experts=config.experts_list[stage],
-            slots=config.num_slots_per_expert_first,
-            experts_second=config.experts_list_second[stage],
-            mult=config.expert_mult,
+            group_size=config.group_list[stage],
+            num_experts=config.experts_list[stage],
+            slots_per_expert=config.num_slots_per_expert_first,
+            num_experts_second=config.experts_list_second[stage],
+            expert_mult=config.expert_mult,
             rngs=rngs,
             numerics=numerics,
         )

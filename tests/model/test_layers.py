@@ -13,23 +13,6 @@ from mambahome_jax.model.network import GatedSpatialConv, ResidualBlock, UpBlock
 from mambahome_jax.model.norms import DynamicTanh
 from tests.conftest import load_golden
 
-# published name within a layer -> ours; a pair is a stack of experts
-MAMBA = {
-    "A_log": "A_log",
-    "D": "D",
-    "in_proj.weight": "in_proj.kernel",
-    "conv1d.weight": "conv.kernel",
-    "conv1d.bias": "conv.bias",
-    "x_proj.weight": "x_proj.kernel",
-    "dt_proj.weight": "dt_proj.kernel",
-    "dt_proj.bias": "dt_bias",
-    "out_proj.weight": "out_proj.kernel",
-}
-MOE = {
-    "norm.gamma": "norm.gamma",
-    "to_slot_embeds.0.weight": "slot_proj.kernel",
-    "to_slot_embeds.2.gamma": "slot_norm.gamma",
-}
 ROOT = "encoder.stages.1.blocks.0."
 
 
@@ -54,9 +37,8 @@ def _common(dtype):
 
 def _home(channels, group, experts, slots, second, mult):
     def make(dtype):
-        return HoME(
-            channels, group=group, experts=experts, slots=slots, experts_second=second, mult=mult, **_common(dtype)
-        )
+        first = {"group_size": group, "num_experts": experts, "slots_per_expert": slots}
+        return HoME(channels, **first, num_experts_second=second, expert_mult=mult, **_common(dtype))
 
     return make
 
