@@ -34,7 +34,8 @@ class Case:
     """One scan, with its label map where there is one.
 
     id: unique in its dataset, usable as a file name. patient: whose scan it is, by default nobody else's.
-    split, modality: None where the dataset does not say. in_split: False where a split names the case in no list.
+    split, modality: None where the dataset does not say. in_split: False where a split names the case in no list. fold:
+    of the dataset's own cross-validation, the one that holds the case out.
     images: a file for each channel, in order; `image` is then the first. series: DICOM series to read of a folder.
     masks: (value, file) of binary masks instead of `label`, each laid over the ones before.
     values: stored label value -> value to use, 0 for background; None where they are used as they are.
@@ -57,6 +58,7 @@ class Case:
     spacing_scale: float | None = None
     series: tuple[str, ...] = ()
     in_split: bool = True
+    fold: int | None = None
 
     def __post_init__(self) -> None:
         if not self.patient:

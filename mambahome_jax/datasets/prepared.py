@@ -35,7 +35,7 @@ class PreparedCase:
 
     image, label: paths, relative to the folder where the file lies in it. shape: (D, H, W) voxels and spacing: (3,) mm
     after resampling. source: the image file that the user gave, with its folder's name. remarks: what was dealt with,
-    such as masks that overlap. patient, labelled, in_split: see `Case`.
+    such as masks that overlap. patient, labelled, in_split, fold: see `Case`.
     """
 
     id: str
@@ -50,6 +50,7 @@ class PreparedCase:
     labelled: tuple[int, ...] | None = None
     remarks: tuple[str, ...] = ()
     in_split: bool = True
+    fold: int | None = None
 
     def __post_init__(self) -> None:
         if not self.patient:
@@ -104,6 +105,7 @@ def load(folder: Path) -> Dataset:
             *(case.id, prepared.image_path(case), prepared.label_path(case), case.split, case.modality, case.patient),
             labelled=case.labelled,
             in_split=case.in_split,
+            fold=case.fold,
         )
         for case in prepared.cases
     ]
@@ -164,6 +166,7 @@ def _read_case(entry: dict[str, Any]) -> PreparedCase:
         labelled=None if labelled is None else tuple(map(int, labelled)),
         remarks=tuple(entry.get("remarks", ())),
         in_split=entry.get("in_split", True) is not False,
+        fold=None if entry.get("fold") is None else int(entry["fold"]),
     )
 
 
@@ -199,7 +202,7 @@ def write_prepared(prepared: Prepared) -> None:
 
 
 def _entry(case: PreparedCase) -> dict[str, Any]:
-    default = {"patient": case.id, "labelled": None, "remarks": (), "in_split": True}
+    default = {"patient": case.id, "labelled": None, "remarks": (), "in_split": True, "fold": None}
     return {key: value for key, value in asdict(case).items() if key in _REQUIRED or value != default[key]}
 
 
@@ -243,6 +246,11 @@ def absent_images(folder: Path) -> dict[str, str]:
     return {case: f"{folder / name}: {reason}" for case, name in files.items() if one_form(name) not in present}
 
 
+def usable_cases(prepared: Prepared) -> list[PreparedCase]:
+    """The cases that a training may use: with a label, not to test on, and in a list of the dataset's split."""
+    return [case for case in prepared.cases if case.label is not None and case.split != "test" and case.in_split]
+
+
 def split_cases(prepared: Prepared, seed: int = 0, hold_out: int = 5) -> tuple[list[str], list[str]]:
     """Choose ids to train on and ids to validate on.
 
@@ -250,7 +258,7 @@ def split_cases(prepared: Prepared, seed: int = 0, hold_out: int = 5) -> tuple[l
     for 0. Cases with split "test", without a label, or in no list of the dataset's split are in neither list; a single
     patient is trained on, not held out.
     """
-    usable = [case for case in prepared.cases if case.label is not None and case.split != "test" and case.in_split]
+    usable = usable_cases(prepared)
     held_out = {case.id for case in usable if case.split == "val"}
     if not held_out and hold_out:
         patients = sorted({case.patient for case in usable})

@@ -352,4 +352,5 @@ def _prepared_case(job: CaseJob, entry: StoreEntry) -> PreparedCase:
         labelled=entry.labelled,
         remarks=entry.remarks,
         in_split=case.in_split,
+        fold=case.fold,
     )
