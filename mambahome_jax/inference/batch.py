@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from mambahome_jax.datasets.base import Case, Split
 from mambahome_jax.datasets.files import listed
 from mambahome_jax.datasets.find_scans import Scan, find_scans, join_channels
 from mambahome_jax.datasets.label_map import read_image
+from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging import dicomseg, itk
@@ -27,7 +28,7 @@ from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.imaging.normalisation import CtScale, normalisation_for
 from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
-from mambahome_jax.inference.ensemble import Ensemble, TrainingRecord
+from mambahome_jax.inference.ensemble import Ensemble
 from mambahome_jax.inference.result_files import DICOM_SEG, REPORT, VOLUMES, Entry, ResultFiles, Segmented
 from mambahome_jax.inference.segment import NetworkInput, Segmenter, SegmentOptions, label, to_network_grid
 from mambahome_jax.inference.tiled import Progress, window_starts
@@ -37,6 +38,7 @@ from mambahome_jax.support.files import csv_name, jsonable, write_csv, write_jso
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import from_keywords, real_path
 from mambahome_jax.support.processes import available_memory, isolated_reads
+from mambahome_jax.weights.checkpoint import learned_largest, networks_at
 from mambahome_jax.weights.weights import digest_of, load_model
 
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
@@ -123,12 +125,15 @@ def infer_scans(
             say(f"Note: {note}")
         open_output(config.output_dir, [REPORT, VOLUMES])
         devices = choose_devices(num_devices=config.num_devices)
-        segmenter = _load(config)
-        for remark in segmenter.remarks:
+        paths, notes = networks_at(_model_paths(config))
+        config, learned = _with_learned(config)
+        segmenter = _load(config, paths)
+        for remark in (*notes, *learned, *segmenter.remarks):
             say(f"Note: {remark}")
         scans, incomplete = join_channels(config.data_path, scans, segmenter.networks.channels or 1)
         weights = tuple(digest_of(network) for network in segmenter.networks.members)
-        run = InferRun(config, segmenter, ResultFiles.of(config, weights, scans), devices if len(devices) > 1 else None)
+        results = ResultFiles.of(config, weights, scans)
+        run = InferRun(config, segmenter, results, devices if len(devices) > 1 else None, paths)
         failures = [*found.failures, *unfit, *incomplete]
         for failure in failures:
             say(f"Failed {failure['id']}: {failure['reason']}")
@@ -137,38 +142,44 @@ def infer_scans(
             say("Scans of several modalities: each is normalised by its own, as the dataset says")
         else:
             scans = [replace(scan, modality=None) for scan in scans]
-        known = segmenter.networks.record is not None or any(scan.split for scan in scans)
+        known = any(segmenter.networks.records) or any(scan.split for scan in scans)
         if config.split not in ("auto", "all") and not known:
             reason = "neither the weights nor the dataset say which scans were trained on"
             raise ConfigError(f"--split {config.split}: {reason}. Leave it out")
         cases, left_out, failed = _segment_all(run, scans, say, track, windows)
-        for line in provenance_lines(segmenter.networks.record, cases, left_out, config.split):
+        for line in provenance_lines(segmenter.networks, cases, left_out, config.split):
             say(line)
         return _report(run, cases, left_out, [*failures, *failed], time.perf_counter() - started, say)
 
 
 @dataclass(frozen=True, eq=False)
 class InferRun:
-    """What is the same for every scan. devices: over which the windows are spread, None where there is one."""
+    """What is the same for every scan. devices: over which the windows are spread, None where there is one. paths: of
+    the networks."""
 
     config: InferConfig
     segmenter: Segmenter
     results: ResultFiles
     devices: Sequence[jax.Device] | None = None
+    paths: Sequence[Path] = ()
 
-    def read(self, scan: Scan) -> "tuple[Volume, NetworkInput] | Entry":
+    def read(self, scan: Scan) -> "ScanInput | Entry":
         """Read a scan, bring it to the network's grid and find its part in the training; or give its entry of run.json,
         where its result is whole and stays, or --split leaves it out."""
         kept = self.results.kept(scan, self.segmenter)
-        record = self.segmenter.networks.record
+        networks = self.segmenter.networks
         split: Split | None = None if kept is None else self.results.known_split(scan)
-        volume = None
-        if kept is None or (record is not None and split is None):
+        volume, used = None, tuple(range(len(networks.members)))
+        if kept is None or (any(networks.records) and split is None):
             if kept is None:
                 self.results.note_source(scan)
             volume = self._volume(scan)
-            split = None if record is None else record.split_of(volume.array)
-        found = self.results.splits[scan.case] = {} if split is None else {"split": split}
+            if any(networks.records):
+                split, used = networks.part_of(volume.array)
+        found: Entry = {} if split is None else {"split": split}
+        if len(used) < len(networks.members):
+            found["networks"] = [str(self.paths[number]) for number in used]
+        self.results.splits[scan.case] = found
         if not _takes(self.config.split, scan, split):
             name = self.results.existing(scan).name
             return {"id": scan.case, "input": self.results.source(scan), "output": name, "left_out": True} | found
@@ -179,7 +190,8 @@ class InferRun:
             data = self.segmenter.networks.data
             settings = replace(settings, normalisation=normalisation_for(scan.modality, data.ct_normalisation))
         with DatasetError.with_file(scan.path):
-            return volume, to_network_grid(volume, settings, self.segmenter.networks.channels)
+            image = to_network_grid(volume, settings, self.segmenter.networks.channels)
+        return ScanInput(volume, image, networks.only(used))
 
     def _volume(self, scan: Scan) -> Volume:
         channels, scale = self.segmenter.networks.channels, self.config.spacing_scale
@@ -188,14 +200,22 @@ class InferRun:
             return read_image(case, channels or len(scan.channels), as_stored=True)
         return read_volume(scan.path, as_stored=True, series=scan.series, spacing_scale=scale)
 
-    def segment(self, scan: Scan, volume: Volume, image: NetworkInput, windows: Progress | None) -> Segmented:
+    def segment(self, scan: Scan, read: "ScanInput", windows: Progress | None) -> Segmented:
         """Predict the labels of a scan, and probabilities where they are asked for."""
-        begun = time.perf_counter()
+        begun, (volume, image, networks) = time.perf_counter(), read
         probabilities: list[np.ndarray] = []
         take = probabilities.append if self.config.save_probabilities else None
-        labels = label(self.segmenter.networks, image, windows, take, devices=self.devices)
+        labels = label(networks, image, windows, take, devices=self.devices)
         remarks = () if image.remark is None else (image.remark,)
         return Segmented(scan, volume, labels, remarks, (probabilities[0], image.affine) if take else None, begun)
+
+
+class ScanInput(NamedTuple):
+    """A scan as it was read, as the networks take it, and those that segment it."""
+
+    volume: Volume
+    image: NetworkInput
+    networks: Ensemble
 
 
 def _require_possible(config: InferConfig) -> None:
@@ -218,17 +238,21 @@ def _takes(choice: str, scan: Scan, split: Split | None) -> bool:
     return choice == (split if split in ("train", "val") else scan.split or split)
 
 
-def provenance_lines(
-    record: TrainingRecord | None, cases: Sequence[Entry], left_out: Sequence[Entry], choice: str
-) -> list[str]:
-    """Say how many scans were trained on, by their voxels, and what --split did about them."""
-    if record is None:
+def provenance_lines(networks: Ensemble, cases: Sequence[Entry], left_out: Sequence[Entry], choice: str) -> list[str]:
+    """Say how many scans were trained on, by their voxels, and what was done about them."""
+    if not any(networks.records):
         lines = ["The weights do not say which scans they were trained on"]
     else:
         names = [entry["id"] for entry in (*cases, *left_out) if entry.get("split") == "train"]
         lines = [f"Of {len(cases) + len(left_out)} scans, {len(names)} were trained on, by the checkpoint's record"]
         lines[0] += f": {listed(names)}" if names else ""
-        if not record.complete:
+        partly = [entry["id"] for entry in cases if "networks" in entry]
+        if partly:
+            lines.append(
+                f"Of the others, {len(partly)} were trained on by some of the {len(networks.members)} networks; those "
+                f"that did not see them segmented them alone, as {REPORT} lists: {listed(partly)}"
+            )
+        if not all(record is not None and record.complete for record in networks.records):
             lines.append("The record does not name all scans that were trained on")
         if any(entry.get("split") == "train" for entry in cases):
             lines.append("Scores on scans that were trained on tell nothing of unseen ones")
@@ -250,9 +274,23 @@ def _only_writable(ending: str, scans: list[Scan]) -> tuple[list[Scan], list[dic
     return usable, [{"id": scan.case, "reason": f"{scan.path}: {needs}; this scan has none"} for scan in others]
 
 
-def _load(config: InferConfig) -> Segmenter:
-    """The networks of --model_path with all that the flags choose. Raises CheckpointError, ConfigError."""
-    paths = config.model_path if isinstance(config.model_path, tuple) else (config.model_path,)
+def _with_learned(config: InferConfig) -> tuple[InferConfig, list[str]]:
+    """The flags with --keep_largest as a cross-validation learned it, where that is not given; and a line about it."""
+    (path, *others), labels = _model_paths(config), {structure_key(name) for name in config.labels}
+    names = () if config.keep_largest or others else learned_largest(path)
+    names = tuple(name for name in names if not labels or structure_key(name) in labels)
+    if not names:
+        return config, []
+    line = f"the largest part of {', '.join(names)} is kept, as it raised the Dice in the cross-validation"
+    return replace(config, keep_largest=names), [f"{line}; --keep_largest none keeps all parts"]
+
+
+def _model_paths(config: InferConfig) -> tuple[Path, ...]:
+    return config.model_path if isinstance(config.model_path, tuple) else (config.model_path,)
+
+
+def _load(config: InferConfig, paths: Sequence[Path]) -> Segmenter:
+    """The networks with all that the flags choose. Raises CheckpointError, ConfigError."""
     models = [load_model(path, precision=config.precision) for path in paths]
     networks = Ensemble.of(models, [str(path) for path in paths])
     for model in models:
@@ -323,12 +361,12 @@ def _outcomes(run: InferRun, scans: list[Scan], windows: Progress | None) -> Ite
     written: deque[tuple[Scan, Future[Entry]]] = deque()
     held, full = held_bytes(), False
 
-    def begin(scan: Scan, reading: Future[tuple[Volume, NetworkInput] | Entry]) -> Entry | str | None:
+    def begin(scan: Scan, reading: Future[ScanInput | Entry]) -> Entry | str | None:
         try:
             read = reading.result()
             if isinstance(read, dict):
                 return read
-            done = run.segment(scan, read[0], read[1], windows)
+            done = run.segment(scan, read, windows)
         except CASE_ERRORS as error:
             return failure_reason(error)
         written.append((scan, writer.submit(run.results.save_result, done, run.segmenter)))

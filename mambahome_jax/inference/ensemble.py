@@ -28,18 +28,27 @@ _POOR_DICE = 0.5
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """Digests (`voxel_digest`) of the scans that networks were trained and validated on; complete: of all of them."""
+    """Digests (`voxel_digest`) of the scans that a network was trained and validated on; complete: of all of them."""
 
     trained_on: frozenset[str]
     held_out: frozenset[str]
     complete: bool
 
-    def split_of(self, array: np.ndarray) -> Split | None:
+    @classmethod
+    def of(cls, data: DataProperties | None) -> "TrainingRecord | None":
+        """What a network says of the scans that it saw; None where it says nothing."""
+        if data is None or data.trained_on is None:
+            return None
+        seen, held_out = (
+            frozenset(digest for scan in scans for digest in scan) for scans in (data.trained_on, data.held_out or ())
+        )
+        return cls(seen, held_out, complete=all(data.trained_on))
+
+    def split_of(self, digests: Collection[str]) -> Split | None:
         """The part that a scan had in the training; "test": none; None where that cannot be known."""
-        digest = voxel_digest(array)
-        if digest in self.trained_on:
+        if not self.trained_on.isdisjoint(digests):
             return "train"
-        return None if not self.complete else "val" if digest in self.held_out else "test"
+        return None if not self.complete else "test" if self.held_out.isdisjoint(digests) else "val"
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,14 +130,28 @@ class Ensemble:
         return frozenset().union(*named) if all(named) else frozenset()
 
     @functools.cached_property
-    def record(self) -> TrainingRecord | None:
-        """What its members say of the scans that they saw; None where none of them says anything."""
-        data = [_metadata(member) for member in self.members]
-        known = [each for each in data if each is not None and each.trained_on is not None]
-        scans = [scan for each in known for scan in each.trained_on or ()]
-        held_out = frozenset(digest for each in known for scan in each.held_out or () for digest in scan)
-        complete = len(known) == len(data) and all(scans)
-        return TrainingRecord(frozenset(d for scan in scans for d in scan), held_out, complete) if known else None
+    def records(self) -> tuple[TrainingRecord | None, ...]:
+        """What each member says of the scans that it saw; None where it says nothing."""
+        return tuple(TrainingRecord.of(_metadata(member)) for member in self.members)
+
+    def part_of(self, array: np.ndarray) -> tuple[Split | None, tuple[int, ...]]:
+        """The part that a scan had in the training of the members that are to segment it, and their numbers.
+
+        Of a scan that some were trained on, those that were not; all of them where none is known to be one of these.
+        """
+        digest = voxel_digest(array)
+        splits = [None if record is None else record.split_of([digest]) for record in self.records]
+        unseen = tuple(number for number, split in enumerate(splits) if split in ("val", "test"))
+        everyone = tuple(range(len(splits)))
+        if "train" not in splits:
+            return None if None in splits else "val" if "val" in splits else "test", everyone
+        if not unseen:
+            return "train", everyone
+        return "val" if any(splits[number] == "val" for number in unseen) else "test", unseen
+
+    def only(self, members: Sequence[int]) -> "Ensemble":
+        """The members of these numbers."""
+        return self if len(members) == len(self.members) else Ensemble(tuple(self.members[n] for n in members))
 
     def mirrors(self, orientation: str) -> tuple[tuple[Mirror, ...], tuple[str, ...]]:
         """Find the axes to mirror windows along, which every network was trained with, and remarks: `mirrors_for`."""

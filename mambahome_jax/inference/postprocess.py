@@ -15,7 +15,7 @@ from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.volume import Volume, count_values, replace_values
 from mambahome_jax.support.files import atomic_write
 
-ALL = "all"
+ALL, NONE = "all", "none"
 ENTRIES = ("probabilities", "affine", "labels")  # of a file of probabilities
 # Voxels belong together where they share a face, an edge or a corner.
 _NEIGHBOURS = np.ones((3, 3, 3), bool)

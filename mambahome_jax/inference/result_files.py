@@ -44,6 +44,8 @@ _KEPT = {
     "changed": "Note: kept, but changed by somebody else after they were made: {}",
     "unknown": "Note: kept, but nothing says which weights and scans they were made of: {}",
 }
+# Of an entry of run.json, what is noted before there is one.
+_NOTED = ("id", "output", "split", "networks", "made_from", "remarks")
 # Notes of what made each result, should the run not come to write its report.
 _NOTES = ".results.jsonl"
 
@@ -69,7 +71,8 @@ class ResultFiles:
 
     weights: a digest of each network. earlier: entries of run.json by case, each with its "configuration".
     origins: of the results that --skip_existing would keep. sources: what the files of each scan were when it was read.
-    splits: {"split": its part in the training} of each scan, {} where that is not known.
+    splits: {"split": its part in the training} of each scan, {} where that is not known; with "networks", where some of
+    them alone segment it.
     """
 
     config: InferConfig
@@ -183,7 +186,7 @@ class ResultFiles:
 
     def note_made(self, entry: Entry, configuration: Mapping[str, Any]) -> None:
         """Note what made a result, for a next run, should this one not come to write its report."""
-        known = {key: entry[key] for key in ("id", "output", "split", "made_from", "remarks") if key in entry}
+        known = {key: entry[key] for key in _NOTED if key in entry}
         row = json.dumps(known | {"configuration": configuration})
         with contextlib.suppress(OSError), (self.config.output_dir / _NOTES).open("a", encoding="utf-8") as file:
             file.write(row + "\n")
@@ -208,7 +211,7 @@ class ResultFiles:
             known = self.earlier.get(entry["id"])
             if known is None or not _is_of(known, entry["output"]):
                 continue
-            entry |= {key: known[key] for key in ("configuration", "made_from", "remarks") if key in known}
+            entry |= {key: known[key] for key in ("configuration", "made_from", "networks", "remarks") if key in known}
             # The same weights are the same wherever they lie.
             ignored = _WITHOUT_EFFECT | ({"model_path"} if self.origins.get(entry["id"]) == "same" else set())
             before = known["configuration"]

@@ -29,7 +29,7 @@ from mambahome_jax.imaging.normalisation import CtNormalisation, Normalisation, 
 from mambahome_jax.imaging.plausibility import modality_remark, scan_remark, volume_remark
 from mambahome_jax.imaging.volume import Volume, replace_values
 from mambahome_jax.inference.ensemble import Ensemble, replicas
-from mambahome_jax.inference.postprocess import ALL, postprocess, values_named, volumes_ml, write_probabilities
+from mambahome_jax.inference.postprocess import ALL, NONE, postprocess, values_named, volumes_ml, write_probabilities
 from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole, probabilities_of_tile
 from mambahome_jax.inference.tiled import Progress, TileTarget, WindowSettings, predict_tiled
 from mambahome_jax.support.paths import openable_path
@@ -50,7 +50,7 @@ class SegmentOptions:
     spacing: (3,) mm at which the network works, 0 keeps an axis of the scan. orientation: of its axes. modality: of the
     scan, which decides how intensities are normalised. roi_size: window in voxels, an entry <= 0 takes the whole axis.
     chain: see `SegmentSettings`. tta: mean of the logits over mirrored windows. labels: names of the structures to
-    keep; none keeps all. keep_largest: names of those of which only the largest connected part is kept, or "all".
+    keep; none keeps all. keep_largest: names of those of which only the largest connected part is kept, "all", "none".
     """
 
     spacing: Sequence[float] | None = None
@@ -121,8 +121,9 @@ class Segmenter:
         networks = Ensemble.of(model)
         data, known = networks.data, (networks.label_names, networks.classes)
         only = values_named(options.labels, *known, "labels") if options.labels else None
-        every = options.keep_largest == ALL or tuple(options.keep_largest) == (ALL,)
-        largest = None if every else values_named(options.keep_largest, *known, "keep_largest")
+        wanted = (options.keep_largest,) if isinstance(options.keep_largest, str) else tuple(options.keep_largest)
+        wanted = () if wanted == (NONE,) else wanted
+        largest = None if wanted == (ALL,) else values_named(wanted, *known, "keep_largest")
         roi_size = data.patch_size or PUBLISHED_ROI
         settings = SegmentSettings(
             spacing=data.spacing if options.spacing is None else options.spacing,

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
-from mambahome_jax.support.files import parse_json
+from mambahome_jax.support.files import parse_json, read_json
 from mambahome_jax.support.paths import openable_path, require_letters
 
 CONFIG_FILE, MODEL_ITEM = "config.json", "model"
 RUN_CHECKPOINT = Path("checkpoints") / "best"  # of a run folder: what infer is to use
+# Of a run of several networks, folders fold_0, fold_1, ... or member_0, ..., each a run.
+FOLD, MEMBER, CROSS_VALIDATION = "fold", "member", "cross_validation"
 PARTIAL, PREVIOUS, EARLIER = ".partial", ".previous", "step_"
 # Bytes that one on the disk may stand for: arrays of zeros, as some parameters begin, pack well.
 _PACKED = 10_000
@@ -58,9 +60,46 @@ def find_checkpoint(folder: Path | str) -> Path:
             if (candidate / CONFIG_FILE).is_file() and (candidate / MODEL_ITEM).is_dir():
                 return candidate
     fault = "the folder has no config.json and model/" if folder.is_dir() else "no such folder"
+    if networks := networks_of_run(folder):
+        raise CheckpointError(f"{folder}: the folder of several networks; expected one, such as {networks[0]}")
     raise CheckpointError(
         f"{folder}: {fault}; expected a run, or a checkpoint such as RUN/checkpoints/best. Check the path"
     )
+
+
+def networks_of_run(folder: Path) -> list[Path]:
+    """The folders of the networks of a run of several, by number, as far as they have a checkpoint; none of another."""
+    for kind in (FOLD, MEMBER):
+        numbered = {path: path.name.removeprefix(f"{kind}_") for path in folder.glob(f"{kind}_*")}
+        homes = [path for path, number in numbered.items() if number.isdecimal() and (path / RUN_CHECKPOINT).is_dir()]
+        if homes and not (folder / RUN_CHECKPOINT).is_dir():
+            return sorted(homes, key=lambda path: int(numbered[path]))
+    return []
+
+
+def networks_at(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """The paths with the folders of the networks in the place of a run of several, and a note on folds without one."""
+    found: list[Path] = []
+    notes: list[str] = []
+    for path in paths:
+        networks = networks_of_run(path)
+        found += networks or [path]
+        folds = _entry(networks[0] / "run.json", "configuration").get("folds") if networks else None
+        if isinstance(folds, int) and len(networks) < folds:
+            notes.append(f"{path} holds {len(networks)} of {folds} folds, which segment without the others")
+    return found, notes
+
+
+def learned_largest(run: Path) -> tuple[str, ...]:
+    """Structures of which the cross-validation of a run found it better to keep the largest connected part alone."""
+    table = _entry(run / CROSS_VALIDATION / "summary.json", "largest_part")
+    return tuple(name for name, entry in table.items() if isinstance(entry, Mapping) and entry.get("kept") is True)
+
+
+def _entry(file: Path, key: str) -> Mapping[str, Any]:
+    """An object in a JSON file; empty where there is no such file. Raises DatasetError: damaged."""
+    content = read_json(file).get(key) if file.is_file() else None
+    return content if isinstance(content, Mapping) else {}
 
 
 def read_checkpoint_config(folder: Path | str) -> dict[str, Any]:

@@ -219,3 +219,68 @@ def test_the_digest_does_not_depend_on_the_order_of_voxels_in_memory():
     assert voxel_digest(array[..., None]) == digest != voxel_digest(array.reshape(50, 40, 60).reshape(20, 100, 60))
     assert voxel_digest(np.zeros((2, 2, 2))) == voxel_digest(-np.zeros((2, 2, 2)))
     assert voxel_digest(Volume(array, np.eye(4)).array + 1) != digest
+
+
+def folds(monkeypatch, folder, count=3):
+    """A run of folds, each of whose networks was trained on the first scan's others and marks another structure."""
+    scans = [((voxel_digest(voxels(number)),)) for number in range(3)]
+    for fold in range(count):
+        (folder / "RUN" / f"fold_{fold}" / "checkpoints" / "best").mkdir(parents=True)
+        (folder / "RUN" / f"fold_{fold}" / "run.json").write_text(json.dumps({"configuration": {"folds": 3}}))
+
+    def load(path, precision):
+        fold = int(path.name.removeprefix("fold_"))
+        levels = [(0.0, 0.5, 1.0), (1.0, 0.5, 0.0), (0.0, 1.0, 0.0)][fold]
+        trained = tuple(scan for number, scan in enumerate(scans[:2]) if number != fold)
+        held_out = tuple(scan for number, scan in enumerate(scans[:2]) if number == fold)
+        return Levels(levels, metadata=dataclasses.replace(PROPERTIES, trained_on=trained, held_out=held_out))
+
+    monkeypatch.setattr(batch, "load_model", load)
+    return dataclasses.replace(settings(folder), model_path=folder / "RUN")
+
+
+def test_scans_of_a_cross_validation_are_segmented_by_the_network_that_did_not_see_them(folder, monkeypatch, capsys):
+    flags = folds(monkeypatch, folder)
+    assert infer.run(flags) == 0
+    entries = {case["id"]: case for case in report(folder)["cases"]}
+    run = folder / "RUN"
+    assert {case: entry.get("networks") for case, entry in entries.items()} == {
+        "trained": [str(run / "fold_0")],
+        "held": [str(run / "fold_1")],
+        "unseen": None,
+    }
+    assert parts(folder) == {"trained": "val", "held": "val", "unseen": "test"}
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Of 3 scans, 0 were trained on" in printed
+    assert "Of the others, 2 were trained on by some of the 3 networks" in printed
+    for case, fold in (("trained", 0), ("held", 1)):
+        alone = dataclasses.replace(flags, model_path=run / f"fold_{fold}", output_dir=folder / "alone", split="all")
+        assert infer.run(alone) == 0
+        ours, own = (read_volume(folder / place / f"{case}.nii.gz").array for place in ("out", "alone"))
+        assert np.array_equal(ours, own)
+    # A result that stays keeps the networks that made it.
+    assert infer.run(dataclasses.replace(flags, skip_existing=True)) == 0
+    assert {case["id"]: case.get("networks") for case in report(folder)["cases"]}["held"] == [str(run / "fold_1")]
+
+
+def test_a_scan_that_all_networks_saw_is_left_out_and_a_missing_fold_is_said(folder, monkeypatch, capsys):
+    """Without the first fold nobody is left who did not see its scan."""
+    flags = folds(monkeypatch, folder)
+    shutil.rmtree(folder / "RUN" / "fold_0")
+    assert infer.run(flags) == 0
+    assert [entry["id"] for entry in report(folder)["left_out"]] == ["trained"]
+    assert f"Note: {folder / 'RUN'} holds 2 of 3 folds" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_a_cross_validation_learned_is_done_unless_a_flag_says_otherwise(folder, monkeypatch, capsys):
+    flags = folds(monkeypatch, folder)
+    table = {"liver": {"kept": True}, "spleen": {"kept": False}}
+    (folder / "RUN" / "cross_validation").mkdir()
+    (folder / "RUN" / "cross_validation" / "summary.json").write_text(json.dumps({"largest_part": table}))
+    assert infer.run(flags) == 0
+    assert "Note: the largest part of liver is kept" in " ".join(capsys.readouterr().out.split())
+    assert report(folder)["configuration"]["keep_largest"] == ["liver"]
+    for changes, kept in (({"keep_largest": ("none",)}, ["none"]), ({"labels": ("spleen",)}, [])):
+        assert infer.run(dataclasses.replace(flags, **changes)) == 0
+        assert "the largest part of" not in capsys.readouterr().out
+        assert report(folder)["configuration"]["keep_largest"] == kept

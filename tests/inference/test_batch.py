@@ -46,7 +46,7 @@ def test_no_more_is_read_ahead_than_fits(tmp_path, num_workers, held_bytes, ahea
     most = []
     for number, (scan, nbytes, reading) in enumerate(read_ahead(read, scans, num_workers, held_bytes)):
         assert nbytes == NBYTES
-        volume, prepared = reading.result()
+        volume, prepared, _ = reading.result()
         assert scan.case == "abcdef"[number]
         assert volume.array.dtype == np.int16 and prepared.kept is not None
         most.append(len(begun) - number - 1)
