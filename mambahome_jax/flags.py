@@ -202,6 +202,11 @@ class TrainConfig:
     members: int = 1
     """Networks to train one after the other, for an ensemble, in member_0, member_1, ...; their seeds count on from
     --seed. They share --max_minutes; --steps, --epochs and a planned length hold for each."""
+    folds: int | None = None
+    """Cross-validation: so many networks, in fold_0, fold_1, ..., each trained without a part of the patients, on which
+    it is scored; all scores are in cross_validation/. Time and steps as of --members."""
+    fold: int | None = None
+    """Train this fold of --folds alone, counted from 0, as on another machine with the same --output_dir."""
     parallel: bool = True
     """Use several devices; False uses one."""
     num_devices: int | None = None
@@ -220,6 +225,11 @@ class TrainConfig:
     given: Suppress[tuple[str, ...]] = ()
     """Names of the flags that were given, whatever their values."""
 
+    @property
+    def networks(self) -> int:
+        """How many networks the command trains."""
+        return 1 if self.fold is not None else self.folds or self.members
+
 
 @dataclass(frozen=True)
 class InferConfig:
@@ -229,20 +239,22 @@ class InferConfig:
     """A scan (.nii.gz, .nii, .mha, .mhd, .nrrd), a folder of DICOM slices, or a folder of such scans, also in
     subfolders such as <patient>/<study>/<series>."""
     model_path: Path | tuple[Path, ...]
-    """A checkpoint folder (RUN/checkpoints/best), or published weights (.pth, .npz, .safetensors). Several are an
-    ensemble: the mean of their softmax probabilities."""
+    """A run, a checkpoint folder (RUN/checkpoints/best), or published weights (.pth, .npz, .safetensors). Several, or a
+    run of --folds or --members, are an ensemble: the mean of their softmax probabilities."""
     output_dir: Path = Path("inference")
     """Folder for the label maps, previews, volumes.csv and run.json."""
     split: Literal["auto", "all", "train", "val", "test"] = "auto"
     """Scans to segment: all but those that the checkpoint's own record says it was trained on; all; those that it was
-    trained on, was validated on, or has no part in (where the record names a scan in none, as the dataset marks it)."""
+    trained on, was validated on, or has no part in (where the record names a scan in none, as the dataset marks it).
+    Of an ensemble, the networks that were not trained on a scan segment it."""
     tta: bool = False
     """Test-time augmentation: mean over mirrored windows, along the axes that training mirrored. Each axis doubles the
     work; an axis along which a structure has no counterpart is left out."""
     labels: tuple[str, ...] = ()
     """Names of the structures to keep; the others become background (default: all)."""
     keep_largest: tuple[str, ...] = ()
-    """Structures of which only the largest connected part is kept, or: all."""
+    """Structures of which only the largest connected part is kept, or: all; none (default: as a cross-validation at
+    --model_path found it better, else none)."""
     output_format: Literal["nii.gz", "nii", "mha", "nrrd", "dcm"] = "nii.gz"
     """Format of the label maps; dcm is DICOM SEG, for folders of DICOM slices."""
     skip_existing: bool = False

@@ -379,8 +379,8 @@ def follow_plan(
         planned["strides"] = "auto"
     if "length" in settings and not is_given(flags, "epochs", "steps", "max_minutes"):
         ((unit, number),) = settings["length"].value.items()
-        # --members share --max_minutes; a planned length is of each.
-        planned |= {"max_minutes": number * max(flags.members, 1)} if unit == "minutes" else {unit: number}
+        # --members and --folds share --max_minutes; a planned length is of each.
+        planned |= {"max_minutes": number * max(flags.networks, 1)} if unit == "minutes" else {unit: number}
     followed, made_for = dataclasses.replace(flags, **planned), Machine.named(machine)
     patch = followed.patch_size or MODEL_SIZES[followed.model].patch_size
     planned_sizes = [settings[name].value if name in settings else None for name in ("model", "patch_size")]

@@ -29,6 +29,7 @@ from mambahome_jax.training.step import TrainState, deployed_params
 from mambahome_jax.weights.checkpoint import (
     MODEL_ITEM,
     PARTIAL,
+    PREVIOUS,
     READ_ERRORS,
     WRITE_ERRORS,
     WRITING,
@@ -195,6 +196,11 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         for path, leaf in leaves
         if hasattr(leaf, "shape")
     }
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run with a checkpoint to resume."""
+    return any((folder / "checkpoints" / name).is_dir() for name in ("last", sibling(Path("last"), PREVIOUS)))
 
 
 def recorded_cases(config: Mapping[str, Any] | None) -> Contents:

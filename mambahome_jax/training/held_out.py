@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,11 +15,13 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mambahome_jax.config import DataProperties
 from mambahome_jax.datasets.base import Split
 from mambahome_jax.datasets.find_scans import Scan
-from mambahome_jax.datasets.prepared import PreparedCase
+from mambahome_jax.datasets.prepared import Prepared, PreparedCase
 from mambahome_jax.errors import DatasetError, MambaHomeError
 from mambahome_jax.evaluation.evaluate import make_summary, provenance_of, score_case
+from mambahome_jax.evaluation.metrics import dice
 from mambahome_jax.evaluation.pairs import Pair
 from mambahome_jax.evaluation.results import Score, write_metrics
 from mambahome_jax.evaluation.tables import results_table
@@ -27,7 +29,8 @@ from mambahome_jax.flags import EvaluateConfig, ReportConfig
 from mambahome_jax.imaging.geometry import orientation_of, reorient, same_grid
 from mambahome_jax.imaging.volume import Volume, read_grid, replace_values, write_volume
 from mambahome_jax.inference.batch import CASE_ERRORS, failure_reason
-from mambahome_jax.inference.ensemble import apply_network
+from mambahome_jax.inference.ensemble import TrainingRecord, apply_network
+from mambahome_jax.inference.postprocess import keep_largest
 from mambahome_jax.inference.tiled import Replica
 from mambahome_jax.patches.store import Store
 from mambahome_jax.reporting.report import write_report
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from mambahome_jax.training.train import TrainingRun
 
 FOLDER, SUMMARY = "validation", "summary.json"
+Largest = dict[str, dict[str, float]]  # structure -> case -> Dice of the largest connected part
 
 
 def forget_scores(folder: Path) -> None:
@@ -78,7 +82,7 @@ def score_held_out(
             run.display.say(f"Segmenting the {len(settings.cases)} cases held out by checkpoints/{name}")
             params = jax.device_put(read_checkpoint_params(folder / "checkpoints" / name), device)
             network = Replica(device, partial(apply_network, graphdef, params))
-            scores, failures, left = HeldOutCases(output, setup, settings, network, run).score()
+            scores, largest, failures, left = HeldOutCases(output, setup, settings, network, run).score()
             if run.signal is not None:
                 return
             config = EvaluateConfig(output, setup.validated.root / "labels", output)
@@ -88,9 +92,14 @@ def score_held_out(
                 "checkpoint": checkpoint,
                 "note": _note(checkpoint, settings.cases),
                 "not_segmented": left,
+                **({"largest_part": largest} if setup.flags.folds is not None else {}),
             }
-            if is_first() and scores:
-                _write(output, setup, scores, run.held_out)
+            if is_first() and (scores or setup.flags.folds is not None):
+
+                def pair(case: PreparedCase) -> Pair:
+                    return pair_of(output, setup.validated, case, _names(setup), _reference_values(setup))
+
+                write_scores(output, setup.validated, scores, run.held_out, pair)
     except MambaHomeError as error:
         run.failures[FOLDER] = str(error)
         run.display.say(f"No held-out scores: {error}")
@@ -121,10 +130,12 @@ class HeldOutCases:
     network: Replica
     run: TrainingRun
 
-    def score(self) -> tuple[list[Score], dict[str, str], list[str]]:
-        """Scores, failures, and the cases for which no time was left; failures go to the run too, and a signal."""
-        store, waiting = Store(self.setup.validated.store), deque[tuple[str, Future[list[Score]]]]()
+    def score(self) -> tuple[list[Score], Largest, dict[str, str], list[str]]:
+        """Scores, those of the largest parts, failures, and the cases for which no time was left; failures go to the
+        run too, and a signal."""
+        store, waiting = Store(self.setup.validated.store), deque[tuple[str, Future[tuple[list[Score], dict]]]]()
         scores: list[Score] = []
+        largest: Largest = {}
         failures: dict[str, str] = {}
         share = self.settings.cases[jax.process_index() :: jax.process_count()]
         left: Sequence[str] = ()
@@ -134,7 +145,10 @@ class HeldOutCases:
             while len(waiting) > most:
                 case, result = waiting.popleft()
                 try:
-                    scores.extend(result.result())
+                    rows, parts = result.result()
+                    scores.extend(rows)
+                    for name, value in parts.items():
+                        largest.setdefault(name, {})[case] = value
                 except CASE_ERRORS as error:
                     failures[case] = failure_reason(error)
 
@@ -155,29 +169,41 @@ class HeldOutCases:
             collect(0)
         self.run.stop.agree(at_once=True)
         self.run.signal = self.run.stop.requested()
-        mine = {"scores": [asdict(row) for row in scores], "failures": failures, "left": list(left)}
+        rows = [asdict(row) for row in scores]
+        mine = {"scores": rows, "largest": largest, "failures": failures, "left": list(left)}
         shares = gather(mine)
         failures = {case: reason for each in shares for case, reason in each["failures"].items()}
         self.run.failures.update(failures)
-        rows = [Score(**row) for each in shares for row in each["scores"]]
-        rows.sort(key=lambda row: (row.case, row.label))
-        return rows, failures, [case for each in shares for case in each["left"]]
+        scores = [Score(**row) for each in shares for row in each["scores"]]
+        scores.sort(key=lambda row: (row.case, row.label))
+        largest = {
+            name: {case: value for each in shares for case, value in each["largest"].get(name, {}).items()}
+            for name in dict.fromkeys(name for each in shares for name in each["largest"])
+        }
+        return scores, largest, failures, [case for each in shares for case in each["left"]]
 
     def _late(self) -> bool:
         """Whether another case and the report no longer fit into the time."""
         budget = self.run.schedule.budget
         return budget.limited and budget.left() < budget.held_out_seconds(1 / len(self.settings.cases))
 
-    def _finish(self, case: str, labels: np.ndarray, reference: np.ndarray, store: Store) -> list[Score]:
-        """Write the label map of a case, and score it."""
+    def _finish(
+        self, case: str, labels: np.ndarray, reference: np.ndarray, store: Store
+    ) -> tuple[list[Score], dict[str, float]]:
+        """Write the label map of a case, and score it; in a cross-validation also the largest part of each structure,
+        by Dice."""
         stored = dict(self.setup.properties.values)
         affine, names = np.array(store.entry(case).affine), _names(self.setup)
         ours, truth = (replace_values(each, stored) if stored else each for each in (labels, reference))
         entry = next(entry for entry in self.setup.validated.cases if entry.id == case)
         result = on_own_grid(Volume(ours, affine), self.setup.validated.image_path(entry))
         write_volume(self.output / f"{case}.nii.gz", result, names=names, warn=False)
-        pair = _pair(self.output, self.setup, entry)
-        return score_case(pair, Volume(ours, affine), Volume(truth, affine))
+        pair = pair_of(self.output, self.setup.validated, entry, names, _reference_values(self.setup))
+        scores = score_case(pair, Volume(ours, affine), Volume(truth, affine))
+        if self.setup.flags.folds is None:
+            return scores, {}
+        parts = dice(keep_largest(ours), truth, [row.label for row in scores])
+        return scores, {row.structure: float(value) for row, value in zip(scores, parts, strict=True)}
 
 
 def on_own_grid(labels: Volume, image: Path) -> Volume:
@@ -208,34 +234,43 @@ def _names(setup: Setup) -> dict[int, str]:
     return {stored.get(value, value): name for value, name in setup.structures.items()}
 
 
-def _pair(output: Path, setup: Setup, case: PreparedCase) -> Pair:
-    """The label map of a case and its reference, whose values become those of the label map."""
+def _reference_values(setup: Setup) -> dict[int, int]:
+    """Value in the references -> value in the label maps that are written."""
     stored = dict(setup.properties.values)
     own = setup.val_values or {value: value for value in setup.structures}
-    values = {old: stored.get(new, new) for old, new in own.items()}
+    return {old: stored.get(new, new) for old, new in own.items()}
+
+
+def pair_of(
+    output: Path, prepared: Prepared, case: PreparedCase, names: Mapping[int, str], values: Mapping[int, int]
+) -> Pair:
+    """The label map of a case in `output` and its reference, whose `values` become those of the label map.
+
+    names: value in the label map -> structure.
+    """
     labelled = None if case.labelled is None else tuple(values[old] for old in case.labelled if old in values)
-    reference = setup.validated.label_path(case) or output
-    return Pair(
-        case.id, output / f"{case.id}.nii.gz", reference, _names(setup), reference_values=values, labelled=labelled
-    )
+    reference = prepared.label_path(case) or output
+    return Pair(case.id, output / f"{case.id}.nii.gz", reference, names, reference_values=values, labelled=labelled)
 
 
 def _provenance(
     scores: Sequence[Score], checkpoint: Mapping[str, Any], setup: Setup, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the network saw of the cases, with what it saw before this run by the record of its weights."""
-    scans = settings["data"].get("trained_on") or ()
-    seen = {digest for scan in scans for digest in scan}
+    record = TrainingRecord.of(DataProperties.from_json(settings["data"]))
     contents = dict(zip(setup.held_out, setup.properties.held_out or (), strict=False))
     cases = sorted({row.case for row in scores})
     splits: dict[str, Split] = {}
     for case in cases:
-        if case in checkpoint["chosen_on"]:
-            splits[case] = "val"
-        elif all(scans):  # else the weights that it began with may have seen any scan
-            splits[case] = "test"
-        if case in setup.trained_on or not seen.isdisjoint(contents.get(case, ())):
-            splits[case] = "train"
+        split = "test" if record is None else record.split_of(contents.get(case, ()))
+        if case in setup.trained_on:
+            split = "train"
+        if split != "train" and case in checkpoint["chosen_on"]:
+            split = "val"
+        elif split == "val":  # validated on for the curves alone
+            split = "test"
+        if split is not None:
+            splits[case] = split
     return provenance_of(cases, splits)
 
 
@@ -247,15 +282,25 @@ def _note(checkpoint: Mapping[str, Any], cases: Sequence[str]) -> str:
     return f"`best` was chosen by its Dice on {which}, so the scores are a little too good for unseen cases"
 
 
-def _write(output: Path, setup: Setup, scores: Sequence[Score], summary: Mapping[str, Any]) -> None:
-    """Write metrics.csv, summary.json and report.html, the latter with pictures of the cases that have files."""
+def write_scores(
+    output: Path,
+    prepared: Prepared,
+    scores: Sequence[Score],
+    summary: Mapping[str, Any],
+    pair: Callable[[PreparedCase], Pair],
+) -> None:
+    """Write metrics.csv, summary.json and report.html, the latter with pictures of the cases that have files.
+
+    Raises OutputError.
+    """
     write_metrics(output / "metrics.csv", scores)
     write_json(output / SUMMARY, summary, "--output_dir")
-    prepared = setup.validated
+    if not scores:
+        return
     scored = {row.case for row in scores}
     cases = [case for case in prepared.cases if case.id in scored]
     files = {case.id: (prepared.image_path(case), prepared.label_path(case)) for case in cases}
     drawn = [case for case in cases if all(path is not None and path.exists() for path in files[case.id])]
-    pairs = {case.id: _pair(output, setup, case) for case in drawn}
+    pairs = {case.id: pair(case) for case in drawn}
     scans = {case.id: Scan(case.id, files[case.id][0], case.modality) for case in drawn}
     write_report(ReportConfig(evaluation=output), files=(pairs, scans) if drawn else None)

@@ -392,7 +392,7 @@ def end_lines(folder: Path, report: Mapping[str, Any], flags: TrainConfig) -> li
     if report["exit_code"] in (130, 143):
         lines.append(f"Next, to continue up to the scores of the held-out cases: {train_line(flags, resume=True)}")
     elif best is not None:
-        lines.append(f"Next: {_infer_line([folder / 'checkpoints' / 'best'])}")
+        lines.append(f"Next: {_infer_line(folder / 'checkpoints' / 'best')}")
     return lines
 
 
@@ -408,12 +408,12 @@ def train_line(flags: TrainConfig, **changes: Any) -> str:
     return command_line("train", *words)
 
 
-def ensemble_line(checkpoints: Sequence[Path], members: int) -> str:
-    """Say what to type to segment with all networks together, as far as they came to a checkpoint."""
-    line = f"{len(checkpoints)} of {members} networks have a checkpoint. "
-    line = "All together: " if len(checkpoints) == members else line
-    return line + _infer_line(checkpoints) if checkpoints else line
+def ensemble_line(folder: Path, trained: int, networks: int) -> str:
+    """Say what to type to segment with all networks of a folder together. trained: how many have a checkpoint."""
+    line = f"{trained} of {networks} networks have a checkpoint. "
+    line = "All together: " if trained == networks else line
+    return line + _infer_line(folder) if trained else line
 
 
-def _infer_line(checkpoints: Sequence[Path]) -> str:
-    return command_line("infer", "--data_path", "SCANS", "--model_path", *checkpoints, "--output_dir", "PRED")
+def _infer_line(model: Path) -> str:
+    return command_line("infer", "--data_path", "SCANS", "--model_path", model, "--output_dir", "PRED")

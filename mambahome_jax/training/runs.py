@@ -1,4 +1,4 @@
-"""Training runs in their folders: one network, or several one after the other (--members), with lock and run.json."""
+"""Training runs in their folders: one network, or several one after the other (folds.py), with lock and run.json."""
 
 import contextlib
 import functools
@@ -19,7 +19,7 @@ from rich.console import Console
 from mambahome_jax.datasets import prepared as prepared_layout
 from mambahome_jax.datasets.prepared import Prepared, read_prepared
 from mambahome_jax.datasets.registry import load_dataset
-from mambahome_jax.datasets.splits import outside_split, with_split_file
+from mambahome_jax.datasets.splits import in_fold, outside_split, with_split_file
 from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.flags import PreprocessConfig, TrainConfig
@@ -31,8 +31,17 @@ from mambahome_jax.support.devices import choose_devices, device_line, versions
 from mambahome_jax.support.files import jsonable, read_json, write_json
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import from_keywords, local_path, require_letters
-from mambahome_jax.training.checkpoints import PACKAGES, checkpoint_settings, require_same_run
-from mambahome_jax.training.distributed import is_first, require_same
+from mambahome_jax.training.checkpoints import PACKAGES, checkpoint_settings, holds_run, require_same_run
+from mambahome_jax.training.distributed import gather, is_first, require_same
+from mambahome_jax.training.folds import (
+    Network,
+    cross_validate,
+    divide_cases,
+    fold_lines,
+    missing_folds,
+    networks_of,
+    show_scores,
+)
 from mambahome_jax.training.memory import (
     SIZES,
     DeviceMemoryError,
@@ -43,11 +52,11 @@ from mambahome_jax.training.memory import (
     smaller_sizes,
 )
 from mambahome_jax.training.pretrained import Transfer
-from mambahome_jax.training.progress import end_lines, ensemble_line, start_lines
-from mambahome_jax.training.schedule import Clock, Schedule
+from mambahome_jax.training.progress import end_lines, ensemble_line, start_lines, train_line
+from mambahome_jax.training.schedule import Clock, Schedule, report_seconds
 from mambahome_jax.training.setup import Setup, make_setup, recorded_mirrors
 from mambahome_jax.training.train import Programs, TrainingRun, train_network
-from mambahome_jax.weights.checkpoint import read_checkpoint_config
+from mambahome_jax.weights.checkpoint import CROSS_VALIDATION, FOLD, networks_of_run, read_checkpoint_config
 
 SIGNALLED = 128
 # Flags that say how a run was started; it may be another way of starting that finds it finished.
@@ -62,7 +71,8 @@ class TrainResult:
     """A training that ended: "finished", "stopped by a signal", or why else.
 
     best: checkpoint to segment with; dice: its validation's mean. structures: Dice of the last validation. failures:
-    case -> reason. networks: those of --members, whose largest exit code is that of all.
+    case -> reason. networks: those of --members or --folds, whose largest exit code is that of all. Of a
+    cross-validation dice, structures and failures are those of its scores.
     """
 
     folder: Path
@@ -139,7 +149,17 @@ class Training:
     @functools.cached_property
     def data(self) -> "Data":
         """The data of all networks, opened when the first one asks for them."""
-        return open_data(self.flags, self.folder, self.console)
+        # What is stored for a fold alone is its own: others may be storing theirs.
+        alone = self.folder if self.flags.fold is None else self.folder / f"{FOLD}_{self.flags.fold}"
+        return open_data(self.flags, alone, self.console)
+
+    @functools.cached_property
+    def held_out(self) -> tuple[tuple[str, ...], ...]:
+        """The cases that each of --folds holds out."""
+        parts = divide_cases(self.data.prepared, self.flags)
+        for line in fold_lines(self.data.prepared, parts, self.flags):
+            self.say(line)
+        return parts
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -147,11 +167,9 @@ class Training:
 
     def run(self) -> TrainResult:
         """Train the network, or all of them."""
-        if self.flags.members != 1:
-            with _locked(self.folder):
-                return self._train_members()
-        if holds_run(self.folder / "member_0"):
-            raise ConfigError(f"{self.folder} holds several networks. Say --members, or name another --output_dir")
+        if networks := networks_of(self.flags, self.folder):
+            with _locked(self.folder) if self.flags.fold is None else contextlib.nullcontext():
+                return self._train_several(networks)
         timed = self.flags.max_minutes is not None
         return self._train_one(self.folder, self.flags, self.clock, skip_finished=timed)
 
@@ -165,11 +183,13 @@ class Training:
                 self.say(self.first.pop(0))
             earlier, recorded = (earlier_report(folder), recorded_mirrors(folder)) if resume else ({}, ())
             devices = choose_devices(flags.parallel, flags.num_devices)
-            data = self.data
+            prepared, prepared_val, _ = self.data
+            if flags.fold is not None:
+                prepared = in_fold(prepared, self.held_out[flags.fold])
 
             def make(sizes: Mapping[str, Any]) -> Setup:
                 sized = replace(flags, **{**self.sizes, **sizes})
-                return make_setup(sized, data.prepared, data.prepared_val, len(devices), recorded, self.settings)
+                return make_setup(sized, prepared, prepared_val, len(devices), recorded, self.settings)
 
             setup = make({})
             if resume:
@@ -271,53 +291,62 @@ class Training:
             self.say(f"No checkpoint in {folder} yet: starting from the beginning")
         return exists
 
-    def _train_members(self) -> TrainResult:
-        """Train networks of several seeds, each a run; those that ended before stay as they are, a signal ends all."""
+    def _train_several(self, networks: Sequence[Network]) -> TrainResult:
+        """Train one network after the other, each a run; those that ended before stay, and a signal ends all."""
         flags, folder = self.flags, self.folder
-        homes = [folder / f"member_{number}" for number in range(flags.members)]
-        if flags.members < 1:
-            raise ConfigError(f"--members {flags.members}; expected 1 or more")
-        if holds_run(folder):
-            raise ConfigError(f"{folder} holds the run of one network already. Name another --output_dir")
-        held = [home for home in homes if holds_run(home)]
-        if held and not (flags.resume or flags.load_checkpoint):
-            raise ConfigError(
-                f"{held[0]} holds a run already. Continue all with --resume, or name another --output_dir"
-            )
-        report = {"command": "train", "configuration": asdict(flags), "members": [home.name for home in homes]}
-        save_report(folder, report | {"status": "running"})
-        networks: list[TrainResult] = []
-        for number, home in enumerate(homes):
-            minutes = None if flags.max_minutes is None else flags.max_minutes / flags.members
-            member = replace(flags, members=1, seed=flags.seed + number, max_minutes=minutes)
-            member = replace(member, output_dir=home, checkpoint_name="")
-            self.say(f"Network {number + 1} of {flags.members}, seed {member.seed}, in {home}")
-            share = self.clock._replace(parts=flags.members - number)
-            try:
-                networks.append(self._train_one(home, member, share, skip_finished=True))
-            except MambaHomeError as error:
-                save_report(folder, report | {"status": str(error), "exit_code": 2})
-                raise
-            if networks[-1].exit_code > SIGNALLED:
-                break
-            self.clock = _after(self.clock, home)
-        else:
-            best = [home / "checkpoints" / "best" for home in homes]
-            self.say(ensemble_line([path for path in best if path.is_dir()], len(best)))
-        code = max(network.exit_code for network in networks)
+        names = [network.folder.name for network in networks]
+        report = {"command": "train", "configuration": asdict(flags), "networks": names}
+        # Who trains a single fold is one of several who would write it.
+        save = save_report if flags.fold is None else lambda *_: None
+        save(folder, report | {"status": "running"})
+        if flags.folds is not None:  # the report of all folds takes its time too
+            self.clock = self.clock._replace(seconds=self.clock.seconds - report_seconds(self.clock.seconds))
+        results: list[TrainResult] = []
+        pooled: Mapping[str, Any] | None = None
+        try:
+            for number, network in enumerate(networks):
+                self.say(network.title)
+                share = self.clock._replace(parts=len(networks) - number)
+                results.append(self._train_one(network.folder, network.flags, share, skip_finished=True))
+                if results[-1].exit_code > SIGNALLED:
+                    break
+                self.clock = _after(self.clock, network.folder)
+            else:
+                pooled = self._pool() if flags.folds is not None else None
+                if flags.folds is None or pooled is not None:
+                    self.say(ensemble_line(folder, len(networks_of_run(folder)), flags.folds or flags.members))
+        except MambaHomeError as error:
+            save(folder, report | {"status": str(error), "exit_code": 2})
+            raise
+        code = max(network.exit_code for network in results)
         status = "stopped by a signal" if code > SIGNALLED else "finished"
-        save_report(folder, report | {"status": status, "exit_code": code})
-        return TrainResult(folder, status, code, networks=tuple(networks))
+        if pooled is None:
+            save(folder, report | {"status": status, "exit_code": code})
+            return TrainResult(folder, status, code, networks=tuple(results))
+        failures = {entry["case"]: entry["reason"] for entry in pooled["failures"]}
+        entry, code = scores_entry(pooled), max(code, int(bool(failures)))
+        save_report(folder, report | {"status": status, "exit_code": code, "cross_validation": entry})
+        named = {"dice": entry["dice"], "structures": entry["structures"]}
+        return TrainResult(folder, status, code, **named, failures=failures, networks=tuple(results))
+
+    def _pool(self) -> Mapping[str, Any] | None:
+        """Count the scores of all folds together, where all of them have ended; else say which have not."""
+        missing = missing_folds(self.folder, self.held_out)
+        for number, why in missing.items():
+            line = train_line(self.flags, fold=number, resume=True)
+            self.say(f"No {CROSS_VALIDATION} yet, without fold {number} ({why}): {line}")
+        if missing:
+            return None
+        summary = None
+        if is_first():
+            summary = cross_validate(self.folder, self.data.prepared, self.held_out)
+            show_scores(self.folder, summary, self.console)
+        return gather(summary)[0]
 
 
 def _locked(folder: Path) -> contextlib.AbstractContextManager:
     # The other processes of the same run write to it too.
     return locked(folder, "train") if is_first() else contextlib.nullcontext()
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether there is a checkpoint to resume."""
-    return any((folder / "checkpoints" / name).is_dir() for name in ("last", "last.previous"))
 
 
 def is_finished(report: Mapping[str, Any], flags: TrainConfig) -> bool:
@@ -405,8 +434,12 @@ def held_out_entry(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """What run.json says of the scores of the cases held out: mean Dice, of each structure, and of which checkpoint."""
     if summary is None:
         return None
+    return {"checkpoint": {key: summary["checkpoint"][key] for key in ("name", "step")}} | scores_entry(summary)
+
+
+def scores_entry(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The mean Dice of a summary of scores, and that of each structure."""
     return {
-        "checkpoint": {key: summary["checkpoint"][key] for key in ("name", "step")},
         "cases": summary["cases"],
         "dice": summary["mean"]["dice"],
         "structures": {name: entry["dice"] for name, entry in summary["structures"].items()},

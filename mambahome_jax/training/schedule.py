@@ -42,6 +42,11 @@ def progress_in_steps(config: OptimizerConfig, updates: int) -> float:
     return min(max((updates - late) // config.steps_per_period, 0), config.t_max) / config.t_max
 
 
+def report_seconds(budget: float) -> float:
+    """What is kept free for a report, of a budget in seconds."""
+    return min(REPORT_SECONDS, REPORT_PART * budget)
+
+
 class Decision(NamedTuple):
     """After a step: whether it was the last, whether a validation is due, and the part of the time that is spent."""
 
@@ -138,7 +143,7 @@ class TimeBudget:
         """Seconds that scores and report of the held-out cases take, or those of a `part` of the cases."""
         if not self.held_out:
             return 0.0
-        report = min(REPORT_SECONDS, REPORT_PART * self.seconds)
+        report = report_seconds(self.seconds)
         times = HELD_OUT_TIMES * part * self.held_out
         return (min(times, 1.0) if self._compiled else times) * self._validation_seconds + report
 

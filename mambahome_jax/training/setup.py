@@ -28,7 +28,7 @@ from mambahome_jax.config import (
     patch_and_grids,
     said_multiples,
 )
-from mambahome_jax.datasets.prepared import DESCRIPTION, Prepared, split_cases
+from mambahome_jax.datasets.prepared import DESCRIPTION, Prepared, split_cases, usable_cases
 from mambahome_jax.datasets.structures import (
     AXES,
     FEWEST_VOXELS,
@@ -144,7 +144,9 @@ def make_setup(
     entries = [store.entry(case) for case in train]
     val_store = store if prepared_val is None else Store(prepared_val.store)
     val_entries = [val_store.entry(case) for case in held_out]
-    patch, grids = choose_grids(flags, [entry.shape for entry in entries], own_voxel_size(prepared), settings or {})
+    # Of all cases, so that networks which hold out others have the same.
+    shapes = [store.entry(case.id).shape for case in usable_cases(prepared)]
+    patch, grids = choose_grids(flags, shapes, own_voxel_size(prepared), settings or {})
     classes, named = _classes(flags, prepared, entries)
     structures = named or {1: "label_1"}
     asked = "mirror" in given_ingredients(flags) and "mirror" not in (settings or {})

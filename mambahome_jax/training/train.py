@@ -95,9 +95,8 @@ def train_network(
     abstract = abstract_state(params, optimizer, recipe.ema_decay > 0)
 
     # --- State: new, or from the last checkpoint -----------------------------------------------------------------
-    position = None
     if earlier is None:
-        state = init_state(params, optimizer, mesh, flags.strategy, recipe.ema_decay > 0)
+        state, position = init_state(params, optimizer, mesh, flags.strategy, recipe.ema_decay > 0), None
     else:
         params = None  # or they lie in the device's memory beside the state
         state, position = restore_state(folder / "checkpoints" / "last", abstract, mesh, flags.strategy)
@@ -128,6 +127,7 @@ def train_network(
         validate=open_validation(graphdef, setup, devices),
         keep_last=flags.keep_last,
         memory=memory,
+        keeps_best=flags.folds is None,
     )
     with contextlib.ExitStack() as stack:
         if is_first():
@@ -325,7 +325,8 @@ class TrainingRun:
 
     folder: of the checkpoints; settings: entries of their config.json. validated_until: the step up to which that is
     done. error: why it ended before its time. saved: whether it has written a checkpoint. memory: of its compiled step,
-    where it has one. held_out: the summary of the scores of the cases held out.
+    where it has one. held_out: the summary of the scores of the cases held out. keeps_best: whether validations
+    choose `best`; else it is the last validated.
     """
 
     folder: Path
@@ -339,6 +340,7 @@ class TrainingRun:
     validate: Validate | None = None
     keep_last: int = 1
     memory: StepMemory | None = None
+    keeps_best: bool = True
     step: int = 0
     best: dict[str, Any] | None = None
     validated_until: int = 0
@@ -449,7 +451,8 @@ class TrainingRun:
             self.validation = dataclasses.replace(validation, picture=None)
             self.failures.update(validation.failures)
         self.validated_until = self.step
-        self._keep_best(state, None if validation is None else finite_or_none(validation.dice))
+        score = None if validation is None or not self.keeps_best else finite_or_none(validation.dice)
+        self._keep_best(state, score)
         return validation
 
     def _must_stop(self) -> bool:

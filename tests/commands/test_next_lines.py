@@ -60,9 +60,9 @@ def test_from_train_to_infer(tmp_path, capsys):
     print("\n".join(end_lines(folder, ended, TrainConfig(tmp_path))))
     command, config = following(capsys)
     assert (command, config.model_path) == ("infer", folder / "checkpoints/best")
-    print(ensemble_line([folder / "a", folder / "b c"], 2))
+    print(ensemble_line(folder, 2, 2))
     command, config = following(capsys)
-    assert (command, config.model_path) == ("infer", (folder / "a", folder / "b c"))
+    assert (command, config.model_path) == ("infer", folder)
 
 
 def test_an_interrupted_training_names_the_command_that_continues_it(tmp_path, capsys):

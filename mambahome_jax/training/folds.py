@@ -1,0 +1,221 @@
+"""The networks of one command: seeds of an ensemble (--members), or folds of a cross-validation and its scores.
+
+A fold is a run like any other, with the cases that it holds out marked "val". It is validated on them for its curves,
+but keeps its last weights, so that its scores are of a network that was chosen on nothing.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from mambahome_jax.datasets.base import Split
+from mambahome_jax.datasets.prepared import Prepared, PreparedCase, usable_cases
+from mambahome_jax.datasets.splits import held_out_folds
+from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.evaluation.evaluate import make_summary, provenance_of
+from mambahome_jax.evaluation.pairs import Pair
+from mambahome_jax.evaluation.results import Score, finite_mean, read_evaluation, structures_of
+from mambahome_jax.evaluation.tables import number, results_table
+from mambahome_jax.flags import EvaluateConfig, TrainConfig
+from mambahome_jax.patches.store import Store
+from mambahome_jax.preprocessing.plan import is_given
+from mambahome_jax.support.console import say
+from mambahome_jax.support.files import read_json
+from mambahome_jax.support.output_folder import open_output
+from mambahome_jax.training import held_out
+from mambahome_jax.training.checkpoints import holds_run
+from mambahome_jax.weights.checkpoint import CROSS_VALIDATION, FOLD, MEMBER
+
+# The gain in Dice from which on only the largest part of a structure is kept; metrics.csv has six digits.
+WORTH = 1e-4
+
+
+@dataclass(frozen=True)
+class Network:
+    """One of several: the folder of its run, its flags, and the line with which it begins."""
+
+    folder: Path
+    flags: TrainConfig
+    title: str
+
+
+def networks_of(flags: TrainConfig, folder: Path) -> list[Network]:
+    """The networks of --folds or --members, in their order; none where `folder` is the run of a single one.
+
+    Raises ConfigError: flags that do not go together, a folder that holds other runs, or runs without --resume.
+    """
+    _check(flags)
+    kind = MEMBER if flags.folds is None else FOLD
+    several = flags.folds is not None or flags.members != 1
+    for other, flag in ((FOLD, "--folds"), (MEMBER, "--members")):
+        if holds_run(folder / f"{other}_0") and not (several and other == kind):
+            raise ConfigError(f"{folder} holds several networks. Say {flag}, or name another --output_dir")
+    if not several:
+        return []
+    if holds_run(folder):
+        raise ConfigError(f"{folder} holds the run of one network already. Name another --output_dir")
+    if flags.folds is not None and holds_run(folder / f"{FOLD}_{flags.folds}"):
+        raise ConfigError(f"{folder} holds more than --folds {flags.folds}. Name another --output_dir")
+    numbers = range(flags.folds or flags.members) if flags.fold is None else [flags.fold]
+    networks = [_network(flags, folder / f"{kind}_{number}", number) for number in numbers]
+    held = [network.folder for network in networks if holds_run(network.folder)]
+    if held and not (flags.resume or flags.load_checkpoint):
+        raise ConfigError(f"{held[0]} holds a run already. Continue all with --resume, or name another --output_dir")
+    return networks
+
+
+def _check(flags: TrainConfig) -> None:
+    if flags.members < 1:
+        raise ConfigError(f"--members {flags.members}; expected 1 or more")
+    if flags.folds is None:
+        if flags.fold is not None:
+            raise ConfigError(f"--fold {flags.fold} without --folds; expected both")
+        return
+    if flags.folds < 2:
+        raise ConfigError(f"--folds {flags.folds}; expected 2 or more")
+    if flags.fold is not None and not 0 <= flags.fold < flags.folds:
+        raise ConfigError(f"--fold {flags.fold}; expected 0 to {flags.folds - 1} with --folds {flags.folds}")
+    for name in ("data_val", "hold_out", "members"):
+        if is_given(flags, name):
+            raise ConfigError(f"--{name} with --folds; the folds say which cases are held out. Leave one of them out")
+
+
+def _network(flags: TrainConfig, folder: Path, number: int) -> Network:
+    minutes = None if flags.max_minutes is None else flags.max_minutes / flags.networks
+    own = replace(flags, max_minutes=minutes, output_dir=folder, checkpoint_name="")
+    if flags.folds is not None:
+        return Network(folder, replace(own, fold=number), f"Fold {number} of 0 to {flags.folds - 1}, in {folder}")
+    own = replace(own, members=1, seed=flags.seed + number)
+    return Network(folder, own, f"Network {number + 1} of {flags.members}, seed {own.seed}, in {folder}")
+
+
+def divide_cases(prepared: Prepared, flags: TrainConfig) -> tuple[tuple[str, ...], ...]:
+    """Ids of the cases that each of --folds holds out: by patient, structures and modalities spread evenly."""
+    assert flags.folds is not None
+    entries = map(Store(prepared.store).entry, [case.id for case in usable_cases(prepared)])
+    traits = {entry.id: [entry.modality, *map(str, entry.foreground_counts)] for entry in entries}
+    return held_out_folds(prepared, flags.folds, flags.seed, traits)
+
+
+def fold_lines(prepared: Prepared, held_out_cases: Sequence[Sequence[str]], flags: TrainConfig) -> list[str]:
+    """Say how the cases were divided."""
+    cases = usable_cases(prepared)
+    how = "the folds that come with the dataset" if cases[0].fold is not None else f"by patient, from seed {flags.seed}"
+    sizes = ", ".join(str(len(part)) for part in held_out_cases)
+    lines = [f"Cases held out by the {len(held_out_cases)} folds: {sizes}; {how}"]
+    marked = Counter(case.split for case in cases)["val"]
+    if marked and cases[0].fold is None:
+        lines.append(f"Note: {marked} cases that the dataset marks val are in the folds like all others")
+    return lines
+
+
+# --- Scores of all folds ---------------------------------------------------------------------------------------------
+
+
+def missing_folds(folder: Path, held_out_cases: Sequence[Sequence[str]]) -> dict[int, str]:
+    """{fold: why its scores cannot be counted} of those in `folder` that have not ended, or hold other cases out."""
+    missing = {}
+    for fold, cases in enumerate(held_out_cases):
+        try:
+            report = read_json(folder / f"{FOLD}_{fold}" / "run.json")
+        except DatasetError:
+            missing[fold] = "not begun"
+            continue
+        if report.get("status") != "finished":
+            missing[fold] = str(report.get("status"))
+        elif {*report.get("data", {}).get("digests", {}).get("val", ())} != {*cases}:
+            missing[fold] = "it holds out other cases"
+    return missing
+
+
+def cross_validate(folder: Path, prepared: Prepared, held_out_cases: Sequence[Sequence[str]]) -> Mapping[str, Any]:
+    """Pool the scores of all folds in `folder`, write cross_validation/, and return its summary.
+
+    Raises OutputError, and DatasetError: scores of a fold that cannot be read.
+    """
+    output = folder / CROSS_VALIDATION
+    homes = [folder / f"{FOLD}_{fold}" / held_out.FOLDER for fold in range(len(held_out_cases))]
+    summaries = [_summary(home, cases) for home, cases in zip(homes, held_out_cases, strict=True)]
+    names = {int(value): name for summary in summaries for value, name in summary["labels"].items()}
+    value_of = {name: value for value, name in names.items()}
+    failures = {entry["case"]: entry["reason"] for summary in summaries for entry in summary["failures"]}
+    failures |= {case: "no time was left" for summary in summaries for case in summary["not_segmented"]}
+    scores: list[Score] = []
+    splits: dict[str, Split] = {}
+    for home, summary in zip(homes, summaries, strict=True):
+        rows = read_evaluation(home).scores if summary["cases"] else []
+        scores += [replace(row, label=value_of[row.structure]) for row in rows]
+        provenance = summary["provenance"]
+        splits |= {} if provenance["unknown"] else {row.case: "test" for row in rows}
+        splits |= {case: "train" for case in provenance["trained_on_cases"]}
+    scores.sort(key=lambda row: (row.case, row.label))
+    scored = sorted({row.case for row in scores})
+    config = EvaluateConfig(folder, prepared.root / "labels", output)
+    pooled = make_summary(config, scores, len(scored), sorted(failures.items()), names) | {
+        "provenance": provenance_of(scored, splits),
+        "folds": {
+            home.parent.name: {"cases": list(cases), "dice": summary["mean"]["dice"]}
+            for home, cases, summary in zip(homes, held_out_cases, summaries, strict=True)
+        },
+        "largest_part": learn_largest(scores, [summary["largest_part"] for summary in summaries]),
+    }
+    open_output(output)
+    home_of = {case: home for home, cases in zip(homes, held_out_cases, strict=True) for case in cases}
+    stored = prepared.values or {value: value for value in names}
+    values = {number: value for number, value in stored.items() if value in names}
+
+    def pair(case: PreparedCase) -> Pair:
+        return held_out.pair_of(home_of[case.id], prepared, case, names, values)
+
+    held_out.write_scores(output, prepared, scores, pooled, pair)
+    return pooled
+
+
+def _summary(home: Path, cases: Sequence[str]) -> Mapping[str, Any]:
+    """The summary of a fold's scores; where there is none, one of failures."""
+    try:
+        return read_json(home / held_out.SUMMARY)
+    except DatasetError as error:
+        failures = [{"case": case, "reason": f"{home.parent.name} has no scores: {error}"} for case in cases]
+        provenance = {"unknown": 0, "trained_on_cases": []}
+        nothing = {"labels": {}, "largest_part": {}, "not_segmented": [], "mean": {"dice": None}, "cases": 0}
+        return nothing | {"failures": failures, "provenance": provenance}
+
+
+def show_scores(folder: Path, summary: Mapping[str, Any], console: Console) -> None:
+    """Print the table of the pooled scores, and what has to be known to read it."""
+    if summary["cases"]:
+        console.print(results_table(summary, console.width))
+        text = f"Scores of {summary['cases']} cases, each by the network that was not trained on it"
+        say(console, f"{text}, with the report, in {folder / CROSS_VALIDATION}")
+        say(console, f"Dice of the folds: {', '.join(number(fold['dice'], 3) for fold in summary['folds'].values())}")
+    if summary["provenance"]["trained_on"] or summary["provenance"]["unknown"]:
+        say(console, f"Note: {summary['provenance']['summary']}")
+    for failure in summary["failures"]:
+        say(console, f"Not scored: {failure['case']}: {failure['reason']}")
+    for name, entry in summary["largest_part"].items():
+        if entry["kept"]:
+            both = f"Dice {number(entry['dice_of_largest_part'], 3)} instead of {number(entry['dice'], 3)}"
+            say(console, f"Of {name}, infer keeps the largest part alone: {both}")
+
+
+def learn_largest(
+    scores: Sequence[Score], parts: Sequence[Mapping[str, Mapping[str, float | None]]]
+) -> dict[str, dict[str, Any]]:
+    """For each structure its mean Dice, that of its largest connected part alone, and whether infer keeps only that.
+
+    parts: of each fold, structure -> case -> Dice of the largest part, None where the reference has no such structure.
+    """
+    table = {}
+    for name in structures_of(scores):
+        whole = {row.case: row.dice for row in scores if row.structure == name}
+        part = {case: value for fold in parts for case, value in fold.get(name, {}).items() if case in whole}
+        pairs = np.array([(whole[case], value) for case, value in part.items()], np.float64).reshape(-1, 2)
+        dice, largest = finite_mean(pairs, axis=0).tolist()
+        table[name] = {"dice": dice, "dice_of_largest_part": largest, "kept": largest > dice + WORTH}
+    return table
