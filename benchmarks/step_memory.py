@@ -25,8 +25,9 @@ from figures import tell
 from scipy.optimize import nnls
 from train_memory import ROOT, make_dataset
 
-from mambahome_jax.config import ModelConfig, Triple, patch_and_grids
+from mambahome_jax.config import ModelConfig, Triple
 from mambahome_jax.preprocessing.fingerprint import Fingerprint
+from mambahome_jax.preprocessing.grids import patch_and_grids
 from mambahome_jax.preprocessing.plan import PLAN, Machine, Setting, make_plan, write_plan
 from mambahome_jax.preprocessing.step_memory import parameters, step_elements
 from mambahome_jax.support.devices import gpu_memory_gib

@@ -25,8 +25,6 @@ from mambahome_jax.config import (
     converted,
     count_up_to,
     entries,
-    grids_for,
-    patch_and_grids,
     said_multiples,
     text,
 )
@@ -34,6 +32,7 @@ from mambahome_jax.datasets.prepared import detect, read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing.fingerprint import Fingerprint, voxel_size
+from mambahome_jax.preprocessing.grids import grids_for, patch_and_grids
 from mambahome_jax.preprocessing.step_memory import PLANNED_PART, step_gib
 from mambahome_jax.recipes import RECIPES, as_typed
 from mambahome_jax.support.console import command_line

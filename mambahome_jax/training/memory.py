@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from mambahome_jax.config import ModelConfig, Triple, beyond_one_voxel, grids_for, nearest_multiples
+from mambahome_jax.config import ModelConfig, Triple, beyond_one_voxel, nearest_multiples
 from mambahome_jax.errors import ConfigError, MambaHomeError
+from mambahome_jax.preprocessing.grids import grids_for
 from mambahome_jax.preprocessing.step_memory import step_gib
 from mambahome_jax.recipes import as_typed
 from mambahome_jax.support.devices import free_bytes, is_out_of_memory

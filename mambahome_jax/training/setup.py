@@ -23,9 +23,7 @@ from mambahome_jax.config import (
     Precision,
     Triple,
     beyond_one_voxel,
-    grids_for,
     nearest_multiples,
-    patch_and_grids,
     said_multiples,
 )
 from mambahome_jax.datasets.prepared import DESCRIPTION, Prepared, split_cases, usable_cases
@@ -43,6 +41,7 @@ from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.patches.store import CRC_LETTERS, Store, StoreEntry, training_ranges
 from mambahome_jax.preprocessing.fingerprint import voxel_size
+from mambahome_jax.preprocessing.grids import grids_for, patch_and_grids
 from mambahome_jax.preprocessing.plan import Setting
 from mambahome_jax.recipes import AugmentationConfig, Recipe, given_ingredients, resolve
 from mambahome_jax.support.devices import default_precision

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mambahome_jax.config import MODEL_SIZES, ModelConfig, grids_for, patch_and_grids
+from mambahome_jax.config import MODEL_SIZES, ModelConfig
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.preprocessing.grids import grids_for, patch_and_grids
 from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce
 from mambahome_jax.weights.weights import Weights, _leaves, dotted, export_official, read_weights, write_weights
 
