@@ -34,7 +34,10 @@ def _show(console: Console, config: CheckConfig, checked: Checked) -> None:
     counts = [f"{count} {severity}{'s' * (count != 1)}" for severity, count in checked.counts.items() if count]
     usable = f"{checked.usable} of {len(checked.facts)} {'scans can be read' if scans else 'cases can be preprocessed'}"
     say(console, f"{usable}; {', '.join(counts) or 'nothing found'}")
-    if checked.usable and not scans:
+    if checked.usable and scans:
+        words = ["--data_path", *map(str, several(config.folder)), "--model_path", "RUN/checkpoints/best"]
+        say(console, f"Next: {command_line('infer', *words, '--output_dir', 'PRED')}")
+    elif checked.usable:
         say(console, f"Next: {_next_line(config, checked.summary)}")
 
 

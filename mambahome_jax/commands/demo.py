@@ -61,6 +61,7 @@ def run(config: DemoConfig) -> int:
     picture = sorted((predicted / "previews").glob("*.png"))[0].resolve()
     console.print(f"\nMean Dice {mean:.3f} on {config.test_cases} unseen scans.", end=" ")
     console.print(f"Everything took {time.perf_counter() - started:.0f} s.\nA picture of the first: {picture}")
+    console.print(f"Next, with scans of your own: {command_line('check', 'SCANS')}")
     return 0
 
 

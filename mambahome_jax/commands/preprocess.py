@@ -34,7 +34,8 @@ def run(config: PreprocessConfig) -> int:
         say(console, f"{len(result.failed)} cases failed, for the reasons above; dataset.json lists them too")
     if result.plan is not None:
         plan = {name: as_typed(setting.value) for name, setting in result.plan.settings().items()}
-        text = f"{plan['model']}, patch {plan['patch_size']}, batch {plan['batch_size']}, {plan['length']}"
+        text = f"{plan['model']}, recipe {plan['recipe']}, patch {plan['patch_size']}, batch {plan['batch_size']}, "
+        text += plan["length"]
         say(console, f"Plan: {text}; the reasons are in {prepared.root / PLAN}, which you may edit")
     if entries:
         say(console, f"Next: {command_line('train', '--data_train', prepared.root)}")

@@ -88,8 +88,12 @@ def command_line(command: str, *words: str | Path) -> str:
 
 
 def say(console: "Console", text: str) -> None:
-    """Print a line as it is: no markup, no colours, not cut to the width of the terminal."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    """Print text as it is: no markup, no colours. On a terminal its lines end between words.
+
+    Not those with a command line or a word that is wider than the terminal, such as a path: they can be copied whole.
+    """
+    whole = not console.is_terminal or "mambahome " in text or max(map(len, text.split()), default=0) > console.width
+    console.print(text, markup=False, highlight=False, soft_wrap=whole)
 
 
 @contextlib.contextmanager
@@ -133,7 +137,8 @@ def progress_bar(console: "Console", text: str = "{task.description}", *, disabl
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    bar = BarColumn(bar_width=None)
+    columns = (TextColumn(text), bar, MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
     return Progress(*columns, TimeRemainingColumn(), console=console, disable=disable)
 
 

@@ -7,11 +7,20 @@ from pathlib import Path
 import pytest
 
 from mambahome_jax import cli
-from mambahome_jax.commands import check, evaluate, infer, preprocess, report
-from mambahome_jax.flags import CheckConfig, EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig, TrainConfig
+from mambahome_jax.commands import check, convert, evaluate, infer, preprocess, report
+from mambahome_jax.flags import (
+    CheckConfig,
+    ConvertConfig,
+    EvaluateConfig,
+    InferConfig,
+    PreprocessConfig,
+    ReportConfig,
+    TrainConfig,
+)
 from mambahome_jax.inference import batch
 from mambahome_jax.training.progress import end_lines, ensemble_line
 from tests.commands.scans import preprocess_config
+from tests.conftest import golden_path
 from tests.faults.fuzz_worker import PROPERTIES
 from tests.inference.models import Levels
 
@@ -51,6 +60,16 @@ def test_from_check_to_report(home, capsys):
     assert config == ReportConfig(scored, predictions=predicted, references=data / "labels")
     assert report.run(config) == 0
     assert "report.html" in capsys.readouterr().out
+
+
+def test_scans_alone_and_converted_weights_lead_to_infer(home, capsys):
+    scans, weights = home / "in" / "images", home / "my weights.npz"
+    assert check.run(CheckConfig(scans, num_workers=1)) == 0
+    command, config = following(capsys)
+    assert (command, config.data_path, config.model_path) == ("infer", scans, Path("RUN/checkpoints/best"))
+    assert convert.run(ConvertConfig(golden_path("mambahome_tiny.pth"), weights)) == 0
+    command, config = following(capsys)
+    assert (command, config.data_path, config.model_path) == ("infer", Path("SCANS"), weights)
 
 
 def test_from_train_to_infer(tmp_path, capsys):
