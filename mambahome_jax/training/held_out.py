@@ -78,7 +78,6 @@ def score_held_out(
     try:
         if run.held_out is None:
             open_output(output)
-            run.display.state("Held-out cases")
             run.display.say(f"Segmenting the {len(settings.cases)} cases held out by checkpoints/{name}")
             params = jax.device_put(read_checkpoint_params(folder / "checkpoints" / name), device)
             network = Replica(device, partial(apply_network, graphdef, params))
@@ -154,6 +153,7 @@ class HeldOutCases:
 
         with ThreadPoolExecutor(workers) as writers:
             for number, case in enumerate(share):
+                self.run.display.state("Held-out", f"case {number + 1}/{len(share)}")
                 if self.run.stop.noticed() or self._late():
                     left = share[number:]
                     break

@@ -8,12 +8,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import image, scalar
@@ -38,8 +40,8 @@ COLUMNS = (
 )
 # Of a bar, what is left out first where the terminal is narrow; step and loss stay.
 _LEFT_OUT = ("data wait", "lr", "images/s", "GPU")
-# Columns for the bar itself, and for times and gaps beside it.
-_BAR, _TIMES = 10, 24
+# Columns for what is being done, for the bar itself, and for times and gaps beside it.
+_DOING, _BAR, _TIMES = len("Validating"), 10, 26
 # Without a terminal: a line after this many seconds.
 LINE_SECONDS = 10.0
 # Without a validation or checkpoint, who watches sees nothing new for so long.
@@ -213,17 +215,18 @@ class Display:
 
     def __init__(self, console: Console, schedule: Schedule, start: int = 0, images_per_step: int = 1):
         self.console, self.schedule, self.start, self.images = console, schedule, start, images_per_step
+        self._step, self._rate, self._ends = start, 0.0, math.nan
         self._times: deque[float] = deque(maxlen=32)
         self._line_due = 0.0
         self._bar: Progress | None = None
 
     def __enter__(self) -> "Display":
         if self.console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[values]}"))
-            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-            self._bar = Progress(*columns, *times, console=self.console)
+            doing, values = (TextColumn(f"{{task.{name}}}") for name in ("description", "fields[values]"))
+            columns = (doing, BarColumn(bar_width=None), values, _Times(self.seconds_left))
+            self._bar = Progress(*columns, console=self.console, transient=True)
             done, total = self.schedule.done(self.start)
-            self._task = self._bar.add_task("Training", total=total, values="")
+            self._task = self._bar.add_task(f"{'Starting':<{_DOING}}", total=total, values="")
             self._bar.update(self._task, completed=done)
             self._bar.start()
         return self
@@ -236,50 +239,75 @@ class Display:
         """Print lines above the progress."""
         say(self.console, text)
 
-    def state(self, doing: str) -> None:
-        """Say beside the bar what is being done."""
+    def state(self, doing: str, values: str | None = None) -> None:
+        """Say beside the bar what is being done, and how far it is where no step tells."""
         if self._bar is not None:
-            self._bar.update(self._task, description=doing, refresh=True)
+            values = self._bar.tasks[self._task].fields["values"] if values is None else values
+            self._bar.update(self._task, description=f"{doing:<{_DOING}}", values=values, refresh=True)
+
+    def seconds_left(self) -> float:
+        """Time until the end of the run as last expected; nan where it is not known, or over."""
+        left = self._ends - time.monotonic()
+        return left if left >= 0 else math.nan
 
     def tick(self, step: int) -> float | None:
         """Note that a step has ended now; return images per second over the last ones, None before that is known."""
-        total = self.schedule.total_steps
+        self._expect(step, validated=False)
         self._times.append(time.perf_counter())
         if len(self._times) < 2:
             return None
-        rate = (len(self._times) - 1) / (self._times[-1] - self._times[0])
+        rate = (len(self._times) - 1) / (self._times[-1] - self._times[0]) * self.images
         # The first step compiles; the second and third say how long the rest takes.
-        if step - self.start == 4 and total is not None and step < total:
-            left = duration((total - step) / rate)
-            self.say(f"{rate * self.images:.2g} images/s: the {total - step} steps left take about {left}")
-        return rate * self.images
+        total = self.schedule.total_steps
+        if step - self.start == 4 and total is not None and step < total and math.isfinite(self.seconds_left()):
+            left = duration(self.seconds_left())
+            self.say(f"{rate:.2g} images/s: about {left} left, validations and held-out scores included")
+        return rate
 
     def pause(self) -> None:
-        """Leave what follows (validation) out of the time of steps."""
+        """Leave what came before (validation) out of the time of steps."""
         self._times.clear()
+        self._expect(self._step, validated=True)
+
+    def _expect(self, step: int, validated: bool) -> None:
+        left = self.schedule.seconds_left(step, validated)
+        self._step, self._ends = step, math.nan if left is None else time.monotonic() + left
 
     def update(self, row: Mapping[str, Any]) -> None:
         """Show how far the training is."""
-        step, total, rate = row["step"], self.schedule.total_steps, row["images_per_second"]
-        parts = [f"step {step}" if total is None else f"step {step}/{total}"]
+        step, total = row["step"], self.schedule.total_steps
+        parts = [f"step {step}" if total is None else f"step {step:>{len(str(total))}}/{total}"]
         parts += [f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}"]
-        if rate:
-            parts.append(f"{rate:.3g} images/s")
+        # After a validation none is known for a step, and the bar would jump.
+        self._rate = row["images_per_second"] or self._rate
+        if self._rate:
+            parts.append(f"{self._rate:.3g} images/s")
         if memory := device_memory(jax.local_devices()):
             parts.append(f"GPU {memory[0] / 2**30:.1f}/{memory[1] / 2**30:.0f} GiB")
         parts.append(f"data wait {row['data_wait']:.0%}")
-        done, end = self.schedule.done(step)
         if self._bar is not None:
-            values = fit_values(parts, self.console.width - len("Training") - _TIMES - _BAR)
-            self._bar.update(self._task, completed=done, description="Training", values=values)
+            values = fit_values(parts, self.console.width - _DOING - _TIMES - _BAR)
+            self.state("Training", values)
+            self._bar.update(self._task, completed=self.schedule.done(step)[0])
             return
         now = time.perf_counter()
         if now >= self._line_due or step == total:
             self._line_due = now + LINE_SECONDS
-            if end is not None and (rate or total is None):
-                left = end - done if total is None else (end - done) * self.images / rate
-                parts.append(f"left {duration(max(left, 0.0))}")
+            if math.isfinite(self.seconds_left()):
+                parts.append(f"left {duration(self.seconds_left())}")
             self.say("  ".join(parts))
+
+
+class _Times(ProgressColumn):
+    """The time since the start, and what `left` gives."""
+
+    def __init__(self, left: Callable[[], float]):
+        super().__init__()
+        self._left = left
+
+    def render(self, task: Task) -> Text:
+        left, elapsed = self._left(), timedelta(seconds=int(task.elapsed or 0))
+        return Text(f"{elapsed} left {duration(left) if math.isfinite(left) else '-':<10}")
 
 
 def fit_values(parts: Sequence[str], width: int) -> str:

@@ -27,6 +27,9 @@ SLACK_SECONDS, SLACK_PART = 1.0, 0.005
 HELD_OUT_TIMES, REPORT_SECONDS, REPORT_PART = 2.0, 5.0, 0.1
 # No more of the budget is kept free for them: cases for which it is too little are left out.
 HELD_OUT_PART = 0.15
+# To tell the time left: steps over which the mean time of one is taken, and the part of the time until the first step
+# is done, which compiles it, that the first validation takes to compile.
+TYPICAL_STEPS, COMPILING_PART = 50, 1 / 3
 
 
 def learning_rate(config: OptimizerConfig, progress: float, updates: int) -> float:
@@ -60,7 +63,8 @@ class TimeBudget:
 
     seconds: the budget, infinite for none; what is left of it after the first step is cut to one part in `parts`.
     to_first_step: of spent_before, the part until the first step was done. held_out: cases that are predicted at the
-    end, as a multiple of those of a validation.
+    end, as a multiple of those of a validation. validation_steps: steps that take as long as a validation probably
+    does, until one is measured.
     """
 
     def __init__(
@@ -72,11 +76,12 @@ class TimeBudget:
         parts: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.seconds, self.parts, self.held_out = seconds, parts, 0.0
+        self.seconds, self.parts, self.held_out, self.validation_steps = seconds, parts, 0.0, 0.0
         self._clock, self._origin = clock, started - spent_before
         self.to_first_step = to_first_step
         self._steps: deque[float] = deque(maxlen=8)
         self._step_ended: float | None = None
+        self._measured, self._step_seconds = 0, 0.0  # steps measured, and the mean time of the last ones
         self._validated: float | None = None
         self._validation_seconds = self._saving_seconds = 0.0
         self._compiled = False  # within _validation_seconds
@@ -111,6 +116,8 @@ class TimeBudget:
             self.seconds, self.parts = now + max(self.seconds - now, 0.0) / self.parts, 1
         if self._step_ended is not None:
             self._steps.append(now - self._step_ended)
+            self._measured += 1
+            self._step_seconds += (self._steps[-1] - self._step_seconds) / min(self._measured, TYPICAL_STEPS)
         self._step_ended = now
 
     @contextlib.contextmanager
@@ -146,6 +153,20 @@ class TimeBudget:
         report = report_seconds(self.seconds)
         times = HELD_OUT_TIMES * part * self.held_out
         return (min(times, 1.0) if self._compiled else times) * self._validation_seconds + report
+
+    def expected(self, steps: int, validations: int) -> float | None:
+        """Seconds that so many of both, and the held-out scores after them, probably take; None before a step is known.
+
+        Means of what was measured, so that it falls evenly.
+        """
+        if not self._measured:
+            return None
+        measured = self._validated is not None and not self._compiled
+        validation = self._validation_seconds if measured else self.validation_steps * self._step_seconds
+        seconds = steps * self._step_seconds + validations * (validation + self._saving_seconds)
+        if validations and self._validated is None:
+            seconds += COMPILING_PART * (self.to_first_step or 0.0)
+        return seconds + (HELD_OUT_TIMES * self.held_out * validation + REPORT_SECONDS if self.held_out else 0.0)
 
     def must_save(self) -> bool:
         """Whether a validation has to be given up, so that the checkpoint is still written in time."""
@@ -249,6 +270,16 @@ class Schedule:
         if self.budget.limited:
             return self.budget.spent(), self.budget.seconds
         return step, self.total_steps
+
+    def seconds_left(self, step: int, validated: bool) -> float | None:
+        """Time from the end of a step, or of its validation, until that of the run; None where nothing tells."""
+        if self.budget.limited:
+            return max(self.budget.left(), 0.0)
+        if self.total_steps is None:
+            return None
+        total, begin, every = self.total_steps, step + validated, self.val_every or self.total_steps
+        validations = total // every - (begin - 1) // every + (total % every > 0) if begin <= total else 0
+        return self.budget.expected(total - step, validations)
 
     def validates(self, step: int) -> bool:
         """Whether the number of steps asks for a validation."""

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from mambahome_jax.errors import TrainingError
 from mambahome_jax.imaging.normalisation import normalisations
+from mambahome_jax.inference.tiled import window_starts
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.patches.loader import make_loader
 from mambahome_jax.patches.store import Store
@@ -105,37 +106,37 @@ def train_network(
     # --- Schedule ------------------------------------------------------------------------------------------------
     schedule = dataclasses.replace(setup.schedule, budget=clock.budget(earlier))
     schedule.budget.held_out = len(setup.held_out) / max(len(setup.val_cases), 1)
+    schedule.budget.validation_steps = validation_steps(setup)
     say(console, require_disk(folder, setup, abstract))
     begin(schedule, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)), transferred)
 
-    # --- Step ----------------------------------------------------------------------------------------------------
-    display = Display(console, schedule, int(state.step), setup.global_batch)
-    train_step, memory = None, None
-    if not (schedule.ends(int(state.step)) or schedule.budget.ended_before):
-        train_step, memory = compiled_step(setup, trained_graphdef, optimizer, mesh, programs, state, display.say)
-
-    # --- Validation, and the loop --------------------------------------------------------------------------------
-    run = TrainingRun.resumed(
-        earlier or {},
-        folder=folder / "checkpoints",
-        settings=checkpoint_settings(setup, transferred.trained_on if transferred else recorded_cases(earlier)),
-        schedule=schedule,
-        display=display,
-        mesh=mesh,
-        case_ids=setup.train_cases,
-        labelled=setup.labelled,
-        validate=open_validation(graphdef, setup, devices),
-        keep_last=flags.keep_last,
-        memory=memory,
-        keeps_best=flags.folds is None,
-    )
     with contextlib.ExitStack() as stack:
+        # --- Step ------------------------------------------------------------------------------------------------
+        display = stack.enter_context(Display(console, schedule, int(state.step), setup.global_batch))
+        train_step, memory = None, None
+        if not (schedule.ends(int(state.step)) or schedule.budget.ended_before):
+            train_step, memory = compiled_step(setup, trained_graphdef, optimizer, mesh, programs, state, display)
+
+        # --- Validation, and the loop ----------------------------------------------------------------------------
+        run = TrainingRun.resumed(
+            earlier or {},
+            folder=folder / "checkpoints",
+            settings=checkpoint_settings(setup, transferred.trained_on if transferred else recorded_cases(earlier)),
+            schedule=schedule,
+            display=display,
+            mesh=mesh,
+            case_ids=setup.train_cases,
+            labelled=setup.labelled,
+            validate=open_validation(graphdef, setup, devices),
+            keep_last=flags.keep_last,
+            memory=memory,
+            keeps_best=flags.folds is None,
+        )
         if is_first():
             structures = tuple(setup.structures.values()) if setup.val_cases else ()
             if earlier is None:
                 forget_scores(folder)
             run.log = stack.enter_context(FileLog(folder, run.step, display.say, structures))
-        stack.enter_context(display)
         batches = stack.enter_context(open_batches(setup, position, display.say))
         try:
             train(state, batches, train_step, run)
@@ -219,7 +220,7 @@ def compiled_step(
     mesh: Mesh,
     programs: Programs,
     state: TrainState,
-    say: Callable[[str], None],
+    display: Display,
 ) -> tuple[TrainStep, StepMemory | None]:
     """The training step with this network's seed, of the programs or compiled and added to them, and its memory.
 
@@ -228,7 +229,8 @@ def compiled_step(
     flags, recipe, batch = setup.flags, setup.recipe, abstract_batch(setup, mesh)
     program = (graphdef, setup.augmentation, tuple(batch.items()))
     if program not in programs:
-        say("Compiling the training step, once; the first step follows")
+        display.state("Compiling")
+        display.say("Compiling the training step, once; the first step follows")
         train_step = make_train_step(
             *(graphdef, optimizer, at_all_levels(dice_ce) if recipe.deep_supervision else dice_ce, mesh, flags.seed),
             *(setup.augmentation, flags.strategy, recipe.ema_decay, flags.freeze_encoder, recipe.dropout),
@@ -271,6 +273,14 @@ def validation_settings(setup: Setup, cases: Sequence[str]) -> ValidationSetting
         sw_batch_size=setup.flags.batch_size,
         values=setup.val_values,
     )
+
+
+def validation_steps(setup: Setup) -> float:
+    """How many training steps take as long as a validation, if the backward pass takes twice as long as the forward."""
+    store, patch = Store(setup.validated.store), setup.patch_size
+    shapes = [np.maximum(store.entry(case).shape, patch).tolist() for case in setup.val_cases]
+    windows = [len(window_starts(shape, patch, setup.flags.overlap)) for shape in shapes]
+    return sum(windows) / (3 * setup.global_batch)
 
 
 def own_device(devices: Sequence[jax.Device]) -> jax.Device:
@@ -432,6 +442,8 @@ class TrainingRun:
             if self.validate is not None:
                 self.display.state("Validating")
                 validation = self.validate(deployed_params(state), self._must_stop)
+        if validation is not None:
+            self.schedule.budget.expect_validation(validation.seconds_again)
         if self.validate is not None:
             self.stop.agree(at_once=True)
             self.display.pause()
@@ -443,7 +455,6 @@ class TrainingRun:
                     # `best` is not to be missing at the end.
                     self._keep_best(state, None)
                 return None
-            self.schedule.budget.expect_validation(validation.seconds_again)
             self.display.say(
                 f"step {self.step}: validation Dice {validation.dice:.4f} in {duration(time.perf_counter() - begun)}\n"
                 + dice_table(validation.structures, before.structures if before else None)

@@ -316,6 +316,8 @@ def test_steps_schedule_and_split(tmp_path):
     assert (setup.global_batch, schedule.steps_per_epoch, schedule.total_steps, schedule.val_every) == (4, 2, 80, 8)
     assert (optimizer.steps_per_period, optimizer.t_max) == (8, 10)
     assert (optimizer.lr, optimizer.eps, optimizer.weight_decay) == (1e-4, 1e-4, 1e-4)
+    # Patches of 32 x 32 x 16, so two cases of one window; forward alone takes a third of a step.
+    assert training.validation_steps(setup) == 2 / (3 * 4)
     setup = make_setup(
         TrainConfig(prepared.root, steps=9, val_every=5, optimizer="Adam", max_val_cases=1),
         prepared,

@@ -168,6 +168,62 @@ def test_validations_at_steps_that_the_user_asked_for(tmp_path):
     assert validated[:2] == [110, 220] and len(rates) > 30
 
 
+def test_the_time_left_counts_validations_and_held_out_scores_and_falls_evenly():
+    clock, rng = Clock(), np.random.default_rng(0)
+    budget = TimeBudget(clock=clock)
+    budget.validation_steps, budget.held_out = 3.0, 2.0
+    schedule = Schedule(CONFIG, 105, steps_per_epoch=5, val_every=10, budget=budget)
+    clock.now += 240  # the first step compiles
+    ends = []
+
+    def expect(step, validated):
+        left = schedule.seconds_left(step, validated)
+        ends.append(clock.now + left if left is not None else np.nan)
+
+    for step in range(1, 106):
+        clock.now += rng.uniform(8, 12) + (15 if step % 7 == 0 else 0)  # data that come late
+        budget.step_ended()
+        expect(step, validated=False)
+        if schedule.validates(step):
+            with budget.validating():
+                clock.now += 40 + (90 if step == 10 else 0)
+            budget.expect_validation(40)
+            with budget.saving():
+                clock.now += 2
+            expect(step, validated=True)
+    clock.now += 2 * 2 * 40 + 5
+    # Not known after the first step; soon within a tenth, and never more than a twentieth from one step to the next.
+    assert np.isnan(ends[0]) and not np.isnan(ends[1])
+    errors = np.array(ends[8:]) / clock.now - 1
+    assert np.abs(errors).max() < 0.1 and np.abs(errors[-40:]).max() < 0.02
+    assert np.abs(np.diff(errors)).max() < 0.05
+    assert schedule.seconds_left(105, validated=True) == 2 * 2 * 40 + 5
+
+
+def test_a_single_case_whose_first_validation_compiles_does_not_tell_how_long_the_others_take():
+    clock = Clock()
+    budget = TimeBudget(clock=clock)
+    budget.validation_steps = 2.0
+    for _ in range(3):
+        clock.now += 10
+        budget.step_ended()
+    with budget.validating():
+        clock.now += 500
+    assert budget.expected(steps=5, validations=4) == 5 * 10 + 4 * 2 * 10
+    with budget.validating():
+        clock.now += 30
+    assert budget.expected(steps=5, validations=4) == 5 * 10 + 4 * 30
+
+
+def test_the_time_left_of_a_budget_is_what_is_left_of_it():
+    clock = Clock()
+    schedule = Schedule(CONFIG, None, steps_per_epoch=5, val_every=None, budget=TimeBudget(100.0, clock=clock))
+    clock.now = 30.0
+    assert schedule.seconds_left(7, validated=False) == 70
+    clock.now = 130.0
+    assert schedule.seconds_left(9, validated=True) == 0
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 0.9, 1.0, 1.2])
 def test_cosine_over_the_fraction_with_warm_up_by_steps(fraction):
     config = OptimizerConfig(lr=2e-3, warmup_steps=4)

@@ -236,15 +236,15 @@ def test_a_terminal_of_80_columns_keeps_the_bar_and_the_time_left(width):
     schedule = Schedule(OptimizerConfig(), 12000, steps_per_epoch=5, val_every=100)
     row = {"step": 4711, "loss": 0.1234, "lr": 1e-4, "images_per_second": 12.3, "data_wait": 0.02}
     with Display(console, schedule) as display:
-        for doing in ("Compiling", "Validating", "Held-out cases"):
+        for doing in ("Compiling", "Validating", "Held-out"):
             display.state(doing)
         display.update(row)
     last = [line for line in stream.getvalue().replace("\r", "\n").split("\n") if "4711" in line][-1]
-    assert "step 4711/12000  loss 0.1234" in last and "left" in last and last.count("━") + last.count("╸") >= 10
-    assert ("lr 1.00e-04" in last, "data wait" in last) == {80: (False, False), 100: (True, False), 120: (True, True)}[
+    assert "step  4711/12000  loss 0.1234" in last and "left" in last and last.count("━") + last.count("╸") >= 10
+    assert ("lr 1.00e-04" in last, "data wait" in last) == {80: (False, False), 100: (False, False), 120: (True, True)}[
         width
     ]
-    assert all(f"{doing} " in stream.getvalue() for doing in ("Compiling", "Validating", "Held-out cases"))
+    assert all(f"{doing} " in stream.getvalue() for doing in ("Compiling", "Validating", "Held-out"))
 
 
 def test_what_matters_least_is_left_out_first():
