@@ -33,6 +33,11 @@ from mambahome_jax.weights.checkpoint import CROSS_VALIDATION, FOLD, MEMBER
 
 # The gain in Dice from which on only the largest part of a structure is kept; metrics.csv has six digits.
 WORTH = 1e-4
+# Settings that follow from the cases of a fold, or change nothing that it learns.
+_OF_A_FOLD = {
+    *("train_cases", "total_steps", "steps_per_period", "t_max", "labelled"),
+    *("max_minutes", "num_workers", "use_checkpoint"),
+}
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,7 @@ def cross_validate(folder: Path, prepared: Prepared, held_out_cases: Sequence[Se
             for home, cases, summary in zip(homes, held_out_cases, summaries, strict=True)
         },
         "largest_part": learn_largest(scores, [summary["largest_part"] for summary in summaries]),
+        "note": "; ".join(differing_settings([home.parent for home in homes])),
     }
     open_output(output)
     home_of = {case: home for home, cases in zip(homes, held_out_cases, strict=True) for case in cases}
@@ -174,6 +180,21 @@ def cross_validate(folder: Path, prepared: Prepared, held_out_cases: Sequence[Se
 
     held_out.write_scores(output, prepared, scores, pooled, pair)
     return pooled
+
+
+def differing_settings(runs: Sequence[Path]) -> list[str]:
+    """Say which folds were trained otherwise than the first, as another machine or other flags may have it."""
+    reports = [read_json(run / "run.json") for run in runs]
+    settings = [report.get("training", {}) | report.get("model", {}) for report in reports]
+    lines = []
+    for run, own in zip(runs, settings, strict=True):
+        changes = [
+            f"{name} {own.get(name)} instead of {value}"
+            for name, value in settings[0].items()
+            if name not in _OF_A_FOLD and own.get(name) != value
+        ]
+        lines += [f"{run.name} was trained with {', '.join(changes)}"] if changes else []
+    return lines
 
 
 def _summary(home: Path, cases: Sequence[str]) -> Mapping[str, Any]:
@@ -196,6 +217,8 @@ def show_scores(folder: Path, summary: Mapping[str, Any], console: Console) -> N
         say(console, f"Dice of the folds: {', '.join(number(fold['dice'], 3) for fold in summary['folds'].values())}")
     if summary["provenance"]["trained_on"] or summary["provenance"]["unknown"]:
         say(console, f"Note: {summary['provenance']['summary']}")
+    if summary["note"]:
+        say(console, f"Note: {summary['note']}")
     for failure in summary["failures"]:
         say(console, f"Not scored: {failure['case']}: {failure['reason']}")
     for name, entry in summary["largest_part"].items():

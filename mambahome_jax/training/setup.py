@@ -144,9 +144,9 @@ def make_setup(
     val_store = store if prepared_val is None else Store(prepared_val.store)
     val_entries = [val_store.entry(case) for case in held_out]
     # Of all cases, so that networks which hold out others have the same.
-    shapes = [store.entry(case.id).shape for case in usable_cases(prepared)]
-    patch, grids = choose_grids(flags, shapes, own_voxel_size(prepared), settings or {})
-    classes, named = _classes(flags, prepared, entries)
+    usable = [store.entry(case.id) for case in usable_cases(prepared)]
+    patch, grids = choose_grids(flags, [entry.shape for entry in usable], own_voxel_size(prepared), settings or {})
+    classes, named = _classes(flags, prepared, usable)
     structures = named or {1: "label_1"}
     asked = "mirror" in given_ingredients(flags) and "mirror" not in (settings or {})
     augmentation, mirror_lines = make_augmentation(recipe, prepared, named, explicit=asked, recorded=recorded)
@@ -154,7 +154,7 @@ def make_setup(
     properties = DataProperties(
         spacing=prepared.spacing,
         orientation=prepared.orientation,
-        modality=flags.modality or Counter(entry.modality for entry in entries).most_common(1)[0][0],
+        modality=flags.modality or Counter(entry.modality for entry in usable).most_common(1)[0][0],
         labels=tuple(named.items()),
         channels=tuple(prepared.channels),
         patch_size=patch,

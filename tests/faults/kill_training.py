@@ -1,9 +1,11 @@
 """Kill a training with -9 at random moments, resume it each time, and compare its end with an uninterrupted run.
 
 python -m tests.faults.kill_training --kills 10 --json kills.json
+python -m tests.faults.kill_training --kills 30 --folds 3 --steps 60
 
-Every second kill waits until a checkpoint is being written. The network is MambaHoME_tiny, the scans are synthetic,
-the programs compiled with the flags of the tests.
+Every second kill waits until a checkpoint is being written. With --folds it is a cross-validation that is killed, and
+its pooled scores are compared too: a kill may hit the scores of a fold, or the beginning of the next. The network is
+MambaHoME_tiny, the scans are synthetic, the programs compiled with the flags of the tests.
 Exit code 0: parameters, optimizer state and losses have the same bits; 1 otherwise.
 """
 
@@ -26,7 +28,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mambahome_jax.errors import CheckpointError
-from mambahome_jax.weights.checkpoint import find_checkpoint, read_checkpoint_config, read_checkpoint_params
+from mambahome_jax.weights.checkpoint import (
+    CROSS_VALIDATION,
+    find_checkpoint,
+    read_checkpoint_config,
+    read_checkpoint_params,
+)
 from tests.commands.test_train import _dataset
 from tests.conftest import ROOT
 
@@ -35,19 +42,25 @@ COMPARED = ("step", "epoch", "loss", "lr", "grad_norm", "update_norm", "val_dice
 
 
 def kill_training(
-    folder: Path, kills: int, steps: int, program: Sequence[str] = (sys.executable, "train.py"), seed: int = 0
+    folder: Path,
+    kills: int,
+    steps: int,
+    program: Sequence[str] = (sys.executable, "train.py"),
+    seed: int = 0,
+    folds: int = 0,
 ) -> dict[str, Any]:
     """Do it in an empty `folder`; returns the kills, and whether the two runs ended with the same bits."""
     chance = random.Random(seed)
     data = _dataset(folder / "data", val=("c3", "c4"))
     command = [*program, "--data_train", str(data), *FLAGS, "--steps", str(steps), "--val_every", str(steps // 3)]
+    command += ["--folds", str(folds)] if folds else []
     begun = time.perf_counter()
     _finish(_start([*command, "--output_dir", str(folder / "straight")], folder))
     straight_s = time.perf_counter() - begun
     run, told = folder / "killed", []
     while len(told) < kills:
         process = _start([*command, "--output_dir", str(run), "--resume"], folder)
-        found = _kill(process, run / "checkpoints", chance, while_writing=len(told) % 2 == 1)
+        found = _kill(process, _homes(run, folds), chance, while_writing=len(told) % 2 == 1)
         if found is None:
             raise RuntimeError(f"the run was through after {len(told)} kills: give it more --steps")
         told.append(found)
@@ -57,8 +70,18 @@ def kill_training(
         "kills": told,
         "while_writing": sum("partial" in "".join(kill["left"]) for kill in told),
         "straight_seconds": round(straight_s, 1),
-        "different": _different(folder / "straight", run),
+        "different": [
+            name
+            for one, other in zip(_homes(folder / "straight", folds), _homes(run, folds), strict=True)
+            for name in _different(one, other)
+        ]
+        + (_different_scores(folder / "straight", run) if folds else []),
     }
+
+
+def _homes(run: Path, folds: int) -> list[Path]:
+    """The folders of the networks of a run."""
+    return [run / f"fold_{fold}" for fold in range(folds)] or [run]
 
 
 def _start(command: list[str], folder: Path) -> subprocess.Popen:
@@ -76,15 +99,14 @@ def _finish(process: subprocess.Popen) -> None:
 
 
 def _kill(
-    process: subprocess.Popen, checkpoints: Path, chance: random.Random, while_writing: bool
+    process: subprocess.Popen, homes: Sequence[Path], chance: random.Random, while_writing: bool
 ) -> dict[str, Any] | None:
     """Kill it after up to two more checkpoints and a random time; None where it ended before that."""
-    before, wanted, begun = _step(checkpoints), chance.randint(0, 2), time.time()
-    report = checkpoints.parent / "run.json"
+    before, wanted, begun = [_step(home) for home in homes], chance.randint(0, 2), time.time()
     while (
-        (_step(checkpoints) - before) // 2 < wanted
-        or (while_writing and not list(checkpoints.glob("*.partial*")))
-        or not (report.exists() and report.stat().st_mtime > begun)
+        (sum(map(_step, homes)) - sum(before)) // 2 < wanted
+        or (while_writing and not any(list(home.glob("checkpoints/*.partial*")) for home in homes))
+        or not any(_written_since(home / "run.json", begun) for home in homes)
     ):
         if process.poll() is not None:
             _finish(process)
@@ -93,20 +115,23 @@ def _kill(
     time.sleep(chance.uniform(0, 0.04 if while_writing else 1.0))
     process.kill()
     process.wait()
-    left = sorted(path.name for path in checkpoints.glob("*")) if checkpoints.exists() else []
-    try:
-        read_checkpoint_params(checkpoints / "last")
-        readable = True
-    except CheckpointError:
-        readable = False
-    if not readable and before:
-        raise RuntimeError(f"the checkpoint of step {before} is lost: {left}")
-    return {"step": _step(checkpoints), "left": left}
+    left = sorted(str(path.relative_to(home.parent)) for home in homes for path in home.glob("checkpoints/*"))
+    for home, step in zip(homes, before, strict=True):
+        try:
+            read_checkpoint_params(home / "checkpoints" / "last")
+        except CheckpointError as error:
+            if step:
+                raise RuntimeError(f"the checkpoint of step {step} is lost: {left}") from error
+    return {"step": sum(map(_step, homes)), "left": left}
 
 
-def _step(checkpoints: Path) -> int:
+def _written_since(file: Path, begun: float) -> bool:
+    return file.exists() and file.stat().st_mtime > begun
+
+
+def _step(home: Path) -> int:
     try:
-        return int(read_checkpoint_config(checkpoints / "last")["step"])
+        return int(read_checkpoint_config(home / "checkpoints" / "last")["step"])
     except (CheckpointError, KeyError):
         return 0
 
@@ -117,7 +142,16 @@ def _different(straight: Path, killed: Path) -> list[str]:
     for item in ("model", "optimizer"):
         one, other = (_arrays(find_checkpoint(run / "checkpoints" / "last") / item) for run in (straight, killed))
         different += [f"{item}{name}" for name in one if one[name].tobytes() != other[name].tobytes()]
-    return different if _metrics(straight) == _metrics(killed) else [*different, "metrics.csv"]
+    different += [] if _metrics(straight) == _metrics(killed) else ["metrics.csv"]
+    return [f"{straight.name}: {name}" for name in different]
+
+
+def _different_scores(straight: Path, killed: Path) -> list[str]:
+    """Names of the files of the pooled scores, and of the label maps, that differ in a byte but for their folders."""
+    names = [f"{CROSS_VALIDATION}/{name}" for name in ("metrics.csv", "summary.json")]
+    names += [str(path.relative_to(straight)) for path in sorted(straight.glob("fold_*/validation/*.nii.gz"))]
+    contents = ([(run / name).read_bytes().replace(bytes(run), b"") for name in names] for run in (straight, killed))
+    return [name for name, one, other in zip(names, *contents, strict=True) if one != other]
 
 
 def _metrics(run: Path) -> list[list[str]]:
@@ -136,13 +170,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--folds", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="an empty folder to work in (default: a temporary one)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        result = kill_training(args.folder or Path(temporary), args.kills, args.steps, seed=args.seed)
-    about = {"jax": jax.__version__, "python": platform.python_version(), "steps": args.steps, "seed": args.seed}
+        result = kill_training(args.folder or Path(temporary), args.kills, args.steps, seed=args.seed, folds=args.folds)
+    about = {"jax": jax.__version__, "python": platform.python_version()}
+    about |= {name: getattr(args, name) for name in ("steps", "folds", "seed")}
     if args.json:
         args.json.write_text(json.dumps({"about": about, **result}, indent=1))
     print(f"{args.kills} kills, {result['while_writing']} of them while a checkpoint was written")

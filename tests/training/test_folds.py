@@ -98,7 +98,12 @@ def test_folds_on_several_machines_are_those_of_one_and_the_last_one_pools(data,
     # A fold that is said once more is left as it is.
     assert command.run(_config(data, apart, **settings, fold=0, resume=True)) == 0
     assert "finished already" in capsys.readouterr().out
-    # One that held out other cases is not counted.
+    # One that was trained with other settings is told, one that held out other cases is not counted.
+    content = report(apart / "fold_1")
+    content["training"]["lr"] = 1
+    (apart / "fold_1" / "run.json").write_text(json.dumps(content))
+    assert command.run(_config(data, apart, **settings, fold=0, resume=True)) == 0
+    assert "Note: fold_1 was trained with lr 1 instead of 0.01" in " ".join(capsys.readouterr().out.split())
     content = report(apart / "fold_1")
     content["data"]["digests"]["val"] = {"c0": "1:"}
     (apart / "fold_1" / "run.json").write_text(json.dumps(content))
