@@ -86,6 +86,14 @@ def _nvidia_smi(column: str, *options: str) -> list[float]:
         return []
 
 
+def visible_gpus() -> list[str]:
+    """Return the GPUs of this process by the names that CUDA_VISIBLE_DEVICES takes. Starts no JAX."""
+    if gpu_memory_gib() is None:
+        return []
+    named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return named or [str(number) for number in range(len(_nvidia_smi("memory.total")))]
+
+
 def jax_share() -> float:
     """Return the part of a GPU's memory that JAX may take in this environment."""
     named = next((os.environ[name] for name in _SHARE_VARIABLES if os.environ.get(name)), "")

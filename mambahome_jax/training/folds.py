@@ -49,10 +49,11 @@ class Network:
     title: str
 
 
-def networks_of(flags: TrainConfig, folder: Path) -> list[Network]:
+def networks_of(flags: TrainConfig, folder: Path, at_once: int = 1) -> list[Network]:
     """The networks of --folds or --members, in their order; none where `folder` is the run of a single one.
 
-    Raises ConfigError: flags that do not go together, a folder that holds other runs, or runs without --resume.
+    at_once: networks that are trained at the same time, in the minutes of one. Raises ConfigError: flags that do not go
+    together, a folder that holds other runs, or runs without --resume.
     """
     _check(flags)
     kind = MEMBER if flags.folds is None else FOLD
@@ -67,11 +68,17 @@ def networks_of(flags: TrainConfig, folder: Path) -> list[Network]:
     if flags.folds is not None and holds_run(folder / f"{FOLD}_{flags.folds}"):
         raise ConfigError(f"{folder} holds more than --folds {flags.folds}. Name another --output_dir")
     numbers = range(flags.folds or flags.members) if flags.fold is None else [flags.fold]
-    networks = [_network(flags, folder / f"{kind}_{number}", number) for number in numbers]
+    minutes = None if flags.max_minutes is None else flags.max_minutes / rounds_of(len(numbers), at_once)
+    networks = [_network(flags, folder / f"{kind}_{number}", number, minutes) for number in numbers]
     held = [network.folder for network in networks if holds_run(network.folder)]
     if held and not (flags.resume or flags.load_checkpoint):
         raise ConfigError(f"{held[0]} holds a run already. Continue all with --resume, or name another --output_dir")
     return networks
+
+
+def rounds_of(networks: int, at_once: int) -> int:
+    """How many times networks are begun, `at_once` each time."""
+    return -(-networks // at_once)
 
 
 def _check(flags: TrainConfig) -> None:
@@ -90,8 +97,7 @@ def _check(flags: TrainConfig) -> None:
             raise ConfigError(f"--{name} with --folds; the folds say which cases are held out. Leave one of them out")
 
 
-def _network(flags: TrainConfig, folder: Path, number: int) -> Network:
-    minutes = None if flags.max_minutes is None else flags.max_minutes / flags.networks
+def _network(flags: TrainConfig, folder: Path, number: int, minutes: float | None) -> Network:
     own = replace(flags, max_minutes=minutes, output_dir=folder, checkpoint_name="")
     if flags.folds is not None:
         return Network(folder, replace(own, fold=number), f"Fold {number} of 0 to {flags.folds - 1}, in {folder}")

@@ -113,20 +113,25 @@ def train(**flags: Any) -> TrainResult:
     return result
 
 
-def run_training(flags: TrainConfig, console: Console, started: float | None = None) -> TrainResult:
+def run_training(flags: TrainConfig, console: Console, started: float | None = None, at_once: int = 1) -> TrainResult:
     """Train as `flags` say and tell `console` of it. started: time.monotonic() at the start of the program.
 
-    Raises MambaHomeError before anything is trained.
+    at_once: see `networks_of`. Raises MambaHomeError before anything is trained.
     """
     plan = planned_settings(flags.data_train)
     given, flags = flags, follow_plan(flags, plan.settings, plan.machine, plan.classes)
     first = plan_lines(given, flags, plan, "cpu" if jax.default_backend() == "cpu" else "gpu")
     seconds = math.inf if flags.max_minutes is None else flags.max_minutes * 60
-    folder = local_path(flags.output_dir or Path("runs") / (flags.checkpoint_name or flags.model))
+    folder = run_folder(flags)
     clock = Clock(started or time.monotonic(), seconds)
     settings = {name: setting for name, setting in plan.settings.items() if name not in given_ingredients(given)}
     fixed = frozenset(name for name in SIZES if is_given(given, name))
-    return Training(flags, folder, console, clock, settings, first, fixed).run()
+    return Training(flags, folder, console, clock, settings, first, fixed, at_once=at_once).run()
+
+
+def run_folder(flags: TrainConfig) -> Path:
+    """The folder of a run, by flags that the plan has filled."""
+    return local_path(flags.output_dir or Path("runs") / (flags.checkpoint_name or flags.model))
 
 
 @dataclass
@@ -134,6 +139,7 @@ class Training:
     """A training command under way: what its networks share, the time that is left to them, and what to say first.
 
     fixed: flags of the sizes of a step that were given. sizes: flags with which a step fits after others did not.
+    at_once: see `networks_of`.
     """
 
     flags: TrainConfig
@@ -145,6 +151,7 @@ class Training:
     fixed: frozenset[str] = frozenset()
     sizes: Mapping[str, Any] = field(default_factory=dict)
     programs: Programs = field(default_factory=dict)
+    at_once: int = 1
 
     @functools.cached_property
     def data(self) -> "Data":
@@ -167,7 +174,7 @@ class Training:
 
     def run(self) -> TrainResult:
         """Train the network, or all of them."""
-        if networks := networks_of(self.flags, self.folder):
+        if networks := networks_of(self.flags, self.folder, self.at_once):
             with _locked(self.folder) if self.flags.fold is None else contextlib.nullcontext():
                 return self._train_several(networks)
         timed = self.flags.max_minutes is not None
@@ -312,7 +319,7 @@ class Training:
                     break
                 self.clock = _after(self.clock, network.folder)
             else:
-                pooled = self._pool() if flags.folds is not None else None
+                pooled = self._pool(networks[0].flags.max_minutes) if flags.folds is not None else None
                 if flags.folds is None or pooled is not None:
                     self.say(ensemble_line(folder, len(networks_of_run(folder)), flags.folds or flags.members))
         except MambaHomeError as error:
@@ -329,11 +336,14 @@ class Training:
         named = {"dice": entry["dice"], "structures": entry["structures"]}
         return TrainResult(folder, status, code, **named, failures=failures, networks=tuple(results))
 
-    def _pool(self) -> Mapping[str, Any] | None:
-        """Count the scores of all folds together, where all of them have ended; else say which have not."""
+    def _pool(self, max_minutes: float | None) -> Mapping[str, Any] | None:
+        """Count the scores of all folds together, where all of them have ended; else say which have not.
+
+        max_minutes: of a fold.
+        """
         missing = missing_folds(self.folder, self.held_out)
         for number, why in missing.items():
-            line = train_line(self.flags, fold=number, resume=True)
+            line = train_line(self.flags, fold=number, resume=True, max_minutes=max_minutes)
             self.say(f"No {CROSS_VALIDATION} yet, without fold {number} ({why}): {line}")
         if missing:
             return None
