@@ -29,7 +29,7 @@ def test_folds_in_processes_of_their_own_have_the_bits_of_folds_in_turn(tmp_path
     (tmp_path / "apart").mkdir()
     assert command.run(config) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "Fold 0 on GPU 5; what it says is in" in text and "Fold 2 ended with exit code 0" in text
+    assert "Fold 0 on GPU 5; see" in text and "Fold 2 ended with exit code 0" in text
     assert "Scores of 5 cases" in text and "All together: mambahome infer" in text
     gpus = [(tmp_path / "apart" / f"gpu_of_{fold}").read_text() for fold in range(3)]
     assert gpus[:2] == ["5", "GPU-7"] and gpus[2] in gpus[:2]
