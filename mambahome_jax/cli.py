@@ -174,6 +174,11 @@ def run_command(command: str, argv: Sequence[str], prog: str) -> int:
         return _refuse(error)
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
+        if "jax" in sys.modules:
+            # A thread of XLA that still compiles would crash the interpreter as it ends.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
         return 130
 
 

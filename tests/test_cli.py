@@ -138,6 +138,18 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path):
     assert result.stderr.startswith("Error: nowhere: no such folder") and "Traceback" not in result.stderr
 
 
+def test_an_interrupt_waits_for_no_thread_of_jax():
+    """One that compiled crashed the interpreter at its end: exit code -11."""
+    code = (
+        "import atexit, sys; from mambahome_jax import cli; from mambahome_jax.commands import check\n"
+        "def run(config): raise KeyboardInterrupt\n"
+        "check.run, sys.modules['jax'] = run, None; atexit.register(print, 'ended as usual')\n"
+        "print('so far'); cli.main(['check', '.'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "so far\n", "Stopped.\n")
+
+
 def test_every_compiled_program_is_kept_in_the_users_cache_folder_unless_the_user_says_otherwise(tmp_path, monkeypatch):
     names = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "TF_CPP_MIN_LOG_LEVEL")
     for name in names:
