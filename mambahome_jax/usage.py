@@ -146,8 +146,9 @@ def help_text(config: type, prog: str, brief: bool) -> str:
     """Describe a command and its flags, in the width of the terminal; brief: those that matter first alone."""
     width = min(shutil.get_terminal_size().columns, _WIDEST)
     first, *others = groups(config).items()
-    needed = " ".join(str(flag) for flag in first[1] if flag.required)
-    lines = textwrap.wrap(f"usage: {prog} {needed} [flags]", width, subsequent_indent="  ", break_on_hyphens=False)
+    typed = [str(flag) if flag.required else f"[{flag}]" for flag in first[1] if flag.required or flag.argument]
+    usage = " ".join(["usage:", prog, *typed, "[flags]"])
+    lines = textwrap.wrap(usage, width, subsequent_indent="  ", break_on_hyphens=False)
     lines += ["", *textwrap.wrap(inspect.getdoc(config) or "", width)]
     for heading, group in [first] if brief else [first, *others]:
         lines += ["", f"{heading}:"]
@@ -193,10 +194,10 @@ def why_refused(config: type, words: Sequence[str], prog: str, reads: Callable[[
     if loose and not arguments:
         meant = f". Did you mean --{missing[0].name} {loose[0]}?" if missing else ""
         return f"{loose[0]}: no flag stands before it{meant}"
-    missing += arguments[len(loose) :]
+    missing += [flag for flag in arguments[len(loose) :] if flag.required]
     if missing:
         return f"{prog} needs {' and '.join(map(str, missing))}. {prog} -h lists the most used flags"
-    extra = loose[len(arguments) :]
+    extra = [] if any(flag.count is None for flag in arguments) else loose[len(arguments) :]
     return f"{extra[0]}: one word too many; expected {' '.join(map(str, arguments))}" if extra else ""
 
 

@@ -43,6 +43,12 @@ def test_brief_help_has_the_first_group_alone_and_names_the_others(capsys):
         assert "(default: 800)." in said and "Output folder of preprocess" in said
 
 
+def test_the_usage_tells_what_may_be_left_out():
+    for command, line in (("clean", "clean [FOLDER] [flags]"), ("convert", "convert SOURCE DESTINATION [flags]")):
+        text = usage.help_text(CONFIGS[command], f"mambahome {command}", brief=True)
+        assert text.startswith(f"usage: mambahome {line}\n")
+
+
 def _refusal(command, text):
     with pytest.raises(ConfigError) as refused:
         cli.parse(command, text.split(), f"mambahome {command}")
@@ -78,6 +84,7 @@ def _refusal(command, text):
         ("check", "--fast scans --show x more", "--show x; expected a whole number"),
         ("convert", "a", "mambahome convert needs DESTINATION. mambahome convert -h lists the most used flags"),
         ("convert", "--overwrite a b c", "c: one word too many; expected SOURCE DESTINATION"),
+        ("clean", "a b", "b: one word too many; expected FOLDER"),
         (
             "evaluate",
             "--predictions a",
