@@ -22,7 +22,8 @@ def run(config: InferConfig) -> int:
     """
     console = Console()
     progress = progress_bar(console)
-    scans, windows = (progress.add_task(name, total=None) for name in ("scans", "windows"))
+    # The first window waits for the compiled network.
+    scans, windows = (progress.add_task(name, total=None) for name in ("scans", "compiling"))
 
     def track(results: Iterable[T], total: int) -> Iterator[T]:
         progress.update(scans, total=total)
@@ -31,9 +32,10 @@ def run(config: InferConfig) -> int:
                 progress.advance(scans)
                 yield result
 
-    result = infer_scans(
-        config, partial(say, console), track, lambda done, total: progress.update(windows, completed=done, total=total)
-    )
+    def show(done: int, total: int) -> None:
+        progress.update(windows, description="windows", completed=done, total=total)
+
+    result = infer_scans(config, partial(say, console), track, show)
     cases, failures = len(result.cases), len(result.failures)
     if result.volumes_ml:
         console.print(volumes_table(result.volumes_ml))

@@ -126,20 +126,28 @@ def logged(console: "Console", file: Path) -> Iterator[None]:
             console.pop_render_hook()
 
 
+def bars(console: "Console", *columns: Any, **options: Any) -> "Progress":
+    """Make bars of these columns, of rich.progress; options: of its Progress."""
+    from rich.constrain import Constrain
+    from rich.progress import Progress
+
+    class Narrow(Progress):
+        """Leave room for the ^C that a terminal writes behind a bar, which would else go on in the next line."""
+
+        def get_renderables(self) -> Iterator[Any]:
+            yield Constrain(self.make_tasks_table(self.tasks), console.width - len("^C"))
+
+    return Narrow(*columns, console=console, **options)
+
+
 def progress_bar(console: "Console", text: str = "{task.description}", *, disable: bool = False) -> "Progress":
     """Make the bar of a command: what is done, how many, for how long and how much longer. text: before the bar."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    bar = BarColumn(bar_width=None)
-    columns = (TextColumn(text), bar, MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    return Progress(*columns, TimeRemainingColumn(), console=console, disable=disable)
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    columns = (TextColumn(text), BarColumn(bar_width=None), MofNCompleteColumn(), *times)
+    # The mean over an hour: a scan may take minutes, and within half of one nothing would be known.
+    return bars(console, *columns, disable=disable, speed_estimate_period=3600.0)
 
 
 def tracked(console: "Console", text: str) -> Track:

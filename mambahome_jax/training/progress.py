@@ -26,7 +26,7 @@ from mambahome_jax.datasets.splits import outside_note, outside_split
 from mambahome_jax.datasets.structures import describe_numbering
 from mambahome_jax.errors import OutputError
 from mambahome_jax.flags import TrainConfig
-from mambahome_jax.support.console import command_line, duration, say
+from mambahome_jax.support.console import bars, command_line, duration, say
 from mambahome_jax.support.files import atomic_write
 from mambahome_jax.training.curves import NAME as CURVES
 from mambahome_jax.training.curves import Drawn, write_curves
@@ -41,7 +41,7 @@ COLUMNS = (
 # Of a bar, what is left out first where the terminal is narrow; step and loss stay.
 _LEFT_OUT = ("data wait", "lr", "images/s", "GPU")
 # Columns for what is being done, for the bar itself, and for times and gaps beside it.
-_DOING, _BAR, _TIMES = len("Validating"), 10, 26
+_DOING, _BAR, _TIMES = len("Validating"), 10, 28
 # Without a terminal: a line after this many seconds.
 LINE_SECONDS = 10.0
 # Without a validation or checkpoint, who watches sees nothing new for so long.
@@ -224,7 +224,7 @@ class Display:
         if self.console.is_terminal:
             doing, values = (TextColumn(f"{{task.{name}}}") for name in ("description", "fields[values]"))
             columns = (doing, BarColumn(bar_width=None), values, _Times(self.seconds_left))
-            self._bar = Progress(*columns, console=self.console, transient=True)
+            self._bar = bars(self.console, *columns, transient=True)
             done, total = self.schedule.done(self.start)
             self._task = self._bar.add_task(f"{'Starting':<{_DOING}}", total=total, values="")
             self._bar.update(self._task, completed=done)

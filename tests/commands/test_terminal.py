@@ -89,6 +89,8 @@ def test_every_command_fits_and_ends_with_the_next_one(columns, home):
         assert code == 0
         assert_fits(screen)
         assert f"mambahome {following}\r\n" in screen.text or not following
+        assert all(len(shown) <= columns - len("^C") for shown in frames(screen))
+        assert (config.__class__ is InferConfig) == ("compiling" in screen.text)
         assert bar in str(screen) and ("left 0:00:00" in str(screen)) == bool(bar)
 
 
@@ -101,7 +103,9 @@ def test_a_training_says_what_it_does_and_how_long_it_goes_on(columns, tmp_path,
     assert code == 0
     assert_fits(screen)
     bars = frames(screen)
-    assert all(len(bar) <= columns and bar.count("━") + bar.count("╸") + bar.count("╺") >= 10 for bar in bars)
+    assert all(
+        len(bar) <= columns - len("^C") and bar.count("━") + bar.count("╸") + bar.count("╺") >= 10 for bar in bars
+    )
     doing = [bar.split()[0] for bar in bars]
     assert [word for word, before in zip(doing, ["", *doing], strict=False) if word != before] == [
         *("Starting", "Compiling", "Training", "Validating", "Training", "Validating", "Training", "Held-out"),
