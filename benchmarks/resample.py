@@ -1,9 +1,12 @@
-"""Time `resample` against MONAI's Spacingd on one CT-like array; MONAI is left out where it is not installed.
+"""Time `resample` against MONAI's Spacingd on one CT-like array, which is left out where MONAI is not installed.
+
+Cubic splines are timed against scipy.ndimage.zoom, which nnU-Net resamples with. One thread: OPENBLAS_NUM_THREADS=1.
 
 python benchmarks/resample.py --shape 512 512 400 --spacing 0.8 0.8 3.0 --json resample.json
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -17,8 +20,9 @@ from typing import Any
 
 import numpy as np
 import scipy
+from scipy import ndimage
 
-from mambahome_jax.imaging.geometry import resample
+from mambahome_jax.imaging.geometry import Order, resample
 from mambahome_jax.imaging.volume import Volume
 
 
@@ -31,8 +35,13 @@ def make_volume(shape: tuple[int, int, int], spacing: tuple[float, float, float]
     return Volume(array, np.diag([*spacing, 1.0]))
 
 
-def ours(volume: Volume, spacing: tuple[float, float, float], order: str) -> np.ndarray:
-    return resample(volume, spacing, "linear" if order == "linear" else "nearest").array
+def ours(volume: Volume, spacing: tuple[float, float, float], order: Order) -> np.ndarray:
+    return resample(volume, spacing, order).array
+
+
+def zoom(volume: Volume, shape: tuple[int, ...]) -> np.ndarray:
+    factors = [new / old for new, old in zip(shape, volume.shape, strict=True)]
+    return ndimage.zoom(volume.array, factors, order=3, mode="nearest", grid_mode=True)
 
 
 def monai_spacing(volume: Volume, spacing: tuple[float, float, float], order: str) -> np.ndarray:
@@ -48,14 +57,15 @@ def monai_spacing(volume: Volume, spacing: tuple[float, float, float], order: st
     return transform({"image": image})["image"][0].numpy()
 
 
-def measure(function: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, float]:
-    """The result, and the median of wall-clock seconds."""
+def measure(function: Callable[[], np.ndarray], repeats: int) -> tuple[np.ndarray, float, float]:
+    """The result, and the medians of wall-clock seconds and of those of all cores."""
     seconds = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start, processor = time.perf_counter(), time.process_time()
         result = function()
-        seconds.append(time.perf_counter() - start)
-    return result, statistics.median(seconds)
+        seconds.append((time.perf_counter() - start, time.process_time() - processor))
+    wall, cores = map(statistics.median, zip(*seconds, strict=True))
+    return result, wall, cores
 
 
 def main() -> None:
@@ -74,13 +84,17 @@ def main() -> None:
         # The first call imports; that is not what is compared.
         monai_spacing(make_volume((8, 8, 8), (1.0, 1.0, 1.0)), (2.0, 2.0, 2.0), "linear")
     rows = []
-    for order, source in (("linear", volume), ("nearest", labels)):
+    cases: tuple[tuple[Order, Volume], ...] = (("linear", volume), ("cubic", volume), ("nearest", labels))
+    for order, source in cases:
         row: dict[str, Any] = {"order": order}
-        result, row["ours_s"] = measure(lambda s=source, o=order: ours(s, tuple(args.spacing), o), args.repeats)
+        ask = functools.partial(ours, source, tuple(args.spacing), order)
+        result, row["ours_s"], row["ours_cpu_s"] = measure(ask, args.repeats)
         row["shape"] = result.shape
         row["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        if has_monai:
-            theirs, row["monai_s"] = measure(lambda s=source, o=order: monai_spacing(s, tuple(args.spacing), o), 1)
+        if order == "cubic":
+            _, _, row["scipy_cpu_s"] = measure(functools.partial(zoom, source, result.shape), 1)
+        elif has_monai:
+            theirs, row["monai_s"], _ = measure(lambda s=source, o=order: monai_spacing(s, tuple(args.spacing), o), 1)
             difference = np.abs(result.astype(np.float32) - theirs)
             row["largest_difference"] = float(difference.max())
             row["differing"] = float((difference > 1e-3).mean())
@@ -88,7 +102,9 @@ def main() -> None:
 
     print(f"{'x'.join(map(str, args.shape))} at {args.from_spacing} mm -> {args.spacing} mm, {os.cpu_count()} cores")
     for row in rows:
-        line = f"{row['order']:8s} {row['shape']}  ours {row['ours_s']:.2f} s"
+        line = f"{row['order']:8s} {row['shape']}  ours {row['ours_s']:.2f} s ({row['ours_cpu_s']:.2f} CPU s)"
+        if "scipy_cpu_s" in row:
+            line += f"  scipy {row['scipy_cpu_s']:.2f} CPU s"
         if "monai_s" in row:
             line += f"  MONAI {row['monai_s']:.2f} s ({row['monai_s'] / row['ours_s']:.1f} times)"
             line += (

@@ -1,13 +1,15 @@
 """Orientation, grids and resampling of volumes, and the way back. Everything follows the affine, never pixdim.
 
-Grids and sampling agree with MONAI's Spacing (defaults, padding "border") and with its inverse. Where the two grids'
-axes are parallel, which is nearly always so, sampling is done one axis after the other.
+Grids and linear sampling agree with MONAI's Spacing (defaults, padding "border") and with its inverse, cubic splines
+on these grids with nnU-Net's resampling of images (nnunetv2 2.8.1, preprocessing/resampling/default_resampling.py).
+Where the two grids' axes are parallel, which is nearly always so, sampling is done one axis after the other.
 """
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from nibabel import orientations
@@ -17,8 +19,9 @@ from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.header import ROUNDING_VOXELS, grid_shift
 from mambahome_jax.imaging.volume import Volume
 
-Order = Literal["linear", "nearest"]
+Order = Literal["linear", "cubic", "nearest"]
 Box = tuple[slice, slice, slice]
+Limits = tuple[np.ndarray, np.ndarray]  # lowest and highest values, to broadcast against a volume
 
 # Voxels by which a label map may lie off its image, and a prediction off its reference: affines are often text.
 LABEL_VOXELS, SCORE_VOXELS = 0.1, 0.05
@@ -28,6 +31,10 @@ _FINER = 512  # eight times as fine along each axis
 _FEW = 1 << 22  # voxels that any scan may become
 _COARSER = 100  # voxels that become one where next to nothing of a scan is left
 _WIDE = 16  # voxels of an axis that the network works on at least
+_COARSE = 3  # times as long as the finest are voxels of an axis along which cubic splines do not interpolate
+# Voxels of a cubic spline that are computed together, and beyond them those that still weigh: 0.27^16, below 1e-9.
+_TOGETHER, _REACH = 32, 16
+_CUBIC_VALUES = 1 << 20  # in flight, which the cache keeps
 _PARALLEL = 1e-4  # voxels by which sampling axis by axis may miss a position
 
 
@@ -120,7 +127,9 @@ def resample(volume: Volume, spacing: Sequence[float], order: Order = "linear") 
 
     Args:
         spacing: one value an axis; 0 or below keeps the volume's.
-        order: "linear" gives float32; "nearest" keeps the dtype, for label maps. Outside the old grid the edge goes on.
+        order: "linear" gives float32; "cubic" too, by splines whose values are cut to those of the volume, but the
+            nearest voxel along an axis of voxels more than 3 times as long as the finest, and then cut slice by slice;
+            "nearest" keeps the dtype, for label maps. Outside the old grid the edge goes on.
 
     Raises:
         ConfigError, DatasetError: as `resampled_grid`.
@@ -139,6 +148,7 @@ def resample_to(
     *,
     box: Box | None = None,
     before: Callable[[np.ndarray], np.ndarray] | None = None,
+    limits: Limits | None = None,
 ) -> Volume:
     """Sample a volume at the voxels of another grid (`affine` (4, 4), `shape` (D0, D1, D2)), of any orientation.
 
@@ -146,11 +156,13 @@ def resample_to(
 
     Args:
         order: as of `resample`.
-        box: the part of the new grid to sample, start and stop an axis; its values are those that the whole has there.
+        box: the part of the new grid to sample, start and stop an axis; its values are those that the whole has there,
+            with "cubic" up to float32's rounding.
         before: applied to the voxels that are used, before they are sampled; any function of each voxel by itself.
+        limits: `cubic_limits` of the volume after `before`, for who samples many boxes; None measures them.
     """
-    if order not in ("linear", "nearest"):
-        raise ConfigError(f"order {order!r}; expected 'linear' or 'nearest'")
+    if order not in get_args(Order):
+        raise ConfigError(f"order {order!r}; expected 'linear', 'cubic' or 'nearest'")
     array = np.asarray(volume.array)
     shape = (int(shape[0]), int(shape[1]), int(shape[2]))
     box = box if box is not None else (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))
@@ -159,24 +171,67 @@ def resample_to(
     part_affine = affine.copy()
     part_affine[:3, 3] += affine[:3, :3] @ first
     axes = _axis_positions(volume.affine, volume.shape, affine, shape)
+    if order == "cubic" and limits is None:
+        limits = cubic_limits(replace(volume, array=before(array)), affine)
     if axes is None:
         to_old = np.linalg.inv(volume.affine) @ affine
         to_old[:3, 3] += to_old[:3, :3] @ first
         part = (box[0].stop - box[0].start, box[1].stop - box[1].start, box[2].stop - box[2].start)
-        return Volume(_sample_anywhere(before(array), to_old, part, order), part_affine, volume.header)
+        sampled = _sample_anywhere(before(array), to_old, part, order)
+        if limits is not None:
+            sampled = sampled.clip(limits[0].min(axis=(0, 1, 2)), limits[1].max(axis=(0, 1, 2)))
+        return Volume(sampled, part_affine, volume.header)
     source, every = axes
     array = array.transpose(*source, *range(3, array.ndim))
+    reach = _REACH if order == "cubic" else 0
     positions, used = [], []
     for axis, old_size in enumerate(array.shape[:3]):
         inside = every[axis][box[axis]]
-        low, high = int(inside.min()), int(np.ceil(inside.max()))
+        low, high = max(int(inside.min()) - reach, 0), int(np.ceil(inside.max())) + reach
         used.append(slice(low, min(high + 1, old_size)))
         positions.append(inside - low)
     # The one that shrinks most first: no array on the way exceeds both input and output. Of the whole grids, so that
     # every box of them is computed alike.
     turns = sorted(range(3), key=lambda axis: shape[axis] / array.shape[axis])
-    sampled = _sample_by_axis(before(array[tuple(used)]), positions, turns, order)
+    orders: list[Order] = [order] * 3
+    coarse = _coarse_axis(volume.affine, affine) if order == "cubic" else None
+    if coarse is not None:
+        orders[source.index(coarse)] = "nearest"
+    sampled = _sample_by_axis(before(array[tuple(used)]), positions, turns, orders)
+    if limits is not None and not np.may_share_memory(sampled, array):
+        least, most = (each.transpose(*source, *range(3, array.ndim)) for each in limits)
+        if coarse is not None:
+            along = source.index(coarse)
+            index = np.rint(positions[along]).astype(np.intp) + used[along].start
+            least, most = least.take(index, axis=along), most.take(index, axis=along)
+        np.clip(sampled, least, most, out=sampled)
     return Volume(sampled, part_affine, volume.header)
+
+
+def cubic_limits(volume: Volume, affine: np.ndarray) -> Limits:
+    """Lowest and highest values to which cubic splines onto the grid of `affine` are cut, of each channel.
+
+    Of each slice by itself where there is an axis along which they do not interpolate, as nnU-Net does.
+    """
+    coarse, array = _coarse_axis(volume.affine, affine), np.asarray(volume.array)
+    axes = tuple(axis for axis in range(3) if axis != coarse)
+    low, high = (end(array, axis=axes, keepdims=True).astype(np.float32) for end in (np.min, np.max))
+    return low, high
+
+
+def _coarse_axis(affine: np.ndarray, target_affine: np.ndarray) -> int | None:
+    """The axis of a grid along which cubic splines do not interpolate onto another, None where they do along all.
+
+    Of voxels more than 3 times as long as the finest, in this grid or else in the target, if no other is as long.
+    """
+    axes, target_axes = affine[:3, :3], target_affine[:3, :3]
+    along = np.abs(np.linalg.inv(axes) @ target_axes).argmax(axis=0)
+    for millimetres in (np.linalg.norm(axes, axis=0), np.linalg.norm(target_axes, axis=0)[np.argsort(along)]):
+        longest = millimetres.max()
+        if longest > _COARSE * (1 + _SAME) * millimetres.min():
+            coarse = np.flatnonzero(millimetres > (1 - _SAME) * longest)
+            return int(coarse[0]) if len(coarse) == 1 else None
+    return None
 
 
 def positions_on(
@@ -267,7 +322,7 @@ def _sample_anywhere(array: np.ndarray, to_old: np.ndarray, shape: tuple[int, in
     walk = [int(axis) for axis in np.abs(matrix / np.linalg.norm(matrix, axis=0)).argmax(axis=1)]
     if sorted(walk) != [0, 1, 2]:
         walk = [0, 1, 2]
-    dtype = np.dtype(np.float32) if order == "linear" else array.dtype
+    dtype = array.dtype if order == "nearest" else np.dtype(np.float32)
     result = np.empty((*array.shape[3:], *(shape[axis] for axis in walk)), dtype)
     for channel in np.ndindex(array.shape[3:]):
         ndimage.affine_transform(
@@ -276,20 +331,22 @@ def _sample_anywhere(array: np.ndarray, to_old: np.ndarray, shape: tuple[int, in
             offset,
             output=result[channel],
             output_shape=result.shape[-3:],
-            order=1 if order == "linear" else 0,
+            order={"nearest": 0, "linear": 1, "cubic": 3}[order],
             mode="nearest",
         )
     back = [result.ndim - 3 + walk.index(axis) for axis in range(3)]
     return result.transpose(*back, *range(result.ndim - 3))
 
 
-def _sample_by_axis(array: np.ndarray, positions: list[np.ndarray], turns: list[int], order: Order) -> np.ndarray:
-    """One axis after the other, in the order of `turns`."""
+def _sample_by_axis(
+    array: np.ndarray, positions: list[np.ndarray], turns: list[int], orders: list[Order]
+) -> np.ndarray:
+    """One axis after the other, in the order of `turns`, each by its own of `orders`."""
     memory = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
     result = array.transpose(memory)
     for axis in turns:
-        result = _sample_axis(result, memory.index(axis), positions[axis], order)
-    if order == "linear":
+        result = _sample_axis(result, memory.index(axis), positions[axis], orders[axis])
+    if {*orders} != {"nearest"}:
         result = result.astype(np.float32, copy=False)
     return result.transpose(np.argsort(memory))
 
@@ -313,6 +370,8 @@ def _sample_axis(array: np.ndarray, axis: int, position: np.ndarray, order: Orde
             for slab, out in zip(array, result, strict=True):
                 np.take(slab, low, axis=axis - 1, out=out, mode="clip")
         return result
+    if order == "cubic":
+        return _splines_along(array, axis, position)
     high = np.minimum(low + 1, size - 1)
     result = np.empty((*array.shape[:axis], len(low), *array.shape[axis + 1 :]), np.float32)
     if axis == 0:
@@ -332,3 +391,28 @@ def _sample_axis(array: np.ndarray, axis: int, position: np.ndarray, order: Orde
         step *= weight
         out += step
     return result
+
+
+def _splines_along(array: np.ndarray, axis: int, position: np.ndarray) -> np.ndarray:
+    """Cubic splines through all values along one axis, as scipy's with mode "nearest": float32.
+
+    A value is a weighted sum of all along its line, of which those near it count. So the values of a stretch of the
+    axis are one product of matrices, several times as fast as filtering first and interpolating then.
+    """
+    size, before, after = array.shape[axis], math.prod(array.shape[:axis]), math.prod(array.shape[axis + 1 :])
+    lines = array.reshape(before, size, after)
+    result = np.empty((before, len(position), after), np.float32)
+    planes = max(_CUBIC_VALUES // (size * after), 1)
+    for first in range(0, len(position), _TOGETHER):
+        part = position[first : first + _TOGETHER]
+        low, high = max(int(part.min()) - _REACH, 0), min(int(np.ceil(part.max())) + 1 + _REACH, size)
+        at = np.meshgrid(part - low, np.arange(high - low), indexing="ij")
+        weights = ndimage.map_coordinates(np.eye(high - low), at, order=3, mode="nearest").astype(np.float32)
+        for plane in range(0, before, planes):
+            rows, columns = slice(plane, plane + planes), slice(first, first + len(part))
+            used = lines[rows, low:high].astype(np.float32, copy=False)
+            if after == 1:
+                np.matmul(used[..., 0], weights.T, out=result[rows, columns, 0])
+            else:
+                np.matmul(weights, used, out=result[rows, columns])
+    return result.reshape(*array.shape[:axis], len(position), *array.shape[axis + 1 :])

@@ -1,6 +1,8 @@
 """Orientation and resampling: equal to MONAI, and true to the world."""
 
 import itertools
+import json
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -12,7 +14,14 @@ from scipy import ndimage
 
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging import geometry
-from mambahome_jax.imaging.geometry import orientation_of, reorient, resample, resample_to, resampled_grid
+from mambahome_jax.imaging.geometry import (
+    cubic_limits,
+    orientation_of,
+    reorient,
+    resample,
+    resample_to,
+    resampled_grid,
+)
 from mambahome_jax.imaging.volume import Volume, read_labels, read_volume
 from tests.conftest import golden_path, load_golden
 from tests.imaging.test_volume import CASES
@@ -189,7 +198,7 @@ def test_spacing_that_is_none_is_refused(spacing):
 
 def test_order_that_is_none_is_refused():
     with pytest.raises(ConfigError, match="order"):
-        resample_to(Volume(np.zeros((2, 2, 2)), np.eye(4)), np.eye(4), (2, 2, 2), "cubic")
+        resample_to(Volume(np.zeros((2, 2, 2)), np.eye(4)), np.eye(4), (2, 2, 2), "quadratic")
 
 
 @pytest.mark.parametrize("millimetres", [1e4, 1e12])
@@ -213,3 +222,100 @@ def test_orientation_along_the_axes_as_nibabel():
             affine[axes, range(3)] = signs
             expected = orientations.ornt2axcodes(orientations.io_orientation(affine))
             assert orientation_of(affine) == "".join(expected), affine
+
+
+NNUNET = json.loads(str(load_golden("baselines/recipe_nnunet.npz")["resample/meta_json"]))
+
+
+@pytest.mark.parametrize("case", NNUNET)
+def test_cubic_splines_as_nnunet(case):
+    """On a grid of nnU-Net's, whose voxels' edges are aligned; ours goes on with the edge beyond the last centres."""
+    golden, meta = load_golden("baselines/recipe_nnunet.npz"), NNUNET[case]
+    array = np.moveaxis(golden[f"resample/{case}/x"], 0, -1)
+    expected = np.moveaxis(golden[f"resample/{case}/order3"], 0, -1)
+    steps = np.array(array.shape[:3]) / expected.shape[:3]
+    start = steps / 2 - 0.5
+    separate, axis = meta["separate"]
+    if separate:
+        start[axis] += 1e-6  # nnU-Net takes the upper of two voxels as near, label maps here the even one
+    source, target = (np.diag([*mm, 1.0]) for mm in (meta["current"], steps * meta["current"]))
+    target[:3, 3] = start * meta["current"]
+    result = resample_to(Volume(array, source), target, expected.shape[:3], "cubic").array
+    positions = [s + step * np.arange(n) for s, step, n in zip(start, steps, expected.shape, strict=False)]
+    known = [(p > -1e-9) & (p < n - 1 + 1e-9) for p, n in zip(positions, array.shape, strict=False)]
+    if separate:
+        known[axis][:] = True
+    assert all(k.any() for k in known)
+    bound = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(result[np.ix_(*known)], expected[np.ix_(*known)], rtol=0, atol=bound)
+    assert result.dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+@pytest.mark.parametrize("fortran", [False, True])
+@pytest.mark.parametrize("orientation", ["RAS", "PSR"])
+def test_cubic_splines_as_scipy_at_once(dtype, fortran, orientation):
+    array = np.random.default_rng(0).normal(0, 100, (70, 9, 45, 2)).astype(dtype)
+    affine = reorient(Volume(array, np.diag([1.0, 2.0, 1.5, 1.0])), orientation).affine
+    volume = Volume(np.asfortranarray(array) if fortran else array, affine)
+    grid, shape = resampled_grid(affine, volume.shape, (0.8, 1.3, 1.1))
+    to_old = np.linalg.inv(affine) @ grid
+    # Beyond the outermost centres the edge goes on.
+    positions = np.clip(
+        np.einsum("ij,...j->...i", to_old[:3, :3], world(np.eye(4), shape)) + to_old[:3, 3], 0, [69, 8, 44]
+    )
+    result = resample_to(volume, grid, shape, "cubic").array
+    for channel in range(2):
+        at_once = ndimage.map_coordinates(
+            array[..., channel].astype(float), np.moveaxis(positions, -1, 0), mode="nearest"
+        )
+        at_once = np.clip(at_once, array[..., channel].min(), array[..., channel].max())
+        np.testing.assert_allclose(result[..., channel], at_once, rtol=0, atol=2e-3)
+
+
+def test_cubic_splines_take_the_nearest_slice_along_a_far_coarser_axis():
+    array = np.random.default_rng(0).normal(size=(12, 10, 6)).astype(np.float32)
+    volume = Volume(array, np.diag([1.0, 1.0, 3.5, 1.0]))
+    result = resample(volume, (0.7, 0.8, 1.5), "cubic")
+    nearest = resample(Volume(np.broadcast_to(np.arange(6.0), array.shape), volume.affine), (0.7, 0.8, 1.5), "nearest")
+    slices = nearest.array[0, 0].astype(int)
+    for index, source in enumerate(slices):
+        plane = resample(Volume(array[..., source, None], np.diag([1.0, 1, 1, 1])), (0.7, 0.8, 0), "cubic").array[
+            ..., 0
+        ]
+        np.testing.assert_allclose(result.array[..., index], plane, atol=1e-6)
+        assert result.array[..., index].min() >= array[..., source].min()
+        assert result.array[..., index].max() <= array[..., source].max()
+    assert (np.diff(slices) == 0).any()
+    # At three times, or with two coarse axes, splines go along all.
+    for spacing in ((1.0, 1.0, 3.0), (4.0, 1.0, 4.0)):
+        other = resample(replace(volume, affine=np.diag([*spacing, 1.0])), (0, 0, 2.0), "cubic").array
+        assert not np.isin(other, array).all()
+
+
+@pytest.mark.parametrize("spacing", [(1.2, 0.7, 0.9), (1.2, 0.7, 9.0)])
+@pytest.mark.parametrize("shear", [0.0, 0.2])
+def test_boxes_of_cubic_splines_are_parts_of_the_whole(spacing, shear):
+    array = np.random.default_rng(0).normal(size=(60, 40, 13, 1)).astype(np.float32)
+    affine = np.diag([*spacing, 1.0])
+    affine[0, 1] = shear
+    volume = Volume(array, affine)
+    grid, shape = resampled_grid(affine, volume.shape, (0.9, 0.9, 1.4))
+    whole = resample_to(volume, grid, shape, "cubic")
+    limits = cubic_limits(volume, grid)
+    for rows in (slice(0, 7), slice(31, 52)):
+        box = (rows, slice(3, shape[1]), slice(2, 9))
+        for known in (limits, None):
+            part = resample_to(volume, grid, shape, "cubic", box=box, limits=known)
+            np.testing.assert_allclose(part.array, whole.array[box], rtol=0, atol=2e-6)
+    doubled = resample_to(volume, grid, shape, "cubic", before=lambda values: 2 * values)
+    np.testing.assert_allclose(doubled.array, 2 * whole.array, atol=4e-6)
+
+
+def test_cubic_splines_leave_an_input_as_it_is():
+    array = np.random.default_rng(0).normal(size=(9, 8, 7)).astype(np.float32)
+    array.flags.writeable = False
+    volume = Volume(array, np.eye(4))
+    np.testing.assert_array_equal(resample_to(volume, np.eye(4), array.shape, "cubic").array, array)
+    flipped = reorient(volume, "LPS")
+    np.testing.assert_array_equal(resample_to(volume, flipped.affine, array.shape, "cubic").array, flipped.array)
