@@ -49,9 +49,8 @@ FOLDER, SUMMARY = "validation", "summary.json"
 Largest = dict[str, dict[str, float]]  # structure -> case -> Dice of the largest connected part
 
 
-def forget_scores(folder: Path) -> None:
-    """Remove what an earlier run in `folder` ended with: it is of another network."""
-    output = folder / FOLDER
+def forget_scores(output: Path) -> None:
+    """Remove the scores that an earlier run wrote to a folder: they are of another network."""
     with contextlib.suppress(OSError):  # what stands in the way is told when there are scores to write
         for path in (output / SUMMARY, output / "metrics.csv", output / "report.html", *output.glob("*.nii.gz")):
             path.unlink(missing_ok=True)

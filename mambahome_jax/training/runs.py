@@ -42,6 +42,7 @@ from mambahome_jax.training.folds import (
     networks_of,
     show_scores,
 )
+from mambahome_jax.training.held_out import forget_scores
 from mambahome_jax.training.memory import (
     SIZES,
     DeviceMemoryError,
@@ -302,11 +303,14 @@ class Training:
         """Train one network after the other, each a run; those that ended before stay, and a signal ends all."""
         flags, folder = self.flags, self.folder
         names = [network.folder.name for network in networks]
-        report = {"command": "train", "configuration": asdict(flags), "networks": names}
+        report = {"command": "train", "configuration": asdict(replace(flags, fold=None)), "networks": names}
         # Who trains a single fold is one of several who would write it.
         save = save_report if flags.fold is None else lambda *_: None
         save(folder, report | {"status": "running"})
-        if flags.folds is not None:  # the report of all folds takes its time too
+        if flags.folds is not None:
+            if is_first() and not all(holds_run(network.folder) for network in networks):
+                forget_scores(folder / CROSS_VALIDATION)
+            # The report of all folds takes its time too.
             self.clock = self.clock._replace(seconds=self.clock.seconds - report_seconds(self.clock.seconds))
         results: list[TrainResult] = []
         pooled: Mapping[str, Any] | None = None
@@ -332,7 +336,8 @@ class Training:
             return TrainResult(folder, status, code, networks=tuple(results))
         failures = {entry["case"]: entry["reason"] for entry in pooled["failures"]}
         entry, code = scores_entry(pooled), max(code, int(bool(failures)))
-        save_report(folder, report | {"status": status, "exit_code": code, "cross_validation": entry})
+        report |= {"networks": [*pooled["folds"]], "cross_validation": entry}
+        save_report(folder, report | {"status": status, "exit_code": code})
         named = {"dice": entry["dice"], "structures": entry["structures"]}
         return TrainResult(folder, status, code, **named, failures=failures, networks=tuple(results))
 

@@ -37,6 +37,7 @@ from mambahome_jax.training.distributed import (
     put_batch,
     replicated,
 )
+from mambahome_jax.training.held_out import FOLDER as VALIDATION
 from mambahome_jax.training.held_out import forget_scores, score_held_out
 from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce
 from mambahome_jax.training.memory import (
@@ -135,7 +136,7 @@ def train_network(
         if is_first():
             structures = tuple(setup.structures.values()) if setup.val_cases else ()
             if earlier is None:
-                forget_scores(folder)
+                forget_scores(folder / VALIDATION)
             run.log = stack.enter_context(FileLog(folder, run.step, display.say, structures))
         batches = stack.enter_context(open_batches(setup, position, display.say))
         try:

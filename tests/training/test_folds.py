@@ -95,6 +95,7 @@ def test_folds_on_several_machines_are_those_of_one_and_the_last_one_pools(data,
         assert report(together / name)["data"]["val"] == report(apart / name)["data"]["val"]
         assert all(np.array_equal(*pair) for pair in zip(arrays(together / name), arrays(apart / name), strict=True))
     assert rows(together / "cross_validation") == rows(apart / "cross_validation")
+    assert report(apart)["networks"] == [*FOLDS[:2]] and report(apart)["configuration"]["fold"] is None
     # A fold that is said once more is left as it is.
     assert command.run(_config(data, apart, **settings, fold=0, resume=True)) == 0
     assert "finished already" in capsys.readouterr().out
@@ -161,6 +162,15 @@ def test_a_case_that_failed_is_told_and_the_others_are_scored(data, tmp_path, ca
     assert [row["case"] for row in rows(tmp_path / "run" / "cross_validation")] == ["c0", "c1", "c2", "c4"]
     assert [each.exit_code for each in result.networks].count(1) == 1
     assert report(tmp_path / "run")["exit_code"] == 1
+
+
+def test_scores_of_earlier_folds_are_not_kept_beside_new_ones(data, tmp_path):
+    """What infer does by them would be learned from other networks."""
+    output = tmp_path / "run" / "cross_validation"
+    output.mkdir(parents=True)
+    (output / "summary.json").write_text("{}")
+    assert command.run(_config(data, tmp_path / "run", folds=2, fold=1, steps=1, val_every=1)) == 0
+    assert not (output / "summary.json").exists()
 
 
 def test_a_fold_without_scores_is_told(data, tmp_path):
