@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mambahome_jax.errors import ConfigError, MambaHomeError
-from mambahome_jax.support.console import protect_output
+from mambahome_jax.support.console import protect_output, say
 from mambahome_jax.support.paths import typed_path
 from mambahome_jax.version import __version__
 
@@ -236,7 +236,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _refuse(reason: object) -> int:
-    print(f"Error: {reason}", file=sys.stderr)
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        say(Console(stderr=True), f"Error: {reason}")
+    else:
+        print(f"Error: {reason}", file=sys.stderr)
     return 2
 
 

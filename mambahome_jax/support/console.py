@@ -93,7 +93,7 @@ def say(console: "Console", text: str) -> None:
     Not those with a command line or a word that is wider than the terminal, such as a path: they can be copied whole.
     """
     whole = not console.is_terminal or "mambahome " in text or max(map(len, text.split()), default=0) > console.width
-    console.print(text, markup=False, highlight=False, soft_wrap=whole)
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=whole)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """What commands print: readers that leave early, encodings without a letter, command lines to paste."""
 
+import io
 import os
 import shlex
 import subprocess
@@ -34,6 +35,19 @@ def test_a_reader_that_has_gone_stops_nothing(stream, flags, tmp_path):
     os.close(write)
     assert done.returncode == 0 and not (done.stdout or done.stderr)
     assert (tmp_path / "done").exists()
+
+
+def test_lines_end_between_words_on_a_terminal_alone():
+    def said(text, terminal=True):
+        stream = io.StringIO()
+        say(Console(file=stream, width=20, force_terminal=terminal, _environ={}), text)
+        return stream.getvalue().splitlines()
+
+    prose, path = "a scan of the [bold]liver[/bold] :cat: and more", "in /a/folder/with/a/long/name/x"
+    assert said(prose) == ["a scan of the ", "[bold]liver[/bold] ", ":cat: and more"]
+    assert said(prose, terminal=False) == [prose]
+    assert said(path) == [path]
+    assert said("Next: mambahome train --data_train READY") == ["Next: mambahome train --data_train READY"]
 
 
 def test_a_log_takes_a_name_that_is_not_text(tmp_path):
