@@ -124,7 +124,7 @@ def _read(config: type, words: Sequence[str]) -> Any:
         raise ConfigError(refused.getvalue().strip()) from ended
 
 
-def parse(command: str, argv: Sequence[str], prog: str) -> Any:
+def parse(command: str, argv: Sequence[str]) -> Any:
     """Return the configuration of a command from its arguments.
 
     Raises ConfigError: flags and values that the command does not take, a path that cannot be opened.
@@ -144,7 +144,7 @@ def parse(command: str, argv: Sequence[str], prog: str) -> Any:
     except ConfigError as error:
         if not isinstance(error.__cause__, SystemExit):
             raise
-        raise ConfigError(usage.why_refused(config, words, prog, reads) or str(error)) from error
+        raise ConfigError(usage.why_refused(config, words, reads) or str(error)) from error
     if hasattr(settings, "given"):
         given = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
         settings = dataclasses.replace(settings, given=tuple(sorted(given)))
@@ -166,7 +166,7 @@ def run_command(command: str, argv: Sequence[str], prog: str) -> int:
 
             print(help_text(flags_of(command), prog, brief=asked == "-h"))
             return 0
-        settings = parse(command, argv, prog)
+        settings = parse(command, argv)
         _keep_programs(command)
         run = importlib.import_module(f"mambahome_jax.commands.{command}").run
         return run(settings, started) if command == "train" else run(settings)

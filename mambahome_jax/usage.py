@@ -166,7 +166,7 @@ def help_text(config: type, prog: str, brief: bool) -> str:
     return "\n".join(lines)
 
 
-def why_refused(config: type, words: Sequence[str], prog: str, reads: Callable[[type, Sequence[str]], bool]) -> str:
+def why_refused(config: type, words: Sequence[str], reads: Callable[[type, Sequence[str]], bool]) -> str:
     """Say what is wrong with the words of a command line; nothing where no flag alone is to blame.
 
     reads: whether a class of flags takes some words.
@@ -188,7 +188,8 @@ def why_refused(config: type, words: Sequence[str], prog: str, reads: Callable[[
         if not reads(alone, [f"--{flag.name}", *values]):
             return flag.refuse(values)
     if wrong := next((word for word in loose if word.startswith("-")), ""):
-        return f"{wrong}: no such flag. {nearest(f'-{wrong}', (f'--{name}' for name in known))}{prog} --help lists all"
+        near = nearest(f"-{wrong}", (f"--{name}" for name in known))
+        return f"{wrong}: no such flag. {near}--help lists all of them"
     named = [flag for flag, _ in given]
     missing = [flag for flag in known.values() if flag.required and not flag.argument and flag not in named]
     if loose and not arguments:
@@ -196,7 +197,8 @@ def why_refused(config: type, words: Sequence[str], prog: str, reads: Callable[[
         return f"{loose[0]}: no flag stands before it{meant}"
     missing += [flag for flag in arguments[len(loose) :] if flag.required]
     if missing:
-        return f"{prog} needs {' and '.join(map(str, missing))}. {prog} -h lists the most used flags"
+        verb = "are" if len(missing) > 1 else "is"
+        return f"{' and '.join(map(str, missing))} {verb} missing; -h lists the most used flags"
     extra = [] if any(flag.count is None for flag in arguments) else loose[len(arguments) :]
     return f"{extra[0]}: one word too many; expected {' '.join(map(str, arguments))}" if extra else ""
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _parse(command, text):
-    return cli.parse(command, text.split(), "mambahome")
+    return cli.parse(command, text.split())
 
 
 def test_the_published_command_lines_are_understood():

@@ -66,7 +66,7 @@ def test_flags_of_command_lines_exist(page):
 
 def test_the_readmes_command_lines_parse():
     lines = re.findall(r"^    mambahome (\w+) (.*)$", _text(ROOT / "README.md").replace("\\\n", " "), re.M)
-    parsed = [type(cli.parse(command, shlex.split(words), "mambahome")) for command, words in lines]
+    parsed = [type(cli.parse(command, shlex.split(words))) for command, words in lines]
     assert parsed == [cli.flags_of(command) for command, _ in lines] and len(lines) >= 8
 
 

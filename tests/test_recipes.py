@@ -48,7 +48,7 @@ def test_the_strong_recipe_and_flags_that_win_over_it():
 
 def test_flags_on_the_command_line():
     arguments = "--data_train a --recipe strong --mirror LR AP --deep_supervision --class_balanced False --ema_decay 0"
-    config = cli.parse("train", arguments.split(), "mambahome")
+    config = cli.parse("train", arguments.split())
     assert config.mirror == ("LR", "AP") and config.deep_supervision is True and config.class_balanced is False
     assert config.ema_decay == 0 and config.lr is None and config.data_train == Path("a")
     assert given_ingredients(config).keys() == {"mirror", "deep_supervision", "class_balanced", "ema_decay"}

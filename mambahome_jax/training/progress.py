@@ -287,8 +287,9 @@ class Display:
         parts.append(f"data wait {row['data_wait']:.0%}")
         if self._bar is not None:
             values = fit_values(parts, self.console.width - _DOING - _TIMES - _BAR)
-            self.state("Training", values)
-            self._bar.update(self._task, completed=self.schedule.done(step)[0])
+            # Drawn ten times a second, not with each step.
+            done = self.schedule.done(step)[0]
+            self._bar.update(self._task, completed=done, description=f"{'Training':<{_DOING}}", values=values)
             return
         now = time.perf_counter()
         if now >= self._line_due or step == total:

@@ -63,9 +63,9 @@ def test_flags(tmp_path):
     words = [str(folder) for folder in folders]
     assert run_command("check", [*words, "--num_workers", "1"], "check") == 1
     for asked in (["--dataset", "mvseg", *words, "--dataset", "feta"], [*words, "--dataset=mvseg", "--dataset=feta"]):
-        settings = parse("check", [*asked, "--fast"], "check")
+        settings = parse("check", [*asked, "--fast"])
         assert (settings.folder, settings.dataset, settings.fast) == (folders, ("mvseg", "feta"), True)
-    assert parse("check", ["--dataset", "mvseg", words[0]], "check").dataset == ("mvseg",)
+    assert parse("check", ["--dataset", "mvseg", words[0]]).dataset == ("mvseg",)
     with pytest.raises(ConfigError, match="3 names for 2 folders"):
         run(CheckConfig(folders, dataset=("mvseg", "feta", "amos")))
     with pytest.raises(DatasetError, match="no such folder"):

