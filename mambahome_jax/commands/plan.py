@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mambahome_jax.flags import PlanConfig
-from mambahome_jax.preprocessing.plan import PLAN
+from mambahome_jax.preprocessing.plan import PLAN, train_words
 from mambahome_jax.preprocessing.plan_folder import plan_folder
 from mambahome_jax.recipes import as_typed
 from mambahome_jax.support.console import command_line, say
@@ -29,7 +29,7 @@ def run(config: PlanConfig) -> int:
     if result.prepared:
         if config.output is None and result.plan != result.before:
             say(console, f"train follows {config.folder / PLAN}; --output {config.folder / PLAN} replaces it")
-        say(console, f"Next: {command_line('train', '--data_train', config.folder)}")
+        say(console, f"Next: {command_line('train', *train_words(config.folder, result.plan.settings()))}")
         return 0
     if config.output is None and result.plan != result.before:
         say(console, "--output FILE writes this plan, and preprocess --plan FILE obeys it")

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.preprocessing.dataset import Preprocessed, preprocess_folders
-from mambahome_jax.preprocessing.plan import PLAN
+from mambahome_jax.preprocessing.plan import PLAN, train_words
 from mambahome_jax.recipes import as_typed
 from mambahome_jax.support.console import command_line, say, tracked
 
@@ -38,7 +38,8 @@ def run(config: PreprocessConfig) -> int:
         text += plan["length"]
         say(console, f"Plan: {text}; the reasons are in {prepared.root / PLAN}, which you may edit")
     if entries:
-        say(console, f"Next: {command_line('train', '--data_train', prepared.root)}")
+        words = train_words(prepared.root, result.plan.settings()) if result.plan else ["--data_train", prepared.root]
+        say(console, f"Next: {command_line('train', *words)}")
     return result.exit_code
 
 

@@ -394,6 +394,16 @@ def follow_plan(
     return followed
 
 
+def train_words(folder: Path, settings: Mapping[str, Setting]) -> list[str]:
+    """Write what `mambahome train` takes to train on a prepared folder as planned: network, recipe and length."""
+    ((unit, number),) = settings["length"].value.items()
+    length = ["--max_minutes", f"{number:g}"] if unit == "minutes" else [f"--{unit}", str(number)]
+    recipe = settings["recipe"].value
+    # Where that is typed, the plan is left aside.
+    named = [] if recipe == "published" else ["--recipe", recipe]
+    return ["--data_train", str(folder), "--model", settings["model"].value, *named, *length]
+
+
 def is_given(flags: TrainConfig, *names: str) -> bool:
     """Whether a person chose any of these flags, by naming it or by another value than the default."""
     defaults = {field.name: field.default for field in dataclasses.fields(flags)}

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mambahome_jax import cli
 from mambahome_jax.config import ModelConfig
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import TrainConfig
@@ -21,6 +22,7 @@ from mambahome_jax.preprocessing.plan import (
     plan_lines,
     read_plan,
     target_spacing,
+    train_words,
     write_plan,
 )
 from mambahome_jax.training.setup import choose_grids
@@ -176,6 +178,17 @@ def test_a_training_follows_what_no_flag_decides():
     # The networks of --members share --max_minutes, but each is planned so many.
     minutes = settings["length"].value["minutes"]
     assert follow_plan(TrainConfig(data, members=3), settings).max_minutes == 3 * minutes
+
+
+@pytest.mark.parametrize("length", [{"minutes": 12.5}, {"epochs": 30}, {"steps": 1_000_000}])
+@pytest.mark.parametrize("recipe", ["published", "strong"])
+def test_the_command_line_of_a_plan_trains_as_the_plan_alone_does(recipe, length):
+    settings = make_plan(fingerprint((1.5, 1.5, 10), (256, 216, 10), cases=50), GPU).settings()
+    settings |= {"recipe": Setting(recipe, "by hand"), "length": Setting(length, "by hand")}
+    flags = cli.parse("train", train_words(Path("ready"), settings))
+    followed, alone = (follow_plan(each, settings, str(GPU)) for each in (flags, TrainConfig(Path("ready"))))
+    assert dataclasses.replace(followed, given=()) == alone
+    assert {"model", "max_minutes" if "minutes" in length else next(iter(length))} <= {*flags.given}
 
 
 def test_the_batch_follows_a_given_network_or_patch():
