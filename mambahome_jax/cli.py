@@ -22,15 +22,15 @@ from mambahome_jax.version import __version__
 
 # The class of a command's flags is flags.<Command>Config, what it does is run() of commands/<command>.py.
 COMMANDS = {
-    "check": "Look through a dataset, list what is wrong with it and plan its settings",
+    "check": "List what is wrong with a dataset, and plan its settings",
     "plan": "Show the settings that follow from a dataset, and why",
     "preprocess": "Reorient and resample a folder of scans",
     "train": "Train a network on a preprocessed folder",
     "infer": "Segment scans",
     "evaluate": "Score segmentations against references",
     "report": "Write an HTML page about an evaluation",
-    "convert": "Convert weights between .pth, .npz, .safetensors and a checkpoint folder",
-    "clean": "List and remove what finished runs, killed commands and compiled programs left on the disk",
+    "convert": "Convert weights: .pth, .npz, .safetensors, a checkpoint folder",
+    "clean": "List and remove what runs and killed commands left on the disk",
     "demo": "See the whole way work on synthetic scans, in a few minutes",
 }
 _COMPILING = ("train", "infer")
@@ -212,9 +212,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in _HELP:
         print("usage: mambahome COMMAND [flags]\n")
         print("\n".join(f"  {name:<12}{text}" for name, text in COMMANDS.items()))
-        print("\n  -h            List the most used flags of a COMMAND; --help lists all of them")
-        print("  --version     Print the version; with --verbose also those of JAX and the like, and the devices")
-        print("  --completion  Print a script that completes commands and flags: for bash, zsh or fish")
+        print("\n  COMMAND -h    List its most used flags; --help lists all of them")
+        print("  --version     Print the version; with --verbose JAX and the devices too")
+        print("  --completion  Print a script for bash, zsh or fish that completes words")
         raise SystemExit(0 if arguments else 2)
     command = arguments.pop(0)
     if command in COMMANDS:

@@ -34,6 +34,13 @@ def test_help_fits_the_terminal(command, columns, monkeypatch):
     assert all(text.count(f"\n  {flag}") >= 1 for flag in flags)
 
 
+def test_the_list_of_commands_fits_80_columns(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["-h"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and {line.split()[0] for line in lines if line.strip()} >= {*cli.COMMANDS}
+
+
 def test_brief_help_has_the_first_group_alone_and_names_the_others(capsys):
     for word, length in (("-h", 45), ("--help", 200)):
         assert cli.run_command("train", ["--epochs", "x", word], "mambahome train") == 0
