@@ -15,6 +15,7 @@ Precision = Literal["fp32", "tf32", "bf16"]
 Strategy = Literal["ddp", "fsdp"]
 Surface = Literal["voxels", "area"]  # what metrics of distance count
 AnatomicalAxis = Literal["LR", "AP", "IS"]  # each named by the two letters that an orientation such as "RAS" has for it
+Resampling = Literal["linear", "cubic"]  # of images, see imaging.geometry.resample
 CtIntensity = Literal["window", "percentiles"]  # how CT is normalised, see CtWindow and CtScale
 Triple = tuple[int, int, int]
 Pairs = tuple[tuple[int, int], ...]
@@ -258,6 +259,8 @@ class DataProperties:
     """The same of each scan that was validated on."""
     val_dice: float | None = dataclasses.field(default=None, compare=False)
     """Best mean Dice of the training's validations, None where it is not known."""
+    resampling: Resampling = "linear"
+    """How images came to `spacing`."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "DataProperties":
@@ -288,6 +291,7 @@ class DataProperties:
                 'a stored value of its own, 1 to 65535, for each label: {"1": 255, ...}',
             ),
             "val_dice": (optional(float), "a number, or null"),
+            "resampling": (among(get_args(Resampling)), f"one of {', '.join(get_args(Resampling))}"),
             **{name: (optional(entries(entries(text))), "digests of each scan, or null") for name in _CASES},
         }
         fields = {name: converted(name, values[name], *form) for name, form in forms.items() if name in values}
@@ -296,7 +300,7 @@ class DataProperties:
         return cls(**fields)
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in config.json: labels as {"1": name}; pairs, values, ranges and score where there are any."""
+        """As it stands in config.json: labels as {"1": name}; what has a value of its own only where it differs."""
         content = dataclasses.asdict(self) | {
             "labels": {str(value): name for value, name in self.labels},
             "ct_scale": ct_to_json(self.ct_normalisation),
@@ -307,6 +311,8 @@ class DataProperties:
                 del content[name]
         if self.mirror_pairs is not None:
             content["mirror_pairs"] = dict(self.mirror_pairs)
+        if self.resampling == "linear":
+            del content["resampling"]
         if self.values:
             content["values"] = {str(value): stored for value, stored in self.values}
         return content | ({"ranges": {item.modality: item.to_json() for item in self.ranges}} if self.ranges else {})

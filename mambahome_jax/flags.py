@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
-from mambahome_jax.config import CtIntensity, Modality, Precision, Strategy, Surface
+from mambahome_jax.config import CtIntensity, Modality, Precision, Resampling, Strategy, Surface
 from mambahome_jax.recipes import with_ingredient_flags
 
 SpacingScale = Annotated[
@@ -69,6 +69,9 @@ class PreprocessConfig:
     spacing: tuple[float, float, float] | None = None
     """Voxel size in mm to resample to, one value per axis of the reoriented volume; 0 or less keeps an axis (default:
     of the plan, which follows the scans; the paper: 0.8 0.8 3.0)."""
+    resampling: Resampling | None = None
+    """How images come to that spacing: linear; or cubic splines, with the nearest slice along a far coarser axis
+    (default: of the plan, which says linear)."""
     plan: Path | None = None
     """A plan.json to obey, such as one that you edited (default: that of --output_path, where there is one)."""
     num_workers: Workers = None

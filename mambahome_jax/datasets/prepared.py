@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 
-from mambahome_jax.config import Modality
+from mambahome_jax.config import Modality, Resampling
 from mambahome_jax.datasets.base import Case, Dataset, PatientSource, Split, label_names
 from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.structures import table_of_values
@@ -63,7 +63,7 @@ class Prepared:
 
     spacing: (3,) mm that was asked for, None where every scan kept its own; 0 or below keeps an axis. orientation: of
     the array axes, such as "RAS". patients: None in folders of earlier versions. labels, values: see `Dataset`; infer
-    writes the stored values.
+    writes the stored values. resampling: of the images.
     """
 
     root: Path
@@ -77,6 +77,7 @@ class Prepared:
     ct_normalisation: CtNormalisation = PUBLISHED_WINDOW
     patients: PatientSource | None = None
     values: Mapping[int, int] = field(default_factory=dict)
+    resampling: Resampling = "linear"
 
     @property
     def store(self) -> Path:
@@ -145,6 +146,7 @@ def read_prepared(folder: Path) -> Prepared:
             ct_normalisation=ct_from_json(content.get("ct_scale")),
             patients=_one_of(get_args(PatientSource), content.get("patients"), "patients"),
             values=table_of_values(content.get("values"), file, labels),
+            resampling=_one_of(get_args(Resampling), content.get("resampling"), "resampling") or "linear",
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         problem = f"damaged ({type(error).__name__}: {error})"
@@ -197,6 +199,7 @@ def write_prepared(prepared: Prepared) -> None:
         "values": {str(value): stored for value, stored in sorted(prepared.values.items())},
         "ct_scale": ct_to_json(prepared.ct_normalisation),
         "patients": prepared.patients,
+        "resampling": prepared.resampling if prepared.resampling != "linear" else None,
     }
     write_json(prepared.root / DESCRIPTION, content | {key: value for key, value in optional.items() if value})
 

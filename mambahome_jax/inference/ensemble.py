@@ -190,6 +190,7 @@ def _traits(member: Any) -> dict[str, Any]:
         "labels": ", ".join(f"{value} {name}" for value, name in sorted(data.labels)) or "without names",
         "stored label values": ", ".join(str(stored) for _, stored in sorted(data.values)) or "those of the labels",
         "spacing": spacing,
+        "resampling": data.resampling,
         "orientation": data.orientation,
         "modality": data.modality,
         "intensities of CT": "by the window" if data.ct_normalisation == PUBLISHED_WINDOW else data.ct_normalisation,

@@ -11,12 +11,14 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from mambahome_jax.config import Mirror, Modality
+from mambahome_jax.config import Mirror, Modality, Resampling
 from mambahome_jax.errors import ConfigError, DatasetError, ScanWarning
 from mambahome_jax.imaging.geometry import (
     Box,
+    Limits,
     Order,
     coarse_remark,
+    cubic_limits,
     orientation_of,
     positions_on,
     reorient,
@@ -69,9 +71,9 @@ class SegmentOptions:
 class SegmentSettings:
     """How scans are brought to the network and back, every choice resolved; mirrors: of each window, for the mean.
 
-    chain: "trained" resamples first and normalises what came out, as preprocess.py and train.py do, and blends windows
-    by a Gaussian. "published" is what the published inference script does: intensity window first, equal weights, zeros
-    beyond the border, nearest logits on the way back.
+    chain: "trained" resamples first, as `resampling` says, and normalises what came out, as preprocess.py and train.py
+    do, and blends windows by a Gaussian. "published" is what the published inference script does: intensity window
+    first, linear resampling, equal weights, zeros beyond the border, nearest logits on the way back.
     """
 
     spacing: Sequence[float] | None
@@ -82,6 +84,7 @@ class SegmentSettings:
     sw_batch_size: int = 4
     chain: Chain = "trained"
     mirrors: tuple[Mirror, ...] = ()
+    resampling: Resampling = "linear"
 
     def __post_init__(self) -> None:
         if self.chain not in ("trained", "published"):
@@ -133,6 +136,7 @@ class Segmenter:
             overlap=options.overlap,
             sw_batch_size=options.sw_batch_size,
             chain=options.chain or ("published" if networks.published else "trained"),
+            resampling=data.resampling,
         )
         remarks: tuple[str, ...] = ()
         if options.tta:
@@ -229,7 +233,8 @@ class NetworkInput:
 
     oriented: the scan (D, H, W, in) in any real type, reoriented. affine, shape: the network's grid.
     positions: of the oriented scan's voxels on it, see `positions_on`. file_affine: (4, 4) of the scan as it was read.
-    statistics: what `settings.normalisation` takes. kept: (*shape, in) float32, None where slabs are made on demand.
+    limits: of cubic splines. statistics: what `settings.normalisation` takes. kept: (*shape, in) float32, None where
+    slabs are made on demand.
     """
 
     oriented: Volume
@@ -238,6 +243,7 @@ class NetworkInput:
     positions: list[np.ndarray] | None
     file_affine: np.ndarray
     settings: SegmentSettings
+    limits: Limits | None = None
     statistics: IntensityStatistics | None = None
     kept: np.ndarray | None = None
 
@@ -286,9 +292,10 @@ class NetworkInput:
 
     def _box(self, box: Box, then: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
         """A part of the image, `then` done to it where its settings normalise."""
-        published = self.settings.published
-        grid = resample_to(self.oriented, self.affine, self.shape, box=box, before=then if published else None)
-        return grid.array if published else then(grid.array)
+        if self.settings.published:
+            return resample_to(self.oriented, self.affine, self.shape, box=box, before=then).array
+        order, limits = self.settings.resampling, self.limits
+        return then(resample_to(self.oriented, self.affine, self.shape, order, box=box, limits=limits).array)
 
 
 def to_network_grid(
@@ -317,7 +324,9 @@ def to_network_grid(
     spacing = (0.0, 0.0, 0.0) if settings.spacing is None else settings.spacing
     affine, shape = resampled_grid(oriented.affine, oriented.shape, spacing)
     positions = positions_on(affine, shape, oriented.affine, oriented.shape)
-    scan = NetworkInput(oriented, affine, shape, positions, volume.affine, settings)
+    cubic = settings.resampling == "cubic" and not settings.published
+    limits = cubic_limits(oriented, affine) if cubic else None
+    scan = NetworkInput(oriented, affine, shape, positions, volume.affine, settings, limits)
     if settings.normalisation.needs_statistics:
         scan = replace(scan, statistics=statistics_of_parts(scan.raw_parts()))
     size = (*shape, array.shape[-1])

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mambahome_jax.config import Modality
+from mambahome_jax.config import Modality, Resampling
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.label_map import read_image, read_label_map
@@ -50,6 +50,7 @@ class CaseJob:
     nifti: bool
     hint: str = ""
     sampled: bool = False
+    resampling: Resampling = "linear"
 
     @property
     def store(self) -> Path:
@@ -86,7 +87,10 @@ class CaseJob:
             "spacing_scale": case.spacing_scale,
             "nifti": self.nifti,
             "version": CODE_VERSION,
-        } | ({"series": list(case.series)} if case.series else {})
+            # Not where an earlier version knew nothing else.
+            **({"series": list(case.series)} if case.series else {}),
+            **({"resampling": self.resampling} if self.resampling != "linear" else {}),
+        }
 
 
 def prepare_case(job: CaseJob) -> StoreEntry:
@@ -106,7 +110,7 @@ def prepare_case(job: CaseJob) -> StoreEntry:
     if job.spacing is not None:
         shape = image.shape
         with DatasetError.with_file(case.image):
-            image = resample(image, job.spacing, order="linear")
+            image = resample(image, job.spacing, job.resampling)
         remarks.append(coarse_remark(shape, image.shape))
         contents.append(voxel_digest(image.array))
         if label is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mambahome_jax.config import Resampling
 from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, write_prepared
 from mambahome_jax.datasets.label_map import stray_values
 from mambahome_jax.datasets.structures import describe_numbering, numbering
@@ -24,7 +25,7 @@ from mambahome_jax.preprocessing.fingerprint import fingerprint_of_headers, fing
 from mambahome_jax.preprocessing.footprint import Footprint, footprint, require_disk
 from mambahome_jax.preprocessing.open_dataset import open_dataset, several
 from mambahome_jax.preprocessing.output import OutputFolder
-from mambahome_jax.preprocessing.plan import PLAN, Machine, Plan, Setting, make_plan, read_plan, write_plan
+from mambahome_jax.preprocessing.plan import PLAN, RESAMPLING, Machine, Plan, Setting, make_plan, read_plan, write_plan
 from mambahome_jax.recipes import as_typed
 from mambahome_jax.support.console import Say, Track, silent, untracked
 from mambahome_jax.support.devices import gpu_memory_gib, jax_share
@@ -33,6 +34,7 @@ from mambahome_jax.support.paths import from_keywords, local_path, real_path, re
 from mambahome_jax.support.processes import count_workers, isolated_reads, run_jobs, why_failed
 
 _SHOWN = 20
+_OF_CASES = ("spacing", "resampling")  # settings of the plan that decide the cases' files
 _SAMPLED = 3  # scans of which the modality is guessed
 # Label maps whose values are replaced sooner than processes start.
 _FEW = 8
@@ -100,10 +102,11 @@ def prepare_dataset(
     machine = Machine(gpu_memory_gib(), jax_share())
     given, edited = ({}, False) if store_only else _given_settings(dataset, config, machine, say)
     spacing = None if store_only else given["spacing"].value
+    resampling = given.get("resampling", RESAMPLING).value
     resampled_grid(np.eye(4), (1, 1, 1), spacing or (0, 0, 0))
     for note in dataset.notes:
         say(f"Note: {note}")
-    jobs = _make_jobs(dataset, config, output, spacing, say)
+    jobs = _make_jobs(dataset, config, output, spacing, resampling, say)
     percentiles = config.ct_intensity == "percentiles"
     if percentiles and not _of_scale(jobs):
         raise ConfigError("--ct_intensity percentiles, but there is no CT with a label that is not of the test split")
@@ -155,6 +158,7 @@ def prepare_dataset(
         ct_normalisation=_scale(output / "store", done, say) if percentiles else PUBLISHED_WINDOW,
         patients=dataset.patients,
         values=values,
+        resampling=resampling,
     )
     write_prepared(prepared)
     plan = None
@@ -171,7 +175,8 @@ def _given_settings(
 ) -> tuple[dict[str, Setting], bool]:
     """Take the settings that --spacing, --plan or an earlier plan decide, spacing among them, and whether by an edit.
 
-    Of an earlier plan that nobody edited the spacing is kept, or added cases would have all of them resampled again.
+    Of an earlier plan that nobody edited those are kept that decide the cases' files, or added cases would have all of
+    them resampled again.
     """
     earlier, edited = local_path(config.output_path) / PLAN, False
     given: dict[str, Setting] = {}
@@ -181,7 +186,7 @@ def _given_settings(
     elif earlier.is_file() and not config.overwrite and config.spacing is None:
         given, _, edited, _ = read_plan(earlier)
         if not edited:
-            given = {name: setting for name, setting in given.items() if name == "spacing"}
+            given = {name: setting for name, setting in given.items() if name in _OF_CASES}
         say(f"Plan: {'all' if edited else 'the spacing'} of {earlier} (--overwrite plans anew)")
     if config.spacing is not None:
         given["spacing"] = Setting(config.spacing, "given by --spacing")
@@ -190,14 +195,24 @@ def _given_settings(
         # Without a scan that can be read every case fails, for its own reason.
         unread = Setting((0.0, 0.0, 0.0), "no header could be read")
         given["spacing"] = make_plan(fingerprint, machine).spacing if fingerprint else unread
+    if config.resampling is not None:
+        given["resampling"] = Setting(config.resampling, "given by --resampling")
+    resampling = given.setdefault("resampling", RESAMPLING)
     spacing = given["spacing"]
     override = "; --spacing overrides" if config.spacing is None else ""
     say(f"Spacing: {as_typed(spacing.value)} mm, {spacing.reason}{override}")
+    if resampling.value != RESAMPLING.value:
+        say(f"Resampling: {resampling.value}" + (f", {resampling.reason}" if resampling.reason else ""))
     return given, edited
 
 
 def _make_jobs(
-    dataset: Dataset, config: PreprocessConfig, output: Path, spacing: tuple[float, float, float] | None, say: Say
+    dataset: Dataset,
+    config: PreprocessConfig,
+    output: Path,
+    spacing: tuple[float, float, float] | None,
+    resampling: Resampling,
+    say: Say,
 ) -> list[CaseJob]:
     """Make a job for each case, in the dataset's order. spacing: None to write the store alone, at the scans' own."""
     modality, named = config.modality, sorted({str(case.modality) for case in dataset.cases})
@@ -222,6 +237,7 @@ def _make_jobs(
             nifti=spacing is not None or bool(case.masks or case.images or case.values),
             hint=dataset.hint,
             sampled=config.ct_intensity == "percentiles",
+            resampling=resampling,
         )
         for case in dataset.cases
     ]

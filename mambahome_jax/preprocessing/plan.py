@@ -21,6 +21,7 @@ from mambahome_jax.config import (
     Convert,
     ModelConfig,
     Precision,
+    Resampling,
     among,
     converted,
     count_up_to,
@@ -62,6 +63,9 @@ class Setting(NamedTuple):
     reason: str
 
 
+RESAMPLING = Setting("linear", "cubic splines have not been measured to be better")
+
+
 @dataclass(frozen=True)
 class Machine:
     """What a plan is made for: memory of each GPU in GiB, None for a CPU, and the part of it that JAX may take."""
@@ -99,11 +103,13 @@ class Machine:
 class Plan:
     """Settings read off the data and the machine, in the order in which they follow from each other.
 
-    spacing: mm; patch_size: voxels; strides, kernel_sizes: see `ModelConfig`; batch_size: on each device; mirror: axes
-    of `--mirror`; length: {"minutes": ...}, {"epochs": ...} or {"steps": ...}.
+    spacing: mm; resampling: of images, "linear" or "cubic"; patch_size: voxels; strides, kernel_sizes: see
+    `ModelConfig`; batch_size: on each device; mirror: axes of `--mirror`; length: {"minutes": ...}, {"epochs": ...} or
+    {"steps": ...}.
     """
 
     spacing: Setting
+    resampling: Setting
     model: Setting
     patch_size: Setting
     strides: Setting
@@ -125,6 +131,7 @@ def make_plan(fingerprint: Fingerprint, machine: Machine, given: Mapping[str, Se
     """
     chosen = dict(given or {})
     chosen.setdefault("spacing", _choose_spacing(fingerprint))
+    chosen.setdefault("resampling", RESAMPLING)
     spacing = chosen["spacing"].value
     shape = fingerprint.shape_at(spacing)
     mm = voxel_size(spacing, fingerprint.spacings)
@@ -273,6 +280,7 @@ _NO_SETTINGS = ("version", "machine", "fingerprint", "digest")
 _SIZE = entries(count_up_to(1 << 16), 3)
 _FORMS: dict[str, tuple[Convert, str]] = {
     "spacing": (entries(float, 3), "three numbers in mm"),
+    "resampling": (among(get_args(Resampling)), f"one of {', '.join(get_args(Resampling))}"),
     "model": (among(tuple(MODEL_SIZES)), f"one of {', '.join(MODEL_SIZES)}"),
     "patch_size": (_SIZE, "three positive integers"),
     "strides": (entries(entries(among((1, 2)), 3), 4), "4 triples of 1 or 2"),
@@ -347,18 +355,23 @@ def write_plan(file: Path, plan: Plan, machine: Machine, fingerprint: Fingerprin
 def planned_settings(folder: Path) -> StoredPlan:
     """Read the plan of a preprocessed folder, without settings where it has none.
 
-    Raises DatasetError: as `read_plan`; a spacing other than that of the folder's cases.
+    Raises DatasetError: as `read_plan`; a spacing or resampling other than that of the folder's cases.
     """
     file = folder / PLAN
     if not (detect(folder) and file.is_file()):
         return StoredPlan({}, "", False)
     stored, prepared = read_plan(file), read_prepared(folder)
-    spacing = prepared.spacing
-    planned = stored.settings.get("spacing")
-    if planned is not None and spacing is not None and not np.allclose(planned.value, spacing):
-        found = f"spacing is {as_typed(planned.value)}, but the cases are resampled to {as_typed(spacing)} mm"
-        action = "Run preprocess again, which follows the plan, or set the spacing back."
-        raise DatasetError(found, file=file, expected=as_typed(spacing), action=action)
+    spacing, planned = prepared.spacing, {name: setting.value for name, setting in stored.settings.items()}
+    found = actual = ""
+    if spacing is not None and not np.allclose(planned.get("spacing", spacing), spacing):
+        actual = as_typed(spacing)
+        found = f"spacing is {as_typed(planned['spacing'])}, but the cases are resampled to {actual} mm"
+    elif planned.get("resampling", prepared.resampling) != prepared.resampling:
+        actual = prepared.resampling
+        found = f"resampling is {planned['resampling']}, but the cases are resampled by {actual}"
+    if found:
+        action = "Run preprocess again, which follows the plan, or set it back."
+        raise DatasetError(found, file=file, expected=actual, action=action)
     return stored._replace(classes=len(prepared.labels) + 1)
 
 

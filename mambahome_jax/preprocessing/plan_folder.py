@@ -62,7 +62,7 @@ def plan_folder(config: PlanConfig) -> FolderPlan:
     machine = own if config.memory is None else Machine(config.memory or None)
     # What a person chose is kept, as preprocess does, but where flags ask for another plan.
     kept = stored.edited and (config.memory, config.model, config.max_minutes) == (None, None, None)
-    given = {**(stored.settings if kept else {}), "spacing": before.spacing}
+    given = {**(stored.settings if kept else {}), "spacing": before.spacing, "resampling": before.resampling}
     if config.model is not None:
         given["model"] = Setting(config.model, "given by --model")
     if config.max_minutes is not None:

@@ -153,6 +153,7 @@ def make_setup(
     mirrors = () if augmentation is None else augmentation.mirror
     properties = DataProperties(
         spacing=prepared.spacing,
+        resampling=prepared.resampling,
         orientation=prepared.orientation,
         modality=flags.modality or Counter(entry.modality for entry in usable).most_common(1)[0][0],
         labels=tuple(named.items()),
