@@ -412,8 +412,11 @@ def label_lines(setup: Setup) -> list[str]:
 
 
 def end_lines(folder: Path, report: Mapping[str, Any], flags: TrainConfig) -> list[str]:
-    """Say how a run ended, by its run.json, and what to type next. flags: of the command."""
-    best = report["best"]
+    """Say how a run ended, by its run.json, and what to type next; the folds of a command are for use together.
+
+    flags: of the command.
+    """
+    best = report["best"] if flags.folds is None else None
     lines = [f"{report['status']}: step {report['step']} after {duration(report['seconds'])}"]
     if best is not None:
         score = "" if best["val_dice"] is None else f", validation Dice {best['val_dice']:.4f}"
