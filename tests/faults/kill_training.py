@@ -140,7 +140,7 @@ def _different(straight: Path, killed: Path) -> list[str]:
     """Names of all values that differ in a bit."""
     different = []
     for item in ("model", "optimizer"):
-        one, other = (_arrays(find_checkpoint(run / "checkpoints" / "last") / item) for run in (straight, killed))
+        one, other = (read_arrays(find_checkpoint(run / "checkpoints" / "last") / item) for run in (straight, killed))
         different += [f"{item}{name}" for name in one if one[name].tobytes() != other[name].tobytes()]
     different += [] if _metrics(straight) == _metrics(killed) else ["metrics.csv"]
     return [f"{straight.name}: {name}" for name in different]
@@ -159,7 +159,8 @@ def _metrics(run: Path) -> list[list[str]]:
         return [[row[name] for name in COMPARED] for row in csv.DictReader(file)]
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an item of a checkpoint, by their path in it."""
     handler = ocp.PyTreeCheckpointHandler()
     on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(path).tree)
     tree = handler.restore(path, args=ocp.args.PyTreeRestore(restore_args=on_host))
