@@ -50,7 +50,7 @@ from mambahome_jax.training.memory import (
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.pretrained import Transfer, transfer
 from mambahome_jax.training.progress import Display, FileLog, MetricsLog, dice_table
-from mambahome_jax.training.schedule import Clock, Schedule
+from mambahome_jax.training.schedule import Clock, Due, Schedule
 from mambahome_jax.training.setup import Setup
 from mambahome_jax.training.step import (
     Batch,
@@ -86,8 +86,8 @@ def train_network(
     """Train one network in `folder`; how far it came, and what stopped it, is in the result.
 
     earlier: config.json of the last checkpoint, to go on from that; None for a new run. begin: called with schedule,
-    number of parameters and what was transferred, once nothing is left to be refused (CheckpointError) but the step for
-    its memory. Raises DeviceMemoryError: it does not fit, or a device ran out of memory before the first checkpoint.
+    number of parameters and what was transferred, once the weights are accepted (else CheckpointError). Raises
+    DeviceMemoryError: the step does not fit, or a device ran out of memory before the first checkpoint.
     """
     flags, recipe = setup.flags, setup.recipe
 
@@ -114,9 +114,9 @@ def train_network(
     with contextlib.ExitStack() as stack:
         # --- Step ------------------------------------------------------------------------------------------------
         display = stack.enter_context(Display(console, schedule, int(state.step), setup.global_batch))
-        train_step, memory = None, None
-        if not (schedule.ends(int(state.step)) or schedule.budget.ended_before):
-            train_step, memory = compiled_step(setup, trained_graphdef, optimizer, mesh, programs, state, display)
+        due = schedule.after(int(state.step))  # now, as a run of little time is to take a step after it has compiled
+        program = (setup, trained_graphdef, optimizer, mesh, programs, state, display)
+        train_step, memory = (None, None) if due.stop else compiled_step(*program)
 
         # --- Validation, and the loop ----------------------------------------------------------------------------
         run = TrainingRun.resumed(
@@ -128,8 +128,9 @@ def train_network(
             mesh=mesh,
             case_ids=setup.train_cases,
             labelled=setup.labelled,
-            validate=open_validation(graphdef, setup, devices),
+            validate=open_validation(graphdef, setup, devices, display.say),
             keep_last=flags.keep_last,
+            due=due,
             memory=memory,
             keeps_best=flags.folds is None,
         )
@@ -149,7 +150,7 @@ def train_network(
 
         # --- Scores of the cases held out ------------------------------------------------------------------------
         if run.error is None and run.signal is None and setup.held_out:
-            settings = validation_settings(setup, setup.held_out)
+            settings = validation_settings(setup, setup.held_out, display.say)
             with StopOnSignal(display.say, mesh, "finishing this case") as run.stop:
                 score_held_out(folder, setup, run, graphdef, settings, own_device(devices))
     return run
@@ -258,21 +259,24 @@ def abstract_batch(setup: Setup, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 # --- Validation --------------------------------------------------------------------------------------------------
 
 
-def open_validation(graphdef: nnx.GraphDef, setup: Setup, devices: Sequence[jax.Device]) -> Validate | None:
+def open_validation(
+    graphdef: nnx.GraphDef, setup: Setup, devices: Sequence[jax.Device], say: Callable[[str], None]
+) -> Validate | None:
     """What validates the network on the cases held out; None where there are none."""
     if not setup.val_cases:
         return None
     store = Store(setup.validated.store)
-    return make_validate(graphdef, store, validation_settings(setup, setup.val_cases), own_device(devices))
+    return make_validate(graphdef, store, validation_settings(setup, setup.val_cases, say), own_device(devices))
 
 
-def validation_settings(setup: Setup, cases: Sequence[str]) -> ValidationSettings:
+def validation_settings(setup: Setup, cases: Sequence[str], say: Callable[[str], None]) -> ValidationSettings:
     """How cases are predicted in validation, and once more at the end."""
     return ValidationSettings(
         *(cases, setup.structures, setup.patch_size, setup.flags.overlap),
         normalise=normalisations(setup.properties.ct_normalisation, setup.flags.modality),
         sw_batch_size=setup.flags.batch_size,
         values=setup.val_values,
+        say=say,
     )
 
 
@@ -306,7 +310,7 @@ def train(state: TrainState, batches: Iterator, train_step: TrainStep | None, ru
         overdue = run.step and run.schedule.validates(run.step) and run.validated_until < run.step
         if overdue and (validation := run.validate_and_keep_best(state)):
             run.log.complete(run.step, validation)
-        due, saved = run.schedule.after(run.step), run.step
+        due, saved = run.due or run.schedule.after(run.step), run.step
         ended = due.stop
         while not due.stop and (batch := run.fetch(batches)) is not None:
             rate = device_put_tree(np.float32(due.rate), replicated(run.mesh))
@@ -335,9 +339,9 @@ class TrainingRun:
     """A run under way: what its loop drives, and how far it is.
 
     folder: of the checkpoints; settings: entries of their config.json. validated_until: the step up to which that is
-    done. error: why it ended before its time. saved: whether it has written a checkpoint. memory: of its compiled step,
-    where it has one. held_out: the summary of the scores of the cases held out. keeps_best: whether validations
-    choose `best`; else it is the last validated.
+    done. due: before its first step, where that was decided already. error: why it ended before its time. saved:
+    whether it has written a checkpoint. memory: of its compiled step, where it has one. held_out: the summary of the
+    scores of the cases held out. keeps_best: whether validations choose `best`; else it is the last validated.
     """
 
     folder: Path
@@ -350,6 +354,7 @@ class TrainingRun:
     log: MetricsLog = field(default_factory=MetricsLog)
     validate: Validate | None = None
     keep_last: int = 1
+    due: Due | None = None
     memory: StepMemory | None = None
     keeps_best: bool = True
     step: int = 0
