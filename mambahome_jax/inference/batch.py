@@ -33,7 +33,7 @@ from mambahome_jax.inference.result_files import DICOM_SEG, REPORT, VOLUMES, Ent
 from mambahome_jax.inference.segment import NetworkInput, Segmenter, SegmentOptions, label, to_network_grid
 from mambahome_jax.inference.tiled import Progress, window_starts
 from mambahome_jax.support.console import Track, silent, untracked
-from mambahome_jax.support.devices import choose_devices, device_line, versions
+from mambahome_jax.support.devices import choose_devices, device_line, is_out_of_memory, versions
 from mambahome_jax.support.files import csv_name, jsonable, write_csv, write_json
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import from_keywords, real_path
@@ -205,9 +205,11 @@ class InferRun:
         begun, (volume, image, networks) = time.perf_counter(), read
         probabilities: list[np.ndarray] = []
         take = probabilities.append if self.config.save_probabilities else None
-        labels = label(networks, image, windows, take, devices=self.devices)
-        remarks = () if image.remark is None else (image.remark,)
-        return Segmented(scan, volume, labels, remarks, (probabilities[0], image.affine) if take else None, begun)
+        remarks = [] if image.remark is None else [image.remark]
+        labels = label(networks, image, windows, take, devices=self.devices, say=remarks.append)
+        return Segmented(
+            scan, volume, labels, tuple(remarks), (probabilities[0], image.affine) if take else None, begun
+        )
 
 
 class ScanInput(NamedTuple):
@@ -398,8 +400,8 @@ def failure_reason(error: BaseException) -> str:
     """Why a case failed, in one line with what to do."""
     if isinstance(error, MemoryError):
         return "out of memory. Close other programs, or segment at a coarser --spacing"
-    if "RESOURCE_EXHAUSTED" in str(error):
-        return "out of device memory. Try a smaller --sw_batch_size or --roi_size"
+    if is_out_of_memory(error):
+        return "out of device memory, even for one window. Try a smaller --roi_size"
     text = str(error) if isinstance(error, MambaHomeError) else f"{type(error).__name__}: {error}"
     return re.sub(r"([:;,])?\s*\n\s*", lambda match: f"{match[1] or ';'} ", text.strip())
 

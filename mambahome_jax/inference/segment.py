@@ -352,11 +352,13 @@ def label(
     *,
     devices: Sequence[jax.Device] | None = None,
     device_bytes: float | None = None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> Volume:
     """Predict a scan on the network's grid, and label it on its own. Raises as `segment`.
 
     with_probabilities: gets those of all classes on the network's grid, (D, H, W, classes) float16.
     devices: that share the windows, the sums on the first; None: where the model is. device_bytes: `WindowSettings`.
+    say: told where a device has too little memory for the settings.
     """
     networks, settings = Ensemble.of(model), scan.settings
     sizes = zip(settings.roi_size, scan.shape, networks.multiples, strict=True)
@@ -371,7 +373,7 @@ def label(
     probabilities = Whole(scan.shape, probabilities_of_tile)
     targets: list[TileTarget] = [labels] if with_probabilities is None else [labels, probabilities]
     members = [replicas(member, settings.mirrors, devices) for member in networks.members]
-    predict_tiled(members, scan.slab, scan.shape, windows, targets, progress)
+    predict_tiled(members, scan.slab, scan.shape, windows, targets, progress, say)
     assert labels.result is not None
     if with_probabilities is not None:
         assert probabilities.result is not None

@@ -5,11 +5,13 @@ touch it: nothing is compiled for a volume's size, and no array has all classes 
 share a plane of voxels, so that what lies between two voxels can be interpolated from one tile.
 """
 
+import gc
 import math
+import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, Literal, NamedTuple, Protocol
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mambahome_jax.errors import CheckpointError, ConfigError
+from mambahome_jax.support.devices import is_out_of_memory
 
 Mode = Literal["gaussian", "constant"]
 PaddingMode = Literal["edge", "constant"]
@@ -326,12 +329,43 @@ def predict_tiled(
     settings: WindowSettings,
     targets: Sequence[TileTarget],
     progress: Progress | None = None,
+    say: Callable[[str], None] = warnings.warn,
 ) -> None:
     """Predict an image window by window, and give each tile to the targets once no window touches it any more.
 
-    networks: each on every device that takes part; `progress` counts the windows of all.
+    Where a device runs out of memory, all begins anew with fewer windows in a call, and at last with sums on the host.
+    networks: each on every device that takes part; `progress` counts the windows of all; `say` is told of less memory.
     Raises ConfigError (predictions of a wrong shape) and CheckpointError (predictions that are not finite).
     """
+    while True:
+        try:
+            return _predict_tiled(networks, slab, shape, settings, targets, progress)
+        except jax.errors.JaxRuntimeError as error:
+            smaller = with_less_memory(settings) if is_out_of_memory(error) else None
+            if smaller is None:
+                raise
+        # Only now, as the traceback of the error held what lies on the device.
+        gc.collect()
+        trying = "sums on the host" if smaller.device_bytes == 0 else f"{smaller.sw_batch_size} in a call"
+        say(f"out of device memory with {settings.sw_batch_size} windows in a call of the network; trying {trying}")
+        settings = smaller
+
+
+def with_less_memory(settings: WindowSettings) -> WindowSettings | None:
+    """Half of the windows in a call, then sums on the host unless their place was chosen; None: nothing is left."""
+    if settings.sw_batch_size > 1:
+        return replace(settings, sw_batch_size=settings.sw_batch_size // 2)
+    return replace(settings, device_bytes=0) if settings.device_bytes is None else None
+
+
+def _predict_tiled(
+    networks: Sequence[Sequence[Replica]],
+    slab: Slab,
+    shape: Sequence[int],
+    settings: WindowSettings,
+    targets: Sequence[TileTarget],
+    progress: Progress | None,
+) -> None:
     padded = tuple(max(n, r) for n, r in zip(shape, settings.roi, strict=True))
     before = tuple((p - n) // 2 for p, n in zip(padded, shape, strict=True))
     tiling = Tiling(padded, settings.roi, parts_for(networks[0][0].device))

@@ -123,8 +123,10 @@ def free_bytes(device: "jax.Device") -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device had no memory left for what it was asked to do."""
-    return "RESOURCE_EXHAUSTED" in str(error)
+    """Whether a device had no memory left for what it was asked to do; errors of full disks have the same word."""
+    import jax
+
+    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
 def choose_devices(parallel: bool = True, num_devices: int | None = None) -> "list[jax.Device]":

@@ -1,7 +1,7 @@
 """Memory of a training step: XLA's account of the compiled one, what devices offer, and which sizes fit instead."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from mambahome_jax.config import ModelConfig, Triple, beyond_one_voxel, nearest_multiples
-from mambahome_jax.errors import ConfigError, MambaHomeError
+from mambahome_jax.errors import ConfigError, MambaHomeError, TrainingError
 from mambahome_jax.preprocessing.grids import grids_for
 from mambahome_jax.preprocessing.step_memory import step_gib
 from mambahome_jax.recipes import as_typed
@@ -84,13 +84,19 @@ def step_memory(train_step: TrainStep, state: TrainState, mesh: Mesh) -> StepMem
 
 
 @contextmanager
-def device_memory_errors() -> Iterator[None]:
-    """Raise DeviceMemoryError where a device has no memory left. Other faults of the device stay as they are."""
+def device_memory_errors(saved: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Raise DeviceMemoryError where a device has no memory left. Other faults of the device stay as they are.
+
+    saved: whether the run has written a checkpoint; then it is a TrainingError, as nothing begins anew.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        if saved():
+            action = "Free some of it, and continue with --resume"
+            raise TrainingError(f"a device ran out of memory; the checkpoints before are kept. {action}") from error
         raise DeviceMemoryError("a device ran out of memory in training") from error
 
 

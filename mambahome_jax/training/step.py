@@ -17,7 +17,7 @@ from mambahome_jax.model.layers import ChannelDropout
 from mambahome_jax.recipes import AugmentationConfig
 from mambahome_jax.support.devices import compiler_options
 from mambahome_jax.training.augmentation import augment, augment_labelled
-from mambahome_jax.training.distributed import device_put_tree, replicated, tree_sharding
+from mambahome_jax.training.distributed import batch_sharding, device_put_tree, replicated, tree_sharding
 from mambahome_jax.training.losses import LossFunction, network_params
 from mambahome_jax.training.optimizer import group, is_encoder
 
@@ -129,6 +129,15 @@ def make_train_step(
     if augmentation is None and not dropout:
         return compiled
     return with_seed(partial(compiled), seed, mesh)
+
+
+def abstract_batch(image: tuple[int, ...], classes: int | None, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of the batches of `make_train_step`. image: shape; classes: with "labelled"."""
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"image": (image, np.float32), "label": (image[:-1], np.int32)}
+    if classes is not None:
+        shapes["labelled"] = ((image[0], classes), np.bool_)
+    sharding = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
 
 
 def compile_step(train_step: TrainStep, state: TrainState, batch: Any, mesh: Mesh) -> TrainStep:

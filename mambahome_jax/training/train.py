@@ -29,7 +29,6 @@ from mambahome_jax.training.checkpoints import CheckpointWriter, checkpoint_sett
 from mambahome_jax.training.disk import require_disk, shared_batch_bytes
 from mambahome_jax.training.distributed import (
     StopOnSignal,
-    batch_sharding,
     device_put_tree,
     gather,
     is_first,
@@ -41,7 +40,6 @@ from mambahome_jax.training.held_out import FOLDER as VALIDATION
 from mambahome_jax.training.held_out import forget_scores, score_held_out
 from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce
 from mambahome_jax.training.memory import (
-    DeviceMemoryError,
     StepMemory,
     device_memory_errors,
     require_fit,
@@ -56,6 +54,7 @@ from mambahome_jax.training.step import (
     Batch,
     TrainState,
     TrainStep,
+    abstract_batch,
     abstract_state,
     compile_step,
     deployed_params,
@@ -142,9 +141,7 @@ def train_network(
         batches = stack.enter_context(open_batches(setup, position, display.say))
         try:
             train(state, batches, train_step, run)
-        except (TrainingError, DeviceMemoryError) as error:
-            if isinstance(error, DeviceMemoryError) and not run.saved:
-                raise  # a smaller step can be trained instead
+        except TrainingError as error:
             run.error = str(error)
         del state
 
@@ -228,7 +225,9 @@ def compiled_step(
 
     Raises DeviceMemoryError: it does not fit.
     """
-    flags, recipe, batch = setup.flags, setup.recipe, abstract_batch(setup, mesh)
+    flags, recipe = setup.flags, setup.recipe
+    image = (setup.global_batch, *setup.patch_size, setup.model.in_chans)
+    batch = abstract_batch(image, None if setup.labelled is None else setup.model.out_chans, mesh)
     program = (graphdef, setup.augmentation, tuple(batch.items()))
     if program not in programs:
         display.state("Compiling")
@@ -241,19 +240,6 @@ def compiled_step(
     memory = step_memory(programs[program], state, mesh)
     require_fit(memory, setup)
     return with_seed(programs[program], flags.seed, mesh), memory
-
-
-def abstract_batch(setup: Setup, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and sharding of what `TrainingRun.fetch` gives."""
-    image = (setup.global_batch, *setup.patch_size)
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "image": ((*image, setup.model.in_chans), np.float32),
-        "label": (image, np.int32),
-    }
-    if setup.labelled is not None:
-        shapes["labelled"] = ((setup.global_batch, setup.model.out_chans), np.bool_)
-    sharding = batch_sharding(mesh)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
 
 
 # --- Validation --------------------------------------------------------------------------------------------------
@@ -302,10 +288,11 @@ def train(state: TrainState, batches: Iterator, train_step: TrainStep | None, ru
     `batches`, endless {"image", "label", "case"} with get_state(), stand after `run.step` of them; the caller closes
     them. `last` is written after each validation, every --checkpoint_every steps and on a stop; `best`, parameters
     alone, after the best validation (after each one, where there is no score). Raises TrainingError: loss, gradient or
-    update is no longer finite; the checkpoints before stay. OutputError: something cannot be written.
+    update is no longer finite, or a device has no memory left; the checkpoints before stay. OutputError: something
+    cannot be written.
     """
     writer, stop = CheckpointWriter(), StopOnSignal(run.display.say, run.mesh)
-    with device_memory_errors(), writer as run.writer, stop as run.stop:
+    with device_memory_errors(lambda: run.saved), writer as run.writer, stop as run.stop:
         # The run before may have been stopped between its last step and the validation of that.
         overdue = run.step and run.schedule.validates(run.step) and run.validated_until < run.step
         if overdue and (validation := run.validate_and_keep_best(state)):

@@ -2,6 +2,7 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +46,8 @@ Validate = Callable[[Any, Callable[[], bool]], Validation | None]
 @dataclass(frozen=True)
 class ValidationSettings:
     """Cases and windows. `labels`: value -> name of the structures scored; normalise: by each case's modality.
-    values: label value of the cases -> that of training, None where they are the same."""
+    values: label value of the cases -> that of training, None where they are the same. say: told where the device has
+    too little memory for `sw_batch_size` windows."""
 
     cases: Sequence[str]
     labels: Mapping[int, str]
@@ -54,6 +56,7 @@ class ValidationSettings:
     normalise: Mapping[Modality, Normalisation] = field(default_factory=normalisations)
     sw_batch_size: int = 2
     values: Mapping[int, int] | None = None
+    say: Callable[[str], None] = warnings.warn
 
 
 def make_validate(graphdef: nnx.GraphDef, store: Store, settings: ValidationSettings, device: jax.Device) -> Validate:
@@ -124,7 +127,7 @@ def predict_case(network: Replica, image: np.ndarray, entry: StoreEntry, setting
     labels = Labels([np.arange(n, dtype=np.float64) for n in shape], "nearest")
     roi = window_size(shape, settings.patch_size)
     windows = WindowSettings(roi, settings.overlap, sw_batch_size=settings.sw_batch_size)
-    predict_tiled([[network]], slab, shape, windows, [labels])
+    predict_tiled([[network]], slab, shape, windows, [labels], say=settings.say)
     assert labels.result is not None
     return labels.result
 

@@ -13,7 +13,7 @@ from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError, OutputError
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging.volume import read_volume, write_volume
-from mambahome_jax.inference import batch, result_files
+from mambahome_jax.inference import batch, result_files, tiled
 from tests.commands.scans import write
 from tests.conftest import golden_path
 from tests.inference.models import Levels
@@ -230,7 +230,26 @@ def test_device_that_is_too_small_is_one_case_failing(tmp_path, levels, monkeypa
 
     monkeypatch.setattr(batch, "label", label)
     assert infer.run(config(tmp_path)) == 1
-    assert "smaller --sw_batch_size" in report(tmp_path)["failures"][0]["reason"]
+    assert "smaller --roi_size" in report(tmp_path)["failures"][0]["reason"]
+
+
+def test_a_device_without_memory_for_all_windows_takes_fewer(tmp_path, levels, monkeypatch, capsys):
+    scans(tmp_path / "in", "a", "b")
+    assert infer.run(config(tmp_path, sw_batch_size=1)) == 0
+    alone = (tmp_path / "out" / "a.nii.gz").read_bytes()
+    original = tiled.Tiles.add
+
+    def add(self, predicted, corners):
+        if len(predicted) > 1:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 10 bytes")
+        return original(self, predicted, corners)
+
+    monkeypatch.setattr(tiled.Tiles, "add", add)
+    assert infer.run(config(tmp_path, sw_batch_size=4)) == 0
+    assert (tmp_path / "out" / "a.nii.gz").read_bytes() == alone
+    said = "out of device memory with 4 windows in a call of the network; trying 2 in a call"
+    assert f"Note: a: {said}" in " ".join(capsys.readouterr().out.split())
+    assert [len(case["remarks"]) for case in report(tmp_path)["cases"]] == [2, 2]
 
 
 @pytest.mark.parametrize(

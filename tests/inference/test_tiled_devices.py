@@ -96,3 +96,25 @@ def test_what_fails_while_windows_are_cut_is_raised():
 
     with pytest.raises(MemoryError):
         label(network(0), Broken())
+
+
+@pytest.mark.parametrize(
+    ("failing", "told"), [(1, ["2 in a call"]), (3, ["2 in a call", "1 in a call", "sums on the host"])]
+)
+def test_less_memory_gives_the_same_labels(monkeypatch, failing, told):
+    settings = SegmentSettings((1.3, 1.1, 1.6), "RAS", CtWindow(), ROI, 0.5, 4)
+    models, prepared = [network(0), network(1)], to_network_grid(scan((31, 33, 30)), settings)
+    expected = label(models, prepared).array
+    original, places, lines, calls = tiled.Tiles.add, [], [], []
+
+    def add(self, predicted, corners):
+        calls.append(len(predicted))
+        # The third time, when there are sums that begin anew.
+        if len(lines) < failing and calls.count(calls[-1]) == 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.")
+        places.append(self.device)
+        return original(self, predicted, corners)
+
+    monkeypatch.setattr(tiled.Tiles, "add", add)
+    np.testing.assert_array_equal(label(models, prepared, say=lines.append).array, expected)
+    assert [line.partition("trying ")[2] for line in lines] == told
