@@ -221,6 +221,7 @@ class Display:
         self._bar: Progress | None = None
 
     def __enter__(self) -> "Display":
+        self._expect(self.start, validated=True)
         if self.console.is_terminal:
             doing, values = (TextColumn(f"{{task.{name}}}") for name in ("description", "fields[values]"))
             columns = (doing, BarColumn(bar_width=None), values, _Times(self.seconds_left))

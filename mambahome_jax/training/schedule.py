@@ -274,7 +274,7 @@ class Schedule:
     def seconds_left(self, step: int, validated: bool) -> float | None:
         """Time from the end of a step, or of its validation, until that of the run; None where nothing tells."""
         if self.budget.limited:
-            return max(self.budget.left(), 0.0)
+            return max(self.budget.left(), 0.0) / self.budget.parts
         if self.total_steps is None:
             return None
         total, begin, every = self.total_steps, step + validated, self.val_every or self.total_steps

@@ -220,6 +220,9 @@ def test_the_time_left_of_a_budget_is_what_is_left_of_it():
     schedule = Schedule(CONFIG, None, steps_per_epoch=5, val_every=None, budget=TimeBudget(100.0, clock=clock))
     clock.now = 30.0
     assert schedule.seconds_left(7, validated=False) == 70
+    # The bar tells it while the first step is compiled.
+    with Display(Console(file=io.StringIO()), schedule) as display:
+        assert 69 < display.seconds_left() <= 70
     clock.now = 130.0
     assert schedule.seconds_left(9, validated=True) == 0
 
