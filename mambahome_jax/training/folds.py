@@ -182,7 +182,7 @@ def cross_validate(folder: Path, prepared: Prepared, held_out_cases: Sequence[Se
     values = {number: value for number, value in stored.items() if value in names}
 
     def pair(case: PreparedCase) -> Pair:
-        return held_out.pair_of(home_of[case.id], prepared, case, names, values)
+        return held_out.pair_of(home_of[case.id], prepared, case, names=names, values=values)
 
     held_out.write_scores(output, prepared, scores, pooled, pair)
     return pooled

@@ -93,10 +93,8 @@ def score_held_out(
                 **({"largest_part": largest} if setup.flags.folds is not None else {}),
             }
             if is_first() and (scores or setup.flags.folds is not None):
-
-                def pair(case: PreparedCase) -> Pair:
-                    return pair_of(output, setup.validated, case, _names(setup), _reference_values(setup))
-
+                names, values = _names(setup), _reference_values(setup)
+                pair = partial(pair_of, output, setup.validated, names=names, values=values)
                 write_scores(output, setup.validated, scores, run.held_out, pair)
     except MambaHomeError as error:
         run.failures[FOLDER] = str(error)
@@ -197,7 +195,8 @@ class HeldOutCases:
         entry = next(entry for entry in self.setup.validated.cases if entry.id == case)
         result = on_own_grid(Volume(ours, affine), self.setup.validated.image_path(entry))
         write_volume(self.output / f"{case}.nii.gz", result, names=names, warn=False)
-        pair = pair_of(self.output, self.setup.validated, entry, names, _reference_values(self.setup))
+        values = _reference_values(self.setup)
+        pair = pair_of(self.output, self.setup.validated, entry, names=names, values=values)
         scores = score_case(pair, Volume(ours, affine), Volume(truth, affine))
         if self.setup.flags.folds is None:
             return scores, {}
@@ -241,7 +240,7 @@ def _reference_values(setup: Setup) -> dict[int, int]:
 
 
 def pair_of(
-    output: Path, prepared: Prepared, case: PreparedCase, names: Mapping[int, str], values: Mapping[int, int]
+    output: Path, prepared: Prepared, case: PreparedCase, *, names: Mapping[int, str], values: Mapping[int, int]
 ) -> Pair:
     """The label map of a case in `output` and its reference, whose `values` become those of the label map.
 

@@ -78,28 +78,37 @@ def networks_of_run(folder: Path) -> list[Path]:
 
 
 def networks_at(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    """The paths with the folders of the networks in the place of a run of several, and a note on folds without one."""
+    """The paths, with the folders of its networks in the place of a run of several, and notes on what it lacks."""
     found: list[Path] = []
     notes: list[str] = []
     for path in paths:
         networks = networks_of_run(path)
         found += networks or [path]
-        folds = _entry(networks[0] / "run.json", "configuration").get("folds") if networks else None
+        reports = [_object(network / "run.json") for network in networks]
+        folds = next((_part(report, "configuration").get("folds") for report in reports), None)
         if isinstance(folds, int) and len(networks) < folds:
             notes.append(f"{path} holds {len(networks)} of {folds} folds, which segment without the others")
+        for network, report in zip(networks, reports, strict=True):
+            if report.get("status", "finished") != "finished":
+                notes.append(f"the training of {network} has not ended ({report['status']})")
     return found, notes
 
 
 def learned_largest(run: Path) -> tuple[str, ...]:
     """Structures of which the cross-validation of a run found it better to keep the largest connected part alone."""
-    table = _entry(run / CROSS_VALIDATION / "summary.json", "largest_part")
+    table = _part(_object(run / CROSS_VALIDATION / "summary.json"), "largest_part")
     return tuple(name for name, entry in table.items() if isinstance(entry, Mapping) and entry.get("kept") is True)
 
 
-def _entry(file: Path, key: str) -> Mapping[str, Any]:
-    """An object in a JSON file; empty where there is no such file. Raises DatasetError: damaged."""
-    content = read_json(file).get(key) if file.is_file() else None
-    return content if isinstance(content, Mapping) else {}
+def _object(file: Path) -> Mapping[str, Any]:
+    """The content of a JSON file; empty where there is no such file. Raises DatasetError: damaged."""
+    return read_json(file) if file.is_file() else {}
+
+
+def _part(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """An object in another; empty where it is none."""
+    part = content.get(key)
+    return part if isinstance(part, Mapping) else {}
 
 
 def read_checkpoint_config(folder: Path | str) -> dict[str, Any]:

@@ -263,13 +263,16 @@ def test_scans_of_a_cross_validation_are_segmented_by_the_network_that_did_not_s
     assert {case["id"]: case.get("networks") for case in report(folder)["cases"]}["held"] == [str(run / "fold_1")]
 
 
-def test_a_scan_that_all_networks_saw_is_left_out_and_a_missing_fold_is_said(folder, monkeypatch, capsys):
+def test_a_scan_that_all_networks_saw_is_left_out_and_what_the_run_lacks_is_said(folder, monkeypatch, capsys):
     """Without the first fold nobody is left who did not see its scan."""
     flags = folds(monkeypatch, folder)
     shutil.rmtree(folder / "RUN" / "fold_0")
+    (folder / "RUN" / "fold_2" / "run.json").write_text(json.dumps({"status": "running"}))
     assert infer.run(flags) == 0
     assert [entry["id"] for entry in report(folder)["left_out"]] == ["trained"]
-    assert f"Note: {folder / 'RUN'} holds 2 of 3 folds" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"Note: {folder / 'RUN'} holds 2 of 3 folds" in printed
+    assert f"Note: the training of {folder / 'RUN' / 'fold_2'} has not ended (running)" in printed
 
 
 def test_what_a_cross_validation_learned_is_done_unless_a_flag_says_otherwise(folder, monkeypatch, capsys):

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import signal
 
 import jax
 import numpy as np
@@ -162,6 +163,19 @@ def test_a_case_that_failed_is_told_and_the_others_are_scored(data, tmp_path, ca
     assert [row["case"] for row in rows(tmp_path / "run" / "cross_validation")] == ["c0", "c1", "c2", "c4"]
     assert [each.exit_code for each in result.networks].count(1) == 1
     assert report(tmp_path / "run")["exit_code"] == 1
+
+
+def test_a_command_stopped_while_it_pools_goes_on_to_the_same_scores(data, tmp_path, monkeypatch):
+    config = _config(data, tmp_path / "run", folds=2, steps=1, val_every=1)
+    assert command.run(config) == 0
+    files = {path.name: path.read_bytes() for path in (tmp_path / "run" / "cross_validation").iterdir()}
+    (tmp_path / "run" / "cross_validation" / "summary.json").unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(held_out, "write_json", lambda *_: signal.raise_signal(signal.SIGINT))
+        command.run(dataclasses.replace(config, resume=True))
+    assert not (tmp_path / "run" / "cross_validation" / "summary.json").exists()
+    assert command.run(dataclasses.replace(config, resume=True)) == 0
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "run" / "cross_validation").iterdir()}
 
 
 def test_scores_of_earlier_folds_are_not_kept_beside_new_ones(data, tmp_path):

@@ -22,23 +22,21 @@ def two_gpus(monkeypatch):
 
 
 @pytest.mark.slow
-def test_folds_in_processes_of_their_own_have_the_bits_of_folds_in_turn(tmp_path, monkeypatch, capsys):
+def test_folds_in_processes_of_their_own_have_the_bits_of_one_alone(tmp_path, monkeypatch, capsys):
     data = _dataset(tmp_path / "data")
     monkeypatch.setattr(side_by_side, "train_fold_quietly", train_fold)
-    config = _config(data, tmp_path / "apart", folds=3, steps=2)
+    config = _config(data, tmp_path / "apart", folds=2, steps=2)
     (tmp_path / "apart").mkdir()
     assert command.run(config) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "Fold 0 on GPU 5; see" in text and "Fold 2 ended with exit code 0" in text
+    assert "Fold 0 on GPU 5; see" in text and "Fold 1 ended with exit code 0" in text
     assert "Scores of 5 cases" in text and "All together: mambahome infer" in text
-    gpus = [(tmp_path / "apart" / f"gpu_of_{fold}").read_text() for fold in range(3)]
-    assert gpus[:2] == ["5", "GPU-7"] and gpus[2] in gpus[:2]
+    assert [(tmp_path / "apart" / f"gpu_of_{fold}").read_text() for fold in range(2)] == ["5", "GPU-7"]
     assert (tmp_path / "apart" / "fold_1" / "log.txt").read_text().count("finished: step 2") == 1
-    assert command.run(dataclasses.replace(config, output_dir=tmp_path / "turn", num_devices=1)) == 0
-    for fold in range(3):
-        pairs = zip(*(arrays(tmp_path / run / f"fold_{fold}") for run in ("apart", "turn")), strict=True)
-        assert all(np.array_equal(*pair) for pair in pairs)
-    assert rows(tmp_path / "apart" / "cross_validation") == rows(tmp_path / "turn" / "cross_validation")
+    assert len(rows(tmp_path / "apart" / "cross_validation")) == 5
+    assert command.run(dataclasses.replace(config, output_dir=tmp_path / "here", fold=1)) == 0
+    pairs = zip(*(arrays(tmp_path / run / "fold_1") for run in ("apart", "here")), strict=True)
+    assert all(np.array_equal(*pair) for pair in pairs)
     assert json.loads((tmp_path / "apart" / "run.json").read_text())["status"] == "finished"
 
 
