@@ -33,6 +33,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "model.home": ["HoME", "SoftMoE"],
         "model.layers": ["Numerics"],
         "model.mamba": ["BiMamba", "Mamba"],
+        "model.baselines.segmamba": ["SegMamba"],
         "model.network": ["MambaHoME"],
         "weights.weights": ["export_official", "load_model"],
         "training.disk": ["clean"],

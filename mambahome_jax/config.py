@@ -1,16 +1,18 @@
 """What travels with a model: the shape of the network and the data it was trained on. Imports no jax."""
 
 import dataclasses
+import itertools
 import math
 import operator
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW, CtNormalisation, ct_from_json, ct_to_json
 from mambahome_jax.imaging.normalisation import Modality as Modality
 
+ModelName = Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny", "SegMamba"]
 Precision = Literal["fp32", "tf32", "bf16"]
 Strategy = Literal["ddp", "fsdp"]
 Surface = Literal["voxels", "area"]  # what metrics of distance count
@@ -86,8 +88,8 @@ def text(value: Any) -> str:
 _PARTS, _CHANNELS = count_up_to(1000), count_up_to(1 << 16)
 _STAGES = "four positive integers, one a stage of the encoder"
 _AXES = "an entry an axis"
-# How each field of ModelConfig is read, as anybody may have written it into a file.
-_MODEL_FIELDS: dict[str, tuple[Convert, str]] = {
+# How each field of a network's configuration is read, as anybody may have written it into a file.
+_NETWORK_FIELDS: dict[str, tuple[Convert, str]] = {
     **dict.fromkeys(
         ("in_chans", "out_chans", "hidden_size", "expert_mult", "num_slots_per_expert_first"),
         (_CHANNELS, "a positive integer, at most 65536"),
@@ -96,7 +98,7 @@ _MODEL_FIELDS: dict[str, tuple[Convert, str]] = {
         ("depths", "experts_list", "experts_list_second"), (entries(_PARTS, 4), f"{_STAGES}, at most 1000")
     ),
     "feat_size": (entries(_CHANNELS, 4), f"{_STAGES}, at most 65536"),
-    "group_list": (entries(count_up_to(math.inf), 4), _STAGES),
+    **dict.fromkeys(("group_list", "num_slices"), (entries(count_up_to(math.inf), 4), _STAGES)),
     "strides": (entries(entries(among((1, 2)), 3), 4), f"4 triples of 1 or 2, {_AXES}"),
     "kernel_sizes": (entries(entries(among((1, 3)), 3), 5), f"5 triples of 1 or 3, {_AXES}"),
     "use_checkpoint": (among((False, True)), "true or false"),
@@ -104,12 +106,11 @@ _MODEL_FIELDS: dict[str, tuple[Convert, str]] = {
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Shape of the network, in the names of the published constructor (MambaHoME.py); defaults as published.
+class NetworkConfig:
+    """What the shapes of all our networks have: four stages, in the names of the published constructors.
 
-    One entry a stage in `depths`, `feat_size`, `experts_list` (first level), `experts_list_second` and `group_list`
-    (tokens a group, first level). Not published, an entry an axis of the volume: `strides` of each stage, 1 or 2, and
-    `kernel_sizes` of the convolutions on each of the five grids, the full one first, 1 or 3.
+    One entry a stage in `depths` and `feat_size`. Not published, an entry an axis of the volume: `strides` of each
+    stage, 1 or 2, and `kernel_sizes` of the convolutions on each of the five grids, the full one first, 1 or 3.
     """
 
     in_chans: int = 1
@@ -117,34 +118,123 @@ class ModelConfig:
     depths: tuple[int, ...] = (2, 2, 2, 2)
     feat_size: tuple[int, ...] = (48, 96, 192, 384)
     hidden_size: int = 768
-    expert_mult: int = 2
-    num_slots_per_expert_first: int = 4
-    experts_list: tuple[int, ...] = (4, 8, 12, 16)
-    experts_list_second: tuple[int, ...] = (8, 16, 24, 32)
-    group_list: tuple[int, ...] = (2048, 1024, 512, 256)
     strides: tuple[Triple, ...] = ((2, 2, 2),) * 4
     kernel_sizes: tuple[Triple, ...] = ((3, 3, 3),) * 5
     use_checkpoint: bool = False
 
     def __post_init__(self) -> None:
-        for name, form in _MODEL_FIELDS.items():
-            value = getattr(self, name)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             value = tuple(value) if isinstance(value, list) else value
-            object.__setattr__(self, name, converted(name, value, *form))
+            object.__setattr__(self, field.name, converted(field.name, value, *_NETWORK_FIELDS[field.name]))
 
-    def replace(self, **changes) -> "ModelConfig":
+    def replace(self, **changes) -> Self:
         return dataclasses.replace(self, **changes)
+
+    def for_patch(self, patch: Triple) -> Self:
+        """The same network, able to take patches of this size."""
+        return self
 
     @property
     def multiples(self) -> Triple:
         """What a patch or window is a multiple of, an entry an axis."""
-        a, b, c = (math.prod(sizes) for sizes in zip(*self.strides, strict=True))
-        return a, b, c
+        return triple(math.prod(sizes) for sizes in zip(*self.strides, strict=True))
+
+    def check_size(self, size: Triple) -> None:
+        """Raise ConfigError, naming the axis and the remedy, where the network cannot take volumes of this size."""
+        for name, voxels, multiple in zip(("depth", "height", "width"), size, self.multiples, strict=True):
+            if voxels < multiple or voxels % multiple:
+                below, above = voxels // multiple * multiple, -(-voxels // multiple) * multiple
+                near = f"{below} or {above}" if below else f"{above}"
+                raise ConfigError(
+                    f"{name} is {voxels}, which {multiple} does not divide (size {spaced(size)}). Pad or crop {name} "
+                    f"to {near}, or use sliding_window, which takes volumes of any size"
+                )
+        if size == self.multiples:
+            raise ConfigError(
+                f"depth, height and width are {spaced(size)}, which leaves one voxel at the deepest stage, where "
+                "instance norm would give zeros. Make at least one of them twice as large"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in config.json, with the name of the network as "network" where it is not MambaHoME."""
+        name = next(name for name, kind in NETWORKS.items() if type(self) is kind)
+        return ({} if type(self) is ModelConfig else {"network": name}) | dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelConfig(NetworkConfig):
+    """Shape of MambaHoME, in the names of the published constructor (MambaHoME.py); defaults as published.
+
+    One entry a stage in `experts_list` (first level), `experts_list_second` and `group_list` (tokens a group, first
+    level).
+    """
+
+    expert_mult: int = 2
+    num_slots_per_expert_first: int = 4
+    experts_list: tuple[int, ...] = (4, 8, 12, 16)
+    experts_list_second: tuple[int, ...] = (8, 16, 24, 32)
+    group_list: tuple[int, ...] = (2048, 1024, 512, 256)
+
+
+@dataclass(frozen=True)
+class SegMambaConfig(NetworkConfig):
+    """Shape of SegMamba (Xing et al. 2024, segmamba.py); defaults as published.
+
+    num_slices: runs of tokens, for each stage, that the third direction of its Mamba layers goes across.
+    """
+
+    num_slices: tuple[int, ...] = (64, 32, 16, 8)
+
+    def for_patch(self, patch: Triple) -> Self:
+        """With as many slices as each stage's grid is deep, where the present ones do not divide its tokens."""
+        if self._misfit(patch) is None:
+            return self
+        return self.replace(num_slices=tuple(depth for depth, _, _ in self._grids(patch)))
+
+    def check_size(self, size: Triple) -> None:
+        """As other networks do, and ConfigError where the slices of a stage do not divide its tokens."""
+        super().check_size(size)
+        if (stage := self._misfit(size)) is None:
+            return
+        grid, wider = self._grids(size)[stage], triple(2 * multiple for multiple in self.multiples)
+        action = f"Take multiples of {said_multiples(wider)}" if self._misfit(wider) is None else "Take another size"
+        raise ConfigError(
+            f"depth, height and width are {spaced(size)}, which makes {math.prod(grid)} tokens of stage {stage + 1}; "
+            f"its {self.num_slices[stage]} slices do not divide them. {action}, or a network with num_slices such as "
+            f"{spaced(self.for_patch(size).num_slices)}"
+        )
+
+    def _misfit(self, size: Triple) -> int | None:
+        """Find the first stage whose slices do not divide its tokens, from 0 on; None where all do."""
+        tokens = map(math.prod, self._grids(size))
+        stages = enumerate(zip(tokens, self.num_slices, strict=True))
+        return next((stage for stage, (count, slices) in stages if count % slices), None)
+
+    def _grids(self, size: Triple) -> list[Triple]:
+        """Of the four stages, for volumes of a size."""
+        steps = itertools.accumulate(self.strides, lambda one, other: triple(map(operator.mul, one, other)))
+        return [triple(map(operator.floordiv, size, step)) for step in steps]
+
+
+NETWORKS: dict[str, type[NetworkConfig]] = {"MambaHoME": ModelConfig, "SegMamba": SegMambaConfig}
+
+
+def network_from_json(values: Mapping[str, Any]) -> NetworkConfig:
+    """Read what `to_json` gives. Raises TypeError for unknown fields, ConfigError for values that cannot be."""
+    fields = dict(values)
+    name = converted("network", fields.pop("network", "MambaHoME"), among(NETWORKS), f"one of {', '.join(NETWORKS)}")
+    return NETWORKS[name](**fields)
+
+
+def spaced(values: Iterable[int]) -> str:
+    """ "64 64 32" of sizes along the axes."""
+    return " ".join(map(str, values))
 
 
 def said_multiples(multiples: Triple) -> str:
     """ "16", or "16 16 2" where the axes differ."""
-    return str(multiples[0]) if len(set(multiples)) == 1 else " ".join(map(str, multiples))
+    return str(multiples[0]) if len(set(multiples)) == 1 else spaced(multiples)
 
 
 @dataclass(frozen=True)
@@ -333,16 +423,16 @@ def _stored(values: Any, labels: Iterable[Any]) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A size that `--model` picks: learning rate and Adam epsilon as published, and the rate of the strong recipe."""
+    """What `--model` picks: a network, rate and Adam epsilon of the published recipe, and rate of the strong one."""
 
-    model: ModelConfig
+    model: NetworkConfig
     lr: float
     eps: float
     strong_lr: float
     patch_size: tuple[int, int, int]
 
 
-MODEL_SIZES = {
+MODEL_SIZES: dict[str, ModelSize] = {
     "MambaHoME": ModelSize(ModelConfig(), lr=1e-4, eps=1e-4, strong_lr=3e-4, patch_size=(96, 96, 96)),
     "MambaHoME_small": ModelSize(
         ModelConfig(
@@ -371,6 +461,7 @@ MODEL_SIZES = {
         strong_lr=2e-3,
         patch_size=(48, 48, 48),
     ),
+    "SegMamba": ModelSize(SegMambaConfig(), lr=1e-4, eps=1e-4, strong_lr=3e-4, patch_size=(128, 128, 128)),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
-from mambahome_jax.config import CtIntensity, Modality, Precision, Resampling, Strategy, Surface
+from mambahome_jax.config import CtIntensity, Modality, ModelName, Precision, Resampling, Strategy, Surface
 from mambahome_jax.recipes import with_ingredient_flags
 
 SpacingScale = Annotated[
@@ -106,8 +106,8 @@ class PlanConfig:
     """A dataset as preprocess takes it, or a folder that preprocess wrote."""
     memory: float | None = None
     """Plan for a GPU of so many GiB; 0: for a CPU (default: this machine)."""
-    model: Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny"] | None = None
-    """Plan for this size of the network."""
+    model: ModelName | None = None
+    """Plan for this network."""
     max_minutes: float | None = None
     """Plan for a training of so many minutes."""
     dataset: UseAppendAction[tuple[str, ...]] = ()
@@ -127,8 +127,8 @@ class TrainConfig:
     """Folder of the run (default: runs/<checkpoint_name>)."""
     data_val: Path | None = None
     """Another such folder for validation (default: hold out cases marked "val", else every fifth patient)."""
-    model: Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny"] = "MambaHoME"
-    """Size of the network."""
+    model: ModelName = "MambaHoME"
+    """The network, and its size."""
     recipe: Literal["published", "strong"] = "published"
     """Values of the flags under Optimizer, Recipe and Augmentation: as in the published code, or stronger. A
     preprocessed folder's plan.json decides, also on model, patch, batch and length, what no flag does; --recipe

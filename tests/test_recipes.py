@@ -57,7 +57,9 @@ def test_flags_on_the_command_line():
 def test_the_help_tells_each_recipe_s_value():
     said = " ".join(help_text(TrainConfig, "mambahome train", brief=False).split())
     assert "(published: 0.3; strong: 0)" in said
-    assert "(published: 0.0001, 0.0003, 0.002 by --model; strong: 0.0003, 0.001, 0.002 by --model)" in said
+    assert (
+        "(published: 0.0001, 0.0003, 0.002, 0.0001 by --model; strong: 0.0003, 0.001, 0.002, 0.0003 by --model)" in said
+    )
 
 
 @pytest.mark.parametrize(

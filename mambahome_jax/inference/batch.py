@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mambahome_jax.config import nearest_multiples, said_multiples
+from mambahome_jax.config import nearest_multiples, said_multiples, triple
 from mambahome_jax.datasets.base import Case, Split
 from mambahome_jax.datasets.files import listed
 from mambahome_jax.datasets.find_scans import Scan, find_scans, join_channels
@@ -306,10 +306,11 @@ def _load(config: InferConfig, paths: Sequence[Path]) -> Segmenter:
     near = [n if n <= 0 else whole for n, whole in zip(settings.roi_size, nearest, strict=True)]
     if tuple(near) != tuple(settings.roi_size):
         raise ConfigError(f"--roi_size {roi}; expected multiples of {said}, such as {' '.join(map(str, near))}")
-    if tuple(settings.roi_size) == multiples:
-        raise ConfigError(
-            f"--roi_size {roi} is {said} along every axis; expected twice that or more along at least one"
-        )
+    if all(n > 0 for n in settings.roi_size):
+        try:
+            networks.check_window(triple(settings.roi_size))
+        except ConfigError as error:
+            raise ConfigError(f"--roi_size {roi}: {error}") from error
     if settings.spacing is not None and not all(0 <= step < np.inf for step in settings.spacing):
         spacing = " ".join(str(step) for step in settings.spacing)
         raise ConfigError(f"--spacing {spacing}; expected mm above 0, or 0 for an axis that keeps its own")

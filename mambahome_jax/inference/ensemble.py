@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mambahome_jax.config import DataProperties, Mirror, MirrorPairs, Modality, ModelConfig, ScanRanges, Triple
+from mambahome_jax.config import (
+    DataProperties,
+    Mirror,
+    MirrorPairs,
+    Modality,
+    ModelConfig,
+    NetworkConfig,
+    ScanRanges,
+    Triple,
+)
 from mambahome_jax.datasets.base import Split
 from mambahome_jax.datasets.structures import AXES, axis_along, sides, swap_table
 from mambahome_jax.errors import ConfigError
@@ -110,6 +119,12 @@ class Ensemble:
         configs = [getattr(member, "config", None) or ModelConfig() for member in self.members]
         a, b, c = (max(sizes) for sizes in zip(*(config.multiples for config in configs), strict=True))
         return a, b, c
+
+    def check_window(self, size: Triple) -> None:
+        """Raise ConfigError where a member cannot take windows of this size."""
+        for member in self.members:
+            config: NetworkConfig = getattr(member, "config", None) or ModelConfig()
+            config.check_size(size)
 
     @property
     def class_names(self) -> dict[int, str]:

@@ -21,6 +21,7 @@ from mambahome_jax.model.layers import (
     Linear,
     Numerics,
     check_tokens,
+    gelu,
     init_on_host,
     require_positive,
     save_for_backward,
@@ -49,16 +50,11 @@ class Experts(nnx.Module):
         exact = self.numerics.lax_precision
         h = save_for_backward(jnp.einsum("...esf,efh->...esh", x, self.kernel_in[...].astype(x.dtype), precision=exact))
         value, gate = jnp.split(h + self.bias_in[...].astype(x.dtype)[:, None], 2, axis=-1)
-        h = value * _gelu(gate)
+        h = value * gelu(gate)
         y = save_for_backward(
             jnp.einsum("...esh,ehf->...esf", h, self.kernel_out[...].astype(x.dtype), precision=exact)
         )
         return y + self.bias_out[...].astype(x.dtype)[:, None]
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU through erf; jax.nn goes through erfc, which takes XLA several times as long to compile."""
-    return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
 def _softmax(logits: jax.Array, axis: int | tuple[int, ...], dtype) -> jax.Array:
@@ -222,7 +218,7 @@ class SoftMoE(nnx.Module):
         slots = jnp.einsum("bnes,bnf->besf", dispatch, tokens, precision=exact)
         h = save_for_backward(jnp.einsum("besf,efh->besh", slots, self.kernel_in[...].astype(dtype), precision=exact))
         h = h + self.bias_in[...].astype(dtype)[:, None]
-        h = jax.nn.gelu(h, approximate=True) if self.approximate_gelu else _gelu(h)
+        h = jax.nn.gelu(h, approximate=True) if self.approximate_gelu else gelu(h)
         y = save_for_backward(jnp.einsum("besh,ehf->besf", h, self.kernel_out[...].astype(dtype), precision=exact))
         y = y + self.bias_out[...].astype(dtype)[:, None]
         return jnp.einsum("bnes,besf->bnf", combine, y, precision=exact)

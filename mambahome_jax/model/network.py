@@ -1,11 +1,14 @@
-"""The network (Płotka et al., NeurIPS 2025, arXiv 2507.06363), from its blocks up; published MambaHoME.py.
+"""MambaHoME (Płotka et al., NeurIPS 2025, arXiv 2507.06363), from its blocks up; published MambaHoME.py.
 
 Blocks: gated spatial convolution (Xing et al. 2024), residual and up block (as in MONAI's UNETR). Encoder: four stages
 of downsampling, gated spatial convolution, and Mamba with HoME over voxels as tokens. Decoder: skip connections
-through residual blocks, and the way back to the full grid.
+through residual blocks, and the way back to the full grid. SegMamba (`baselines/segmamba.py`) shares all but the inside
+of the stages.
 """
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +16,7 @@ from flax import nnx
 from mambahome_kernels import norm_act
 from mambahome_kernels.conv3d.api import Size
 
-from mambahome_jax.config import DataProperties, ModelConfig, Precision
+from mambahome_jax.config import DataProperties, ModelConfig, NetworkConfig, Precision, triple
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.model.home import HoME
 from mambahome_jax.model.layers import FLOAT32, ChannelDropout, Conv3d, Numerics, Upsample, remat
@@ -104,16 +107,26 @@ class MambaHoMEBlock(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Coarsens the grid of a volume (batch, depth, height, width, channels before) by its stride, and mixes it."""
+    """Coarsens the grid of a volume (batch, depth, height, width, channels before) by its stride, and mixes it.
 
-    def __init__(self, config: ModelConfig, stage: int, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+    block: (config, stage, rngs=, numerics=) -> a module from tokens (batch, length, channels) to tokens.
+    """
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        stage: int,
+        block: Callable[..., nnx.Module],
+        *,
+        rngs: nnx.Rngs,
+        numerics: Numerics = FLOAT32,
+    ):
         channels = config.feat_size[stage]
         self.use_checkpoint = config.use_checkpoint
         stride = size = config.strides[stage]
         if stage == 0:
             # 7 along the axes that the stem halves, along the others as wide as the full grid's convolutions.
-            a, b, c = (7 if n == 2 else wide for n, wide in zip(stride, config.kernel_sizes[0], strict=True))
-            size = (a, b, c)
+            size = triple(7 if n == 2 else wide for n, wide in zip(stride, config.kernel_sizes[0], strict=True))
         self.downsample = Conv3d(
             config.feat_size[stage - 1] if stage else config.in_chans,
             channels,
@@ -126,7 +139,7 @@ class Stage(nnx.Module):
         )
         self.gsc = GatedSpatialConv(channels, config.kernel_sizes[stage + 1], rngs=rngs, numerics=numerics)
         self.blocks = nnx.List(
-            [MambaHoMEBlock(config, stage, rngs=rngs, numerics=numerics) for _ in range(config.depths[stage])]
+            [block(config, stage, rngs=rngs, numerics=numerics) for _ in range(config.depths[stage])]
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -144,7 +157,9 @@ class Encoder(nnx.Module):
     the published ones at 1/2, 1/4, 1/8 and 1/16 of the grid."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
-        self.stages = nnx.List([Stage(config, stage, rngs=rngs, numerics=numerics) for stage in range(4)])
+        self.stages = nnx.List(
+            [Stage(config, stage, MambaHoMEBlock, rngs=rngs, numerics=numerics) for stage in range(4)]
+        )
 
     def __call__(self, x: jax.Array, dropout: ChannelDropout | None = None) -> list[jax.Array]:
         """`dropout` acts on each of the four, places 0 to 3, before the next stage takes it."""
@@ -161,7 +176,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Input and four encoder stages -> logits (batch, depth, height, width, classes) on the input's grid."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+    def __init__(self, config: NetworkConfig, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
         self.use_checkpoint = config.use_checkpoint
         features = config.feat_size
         channels = (config.in_chans, *features, config.hidden_size)
@@ -201,13 +216,46 @@ class Decoder(nnx.Module):
         return self.out(remat(self.use_checkpoint, self.last, y)), levels[1:]
 
 
-class MambaHoME(nnx.Module):
+class Network(nnx.Module):
+    """An encoder of four stages, which `encoder` makes, and the decoder.
+
+    model(x): (batch, depth, height, width, in_chans) -> logits (batch, depth, height, width, out_chans), float32
+    (float64 with float64 parameters). Raises ConfigError for an x that it cannot take, see `NetworkConfig.check_size`.
+    model(x, dropout): with channels dropped, as training may have it.
+    """
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        encoder: Callable[..., nnx.Module],
+        *,
+        rngs: nnx.Rngs,
+        numerics: Numerics,
+        metadata: DataProperties | None,
+    ):
+        self.config, self.precision, self.metadata = config, numerics.precision, metadata
+        self.dtype = numerics.activation_dtype
+        self.encoder: Any = encoder(config, rngs=rngs, numerics=numerics)
+        self.decoder = Decoder(config, rngs=rngs, numerics=numerics)
+
+    def __call__(self, x: jax.Array, dropout: ChannelDropout | None = None) -> jax.Array:
+        return self.with_levels(x, dropout)[0]
+
+    def with_levels(self, x: jax.Array, dropout: ChannelDropout | None = None) -> tuple[jax.Array, list[jax.Array]]:
+        """Logits, and the decoder's volumes on the grids of the first three stages (1/2, 1/4 and 1/8 as published),
+        feat_size[1], [2] and [3] channels."""
+        check_input(x.shape, self.config)
+        x = x.astype(self.dtype)
+        logits, levels = self.decoder.with_levels(x, self.encoder(x, dropout), dropout)
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), levels
+
+
+class MambaHoME(Network):
     """U-shaped network of Mamba layers and hierarchical soft mixtures of experts.
 
     model(x): (batch, depth, height, width, in_chans) -> logits (batch, depth, height, width, out_chans), float32
     (float64 with float64 parameters). depth, height and width are multiples of `config.multiples`, 16 as published,
     and not all of them equal to it.
-    model(x, dropout): with channels dropped, as training may have it.
 
     Args:
         config: shape of the network; the default is the published one.
@@ -226,42 +274,14 @@ class MambaHoME(nnx.Module):
         precision: Precision = "fp32",
         metadata: DataProperties | None = None,
     ):
-        config = config or ModelConfig()
         numerics = Numerics(param_dtype, precision)
-        self.config, self.precision, self.metadata = config, precision, metadata
-        self.dtype = numerics.activation_dtype
-        self.encoder = Encoder(config, rngs=rngs, numerics=numerics)
-        self.decoder = Decoder(config, rngs=rngs, numerics=numerics)
-
-    def __call__(self, x: jax.Array, dropout: ChannelDropout | None = None) -> jax.Array:
-        return self.with_levels(x, dropout)[0]
-
-    def with_levels(self, x: jax.Array, dropout: ChannelDropout | None = None) -> tuple[jax.Array, list[jax.Array]]:
-        """Logits, and the decoder's volumes on the grids of the first three stages (1/2, 1/4 and 1/8 as published),
-        feat_size[1], [2] and [3] channels."""
-        check_input(x.shape, self.config)
-        x = x.astype(self.dtype)
-        logits, levels = self.decoder.with_levels(x, self.encoder(x, dropout), dropout)
-        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), levels
+        super().__init__(config or ModelConfig(), Encoder, rngs=rngs, numerics=numerics, metadata=metadata)
 
 
-def check_input(shape: tuple[int, ...], config: ModelConfig) -> None:
+def check_input(shape: tuple[int, ...], config: NetworkConfig) -> None:
     """Raises ConfigError, naming the axis and the remedy, where the network cannot take an array of this shape."""
     if len(shape) != 5:
         raise ConfigError(f"the input has shape {shape}; expected (batch, depth, height, width, channels)")
     if shape[-1] != config.in_chans:
         raise ConfigError(f"the input has {shape[-1]} channels (shape {shape}); this network takes {config.in_chans}")
-    for name, size, multiple in zip(("depth", "height", "width"), shape[1:4], config.multiples, strict=True):
-        if size < multiple or size % multiple:
-            below, above = size // multiple * multiple, -(-size // multiple) * multiple
-            near = f"{below} or {above}" if below else f"{above}"
-            raise ConfigError(
-                f"{name} is {size}, which {multiple} does not divide (shape {shape}). Pad or crop {name} to {near}, "
-                "or use sliding_window, which takes volumes of any size"
-            )
-    if shape[1:4] == config.multiples:
-        found = " ".join(map(str, config.multiples))
-        raise ConfigError(
-            f"depth, height and width are {found}, which leaves one voxel at the deepest stage, where instance norm "
-            f"would give zeros. Make at least one of them twice as large"
-        )
+    config.check_size(triple(shape[1:4]))

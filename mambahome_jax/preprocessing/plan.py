@@ -20,6 +20,7 @@ from mambahome_jax.config import (
     AnatomicalAxis,
     Convert,
     ModelConfig,
+    NetworkConfig,
     Precision,
     Resampling,
     among,
@@ -218,7 +219,7 @@ def _choose_grids(
 
 
 def _choose_batch(
-    patch: Sequence[int], network: ModelConfig, machine: Machine, precision: Precision = "bf16"
+    patch: Sequence[int], network: NetworkConfig, machine: Machine, precision: Precision = "bf16"
 ) -> Setting:
     if machine.gpu_gib is None:
         return Setting(_CPU_PATCHES, "on a CPU many steps of few patches reach more than few steps of many")
@@ -231,7 +232,7 @@ def _choose_batch(
     return Setting(count, reason)
 
 
-def _network(model: str, classes: int, strides: Any) -> ModelConfig:
+def _network(model: str, classes: int, strides: Any) -> NetworkConfig:
     return MODEL_SIZES[model].model.replace(out_chans=classes, strides=strides)
 
 

@@ -7,7 +7,7 @@ plans on a GPU, compares this estimate with XLA's account and the measured peak,
 import math
 from collections.abc import Sequence
 
-from mambahome_jax.config import ModelConfig, Precision
+from mambahome_jax.config import ModelConfig, NetworkConfig, Precision
 
 # The strong recipe in bf16: bytes for each element of what grows with the patch, see `step_elements`.
 BYTES_AN_ELEMENT = (16.0, 40.0, 12.0)
@@ -19,7 +19,7 @@ _TIMES = {"bf16": 1.0, "tf32": 2.0, "fp32": 2.9}
 PLANNED_PART = 0.9
 
 
-def step_elements(network: ModelConfig, patch: Sequence[int], batch: int) -> tuple[float, float, float]:
+def step_elements(network: NetworkConfig, patch: Sequence[int], batch: int) -> tuple[float, float, float]:
     """Count what the memory of a step grows with, on each device.
 
     Returns: channels of the full grid, channels of all blocks of the encoder, and logits, each times its voxels.
@@ -32,14 +32,18 @@ def step_elements(network: ModelConfig, patch: Sequence[int], batch: int) -> tup
     return float(voxels * network.feat_size[0]), blocks, float(voxels * network.out_chans)
 
 
-def parameters(network: ModelConfig) -> int:
-    """Count the parameters of a network, to a few percent of those of the three sizes."""
-    stages = zip(network.feat_size, network.depths, network.experts_list, network.experts_list_second, strict=True)
-    encoder = sum(width**2 * (60 + depth * (9 + 6 * (first + second))) for width, depth, first, second in stages)
+def parameters(network: NetworkConfig) -> int:
+    """Count the parameters of a network, to a few percent of those of each --model."""
+    blocks = [12] * len(network.depths)  # of SegMamba, its MLPs included
+    if isinstance(network, ModelConfig):
+        experts = zip(network.experts_list, network.experts_list_second, strict=True)
+        blocks = [9 + 6 * (first + second) for first, second in experts]
+    stages = zip(network.feat_size, network.depths, blocks, strict=True)
+    encoder = sum(width**2 * (60 + depth * block) for width, depth, block in stages)
     return encoder + 66 * sum(width**2 for width in (*network.feat_size, network.hidden_size))
 
 
-def step_gib(network: ModelConfig, patch: Sequence[int], batch: int, precision: Precision = "bf16") -> float:
+def step_gib(network: NetworkConfig, patch: Sequence[int], batch: int, precision: Precision = "bf16") -> float:
     """Estimate the memory in GiB that a training step takes on each device.
 
     patch: voxels an axis. batch: patches on each device. strides and classes are those of `network`.

@@ -214,7 +214,7 @@ def checkpoint_settings(setup: Setup, before: Contents = ()) -> dict[str, Any]:
     if before:
         scans = tuple(dict.fromkeys((*(scans or ((),)), *before)))
     settings = {
-        "model": dataclasses.asdict(setup.model.replace(use_checkpoint=False)),
+        "model": setup.model.replace(use_checkpoint=False).to_json(),
         "data": dataclasses.replace(setup.properties, trained_on=scans).to_json(),
         "cases": data_summary(setup.digests),
         "training": setup.settings(),

@@ -1,41 +1,47 @@
 """Weights to start from, of the same network trained for other structures or other channels."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from mambahome_jax.config import Contents, DataProperties, ModelConfig
+from mambahome_jax.config import Contents, DataProperties, NetworkConfig, spaced
 from mambahome_jax.errors import CheckpointError
 from mambahome_jax.weights.names import dotted
 from mambahome_jax.weights.weights import Weights
 
 OUTPUT = "decoder.out"
 # What sees the channels of the scan.
-INPUTS = ("encoder.stages.0.downsample", "decoder.skips.0.conv1", "decoder.skips.0.conv3")
+INPUTS = (
+    "encoder.stages.0.downsample",
+    "encoder.levels.0.stage.downsample",
+    "decoder.skips.0.conv1",
+    "decoder.skips.0.conv3",
+)
 
 
 @dataclass(frozen=True)
 class Transfer:
     """Names of parameters: taken from the checkpoint; started anew; in the checkpoint and not taken.
 
-    trained_on: the scans that the checkpoint was trained on, see `DataProperties`.
+    remark: on what else differs. trained_on: the scans that the checkpoint was trained on, see `DataProperties`.
     """
 
     loaded: tuple[str, ...]
     reinitialised: tuple[str, ...]
     left: tuple[str, ...]
     trained_on: Contents = ()
+    remark: str = ""
 
     def __str__(self) -> str:
         anew, left = (", ".join(names) or "none" for names in (self.reinitialised, self.left))
-        return f"{len(self.loaded)} parameters loaded, re-initialised: {anew}; left out: {left}"
+        return f"{len(self.loaded)} parameters loaded, re-initialised: {anew}; left out: {left}{self.remark}"
 
 
 def transfer(
-    weights: Weights, fresh: Any, config: ModelConfig, data: DataProperties, source: str
+    weights: Weights, fresh: Any, config: NetworkConfig, data: DataProperties, source: str
 ) -> tuple[Any, Transfer]:
     """Parameters to start from: those of `weights`, except where they would not fit, which stay `fresh`.
 
@@ -61,12 +67,25 @@ def transfer(
     left = tuple(name for name in weights.params if name not in set(loaded))
     known = None if weights.data is None else weights.data.trained_on
     # Weights that do not say have seen scans of which nothing is known.
-    return params, Transfer(tuple(loaded), tuple(reinitialised), left, ((),) if known is None else known)
+    seen = ((),) if known is None else known
+    return params, Transfer(tuple(loaded), tuple(reinitialised), left, seen, _other_slices(weights.config, config))
 
 
-def _check(theirs: ModelConfig, ours: ModelConfig, source: str) -> None:
-    given, wanted = asdict(theirs), asdict(ours)
-    names = [name for name in wanted if name not in ("in_chans", "out_chans", "use_checkpoint")]
+def _other_slices(theirs: NetworkConfig, ours: NetworkConfig) -> str:
+    """They follow the patch, and parameters serve any."""
+    before, now = getattr(theirs, "num_slices", None), getattr(ours, "num_slices", None)
+    return (
+        "" if before is None or now is None or before == now else f"; num_slices was {spaced(before)}, is {spaced(now)}"
+    )
+
+
+def _check(theirs: NetworkConfig, ours: NetworkConfig, source: str) -> None:
+    given, wanted = ({"network": "MambaHoME"} | config.to_json() for config in (theirs, ours))
+    if given["network"] != wanted["network"]:
+        raise CheckpointError(
+            f"{source} is a {given['network']}, expected a {wanted['network']}. Choose --model as it was"
+        )
+    names = [name for name in wanted if name not in ("in_chans", "out_chans", "use_checkpoint", "num_slices")]
     differ = [f"{name} is {given[name]}, expected {wanted[name]}" for name in names if given[name] != wanted[name]]
     if differ:
         advice = "Choose --model and --feature_size as they were"

@@ -422,7 +422,7 @@ def new_report(folder: Path, setup: Setup, skipped: Sequence[tuple[str, str]]) -
         "command": "train",
         "status": "starting",
         "configuration": asdict(setup.flags),
-        "model": asdict(setup.model),
+        "model": setup.model.to_json(),
         "data": {
             "name": setup.prepared.name,
             "fingerprint": dataset_fingerprint(setup.prepared.labels, setup.digests["train"]),

@@ -20,6 +20,7 @@ from mambahome_jax.config import (
     Mirror,
     MirrorPairs,
     ModelConfig,
+    NetworkConfig,
     Precision,
     Triple,
     beyond_one_voxel,
@@ -74,7 +75,7 @@ class Setup:
     val_values: Mapping[int, int] | None
     structures: Mapping[int, str]
     labelled: np.ndarray | None
-    model: ModelConfig
+    model: NetworkConfig
     properties: DataProperties
     patch_size: Triple
     precision: Precision
@@ -179,7 +180,7 @@ def make_setup(
         val_values=values_of_training(prepared_val, held_out, prepared, structures) if prepared_val else None,
         structures=structures,
         labelled=labelled_classes(prepared, train, classes),
-        model=model_config(flags, in_chans=entries[0].channels, out_chans=classes).replace(**grids),
+        model=model_config(flags, in_chans=entries[0].channels, out_chans=classes).replace(**grids).for_patch(patch),
         properties=properties,
         patch_size=patch,
         precision=flags.precision or default_precision(),
@@ -267,7 +268,7 @@ def _workers(flags: TrainConfig) -> int:
 # --- Network and patch -----------------------------------------------------------------------------------------------
 
 
-def model_config(flags: TrainConfig, in_chans: int, out_chans: int) -> ModelConfig:
+def model_config(flags: TrainConfig, in_chans: int, out_chans: int) -> NetworkConfig:
     """The size that --model picks, widened to --feature_size in all its stages."""
     model = MODEL_SIZES[flags.model].model
     model = model.replace(in_chans=in_chans, out_chans=out_chans, use_checkpoint=flags.use_checkpoint)

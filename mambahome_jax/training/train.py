@@ -19,7 +19,7 @@ from rich.console import Console
 from mambahome_jax.errors import TrainingError
 from mambahome_jax.imaging.normalisation import normalisations
 from mambahome_jax.inference.tiled import window_starts
-from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.model.networks import make_network
 from mambahome_jax.patches.loader import make_loader
 from mambahome_jax.patches.store import Store
 from mambahome_jax.recipes import AugmentationConfig
@@ -193,7 +193,7 @@ def build_networks(setup: Setup, new: bool) -> tuple[nnx.GraphDef, nnx.GraphDef,
     """
     seed, source, transferred = setup.flags.seed, setup.flags.use_pretrained, None
     # Not traced by nnx.eval_shape where values are not needed: that takes longer than to draw them.
-    model = MambaHoME(setup.model, rngs=nnx.Rngs(seed), precision=setup.precision, metadata=setup.properties)
+    model = make_network(setup.model, rngs=nnx.Rngs(seed), precision=setup.precision, metadata=setup.properties)
     graphdef, params = _split(model)
     if new and source not in ("", "False"):
         params, transferred = transfer(read_weights(source), params, setup.model, setup.properties, source)

@@ -6,16 +6,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mambahome_jax.config import ModelConfig, Triple
+from mambahome_jax.config import NETWORKS, ModelConfig, NetworkConfig, SegMambaConfig, Triple
 from mambahome_jax.errors import CheckpointError
 
 TreePath = tuple[str | int, ...]
+_KNOWN = " or ".join(NETWORKS)
 
 _MAMBA = "mamba_encoder.mamba_blocks.{}.{}."
 _HOME = "mamba_encoder.moe_layers.{}.{}.mlp."
 _SECOND = _HOME + "dynamic_slots_soft_moe."
 _STAGE = r"encoder\.stages\.(\d)\."
 _BLOCK = _STAGE + r"blocks\.(\d+)\."
+_LEVEL = r"encoder\.levels\.(\d)\."
+_SEGMAMBA_BLOCK = _LEVEL + r"stage\.blocks\.(\d+)\."
 # Our dotted path -> published name. Groups are indices; {e} stands for the expert that a stacked array holds.
 _TABLE: dict[str, str | Callable[..., str]] = {
     r"encoder\.stages\.0\.downsample\.(kernel|bias)": "mamba_encoder.downsample_layers.0.0.{}",
@@ -33,6 +36,13 @@ _TABLE: dict[str, str | Callable[..., str]] = {
     _BLOCK + r"home\.experts\.(kernel|bias)_out": _HOME + "experts_first.{{e}}.3.{}",
     _BLOCK + r"home\.second\.experts\.(kernel|bias)_in": _SECOND + "experts.{{e}}.0.{}",
     _BLOCK + r"home\.second\.experts\.(kernel|bias)_out": _SECOND + "experts.{{e}}.3.{}",
+    r"encoder\.levels\.0\.stage\.downsample\.(kernel|bias)": "vit.downsample_layers.0.0.{}",
+    _LEVEL + r"stage\.downsample\.(kernel|bias)": "vit.downsample_layers.{}.1.{}",
+    _LEVEL + r"stage\.gsc\.(proj\d?)\.(kernel|bias)": "vit.gscs.{}.{}.{}",
+    _LEVEL + r"mlp\.(fc\d)\.(kernel|bias)": "vit.mlps.{}.{}.{}",
+    _SEGMAMBA_BLOCK + r"norm\.scale": "vit.stages.{}.{}.norm.weight",
+    _SEGMAMBA_BLOCK + r"norm\.bias": "vit.stages.{}.{}.norm.bias",
+    _SEGMAMBA_BLOCK + r"mamba\.(\w+_proj)\.kernel": "vit.stages.{}.{}.mamba.{}.weight",
     r"decoder\.skips\.(\d)\.(conv\d)\.kernel": lambda k, conv: f"encoder{int(k) + 1}.layer.{conv}.conv.weight",
     r"decoder\.ups\.(\d)\.up\.kernel": lambda k: f"decoder{5 - int(k)}.transp_conv.conv.weight",
     r"decoder\.ups\.(\d)\.block\.(conv\d)\.kernel": lambda k, conv: (
@@ -45,6 +55,16 @@ for _level, _name in (("", _HOME), (r"second\.", _SECOND)):
     _TABLE[_BLOCK + rf"home\.{_level}norm\.gamma"] = _name + "norm.gamma"
     _TABLE[_BLOCK + rf"home\.{_level}slot_proj\.kernel"] = _name + "to_slot_embeds.0.weight"
     _TABLE[_BLOCK + rf"home\.{_level}slot_norm\.gamma"] = _name + "to_slot_embeds.2.gamma"
+_VIT = "vit.stages.{}.{}.mamba."
+for _ours, _suffix in (("forward", ""), ("backward", "_b"), ("slices", "_s")):
+    _direction = _SEGMAMBA_BLOCK + rf"mamba\.{_ours}\."
+    _TABLE |= {
+        _direction + "A_log": f"{_VIT}A{_suffix}_log",
+        _direction + "D": f"{_VIT}D{_suffix}",
+        _direction + "dt_bias": f"{_VIT}dt_proj{_suffix}.bias",
+        _direction + r"conv\.(kernel|bias)": f"{_VIT}conv1d{_suffix}.{{}}",
+        _direction + r"(x_proj|dt_proj)\.kernel": f"{_VIT}{{}}{_suffix}.weight",
+    }
 _PATTERNS = tuple((re.compile(pattern), name) for pattern, name in _TABLE.items())
 
 
@@ -78,7 +98,7 @@ def dotted(path: TreePath) -> str:
 def _layout(ours: str, ndim: int) -> Layout:
     if ours.endswith(".up.kernel"):
         return Layout((3, 4, 0, 1, 2))
-    if ours.endswith("mamba.conv.kernel"):
+    if ours.endswith(".conv.kernel"):
         return Layout((1, None, 0))
     if ours.rsplit(".", 1)[-1].startswith("kernel"):
         return Layout((4, 3, 0, 1, 2)) if ndim == 5 else Layout((1, 0))
@@ -96,7 +116,7 @@ def targets(path: TreePath, shape: tuple[int, ...]) -> list[Target]:
                 return [Target(theirs, None, _layout(ours, len(shape)))]
             layout = _layout(ours, len(shape) - 1)
             return [Target(theirs.format(e=e), e, layout) for e in range(shape[0])]
-    raise CheckpointError(f"{ours}: no published parameter corresponds to it; expected parameters of MambaHoME")
+    raise CheckpointError(f"{ours}: no published parameter corresponds to it; expected parameters of {_KNOWN}")
 
 
 def official_shape(target: Target, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -105,44 +125,56 @@ def official_shape(target: Target, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(1 if axis is None else ours[axis] for axis in target.layout.axes)
 
 
-def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], extra: Mapping[str, Any] | None = None) -> ModelConfig:
+def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], extra: Mapping[str, Any] | None = None) -> NetworkConfig:
     """Configuration of the network whose published tensors have these shapes.
 
-    The group sizes of level 1 leave no trace there: they come from `extra` (fields of ModelConfig), else they are the
-    published ones. Raises CheckpointError where a tensor is missing, ConfigError where a value cannot be.
+    The group sizes of MambaHoME's level 1 and the slices of SegMamba leave no trace there: they come from `extra`
+    (fields of the configuration), else they are the published ones. Raises CheckpointError where a tensor is missing,
+    ConfigError where a value cannot be.
     """
+    segmamba = any(name.startswith("vit.") for name in shapes)
+    try:
+        config = SegMambaConfig(**_common(shapes, "vit", "stages")) if segmamba else _mambahome(shapes)
+    except KeyError as error:
+        raise CheckpointError(f"no tensor named {error.args[0]}; expected the weights of {_KNOWN}") from error
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise CheckpointError(f"the tensors do not make a network ({error}); expected those of {_KNOWN}") from error
+    untraced = ("num_slices" if segmamba else "group_list", "use_checkpoint")
+    return config.replace(**{name: extra[name] for name in untraced if extra and name in extra})
 
+
+def _mambahome(shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:
     def home(name: str, axis: int) -> tuple[int, ...]:
         return tuple(shapes[_HOME.format(stage, 0) + name][axis] for stage in range(4))
 
-    try:
-        feat = tuple(shapes[f"mamba_encoder.downsample_layers.{i}.{int(i > 0)}.weight"][0] for i in range(4))
-        depths = tuple(
-            1 + max(int(m[1]) for n in shapes if (m := re.match(rf"mamba_encoder\.mamba_blocks\.{i}\.(\d+)\.", n)))
+    common = _common(shapes, "mamba_encoder", "mamba_blocks")
+    feat, experts = common["feat_size"], home("expert_gates", 0)
+    second = home("dynamic_slots_soft_moe.to_slot_embeds.0.weight", 0)
+    return ModelConfig(
+        **common,
+        expert_mult=_expert_mult(feat, home("experts_first.0.3.weight", 1)),
+        num_slots_per_expert_first=home("to_slot_embeds.0.weight", 0)[0] // (experts[0] * feat[0]),
+        experts_list=experts,
+        experts_list_second=tuple(n // f for n, f in zip(second, feat, strict=True)),
+    )
+
+
+def _common(shapes: Mapping[str, tuple[int, ...]], encoder: str, blocks: str) -> dict[str, Any]:
+    """Fields of NetworkConfig; encoder, blocks: what the names of an encoder, and of its blocks, begin with."""
+    first = shapes[f"{encoder}.downsample_layers.0.0.weight"]
+    return {
+        "in_chans": first[1],
+        "out_chans": shapes["out.conv.conv.weight"][0],
+        "depths": tuple(
+            1 + max(int(m[1]) for n in shapes if (m := re.match(rf"{encoder}\.{blocks}\.{i}\.(\d+)\.", n)))
             for i in range(4)
-        )
-        experts = home("expert_gates", 0)
-        second = home("dynamic_slots_soft_moe.to_slot_embeds.0.weight", 0)
-        config = ModelConfig(
-            in_chans=shapes["mamba_encoder.downsample_layers.0.0.weight"][1],
-            out_chans=shapes["out.conv.conv.weight"][0],
-            depths=depths,
-            feat_size=feat,
-            hidden_size=shapes["encoder5.layer.conv1.conv.weight"][0],
-            expert_mult=_expert_mult(feat, home("experts_first.0.3.weight", 1)),
-            num_slots_per_expert_first=home("to_slot_embeds.0.weight", 0)[0] // (experts[0] * feat[0]),
-            experts_list=experts,
-            experts_list_second=tuple(n // f for n, f in zip(second, feat, strict=True)),
-            # encoder1 lies on the full grid, decoder2 leads to it
-            strides=tuple(_axes(shapes[f"decoder{i + 2}.transp_conv.conv.weight"]) for i in range(4)),
-            kernel_sizes=tuple(_axes(shapes[f"encoder{i + 1}.layer.conv1.conv.weight"]) for i in range(5)),
-        )
-    except KeyError as error:
-        raise CheckpointError(f"no tensor named {error.args[0]}; expected the weights of MambaHoME") from error
-    except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise CheckpointError(f"the tensors do not make a MambaHoME ({error}); expected its published names") from error
-    known = {name: extra[name] for name in ("group_list", "use_checkpoint") if extra and name in extra}
-    return config.replace(**known)
+        ),
+        "feat_size": (first[0], *(shapes[f"{encoder}.downsample_layers.{i}.1.weight"][0] for i in range(1, 4))),
+        "hidden_size": shapes["encoder5.layer.conv1.conv.weight"][0],
+        # encoder1 lies on the full grid, decoder2 leads to it
+        "strides": tuple(_axes(shapes[f"decoder{i + 2}.transp_conv.conv.weight"]) for i in range(4)),
+        "kernel_sizes": tuple(_axes(shapes[f"encoder{i + 1}.layer.conv1.conv.weight"]) for i in range(5)),
+    }
 
 
 def _axes(shape: tuple[int, ...]) -> Triple:

@@ -16,9 +16,10 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from mambahome_jax.config import DataProperties, ModelConfig, Precision
+from mambahome_jax.config import DataProperties, NetworkConfig, Precision, network_from_json
 from mambahome_jax.errors import CheckpointError, ConfigError, OutputError
-from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.model.network import Network
+from mambahome_jax.model.networks import make_network
 from mambahome_jax.support.devices import default_precision
 from mambahome_jax.support.files import NPZ_ERRORS, parse_json, require_whole_npz
 from mambahome_jax.support.paths import openable_path
@@ -34,7 +35,7 @@ class Weights(NamedTuple):
     """Parameters as a flat {dotted path of ours: array}, with what the source says of the network and its data."""
 
     params: dict[str, np.ndarray]
-    config: ModelConfig
+    config: NetworkConfig
     data: DataProperties | None
 
 
@@ -69,7 +70,7 @@ def export_official(tree: Any) -> dict[str, np.ndarray]:
     """Parameters under their published names, in torch's layout.
 
     Args:
-        tree: a MambaHoME, its `nnx.State`, or any pytree shaped like its parameters (gradients, optimizer moments).
+        tree: a network, its `nnx.State`, or any pytree shaped like its parameters (gradients, optimizer moments).
 
     Returns:
         {published name: array}, one tensor an expert, each array in its own dtype.
@@ -90,12 +91,12 @@ class _OneKey(nnx.Rngs):
         return jax.random.key(0)
 
 
-def _abstract(config: ModelConfig, **arguments: Any) -> tuple[nnx.GraphDef, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: MambaHoME(config, rngs=_OneKey(0), **arguments)))
+def _abstract(config: NetworkConfig, **arguments: Any) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: make_network(config, rngs=_OneKey(0), **arguments)))
 
 
 @functools.lru_cache(maxsize=8)
-def _shapes(config: ModelConfig) -> dict[str, tuple[TreePath, tuple[int, ...]]]:
+def _shapes(config: NetworkConfig) -> dict[str, tuple[TreePath, tuple[int, ...]]]:
     """{dotted path: (path, shape)} of the network's parameters."""
     return {dotted(path): (path, leaf.shape) for path, leaf in _leaves(_abstract(config)[1]).items()}
 
@@ -118,7 +119,7 @@ def _require_shapes(source: Path, given: Mapping[str, np.ndarray], expected: Map
         )
 
 
-def _from_official(source: Path, tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
+def _from_official(source: Path, tensors: Mapping[str, np.ndarray], config: NetworkConfig) -> dict[str, np.ndarray]:
     shapes = _shapes(config)
     plan = {ours: targets(path, shape) for ours, (path, shape) in shapes.items()}
     expected = {t.name: official_shape(t, shapes[ours][1]) for ours, parts in plan.items() for t in parts}
@@ -227,8 +228,8 @@ def _data_of(values: Mapping[str, Any], source: Path) -> DataProperties | None:
 def read_weights(path: Path | str) -> Weights:
     """Read a checkpoint folder, or published weights in .pth, .npz or .safetensors.
 
-    The configuration comes from the tensors' shapes, and the group sizes, which leave no trace there, from the
-    configuration in the file or in a .json beside it; else they are the published ones.
+    The configuration comes from the tensors' names and shapes; the group sizes of MambaHoME and the slices of SegMamba,
+    which leave no trace there, from the configuration in the file or in a .json beside it, else they are as published.
     Raises CheckpointError listing by name whatever is missing, unknown or misshapen; nothing is loaded halfway.
     """
     path = openable_path(path)
@@ -251,7 +252,7 @@ def _read_weights_file(path: Path) -> Weights:
     model = values["model"] if isinstance(values.get("model"), Mapping) else values
     tensors = _strip_prefixes(tensors)
     if not tensors:
-        raise CheckpointError(f"{path}: no tensors inside; expected the weights of MambaHoME")
+        raise CheckpointError(f"{path}: no tensors inside; expected the weights of a network")
     try:
         config = config_of_shapes({name: array.shape for name, array in tensors.items()}, model)
     except CheckpointError as error:
@@ -261,17 +262,17 @@ def _read_weights_file(path: Path) -> Weights:
     return Weights(_from_official(path, tensors, config), config, _data_of(values, source))
 
 
-def config_from_json(values: Mapping[str, Any], source: Path | str) -> ModelConfig:
-    """ModelConfig from the entry "model" of a config.json. Raises CheckpointError on unknown or impossible values."""
+def config_from_json(values: Mapping[str, Any], source: Path | str) -> NetworkConfig:
+    """Read the entry "model" of a config.json. Raises CheckpointError on unknown or impossible values."""
     try:
-        return ModelConfig(**values)
+        return network_from_json(values)
     except (TypeError, ConfigError) as error:
         raise CheckpointError(f"{source}: its configuration does not fit this version ({error})") from error
 
 
 def load_model(
     path: Path | str, param_dtype=None, precision: Precision | None = None, *, use_checkpoint: bool = False
-) -> MambaHoME:
+) -> Network:
     """A network with the weights of a checkpoint folder (RUN/checkpoints/best) or a published .pth, .npz, .safetensors.
 
     Args:
@@ -286,7 +287,7 @@ def load_model(
 
 def build_model(
     weights: Weights, param_dtype=None, precision: Precision | None = None, *, use_checkpoint: bool = False
-) -> MambaHoME:
+) -> Network:
     """The network of `weights`; arguments as those of load_model."""
     dtype = jnp.dtype(param_dtype or jnp.float32)
     if dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
@@ -312,7 +313,7 @@ def write_weights(path: Path | str, weights: Weights, *, overwrite: bool = False
     Raises OutputError where the place is taken or cannot be written; a file appears whole or not at all.
     """
     path = openable_path(path)
-    values: dict[str, Any] = {"model": dataclasses.asdict(weights.config)}
+    values: dict[str, Any] = {"model": weights.config.to_json()}
     if weights.data is not None:
         values["data"] = weights.data.to_json()
     if path.suffix == "":

@@ -52,7 +52,7 @@ def _small(monkeypatch):
 
 
 def small_networks(monkeypatch):
-    monkeypatch.setattr(training, "MambaHoME", StandIn)
+    monkeypatch.setattr(training, "make_network", StandIn)
     size = MODEL_SIZES["MambaHoME_tiny"]
     monkeypatch.setitem(
         MODEL_SIZES, "MambaHoME_tiny", ModelSize(size.model, lr=1e-2, eps=1e-8, strong_lr=1e-2, patch_size=(32, 16, 16))

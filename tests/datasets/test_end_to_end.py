@@ -31,7 +31,7 @@ def load_small(path, precision=None):
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr(training, "MambaHoME", Small)
+    monkeypatch.setattr(training, "make_network", Small)
     monkeypatch.setattr(batch, "load_model", load_small)
 
 

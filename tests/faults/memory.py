@@ -48,7 +48,7 @@ def over_cases(folder: Path, count: int, sizes: int) -> list[int]:
 def over_steps(folder: Path, count: int) -> list[int]:
     """Resident kilobytes at each of `count` steps of `train`, with a validation and checkpoint every twentieth."""
     seen: list[int] = []
-    training.MambaHoME = StandIn  # type: ignore[misc, assignment]
+    training.make_network = StandIn  # type: ignore[misc, assignment]
     put = training.put_batch
 
     def noted(batch: Any, mesh: Any) -> Any:

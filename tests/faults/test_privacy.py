@@ -26,7 +26,7 @@ MARK = "Zebulon-Secret"
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     monkeypatch.setattr(batch, "load_model", lambda path, precision: Levels((0.0, 0.5, 1.0), metadata=PROPERTIES))
-    monkeypatch.setattr(training, "MambaHoME", StandIn)
+    monkeypatch.setattr(training, "make_network", StandIn)
 
 
 def marked(path: Path, array: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from flax import nnx
 import mambahome_jax.weights.weights as weights
 from mambahome_jax.config import MODEL_SIZES, ModelConfig
 from mambahome_jax.model.layers import Numerics
-from mambahome_jax.model.network import MambaHoME, Stage
+from mambahome_jax.model.network import MambaHoME, MambaHoMEBlock, Stage
 from tests.conftest import REDUCED, golden_path, load_golden
 
 # What float32 reaches on a CPU, as the golden's page says: these two gradients are small sums of large terms.
@@ -35,7 +35,7 @@ def _exact_zero() -> dict[str, bool]:
     return dict(zip(data["param_names"], data["exact_zero"], strict=True))
 
 
-def _weighting(shape) -> np.ndarray:
+def weighting(shape) -> np.ndarray:
     """R of the golden's loss, channels last."""
     b, z, y, x, c = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
     return np.sin(0.5 + 1.3 * b + 0.9 * c + 0.11 * z + 0.23 * y + 0.31 * x)
@@ -51,7 +51,7 @@ def _forward_and_gradients(x: np.ndarray, dtype):
         def loss(state):
             model = nnx.merge(graphdef, state)
             logits = model(x)
-            return jnp.sum(logits * jnp.asarray(_weighting(logits.shape), dtype)) / logits.size, logits
+            return jnp.sum(logits * jnp.asarray(weighting(logits.shape), dtype)) / logits.size, logits
 
         (value, logits), gradients = jax.value_and_grad(loss, has_aux=True)(state)
         return value, logits, gradients, nnx.merge(graphdef, state).encoder(x)
@@ -97,9 +97,8 @@ def test_rematerialisation_changes_no_number(x64):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 8, 8, 8, config.feat_size[1])))
 
     def gradients(use_checkpoint):
-        stage = Stage(
-            config.replace(use_checkpoint=use_checkpoint), 2, rngs=nnx.Rngs(0), numerics=Numerics(jnp.float64)
-        )
+        changed, numerics = config.replace(use_checkpoint=use_checkpoint), Numerics(jnp.float64)
+        stage = Stage(changed, 2, MambaHoMEBlock, rngs=nnx.Rngs(0), numerics=numerics)
         graphdef, state = nnx.split(stage)
         run = jax.jit(jax.grad(lambda state: jnp.sum(jnp.sin(nnx.merge(graphdef, state)(x)))))
         return str(jax.make_jaxpr(run)(state)).count("remat"), run(state)

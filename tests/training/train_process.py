@@ -20,7 +20,7 @@ def train_fold(flags: TrainConfig, started: float) -> None:
 def use_small_network() -> None:
     from mambahome_jax.training import train as training
 
-    training.MambaHoME = StandIn
+    training.make_network = StandIn
     MODEL_SIZES["MambaHoME_tiny"] = ModelSize(
         MODEL_SIZES["MambaHoME_tiny"].model, lr=1e-2, eps=1e-8, strong_lr=1e-2, patch_size=(32, 16, 16)
     )
