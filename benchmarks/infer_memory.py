@@ -21,7 +21,7 @@ from flax import nnx
 from infer_volume import make_scan, scan_arguments
 
 from mambahome_jax.config import MODEL_SIZES, DataProperties
-from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.model.networks import make_network
 from mambahome_jax.weights.checkpoint import write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,8 +33,8 @@ def write_model(
     """A checkpoint folder of random weights; its logits say nothing, but take the time and memory of any."""
     config = MODEL_SIZES[size].model.replace(in_chans=channels, out_chans=classes)
     data = DataProperties(spacing=(spacing[0], spacing[1], spacing[2]), patch_size=(roi[0], roi[1], roi[2]))
-    params = nnx.to_pure_dict(nnx.state(MambaHoME(config, rngs=nnx.Rngs(0), precision="fp32"), nnx.Param))
-    write_checkpoint(folder, params, {"model": vars(config), "data": data.to_json()})
+    params = nnx.to_pure_dict(nnx.state(make_network(config, rngs=nnx.Rngs(0), precision="fp32"), nnx.Param))
+    write_checkpoint(folder, params, {"model": config.to_json(), "data": data.to_json()})
 
 
 def peak_host_gib(process: int) -> float:

@@ -21,7 +21,7 @@ from flax import nnx
 from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.imaging.volume import Volume, read_volume, write_volume
 from mambahome_jax.inference.segment import Segmenter, SegmentOptions, label, to_network_grid
-from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.model.networks import make_network
 from mambahome_jax.support.devices import default_precision
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     config = MODEL_SIZES[args.model].model.replace(in_chans=1, out_chans=args.classes)
     precision = args.precision or default_precision()
-    model = MambaHoME(config, rngs=nnx.Rngs(0), precision=precision)
+    model = make_network(config, rngs=nnx.Rngs(0), precision=precision)
     options = SegmentOptions(
         spacing=args.spacing,
         roi_size=args.roi_size,

@@ -20,7 +20,7 @@ from profiling import print_kernel_times
 
 from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.inference.ensemble import compiled_network
-from mambahome_jax.model.network import MambaHoME
+from mambahome_jax.model.networks import make_network
 
 MULTIPLE = 16  # of the published network's windows
 
@@ -33,7 +33,7 @@ CASES = (
 
 def measure(args: argparse.Namespace, precision: str, windows: int, size: tuple[int, ...]) -> dict[str, Any]:
     config = replace(MODEL_SIZES[args.model].model, in_chans=1, out_chans=args.classes)
-    graphdef, params = nnx.split(MambaHoME(config, rngs=nnx.Rngs(0), precision=precision))
+    graphdef, params = nnx.split(make_network(config, rngs=nnx.Rngs(0), precision=precision))
     shape = tuple(max(n // args.shrink // MULTIPLE, min(2, n // MULTIPLE)) * MULTIPLE for n in size)
     x = jax.device_put(np.random.default_rng(0).standard_normal((windows, *shape, 1), dtype=np.float32))
     start = time.perf_counter()
