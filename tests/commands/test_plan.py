@@ -1,6 +1,7 @@
 """plan.json: preprocess writes it, obeys an edited one, and check comes to the same."""
 
 import json
+import re
 import shlex
 from dataclasses import replace
 
@@ -87,6 +88,11 @@ def test_the_command_explains_raw_and_preprocessed_folders(config, tmp_path, cap
     assert (other.before, other.plan.model.value) == (ready.plan, "MambaHoME_small")
     assert other.plan.length.value == {"minutes": 5} and read_plan(file).machine == "a GPU of 80 GiB"
     capsys.readouterr()
+    words = [str(config.output_path), "--memory", "16"]
+    assert run_command("plan", words, "mambahome plan") == 0
+    assert re.search(
+        r"a step takes about \d+\.\d of 16 GiB", " ".join(capsys.readouterr().out.replace("│", "").split())
+    )
     words = [str(config.output_path), "--model", "MambaHoME"]
     assert run_command("plan", words, "mambahome plan") == 0
     out = " ".join(capsys.readouterr().out.split())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mambahome_jax import cli
-from mambahome_jax.config import ModelConfig
+from mambahome_jax.config import MODEL_SIZES, ModelConfig
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing.fingerprint import Fingerprint
@@ -25,6 +25,7 @@ from mambahome_jax.preprocessing.plan import (
     train_words,
     write_plan,
 )
+from mambahome_jax.preprocessing.step_memory import parameters, step_gib
 from mambahome_jax.training.setup import choose_grids
 
 GOLDENS = json.loads((Path(__file__).parent.parent / "goldens" / "nnunet_plans.json").read_text())
@@ -88,6 +89,33 @@ def test_batch_and_model_follow_the_machine():
     small = make_plan(atrium, Machine(2.0), {"model": Setting("MambaHoME", "given")})
     assert small.model == Setting("MambaHoME", "given") and np.prod(small.patch_size.value) < 300_000
     assert make_plan(atrium, CPU).length.value["minutes"] > make_plan(atrium, GPU).length.value["minutes"]
+
+
+@pytest.mark.parametrize("gib", [4, 6, 8, 11, 16, 24, 40, 80])
+@pytest.mark.parametrize("share", [0.75, 0.4])
+def test_a_step_is_planned_to_fit_what_jax_takes_of_the_card(gib, share):
+    machine, counts = Machine(gib, share), []
+    assert Machine.named(str(machine)) == machine
+    for spacing, shape in (((1, 1, 1), (36, 50, 35)), ((0.7, 0.7, 5), (512, 512, 100)), ((1, 1, 1), (240, 240, 155))):
+        for model in ("MambaHoME_tiny", "MambaHoME_small"):
+            plan = make_plan(fingerprint(spacing, shape, classes=16), machine, {"model": Setting(model, "given")})
+            network = MODEL_SIZES[model].model.replace(strides=plan.strides.value, out_chans=16)
+            needed = step_gib(network, plan.patch_size.value, plan.batch_size.value)
+            assert needed <= 0.9 * share * gib and f"{needed:.1f} of {gib} GiB" in plan.batch_size.reason
+            counts.append(plan.batch_size.value)
+            larger = make_plan(fingerprint(spacing, shape, classes=16), Machine(4 * gib, share), {**plan.settings()})
+            assert larger.batch_size == plan.batch_size  # what is given stays
+    assert max(counts) > 1
+
+
+def test_the_estimate_of_a_step_grows_with_what_it_holds():
+    small, patch = MODEL_SIZES["MambaHoME_small"].model, (96, 96, 96)
+    gib = step_gib(small, patch, 2)
+    thick = small.replace(strides=((2, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 2)))
+    assert gib < step_gib(small, patch, 3) < 1.5 * gib
+    assert step_gib(small.replace(out_chans=20), patch, 2) > gib < step_gib(thick, patch, 2)
+    assert gib < step_gib(small, patch, 2, "tf32") < step_gib(small, patch, 2, "fp32")
+    assert abs(parameters(MODEL_SIZES["MambaHoME"].model) / 170_128_101 - 1) < 0.02
 
 
 def test_what_is_given_stays_and_the_rest_follows():

@@ -48,3 +48,20 @@ def test_a_gpu_that_jax_has_no_plugin_for_does_not_count(monkeypatch, installed,
     monkeypatch.setattr(subprocess, "run", lambda *args, **named: subprocess.CompletedProcess(args, 0, "81920\n"))
     monkeypatch.setattr(metadata, "distributions", lambda name: iter([object()] if name in installed else []))
     assert devices.gpu_memory_gib() == gib
+
+
+@pytest.mark.parametrize(
+    ("variables", "share"),
+    [
+        ({}, 0.75),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": ".114"}, 0.114),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.9"}, 0.9),
+        ({"XLA_CLIENT_MEM_FRACTION": "much"}, 0.75),
+    ],
+)
+def test_the_part_of_a_gpu_that_the_environment_leaves_to_jax(monkeypatch, variables, share):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert devices.jax_share() == share
