@@ -1,5 +1,6 @@
 """clean: list what can go of runs, killed commands and compiled programs, and remove it when told to."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -24,17 +25,13 @@ def run(config: CleanConfig) -> int:
         return 0
     sizes = [item.size for item in found.found]
     for item, size in zip(found.found, sizes, strict=True):
-        say(
-            console,
-            f"{said_bytes(size):>8}  {item.folder}: {item.what}" + (f"; without: {item.lost}" if item.lost else ""),
-        )
+        lost = f"; without: {item.lost}" if item.lost else ""
+        say(console, f"{said_bytes(size):>8}  {item.folder}: {item.what}{lost}")
     if not config.yes and not _confirmed(console, sum(sizes)):
         words: list[str | Path] = [config.folder] if config.folder is not None else []
         words += ["--older_than", f"{config.older_than:g}"] if config.older_than is not None else []
-        say(
-            console,
-            f"Nothing was removed. To remove {said_bytes(sum(sizes))}: {command_line('clean', *words, '--yes')}",
-        )
+        line = command_line("clean", *words, "--yes")
+        say(console, f"Nothing was removed. To remove {said_bytes(sum(sizes))}: {line}")
         return 0
     result = remove(config, found)
     say(console, f"Removed {said_bytes(sum(size for _, size in result.removed))}")
@@ -47,4 +44,6 @@ def _confirmed(console: Console, size: int) -> bool:
     """Ask, where somebody can answer."""
     if not (console.is_terminal and sys.stdin.isatty()):
         return False
-    return console.input(f"Remove {said_bytes(size)}? [y/N] ", markup=False).strip().lower() in ("y", "yes")
+    with contextlib.suppress(EOFError):
+        return console.input(f"Remove {said_bytes(size)}? [y/N] ", markup=False).strip().lower() in ("y", "yes")
+    return False

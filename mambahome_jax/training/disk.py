@@ -92,7 +92,7 @@ class Removable:
 class Cleaned:
     """What `clean` found and removed, with sizes in bytes of before; folder -> why it was left alone or is still there.
 
-    kept: in use, or a run that is not finished. failed: could not be removed.
+    kept: in use, a run that is not finished, or nothing that can be read. failed: could not be removed.
     """
 
     found: tuple[Removable, ...]
@@ -138,18 +138,21 @@ def remove(config: CleanConfig, listed: Cleaned) -> Cleaned:
     now = {path for item in find_removable(config).found for path in item.paths}
     removed, failed = [], dict[Path, str]()
     for item in listed.found:
+        item = replace(item, paths=tuple(path for path in item.paths if path in now))
         size = item.size
         try:
             with contextlib.nullcontext() if config.folder is None else held(item.folder, "clean", "FOLDER"):
                 for path in item.paths:
-                    if path in now:
-                        _discard(path)
+                    _discard(path)
         except OutputError as error:
             failed[item.folder] = str(error)
         except OSError as error:
             failed[item.folder] = f"{error.filename or item.folder}: cannot be removed: {error.strerror or error}"
         else:
-            removed.append((item, size))
+            if item.paths:
+                removed.append((item, size))
+            else:
+                failed[item.folder] = f"{item.folder}: used or changed since it was listed. Run mambahome clean again"
     return replace(listed, removed=tuple(removed), failed=failed)
 
 
@@ -190,10 +193,14 @@ def _in_folder(folder: Path, kept: dict[Path, str]) -> Iterator[Removable]:
             kept[folder] = reason
             return
         yield from items
-    for child in sorted(folder.iterdir()):
+    try:
+        children = sorted(folder.iterdir())
+    except OSError as error:
+        kept[folder] = f"cannot be read: {error.strerror or error}"
+        return
+    for child in children:
         if child.is_dir() and not child.is_symlink() and child.name[0] != "." and not (ours and child.name in _PARTS):
-            with contextlib.suppress(PermissionError):
-                yield from _in_folder(child, kept)
+            yield from _in_folder(child, kept)
 
 
 def _report(folder: Path) -> dict[str, Any] | None:
@@ -227,7 +234,7 @@ def _leftovers(folder: Path) -> Iterator[Path]:
     folders += [path for path in checkpoints.glob("*") if (path / CONFIG_FILE).is_file()]
     for place in folders:
         if place.is_dir() and not place.is_symlink():
-            yield from (path for path in sorted(place.iterdir()) if _LEFTOVER.fullmatch(path.name))
+            yield from (path for path in sorted(place.glob(".*")) if _LEFTOVER.fullmatch(path.name))
     for path in sorted(checkpoints.glob("*")):
         name, partial, _ = path.name.partition(PARTIAL)
         if partial and name in ("best", "last"):

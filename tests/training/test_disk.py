@@ -152,8 +152,8 @@ def test_a_run_in_use_is_left_alone(tmp_path):
     with locked(run, "train"):
         assert disk.remove(CleanConfig(run), listed).exit_code == 1 and tree(run) - {LOCK} == before
     (run / "run.json").write_text(json.dumps({"command": "train", "status": "running"}))
-    disk.remove(CleanConfig(run), listed)
-    assert tree(run) == before
+    result = disk.remove(CleanConfig(run), listed)
+    assert tree(run) == before and not result.removed and "changed since it was listed" in result.failed[run]
 
 
 def test_a_checkpoint_that_a_crash_left_aside_is_removed_only_beside_a_whole_one(tmp_path):
@@ -254,3 +254,28 @@ def test_a_question_in_a_terminal(tmp_path, monkeypatch):
     monkeypatch.setattr(command.Console, "input", lambda *_, **__: next(answers))
     assert command.run(CleanConfig(run)) == 0 and (run / "checkpoints/last/optimizer").is_dir()
     assert command.run(CleanConfig(run)) == 0 and not (run / "checkpoints/last/optimizer").exists()
+
+
+def test_half_written_files_of_a_command_that_runs_are_not_listed(tmp_path):
+    ready = tmp_path / "ready"
+    writing = [write(ready / "store/.a.12.partial/image"), write(ready / ".dataset.json.1-2.partial.json")]
+    with locked(ready, "preprocess"):
+        writing = [write(path) for path in writing]
+        result = mh.clean(folder=tmp_path, yes=True)
+        assert list(result.kept) == [ready] and not result.found
+        assert all(path.exists() for path in writing)
+
+
+def test_links_to_runs_are_not_followed_and_parts_are_listed_once(tmp_path):
+    outside = make_run(tmp_path / "outside/run")
+    before = tree(outside)
+    run = make_run(tmp_path / "runs/a", stored=True)
+    (tmp_path / "runs/link").symlink_to(outside)
+    for name in ("data/store/.a.12.partial/image", "validation/.metrics.csv.1-2.partial.csv"):
+        write(run / name)
+    for name in ("metrics.csv", "summary.json"):
+        write(run / "validation" / name)
+    found = mh.clean(folder=tmp_path / "runs", yes=True).found
+    listed = sorted(path.name for item in found for path in item.paths if path.name[0] == ".")
+    assert listed == [".a.12.partial", ".metrics.csv.1-2.partial.csv"]
+    assert tree(outside) == before and {item.folder for item in found} == {run}
