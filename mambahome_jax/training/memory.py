@@ -75,12 +75,13 @@ def step_memory(train_step: TrainStep, state: TrainState, mesh: Mesh) -> StepMem
     results = account.output_size_in_bytes - account.alias_size_in_bytes if account else 0
     mine = {
         "needed": account.temp_size_in_bytes + account.argument_size_in_bytes + results if account else 0,
+        "state": max(held.values()),
         "offered": min(offered, default=None),
     }
     shares = gather(mine)
+    needed, kept = (max(share[name] for share in shares) for name in ("needed", "state"))
     offers = [share["offered"] for share in shares if share["offered"] is not None]
-    needed = max(share["needed"] for share in shares)
-    return StepMemory(needed, max(held.values()), min(offers, default=None)) if needed else None
+    return StepMemory(needed, kept, min(offers, default=None)) if needed else None
 
 
 @contextmanager
