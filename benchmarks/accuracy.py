@@ -5,14 +5,16 @@ python benchmarks/accuracy.py --data ACDC --output_dir OUT --leave_out patient07
 python benchmarks/accuracy.py --data TASK04 --output_dir OUT --minutes 8 --runs command published
 python benchmarks/accuracy.py --data TASK04 --output_dir OUT --runs ingredients --weights last --at_once 4
 
-Every fifth patient by name, from the third on (--fold 2), is taken out before preprocess.py and scored by infer.py and
-`mambahome evaluate`. A run is "NAME: flags of preprocess -- flags of train -- flags of infer", or a name of RUNS; plan
-gives paths only. A case's score is the mean over the seeds; the differences are from the first run, with intervals from
-drawing cases and seeds anew, and Wilcoxon's p over the cases. Runs that are in OUT/fold_N already are not repeated,
-those that were stopped go on; the same name with other flags is refused.
+Every fifth patient by name, from the third on (--folds 2), is taken out before preprocess.py and scored by infer.py and
+`mambahome evaluate`; of several folds the cases are scored together. A run is "NAME: flags of preprocess -- flags of
+train -- flags of infer", or a name of RUNS; "plan" gives paths only. A case's score is the mean over the seeds; the
+differences are from the first run, with intervals from drawing cases and seeds anew, and Wilcoxon's p over the cases.
+Runs that are in OUT/fold_N already are not repeated, those that were stopped go on; the same name with other flags is
+refused.
 """
 
 import argparse
+import itertools
 import json
 import os
 import queue
@@ -67,11 +69,10 @@ SEED_NOISE = 0.002
 
 @dataclass(frozen=True)
 class Run:
-    """Flags of one setting, and where its files go."""
+    """Flags of one setting."""
 
     name: str
     flags: str
-    home: Path
 
     def part(self, number: int) -> list[str]:
         """The flags of preprocess (0), train (1) or infer (2)."""
@@ -123,9 +124,9 @@ def prepare(run: Run, folder: Path) -> Path:
     return ready
 
 
-def score(run: Run, seed: int, args: argparse.Namespace, ready: Path, slots: queue.Queue) -> Path:
-    """Train, infer, evaluate with one seed; the folder of the evaluation."""
-    home = run.home / f"seed_{seed}"
+def score(run: Run, seed: int, folder: Path, args: argparse.Namespace, ready: Path, slots: queue.Queue) -> Path:
+    """Train, infer, evaluate with one seed on the split in `folder`; the folder of the evaluation."""
+    home = folder / file_name(run.name) / f"seed_{seed}"
     evaluation = home / f"evaluation_{args.weights}"
     if (evaluation / "metrics.csv").exists():
         return evaluation
@@ -142,27 +143,32 @@ def score(run: Run, seed: int, args: argparse.Namespace, ready: Path, slots: que
         # One network, or those of --members.
         models = sorted(training.glob(f"**/checkpoints/{args.weights}"))
         predictions = home / f"predictions_{args.weights}"
-        given = ["--data_path", folder_of(args) / "test" / "images", "--output_dir", predictions, "--previews", "False"]
+        given = ["--data_path", folder / "test" / "images", "--output_dir", predictions, "--previews", "False"]
         given += [*run.part(2), "--model_path", *models]
         seconds["infer"] = command(home / "infer.log", ROOT / "infer.py", *given, **slot)
     finally:
         slots.put(slot)
-    given = ["--predictions", predictions, "--references", folder_of(args) / "test" / "labels"]
+    given = ["--predictions", predictions, "--references", folder / "test" / "labels"]
     given += ["--output_dir", evaluation]
     command(home / "evaluate.log", "-m", "mambahome_jax", "evaluate", *given, JAX_PLATFORMS="cpu")
     (home / "seconds.json").write_text(json.dumps(seconds))
     return evaluation
 
 
-def folder_of(args: argparse.Namespace) -> Path:
-    return args.output_dir / f"fold_{args.fold}"
+def file_name(name: str) -> str:
+    return re.sub(r"\W+", "_", name)
 
 
-def matrices(evaluations: Sequence[Path], metric: str) -> tuple[np.ndarray, list[str], list[str]]:
-    """(seeds, cases, structures) of a metric, and the names of cases and structures."""
-    scores = [read_evaluation(folder).scores for folder in evaluations]
-    cases, structures = sorted({row.case for row in scores[0]}), structures_of(scores[0])
-    return np.stack([score_matrix(side, metric, cases, structures) for side in scores]), cases, structures
+def matrices(folds: Sequence[Sequence[Path]], metric: str) -> tuple[np.ndarray, list[str], list[str]]:
+    """(seeds, cases, structures) of a metric over evaluations of each fold, and the names of cases and structures."""
+    scores = [[read_evaluation(folder).scores for folder in seeds] for seeds in folds]
+    structures = structures_of(row for seeds in scores for row in seeds[0])
+    cases = [sorted({row.case for row in seeds[0]}) for seeds in scores]
+    parts = [
+        np.stack([score_matrix(side, metric, names, structures) for side in seeds])
+        for seeds, names in zip(scores, cases, strict=True)
+    ]
+    return np.concatenate(parts, axis=1), [*itertools.chain.from_iterable(cases)], structures
 
 
 def interval(ours: np.ndarray, theirs: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
@@ -183,15 +189,16 @@ def interval(ours: np.ndarray, theirs: np.ndarray, resamples: int = RESAMPLES) -
     return float(low), float(high)
 
 
-def account(run: Run, evaluations: Sequence[Path], first: np.ndarray | None) -> tuple[dict[str, Any], np.ndarray]:
+def account(run: Run, folds: Sequence[Sequence[Path]], first: np.ndarray | None) -> tuple[dict[str, Any], np.ndarray]:
     """What a run reached, its differences from the first, and its Dice (seeds, cases)."""
-    dice, cases, structures = matrices(evaluations, "dice")
+    dice, cases, structures = matrices(folds, "dice")
     each = np.nanmean(dice, axis=2)
     row: dict[str, Any] = {"run": run.name, "flags": run.flags, "cases": cases}
     row |= {"dice": float(each.mean()), "dice_of_seeds": each.mean(axis=1).tolist()}
     row["structures"] = dict(zip(structures, np.nanmean(dice, axis=(0, 1)).tolist(), strict=True))
-    row["hd95"] = float(np.nanmean(matrices(evaluations, "hd95")[0]))
+    row["hd95"] = float(np.nanmean(matrices(folds, "hd95")[0]))
     row["dice_of_cases"] = each.mean(axis=0).tolist()
+    evaluations = [path for seeds in folds for path in seeds]
     row["seconds"] = [json.loads((path.parent / "seconds.json").read_text()) for path in evaluations]
     row["trained"] = [trained(path.parent / "run") for path in evaluations]
     if first is not None:
@@ -229,22 +236,25 @@ def gpus() -> list[str]:
     return [str(number) for number in range(len(done.stdout.splitlines()))]
 
 
-def chosen_runs(words: Sequence[str], folder: Path) -> list[Run]:
-    """The runs that words name or write out. Exits where there is none of a name, or it has other flags already."""
+def chosen_runs(words: Sequence[str]) -> list[Run]:
+    """The runs that words name or write out. Exits where there is none of a name."""
     runs = []
     for word in words:
         name, colon, flags = word.partition(":")
         if not colon and name not in {"ingredients", *RUNS}:
             sys.exit(f'no run {name!r}; expected ingredients, {", ".join(RUNS)}, or "NAME: FLAGS"')
         named = INGREDIENTS if word == "ingredients" else {name: flags.strip() if colon else RUNS[name]}
-        runs += [Run(key, value, folder / re.sub(r"\W+", "_", key)) for key, value in named.items()]
-    for run in runs:
-        run.home.mkdir(parents=True, exist_ok=True)
-        asked = run.home / "flags"
-        if asked.exists() and asked.read_text() != run.flags:
-            sys.exit(f"{run.home} is of other flags: {asked.read_text()}. Take another name or another --output_dir")
-        asked.write_text(run.flags)
+        runs += [Run(*item) for item in named.items()]
     return runs
+
+
+def claim(run: Run, folder: Path) -> None:
+    """Note a run's flags in its folder. Exits where there are results of other flags."""
+    asked = folder / file_name(run.name) / "flags"
+    asked.parent.mkdir(parents=True, exist_ok=True)
+    if asked.exists() and asked.read_text() != run.flags:
+        sys.exit(f"{asked.parent} is of other flags: {asked.read_text()}. Take another name or another --output_dir")
+    asked.write_text(run.flags)
 
 
 def main() -> None:
@@ -254,16 +264,17 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", default=["plan"], help='ingredients, names, "NAME: FLAGS"')
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--minutes", type=float, help="of each training that no flag gives a length")
-    parser.add_argument("--fold", type=int, default=2, choices=range(5), help="which fifth is not trained on")
+    parser.add_argument("--folds", type=int, nargs="+", default=[2], choices=range(5), help="fifths not trained on")
     parser.add_argument("--leave_out", nargs="*", default=[], help="patients on neither side")
     parser.add_argument("--weights", default="best", choices=["best", "last"])
     parser.add_argument("--at_once", type=int, default=1, help="runs on each GPU at the same time")
-    parser.add_argument("--json", type=Path, help="OUT/fold_N/accuracy.json unless given")
+    parser.add_argument("--json", type=Path, help="OUT/accuracy.json unless given")
     args = parser.parse_args()
-    folder = folder_of(args)
-    folder.mkdir(parents=True, exist_ok=True)
-    runs = chosen_runs(args.runs, folder)
-    count = split(args.data, folder, args.fold, args.leave_out)
+    runs, folders = chosen_runs(args.runs), [args.output_dir / f"fold_{fold}" for fold in args.folds]
+    for folder, run in itertools.product(folders, runs):
+        claim(run, folder)
+    counts = [split(args.data, folder, fold, args.leave_out) for folder, fold in zip(folders, args.folds, strict=True)]
+    count = {part: sum(found[part] for found in counts) for part in counts[0]}
     apart = 2 * SEED_NOISE * (2 / args.seeds) ** 0.5
     print(
         f"{count['train']} cases to train on, {count['test']} to score; {args.seeds} seeds. Seeds alone move a mean by"
@@ -274,22 +285,26 @@ def main() -> None:
         for gpu in gpus():
             share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.88 / args.at_once:.2f}"}
             slots.put(share | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {}))
-    ready = {run.name: prepare(run, folder) for run in runs}
+    ready = {(run, folder): prepare(run, folder) for folder in folders for run in runs}
     with ThreadPoolExecutor(slots.qsize()) as pool:
-        # Seeds first: what was begun together is of all runs.
-        jobs = [(run, seed) for seed in range(args.seeds) for run in runs]
-        started = {job: pool.submit(score, *job, args, ready[job[0].name], slots) for job in jobs}
+        # All runs of a seed first: what was begun together is of all runs.
+        jobs = list(itertools.product(range(args.seeds), folders, runs))
+        started = {
+            (run, folder, seed): pool.submit(score, run, seed, folder, args, ready[run, folder], slots)
+            for seed, folder, run in jobs
+        }
         done = {job: future.result() for job, future in started.items()}
     rows, first = [], None
     for run in runs:
-        row, each = account(run, [done[run, seed] for seed in range(args.seeds)], first)
+        folds = [[done[run, folder, seed] for seed in range(args.seeds)] for folder in folders]
+        row, each = account(run, folds, first)
         first = each if first is None else first
         rows.append(row)
         print_row(row)
     given = {key: value for key, value in vars(args).items() if key not in ("data", "output_dir", "json")}
     about = {"versions": versions(("jax", "flax", "mambahome-jax")), "cases": count, "arguments": given}
     found = jsonable({"about": about, "rows": rows})
-    (args.json or folder / "accuracy.json").write_text(json.dumps(found, indent=1))
+    (args.json or args.output_dir / "accuracy.json").write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
