@@ -25,9 +25,13 @@ def data():
         return {key: archive[key] for key in archive.files}
 
 
+def published_of(data):
+    return {key.removeprefix("param/"): array for key, array in data.items() if key.startswith("param/")}
+
+
 @pytest.fixture
 def official(data):
-    return {key.removeprefix("param/"): array for key, array in data.items() if key.startswith("param/")}
+    return published_of(data)
 
 
 def load(path, num_slices, official, **arguments):
@@ -37,7 +41,7 @@ def load(path, num_slices, official, **arguments):
     return mh.load_model(path / "w.npz", **arguments)
 
 
-def _input(data, which):
+def input_of(data, which):
     x = data[f"{which}/x"]
     # The part kept here has the multiples of 1/1024 as integers.
     return np.moveaxis(x / 1024 if x.dtype == np.int16 else x, 1, -1)
@@ -52,7 +56,7 @@ def test_logits_stages_and_gradients(data, official, which, dtype, tmp_path, x64
     single = dtype == jnp.float32
     values, gradient = (3e-5, 1e-3 if which == "input_a" else 3e-3) if single else (1e-10, 1e-8)
     graphdef, state = nnx.split(load(tmp_path, data[f"{which}/num_slices"], official, param_dtype=dtype))
-    x = jnp.asarray(_input(data, which), dtype)
+    x = jnp.asarray(input_of(data, which), dtype)
 
     @jax.jit
     def run(state):
@@ -99,7 +103,7 @@ def _compare_gradients(gradients, data, which, bound, zero):
 
 def test_bfloat16_stays_near(data, official, tmp_path):
     model = load(tmp_path, data["input_b/num_slices"], official, precision="bf16")
-    logits = np.asarray(jax.jit(model)(jnp.asarray(_input(data, "input_b"), jnp.float32)))
+    logits = np.asarray(jax.jit(model)(jnp.asarray(input_of(data, "input_b"), jnp.float32)))
     assert logits.dtype == np.float32
     error = np.moveaxis(logits, -1, 1)[:, :, ::3, ::3, ::3] - data["input_b/logits_s3"]
     assert 1e-5 < np.abs(error).mean() < 0.05
