@@ -25,7 +25,7 @@ from figures import tell
 from scipy.optimize import nnls
 from train_memory import ROOT, make_dataset
 
-from mambahome_jax.config import ModelConfig, Triple
+from mambahome_jax.config import Triple, network_from_json
 from mambahome_jax.preprocessing.fingerprint import Fingerprint
 from mambahome_jax.preprocessing.grids import patch_and_grids
 from mambahome_jax.preprocessing.plan import PLAN, Machine, Setting, make_plan, write_plan
@@ -75,6 +75,7 @@ MORE = (
     Row("left atrium, one patch", "left atrium", "MambaHoME_small", 3, 8, {"batch_size": 1}),
     Row("left atrium, published size", "left atrium", "MambaHoME", 3, 24),
     Row("AMOS, published size", "AMOS", "MambaHoME", 16, 24, {"batch_size": 2}),
+    Row("SegMamba, 2 x 128^3", "left atrium", "SegMamba", 4, 24, {"patch_size": (128,) * 3, "batch_size": 2}),
     Row("hippocampus, published size", "hippocampus", "MambaHoME", 3, 16, {"batch_size": 4}),
 )
 
@@ -117,7 +118,7 @@ def train(row: Row, folder: Path, card: float | None, small: bool, run: str = "r
     if failed is not None:
         return found | {"failed": failed}
     report = json.loads((folder / run / "run.json").read_text())
-    network = ModelConfig(**{name: _tuples(value) for name, value in report["model"].items()})
+    network = network_from_json(report["model"])
     patch, batch = report["training"]["patch_size"], report["training"]["global_batch"]
     return found | {
         **(report["memory"] or {}),
@@ -134,10 +135,6 @@ def train(row: Row, folder: Path, card: float | None, small: bool, run: str = "r
         "device": report["device"],
         "versions": report["versions"],
     }
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def waves(rows: Sequence[Row], card: float | None, jobs: int) -> list[list[Row]]:
