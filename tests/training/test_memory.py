@@ -74,6 +74,10 @@ def test_flags_that_were_given_are_refused_in_one_line(tmp_path, monkeypatch, ca
     assert "Use a smaller --model" in capsys.readouterr().err
 
 
+def no_account():
+    raise jax.errors.JaxRuntimeError("INTERNAL: no buffer assignment")
+
+
 def _exhausted(monkeypatch, fails):
     """Steps that raise as XLA does where `fails` (calls so far, patches) says."""
     compile_step, calls = training.compile_step, []
@@ -87,7 +91,7 @@ def _exhausted(monkeypatch, fails):
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
             return program.func(*arguments, **named)
 
-        step.memory_analysis = lambda: None
+        step.memory_analysis = no_account
         return type(program)(step, **program.keywords)
 
     monkeypatch.setattr(training, "compile_step", compiled)
