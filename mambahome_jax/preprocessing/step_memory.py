@@ -1,7 +1,7 @@
-"""Memory of a training step before anything is compiled: an estimate, fitted to XLA's own account of compiled steps.
+"""Memory of a training step before anything is compiled: an estimate, which training replaces by XLA's own account.
 
-Compiling a step for every candidate of a plan would take minutes. `benchmarks/step_memory.py` compiles steps of several
-plans on a GPU, compares this estimate with XLA's account and the measured peak, and fits the numbers below.
+Compiling a step for every candidate of a plan would take minutes. `benchmarks/step_memory.py` compiles the steps of
+several plans on a GPU, compares this estimate with XLA's account and the measured peak, and fits the numbers below.
 """
 
 import math
@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 from mambahome_jax.config import ModelConfig, NetworkConfig, Precision
 
-# The strong recipe in bf16: bytes for each element of what grows with the patch, see `step_elements`.
+# In bf16, bytes for each element of what grows with the patch, see `step_elements`. Not fitted yet: chosen so that the
+# published step of 2 x 128^3 comes to 10.5 GiB with the average of its parameters, where 8.9 were measured without it.
 BYTES_AN_ELEMENT = (16.0, 40.0, 12.0)
 # Parameters, their gradients, two moments and the moving average, all float32.
 _COPIES = 5
-# How many times as much as in bf16 the activations take.
+# How many times as much as in bf16 activations take, by the peaks of the published step in docs/experiments/speed.md.
 _TIMES = {"bf16": 1.0, "tf32": 2.0, "fp32": 2.9}
 # Of what JAX may take, a plan fills this part: training compares XLA's account with the device before the first step.
 PLANNED_PART = 0.9
