@@ -161,14 +161,14 @@ def print_row(row: Mapping[str, Any]) -> None:
 
 
 def fit(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Fit bytes for each parameter and element to the measured peaks, by relative error, and print what is left."""
+    """Fit the estimate to XLA's account, by relative error, and print what is left."""
     rows = [row for row in rows if row.get("peak_gib") and row["precision"] == "bf16"]
-    peaks = np.array([row["peak_gib"] * 2**30 for row in rows])
-    table = np.array([[row["parameters"], *row["elements"]] for row in rows], float)
-    found, _ = nnls(table / peaks[:, None], np.ones(len(rows)))
-    print("bytes for each parameter, and for each element:", np.round(found, 2).tolist())
-    for row, error in zip(rows, table @ found / peaks - 1, strict=True):
-        print(f"{row['name']:28s} {row['peak_gib']:8.2f} GiB {100 * error:+7.1f} %")
+    needed = np.array([row["xla_gib"] * 2**30 for row in rows])
+    table = np.array([[1, row["parameters"], *row["elements"][:2]] for row in rows], float)
+    found, _ = nnls(table / needed[:, None], np.ones(len(rows)))
+    print("bytes of every step, for each parameter, and for each element:", np.round(found, 2).tolist())
+    for row, error in zip(rows, table @ found / needed - 1, strict=True):
+        print(f"{row['name']:28s} {row['xla_gib']:8.2f} GiB {100 * error:+7.1f} %")
 
 
 def main() -> None:

@@ -113,7 +113,7 @@ def test_the_estimate_of_a_step_grows_with_what_it_holds():
     gib = step_gib(small, patch, 2)
     thick = small.replace(strides=((2, 2, 1), (2, 2, 1), (2, 2, 2), (2, 2, 2)))
     assert gib < step_gib(small, patch, 3) < 1.5 * gib
-    assert step_gib(small.replace(out_chans=20), patch, 2) > gib < step_gib(thick, patch, 2)
+    assert gib < step_gib(thick, patch, 2)
     assert gib < step_gib(small, patch, 2, "tf32") < step_gib(small, patch, 2, "fp32")
     assert abs(parameters(MODEL_SIZES["MambaHoME"].model) / 170_128_101 - 1) < 0.02
 
