@@ -88,7 +88,7 @@ def prepare(row: Row, folder: Path, card: float | None, small: bool) -> Machine:
     if small:
         patch = patch_and_grids(spacing, shape, 16**3).patch_size
         given |= {"model": "MambaHoME_tiny", "patch_size": patch, "batch_size": 1}
-    fingerprint = Fingerprint(np.array([spacing]), np.array([shape], float), classes=row.classes)
+    fingerprint = Fingerprint(np.array([spacing]), np.array([shape], float))
     plan = make_plan(fingerprint, machine, {name: Setting(value, "given") for name, value in given.items()})
     a, b, c = (128,) * 3 if row.published and not small else plan.patch_size.value
     make_dataset(folder, 2, (a + 8, b + 8, c + 8), spacing)

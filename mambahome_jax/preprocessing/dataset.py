@@ -181,10 +181,10 @@ def _given_settings(
     earlier, edited = local_path(config.output_path) / PLAN, False
     given: dict[str, Setting] = {}
     if config.plan is not None:
-        given, _, edited, _ = read_plan(config.plan)
+        given, _, edited = read_plan(config.plan)
         say(f"Plan: {config.plan}")
     elif earlier.is_file() and not config.overwrite and config.spacing is None:
-        given, _, edited, _ = read_plan(earlier)
+        given, _, edited = read_plan(earlier)
         if not edited:
             given = {name: setting for name, setting in given.items() if name in _OF_CASES}
         say(f"Plan: {'all' if edited else 'the spacing'} of {earlier} (--overwrite plans anew)")

@@ -21,7 +21,7 @@ class Fingerprint:
     """Measurements of the cases, along the axes that the volumes have after reorientation.
 
     spacings: (cases, 3) mm, and shapes: (cases, 3) voxels, before resampling where they are known. pairs: structures
-    whose names differ in the side; alone: those of one side without a counterpart; classes: with the background.
+    whose names differ in the side; alone: those of one side without a counterpart.
     resampled: the spacing in mm that the cases have been brought to, None before that. details: measured after
     resampling, for a reader of plan.json.
     """
@@ -30,7 +30,6 @@ class Fingerprint:
     shapes: np.ndarray
     pairs: tuple[tuple[str, str], ...] = ()
     alone: tuple[str, ...] = ()
-    classes: int = 2
     resampled: tuple[float, ...] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -57,12 +56,11 @@ def voxel_size(spacing: Sequence[float], spacings: Sequence[Any] | np.ndarray) -
 
 
 def measure_labels(labels: Mapping[int, str]) -> dict[str, Any]:
-    """Return the fields `pairs`, `alone` and `classes` of a table of structures."""
+    """Return the fields `pairs` and `alone` of a table of structures."""
     pairs, alone = sides(labels, "LR")
     return {
         "pairs": tuple((labels[one], labels[other]) for one, other in pairs),
         "alone": alone,
-        "classes": len(labels) + 1,
     }
 
 

@@ -137,11 +137,11 @@ def make_plan(fingerprint: Fingerprint, machine: Machine, given: Mapping[str, Se
     shape = fingerprint.shape_at(spacing)
     mm = voxel_size(spacing, fingerprint.spacings)
     model = chosen.setdefault("model", _choose_model(machine)).value
-    grids = _choose_grids(mm, shape, model, machine, fingerprint.classes, chosen.get("patch_size"))
+    grids = _choose_grids(mm, shape, model, machine, chosen.get("patch_size"))
     for name, setting in grids.items():
         chosen.setdefault(name, setting)
     patch = chosen["patch_size"].value
-    network = _network(model, fingerprint.classes, chosen["strides"].value)
+    network = _network(model, chosen["strides"].value)
     chosen.setdefault("batch_size", _choose_batch(patch, network, machine))
     chosen.setdefault("recipe", Setting("strong", "ahead of the published recipe where both were measured"))
     chosen.setdefault("mirror", _choose_mirror(fingerprint))
@@ -189,7 +189,7 @@ def _choose_model(machine: Machine) -> Setting:
 
 
 def _choose_grids(
-    mm: Sequence[float], shape: Sequence[int], model: str, machine: Machine, classes: int, patch: Setting | None
+    mm: Sequence[float], shape: Sequence[int], model: str, machine: Machine, patch: Setting | None
 ) -> dict[str, Setting]:
     """Choose patch_size, strides and kernel_sizes. mm, shape: of the median scan after resampling."""
     if patch is None:
@@ -197,7 +197,7 @@ def _choose_grids(
         found = patch_and_grids(mm, shape, voxels)
         # Small enough for a step of two.
         while machine.gpu_gib is not None and voxels > _FEWEST_VOXELS:
-            if step_gib(_network(model, classes, found.strides), found.patch_size, 2) <= machine.step_gib:
+            if step_gib(_network(model, found.strides), found.patch_size, 2) <= machine.step_gib:
                 break
             voxels = voxels * 4 // 5
             found = patch_and_grids(mm, shape, voxels)
@@ -232,8 +232,8 @@ def _choose_batch(
     return Setting(count, reason)
 
 
-def _network(model: str, classes: int, strides: Any) -> NetworkConfig:
-    return MODEL_SIZES[model].model.replace(out_chans=classes, strides=strides)
+def _network(model: str, strides: Any) -> NetworkConfig:
+    return MODEL_SIZES[model].model.replace(strides=strides)
 
 
 def _choose_mirror(fingerprint: Fingerprint) -> Setting:
@@ -294,15 +294,11 @@ _FORMS: dict[str, tuple[Convert, str]] = {
 
 
 class StoredPlan(NamedTuple):
-    """What a plan.json holds: settings by name, whom it was made for, and whether a person changed a value since.
-
-    classes: of its folder, with the background.
-    """
+    """What a plan.json holds: settings by name, whom it was made for, and whether a person changed a value since."""
 
     settings: dict[str, Setting]
     machine: str
     edited: bool
-    classes: int = 2
 
 
 def read_plan(file: Path) -> StoredPlan:
@@ -373,16 +369,14 @@ def planned_settings(folder: Path) -> StoredPlan:
     if found:
         action = "Run preprocess again, which follows the plan, or set it back."
         raise DatasetError(found, file=file, expected=actual, action=action)
-    return stored._replace(classes=len(prepared.labels) + 1)
+    return stored
 
 
-def follow_plan(
-    flags: TrainConfig, settings: Mapping[str, Setting], machine: str = "", classes: int = 2
-) -> TrainConfig:
+def follow_plan(flags: TrainConfig, settings: Mapping[str, Setting], machine: str = "") -> TrainConfig:
     """Fill flags that were not given by the settings of a plan; none of them with --recipe published.
 
     machine: that of the plan, for which the batch is chosen again where a flag gives another network, patch or
-    precision; classes: of the dataset, with the background.
+    precision.
     """
     if is_given(flags, "recipe") and flags.recipe == "published":
         return flags
@@ -402,7 +396,7 @@ def follow_plan(
         strides = ModelConfig.strides
         if followed.strides == "auto" and "spacing" in settings and all(mm > 0 for mm in settings["spacing"].value):
             strides = grids_for(settings["spacing"].value, patch).strides
-        network = _network(followed.model, flags.classes or classes, strides)
+        network = _network(followed.model, strides)
         batch = _choose_batch(patch, network, made_for, followed.precision or "bf16")
         return dataclasses.replace(followed, batch_size=batch.value)
     return followed

@@ -120,7 +120,7 @@ def run_training(flags: TrainConfig, console: Console, started: float | None = N
     at_once: see `networks_of`. Raises MambaHomeError before anything is trained.
     """
     plan = planned_settings(flags.data_train)
-    given, flags = flags, follow_plan(flags, plan.settings, plan.machine, plan.classes)
+    given, flags = flags, follow_plan(flags, plan.settings, plan.machine)
     first = plan_lines(given, flags, plan, "cpu" if jax.default_backend() == "cpu" else "gpu")
     seconds = math.inf if flags.max_minutes is None else flags.max_minutes * 60
     folder = run_folder(flags)

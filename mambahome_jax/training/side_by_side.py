@@ -49,7 +49,7 @@ def train_side_by_side(flags: TrainConfig, gpus: Sequence[str], console: Console
     Raises MambaHomeError before anything is trained.
     """
     plan = planned_settings(flags.data_train)
-    planned = follow_plan(flags, plan.settings, plan.machine, plan.classes)
+    planned = follow_plan(flags, plan.settings, plan.machine)
     if flags.max_minutes is None and planned.max_minutes is not None:  # those that are planned for folds in turn
         flags = replace(flags, max_minutes=planned.max_minutes / flags.networks * rounds_of(flags.networks, len(gpus)))
     folder = run_folder(planned)

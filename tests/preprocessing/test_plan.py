@@ -98,12 +98,12 @@ def test_a_step_is_planned_to_fit_what_jax_takes_of_the_card(gib, share):
     assert Machine.named(str(machine)) == machine
     for spacing, shape in (((1, 1, 1), (36, 50, 35)), ((0.7, 0.7, 5), (512, 512, 100)), ((1, 1, 1), (240, 240, 155))):
         for model in ("MambaHoME_tiny", "MambaHoME_small"):
-            plan = make_plan(fingerprint(spacing, shape, classes=16), machine, {"model": Setting(model, "given")})
-            network = MODEL_SIZES[model].model.replace(strides=plan.strides.value, out_chans=16)
+            plan = make_plan(fingerprint(spacing, shape), machine, {"model": Setting(model, "given")})
+            network = MODEL_SIZES[model].model.replace(strides=plan.strides.value)
             needed = step_gib(network, plan.patch_size.value, plan.batch_size.value)
             assert needed <= 0.9 * share * gib and f"{needed:.1f} of {gib} GiB" in plan.batch_size.reason
             counts.append(plan.batch_size.value)
-            larger = make_plan(fingerprint(spacing, shape, classes=16), Machine(4 * gib, share), {**plan.settings()})
+            larger = make_plan(fingerprint(spacing, shape), Machine(4 * gib, share), {**plan.settings()})
             assert larger.batch_size == plan.batch_size  # what is given stays
     assert max(counts) > 1
 
