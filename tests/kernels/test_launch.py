@@ -5,7 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from mambahome_kernels import conv3d
+from mambahome_kernels import conv3d, selective_scan
 
 if jax.__version_info__ < (0, 11):
     pytest.skip(f"the kernels need JAX 0.11; this is {jax.__version__}", allow_module_level=True)
@@ -89,3 +89,24 @@ def test_a_kernel_that_an_earlier_process_lowered_is_not_lowered_again(client, c
     jax.clear_caches()
     kept.write_bytes(kept.read_bytes()[:1000])
     assert lowered(lambda x, kernel: conv3d(x, kernel) * 2) == first
+
+
+def test_a_kernel_with_other_results_is_another(client, cache):
+    """Inference keeps no states for the gradients: of the same sizes its kernels are not those of training."""
+    wide, thin, rates = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((2, 64, 32), (2, 64, 8), (32, 8)))
+
+    def scan(x, dt, A, B, C):
+        return selective_scan(x, dt, A, B, C, backend="mosaic_gpu")[0]
+
+    def lower(function):
+        jax.clear_caches()
+        traced = jax.jit(function).trace(wide, wide, rates, thin, thin)
+        return hashes(traced.lower(lowering_platforms=("cuda",)).as_text())
+
+    def train(*arrays):
+        return jax.grad(lambda x: scan(x, *arrays[1:]).sum())(arrays[0])
+
+    kept = lower(train), lower(scan)
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert kept == (lower(train), lower(scan))
+    assert len(set(kept[1]) - set(kept[0])) == 1

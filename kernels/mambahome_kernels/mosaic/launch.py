@@ -23,11 +23,16 @@ from mambahome_kernels.mosaic.runtime import default_device, interpreter, interp
 
 
 def launch(body: Callable, name: str, sizes: Any, *, approx_math: bool = False, **arguments: Any) -> Callable:
-    """`plgpu.kernel` with the settings that all kernels share; `sizes` and the arrays' types decide the body."""
+    """`plgpu.kernel` with the settings that all kernels share.
+
+    The body may depend on nothing but name, `sizes`, and the types of the arrays and results.
+    """
+    results, tree = jax.tree.flatten(arguments["out_type"])
 
     def run(*arrays: jax.Array):
         capability = getattr(default_device(), "compute_capability", None)
-        decided_by = repr((_sources(), capability, name, sizes, approx_math, [(a.shape, a.dtype.name) for a in arrays]))
+        types = [[(a.shape, a.dtype.name) for a in side] for side in (arrays, results)]
+        decided_by = repr((_sources(), capability, name, sizes, approx_math, types))
         label = f"{name}_{hashlib.sha256(decided_by.encode()).hexdigest()[:32]}"
 
         def named(*refs):
@@ -50,8 +55,7 @@ def launch(body: Callable, name: str, sizes: Any, *, approx_math: bool = False, 
         )
         if interpreting():
             return kernel(*arrays)
-        types, tree = jax.tree.flatten(arguments["out_type"])
-        return jax.tree.unflatten(tree, _kernel_p.bind(*arrays, kernel=kernel, label=label, types=tuple(types)))
+        return jax.tree.unflatten(tree, _kernel_p.bind(*arrays, kernel=kernel, label=label, types=tuple(results)))
 
     return run
 
