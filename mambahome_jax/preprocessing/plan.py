@@ -54,7 +54,7 @@ _SMALL_FROM_GIB = 4
 # A length is so many passes over every region at so many voxels a second, within bounds in minutes.
 _PASSES = {"gpu": 400, "cpu": 60}
 _VOXELS_A_SECOND = {"gpu": 40e6, "cpu": 0.4e6}
-_MINUTES = {"gpu": (10, 720), "cpu": (10, 480)}
+_MINUTES = {"gpu": (10, 720), "cpu": (13, 480)}
 
 
 class Setting(NamedTuple):
