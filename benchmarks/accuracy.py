@@ -9,8 +9,8 @@ Every fifth patient by name, from the third on (--folds 2), is taken out before 
 `mambahome evaluate`; of several folds the cases are scored together. A run is "NAME: flags of preprocess -- flags of
 train -- flags of infer", or a name of RUNS; "plan" gives paths only. A case's score is the mean over the seeds; the
 differences are from the first run, with intervals from drawing cases and seeds anew, and Wilcoxon's p over the cases.
-Runs that are in OUT/fold_N already are not repeated, those that were stopped go on; the same name with other flags is
-refused.
+A run of which something fails has no row. Runs that are in OUT/fold_N already are not repeated, those that were stopped
+go on; the same name with other flags is refused.
 """
 
 import argparse
@@ -67,6 +67,10 @@ RESAMPLES = 10_000
 SEED_NOISE = 0.002
 
 
+class Failed(Exception):
+    """One of the project's commands did not do all that it was asked."""
+
+
 @dataclass(frozen=True)
 class Run:
     """Flags of one setting."""
@@ -104,13 +108,10 @@ def command(log: Path, *words: str | Path, **environment: str) -> float:
     """Run one of the project's commands; what it prints goes into a file. The seconds it took."""
     begun = time.perf_counter()
     with log.open("w") as file:
-        subprocess.run(
-            [sys.executable, *map(str, words)],
-            env=os.environ | environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            check=True,
-        )
+        given = {"env": os.environ | environment, "stdout": file, "stderr": subprocess.STDOUT}
+        done = subprocess.run([sys.executable, *map(str, words)], **given)
+    if done.returncode:
+        raise Failed(f"exit code {done.returncode}; see {log}")
     return time.perf_counter() - begun
 
 
@@ -293,9 +294,15 @@ def main() -> None:
             (run, folder, seed): pool.submit(score, run, seed, folder, args, ready[run, folder], slots)
             for seed, folder, run in jobs
         }
-        done = {job: future.result() for job, future in started.items()}
+        done, failed = {}, set()
+        for job, future in started.items():
+            try:
+                done[job] = future.result()
+            except Failed as error:
+                failed.add(job[0])
+                print(f"{job[0].name} has no row: {job[1].name}, seed {job[2]}: {error}", flush=True)
     rows, first = [], None
-    for run in runs:
+    for run in (run for run in runs if run not in failed):
         folds = [[done[run, folder, seed] for seed in range(args.seeds)] for folder in folders]
         row, each = account(run, folds, first)
         first = each if first is None else first
@@ -303,8 +310,10 @@ def main() -> None:
         print_row(row)
     given = {key: value for key, value in vars(args).items() if key not in ("data", "output_dir", "json")}
     about = {"versions": versions(("jax", "flax", "mambahome-jax")), "cases": count, "arguments": given}
+    about["failed"] = [run.name for run in runs if run in failed]
     found = jsonable({"about": about, "rows": rows})
     (args.json or args.output_dir / "accuracy.json").write_text(json.dumps(found, indent=1))
+    sys.exit(bool(failed))
 
 
 if __name__ == "__main__":
