@@ -15,6 +15,7 @@ import jax
 from mambahome_jax.datasets import prepared
 from mambahome_jax.errors import ConfigError, DatasetError, OutputError
 from mambahome_jax.flags import CleanConfig
+from mambahome_jax.preprocessing.plan import PLAN
 from mambahome_jax.support.devices import program_cache
 from mambahome_jax.support.disk import bytes_of, free_bytes, said_bytes
 from mambahome_jax.support.files import read_json
@@ -48,9 +49,10 @@ def require_disk(run: Path, setup: Setup, state: TrainState) -> str:
     kept, most = best + keep * last, best + (keep + 1) * last
     sizes = f"best {said_bytes(best)}, {'last' if keep == 1 else f'{keep} kept of'} {said_bytes(last)}"
     text = f"checkpoints take {said_bytes(kept)} ({sizes}), {said_bytes(most)} while one is written"
-    note, free = "", free_bytes(run)
+    place = (run / "checkpoints").resolve()
+    note, free = "", free_bytes(place)
     if free is not None:
-        free += bytes_of(run / "checkpoints")
+        free += bytes_of(place)
         room, action = f"{said_bytes(free)} are free in {run}", "Free some space or name another --output_dir"
         if free < best + last:
             raise OutputError(f"{run / 'checkpoints'}: {text}, but {room}. {action}")
@@ -175,6 +177,9 @@ def _is_older(path: Path, seconds: float | None) -> bool:
 
 def _in_folder(folder: Path, kept: dict[Path, str]) -> Iterator[Removable]:
     """What can go in a folder and those below that a command of ours wrote; `kept` gets what is left alone, and why."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        kept[folder] = "cannot be read by this user"
+        return
     above = _report(folder.parent)
     if above is not None and (reason := _why_kept(folder.parent, above)):
         kept[folder.parent] = reason
@@ -188,7 +193,7 @@ def _in_folder(folder: Path, kept: dict[Path, str]) -> Iterator[Removable]:
         if leftovers := tuple(_leftovers(folder)):
             yield Removable(folder, leftovers, "left half-written by commands that were killed")
     if report is not None:
-        items = tuple(_of_finished(folder))
+        items = tuple(_of_finished(folder, report))
         if items and (reason := _why_kept(folder, report)):
             kept[folder] = reason
             return
@@ -248,9 +253,12 @@ def _is_checkpoint(path: Path) -> bool:
     return (path / CONFIG_FILE).is_file() and (path / MODEL_ITEM).is_dir() and not path.is_symlink()
 
 
-def _of_finished(run: Path) -> Iterator[Removable]:
-    """What a finished run needs no longer."""
-    stores = tuple(run / name for name in _STORES if prepared.detect(run / name) and not (run / name).is_symlink())
+def _of_finished(run: Path, report: Mapping[str, Any]) -> Iterator[Removable]:
+    """What a finished run needs no longer: of data what training stored itself, never what preprocess wrote."""
+    flags = report.get("configuration", {})
+    given = {Path(flags[name]).resolve() for name in ("data_train", "data_val") if flags.get(name)}
+    found = [path for path in (run / name for name in _STORES) if prepared.detect(path) and not path.is_symlink()]
+    stores = tuple(path for path in found if path.resolve() not in given and not (path / PLAN).exists())
     if stores:
         yield Removable(run, stores, "stores of scans that were trained on as they are", "a next run stores them anew")
     checkpoints = [path for path in sorted((run / "checkpoints").glob("*")) if _is_checkpoint(path)]

@@ -104,6 +104,27 @@ def test_a_finished_run_keeps_its_networks_and_nothing_goes_unasked(tmp_path, ca
     assert f"Nothing to remove in {run}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("how", ["planned", "given"])
+def test_data_that_preprocess_wrote_into_the_folder_of_a_run_stays(tmp_path, how):
+    """As with `preprocess --output_path RUN/data` and `train --data_train RUN/data --output_dir RUN`."""
+    run = make_run(tmp_path / "run", stored=True)
+    if how == "planned":
+        write(run / "data/plan.json")
+    else:
+        report = {"command": "train", "status": "finished", "configuration": {"data_train": str(run / "data")}}
+        (run / "run.json").write_text(json.dumps(report))
+    before = {path for path in tree(run) if path.startswith("data/")}
+    assert mh.clean(folder=run, yes=True).removed
+    assert {path for path in tree(run) if path.startswith("data/")} == before
+
+
+def test_a_folder_of_somebody_else_is_passed_over_aloud(tmp_path, monkeypatch):
+    mine, theirs = make_run(tmp_path / "mine"), make_run(tmp_path / "theirs")
+    monkeypatch.setattr(disk.os, "access", lambda path, mode: path != theirs)
+    result = mh.clean(folder=tmp_path, yes=True)
+    assert [item.folder for item in result.found] == [mine] and "cannot be read" in result.kept[theirs]
+
+
 def test_a_cleaned_run_still_has_its_networks_and_says_why_it_cannot_go_on(tmp_path, monkeypatch):
     small_networks(monkeypatch)
     config = _config(_dataset(tmp_path / "data"), tmp_path / "run", num_workers=0)
