@@ -23,8 +23,9 @@ _STORED, _STORED_RESAMPLED = 2.5, 3.3
 _LABEL = 0.03  # of the file, and as much in the store
 # The store keeps so many voxels of each structure, 12 bytes each; next to never are more than a twentieth labelled.
 _POSITIONS, _POSITION, _LABELLED = 20_000, 12, 20
-# What is refused needs twice the free space by an estimate that is at most twice too high.
-_CLEARLY, _CLOSE = 0.5, 1.2
+# Scans without their surroundings, mostly zeros, are packed to a quarter of the estimate: refused is only what would
+# need ten times the free space.
+_CLEARLY, _CLOSE = 0.1, 1.2
 
 
 @dataclass(frozen=True)

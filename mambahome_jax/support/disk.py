@@ -27,5 +27,6 @@ def free_bytes(folder: Path) -> int | None:
     """Bytes that are free where a folder lies or will be made; None where the system does not say."""
     for place in (folder, *folder.absolute().parents):
         with contextlib.suppress(OSError):
-            return shutil.disk_usage(place).free
+            usage = shutil.disk_usage(place)
+            return usage.free if usage.total else None  # file systems that do not tell say 0
     return None

@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
+from mambahome_jax.support.disk import free_bytes
 from mambahome_jax.support.files import parse_json, read_json
 from mambahome_jax.support.paths import openable_path, require_letters
 
@@ -185,8 +186,8 @@ def write_checkpoint(folder: Path | str, params: Any, config: dict[str, Any], *,
 
 def require_space(folder: Path, needed: int) -> None:
     """Raise OSError where arrays of `needed` bytes find no room, before the writer's threads fail one by one."""
-    free, needed = shutil.disk_usage(folder).free, needed + _MORE_BYTES
-    if free < needed:
+    free, needed = free_bytes(folder), needed + _MORE_BYTES
+    if free is not None and free < needed:
         raise OSError(f"{needed / 1e6:.3g} MB needed, {free / 1e6:.3g} MB free")
     files = os.statvfs(folder) if hasattr(os, "statvfs") else None
     # Some file systems make room for files as they come, and know no number.

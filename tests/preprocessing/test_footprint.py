@@ -1,6 +1,7 @@
 """What preprocess says of the disk before its first case: near what it then writes, and no work where it cannot fit."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from mambahome_jax.commands.preprocess import run
 from mambahome_jax.errors import OutputError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing import dataset, footprint
+from mambahome_jax.support import disk
 from mambahome_jax.support.disk import bytes_of, free_bytes, said_bytes
 from mambahome_jax.training.runs import open_data
 from tests.commands.scans import preprocess_config, scan, write
@@ -94,3 +96,8 @@ def test_sizes_are_those_of_files_and_links_count_nothing(tmp_path):
     assert [said_bytes(n) for n in (1234, 9_940_000, 64e6, 999_000_000, 1_500_000_000, 12e9)] == [
         *("0.0 MB", "9.9 MB", "64 MB", "999 MB", "1.5 GB", "12 GB")
     ]
+
+
+def test_a_file_system_that_does_not_tell_is_not_full(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(total=0, used=0, free=0))
+    assert free_bytes(tmp_path) is None

@@ -78,7 +78,7 @@ def test_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
 
 
 def test_too_little_space_is_told_in_one_line_and_leaves_nothing(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1_000))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(total=10_000, free=1_000))
     with pytest.raises(OutputError, match=r"best: cannot be written \(1.06 MB needed, 0.001 MB free\). Is the disk"):
         checkpoint.write_checkpoint(tmp_path / "best", {"w": np.ones(1_000)}, CONFIG)
     assert list(tmp_path.iterdir()) == []
