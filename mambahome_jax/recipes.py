@@ -84,7 +84,8 @@ class AugmentationConfig:
     affine_rotation: float = ingredient(15.0, "Largest angle about each axis, in degrees.", NOT_NEGATIVE)
     plane_rotation: float = ingredient(
         0.0,
-        "Largest angle within thick slices, which then move within their plane only; 0: as other scans.",
+        "Largest angle within thick slices, which then move within their plane only; 0: as other scans "
+        "(the default with --affine_rotation).",
         NOT_NEGATIVE,
     )
     affine_scale: tuple[float, float] = ingredient((0.85, 1.15), "Smallest and largest scale.", SCALES)
@@ -186,6 +187,8 @@ def resolve(flags: Any) -> Recipe:
     given = given_ingredients(flags)
     if given.get("optimizer") in ("Adam", "SGD"):
         given = {"eps": ADAM_EPS} | given
+    if "affine_rotation" in given:  # of thick slices too
+        given = {"plane_rotation": 0.0} | given
     recipe = recipe_for(flags.recipe, flags.model).replace(given)
     for flag, value in recipe.ingredients().items():
         valid = INGREDIENTS[flag][1].metadata["valid"]

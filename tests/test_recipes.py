@@ -46,6 +46,12 @@ def test_the_strong_recipe_and_flags_that_win_over_it():
     assert small.optimizer.lr == 1e-3 and small.deep_supervision
 
 
+def test_a_rotation_that_is_given_is_that_of_thick_slices_too():
+    assert _resolve(recipe="strong").augmentation.plane_rotation == 180
+    assert _resolve(recipe="strong", affine_rotation=10.0).augmentation.plane_rotation == 0
+    assert _resolve(recipe="strong", affine_rotation=10.0, plane_rotation=90.0).augmentation.plane_rotation == 90
+
+
 def test_flags_on_the_command_line():
     arguments = "--data_train a --recipe strong --mirror LR AP --deep_supervision --class_balanced False --ema_decay 0"
     config = cli.parse("train", arguments.split())
