@@ -197,6 +197,8 @@ def _given_settings(
         given["spacing"] = make_plan(fingerprint, machine).spacing if fingerprint else unread
     if config.resampling is not None:
         given["resampling"] = Setting(config.resampling, "given by --resampling")
+    elif config.plan is None and earlier.is_file() and not config.overwrite:
+        given |= {name: kept for name, kept in read_plan(earlier).settings.items() if name == "resampling"}
     resampling = given.setdefault("resampling", RESAMPLING)
     spacing = given["spacing"]
     override = "; --spacing overrides" if config.spacing is None else ""

@@ -58,7 +58,10 @@ def plan_folder(config: PlanConfig) -> FolderPlan:
     if fingerprint is None:
         raise DatasetError("no scan that can be read", file=config.folder, action="See mambahome check.")
     own = Machine(gpu_memory_gib(), jax_share())
-    before = make_plan(fingerprint, own, stored.settings)
+    known = dict(stored.settings)
+    if prepared:
+        known.setdefault("resampling", Setting(description.resampling, "that of the cases of this folder"))
+    before = make_plan(fingerprint, own, known)
     machine = own if config.memory is None else Machine(config.memory or None)
     # What a person chose is kept, as preprocess does, but where flags ask for another plan.
     kept = stored.edited and (config.memory, config.model, config.max_minutes) == (None, None, None)

@@ -52,7 +52,17 @@ def test_linear_unless_asked_and_a_later_run_keeps_what_was_asked(config, capsys
     assert run(replace(config, spacing=None)) == 0
     text = capsys.readouterr().out
     assert "Resampling: cubic, given by --resampling" in text and "0 done, 3 kept" in text
-    assert run(config) == 0 and "3 done, 0 kept" in capsys.readouterr().out
+    # --spacing says nothing of it.
+    assert run(config) == 0 and "0 done, 3 kept" in capsys.readouterr().out
+    linear_again = replace(config, resampling="linear")
+    assert run(linear_again) == 0 and "3 done, 0 kept" in capsys.readouterr().out
+
+
+def test_a_folder_without_a_plan_is_planned_as_its_cases_are(config):
+    assert run(replace(config, spacing=(1.4, 1.3, 3), resampling="cubic")) == 0
+    (config.output_path / "plan.json").unlink()
+    mh.plan(folder=config.output_path, output=config.output_path / "plan.json")
+    assert planned_settings(config.output_path).settings["resampling"].value == "cubic"
 
 
 def test_an_edited_plan_decides_and_train_refuses_one_that_the_cases_do_not_follow(config):
