@@ -67,7 +67,7 @@ def held_out_folds(
         raise ConfigError(f"--folds {folds}; expected 2 or more")
     own = sorted({case.fold for case in cases if case.fold is not None})
     if own and all(case.fold is not None for case in cases):
-        if own != [*range(folds)]:
+        if len(own) != folds:
             action = f"Pass --folds {len(own)}, or move {FILE} elsewhere and preprocess again"
             found = f"the dataset's own folds that hold out cases are {', '.join(map(str, own))}"
             raise ConfigError(f"--folds {folds}, but {found}. {action}")
@@ -194,10 +194,15 @@ def _fit_fold(
 
 
 def _held_out_once(splits: Sequence[Mapping[str, Split]]) -> dict[str, int]:
-    """{case: the fold that holds it out}; empty unless each case is held out once and trained on in all other folds."""
+    """{case: the fold that holds it out}; empty unless each case is held out once and trained on in all other folds.
+
+    Cases that all folds keep for testing count for none.
+    """
     held_out = {case: fold for fold, split in enumerate(splits) for case, part in split.items() if part == "val"}
     for case in {case for split in splits for case in split}:
         parts = [split.get(case) for split in splits]
+        if parts.count("test") == len(splits):
+            continue
         if (parts.count("val"), parts.count("train")) != (1, len(splits) - 1):
             return {}
     return held_out if len(splits) > 1 else {}

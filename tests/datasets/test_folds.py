@@ -94,6 +94,20 @@ def test_the_folds_of_a_split_file_are_taken(tmp_path, where):
         held_out_folds(prepared, 5, 0, {})
 
 
+def test_cases_that_all_folds_keep_for_testing_are_in_none(tmp_path):
+    write_prepared(dataset(tmp_path))
+    test, *others = IDS
+    splits = [{"train": others[2:], "val": others[:2]}, {"train": others[:2], "val": others[2:]}]
+    (tmp_path / "splits_final.json").write_text(json.dumps([split | {"test": [test]} for split in splits]))
+    prepared, _ = with_split_file(read_prepared(tmp_path))
+    assert [*map(list, held_out_folds(prepared, 2, 0, {}))] == [others[:2], others[2:]]
+
+
+def test_a_fold_whose_cases_cannot_be_used_leaves_one_fewer(tmp_path):
+    prepared = dataset(tmp_path, {case: {"fold": 2 * (number % 2)} for number, case in enumerate(IDS)})
+    assert [*map(list, held_out_folds(prepared, 2, 0, {}))] == [IDS[::2], IDS[1::2]]
+
+
 @pytest.mark.parametrize("change", ["twice", "nowhere", "not trained on"])
 def test_folds_that_do_not_hold_out_each_case_once_are_named_and_not_taken(tmp_path, change):
     splits = json.loads(json.dumps(SPLITS))
