@@ -9,7 +9,7 @@ import math
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -367,7 +367,10 @@ def _locked(folder: Path) -> contextlib.AbstractContextManager:
 def is_finished(report: Mapping[str, Any], flags: TrainConfig) -> bool:
     """Whether run.json tells of a run with these flags that came to its end."""
     before, now = report.get("configuration"), jsonable(asdict(flags))
-    same = isinstance(before, dict) and all(before.get(name) == now[name] for name in now if name not in _OF_THE_START)
+    # A flag that an earlier version did not have was not given then.
+    first = jsonable({field.name: field.default for field in fields(flags) if field.default is not MISSING})
+    names = {*now} - _OF_THE_START
+    same = isinstance(before, dict) and all((first | before).get(name) == now[name] for name in names)
     return same and report.get("status") == "finished"
 
 

@@ -3,11 +3,14 @@
 import re
 import shutil
 import subprocess
+from dataclasses import asdict, replace
 
 import pytest
 
 import mambahome_jax as mh
-from mambahome_jax.training.runs import git_state
+from mambahome_jax.flags import TrainConfig
+from mambahome_jax.support.files import jsonable
+from mambahome_jax.training.runs import git_state, is_finished
 from tests.commands.test_train import _dataset, _small  # noqa: F401
 
 
@@ -43,3 +46,11 @@ def test_the_commit_of_the_code_and_what_differs_from_it(tmp_path):
     assert state is not None and re.fullmatch("[0-9a-f]{40}", state["commit"]) and state["changed"] == []
     (tmp_path / "code.py").write_text("2")
     assert git_state(tmp_path) == state | {"changed": ["code.py"]}
+
+
+def test_a_run_of_a_version_without_a_flag_is_finished_unless_that_flag_is_given(tmp_path):
+    flags = TrainConfig(tmp_path / "data", keep_last=2)
+    report = {"status": "finished", "configuration": jsonable(asdict(flags))}
+    assert is_finished(report, flags) and not is_finished(report, replace(flags, keep_last=3))
+    del report["configuration"]["overlap"]
+    assert is_finished(report, flags) and not is_finished(report, replace(flags, overlap=0.25))
