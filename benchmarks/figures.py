@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from mambahome_jax.support.files import jsonable
+from mambahome_jax.training.memory import program_bytes
 
 
 def tell(args: argparse.Namespace, **measured: object) -> None:
@@ -22,11 +23,8 @@ def tell(args: argparse.Namespace, **measured: object) -> None:
 
 def planned_gib(compiled: Any) -> float:
     """What a compiled function takes on each device, arguments and results included; nan where XLA does not say."""
-    found = compiled.memory_analysis()
-    if found is None:
-        return math.nan
-    results = found.output_size_in_bytes - found.alias_size_in_bytes
-    return (found.temp_size_in_bytes + found.argument_size_in_bytes + results) / 2**30
+    found = program_bytes(compiled)
+    return math.nan if found is None else found / 2**30
 
 
 def write_rows(path: Path | None, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

@@ -59,25 +59,32 @@ class DeviceMemoryError(MambaHomeError):
         self.memory = memory
 
 
+def program_bytes(compiled: Any) -> int | None:
+    """What a compiled function takes on each device, arguments and results included; None where XLA does not say."""
+    try:
+        account = compiled.memory_analysis()
+    except jax.errors.JaxRuntimeError:
+        return None  # not every backend tells of a program that comes from the cache
+    if not account:
+        return None
+    results = account.output_size_in_bytes - account.alias_size_in_bytes
+    return account.temp_size_in_bytes + account.argument_size_in_bytes + results
+
+
 def step_memory(train_step: TrainStep, state: TrainState, mesh: Mesh) -> StepMemory | None:
     """Ask XLA what a compiled step takes, and the devices what they have for it; None where XLA does not say.
 
     state: on its devices already. All processes call it, and get the same.
     """
     compiled = train_step.func if isinstance(train_step, partial) else train_step
-    try:
-        account = compiled.memory_analysis()  # type: ignore[union-attr]
-    except jax.errors.JaxRuntimeError:
-        account = None  # not every backend tells of a program that comes from the cache
     held = {device: 0 for device in mesh.local_devices}
     for leaf in jax.tree.leaves(state):
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes
     free = {device: free_bytes(device) for device in held}
     offered = [held[device] + count for device, count in free.items() if count is not None]
-    results = account.output_size_in_bytes - account.alias_size_in_bytes if account else 0
     mine = {
-        "needed": account.temp_size_in_bytes + account.argument_size_in_bytes + results if account else 0,
+        "needed": program_bytes(compiled) or 0,
         "state": max(held.values()),
         "offered": min(offered, default=None),
     }
