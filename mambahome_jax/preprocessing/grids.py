@@ -4,9 +4,12 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from mambahome_jax.config import ModelConfig, Triple, beyond_one_voxel, nearest_multiples, triple
 
 _SMALLEST = (4, 2, 1)  # voxels left along an axis that is halved: the first of these with which an axis can be
+THICK = 3  # over so many times as long as the others are the voxels of thick slices along the axis across them
 _ALIKE = 2  # voxel sizes below so many times the finest count as the same
 
 
@@ -16,6 +19,12 @@ class Grids(NamedTuple):
     patch_size: Triple
     strides: tuple[Triple, ...]
     kernel_sizes: tuple[Triple, ...]
+
+
+def thick_axis(voxel_size: Sequence[float] | np.ndarray) -> int | None:
+    """The axis across thick slices: voxels are over 3 times as long along it as along the others; None without one."""
+    coarse = int(np.argmax(voxel_size))
+    return coarse if voxel_size[coarse] > THICK * max(np.delete(voxel_size, coarse)) else None
 
 
 def grids_for(spacing: Sequence[float], patch_size: Sequence[int]) -> Grids:

@@ -34,7 +34,7 @@ from mambahome_jax.datasets.prepared import detect, read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing.fingerprint import Fingerprint, voxel_size
-from mambahome_jax.preprocessing.grids import grids_for, patch_and_grids
+from mambahome_jax.preprocessing.grids import THICK, grids_for, patch_and_grids, thick_axis
 from mambahome_jax.preprocessing.step_memory import PLANNED_PART, step_gib
 from mambahome_jax.recipes import RECIPES, as_typed
 from mambahome_jax.support.console import command_line
@@ -43,7 +43,6 @@ from mambahome_jax.support.files import json_text, read_json, write_json
 
 PLAN = "plan.json"
 VERSION = 1
-_ANISOTROPIC = 3
 _ONE_SIDED_MM = 100  # narrower scans show one side of the body
 _HEART = re.compile(r"(?i)^(?!.*lateral).*(ventric|atri)")  # not the ventricles of the brain
 _MOST_VOXELS = 4 * 112 * 112 * 80  # of a step: beyond that, more steps serve better
@@ -157,11 +156,10 @@ def target_spacing(spacings: np.ndarray, shapes: np.ndarray) -> tuple[np.ndarray
     finer than the others.
     """
     target, voxels = np.median(spacings, axis=0), np.median(shapes, axis=0)
-    coarse = int(target.argmax())
-    others = np.delete(target, coarse)
-    thick = target[coarse] > _ANISOTROPIC * others.max()
-    if not (thick and _ANISOTROPIC * voxels[coarse] < np.delete(voxels, coarse).min()):
+    coarse = thick_axis(target)
+    if coarse is None or THICK * voxels[coarse] >= np.delete(voxels, coarse).min():
         return target, False
+    others = np.delete(target, coarse)
     finer = float(np.percentile(spacings[:, coarse], 10))
     target[coarse] = finer if finer >= others.max() else others.max() + 1e-5
     return target, True

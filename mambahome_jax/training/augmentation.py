@@ -8,10 +8,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mambahome_jax.config import Mirror
 from mambahome_jax.datasets.structures import swap_table
+from mambahome_jax.preprocessing.grids import thick_axis
 from mambahome_jax.recipes import AugmentationConfig
 
 SPATIAL = 3
@@ -19,8 +19,6 @@ SPATIAL = 3
 FULL = jax.lax.Precision.HIGHEST
 # Distance of the points at which an elastic deformation is drawn, in voxels of the finest axis.
 CONTROL_DISTANCE = 16
-# An axis is one of thick slices where its voxels are over so many times as long as along the others.
-THICK = 3
 # What is drawn beside the published operations leaves their keys as they are.
 _MORE_KEYS = 100
 _ELASTIC_KEY = 200
@@ -185,12 +183,6 @@ def affine_matrix(angles: jax.Array, scale: jax.Array, voxel_size: Sequence[floa
         matrix = jnp.matmul(turn, matrix, precision=FULL)
     size = jnp.asarray(voxel_size, jnp.float32)
     return matrix * size / size[:, None] / scale
-
-
-def thick_axis(voxel_size: Sequence[float]) -> int | None:
-    """The axis across thick slices: voxels are over 3 times as long along it as along the others; None without one."""
-    coarse = int(np.argmax(voxel_size))
-    return coarse if voxel_size[coarse] > THICK * max(np.delete(voxel_size, coarse)) else None
 
 
 def elastic_displacement(

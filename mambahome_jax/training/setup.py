@@ -42,11 +42,10 @@ from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.patches.store import CRC_LETTERS, Store, StoreEntry, training_ranges
 from mambahome_jax.preprocessing.fingerprint import voxel_size
-from mambahome_jax.preprocessing.grids import grids_for, patch_and_grids
+from mambahome_jax.preprocessing.grids import grids_for, patch_and_grids, thick_axis
 from mambahome_jax.preprocessing.plan import Setting
 from mambahome_jax.recipes import AugmentationConfig, Recipe, given_ingredients, resolve
 from mambahome_jax.support.devices import default_precision
-from mambahome_jax.training.augmentation import thick_axis
 from mambahome_jax.training.schedule import Schedule
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
 
