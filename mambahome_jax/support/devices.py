@@ -103,7 +103,7 @@ def jax_share() -> float:
         return JAX_SHARE  # JAX itself refuses such a value when it starts
 
 
-def free_bytes(device: "jax.Device") -> int | None:
+def free_device_bytes(device: "jax.Device") -> int | None:
     """Return what can still be allocated on a device of this process, None where it does not tell (CPUs).
 
     JAX's limit counts, and what other programs leave of the card beyond what JAX holds already.

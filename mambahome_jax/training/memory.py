@@ -15,7 +15,7 @@ from mambahome_jax.errors import ConfigError, MambaHomeError, TrainingError
 from mambahome_jax.preprocessing.grids import grids_for
 from mambahome_jax.preprocessing.step_memory import step_gib
 from mambahome_jax.recipes import as_typed
-from mambahome_jax.support.devices import free_bytes, is_out_of_memory
+from mambahome_jax.support.devices import free_device_bytes, is_out_of_memory
 from mambahome_jax.training.distributed import gather
 from mambahome_jax.training.progress import device_memory
 from mambahome_jax.training.setup import Setup, own_voxel_size
@@ -81,7 +81,7 @@ def step_memory(train_step: TrainStep, state: TrainState, mesh: Mesh) -> StepMem
     for leaf in jax.tree.leaves(state):
         for shard in leaf.addressable_shards:
             held[shard.device] += shard.data.nbytes
-    free = {device: free_bytes(device) for device in held}
+    free = {device: free_device_bytes(device) for device in held}
     offered = [held[device] + count for device, count in free.items() if count is not None]
     mine = {
         "needed": program_bytes(compiled) or 0,

@@ -35,7 +35,7 @@ def _report(run):
 
 
 def _offer(monkeypatch, gib):
-    monkeypatch.setattr(memory_module, "free_bytes", lambda device: int(gib * 2**30))
+    monkeypatch.setattr(memory_module, "free_device_bytes", lambda device: int(gib * 2**30))
 
 
 def test_a_step_that_does_not_fit_is_made_smaller_and_a_resumed_run_keeps_it(tmp_path, monkeypatch, capsys):
@@ -166,4 +166,4 @@ def test_a_smaller_patch_is_whole_for_its_own_strides():
 def test_what_is_free_of_a_device(monkeypatch, stats, card, free):
     monkeypatch.setattr(devices, "_nvidia_smi", lambda *_: card)
     device = SimpleNamespace(memory_stats=lambda: stats, local_hardware_id=0)
-    assert devices.free_bytes(device) == free
+    assert devices.free_device_bytes(device) == free
