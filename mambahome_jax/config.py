@@ -4,13 +4,15 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.forms import Convert, among, converted, count_up_to, entries, optional, text
 from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW, CtNormalisation, ct_from_json, ct_to_json
 from mambahome_jax.imaging.normalisation import Modality as Modality
+from mambahome_jax.ranges import ScanRanges
 
 ModelName = Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny", "SegMamba"]
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -24,65 +26,6 @@ Pairs = tuple[tuple[int, int], ...]
 Mirror = tuple[int, Pairs]  # an axis of the array, and the label values that trade places where it is mirrored
 MirrorPairs = tuple[tuple[str, Pairs], ...]  # the same of anatomical axes
 Contents = tuple[tuple[str, ...], ...]  # for each scan its digests, see imaging.intensity.voxel_digest
-# Percentiles of a sample of a scan. Its least and largest value may be single voxels of metal or of padding.
-SAMPLE_PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
-Convert = Callable[[Any], Any]
-
-
-def converted(name: str, value: Any, convert: Convert, expected: str) -> Any:
-    """convert(value). Raises ConfigError where it cannot be: the value is of another type or form."""
-    try:
-        return convert(value)
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-        raise ConfigError(f"{name} is {value!r}; expected {expected}") from error
-
-
-def entries(convert: Convert, count: int | None = None) -> Convert:
-    """Read a list or tuple, each entry by `convert`; `count`: of how many."""
-
-    def read(value: Any) -> tuple[Any, ...]:
-        if not isinstance(value, list | tuple):
-            raise TypeError(f"{type(value).__name__} is no list")
-        if count is not None and len(value) != count:
-            raise ValueError(f"{len(value)} entries are not {count}")
-        return tuple(map(convert, value))
-
-    return read
-
-
-def optional(convert: Convert) -> Convert:
-    """Let None pass a conversion."""
-    return lambda value: None if value is None else convert(value)
-
-
-def among(choices: Collection[Any]) -> Convert:
-    """Read a value that is one of the choices, and of their type."""
-
-    def read(value: Any) -> Any:
-        if value not in choices or isinstance(value, bool) != any(isinstance(choice, bool) for choice in choices):
-            raise ValueError(f"{value!r} is none of {choices}")
-        return value
-
-    return read
-
-
-def count_up_to(most: float) -> Convert:
-    """Read an integer from 1 to `most`."""
-
-    def read(value: Any) -> int:
-        if not 1 <= (number := operator.index(value)) <= most:
-            raise ValueError(f"{number} is not from 1 to {most}")
-        return number
-
-    return read
-
-
-def text(value: Any) -> str:
-    """Read text. Raises TypeError for anything else."""
-    if not isinstance(value, str):
-        raise TypeError(f"{type(value).__name__} is no text")
-    return value
-
 
 # Far more than any network has: building a larger one would never end.
 _PARTS, _CHANNELS = count_up_to(1000), count_up_to(1 << 16)
@@ -235,87 +178,6 @@ def spaced(values: Iterable[int]) -> str:
 def said_multiples(multiples: Triple) -> str:
     """ "16", or "16 16 2" where the axes differ."""
     return str(multiples[0]) if len(set(multiples)) == 1 else spaced(multiples)
-
-
-@dataclass(frozen=True)
-class StructureRange:
-    """Volume of a structure in ml, from `least` to `most` over the `present` cases of those whose dataset labels it."""
-
-    name: str
-    labelled: int
-    present: int
-    least: float
-    most: float
-
-    def joined(self, other: "StructureRange") -> "StructureRange":
-        """Return the range of the cases of both."""
-        ranges = [item for item in (self, other) if item.present]
-        least, most = min((item.least for item in ranges), default=0.0), max((i.most for i in ranges), default=0.0)
-        return StructureRange(self.name, self.labelled + other.labelled, self.present + other.present, least, most)
-
-
-@dataclass(frozen=True)
-class ScanRanges:
-    """What the scans of one modality were like in training: (least, largest) value over the cases.
-
-    extent_mm: along R-L, A-P and S-I. percentiles: for each channel, of each of SAMPLE_PERCENTILES; () where they are
-    not known of every case.
-    """
-
-    modality: Modality
-    cases: int
-    extent_mm: tuple[tuple[float, float], ...]
-    percentiles: tuple[tuple[tuple[float, float], ...], ...] = ()
-    structures: tuple[StructureRange, ...] = ()
-
-    def joined(self, other: "ScanRanges") -> "ScanRanges":
-        """Return the ranges of both together, of the same modality; what only one of them knows is left out."""
-        theirs = {item.name: item for item in other.structures}
-        known = len(self.percentiles) == len(other.percentiles)
-        channels = zip(self.percentiles, other.percentiles, strict=True) if known else ()
-        return ScanRanges(
-            self.modality,
-            self.cases + other.cases,
-            tuple(map(_span, self.extent_mm, other.extent_mm)),
-            tuple(tuple(map(_span, ours, others)) for ours, others in channels),
-            tuple(item.joined(theirs[item.name]) for item in self.structures if item.name in theirs),
-        )
-
-    @classmethod
-    def from_json(cls, modality: Modality, values: Mapping[str, Any]) -> "ScanRanges":
-        """Read what `to_json` gives. Raises TypeError, ValueError or KeyError for anything else."""
-        structures = tuple(
-            StructureRange(
-                text(name), operator.index(entry["labelled"]), operator.index(entry["present"]), *_range(entry["ml"])
-            )
-            for name, entry in values["volumes_ml"].items()
-        )
-        percentiles = entries(entries(_range, len(SAMPLE_PERCENTILES)))(values["percentiles"])
-        extent_mm = entries(_range, 3)(values["extent_mm"])
-        return cls(modality, operator.index(values["cases"]), extent_mm, percentiles, structures)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the entry of "ranges" in config.json, whose key is the modality."""
-        return {
-            "cases": self.cases,
-            "extent_mm": self.extent_mm,
-            "percentiles": self.percentiles,
-            "volumes_ml": {
-                item.name: {"labelled": item.labelled, "present": item.present, "ml": (item.least, item.most)}
-                for item in self.structures
-            },
-        }
-
-
-def _span(one: tuple[float, float], other: tuple[float, float]) -> tuple[float, float]:
-    return min(one[0], other[0]), max(one[1], other[1])
-
-
-def _range(values: Any) -> tuple[float, float]:
-    low, high = entries(float, 2)(values)
-    if not -math.inf < low <= high < math.inf:
-        raise ValueError(f"{low} to {high} is no range")
-    return low, high
 
 
 @dataclass(frozen=True)

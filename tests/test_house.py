@@ -10,10 +10,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the house may grow to with cross-validation, the paper's other systems and what they need, `__init__`s apart.
-MOST_FILES, MOST_LINES = 155, 30_000
+MOST_FILES, MOST_LINES = 159, 31_000
 LONGEST_FILE, LONGEST_FUNCTION = 500, 80
-# Belong to no room: the public names, the version, errors and configuration.
-LEAVES = {"config", "errors", "flags", "recipes", "version"}
+# Belong to no room: the public names, the version, errors, configuration and what that is read by.
+LEAVES = {"config", "errors", "flags", "forms", "ranges", "recipes", "version"}
 # room -> rooms that it may import, beside itself and the leaves
 ALLOWED = {
     "mambahome_kernels": set(),
@@ -36,7 +36,7 @@ ALLOWED["commands"] = {*ALLOWED} - {"mambahome_kernels"}
 # Rooms and modules that start without jax, and those that start without what extras install too.
 WITHOUT_JAX = ("support", "imaging", "datasets", "preprocessing", "evaluation", "reporting")
 WITHOUT_JAX_TOO = (
-    *("cli", "config", "flags", "recipes", "usage"),
+    *("cli", "config", "flags", "forms", "ranges", "recipes", "usage"),
     *("commands.check", "commands.evaluate", "commands.report"),
 )
 EXTRAS = ("SimpleITK", "highdicom")

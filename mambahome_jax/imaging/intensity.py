@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mambahome_jax.config import SAMPLE_PERCENTILES
+from mambahome_jax.ranges import SAMPLE_PERCENTILES
 
 _SAMPLE = 200_000  # voxels at most: they are sorted within milliseconds, and show a share of 1 % to a tenth of it
 _SLAB = 1 << 22  # voxels that a reduction widens to float64 at a time

@@ -11,9 +11,10 @@ from typing import get_args
 
 import numpy as np
 
-from mambahome_jax.config import SAMPLE_PERCENTILES, Modality, ScanRanges
+from mambahome_jax.config import Modality
 from mambahome_jax.imaging.geometry import axis_order, orientation_of
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles, sorted_quantile
+from mambahome_jax.ranges import SAMPLE_PERCENTILES, ScanRanges
 
 AXES = ("R-L", "A-P", "S-I")
 _NAMES: dict[Modality, str] = {"ct": "CT", "mr": "MR", "us": "ultrasound"}

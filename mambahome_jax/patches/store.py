@@ -15,12 +15,13 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorstore as ts
 
-from mambahome_jax.config import Modality, ScanRanges, StructureRange
+from mambahome_jax.config import Modality
 from mambahome_jax.errors import DatasetError, OutputError, why_not_written
 from mambahome_jax.imaging.intensity import IntensityStatistics
 from mambahome_jax.imaging.normalisation import CtScale
 from mambahome_jax.imaging.plausibility import extent_mm
 from mambahome_jax.imaging.volume import count_values
+from mambahome_jax.ranges import ScanRanges, StructureRange
 from mambahome_jax.support.files import NPZ_ERRORS, read_json, write_json
 from mambahome_jax.support.paths import as_on_disk, local_path, require_letters
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mambahome_jax.config import SAMPLE_PERCENTILES, Modality
+from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.label_map import own_image, read_image, read_label_map, thumbnail_of
@@ -25,6 +25,7 @@ from mambahome_jax.preprocessing.findings import SCANS, SEVERITIES, CaseFacts, F
 from mambahome_jax.preprocessing.open_dataset import open_checked, several
 from mambahome_jax.preprocessing.plan import Machine
 from mambahome_jax.preprocessing.summary import DatasetSummary, likely_modality, summarise_dataset
+from mambahome_jax.ranges import SAMPLE_PERCENTILES
 from mambahome_jax.support.console import Say, Track, silent, untracked
 from mambahome_jax.support.devices import gpu_memory_gib, jax_share
 from mambahome_jax.support.files import write_json

@@ -18,21 +18,16 @@ import numpy as np
 from mambahome_jax.config import (
     MODEL_SIZES,
     AnatomicalAxis,
-    Convert,
     ModelConfig,
     NetworkConfig,
     Precision,
     Resampling,
-    among,
-    converted,
-    count_up_to,
-    entries,
     said_multiples,
-    text,
 )
 from mambahome_jax.datasets.prepared import detect, read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
+from mambahome_jax.forms import Convert, among, converted, count_up_to, entries, text
 from mambahome_jax.preprocessing.fingerprint import Fingerprint, voxel_size
 from mambahome_jax.preprocessing.grids import THICK, grids_for, patch_and_grids, thick_axis
 from mambahome_jax.preprocessing.step_memory import PLANNED_PART, step_gib

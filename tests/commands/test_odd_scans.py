@@ -11,10 +11,11 @@ import pytest
 
 import mambahome_jax as mh
 from mambahome_jax.commands import check, infer, preprocess
-from mambahome_jax.config import DataProperties, ScanRanges, StructureRange
+from mambahome_jax.config import DataProperties
 from mambahome_jax.datasets.prepared import read_prepared
 from mambahome_jax.flags import CheckConfig, InferConfig, TrainConfig
 from mambahome_jax.inference import batch
+from mambahome_jax.ranges import ScanRanges, StructureRange
 from mambahome_jax.training.setup import make_setup
 from tests.commands.scans import AFFINE, description, preprocess_config, scan, write
 from tests.imaging.dicom_files import CT, MR, write_slice

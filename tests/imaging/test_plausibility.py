@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from mambahome_jax.config import ScanRanges, StructureRange
 from mambahome_jax.datasets.phantom import phantom
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles
 from mambahome_jax.imaging.plausibility import (
@@ -14,6 +13,7 @@ from mambahome_jax.imaging.plausibility import (
     scan_remark,
     volume_remark,
 )
+from mambahome_jax.ranges import ScanRanges, StructureRange
 
 AFFINE = np.diag([3.0, 3, 4, 1])
 

@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from mambahome_jax.config import DataProperties, ScanRanges, StructureRange
+from mambahome_jax.config import DataProperties
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.intensity import IntensityStatistics
 from mambahome_jax.inference.ensemble import Ensemble
 from mambahome_jax.patches.store import StoreEntry, read_entry, training_ranges
+from mambahome_jax.ranges import ScanRanges, StructureRange
 
 ROW = (-1000.0, -990.0, 10.0, 100.0, 400.0)
 

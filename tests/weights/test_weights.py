@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import mambahome_jax as mh
-from mambahome_jax.config import ScanRanges
+from mambahome_jax.ranges import ScanRanges
 from mambahome_jax.weights.pth import read_pth, write_pth
 from mambahome_jax.weights.weights import read_weights, write_weights
 from tests.conftest import golden_path
