@@ -6,13 +6,16 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.forms import Convert, among, converted, count_up_to, entries, optional, text
 from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW, CtNormalisation, ct_from_json, ct_to_json
 from mambahome_jax.imaging.normalisation import Modality as Modality
 from mambahome_jax.ranges import ScanRanges
+
+if TYPE_CHECKING:
+    from mambahome_jax.imaging.nnunet import NnunetPreparation
 
 ModelName = Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny", "SegMamba"]
 Precision = Literal["fp32", "tf32", "bf16"]
@@ -213,6 +216,8 @@ class DataProperties:
     """Best mean Dice of the training's validations, None where it is not known."""
     resampling: Resampling = "linear"
     """How images came to `spacing`."""
+    nnunet: "NnunetPreparation | None" = None
+    """How nnU-Net prepared the scans, where it did and orientation, modality and resampling are not all of it."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "DataProperties":
@@ -244,6 +249,7 @@ class DataProperties:
             ),
             "val_dice": (optional(float), "a number, or null"),
             "resampling": (among(get_args(Resampling)), f"one of {', '.join(get_args(Resampling))}"),
+            "nnunet": (optional(_nnunet_preparation), "axes, normalisation, ... of nnU-Net, or null"),
             **{name: (optional(entries(entries(text))), "digests of each scan, or null") for name in _CASES},
         }
         fields = {name: converted(name, values[name], *form) for name, form in forms.items() if name in values}
@@ -258,7 +264,7 @@ class DataProperties:
             "ct_scale": ct_to_json(self.ct_normalisation),
         }
         del content["ranges"], content["values"], content["mirror_pairs"], content["ct_normalisation"]
-        for name in ("val_dice", *_CASES):
+        for name in ("val_dice", "nnunet", *_CASES):
             if content[name] is None:
                 del content[name]
         if self.mirror_pairs is not None:
@@ -268,6 +274,12 @@ class DataProperties:
         if self.values:
             content["values"] = {str(value): stored for value, stored in self.values}
         return content | ({"ranges": {item.modality: item.to_json() for item in self.ranges}} if self.ranges else {})
+
+
+def _nnunet_preparation(values: Mapping[str, Any]) -> "NnunetPreparation":
+    from mambahome_jax.imaging.nnunet import NnunetPreparation  # not for --help, as it imports NumPy
+
+    return NnunetPreparation.from_json(values)
 
 
 _PAIR = entries(operator.index, 2)

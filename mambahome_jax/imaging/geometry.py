@@ -6,7 +6,7 @@ Where the two grids' axes are parallel, which is nearly always so, sampling is d
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -33,7 +33,8 @@ _COARSER = 100  # voxels that become one where next to nothing of a scan is left
 _WIDE = 16  # voxels of an axis that the network works on at least
 _COARSE = 3  # times as long as the finest are voxels of an axis along which cubic splines do not interpolate
 # Voxels of a cubic spline that are computed together, and beyond them those that still weigh: 0.27^16, below 1e-9.
-_TOGETHER, _REACH = 32, 16
+_TOGETHER, SPLINE_REACH = 32, 16
+_SLAB_BYTES = 32 << 20
 _CUBIC_VALUES = 1 << 20  # in flight, which the cache keeps
 _PARALLEL = 1e-4  # voxels by which sampling axis by axis may miss a position
 
@@ -91,13 +92,7 @@ def resampled_grid(
     new_corners = corners @ to_new.T
     low, high = new_corners.min(axis=0), new_corners.max(axis=0)
     new_size = np.round(high - low + 1)
-    # A needle of a million voxels is a file's worth of memory, but days of windows.
-    usual = new_size.prod() <= max(_FINER * size.prod(), _FEW)
-    if not usual or np.maximum(new_size, _WIDE).prod() > max(_FINER * np.maximum(size, _WIDE).prod(), _FEW):
-        extent, voxels = (" x ".join(f"{value:.4g}" for value in values) for values in (present * size, new_size))
-        fault = f"{extent} mm, which are {voxels} voxels of {' x '.join(f'{mm:.4g}' for mm in target)} mm"
-        action = "Mend the spacing in its header, or choose a coarser --spacing."
-        raise DatasetError(fault, expected=f"at most {_FINER} times as many as it has", action=action)
+    require_feasible(size, new_size, present, target)
     first = np.flatnonzero((np.abs(low - new_corners) <= _CORNER).all(axis=1))
     if first.size:
         origin = axes @ corners[first[0]] + affine[:3, 3]
@@ -110,6 +105,20 @@ def resampled_grid(
     if _unmoved(affine, shape, result, new_shape):
         return affine, (shape[0], shape[1], shape[2])
     return result, new_shape
+
+
+def require_feasible(size: np.ndarray, new_size: np.ndarray, spacing: np.ndarray, target: np.ndarray) -> None:
+    """Raise DatasetError where a scan of `size` voxels becomes so many more that none can be meant.
+
+    All (3,); spacing, target: mm of the voxels before and after.
+    """
+    # A needle of a million voxels is a file's worth of memory, but days of windows.
+    usual = new_size.prod() <= max(_FINER * size.prod(), _FEW)
+    if not usual or np.maximum(new_size, _WIDE).prod() > max(_FINER * np.maximum(size, _WIDE).prod(), _FEW):
+        extent, voxels = (" x ".join(f"{value:.4g}" for value in values) for values in (spacing * size, new_size))
+        fault = f"{extent} mm, which are {voxels} voxels of {' x '.join(f'{mm:.4g}' for mm in target)} mm"
+        action = "Mend the spacing in its header, or choose a coarser --spacing."
+        raise DatasetError(fault, expected=f"at most {_FINER} times as many as it has", action=action)
 
 
 def coarse_remark(shape: Sequence[int], new_shape: Sequence[int]) -> str | None:
@@ -183,7 +192,7 @@ def resample_to(
         return Volume(sampled, part_affine, volume.header)
     source, every = axes
     array = array.transpose(*source, *range(3, array.ndim))
-    reach = _REACH if order == "cubic" else 0
+    reach = SPLINE_REACH if order == "cubic" else 0
     positions, used = [], []
     for axis, old_size in enumerate(array.shape[:3]):
         inside = every[axis][box[axis]]
@@ -197,7 +206,7 @@ def resample_to(
     coarse = _coarse_axis(volume.affine, affine) if order == "cubic" else None
     if coarse is not None:
         orders[source.index(coarse)] = "nearest"
-    sampled = _sample_by_axis(before(array[tuple(used)]), positions, turns, orders)
+    sampled = sample_by_axis(before(array[tuple(used)]), positions, turns, orders)
     if limits is not None and not np.may_share_memory(sampled, array):
         least, most = (each.transpose(*source, *range(3, array.ndim)) for each in limits)
         if coarse is not None:
@@ -232,6 +241,12 @@ def _coarse_axis(affine: np.ndarray, target_affine: np.ndarray) -> int | None:
             coarse = np.flatnonzero(millimetres > (1 - _SAME) * longest)
             return int(coarse[0]) if len(coarse) == 1 else None
     return None
+
+
+def row_slabs(shape: Sequence[int]) -> Iterator[slice]:
+    """The first axis of an array in parts that are small as float32 beside a scan."""
+    height = max(_SLAB_BYTES // (4 * math.prod(shape[1:])), 1)
+    return (slice(first, min(first + height, shape[0])) for first in range(0, shape[0], height))
 
 
 def positions_on(
@@ -338,10 +353,11 @@ def _sample_anywhere(array: np.ndarray, to_old: np.ndarray, shape: tuple[int, in
     return result.transpose(*back, *range(result.ndim - 3))
 
 
-def _sample_by_axis(
-    array: np.ndarray, positions: list[np.ndarray], turns: list[int], orders: list[Order]
-) -> np.ndarray:
-    """One axis after the other, in the order of `turns`, each by its own of `orders`."""
+def sample_by_axis(array: np.ndarray, positions: list[np.ndarray], turns: list[int], orders: list[Order]) -> np.ndarray:
+    """Sample an array (D, H, W[, C]) one axis after the other, in the order of `turns`, each by its own of `orders`.
+
+    positions: of the new voxels along each axis, in voxels of the array; beyond it only "cubic" takes any.
+    """
     memory = sorted(range(array.ndim), key=lambda axis: -abs(array.strides[axis]))
     result = array.transpose(memory)
     for axis in turns:
@@ -405,7 +421,7 @@ def _splines_along(array: np.ndarray, axis: int, position: np.ndarray) -> np.nda
     planes = max(_CUBIC_VALUES // (size * after), 1)
     for first in range(0, len(position), _TOGETHER):
         part = position[first : first + _TOGETHER]
-        low, high = max(int(part.min()) - _REACH, 0), min(int(np.ceil(part.max())) + 1 + _REACH, size)
+        low, high = max(int(part.min()) - SPLINE_REACH, 0), min(int(np.ceil(part.max())) + 1 + SPLINE_REACH, size)
         at = np.meshgrid(part - low, np.arange(high - low), indexing="ij")
         weights = ndimage.map_coordinates(np.eye(high - low), at, order=3, mode="nearest").astype(np.float32)
         for plane in range(0, before, planes):

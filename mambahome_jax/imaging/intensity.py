@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 
@@ -42,13 +43,19 @@ def statistics(array: np.ndarray) -> IntensityStatistics:
     )
 
 
-def statistics_of_parts(parts: Iterable[np.ndarray]) -> IntensityStatistics:
-    """`statistics` of a volume of which only one part (D, H, W, C) at a time is there, but for rounding in float64."""
+def statistics_of_parts(
+    parts: Iterable[np.ndarray], counted: Iterable[np.ndarray] | None = None
+) -> IntensityStatistics:
+    """`statistics` of a volume of which only one part (D, H, W, C) at a time is there, but for rounding in float64.
+
+    counted: bool of each part's shape, the voxels that mean and std are of; None: those that are not 0.
+    """
     channels: list[_Running] = []
-    for part in parts:
+    for part, used in zip(parts, repeat(None) if counted is None else counted, strict=counted is not None):
         channels = channels or [_Running() for _ in range(part.shape[3])]
         for channel, running in enumerate(channels):
-            running.add(part[..., channel])
+            values = part[..., channel]
+            running.add(values, values[values != 0 if used is None else used[..., channel]])
     return IntensityStatistics(
         mean=tuple(running.mean for running in channels),
         std=tuple(running.std for running in channels),
@@ -107,15 +114,15 @@ def sorted_quantile(ordered: np.ndarray, share: float) -> float:
 
 
 class _Running:
-    """Moments of the voxels that are not 0, joined part by part (Chan et al., 1983)."""
+    """Moments of chosen voxels, joined part by part (Chan et al., 1983)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.square = 0, 0.0, 0.0
         self.minimum, self.maximum = math.inf, -math.inf
 
-    def add(self, part: np.ndarray) -> None:
+    def add(self, part: np.ndarray, used: np.ndarray) -> None:
+        """Take in a part, of which the values `used` count for the moments."""
         self.minimum, self.maximum = min(self.minimum, float(part.min())), max(self.maximum, float(part.max()))
-        used = part[part != 0]
         if not used.size:
             return
         mean = float(used.sum(dtype=np.float64)) / used.size

@@ -119,8 +119,89 @@ class MinMax:
         return (values - low) / np.where(extent > 0, extent, np.float32(1))
 
 
+# nnU-Net's names of what it does to a channel.
+Scheme = Literal[
+    "CTNormalization", "ZScoreNormalization", "RescaleTo01Normalization", "RGBTo01Normalization", "NoNormalization"
+]
+_LEAST_STD = 1e-8
+
+
+@dataclass(frozen=True)
+class ChannelScheme:
+    """What nnU-Net does to one channel (nnunetv2 2.8.1, preprocessing/normalization/default_normalization_schemes.py).
+
+    masked: a z-score is that of the voxels inside of the scan's mask, and changes these alone. low, high, mean, std: of
+    the dataset's foreground, for CTNormalization.
+    """
+
+    scheme: Scheme
+    masked: bool = False
+    low: float = 0.0
+    high: float = 0.0
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __str__(self) -> str:
+        numbers = f" {self.low:g} {self.high:g} {self.mean:g} {self.std:g}" if self.scheme == "CTNormalization" else ""
+        return f"{self.scheme}{numbers}{' in the mask' if self.masked else ''}"
+
+    def __call__(
+        self, values: "np.ndarray", statistics: "IntensityStatistics | None", channel: int, mask: "np.ndarray | None"
+    ) -> "np.ndarray":
+        import numpy as np
+
+        if self.scheme == "NoNormalization":
+            return values
+        if self.scheme == "RGBTo01Normalization":
+            return values / np.float32(255)
+        if self.scheme == "CTNormalization":
+            low, high, mean, std = map(np.float32, (self.low, self.high, self.mean, max(self.std, _LEAST_STD)))
+            return (np.clip(values, low, high) - mean) / std
+        stats = _required(self, statistics)
+        if self.scheme == "RescaleTo01Normalization":
+            least, most = np.float32(stats.minimum[channel]), np.float32(stats.maximum[channel])
+            return (values - least) / max(most - least, np.float32(_LEAST_STD))
+        scaled = (values - np.float32(stats.mean[channel])) / np.float32(stats.std[channel])
+        return np.where(mask, scaled, values) if self.masked and mask is not None else scaled
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """What nnU-Net does to a scan, a scheme a channel."""
+
+    channels: tuple[ChannelScheme, ...]
+
+    @property
+    def modality(self) -> Modality:
+        """That of scans of these channels, as far as the schemes say it."""
+        return "ct" if all(channel.scheme == "CTNormalization" for channel in self.channels) else "mr"
+
+    @property
+    def masked(self) -> bool:
+        """Whether a mask of the scan is needed."""
+        return any(channel.masked for channel in self.channels)
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether those of the scan are needed: mean and std of what each channel counts, minimum and maximum."""
+        own = ("ZScoreNormalization", "RescaleTo01Normalization")
+        return any(channel.scheme in own for channel in self.channels)
+
+    def __call__(
+        self,
+        array: "np.ndarray",
+        statistics: "IntensityStatistics | None" = None,
+        mask: "np.ndarray | None" = None,
+    ) -> "np.ndarray":
+        """array (D, H, W, C), mask (D, H, W) bool. float32."""
+        values = array.astype("float32")
+        for number, channel in enumerate(self.channels):
+            values[..., number] = channel(values[..., number], statistics, number, mask)
+        return values
+
+
 CtNormalisation = CtWindow | CtScale
-Normalisation = CtNormalisation | ZScore | MinMax
+Normalisation = CtNormalisation | ZScore | MinMax | PerChannel
 
 
 def normalisations(
@@ -177,7 +258,9 @@ def scale_range(
     return np.clip(scaled, b_min, b_max, out=scaled) if clip else scaled
 
 
-def _required(scheme: ZScore | MinMax, statistics: "IntensityStatistics | None") -> "IntensityStatistics":
+def _required(
+    scheme: ZScore | MinMax | ChannelScheme, statistics: "IntensityStatistics | None"
+) -> "IntensityStatistics":
     if statistics is None:
         raise ValueError(f"{type(scheme).__name__} needs the statistics of the volume")
     return statistics
