@@ -147,7 +147,8 @@ class TrainConfig:
     _DATA: ClassVar = "Data"
 
     hold_out: int = 5
-    """Hold out every n-th patient of a folder without marks; 0: none, the last weights are "best"."""
+    """Hold out every n-th patient of a folder without marks, without a flag as the plan says; 0: none, the last weights
+    are "best"."""
     classes: int | None = None
     """Number of classes, background included (default: as many as the dataset has)."""
     modality: Modality | None = None

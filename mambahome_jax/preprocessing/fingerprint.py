@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mambahome_jax.datasets.base import Dataset
-from mambahome_jax.datasets.prepared import Prepared
+from mambahome_jax.datasets.prepared import Prepared, usable_cases
 from mambahome_jax.datasets.structures import sides
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.geometry import reorient
@@ -20,8 +20,8 @@ from mambahome_jax.patches.store import StoreEntry
 class Fingerprint:
     """Measurements of the cases, along the axes that the volumes have after reorientation.
 
-    spacings: (cases, 3) mm, and shapes: (cases, 3) voxels, before resampling where they are known. pairs: structures
-    whose names differ in the side; alone: those of one side without a counterpart.
+    spacings: (cases, 3) mm, and shapes: (cases, 3) voxels, before resampling where they are known. patients: how many,
+    0 for one a case. pairs: structures whose names differ in the side; alone: those of one side without a counterpart.
     resampled: the spacing in mm that the cases have been brought to, None before that. details: measured after
     resampling, for a reader of plan.json.
     """
@@ -30,6 +30,7 @@ class Fingerprint:
     shapes: np.ndarray
     pairs: tuple[tuple[str, str], ...] = ()
     alone: tuple[str, ...] = ()
+    patients: int = 0
     resampled: tuple[float, ...] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,7 +77,9 @@ def fingerprint_of_headers(dataset: Dataset, orientation: str) -> Fingerprint | 
             shapes.append(oriented.shape[:3])
     if not shapes:
         return None
-    return Fingerprint(np.array(spacings, float), np.array(shapes, float), **measure_labels(dataset.labels))
+    patients = len({case.patient for case in dataset.cases if case.has_label and case.split != "test"})
+    measured = np.array(spacings, float), np.array(shapes, float)
+    return Fingerprint(*measured, **measure_labels(dataset.labels), patients=patients)
 
 
 def fingerprint_of_prepared(prepared: Prepared, entries: Sequence[StoreEntry]) -> Fingerprint:
@@ -93,6 +96,7 @@ def fingerprint_of_prepared(prepared: Prepared, entries: Sequence[StoreEntry]) -
         spacings,
         np.array([entry.shape for entry in entries], float),
         **measure_labels(prepared.labels),
+        patients=len({case.patient for case in usable_cases(prepared)}),
         resampled=prepared.spacing or (0.0, 0.0, 0.0),
         details={
             "resampled": {

@@ -48,6 +48,8 @@ _SMALL_FROM_GIB = 4
 # A length is so many passes over every region at so many voxels a second, within bounds in minutes.
 _PASSES = {"gpu": 400, "cpu": 60}
 _VOXELS_A_SECOND = {"gpu": 40e6, "cpu": 0.4e6}
+# A fifth of the patients is held out, but no more than these or this part: what they teach is worth more.
+_HELD_OUT, _HELD_OUT_PART = 5, 1 / 20
 _MINUTES = {"gpu": (10, 720), "cpu": (13, 480)}
 
 
@@ -99,8 +101,8 @@ class Plan:
     """Settings read off the data and the machine, in the order in which they follow from each other.
 
     spacing: mm; resampling: of images, "linear" or "cubic"; patch_size: voxels; strides, kernel_sizes: see
-    `ModelConfig`; batch_size: on each device; mirror: axes of `--mirror`; length: {"minutes": ...}, {"epochs": ...} or
-    {"steps": ...}.
+    `ModelConfig`; batch_size: on each device; mirror: axes of `--mirror`; hold_out: every n-th patient, as `--hold_out`;
+    length: {"minutes": ...}, {"epochs": ...} or {"steps": ...}.
     """
 
     spacing: Setting
@@ -112,6 +114,7 @@ class Plan:
     batch_size: Setting
     recipe: Setting
     mirror: Setting
+    hold_out: Setting
     length: Setting
 
     def settings(self) -> dict[str, Setting]:
@@ -139,6 +142,7 @@ def make_plan(fingerprint: Fingerprint, machine: Machine, given: Mapping[str, Se
     chosen.setdefault("batch_size", _choose_batch(patch, network, machine))
     chosen.setdefault("recipe", Setting("strong", "ahead of the published recipe where both were measured"))
     chosen.setdefault("mirror", _choose_mirror(fingerprint))
+    chosen.setdefault("hold_out", _choose_hold_out(fingerprint.patients or len(fingerprint.shapes)))
     chosen.setdefault("length", _choose_length(len(fingerprint.shapes), shape, patch, machine))
     return Plan(**chosen)
 
@@ -243,6 +247,15 @@ def _choose_mirror(fingerprint: Fingerprint) -> Setting:
     return Setting(("LR",), "as the strong recipe has it; no structure is of one side")
 
 
+def _choose_hold_out(patients: int) -> Setting:
+    most = max(_HELD_OUT, patients * _HELD_OUT_PART)
+    every = max(5, math.floor(patients / most))
+    if every == 5:
+        return Setting(every, "every fifth patient shows how well the network does on others")
+    count = -(-patients // every)
+    return Setting(every, f"{count} of {patients:,} patients; more of them to train on are worth more. --folds scores all")
+
+
 def _choose_length(cases: int, shape: Sequence[int], patch: Sequence[int], machine: Machine) -> Setting:
     kind = machine.kind
     regions = cases * max(1.0, math.prod(shape) / math.prod(patch))
@@ -270,6 +283,10 @@ def _length(value: Any) -> dict[str, float]:
     return {unit: number}
 
 
+def _hold_out(value: Any) -> int:
+    return 0 if value == 0 else 1 + count_up_to(1 << 16)(value - 1)
+
+
 _NO_SETTINGS = ("version", "machine", "fingerprint", "digest")
 _SIZE = entries(count_up_to(1 << 16), 3)
 _FORMS: dict[str, tuple[Convert, str]] = {
@@ -282,6 +299,7 @@ _FORMS: dict[str, tuple[Convert, str]] = {
     "batch_size": (count_up_to(1 << 16), "a positive integer"),
     "recipe": (among(tuple(RECIPES)), f"one of {', '.join(RECIPES)}"),
     "mirror": (entries(among(("none", *get_args(AnatomicalAxis)))), 'axes such as ["LR"], or ["none"]'),
+    "hold_out": (_hold_out, "0, or an integer of 2 or more"),
     "length": (_length, '{"minutes": 30}, {"epochs": 100} or {"steps": 5000}'),
 }
 
@@ -373,7 +391,9 @@ def follow_plan(flags: TrainConfig, settings: Mapping[str, Setting], machine: st
     """
     if is_given(flags, "recipe") and flags.recipe == "published":
         return flags
-    names = ("model", "patch_size", "batch_size", "recipe", "mirror")
+    names: tuple[str, ...] = ("model", "patch_size", "batch_size", "recipe", "mirror")
+    if flags.folds is None and flags.data_val is None:
+        names += ("hold_out",)
     planned = {name: settings[name].value for name in names if name in settings and not is_given(flags, name)}
     if "strides" in settings and not is_given(flags, "strides"):
         planned["strides"] = "auto"

@@ -75,7 +75,9 @@ def summarise_dataset(dataset: Dataset, facts: Sequence[CaseFacts], machine: Mac
     shape = np.array([fact.shape[:3] for fact in usable if fact.shape is not None], float)
     plan = None
     if dataset.layout != SCANS:
-        plan = make_plan(Fingerprint(spacing, shape, **measure_labels(dataset.labels)), machine)
+        sides = measure_labels(dataset.labels)
+        patients = len({fact.patient for fact in usable if fact.labelled and fact.split != "test"})
+        plan = make_plan(Fingerprint(spacing, shape, **sides, patients=patients), machine)
     modality, reason = likely_modality(usable)
     return DatasetSummary(
         cases=rows,

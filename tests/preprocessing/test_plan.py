@@ -170,6 +170,7 @@ def test_plan_json_comes_back(tmp_path):
         "batch_size": 0,
         "length": {"minutes": -1},
         "mirror": ["up"],
+        "hold_out": 1,
         "recipe": None,
     }.items():
         content_of = content | {name: {"value": value, "reason": "by hand"}}
@@ -180,6 +181,21 @@ def test_plan_json_comes_back(tmp_path):
         (tmp_path / "bad.json").write_text(json.dumps(content | change))
         with pytest.raises(DatasetError, match=r"bad\.json"):
             read_plan(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("patients", "every"), [(1, 5), (10, 5), (25, 5), (29, 5), (30, 6), (48, 9), (80, 16), (208, 20), (1000, 20)]
+)
+def test_few_patients_are_held_out_so_that_most_are_trained_on(patients, every):
+    numbers = fingerprint((1, 1, 1), (50, 50, 50), cases=2 * patients, patients=patients)
+    settings = make_plan(numbers, GPU).settings()
+    assert settings["hold_out"].value == every
+    data = Path("ready")
+    assert follow_plan(TrainConfig(data), settings).hold_out == every
+    assert follow_plan(TrainConfig(data, hold_out=0, given=("hold_out",)), settings).hold_out == 0
+    # The folds, or cases of their own, say who is held out.
+    assert follow_plan(TrainConfig(data, folds=5), settings).hold_out == TrainConfig.hold_out
+    assert follow_plan(TrainConfig(data, data_val=Path("val")), settings).hold_out == TrainConfig.hold_out
 
 
 def test_plans_are_equal_for_equal_numbers():
