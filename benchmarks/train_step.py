@@ -10,7 +10,7 @@ import platform
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from flax import nnx
 from flops import matrix_flops, peak_tflops
 from profiling import print_kernel_times
 
-from mambahome_jax.config import MODEL_SIZES, NetworkConfig
+from mambahome_jax.config import MODEL_SIZES, ExpertLayer, Mixer, ModelConfig, NetworkConfig
 from mambahome_jax.model.networks import make_network
 from mambahome_jax.recipes import OptimizerConfig
 from mambahome_jax.training.distributed import batch_sharding, make_mesh
@@ -54,7 +54,10 @@ def measure(args: argparse.Namespace, precision: str) -> dict[str, Any]:
     config = MODEL_SIZES[args.model].model.replace(
         in_chans=args.channels, out_chans=args.classes, use_checkpoint=args.use_checkpoint
     )
-    published_ms, published_gib = PUBLISHED[precision] if args.model == "MambaHoME" else (math.nan, math.nan)
+    if isinstance(config, ModelConfig):
+        config = config.replace(mixer=args.mixer, experts=args.experts)
+    as_published = args.model == "MambaHoME" and not config.twin
+    published_ms, published_gib = PUBLISHED[precision] if as_published else (math.nan, math.nan)
     step, state, mesh = make_step(config, precision, args.num_devices, args.strategy)
     batch = random_batch(mesh, args.batch * args.num_devices, tuple(args.patch), args.channels, args.classes)
     start = time.perf_counter()
@@ -113,6 +116,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", default=["bf16", "tf32", "fp32"], choices=list(PUBLISHED))
     parser.add_argument("--model", default="MambaHoME", choices=list(MODEL_SIZES))
+    parser.add_argument("--mixer", default=ModelConfig.mixer, choices=get_args(Mixer), help="of MambaHoME")
+    parser.add_argument("--experts", default=ModelConfig.experts, choices=get_args(ExpertLayer), help="of MambaHoME")
     parser.add_argument("--batch", type=int, default=2, help="patches on each device")
     parser.add_argument("--patch", nargs=3, type=int, default=[128, 128, 128])
     parser.add_argument("--channels", type=int, default=1)
@@ -127,7 +132,8 @@ def main() -> None:
     args = parser.parse_args()
     device = jax.devices()[0]
     print(f"{args.num_devices} x {device.device_kind}, JAX {jax.__version__}, Python {platform.python_version()}")
-    print(f"{args.model}, {args.batch} x {args.patch} each, {args.classes} classes, {args.strategy}; ms are medians")
+    print(f"{args.model}, mixer {args.mixer}, experts {args.experts}")
+    print(f"{args.batch} x {args.patch} each, {args.classes} classes, {args.strategy}; ms are medians")
     print("precision       ms (range)   images/s  peak GiB  planned  compile s  TFLOP/s  of peak   published")
     # From the least memory to the most: the highest use of a process is not forgotten.
     rows = [measure(args, precision) for precision in sorted(args.precision, key=["bf16", "tf32", "fp32"].index)]

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 ModelName = Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny", "SegMamba"]
 Precision = Literal["fp32", "tf32", "bf16"]
 Strategy = Literal["ddp", "fsdp"]
+Mixer = Literal["scan", "conv", "none"]  # what a MambaHoME block has in the place of Mamba
+ExpertLayer = Literal["home", "level1", "ffn"]  # and in the place of HoME
+TWINS = {"mixer": Mixer, "experts": ExpertLayer}
 Surface = Literal["voxels", "area"]  # what metrics of distance count
 AnatomicalAxis = Literal["LR", "AP", "IS"]  # each named by the two letters that an orientation such as "RAS" has for it
 Resampling = Literal["linear", "cubic"]  # of images, see imaging.geometry.resample
@@ -48,6 +51,7 @@ _NETWORK_FIELDS: dict[str, tuple[Convert, str]] = {
     "strides": (entries(entries(among((1, 2)), 3), 4), f"4 triples of 1 or 2, {_AXES}"),
     "kernel_sizes": (entries(entries(among((1, 3)), 3), 5), f"5 triples of 1 or 3, {_AXES}"),
     "use_checkpoint": (among((False, True)), "true or false"),
+    **{name: (among(get_args(kind)), f"one of {', '.join(get_args(kind))}") for name, kind in TWINS.items()},
 }
 
 
@@ -74,7 +78,16 @@ class NetworkConfig:
             value = tuple(value) if isinstance(value, list) else value
             object.__setattr__(self, field.name, converted(field.name, value, *_NETWORK_FIELDS[field.name]))
 
+    @property
+    def twin(self) -> str:
+        """What differs from the published network, such as "mixer conv, experts ffn"; empty where nothing does."""
+        own = {name: getattr(self, name, None) for name in TWINS}
+        return ", ".join(f"{name} {value}" for name, value in own.items() if value != getattr(type(self), name, None))
+
     def replace(self, **changes) -> Self:
+        """With other values of some fields. Raises ConfigError for a field that this network does not have."""
+        for name in sorted(changes.keys() - {field.name for field in dataclasses.fields(self)}):
+            raise ConfigError(f"this network has no {name}. Leave --{name} out, or choose another --model")
         return dataclasses.replace(self, **changes)
 
     def for_patch(self, patch: Triple) -> Self:
@@ -112,8 +125,9 @@ class NetworkConfig:
 class ModelConfig(NetworkConfig):
     """Shape of MambaHoME, in the names of the published constructor (MambaHoME.py); defaults as published.
 
-    One entry a stage in `experts_list` (first level), `experts_list_second` and `group_list` (tokens a group, first
-    level).
+    One entry a stage in `experts_list`, `group_list` (tokens a group), both of level 1, and `experts_list_second`.
+    Twins, not published: `mixer`, Mamba's layer, a convolution in the place of its scan, or none; `experts`, HoME, its
+    level 1 alone, or one expert for every token.
     """
 
     expert_mult: int = 2
@@ -121,6 +135,8 @@ class ModelConfig(NetworkConfig):
     experts_list: tuple[int, ...] = (4, 8, 12, 16)
     experts_list_second: tuple[int, ...] = (8, 16, 24, 32)
     group_list: tuple[int, ...] = (2048, 1024, 512, 256)
+    mixer: Mixer = "scan"
+    experts: ExpertLayer = "home"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,18 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.conf import Positional, Suppress, UseAppendAction, arg
 
-from mambahome_jax.config import CtIntensity, Modality, ModelName, Precision, Resampling, Strategy, Surface
+from mambahome_jax.config import (
+    CtIntensity,
+    ExpertLayer,
+    Mixer,
+    Modality,
+    ModelConfig,
+    ModelName,
+    Precision,
+    Resampling,
+    Strategy,
+    Surface,
+)
 from mambahome_jax.recipes import with_ingredient_flags
 
 SpacingScale = Annotated[
@@ -164,6 +175,10 @@ class TrainConfig:
     """Axes that each stage halves: all; or by voxel size, so that thick slices are halved later."""
     feature_size: int | None = None
     """Channels of the first stage; the other stages keep their proportions to it (default: the size's own)."""
+    mixer: Mixer = ModelConfig.mixer
+    """A twin of MambaHoME: the layer of Mamba; with a depthwise convolution in the place of its scan; or nothing."""
+    experts: ExpertLayer = ModelConfig.experts
+    """A twin of MambaHoME: both levels of HoME; the first alone; or one feed-forward network for every token."""
     patch_size: tuple[int, int, int] | None = None
     """Patch in voxels, multiples of 16 (default: 96 96 96, 48 48 48 for MambaHoME_tiny; less for small scans)."""
     precision: Numbers = None

@@ -57,6 +57,16 @@ class Experts(nnx.Module):
         return y + self.bias_out[...].astype(x.dtype)[:, None]
 
 
+class FeedForward(Experts):
+    """One expert for every token, what HoME would be without routing: (batch, length, channels) -> the same shape."""
+
+    def __init__(self, channels: int, mult: int, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+        super().__init__(1, channels, mult, rngs=rngs, numerics=numerics)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return super().__call__(tokens[:, None])[:, 0]
+
+
 def _softmax(logits: jax.Array, axis: int | tuple[int, ...], dtype) -> jax.Array:
     # jax.nn.softmax divides, which XLA turns into this in some programs and not in others: on one device and on eight.
     logits = at_least_float32(logits)
@@ -108,7 +118,7 @@ class HoME(nnx.Module):
         dim: channels of a token.
         rngs: `nnx.Rngs(seed)`; its stream `params` gives the initial values.
         group_size: tokens of a group. num_experts, slots_per_expert: of level 1, of each group.
-        num_experts_second: of level 2.
+        num_experts_second: of level 2; None: level 1 alone, without the gates, which have no effect.
         expert_mult: hidden width of an expert, see above.
         numerics: dtype of the parameters and precision of the products. Activations have the dtype of the tokens.
 
@@ -123,22 +133,23 @@ class HoME(nnx.Module):
         group_size: int = ModelConfig.group_list[0],
         num_experts: int = ModelConfig.experts_list[0],
         slots_per_expert: int = ModelConfig.num_slots_per_expert_first,
-        num_experts_second: int = ModelConfig.experts_list_second[0],
+        num_experts_second: int | None = ModelConfig.experts_list_second[0],
         expert_mult: int = ModelConfig.expert_mult,
         numerics: Numerics = FLOAT32,
     ):
         require_positive(dim=dim, group_size=group_size, num_experts=num_experts, slots_per_expert=slots_per_expert)
-        require_positive(num_experts_second=num_experts_second, expert_mult=expert_mult)
+        second = num_experts_second
+        require_positive(num_experts_second=1 if second is None else second, expert_mult=expert_mult)
         self.dim, self.group, self.num_experts, self.slots = dim, group_size, num_experts, slots_per_expert
         self.numerics = numerics
-        self.expert_gates = nnx.Param(jnp.ones(num_experts, numerics.param_dtype))
+        self.expert_gates = None if second is None else nnx.Param(jnp.ones(num_experts, numerics.param_dtype))
         self.norm = RMSNorm(dim, param_dtype=numerics.param_dtype)
         slots = num_experts * slots_per_expert
         self.slot_proj = Linear(dim, slots * dim, bias=False, rngs=rngs, numerics=numerics)
         self.slot_norm = RMSNorm(dim, param_dtype=numerics.param_dtype)
         self.experts = Experts(num_experts, dim, expert_mult, rngs=rngs, numerics=numerics)
-        self.group_gate = Linear(dim, 1, bias=True, rngs=rngs, numerics=numerics)
-        self.second = GlobalSoftMoE(dim, num_experts_second, expert_mult, rngs=rngs, numerics=numerics)
+        self.group_gate = None if second is None else Linear(dim, 1, bias=True, rngs=rngs, numerics=numerics)
+        self.second = None if second is None else GlobalSoftMoE(dim, second, expert_mult, rngs=rngs, numerics=numerics)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         check_tokens(tokens, self.dim)
@@ -154,8 +165,9 @@ class HoME(nnx.Module):
         weights = _softmax(logits, -1, x.dtype)
         inputs = jnp.einsum("bgkm,bgkf->bgmf", weights, x, precision=exact)
         y = self.experts(inputs.reshape(batch, groups, self.num_experts, self.slots, channels))
-        y = y * jnp.sign(self.expert_gates[...]).astype(y.dtype)[:, None, None]
-        y = self.second(y.reshape(batch, groups * slots, channels))
+        if self.second is not None and self.expert_gates is not None:
+            y = y * jnp.sign(self.expert_gates[...]).astype(y.dtype)[:, None, None]
+            y = self.second(y.reshape(batch, groups * slots, channels))
         y = jnp.einsum("bgkm,bgmf->bgkf", weights, y.reshape(batch, groups, slots, channels), precision=exact)
         return y.reshape(batch, groups * self.group, channels)[:, :length]
 

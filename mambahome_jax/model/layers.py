@@ -20,6 +20,7 @@ from mambahome_kernels.conv3d.api import Size, each_axis
 
 from mambahome_jax.config import Precision
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.model.norms import at_least_float32
 
 # TF32 is what XLA's default means for float32 on a GPU; bfloat16 operands have one meaning only.
 _PRECISIONS: dict[Precision, lax.Precision] = {
@@ -173,6 +174,29 @@ class Conv3d(nnx.Module):
         )
         y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
         return y if max(kernel.shape[:3]) == 1 else save_for_backward(y)
+
+
+class DepthwiseConv3d(nnx.Module):
+    """A convolution of each channel alone, zeros beyond the grid: (batch, depth, height, width, channels) -> the same.
+
+    size: odd, one number or one an axis; kernel (kd, kh, kw, channels).
+    """
+
+    def __init__(self, channels: int, size: Size = 3, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+        taps = math.prod(each_axis(size))
+        self.kernel = uniform(rngs, (*each_axis(size), channels), taps, numerics.param_dtype)
+        self.bias = uniform(rngs, (channels,), taps, numerics.param_dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...]
+        *size, _ = kernel.shape
+        # A sum of shifted products is one pass over memory; XLA's grouped convolutions are not.
+        wide = jnp.pad(at_least_float32(x), ((0, 0), *((n // 2, n // 2) for n in size), (0, 0)))
+        y = self.bias[...]
+        for offset in np.ndindex(*size):
+            window = (slice(begin, begin + n) for begin, n in zip(offset, x.shape[1:4], strict=True))
+            y = y + wide[:, *window] * kernel[offset]
+        return y.astype(x.dtype)
 
 
 class Upsample(nnx.Module):

@@ -1,14 +1,16 @@
-"""Mamba layers (Gu and Dao 2023) over a sequence of tokens: in one direction, and in SegMamba's three."""
+"""Mamba layers (Gu and Dao 2023) over a sequence of tokens: in one direction, in SegMamba's three, or without scan."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from mambahome_kernels import selective_scan
+from mambahome_kernels.conv3d.api import Size
 
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.model.layers import (
     FLOAT32,
+    DepthwiseConv3d,
     Linear,
     Numerics,
     check_tokens,
@@ -148,6 +150,27 @@ class Mamba(SelectiveSSM):
         check_tokens(tokens, self.d_model)
         x, z = jnp.split(save_for_backward(self.in_proj(tokens)), 2, axis=-1)
         return self.out_proj(self.scan(x, z))
+
+
+class GatedConv(nnx.Module):
+    """Mamba's layer without its scan: (batch, depth, height, width, d_model) -> the same shape and dtype.
+
+        [x, z] = W_in v        x = silu(depthwise convolution of x over the grid)        output = W_out (x silu(z))
+
+    The gated CNN of Yu and Wang 2025 (MambaOut, arXiv 2405.07992), in three dimensions and as wide as `Mamba`, which it
+    stands in for: a voxel sees its neighbours instead of all voxels before it. It has 84 to 93 % of the parameters of
+    `Mamba` for 48 to 384 channels, as the projections to dt, B and C go.
+    """
+
+    def __init__(self, d_model: int, size: Size = 3, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+        d_inner = EXPAND * d_model
+        self.in_proj = Linear(d_model, 2 * d_inner, bias=False, rngs=rngs, numerics=numerics)
+        self.conv = DepthwiseConv3d(d_inner, size, rngs=rngs, numerics=numerics)
+        self.out_proj = Linear(d_inner, d_model, bias=False, rngs=rngs, numerics=numerics)
+
+    def __call__(self, volume: jax.Array) -> jax.Array:
+        x, z = jnp.split(save_for_backward(self.in_proj(volume)), 2, axis=-1)
+        return self.out_proj(jax.nn.silu(self.conv(x)) * jax.nn.silu(z))
 
 
 class BiMamba(nnx.Module):

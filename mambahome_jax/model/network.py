@@ -18,9 +18,9 @@ from mambahome_kernels.conv3d.api import Size
 
 from mambahome_jax.config import DataProperties, ModelConfig, NetworkConfig, Precision, triple
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.model.home import HoME
+from mambahome_jax.model.home import FeedForward, HoME
 from mambahome_jax.model.layers import FLOAT32, ChannelDropout, Conv3d, Numerics, Upsample, remat
-from mambahome_jax.model.mamba import Mamba
+from mambahome_jax.model.mamba import GatedConv, Mamba
 from mambahome_jax.model.norms import DynamicTanh, instance_norm
 
 LEAKY_SLOPE = 0.01
@@ -83,33 +83,47 @@ class UpBlock(nnx.Module):
 
 
 class MambaHoMEBlock(nnx.Module):
-    """t + Mamba(DyT(t)), then t + HoME(DyT(t)), on tokens (batch, length, channels)."""
+    """v + Mamba(DyT(v)), then v + HoME(DyT(v)), the tokens being the voxels of (batch, depth, height, width, channels).
+
+    A twin (`ModelConfig.mixer`, `experts`) has another layer in the place of one of the two, or leaves Mamba out.
+    """
 
     def __init__(self, config: ModelConfig, stage: int, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
-        channels = config.feat_size[stage]
-        self.mamba_norm = DynamicTanh(channels, param_dtype=numerics.param_dtype)
-        self.mamba = Mamba(channels, rngs=rngs, numerics=numerics)
-        self.home_norm = DynamicTanh(channels, param_dtype=numerics.param_dtype)
-        self.home = HoME(
-            channels,
-            group_size=config.group_list[stage],
-            num_experts=config.experts_list[stage],
-            slots_per_expert=config.num_slots_per_expert_first,
-            num_experts_second=config.experts_list_second[stage],
-            expert_mult=config.expert_mult,
-            rngs=rngs,
-            numerics=numerics,
+        channels, dtype, mult = config.feat_size[stage], numerics.param_dtype, config.expert_mult
+        shared: dict[str, Any] = {"rngs": rngs, "numerics": numerics}
+        self.mamba_norm: Any = DynamicTanh(channels, param_dtype=dtype) if config.mixer != "none" else None
+        self.mamba = Mamba(channels, **shared) if config.mixer == "scan" else None
+        self.conv = GatedConv(channels, config.kernel_sizes[stage + 1], **shared) if config.mixer == "conv" else None
+        self.home_norm = DynamicTanh(channels, param_dtype=dtype)
+        self.ffn = FeedForward(channels, mult, **shared) if config.experts == "ffn" else None
+        self.home = (
+            None
+            if config.experts == "ffn"
+            else HoME(
+                channels,
+                group_size=config.group_list[stage],
+                num_experts=config.experts_list[stage],
+                slots_per_expert=config.num_slots_per_expert_first,
+                num_experts_second=config.experts_list_second[stage] if config.experts == "home" else None,
+                expert_mult=mult,
+                **shared,
+            )
         )
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        tokens = tokens + self.mamba(self.mamba_norm(tokens))
-        return tokens + self.home(self.home_norm(tokens))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.conv is not None:
+            x = x + self.conv(self.mamba_norm(x))
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        if self.mamba is not None:
+            tokens = tokens + self.mamba(self.mamba_norm(tokens))
+        layer: Any = self.home if self.ffn is None else self.ffn
+        return (tokens + layer(self.home_norm(tokens))).reshape(x.shape)
 
 
 class Stage(nnx.Module):
     """Coarsens the grid of a volume (batch, depth, height, width, channels before) by its stride, and mixes it.
 
-    block: (config, stage, rngs=, numerics=) -> a module from tokens (batch, length, channels) to tokens.
+    block: (config, stage, rngs=, numerics=) -> a module from a volume to one of the same shape.
     """
 
     def __init__(
@@ -145,11 +159,9 @@ class Stage(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x is normalised already, but for the network's input."""
         x = remat(self.use_checkpoint, self.gsc, self.downsample(x))
-        batch, depth, height, width, channels = x.shape
-        tokens = x.reshape(batch, depth * height * width, channels)
         for block in self.blocks:
-            tokens = remat(self.use_checkpoint, block, tokens)
-        return tokens.reshape(x.shape)
+            x = remat(self.use_checkpoint, block, x)
+        return x
 
 
 class Encoder(nnx.Module):

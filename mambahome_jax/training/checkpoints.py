@@ -47,7 +47,10 @@ from mambahome_jax.weights.checkpoint import (
 OPTIMIZER_ITEM, DATA_ITEM = "optimizer", "data"
 # Settings that earlier versions did not record, with their value then; settings that no longer exist, with the value
 # that changes nothing.
-_NOT_YET = {"dropout": 0.0, "plane_rotation": 0.0, "strides": [[2, 2, 2]] * 4, "kernel_sizes": [[3, 3, 3]] * 5}
+_NOT_YET = {
+    **{"dropout": 0.0, "plane_rotation": 0.0, "strides": [[2, 2, 2]] * 4, "kernel_sizes": [[3, 3, 3]] * 5},
+    **{"mixer": "scan", "experts": "home"},
+}
 _NO_LONGER = {"label_smoothing": 0.0}
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # Of the entry "data" in config.json; what else it holds is a setting of its own or follows from the voxels.

@@ -88,7 +88,7 @@ def _check(theirs: NetworkConfig, ours: NetworkConfig, source: str) -> None:
     names = [name for name in wanted if name not in ("in_chans", "out_chans", "use_checkpoint", "num_slices")]
     differ = [f"{name} is {given[name]}, expected {wanted[name]}" for name in names if given[name] != wanted[name]]
     if differ:
-        advice = "Choose --model and --feature_size as they were"
+        advice = "Choose --model, --feature_size, --mixer and --experts as they were"
         raise CheckpointError(f"{source} is of another configuration: {'; '.join(differ)}. {advice}")
 
 

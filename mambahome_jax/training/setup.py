@@ -14,6 +14,7 @@ import numpy as np
 
 from mambahome_jax.config import (
     MODEL_SIZES,
+    TWINS,
     AnatomicalAxis,
     Contents,
     DataProperties,
@@ -268,9 +269,10 @@ def _workers(flags: TrainConfig) -> int:
 
 
 def model_config(flags: TrainConfig, in_chans: int, out_chans: int) -> NetworkConfig:
-    """The size that --model picks, widened to --feature_size in all its stages."""
+    """The size that --model picks, or a twin of it, widened to --feature_size in all its stages."""
+    twin = {name: value for name in TWINS if (value := getattr(flags, name)) != getattr(TrainConfig, name)}
     model = MODEL_SIZES[flags.model].model
-    model = model.replace(in_chans=in_chans, out_chans=out_chans, use_checkpoint=flags.use_checkpoint)
+    model = model.replace(in_chans=in_chans, out_chans=out_chans, use_checkpoint=flags.use_checkpoint, **twin)
     if flags.feature_size is None:
         return model
     if flags.feature_size < 1:

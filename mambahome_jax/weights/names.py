@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mambahome_jax.config import NETWORKS, ModelConfig, NetworkConfig, SegMambaConfig, Triple
-from mambahome_jax.errors import CheckpointError
+from mambahome_jax.config import NETWORKS, TWINS, ModelConfig, NetworkConfig, SegMambaConfig, Triple
+from mambahome_jax.errors import CheckpointError, ConfigError
 
 TreePath = tuple[str | int, ...]
 _KNOWN = " or ".join(NETWORKS)
@@ -119,6 +119,14 @@ def targets(path: TreePath, shape: tuple[int, ...]) -> list[Target]:
     raise CheckpointError(f"{ours}: no published parameter corresponds to it; expected parameters of {_KNOWN}")
 
 
+def require_published_names(config: NetworkConfig) -> None:
+    """Raises ConfigError for a twin: its parameters have no published names."""
+    if config.twin:
+        raise ConfigError(
+            f"{config.twin}: only the published network has published names. Use the checkpoint folder of this twin"
+        )
+
+
 def official_shape(target: Target, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the published tensor for our array's shape."""
     ours = shape if target.expert is None else shape[1:]
@@ -130,7 +138,7 @@ def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], extra: Mapping[str, 
 
     The group sizes of MambaHoME's level 1 and the slices of SegMamba leave no trace there: they come from `extra`
     (fields of the configuration), else they are the published ones. Raises CheckpointError where a tensor is missing,
-    ConfigError where a value cannot be.
+    ConfigError where a value cannot be or `extra` is of a twin.
     """
     segmamba = any(name.startswith("vit.") for name in shapes)
     try:
@@ -139,8 +147,10 @@ def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], extra: Mapping[str, 
         raise CheckpointError(f"no tensor named {error.args[0]}; expected the weights of {_KNOWN}") from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"the tensors do not make a network ({error}); expected those of {_KNOWN}") from error
-    untraced = ("num_slices" if segmamba else "group_list", "use_checkpoint")
-    return config.replace(**{name: extra[name] for name in untraced if extra and name in extra})
+    untraced = ("num_slices", "use_checkpoint") if segmamba else ("group_list", "use_checkpoint", *TWINS)
+    config = config.replace(**{name: extra[name] for name in untraced if extra and name in extra})
+    require_published_names(config)
+    return config
 
 
 def _mambahome(shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:

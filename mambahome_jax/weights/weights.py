@@ -24,7 +24,14 @@ from mambahome_jax.support.devices import default_precision
 from mambahome_jax.support.files import NPZ_ERRORS, parse_json, require_whole_npz
 from mambahome_jax.support.paths import openable_path
 from mambahome_jax.weights.checkpoint import read_checkpoint_config, read_checkpoint_params, write_checkpoint
-from mambahome_jax.weights.names import TreePath, config_of_shapes, dotted, official_shape, targets
+from mambahome_jax.weights.names import (
+    TreePath,
+    config_of_shapes,
+    dotted,
+    official_shape,
+    require_published_names,
+    targets,
+)
 from mambahome_jax.weights.pth import read_pth, write_pth
 
 # Wrappers that data-parallel training puts around the names.
@@ -74,7 +81,11 @@ def export_official(tree: Any) -> dict[str, np.ndarray]:
 
     Returns:
         {published name: array}, one tensor an expert, each array in its own dtype.
+
+    Raises ConfigError for a twin (`ModelConfig.mixer`, `experts`), which has no such names.
     """
+    if isinstance(tree, Network):
+        require_published_names(tree.config)
     official: dict[str, np.ndarray] = {}
     for path, leaf in _leaves(tree).items():
         array = np.asarray(leaf)
@@ -321,6 +332,10 @@ def write_weights(path: Path | str, weights: Weights, *, overwrite: bool = False
         return
     if path.suffix not in FORMATS:
         raise ConfigError(f"{path}: unknown suffix; expected {', '.join(FORMATS)}, or none for a checkpoint folder")
+    try:
+        require_published_names(weights.config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already. Choose another name or pass --overwrite")
     tensors = export_official(_nested_params(weights))

@@ -21,7 +21,7 @@ LAYER_NORM_EPS = 1e-5
 
 
 class SegMambaBlock(nnx.Module):
-    """t + BiMamba(LayerNorm(t)), on tokens (batch, length, channels)."""
+    """v + BiMamba(LayerNorm(v)), with the voxels of v as tokens; v (batch, depth, height, width, channels)."""
 
     def __init__(self, config: SegMambaConfig, stage: int, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
         channels = config.feat_size[stage]
@@ -35,8 +35,9 @@ class SegMambaBlock(nnx.Module):
         )
         self.mamba = BiMamba(channels, num_slices=config.num_slices[stage], rngs=rngs, numerics=numerics)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        return tokens + self.mamba(self.norm(tokens))
+    def __call__(self, x: jax.Array) -> jax.Array:
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        return (tokens + self.mamba(self.norm(tokens))).reshape(x.shape)
 
 
 class Mlp(nnx.Module):
