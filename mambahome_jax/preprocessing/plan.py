@@ -101,8 +101,8 @@ class Plan:
     """Settings read off the data and the machine, in the order in which they follow from each other.
 
     spacing: mm; resampling: of images, "linear" or "cubic"; patch_size: voxels; strides, kernel_sizes: see
-    `ModelConfig`; batch_size: on each device; mirror: axes of `--mirror`; hold_out: every n-th patient, as `--hold_out`;
-    length: {"minutes": ...}, {"epochs": ...} or {"steps": ...}.
+    `ModelConfig`; batch_size: on each device; mirror, hold_out: as the flags of train; length: {"minutes": ...},
+    {"epochs": ...} or {"steps": ...}.
     """
 
     spacing: Setting
@@ -253,7 +253,9 @@ def _choose_hold_out(patients: int) -> Setting:
     if every == 5:
         return Setting(every, "every fifth patient shows how well the network does on others")
     count = -(-patients // every)
-    return Setting(every, f"{count} of {patients:,} patients; more of them to train on are worth more. --folds scores all")
+    return Setting(
+        every, f"{count} of {patients:,} patients; more of them to train on are worth more. --folds scores all"
+    )
 
 
 def _choose_length(cases: int, shape: Sequence[int], patch: Sequence[int], machine: Machine) -> Setting:
