@@ -33,7 +33,8 @@ from typing import Any
 import numpy as np
 
 from mambahome_jax.datasets.registry import load_dataset
-from mambahome_jax.evaluation.results import read_evaluation, score_matrix, structures_of, wilcoxon_p
+from mambahome_jax.evaluation.results import read_evaluation, structures_of, wilcoxon_p
+from mambahome_jax.evaluation.systems import paired_interval, score_array
 from mambahome_jax.support.devices import versions
 from mambahome_jax.support.files import jsonable
 
@@ -62,7 +63,6 @@ RUNS = INGREDIENTS | {
     "3.3 mm": "--spacing 1.5 1.5 3.3 -- --recipe strong --model MambaHoME_small --patch_size 160 160 32 --mirror none "
     "--strides published --hold_out 0",
 }
-RESAMPLES = 10_000
 # Standard deviation that the seed alone gives the mean Dice of some 80 cases (docs/experiments/hippocampus.md).
 SEED_NOISE = 0.002
 
@@ -165,29 +165,8 @@ def matrices(folds: Sequence[Sequence[Path]], metric: str) -> tuple[np.ndarray, 
     scores = [[read_evaluation(folder).scores for folder in seeds] for seeds in folds]
     structures = structures_of(row for seeds in scores for row in seeds[0])
     cases = [sorted({row.case for row in seeds[0]}) for seeds in scores]
-    parts = [
-        np.stack([score_matrix(side, metric, names, structures) for side in seeds])
-        for seeds, names in zip(scores, cases, strict=True)
-    ]
+    parts = [score_array(seeds, metric, names, structures) for seeds, names in zip(scores, cases, strict=True)]
     return np.concatenate(parts, axis=1), [*itertools.chain.from_iterable(cases)], structures
-
-
-def interval(ours: np.ndarray, theirs: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """95 % of the difference of two means, where cases are drawn anew for both, and the seeds of each for itself.
-
-    ours, theirs: (seeds, cases), nan where there is no score.
-    """
-    rng = np.random.default_rng(0)
-    cases = rng.multinomial(ours.shape[1], np.full(ours.shape[1], 1 / ours.shape[1]), size=resamples)
-
-    def means(values: np.ndarray) -> np.ndarray:
-        seeds = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)
-        known = np.isfinite(values)
-        total = np.einsum("rs,rc,sc->r", seeds, cases, np.where(known, values, 0.0), optimize=True)
-        return total / np.maximum(np.einsum("rs,rc,sc->r", seeds, cases, known * 1.0, optimize=True), 1)
-
-    low, high = np.percentile(means(ours) - means(theirs), [2.5, 97.5])
-    return float(low), float(high)
 
 
 def account(run: Run, folds: Sequence[Sequence[Path]], first: np.ndarray | None) -> tuple[dict[str, Any], np.ndarray]:
@@ -205,7 +184,7 @@ def account(run: Run, folds: Sequence[Sequence[Path]], first: np.ndarray | None)
     if first is not None:
         difference = each.mean(axis=0) - first.mean(axis=0)
         row |= {"difference": float(difference.mean()), "p": wilcoxon_p(difference)}
-        row["low"], row["high"] = interval(each, first)
+        row["low"], row["high"] = paired_interval(each, first)
     return row, each
 
 
