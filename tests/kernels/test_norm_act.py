@@ -9,12 +9,13 @@ from mambahome_kernels.norm_act.api import BACKENDS, EPS
 from mambahome_kernels.shapes import NORM_ACT
 
 
-def _plain(inputs, plus, slope):
+def _plain(inputs, plus, slope, affine=()):
     def norm(x):
         centred = x - x.mean((1, 2, 3), keepdims=True)
         return centred / jnp.sqrt(jnp.square(centred).mean((1, 2, 3), keepdims=True) + EPS)
 
-    total = sum(norm(x) for x in inputs)
+    scales, shifts = zip(*affine, strict=True) if affine else ([1] * len(inputs), [0] * len(inputs))
+    total = sum(norm(x) * scale + shift for x, scale, shift in zip(inputs, scales, shifts, strict=True))
     total = total if plus is None else total + plus
     return jnp.where(total > 0, total, slope * total)
 
@@ -74,6 +75,29 @@ def test_bfloat16_has_float32_statistics(backend):
     exact, _ = _values_and_gradients(_plain, tuple(x.astype(jnp.float32) for x in inputs), None, 0.01)
     assert (y.dtype, gradient.dtype) == (jnp.bfloat16, jnp.bfloat16)
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize(("count", "added"), [(1, True), (2, False)])
+def test_scale_and_shift_of_each_norm(count, added, backend, x64):
+    *inputs, extra = _random(count + 1, 30.0)
+    rng = np.random.default_rng(3)
+    affine = tuple(tuple(jnp.asarray(rng.normal(size=3)) for _ in range(2)) for _ in inputs)
+
+    def values_and_gradients(function):
+        def loss(inputs, plus, affine):
+            y = function(inputs, plus, affine)
+            return jnp.sum(jnp.sin(y)), y
+
+        plus = extra - 30 if added else None
+        wanted = (0, 1, 2) if added else (0, 2)
+        return jax.jit(jax.grad(loss, wanted, has_aux=True))(tuple(inputs), plus, affine)
+
+    expected = values_and_gradients(lambda inputs, plus, affine: _plain(inputs, plus, 0.01, affine))
+    got = values_and_gradients(lambda *arguments: norm_act(*arguments, slope=0.01, backend=backend))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10), got, expected)
+    with pytest.raises(ValueError, match="affine has 1 entries for 3 inputs; expected one each"):
+        norm_act((extra,) * 3, affine=affine[:1], slope=0.01, backend=backend)
 
 
 def test_an_unknown_backend_is_refused_with_those_that_there_are():

@@ -3,14 +3,19 @@
 import jax
 import jax.numpy as jnp
 
-from mambahome_kernels.norm_act.api import Backend
+from mambahome_kernels.norm_act.api import Affine, Backend
 
 _SPACE = (1, 2, 3)
 
 
-def _norm_act(slope: float, eps: float, inputs: tuple[jax.Array, ...], plus: jax.Array | None) -> jax.Array:
+def _norm_act(
+    slope: float, eps: float, inputs: tuple[jax.Array, ...], plus: jax.Array | None, affine: tuple[Affine, ...]
+) -> jax.Array:
     wide = jnp.promote_types(inputs[0].dtype, jnp.float32)
-    total = sum(_instance_norm(x.astype(wide), eps) for x in inputs)
+    normed = [_instance_norm(x.astype(wide), eps) for x in inputs]
+    if affine:
+        normed = [y * scale.astype(wide) + shift.astype(wide) for y, (scale, shift) in zip(normed, affine, strict=True)]
+    total = sum(normed)
     total = total if plus is None else total + plus.astype(wide)
     return jnp.where(total > 0, total, slope * total).astype(inputs[0].dtype)
 

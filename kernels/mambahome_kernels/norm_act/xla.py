@@ -7,6 +7,7 @@ and takes away its round-off.
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -15,41 +16,48 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from mambahome_kernels.norm_act.api import Backend
+from mambahome_kernels.norm_act.api import Affine, Backend
 
 _SPACE = (1, 2, 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _norm_act(slope: float, eps: float, inputs: tuple[jax.Array, ...], plus: jax.Array | None) -> jax.Array:
-    return _forward(slope, eps, inputs, plus)[0]
+def _norm_act(
+    slope: float, eps: float, inputs: tuple[jax.Array, ...], plus: jax.Array | None, affine: tuple[Affine, ...]
+) -> jax.Array:
+    return _forward(slope, eps, inputs, plus, affine)[0]
 
 
-def _forward(slope: float, eps: float, inputs: tuple[jax.Array, ...], plus: jax.Array | None):
+def _forward(
+    slope: float, eps: float, inputs: tuple[jax.Array, ...], plus: jax.Array | None, affine: tuple[Affine, ...]
+):
     with _wide_types(inputs[0]) as wide:
         statistics = checkpoint_name([_statistics(x.astype(wide), eps) for x in inputs], "norm_act")
-        y = _act(_total(inputs, statistics, plus), slope).astype(inputs[0].dtype)
+        y = _act(_total(inputs, statistics, plus, affine), slope).astype(inputs[0].dtype)
     # Those in float64 cannot leave the part where that is switched on.
     can_leave = wide != jnp.float64 or jax.config.read("jax_enable_x64")
-    return y, (inputs, plus, statistics if can_leave else None)
+    return y, (inputs, plus, affine, statistics if can_leave else None)
 
 
 def _backward(slope: float, eps: float, saved: tuple, cotangent: jax.Array):
     # Without the barrier XLA finds the same values in the forward pass, and keeps them in memory until here.
-    (inputs, plus, statistics), cotangent = lax.optimization_barrier((saved, cotangent))
+    (inputs, plus, affine, statistics), cotangent = lax.optimization_barrier((saved, cotangent))
     with _wide_types(inputs[0]) as wide:
         statistics = statistics or [_statistics(x.astype(wide), eps) for x in inputs]
         g = cotangent.astype(wide)
         if slope != 1:
-            g = jnp.where(_total(inputs, statistics, plus) > 0, g, slope * g)
-        mean = g.mean(_SPACE, keepdims=True)
-
-        def gradient(x: jax.Array, s: _Statistics) -> jax.Array:
+            g = jnp.where(_total(inputs, statistics, plus, affine) > 0, g, slope * g)
+        mean, voxels = g.mean(_SPACE, keepdims=True), math.prod(g.shape[1:4])
+        gradients, affine_gradients = [], []
+        for x, s, (scale, shift) in zip(inputs, statistics, affine or [(None, None)] * len(inputs), strict=True):
             y = s.normalise(x)
-            return (s.inverse * (g - mean - y * (g * y).mean(_SPACE, keepdims=True))).astype(x.dtype)
-
-        gradients = tuple(gradient(x, s) for x, s in zip(inputs, statistics, strict=True))
-        return gradients, None if plus is None else g.astype(plus.dtype)
+            along = (g * y).mean(_SPACE, keepdims=True)
+            inverse = s.inverse if scale is None else s.inverse * scale.astype(wide)
+            gradients.append((inverse * (g - mean - y * along)).astype(x.dtype))
+            if scale is not None:
+                sums = [voxels * part.sum((0, *_SPACE)) for part in (along, mean)]
+                affine_gradients.append((sums[0].astype(scale.dtype), sums[1].astype(shift.dtype)))
+        return tuple(gradients), None if plus is None else g.astype(plus.dtype), tuple(affine_gradients)
 
 
 _norm_act.defvjp(_forward, _backward)
@@ -83,8 +91,17 @@ def _statistics(x: jax.Array, eps: float) -> _Statistics:
     return _Statistics(shift + mean, lax.rsqrt(jnp.maximum(variance, 0) + eps))
 
 
-def _total(inputs: tuple[jax.Array, ...], statistics: list[_Statistics], plus: jax.Array | None) -> jax.Array:
-    total = functools.reduce(jnp.add, [s.normalise(x) for x, s in zip(inputs, statistics, strict=True)])
+def _total(
+    inputs: tuple[jax.Array, ...],
+    statistics: list[_Statistics],
+    plus: jax.Array | None,
+    affine: tuple[Affine, ...],
+) -> jax.Array:
+    parts = [s.normalise(x) for x, s in zip(inputs, statistics, strict=True)]
+    if affine:
+        wide = parts[0].dtype
+        parts = [y * scale.astype(wide) + shift.astype(wide) for y, (scale, shift) in zip(parts, affine, strict=True)]
+    total = functools.reduce(jnp.add, parts)
     return total if plus is None else total + plus.astype(total.dtype)
 
 
