@@ -24,6 +24,7 @@ from .inference.postprocess import volumes_ml as volumes_ml
 from .inference.segment import segment as segment
 from .inference.sliding_window import sliding_window as sliding_window
 from .model.baselines.segmamba import SegMamba as SegMamba
+from .model.baselines.unet import PlainUNet as PlainUNet, ResEncUNet as ResEncUNet
 from .model.home import HoME as HoME, SoftMoE as SoftMoE
 from .model.layers import Numerics as Numerics
 from .model.mamba import BiMamba as BiMamba, Mamba as Mamba

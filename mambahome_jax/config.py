@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.forms import Convert, among, converted, count_up_to, entries, optional, text
@@ -37,8 +37,11 @@ Contents = tuple[tuple[str, ...], ...]  # for each scan its digests, see imaging
 _PARTS, _CHANNELS = count_up_to(1000), count_up_to(1 << 16)
 _STAGES = "four positive integers, one a stage of the encoder"
 _AXES = "an entry an axis"
+_MOST_STAGES = 16  # of a U-Net: each halves the grid
+_STRIDE, _KERNEL = entries(among((1, 2)), 3), entries(among((1, 3)), 3)
+Forms = dict[str, tuple[Convert, str]]
 # How each field of a network's configuration is read, as anybody may have written it into a file.
-_NETWORK_FIELDS: dict[str, tuple[Convert, str]] = {
+_NETWORK_FIELDS: Forms = {
     **dict.fromkeys(
         ("in_chans", "out_chans", "hidden_size", "expert_mult", "num_slots_per_expert_first"),
         (_CHANNELS, "a positive integer, at most 65536"),
@@ -48,26 +51,33 @@ _NETWORK_FIELDS: dict[str, tuple[Convert, str]] = {
     ),
     "feat_size": (entries(_CHANNELS, 4), f"{_STAGES}, at most 65536"),
     **dict.fromkeys(("group_list", "num_slices"), (entries(count_up_to(math.inf), 4), _STAGES)),
-    "strides": (entries(entries(among((1, 2)), 3), 4), f"4 triples of 1 or 2, {_AXES}"),
-    "kernel_sizes": (entries(entries(among((1, 3)), 3), 5), f"5 triples of 1 or 3, {_AXES}"),
+    "strides": (entries(_STRIDE, 4), f"4 triples of 1 or 2, {_AXES}"),
+    "kernel_sizes": (entries(_KERNEL, 5), f"5 triples of 1 or 3, {_AXES}"),
     "use_checkpoint": (among((False, True)), "true or false"),
     **{name: (among(get_args(kind)), f"one of {', '.join(get_args(kind))}") for name, kind in TWINS.items()},
+}
+_UNET_FIELDS: Forms = _NETWORK_FIELDS | {
+    **dict.fromkeys(("depths", "decoder_depths"), (entries(_PARTS), "positive integers, one a stage, at most 1000")),
+    "feat_size": (entries(_CHANNELS), "positive integers, one a stage, at most 65536"),
+    "strides": (entries(_STRIDE), f"triples of 1 or 2, {_AXES}"),
+    "kernel_sizes": (entries(_KERNEL), f"triples of 1 or 3, {_AXES}"),
 }
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """What the shapes of all our networks have: four stages, in the names of the published constructors.
+    """What the shapes of all our networks have, in the names of the constructor of MambaHoME.
 
-    One entry a stage in `depths` and `feat_size`. Not published, an entry an axis of the volume: `strides` of each
-    stage, 1 or 2, and `kernel_sizes` of the convolutions on each of the five grids, the full one first, 1 or 3.
+    One entry a stage in `depths` and `feat_size`; an entry an axis of the volume in `strides` of each stage that
+    coarsens the grid, 1 or 2, and in `kernel_sizes` of the convolutions on each grid, the full one first, 1 or 3.
     """
+
+    forms: ClassVar[Forms] = _NETWORK_FIELDS
 
     in_chans: int = 1
     out_chans: int = 13
     depths: tuple[int, ...] = (2, 2, 2, 2)
     feat_size: tuple[int, ...] = (48, 96, 192, 384)
-    hidden_size: int = 768
     strides: tuple[Triple, ...] = ((2, 2, 2),) * 4
     kernel_sizes: tuple[Triple, ...] = ((3, 3, 3),) * 5
     use_checkpoint: bool = False
@@ -76,7 +86,7 @@ class NetworkConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             value = tuple(value) if isinstance(value, list) else value
-            object.__setattr__(self, field.name, converted(field.name, value, *_NETWORK_FIELDS[field.name]))
+            object.__setattr__(self, field.name, converted(field.name, value, *self.forms[field.name]))
 
     @property
     def twin(self) -> str:
@@ -94,10 +104,18 @@ class NetworkConfig:
         """The same network, able to take patches of this size."""
         return self
 
+    def with_grids(self, strides: Sequence[Triple], kernel_sizes: Sequence[Triple]) -> Self:
+        """The same network on other grids."""
+        return self.replace(strides=tuple(strides), kernel_sizes=tuple(kernel_sizes))
+
+    def widened(self, first: int) -> Self:
+        """The same network with so many channels in its first stage, and the others in their proportions to it."""
+        return self.replace(feat_size=tuple(round(width * first / self.feat_size[0]) for width in self.feat_size))
+
     @property
     def multiples(self) -> Triple:
         """What a patch or window is a multiple of, an entry an axis."""
-        return triple(math.prod(sizes) for sizes in zip(*self.strides, strict=True))
+        return multiples_of(self.strides)
 
     def check_size(self, size: Triple) -> None:
         """Raise ConfigError, naming the axis and the remedy, where the network cannot take volumes of this size."""
@@ -122,7 +140,18 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True)
-class ModelConfig(NetworkConfig):
+class FourStageConfig(NetworkConfig):
+    """An encoder of four stages; hidden_size: channels on the deepest grid of the decoder."""
+
+    hidden_size: int = 768
+
+    def widened(self, first: int) -> Self:
+        hidden = round(self.hidden_size * first / self.feat_size[0])
+        return super().widened(first).replace(hidden_size=hidden)
+
+
+@dataclass(frozen=True)
+class ModelConfig(FourStageConfig):
     """Shape of MambaHoME, in the names of the published constructor (MambaHoME.py); defaults as published.
 
     One entry a stage in `experts_list`, `group_list` (tokens a group), both of level 1, and `experts_list_second`.
@@ -140,7 +169,7 @@ class ModelConfig(NetworkConfig):
 
 
 @dataclass(frozen=True)
-class SegMambaConfig(NetworkConfig):
+class SegMambaConfig(FourStageConfig):
     """Shape of SegMamba (Xing et al. 2024, segmamba.py); defaults as published.
 
     num_slices: runs of tokens, for each stage, that the third direction of its Mamba layers goes across.
@@ -179,7 +208,67 @@ class SegMambaConfig(NetworkConfig):
         return [triple(map(operator.floordiv, size, step)) for step in steps]
 
 
-NETWORKS: dict[str, type[NetworkConfig]] = {"MambaHoME": ModelConfig, "SegMamba": SegMambaConfig}
+@dataclass(frozen=True)
+class UNetConfig(NetworkConfig):
+    """Shape of a U-Net of nnU-Net (Isensee et al. 2021), with as many stages as `feat_size` has entries.
+
+    The first stage works on the full grid, so `strides` has an entry less. depths: convolutions, or residual blocks, of
+    each stage; decoder_depths: convolutions of each step of the decoder, the coarsest first.
+    """
+
+    forms: ClassVar[Forms] = _UNET_FIELDS
+
+    depths: tuple[int, ...] = (2,) * 6
+    feat_size: tuple[int, ...] = (32, 64, 128, 256, 320, 320)
+    strides: tuple[Triple, ...] = ((2, 2, 2),) * 5
+    kernel_sizes: tuple[Triple, ...] = ((3, 3, 3),) * 6
+    decoder_depths: tuple[int, ...] = (2,) * 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        stages = len(self.feat_size)
+        expected = {"depths": stages, "kernel_sizes": stages, "strides": stages - 1, "decoder_depths": stages - 1}
+        if not 2 <= stages <= _MOST_STAGES:
+            raise ConfigError(f"feat_size has {stages} entries; expected one a stage, 2 to {_MOST_STAGES}")
+        for name, count in expected.items():
+            if (entries_of := len(getattr(self, name))) != count:
+                raise ConfigError(f"{name} has {entries_of} entries; expected {count} for {stages} stages")
+
+    def with_grids(self, strides: Sequence[Triple], kernel_sizes: Sequence[Triple]) -> Self:
+        """On other grids, with as many stages: the last one comes again, or the last ones go."""
+        stages = len(kernel_sizes)
+
+        def fitted(values: tuple[int, ...], count: int) -> tuple[int, ...]:
+            return values[:count] + values[-1:] * (count - len(values))
+
+        return self.replace(
+            strides=tuple(strides),
+            kernel_sizes=tuple(kernel_sizes),
+            depths=fitted(self.depths, stages),
+            feat_size=fitted(self.feat_size, stages),
+            decoder_depths=fitted(self.decoder_depths, stages - 1),
+        )
+
+
+@dataclass(frozen=True)
+class PlainUNetConfig(UNetConfig):
+    """Shape of PlainConvUNet: stages of convolutions; defaults as planned for 128 x 128 x 128 voxels of one size."""
+
+
+@dataclass(frozen=True)
+class ResEncUNetConfig(UNetConfig):
+    """Shape of ResidualEncoderUNet: stages of residual blocks; defaults as of PlainUNet."""
+
+    depths: tuple[int, ...] = (1, 3, 4, 6, 6, 6)
+    decoder_depths: tuple[int, ...] = (1,) * 5
+
+
+NETWORKS: dict[str, type[NetworkConfig]] = {
+    "MambaHoME": ModelConfig,
+    "SegMamba": SegMambaConfig,
+    "PlainUNet": PlainUNetConfig,
+    "ResEncUNet": ResEncUNetConfig,
+}
 
 
 def network_from_json(values: Mapping[str, Any]) -> NetworkConfig:
@@ -353,6 +442,11 @@ MODEL_SIZES: dict[str, ModelSize] = {
     ),
     "SegMamba": ModelSize(SegMambaConfig(), lr=1e-4, eps=1e-4, strong_lr=3e-4, patch_size=(128, 128, 128)),
 }
+
+
+def multiples_of(strides: Sequence[Triple]) -> Triple:
+    """What a patch is a multiple of, an entry an axis, so that each stride divides the grid that it coarsens."""
+    return triple(math.prod(sizes) for sizes in zip(*strides, strict=True))
 
 
 def nearest_multiples(size: Sequence[int], multiples: Triple) -> Triple:

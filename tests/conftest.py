@@ -22,7 +22,8 @@ settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-FULL, REDUCED = SHARED / "parity", Path(__file__).parent / "goldens"
+FULL = Path(os.environ.get("MAMBAHOME_GOLDENS", SHARED / "parity"))
+REDUCED = Path(__file__).parent / "goldens"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,7 +44,7 @@ def golden_path(name: str) -> Path:
     for folder in (FULL, REDUCED):
         if (folder / name).exists():
             return folder / name
-    pytest.skip(f"{name} is cut from real scans and not kept here; it is in ../shared/parity")
+    pytest.skip(f"{name} is only in the full set of goldens, ../shared/parity")
 
 
 def load_golden(name: str) -> dict[str, np.ndarray]:

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ _PRECISIONS: dict[Precision, lax.Precision] = {
     "tf32": lax.Precision.DEFAULT,
     "bf16": lax.Precision.DEFAULT,
 }
+LEAKY_SLOPE = 0.01
 _KEPT = "kept"
 # The names that the kernels give to what costs much to compute again.
 _KEPT_BY_KERNELS = ("norm_act", "selective_scan")
@@ -120,6 +121,26 @@ def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.P
     return nnx.Param(init_on_host(rngs, shape, dtype, lambda rng: rng.uniform(-bound, bound, shape)))
 
 
+def he_normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.Param:
+    """Normal of variance 2 / fan_in, widened for the leaky ReLU (He et al. 2015)."""
+    std = math.sqrt(2 / (1 + LEAKY_SLOPE**2) / fan_in)
+    return nnx.Param(init_on_host(rngs, shape, dtype, lambda rng: std * rng.standard_normal(shape)))
+
+
+def zeros(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype) -> nnx.Param:
+    return nnx.Param(jnp.zeros(shape, dtype))
+
+
+class Initial(NamedTuple):
+    """How kernels and biases of a layer begin: each (rngs, shape, fan_in, dtype) -> parameter."""
+
+    kernel: Callable[..., nnx.Param]
+    bias: Callable[..., nnx.Param]
+
+
+TORCH, HE = Initial(uniform, uniform), Initial(he_normal, zeros)
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU through erf; jax.nn goes through erfc, which takes XLA several times as long to compile."""
     return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
@@ -153,13 +174,14 @@ class Conv3d(nnx.Module):
         stride: Size = 1,
         padding: Size | None = None,
         bias: bool,
+        initial: Initial = TORCH,
         rngs: nnx.Rngs,
         numerics: Numerics = FLOAT32,
     ):
         self.stride, self.padding, self.numerics = stride, padding, numerics
         fan_in = inputs * math.prod(each_axis(size))
-        self.kernel = uniform(rngs, (*each_axis(size), inputs, outputs), fan_in, numerics.param_dtype)
-        self.bias = uniform(rngs, (outputs,), fan_in, numerics.param_dtype) if bias else None
+        self.kernel = initial.kernel(rngs, (*each_axis(size), inputs, outputs), fan_in, numerics.param_dtype)
+        self.bias = initial.bias(rngs, (outputs,), fan_in, numerics.param_dtype) if bias else None
 
     def __call__(self, *parts: jax.Array) -> jax.Array:
         """Convolve `parts`, whose channels lie side by side; a GPU adds up their convolutions and joins nothing."""
@@ -200,15 +222,27 @@ class DepthwiseConv3d(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Transposed convolution, kernel as wide as the stride, no bias: each voxel becomes stride voxels by one product.
+    """Transposed convolution, kernel as wide as the stride: each voxel becomes stride voxels by one product.
 
-    With stride 2: out[2z+a, 2y+b, 2x+c, o] = sum over i of in[z, y, x, i] kernel[a, b, c, i, o].
+    With stride 2: out[2z+a, 2y+b, 2x+c, o] = sum over i of in[z, y, x, i] kernel[a, b, c, i, o] (+ bias[o]).
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: Size = 2, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        stride: Size = 2,
+        *,
+        bias: bool = False,
+        initial: Initial = TORCH,
+        rngs: nnx.Rngs,
+        numerics: Numerics = FLOAT32,
+    ):
         self.numerics, stride = numerics, each_axis(stride)
         # torch counts the outputs as fan-in of a transposed convolution
-        self.kernel = uniform(rngs, (*stride, inputs, outputs), outputs * math.prod(stride), numerics.param_dtype)
+        fan_in = outputs * math.prod(stride)
+        self.kernel = initial.kernel(rngs, (*stride, inputs, outputs), fan_in, numerics.param_dtype)
+        self.bias = initial.bias(rngs, (outputs,), fan_in, numerics.param_dtype) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, depth, height, width, inputs = x.shape
@@ -216,7 +250,8 @@ class Upsample(nnx.Module):
         kernel = self.kernel[...].astype(x.dtype).transpose(3, 0, 1, 2, 4)
         y = jnp.matmul(x, kernel.reshape(inputs, -1), precision=self.numerics.lax_precision)
         y = y.reshape(batch, depth, height, width, a, b, c, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-        return y.reshape(batch, a * depth, b * height, c * width, -1)
+        y = y.reshape(batch, a * depth, b * height, c * width, -1)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,12 @@ from flax import nnx
 from mambahome_kernels import norm_act
 from mambahome_kernels.conv3d.api import Size
 
-from mambahome_jax.config import DataProperties, ModelConfig, NetworkConfig, Precision, triple
+from mambahome_jax.config import DataProperties, FourStageConfig, ModelConfig, NetworkConfig, Precision, triple
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.model.home import FeedForward, HoME
-from mambahome_jax.model.layers import FLOAT32, ChannelDropout, Conv3d, Numerics, Upsample, remat
+from mambahome_jax.model.layers import FLOAT32, LEAKY_SLOPE, ChannelDropout, Conv3d, Numerics, Upsample, remat
 from mambahome_jax.model.mamba import GatedConv, Mamba
 from mambahome_jax.model.norms import DynamicTanh, instance_norm
-
-LEAKY_SLOPE = 0.01
 
 
 class GatedSpatialConv(nnx.Module):
@@ -128,7 +126,7 @@ class Stage(nnx.Module):
 
     def __init__(
         self,
-        config: NetworkConfig,
+        config: FourStageConfig,
         stage: int,
         block: Callable[..., nnx.Module],
         *,
@@ -188,7 +186,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """Input and four encoder stages -> logits (batch, depth, height, width, classes) on the input's grid."""
 
-    def __init__(self, config: NetworkConfig, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
+    def __init__(self, config: FourStageConfig, *, rngs: nnx.Rngs, numerics: Numerics = FLOAT32):
         self.use_checkpoint = config.use_checkpoint
         features = config.feat_size
         channels = (config.in_chans, *features, config.hidden_size)
@@ -229,7 +227,7 @@ class Decoder(nnx.Module):
 
 
 class Network(nnx.Module):
-    """An encoder of four stages, which `encoder` makes, and the decoder.
+    """An encoder and a decoder, each made by (config, rngs=, numerics=).
 
     model(x): (batch, depth, height, width, in_chans) -> logits (batch, depth, height, width, out_chans), float32
     (float64 with float64 parameters). Raises ConfigError for an x that it cannot take, see `NetworkConfig.check_size`.
@@ -240,6 +238,7 @@ class Network(nnx.Module):
         self,
         config: NetworkConfig,
         encoder: Callable[..., nnx.Module],
+        decoder: Callable[..., nnx.Module] = Decoder,
         *,
         rngs: nnx.Rngs,
         numerics: Numerics,
@@ -248,14 +247,13 @@ class Network(nnx.Module):
         self.config, self.precision, self.metadata = config, numerics.precision, metadata
         self.dtype = numerics.activation_dtype
         self.encoder: Any = encoder(config, rngs=rngs, numerics=numerics)
-        self.decoder = Decoder(config, rngs=rngs, numerics=numerics)
+        self.decoder: Any = decoder(config, rngs=rngs, numerics=numerics)
 
     def __call__(self, x: jax.Array, dropout: ChannelDropout | None = None) -> jax.Array:
         return self.with_levels(x, dropout)[0]
 
     def with_levels(self, x: jax.Array, dropout: ChannelDropout | None = None) -> tuple[jax.Array, list[jax.Array]]:
-        """Logits, and the decoder's volumes on the grids of the first three stages (1/2, 1/4 and 1/8 as published),
-        feat_size[1], [2] and [3] channels."""
+        """Logits, and the decoder's volumes on coarser grids, the finest first, feat_size[1], [2], ... channels."""
         check_input(x.shape, self.config)
         x = x.astype(self.dtype)
         logits, levels = self.decoder.with_levels(x, self.encoder(x, dropout), dropout)

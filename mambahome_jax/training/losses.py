@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mambahome_jax.config import Precision
+from mambahome_jax.config import Precision, UNetConfig
 from mambahome_jax.model.layers import ChannelDropout, Conv3d, Numerics
 
 # (logits, labels[, labelled]) -> scalar
@@ -90,22 +90,25 @@ class DeepSupervision(nnx.Module):
     """A network with a 1x1x1 convolution on its decoder's volumes at 1/2 and 1/4 of the grid (Lee et al. 2015).
 
     model(x): (batch, D, H, W, in) -> [logits (batch, D, H, W, classes), the same at 1/2, at 1/4]. The heads lie beside
-    the network, not in it, so that checkpoints and exported weights are those of the network.
+    the network, not in it, so that checkpoints and exported weights are those of the network. A U-Net of nnU-Net has
+    heads of its own, and as many levels.
     """
 
     def __init__(self, network: Any, *, rngs: nnx.Rngs, precision: Precision = "fp32"):
         config = network.config
         self.network = network
+        widths = () if isinstance(config, UNetConfig) else config.feat_size[1 : 1 + HEADS]
         self.heads = nnx.List(
             [
                 Conv3d(width, config.out_chans, 1, bias=True, rngs=rngs, numerics=Numerics(precision=precision))
-                for width in config.feat_size[1 : 1 + HEADS]
+                for width in widths
             ]
         )
 
     def __call__(self, x: jax.Array, *dropout: ChannelDropout) -> list[jax.Array]:
         logits, levels = self.network.with_levels(x, *dropout)
-        return [logits, *(head(level) for head, level in zip(self.heads, levels[:HEADS], strict=True))]
+        heads = self.heads or self.network.decoder.coarse_heads
+        return [logits, *(head(level) for head, level in zip(heads, levels, strict=False))]
 
 
 def network_params(params: Any) -> Any:

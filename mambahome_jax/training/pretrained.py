@@ -12,13 +12,16 @@ from mambahome_jax.errors import CheckpointError
 from mambahome_jax.weights.names import dotted
 from mambahome_jax.weights.weights import Weights
 
-OUTPUT = "decoder.out"
+OUTPUTS = ("decoder.out", "decoder.heads")
 # What sees the channels of the scan.
 INPUTS = (
     "encoder.stages.0.downsample",
     "encoder.levels.0.stage.downsample",
     "decoder.skips.0.conv1",
     "decoder.skips.0.conv3",
+    # of a U-Net, one of the two
+    "encoder.stem.conv",
+    "encoder.stages.0.0.conv",
 )
 
 
@@ -45,21 +48,22 @@ def transfer(
 ) -> tuple[Any, Transfer]:
     """Parameters to start from: those of `weights`, except where they would not fit, which stay `fresh`.
 
-    Those are the output layer, where number or names of the structures (of `data`) differ, and the first convolutions,
-    where the number of channels does. fresh: nested dict of initial parameters of the network of `config`.
+    Those are the layers to classes, where number or names of the structures (of `data`) differ, and the first
+    convolutions, where the number of channels does. fresh: nested dict of initial parameters, of the network of
+    `config`.
     Raises CheckpointError, field by field, where the network differs in anything else.
     """
     _check(weights.config, config, source)
     anew = [] if weights.config.in_chans == config.in_chans else list(INPUTS)
     labels = weights.data and weights.data.labels
     if weights.config.out_chans != config.out_chans or (labels and labels != data.labels):
-        anew.append(OUTPUT)
+        anew.extend(OUTPUTS)
     loaded: list[str] = []
     reinitialised: list[str] = []
 
     def choose(path: tuple, leaf: Any) -> Any:
         name = dotted(tuple(key.key for key in path))
-        fits = name.rpartition(".")[0] not in anew
+        fits = not name.startswith(tuple(f"{layer}." for layer in anew))
         (loaded if fits else reinitialised).append(name)
         return _fitting(weights.params, name, leaf, source) if fits else leaf
 

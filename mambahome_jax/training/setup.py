@@ -277,9 +277,7 @@ def model_config(flags: TrainConfig, in_chans: int, out_chans: int) -> NetworkCo
         return model
     if flags.feature_size < 1:
         raise ConfigError(f"--feature_size {flags.feature_size}; expected 1 or more")
-    first = model.feat_size[0]
-    *widths, hidden = (round(width * flags.feature_size / first) for width in (*model.feat_size, model.hidden_size))
-    return model.replace(feat_size=tuple(widths), hidden_size=hidden)
+    return model.widened(flags.feature_size)
 
 
 def choose_grids(

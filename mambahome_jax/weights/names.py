@@ -6,11 +6,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mambahome_jax.config import NETWORKS, TWINS, ModelConfig, NetworkConfig, SegMambaConfig, Triple
+from mambahome_jax.config import (
+    NETWORKS,
+    TWINS,
+    ModelConfig,
+    NetworkConfig,
+    PlainUNetConfig,
+    ResEncUNetConfig,
+    SegMambaConfig,
+    Triple,
+    UNetConfig,
+)
 from mambahome_jax.errors import CheckpointError, ConfigError
 
 TreePath = tuple[str | int, ...]
-_KNOWN = " or ".join(NETWORKS)
+_KNOWN = f"{', '.join([*NETWORKS][:-1])} or {[*NETWORKS][-1]}"
 
 _MAMBA = "mamba_encoder.mamba_blocks.{}.{}."
 _HOME = "mamba_encoder.moe_layers.{}.{}.mlp."
@@ -19,6 +29,9 @@ _STAGE = r"encoder\.stages\.(\d)\."
 _BLOCK = _STAGE + r"blocks\.(\d+)\."
 _LEVEL = r"encoder\.levels\.(\d)\."
 _SEGMAMBA_BLOCK = _LEVEL + r"stage\.blocks\.(\d+)\."
+_UNET_PART = r"encoder\.stages\.(\d+)\.(\d+)\."
+_UNIT = r"(conv|norm)\.(kernel|scale|bias)"
+_BLOCK_OF_UNET = "encoder.stages.{}.blocks.{}."
 # Our dotted path -> published name. Groups are indices; {e} stands for the expert that a stacked array holds.
 _TABLE: dict[str, str | Callable[..., str]] = {
     r"encoder\.stages\.0\.downsample\.(kernel|bias)": "mamba_encoder.downsample_layers.0.0.{}",
@@ -50,6 +63,15 @@ _TABLE: dict[str, str | Callable[..., str]] = {
     ),
     r"decoder\.last\.(conv\d)\.kernel": "decoder1.layer.{}.conv.weight",
     r"decoder\.out\.(kernel|bias)": "out.conv.conv.{}",
+}
+_TABLE |= {
+    r"encoder\.stem\." + _UNIT: "encoder.stem.convs.0.{}.{}",
+    _UNET_PART + _UNIT: "encoder.stages.{}.0.convs.{}.{}.{}",
+    _UNET_PART + r"(conv\d)\." + _UNIT: _BLOCK_OF_UNET + "{}.{}.{}",
+    _UNET_PART + r"skip\.(\d)\." + _UNIT: _BLOCK_OF_UNET + "skip.{}.{}.{}",
+    r"decoder\.stages\.(\d+)\.up\.(kernel|bias)": "decoder.transpconvs.{}.{}",
+    r"decoder\.stages\.(\d+)\.units\.(\d+)\." + _UNIT: "decoder.stages.{}.convs.{}.{}.{}",
+    r"decoder\.heads\.(\d+)\.(kernel|bias)": "decoder.seg_layers.{}.{}",
 }
 for _level, _name in (("", _HOME), (r"second\.", _SECOND)):
     _TABLE[_BLOCK + rf"home\.{_level}norm\.gamma"] = _name + "norm.gamma"
@@ -98,7 +120,7 @@ def dotted(path: TreePath) -> str:
 def _layout(ours: str, ndim: int) -> Layout:
     if ours.endswith(".up.kernel"):
         return Layout((3, 4, 0, 1, 2))
-    if ours.endswith(".conv.kernel"):
+    if ours.endswith(".conv.kernel") and ndim == 2:
         return Layout((1, None, 0))
     if ours.rsplit(".", 1)[-1].startswith("kernel"):
         return Layout((4, 3, 0, 1, 2)) if ndim == 5 else Layout((1, 0))
@@ -110,7 +132,7 @@ def targets(path: TreePath, shape: tuple[int, ...]) -> list[Target]:
     ours = dotted(path)
     for pattern, name in _PATTERNS:
         if match := pattern.fullmatch(ours):
-            groups = ["weight" if group == "kernel" else group for group in match.groups()]
+            groups = ["weight" if group in ("kernel", "scale") else group for group in match.groups()]
             theirs = name(*groups) if callable(name) else name.format(*groups)
             if "{e}" not in theirs:
                 return [Target(theirs, None, _layout(ours, len(shape)))]
@@ -140,17 +162,64 @@ def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], extra: Mapping[str, 
     (fields of the configuration), else they are the published ones. Raises CheckpointError where a tensor is missing,
     ConfigError where a value cannot be or `extra` is of a twin.
     """
-    segmamba = any(name.startswith("vit.") for name in shapes)
+    segmamba, unet = (any(name.startswith(prefix) for name in shapes) for prefix in ("vit.", "encoder.stages."))
     try:
-        config = SegMambaConfig(**_common(shapes, "vit", "stages")) if segmamba else _mambahome(shapes)
+        if unet:
+            config: NetworkConfig = _unet(shapes)
+        else:
+            config = SegMambaConfig(**_common(shapes, "vit", "stages")) if segmamba else _mambahome(shapes)
     except KeyError as error:
         raise CheckpointError(f"no tensor named {error.args[0]}; expected the weights of {_KNOWN}") from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"the tensors do not make a network ({error}); expected those of {_KNOWN}") from error
-    untraced = ("num_slices", "use_checkpoint") if segmamba else ("group_list", "use_checkpoint", *TWINS)
+    untraced = [name for name in ("num_slices", "group_list", *TWINS, "use_checkpoint") if hasattr(config, name)]
     config = config.replace(**{name: extra[name] for name in untraced if extra and name in extra})
     require_published_names(config)
     return config
+
+
+def _unet(shapes: Mapping[str, tuple[int, ...]]) -> UNetConfig:
+    def count(pattern: str) -> int:
+        return 1 + max((int(m[1]) for name in shapes if (m := re.match(pattern, name))), default=-1)
+
+    residual = any(name.startswith("encoder.stem.") for name in shapes)
+    part, first = (r"blocks\.", "blocks.0.conv1") if residual else (r"0\.convs\.", "0.convs.0")
+    stages = range(count(r"encoder\.stages\.(\d+)\."))
+    kernels = [shapes[f"encoder.stages.{stage}.{first}.conv.weight"] for stage in stages]
+    steps = stages[:-1]
+    return (ResEncUNetConfig if residual else PlainUNetConfig)(
+        in_chans=shapes["encoder.stem.convs.0.conv.weight"][1] if residual else kernels[0][1],
+        out_chans=shapes[f"decoder.seg_layers.{len(steps) - 1}.weight"][0],
+        depths=tuple(count(rf"encoder\.stages\.{stage}\.{part}(\d+)\.") for stage in stages),
+        feat_size=tuple(kernel[0] for kernel in kernels),
+        strides=tuple(_axes(shapes[f"decoder.transpconvs.{step}.weight"]) for step in steps[::-1]),
+        kernel_sizes=tuple(map(_axes, kernels)),
+        decoder_depths=tuple(count(rf"decoder\.stages\.{step}\.convs\.(\d+)\.") for step in steps),
+    )
+
+
+# In a state dict of nnU-Net the decoder holds the encoder too, and each convolution and norm has two names.
+_ALIASES = (
+    (re.compile(r"^decoder\.encoder\."), "encoder."),
+    (re.compile(r"\ball_modules\.0\."), "conv."),
+    (re.compile(r"\ball_modules\.1\."), "norm."),
+)
+
+
+def canonical_name(name: str) -> str:
+    """The one name of ours for a published tensor, of the several that it has in a state dict of nnU-Net."""
+    for pattern, replacement in _ALIASES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def all_names(name: str) -> list[str]:
+    """Every name that a published tensor has in a state dict: several in those of nnU-Net's networks."""
+    if not re.match(r"encoder\.(stem|stages)\.|decoder\.(stages|transpconvs|seg_layers)\.", name):
+        return [name]
+    again = re.sub(r"\bnorm\.(\w+)$", r"all_modules.1.\1", re.sub(r"\bconv\.(\w+)$", r"all_modules.0.\1", name))
+    names = [name] if again == name else [name, again]
+    return names + [f"decoder.{each}" for each in names if each.startswith("encoder.")]
 
 
 def _mambahome(shapes: Mapping[str, tuple[int, ...]]) -> ModelConfig:

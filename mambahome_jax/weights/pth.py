@@ -133,13 +133,17 @@ def read_pth(path: Path) -> Any:
 
 
 def write_pth(path: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
-    """Write {"model": tensors, "config": config} for torch.load(path, weights_only=True). OSError passes through."""
+    """Write {"model": tensors, "config": config} for torch.load(path, weights_only=True). OSError passes through.
+
+    An array that stands under several names is written once, as torch.save does.
+    """
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    keys = {identity: str(key) for key, identity in enumerate(dict.fromkeys(map(id, arrays.values())))}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", _describe(arrays, config))
+        archive.writestr("archive/data.pkl", _describe(arrays, keys, config))
         archive.writestr("archive/byteorder", "little")
-        for key, array in enumerate(arrays.values()):
-            archive.writestr(f"archive/data/{key}", array.tobytes())
+        for identity, array in {id(array): array for array in arrays.values()}.items():
+            archive.writestr(f"archive/data/{keys[identity]}", array.tobytes())
         archive.writestr("archive/version", "3\n")
 
 
@@ -148,13 +152,19 @@ def _value(value: Any) -> bytes:
     return pickletools.optimize(pickle.dumps(value, protocol=2))[2:-1]
 
 
-def _describe(arrays: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> bytes:
+def _describe(arrays: Mapping[str, np.ndarray], keys: Mapping[int, str], config: Mapping[str, Any]) -> bytes:
+    """keys: of the storages, by the arrays' identities."""
     ordered = b"ccollections\nOrderedDict\n)R"  # GLOBAL, EMPTY_TUPLE, REDUCE
     out = [b"\x80\x02}(", _value("model"), ordered, b"("]
-    for key, (name, array) in enumerate(arrays.items()):
+    for name, array in arrays.items():
         strides = tuple(stride // array.itemsize for stride in array.strides)
         out += [_value(name), b"ctorch._utils\n_rebuild_tensor_v2\n", b"((", _value("storage")]
-        out += [f"ctorch\n{_STORAGE_OF[array.dtype]}\n".encode(), _value(str(key)), _value("cpu"), _value(array.size)]
+        out += [
+            f"ctorch\n{_STORAGE_OF[array.dtype]}\n".encode(),
+            _value(keys[id(array)]),
+            _value("cpu"),
+            _value(array.size),
+        ]
         out += [b"tQ", _value(0), _value(array.shape), _value(strides), _value(False), ordered, b"tR"]
     out += [b"u", _value("config"), _value(dict(config)), b"u."]
     return b"".join(out)

@@ -26,6 +26,8 @@ from mambahome_jax.support.paths import openable_path
 from mambahome_jax.weights.checkpoint import read_checkpoint_config, read_checkpoint_params, write_checkpoint
 from mambahome_jax.weights.names import (
     TreePath,
+    all_names,
+    canonical_name,
     config_of_shapes,
     dotted,
     official_shape,
@@ -35,6 +37,7 @@ from mambahome_jax.weights.names import (
 from mambahome_jax.weights.pth import read_pth, write_pth
 
 # Wrappers that data-parallel training puts around the names.
+_STATE_DICTS = ("model", "state_dict", "network_weights")  # the last one in checkpoints of nnU-Net
 _PREFIXES = ("module.", "_forward_module.", "_orig_mod.", "model.")
 
 
@@ -173,11 +176,12 @@ def _read_torch(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     config: dict[str, Any] = {}
     if isinstance(content, Mapping):
         config = dict(content["config"]) if isinstance(content.get("config"), Mapping) else {}
-        inner = (content[key] for key in ("model", "state_dict") if isinstance(content.get(key), Mapping))
+        inner = (content[key] for key in _STATE_DICTS if isinstance(content.get(key), Mapping))
         content = next(inner, content)
     if not isinstance(content, Mapping):
+        where = " or ".join(_STATE_DICTS)
         raise CheckpointError(
-            f"{path}: holds a {type(content).__name__}; expected a state_dict, alone or under 'model'"
+            f"{path}: holds a {type(content).__name__}; expected a state_dict, alone or under {where}"
         )
     return {str(name): array for name, array in content.items() if isinstance(array, np.ndarray)}, config
 
@@ -224,6 +228,17 @@ def _strip_prefixes(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return tensors
 
 
+def _under_one_name(path: Path, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Each tensor once. Raises CheckpointError where the names of one hold different values."""
+    known: dict[str, np.ndarray] = {}
+    for name, array in tensors.items():
+        other = known.setdefault(canonical_name(name), array)
+        if other is not array and not np.array_equal(other, array):
+            found = f"{name} and {canonical_name(name)} differ"
+            raise CheckpointError(f"{path}: {found}; expected two names of one tensor. Save the weights again")
+    return known
+
+
 def _data_of(values: Mapping[str, Any], source: Path) -> DataProperties | None:
     """From the entry "data" of a configuration, None where there is none."""
     if not isinstance(values.get("data"), Mapping):
@@ -261,7 +276,7 @@ def _read_weights_file(path: Path) -> Weights:
     tensors, values = _read_tensors(path)
     values, source = (values, path) if values else _config_beside(path)
     model = values["model"] if isinstance(values.get("model"), Mapping) else values
-    tensors = _strip_prefixes(tensors)
+    tensors = _under_one_name(path, _strip_prefixes(tensors))
     if not tensors:
         raise CheckpointError(f"{path}: no tensors inside; expected the weights of a network")
     try:
@@ -349,7 +364,8 @@ def write_weights(path: Path | str, weights: Weights, *, overwrite: bool = False
             elif path.suffix == ".safetensors":
                 safetensors.numpy.save_file(tensors, partial, metadata={"config": text})
             else:
-                write_pth(partial, tensors, parse_json(text))
+                aliases = {alias: array for name, array in tensors.items() for alias in all_names(name)}
+                write_pth(partial, aliases, parse_json(text))
             partial.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise OutputError(f"{path}: cannot be written ({error}). Is the disk full or read-only?") from error

@@ -136,7 +136,7 @@ def test_round_trip_is_bit_equal(suffix, official, tmp_path):
 def test_bare_weights_have_the_published_slices(official, tmp_path):
     np.savez(tmp_path / "bare.npz", **{f"module.{name}": array for name, array in official.items()})
     config = read_weights(tmp_path / "bare.npz").config
-    assert config == SegMambaConfig(2, 3, (1, 2, 1, 1), (4, 5, 6, 8), 10)
+    assert config == SegMambaConfig(2, 3, (1, 2, 1, 1), (4, 5, 6, 8), hidden_size=10)
 
 
 @pytest.mark.parametrize(
