@@ -197,6 +197,9 @@ class TrainConfig:
 
     _SCHEDULE: ClassVar = "Schedule, validation and checkpoints"
 
+    minutes_from: Literal["start", "first_step"] = "start"
+    """What begins --max_minutes: the start of the program; or the first step of each network, so that compiling takes
+    nothing of them."""
     scheduler: Literal["CALR"] = "CALR"
     """Cosine annealing of the learning rate to 0, a step every --skip_val epochs (every epoch with --steps)."""
     skip_val: int = 1
@@ -224,6 +227,8 @@ class TrainConfig:
     folds: int | None = None
     """Cross-validation: so many networks, in fold_0, fold_1, ..., each trained without a part of the patients, on which
     it is scored; all scores are in cross_validation/. Time and steps as of --members."""
+    fold_seed: int | None = None
+    """Seed of the division into folds, so that networks of several seeds hold out the same cases (default: --seed)."""
     fold: int | None = None
     """Train this fold of --folds alone, counted from 0, as on another machine with the same --output_dir."""
     parallel: bool = True

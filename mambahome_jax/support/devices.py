@@ -7,7 +7,7 @@ import platform
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mambahome_jax.config import Precision
 from mambahome_jax.errors import ConfigError
@@ -198,3 +198,18 @@ def print_versions() -> None:
         print(f"{name} {number}")
     print(f"devices: {device_line()}")
     print(f"compiled programs: {program_cache() or 'not kept'}")
+
+
+def git_state(folder: Path | None = None) -> dict[str, Any] | None:
+    """{"commit", "changed": files that differ from it} of the checkout of this code, or `folder`; None without one."""
+    folder = folder or Path(__file__).parents[1]
+    try:
+        commit, changed = (
+            subprocess.run(
+                ["git", "-C", folder, *command], capture_output=True, text=True, check=True, timeout=10
+            ).stdout
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.strip(), "changed": [line[3:] for line in changed.splitlines()]}

@@ -110,13 +110,21 @@ def divide_cases(prepared: Prepared, flags: TrainConfig) -> tuple[tuple[str, ...
     assert flags.folds is not None
     entries = map(Store(prepared.store).entry, [case.id for case in usable_cases(prepared)])
     traits = {entry.id: [entry.modality, *map(str, entry.foreground_counts)] for entry in entries}
-    return held_out_folds(prepared, flags.folds, flags.seed, traits)
+    return held_out_folds(prepared, flags.folds, _fold_seed(flags), traits)
+
+
+def _fold_seed(flags: TrainConfig) -> int:
+    return flags.seed if flags.fold_seed is None else flags.fold_seed
 
 
 def fold_lines(prepared: Prepared, held_out_cases: Sequence[Sequence[str]], flags: TrainConfig) -> list[str]:
     """Say how the cases were divided."""
     cases = usable_cases(prepared)
-    how = "the folds that come with the dataset" if cases[0].fold is not None else f"by patient, from seed {flags.seed}"
+    how = (
+        "the folds that come with the dataset"
+        if cases[0].fold is not None
+        else f"by patient, from seed {_fold_seed(flags)}"
+    )
     sizes = ", ".join(str(len(part)) for part in held_out_cases)
     lines = [f"Cases held out by the {len(held_out_cases)} folds: {sizes}; {how}"]
     marked = Counter(case.split for case in cases)["val"]

@@ -6,7 +6,6 @@ import gc
 import hashlib
 import json
 import math
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
@@ -27,7 +26,7 @@ from mambahome_jax.preprocessing.dataset import prepare_dataset
 from mambahome_jax.preprocessing.plan import Setting, follow_plan, is_given, plan_lines, planned_settings
 from mambahome_jax.recipes import given_ingredients
 from mambahome_jax.support.console import logged, say, tracked
-from mambahome_jax.support.devices import choose_devices, device_line, versions
+from mambahome_jax.support.devices import choose_devices, device_line, git_state, versions
 from mambahome_jax.support.files import jsonable, read_json, write_json
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import from_keywords, local_path, require_letters
@@ -124,7 +123,7 @@ def run_training(flags: TrainConfig, console: Console, started: float | None = N
     first = plan_lines(given, flags, plan, "cpu" if jax.default_backend() == "cpu" else "gpu")
     seconds = math.inf if flags.max_minutes is None else flags.max_minutes * 60
     folder = run_folder(flags)
-    clock = Clock(started or time.monotonic(), seconds)
+    clock = Clock(started or time.monotonic(), seconds, from_first_step=flags.minutes_from == "first_step")
     settings = {name: setting for name, setting in plan.settings.items() if name not in given_ingredients(given)}
     fixed = frozenset(name for name in SIZES if is_given(given, name))
     return Training(flags, folder, console, clock, settings, first, fixed, at_once=at_once).run()
@@ -248,7 +247,7 @@ class Training:
         """
         while True:
             report = new_report(folder, setup, self.data.skipped)
-            report |= {name: earlier[name] for name in ("pretrained",) if name in earlier}
+            report |= {name: earlier[name] for name in ("pretrained", "compile_seconds") if name in earlier}
 
             def begin(
                 schedule: Schedule, parameters: int, transferred: Transfer | None, setup: Setup = setup, report=report
@@ -256,7 +255,7 @@ class Training:
                 if transferred is not None:
                     self.say(f"{setup.flags.use_pretrained}: {transferred}")
                     report["pretrained"] = {"path": setup.flags.use_pretrained, **asdict(transferred)}
-                report["status"] = "running"
+                report |= {"status": "running", "parameters": parameters}
                 save_report(folder, report)
                 for line in start_lines(setup, schedule, parameters, devices, checkpoint):
                     self.say(line)
@@ -268,7 +267,7 @@ class Training:
                         run = train_network(setup, folder, checkpoint, devices, clock, programs, console, begin)
                     local = [device for device in devices if device.process_index == jax.process_index()]
                     memory = memory_entry(setup, run.memory, local) if run.memory else earlier.get("memory")
-                    return run, report | {"memory": memory}
+                    return run, {"compile_seconds": run.compile_seconds} | report | {"memory": memory}
                 except DeviceMemoryError as error:
                     # Its traceback would keep the arrays of the step on the device.
                     shortage = DeviceMemoryError(str(error), error.memory)
@@ -321,7 +320,7 @@ class Training:
                 results.append(self._train_one(network.folder, network.flags, share, skip_finished=True))
                 if results[-1].exit_code > SIGNALLED:
                     break
-                self.clock = _after(self.clock, network.folder)
+                self.clock = _after(share, network.folder)
             else:
                 pooled = self._pool(networks[0].flags.max_minutes) if flags.folds is not None else None
                 if flags.folds is None or pooled is not None:
@@ -375,7 +374,12 @@ def is_finished(report: Mapping[str, Any], flags: TrainConfig) -> bool:
 
 
 def _after(clock: Clock, home: Path) -> Clock:
-    """The time that a network leaves: without what it took in this process, or in all by its checkpoint."""
+    """The time that a network leaves: without what it took in this process, or in all by its checkpoint.
+
+    Without its share where that began with its first step: the others have the same.
+    """
+    if clock.from_first_step:
+        return clock._replace(started=time.monotonic(), seconds=clock.seconds * (1 - 1 / clock.parts))
     spent = read_checkpoint_config(home / "checkpoints" / "last").get("seconds_spent", 0.0) if holds_run(home) else 0.0
     now = time.monotonic()
     return Clock(now, max(clock.seconds - max(now - clock.started, spent), 0.0))
@@ -482,18 +486,3 @@ def dataset_fingerprint(labels: Mapping[int, str], digests: Mapping[str, str]) -
     """SHA-256 of the label table and the `case_digests` of the cases: equal for the same data anywhere."""
     content = [sorted(labels.items()), sorted(digests.items())]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def git_state(folder: Path | None = None) -> dict[str, Any] | None:
-    """{"commit", "changed": files that differ from it} of the checkout of this code, or `folder`; None without one."""
-    folder = folder or Path(__file__).parent
-    try:
-        commit, changed = (
-            subprocess.run(
-                ["git", "-C", folder, *command], capture_output=True, text=True, check=True, timeout=10
-            ).stdout
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit.strip(), "changed": [line[3:] for line in changed.splitlines()]}

@@ -62,7 +62,8 @@ class TimeBudget:
     """Time of a run in seconds since `started`, the start of the program; a resumed run goes on with what was spent.
 
     seconds: the budget, infinite for none; what is left of it after the first step is cut to one part in `parts`.
-    to_first_step: of spent_before, the part until the first step was done. held_out: cases that are predicted at the
+    to_first_step: of spent_before, the part until the first step was done. from_first_step: what a process does until
+    its first step is done, such as compiling, takes nothing of the budget. held_out: cases that are predicted at the
     end, as a multiple of those of a validation. validation_steps: steps that take as long as a validation probably
     does, until one is measured.
     """
@@ -74,11 +75,12 @@ class TimeBudget:
         spent_before: float = 0.0,
         to_first_step: float | None = None,
         parts: int = 1,
+        from_first_step: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.seconds, self.parts, self.held_out, self.validation_steps = seconds, parts, 0.0, 0.0
         self._clock, self._origin = clock, started - spent_before
-        self.to_first_step = to_first_step
+        self.to_first_step, self._spent_before, self._waits = to_first_step, spent_before, from_first_step
         self._steps: deque[float] = deque(maxlen=8)
         self._step_ended: float | None = None
         self._measured, self._step_seconds = 0, 0.0  # steps measured, and the mean time of the last ones
@@ -93,8 +95,8 @@ class TimeBudget:
         return math.isfinite(self.seconds)
 
     def spent(self) -> float:
-        """Seconds since the start."""
-        return self._clock() - self._origin
+        """Seconds since the start, or since the first step where the budget begins with that."""
+        return self._spent_before if self._waits else self._clock() - self._origin
 
     def left(self) -> float:
         """Seconds until the end of the budget."""
@@ -109,6 +111,8 @@ class TimeBudget:
 
     def step_ended(self) -> None:
         """Measure: a step has just ended."""
+        if self._waits:
+            self._waits, self._origin = False, self._clock() - self._spent_before
         now = self.spent()
         if self.to_first_step is None:
             self.to_first_step = now
@@ -211,11 +215,15 @@ class TimeBudget:
 
 
 class Clock(NamedTuple):
-    """When the program started, the seconds that it is given, and the number of networks that they are for."""
+    """When the program started, the seconds that it is given, and the number of networks that they are for.
+
+    from_first_step: see `TimeBudget`.
+    """
 
     started: float = 0.0
     seconds: float = math.inf
     parts: int = 1
+    from_first_step: bool = False
 
     def budget(self, earlier: Mapping[str, Any] | None) -> TimeBudget:
         """The time of a run, which goes on with what it has spent according to its last checkpoint."""
@@ -226,6 +234,7 @@ class Clock(NamedTuple):
             known.get("seconds_spent", 0.0),
             None if earlier is None else known.get("seconds_to_first_step", 0.0),
             parts=self.parts if earlier is None else 1,
+            from_first_step=self.from_first_step,
         )
         # What is left then is for the scores of the cases held out.
         budget.ended_before = known.get("ended", False)

@@ -115,7 +115,7 @@ def train_network(
         display = stack.enter_context(Display(console, schedule, int(state.step), setup.global_batch))
         due = schedule.after(int(state.step))  # now, as a run of little time is to take a step after it has compiled
         program = (setup, trained_graphdef, optimizer, mesh, programs, state, display)
-        train_step, memory = (None, None) if due.stop else compiled_step(*program)
+        train_step, memory, compile_seconds = (None, None, None) if due.stop else compiled_step(*program)
 
         # --- Validation, and the loop ----------------------------------------------------------------------------
         run = TrainingRun.resumed(
@@ -131,6 +131,7 @@ def train_network(
             keep_last=flags.keep_last,
             due=due,
             memory=memory,
+            compile_seconds=compile_seconds,
             keeps_best=flags.folds is None,
         )
         if is_first():
@@ -220,15 +221,16 @@ def compiled_step(
     programs: Programs,
     state: TrainState,
     display: Display,
-) -> tuple[TrainStep, StepMemory | None]:
-    """The training step with this network's seed, of the programs or compiled and added to them, and its memory.
+) -> tuple[TrainStep, StepMemory | None, float]:
+    """The training step with this network's seed, of the programs or compiled and added to them, its memory, and the
+    seconds that it took.
 
     Raises DeviceMemoryError: it does not fit.
     """
     flags, recipe = setup.flags, setup.recipe
     image = (setup.global_batch, *setup.patch_size, setup.model.in_chans)
     batch = abstract_batch(image, None if setup.labelled is None else setup.model.out_chans, mesh)
-    program = (graphdef, setup.augmentation, tuple(batch.items()))
+    program, begun = (graphdef, setup.augmentation, tuple(batch.items())), time.perf_counter()
     if program not in programs:
         display.state("Compiling")
         display.say("Compiling the training step, once; the first step follows")
@@ -239,7 +241,7 @@ def compiled_step(
         programs[program] = compile_step(train_step, state, batch, mesh)
     memory = step_memory(programs[program], state, mesh)
     require_fit(memory, setup)
-    return with_seed(programs[program], flags.seed, mesh), memory
+    return with_seed(programs[program], flags.seed, mesh), memory, round(time.perf_counter() - begun, 1)
 
 
 # --- Validation --------------------------------------------------------------------------------------------------
@@ -327,8 +329,8 @@ class TrainingRun:
 
     folder: of the checkpoints; settings: entries of their config.json. validated_until: the step up to which that is
     done. due: before its first step, where that was decided already. error: why it ended before its time. saved:
-    whether it has written a checkpoint. memory: of its compiled step, where it has one. held_out: the summary of the
-    scores of the cases held out. keeps_best: whether validations choose `best`; else it is the last validated.
+    whether it has written a checkpoint. memory, compile_seconds: of its step, where it has one. held_out: the summary
+    of the scores of the cases held out. keeps_best: whether validations choose `best`; else it is the last validated.
     """
 
     folder: Path
@@ -343,6 +345,7 @@ class TrainingRun:
     keep_last: int = 1
     due: Due | None = None
     memory: StepMemory | None = None
+    compile_seconds: float | None = None
     keeps_best: bool = True
     step: int = 0
     best: dict[str, Any] | None = None

@@ -36,6 +36,7 @@ def _run(
     spent_before=0.0,
     to_first_step=None,
     val_every=None,
+    from_first_step=False,
 ):
     """A run in which each step, validation, saving takes so long: clock, rates, times of validations, progress.
 
@@ -66,7 +67,7 @@ def _run(
                 clock.now += saving
                 saved.append(clock.now - 5.0)
 
-    budget = SlowDisk(seconds, 5.0, spent_before, to_first_step, clock=clock)
+    budget = SlowDisk(seconds, 5.0, spent_before, to_first_step, from_first_step=from_first_step, clock=clock)
     schedule = Schedule(CONFIG, None, steps_per_epoch=2, val_every=val_every, budget=budget)
     display = Display(Console(file=io.StringIO()), schedule)
     run = TrainingRun(folder, {"model": {}, "training": {}}, schedule, display, MESH, CASES)
@@ -74,6 +75,18 @@ def _run(
     with FileLog(folder) as run.log, display:
         train(_state(), Batches(), train_step, run)
     return clock.now - 5.0, rates, saved if validation is None else validated, run
+
+
+@pytest.mark.parametrize("earlier", [{}, {"spent_before": 700.0, "to_first_step": 0.0}], ids=["new", "resumed"])
+def test_minutes_from_the_first_step_leave_compiling_out(tmp_path, earlier):
+    ends, updates = [], []
+    for seconds in (0, 300):
+        given = {"seconds": 1000, "compile_time": seconds, "from_first_step": True} | earlier
+        end, rates, _, _ = _run(tmp_path / str(seconds), **given)
+        ends.append(end)
+        updates.append(len(rates))
+    assert ends[1] - ends[0] == 300 and updates[0] == updates[1] > 10
+    assert read_checkpoint_config(tmp_path / "300" / "last")["seconds_spent"] <= 1000
 
 
 def test_the_run_ends_in_time_with_a_validation_of_its_last_step(tmp_path):

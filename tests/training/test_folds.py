@@ -11,12 +11,13 @@ import pytest
 from rich.console import Console
 
 from mambahome_jax.commands import train as command
+from mambahome_jax.datasets.prepared import read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.evaluation.results import Score
 from mambahome_jax.patches.store import Store
 from mambahome_jax.training import held_out, runs
 from mambahome_jax.training import train as training
-from mambahome_jax.training.folds import learn_largest
+from mambahome_jax.training.folds import divide_cases, fold_lines, learn_largest
 from mambahome_jax.training.runs import TrainResult, run_training
 from mambahome_jax.weights.checkpoint import learned_largest, read_checkpoint_params
 from tests.commands.test_train import _config, _dataset, _small  # noqa: F401
@@ -132,6 +133,17 @@ def test_flags_that_do_not_go_together_are_refused(data, tmp_path, flags, messag
         command.run(_config(data, tmp_path / "run", folds=2, data_val=data))
 
 
+def test_networks_of_several_seeds_hold_out_the_same_cases(data, tmp_path):
+    prepared = read_prepared(data)
+
+    def divided(**seeds):
+        return divide_cases(prepared, _config(data, tmp_path / "run", folds=3, **seeds))
+
+    assert divided(seed=0) != divided(seed=1)
+    assert divided(seed=0) == divided(seed=1, fold_seed=0)
+    assert "from seed 0" in fold_lines(prepared, divided(), _config(data, tmp_path, folds=3, seed=1, fold_seed=0))[0]
+
+
 def test_a_folder_of_folds_takes_no_other_run(data, tmp_path):
     config = _config(data, tmp_path / "run", folds=2, steps=1, val_every=1)
     assert command.run(config) == 0
@@ -237,4 +249,4 @@ def test_folds_share_the_time_and_leave_some_for_their_report(tmp_path, monkeypa
     monkeypatch.setattr(runs.Training, "_train_one", one)
     config = _config(tmp_path, tmp_path / "run", steps=None, max_minutes=8.0, folds=4)
     assert command.run(config, 95.0) == 143
-    assert calls == [("fold_0", 2.0, 0, 95.0, 475.0, 4), ("fold_1", 2.0, 1, 250.0, 320.0, 3)]
+    assert calls == [("fold_0", 2.0, 0, 95.0, 475.0, 4, False), ("fold_1", 2.0, 1, 250.0, 320.0, 3, False)]
