@@ -263,8 +263,9 @@ class InferConfig:
     """A scan (.nii.gz, .nii, .mha, .mhd, .nrrd), a folder of DICOM slices, or a folder of such scans, also in
     subfolders such as <patient>/<study>/<series>."""
     model_path: Path | tuple[Path, ...]
-    """A run, a checkpoint folder (RUN/checkpoints/best), or published weights (.pth, .npz, .safetensors). Several, or a
-    run of --folds or --members, are an ensemble: the mean of their softmax probabilities."""
+    """A run, a checkpoint folder (RUN/checkpoints/best), published weights (.pth, .npz, .safetensors), or a model
+    folder of nnU-Net v2. Several, or a run of --folds or --members, are an ensemble: the mean of their softmax
+    probabilities."""
     output_dir: Path = Path("inference")
     """Folder for the label maps, previews, volumes.csv and run.json."""
     split: Literal["auto", "all", "train", "val", "test"] = "auto"

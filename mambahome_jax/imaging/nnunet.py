@@ -36,15 +36,16 @@ _SEPARATE = 3  # times as long as the finest are the voxels of an axis that is r
 class NnunetPreparation:
     """How nnU-Net prepares scans and reads the output of its networks, beside spacing and patch.
 
-    axes: the file's axis along each of the network's; canonical: of the array after it is turned to RAS.
-    mirror_axes: of the network's, along which training mirrored; None: it did not. regions: the label value that each
-    output writes where its sigmoid exceeds 1/2, later ones over earlier; () where the largest output is the label.
+    axes: the array's axis along each of the network's. orientation: to which the array is turned before; None: it stays
+    as the file has it. mirror_axes: of the network's, along which training mirrored; None: it did not. regions: the
+    label value that each output writes where its sigmoid exceeds 1/2, later ones over earlier; () where the largest
+    output is the label.
     configuration, trainer: their names in nnU-Net.
     """
 
     axes: Triple
     normalisation: PerChannel
-    canonical: bool = False
+    orientation: str | None = None
     mirror_axes: tuple[int, ...] | None = None
     regions: tuple[int, ...] = ()
     configuration: str = "3d_fullres"
@@ -53,7 +54,8 @@ class NnunetPreparation:
     def __str__(self) -> str:
         schemes = ", ".join(str(channel) for channel in self.normalisation.channels)
         regions = f", regions {' '.join(map(str, self.regions))}" if self.regions else ""
-        return f"that of nnU-Net, axes {' '.join(map(str, self.axes))}, {schemes}{regions}"
+        turned = f" of {self.orientation}" if self.orientation else ""
+        return f"that of nnU-Net, axes {' '.join(map(str, self.axes))}{turned}, {schemes}{regions}"
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "NnunetPreparation":
@@ -62,7 +64,7 @@ class NnunetPreparation:
         fields = {
             "axes": _permutation(values["axes"]),
             "normalisation": PerChannel(entries(_scheme)(values["normalisation"]["channels"])),
-            "canonical": among((False, True))(values["canonical"]),
+            "orientation": optional(text)(values["orientation"]),
             "mirror_axes": optional(entries(axis))(values["mirror_axes"]),
             "regions": entries(number)(values["regions"]),
             "configuration": text(values["configuration"]),
@@ -102,7 +104,7 @@ class NnunetScan:
     @classmethod
     def of(cls, volume: Volume, target: Sequence[float], preparation: NnunetPreparation) -> "NnunetScan":
         """From a volume (D0, D1, D2, C) in any real type. Raises DatasetError: far more voxels than can be meant."""
-        volume = reorient(volume, "RAS") if preparation.canonical else volume
+        volume = volume if preparation.orientation is None else reorient(volume, preparation.orientation)
         axes = preparation.axes
         oriented = Volume(volume.array.transpose(*axes, 3), volume.affine[:, [*axes, 3]], volume.header)
         crop = nonzero_box(oriented.array)

@@ -177,6 +177,11 @@ class PerChannel:
         return "ct" if all(channel.scheme == "CTNormalization" for channel in self.channels) else "mr"
 
     @property
+    def several(self) -> bool:
+        """Whether some channels are CT and others not."""
+        return len({channel.scheme == "CTNormalization" for channel in self.channels}) > 1
+
+    @property
     def masked(self) -> bool:
         """Whether a mask of the scan is needed."""
         return any(channel.masked for channel in self.channels)

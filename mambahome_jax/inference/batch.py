@@ -137,8 +137,8 @@ def infer_scans(
         failures = [*found.failures, *unfit, *incomplete]
         for failure in failures:
             say(f"Failed {failure['id']}: {failure['reason']}")
-        trained = segmenter.settings.normalisation.modality
-        if config.modality is None and any(scan.modality not in (None, trained) for scan in scans):
+        trained, by_plans = segmenter.settings.normalisation.modality, segmenter.settings.nnunet is not None
+        if config.modality is None and not by_plans and any(scan.modality not in (None, trained) for scan in scans):
             say("Scans of several modalities: each is normalised by its own, as the dataset says")
         else:
             scans = [replace(scan, modality=None) for scan in scans]
@@ -319,6 +319,7 @@ def _load(config: InferConfig, paths: Sequence[Path]) -> Segmenter:
         if getattr(config, name) < least:
             raise ConfigError(f"--{name} {getattr(config, name)}; expected {least} or more")
     channels = len(settings.normalisation.mean) if isinstance(settings.normalisation, CtScale) else 1
+    channels = channels if settings.nnunet is None else networks.channels or 1
     to_network_grid(Volume(np.zeros((1, 1, 1, channels), np.float32), np.eye(4)), settings)
     return segmenter
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress, product
+from itertools import chain, compress, product
 from typing import Any
 
 import jax
@@ -30,7 +31,9 @@ from mambahome_jax.imaging.intensity import voxel_digest
 from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW
 from mambahome_jax.inference.tiled import Predict, Replica
 from mambahome_jax.support.devices import compiler_options
+from mambahome_jax.weights.nnunet import FoldMean
 
+_UNMIRRORED = "the network was not trained on mirrored scans, so no window is mirrored"
 # Below it, half of what a network marks is wrong, or half of what there is is missed.
 _POOR_DICE = 0.5
 
@@ -62,7 +65,10 @@ class TrainingRecord:
 
 @dataclass(frozen=True, eq=False)
 class Ensemble:
-    """Networks, or callables on windows, whose softmax probabilities are averaged; the first one tells for all."""
+    """Networks, or callables on windows, whose softmax probabilities are averaged; the first one tells for all.
+
+    Of nnU-Net's networks the logits are averaged, as nnU-Net does.
+    """
 
     members: tuple[Any, ...]
 
@@ -74,7 +80,8 @@ class Ensemble:
         """
         if isinstance(model, cls):
             return model
-        members = tuple(model) if isinstance(model, list | tuple) else (model,)
+        given = tuple(model) if isinstance(model, list | tuple) else (model,)
+        members = tuple(chain.from_iterable(one.networks if isinstance(one, FoldMean) else (one,) for one in given))
         if not members:
             raise ConfigError("no model; expected one, or several as an ensemble")
         names = names or [f"model {n}" for n in range(1, len(members) + 1)]
@@ -87,6 +94,11 @@ class Ensemble:
             if differing:
                 raise ConfigError(f"{name} cannot be joined with {names[0]}: {'; '.join(differing)}")
         return cls(members)
+
+    @property
+    def voters(self) -> tuple[tuple[Any, ...], ...]:
+        """The members, those together of which the logits are averaged."""
+        return (self.members,) if self.data.nnunet is not None else tuple((member,) for member in self.members)
 
     @property
     def data(self) -> DataProperties:
@@ -129,13 +141,15 @@ class Ensemble:
     @property
     def class_names(self) -> dict[int, str]:
         """Class, as the output counts them, -> structure; empty where it does not say."""
-        return dict(self.data.labels)
+        names = dict(self.data.labels)
+        regions = () if self.data.nnunet is None else self.data.nnunet.regions
+        return {output: names[value] for output, value in enumerate(regions)} if regions else names
 
     @property
     def label_names(self) -> dict[int, str]:
         """Value in label maps -> structure; empty where it does not say."""
         stored = dict(self.data.values)
-        return {stored.get(value, value): name for value, name in self.class_names.items()}
+        return {stored.get(value, value): name for value, name in self.data.labels}
 
     @property
     def modalities(self) -> frozenset[Modality]:
@@ -170,6 +184,10 @@ class Ensemble:
 
     def mirrors(self, orientation: str) -> tuple[tuple[Mirror, ...], tuple[str, ...]]:
         """Find the axes to mirror windows along, which every network was trained with, and remarks: `mirrors_for`."""
+        if self.data.nnunet is not None:
+            axes = self.data.nnunet.mirror_axes
+            # Left and right are not swapped there, whatever the labels.
+            return (tuple((axis, ()) for axis in axes), ()) if axes else ((), ("tta: " + _UNMIRRORED,))
         networks = [_metadata(member) for member in self.members if isinstance(member, nnx.Module)]
         trained = set(AXES).intersection(*(data.mirror if data else () for data in networks))
         records = [data.mirror_pairs if data else None for data in networks]
@@ -209,7 +227,7 @@ def _traits(member: Any) -> dict[str, Any]:
         "orientation": data.orientation,
         "modality": data.modality,
         "intensities of CT": "by the window" if data.ct_normalisation == PUBLISHED_WINDOW else data.ct_normalisation,
-        "preparation of scans": "published" if alone.published else "trained",
+        "preparation of scans": str(data.nnunet) if data.nnunet else "published" if alone.published else "trained",
     }
 
 
@@ -223,13 +241,26 @@ def log_mean_softmax(members: Sequence[jax.Array]) -> jax.Array:
     return total
 
 
-def replicas(member: Any, mirrors: Sequence[Mirror] = (), devices: Sequence[jax.Device] | None = None) -> list[Replica]:
-    """Put a network on each device, averaged over mirrored windows; a mere callable stays where it is."""
-    if not isinstance(member, nnx.Module):
-        return [Replica(None, mirrored(member, mirrors))]
+def replicas(
+    voter: Sequence[Any], mirrors: Sequence[Mirror] = (), devices: Sequence[jax.Device] | None = None
+) -> list[Replica]:
+    """Put the mean of networks' logits on each device, over mirrored windows too; a mere callable stays where it is."""
+    if not all(isinstance(member, nnx.Module) for member in voter):
+        return [Replica(None, mirrored(_mean(voter), mirrors))]
+    placed: Sequence[jax.Device | None] = [None] if devices is None else devices
+    return [Replica(device, mirrored(_mean([_on(member, device) for member in voter]), mirrors)) for device in placed]
+
+
+def _on(member: nnx.Module, device: jax.Device | None) -> Predict:
     graph, state = nnx.split(member)
-    states = [(None, state)] if devices is None else [(device, jax.device_put(state, device)) for device in devices]
-    return [Replica(device, mirrored(partial(apply_network, graph, each), mirrors)) for device, each in states]
+    return partial(apply_network, graph, state if device is None else jax.device_put(state, device))
+
+
+def _mean(predictions: Sequence[Predict]) -> Predict:
+    """Average what each makes of the same windows."""
+    if len(predictions) == 1:
+        return predictions[0]
+    return lambda windows: functools.reduce(operator.add, (one(windows) for one in predictions)) / len(predictions)
 
 
 def apply_network(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:

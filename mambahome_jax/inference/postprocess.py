@@ -89,11 +89,11 @@ def volumes_ml(labels: Volume, names: Mapping[int, str]) -> dict[str, float]:
 def write_probabilities(path: Path, values: np.ndarray, affine: np.ndarray, names: Mapping[int, str]) -> None:
     """Write an .npz of `probabilities` (D, H, W, classes) and `affine` (4, 4), voxel to RAS mm, whole or not at all.
 
-    names: of the label values; `labels` in the file is the JSON text {"0": "background", "1": name, ...}.
+    names: of the classes; `labels` in the file is the JSON text {"0": "background", "1": name, ...}.
     Raises OutputError: it cannot be written.
     """
-    labels = {str(value): names.get(value, f"label_{value}") for value in range(1, values.shape[-1])}
-    text = np.array(json.dumps({"0": "background"} | labels))
+    known = {0: "background"} | dict(names)
+    text = np.array(json.dumps({str(c): known.get(c, f"label_{c}") for c in range(values.shape[-1])}))
     # Level 1, as most of it is ones and zeros.
     with (
         atomic_write(path, "folder") as partial,

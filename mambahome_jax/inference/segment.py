@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,6 @@ from mambahome_jax.config import Mirror, Modality, Resampling
 from mambahome_jax.errors import ConfigError, DatasetError, ScanWarning
 from mambahome_jax.imaging.geometry import (
     Box,
-    Limits,
     Order,
     coarse_remark,
     cubic_limits,
@@ -24,10 +23,18 @@ from mambahome_jax.imaging.geometry import (
     reorient,
     resample_to,
     resampled_grid,
+    row_slabs,
 )
 from mambahome_jax.imaging.header import usable_affine
-from mambahome_jax.imaging.intensity import IntensityStatistics, statistics_of_parts
-from mambahome_jax.imaging.normalisation import CtNormalisation, Normalisation, ct_to_json, normalisation_for
+from mambahome_jax.imaging.intensity import statistics_of_parts
+from mambahome_jax.imaging.nnunet import NnunetPreparation, NnunetScan
+from mambahome_jax.imaging.normalisation import (
+    CtNormalisation,
+    Normalisation,
+    PerChannel,
+    ct_to_json,
+    normalisation_for,
+)
 from mambahome_jax.imaging.plausibility import modality_remark, scan_remark, volume_remark
 from mambahome_jax.imaging.volume import Volume, replace_values
 from mambahome_jax.inference.ensemble import Ensemble, replicas
@@ -40,9 +47,9 @@ PUBLISHED_ROI = (192, 192, 48)
 # An image of the network that takes more than this is made slab by slab when its windows are due: float32 of
 # 512 x 512 x 512 voxels. More would gain little, as making it takes a small part of the network's time.
 WHOLE_BYTES = 512 << 20
-_SLAB_BYTES = 32 << 20
 
 Chain = Literal["trained", "published"]
+_BY_PLANS = ("spacing", "modality", "chain")  # options that nnU-Net's plans leave no choice of
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,8 @@ class SegmentSettings:
 
     chain: "trained" resamples first, as `resampling` says, and normalises what came out, as preprocess.py and train.py
     do, and blends windows by a Gaussian. "published" is what the published inference script does: intensity window
-    first, linear resampling, equal weights, zeros beyond the border, nearest logits on the way back.
+    first, linear resampling, equal weights, zeros beyond the border, nearest logits on the way back. nnunet: in place
+    of all this, what nnU-Net does.
     """
 
     spacing: Sequence[float] | None
@@ -85,6 +93,7 @@ class SegmentSettings:
     chain: Chain = "trained"
     mirrors: tuple[Mirror, ...] = ()
     resampling: Resampling = "linear"
+    nnunet: NnunetPreparation | None = None
 
     def __post_init__(self) -> None:
         if self.chain not in ("trained", "published"):
@@ -102,6 +111,8 @@ class SegmentSettings:
         content, normalisation = vars(self).copy(), self.normalisation
         del content["normalisation"]
         ct_scale = ct_to_json(normalisation) if isinstance(normalisation, CtNormalisation) else None
+        if self.nnunet is not None:
+            content |= {"orientation": self.nnunet.orientation, "nnunet": asdict(self.nnunet)}
         return content | {"modality": normalisation.modality, "ct_scale": ct_scale}
 
 
@@ -128,15 +139,22 @@ class Segmenter:
         wanted = () if wanted == (NONE,) else wanted
         largest = None if wanted == (ALL,) else values_named(wanted, *known, "keep_largest")
         roi_size = data.patch_size or PUBLISHED_ROI
+        own = normalisation_for(options.modality or data.modality, data.ct_normalisation)
+        nnunet = data.nnunet
+        if nnunet is not None:
+            if given := [name for name in _BY_PLANS if getattr(options, name) is not None]:
+                raise ConfigError(f"{given[0]} was given, but nnU-Net's plans say how scans are prepared. Leave it out")
+            nnunet = replace(nnunet, orientation=options.orientation or nnunet.orientation)
         settings = SegmentSettings(
             spacing=data.spacing if options.spacing is None else options.spacing,
             orientation=data.orientation if options.orientation is None else options.orientation,
-            normalisation=normalisation_for(options.modality or data.modality, data.ct_normalisation),
+            normalisation=own if nnunet is None else nnunet.normalisation,
             roi_size=roi_size if options.roi_size is None else options.roi_size,
             overlap=options.overlap,
             sw_batch_size=options.sw_batch_size,
             chain=options.chain or ("published" if networks.published else "trained"),
             resampling=data.resampling,
+            nnunet=nnunet,
         )
         remarks: tuple[str, ...] = ()
         if options.tta:
@@ -153,7 +171,9 @@ class Segmenter:
     def remark(self, volume: Volume, modality: Modality, structures_ml: Mapping[str, float]) -> str | None:
         """Say what is odd about a scan as it was read, or about the volumes of its result; None where nothing is."""
         ranges = self.networks.ranges(modality)
-        odd = scan_remark(volume.array, volume.affine, modality, ranges)
+        # Channels of several modalities are not all what any one of these is.
+        several = isinstance(self.settings.normalisation, PerChannel) and self.settings.normalisation.several
+        odd = None if several else scan_remark(volume.array, volume.affine, modality, ranges)
         odd = odd or modality_remark(modality, self.networks.modalities) or volume_remark(structures_ml, ranges)
         return None if odd is None else str(odd)
 
@@ -231,20 +251,20 @@ def segment(
 class NetworkInput:
     """A scan as the network takes it, with what is needed to go back.
 
-    oriented: the scan (D, H, W, in) in any real type, reoriented. affine, shape: the network's grid.
-    positions: of the oriented scan's voxels on it, see `positions_on`. file_affine: (4, 4) of the scan as it was read.
-    limits: of cubic splines. statistics: what `settings.normalisation` takes. kept: (*shape, in) float32, None where
-    slabs are made on demand.
+    oriented: the scan (D, H, W, in) in any real type, its axes as the network has them. affine, shape: the network's
+    grid. file_affine: (4, 4) of the scan as it was read. part: makes a box of the image, (d, h, w, in) float32.
+    positions: of the voxels of `crop` on the network's grid, see `positions_on`. crop: the box of the oriented scan
+    beyond which all is background; None: all of it. kept: (*shape, in) float32, None where parts are made on demand.
     """
 
     oriented: Volume
     affine: np.ndarray
     shape: tuple[int, int, int]
-    positions: list[np.ndarray] | None
     file_affine: np.ndarray
     settings: SegmentSettings
-    limits: Limits | None = None
-    statistics: IntensityStatistics | None = None
+    part: Callable[[Box], np.ndarray]
+    positions: list[np.ndarray] | None
+    crop: Box | None = None
     kept: np.ndarray | None = None
 
     @property
@@ -255,47 +275,32 @@ class NetworkInput:
     def slab(self, axis: int, start: int, stop: int) -> np.ndarray:
         """The planes start to stop (exclusive) of the image along an axis: float32, the other axes whole."""
         a, b, c = (slice(start, stop) if at == axis else slice(0, n) for at, n in enumerate(self.shape))
-        if self.kept is not None:
-            return self.kept[a, b, c]
-        return self._box((a, b, c), partial(self.settings.normalisation, statistics=self.statistics))
-
-    def raw_parts(self) -> Iterator[np.ndarray]:
-        """The values that the statistics are of, part by part: those of the grid on which they are normalised."""
-        array = self.oriented.array
-        if self.settings.published:
-            yield from (array[rows] for rows in _rows(array.shape))
-        else:
-            whole = [slice(0, n) for n in self.shape]
-            for rows in _rows((*self.shape, array.shape[3])):
-                yield self._box((rows, whole[1], whole[2]), np.asarray)
+        return self.part((a, b, c)) if self.kept is None else self.kept[a, b, c]
 
     @property
     def remark(self) -> str | None:
         """What to say of a scan of which resampling leaves next to nothing."""
-        return coarse_remark(self.oriented.shape, self.shape)
+        return coarse_remark(self.oriented.array[self.crop or ()].shape, self.shape)
 
     def target(self) -> Labels | ShearedLabels:
-        """Make what labels the reoriented scan of logits on the network's grid."""
+        """Make what labels the reoriented scan, or the crop of it, of logits on the network's grid."""
         order: Order = "nearest" if self.settings.published else "linear"
+        regions = () if self.settings.nnunet is None else self.settings.nnunet.regions
         if self.positions is not None:
-            return Labels(self.positions, order)
+            return Labels(self.positions, order, regions)
         matrix = np.linalg.inv(self.affine) @ self.oriented.affine
         return ShearedLabels(self.shape, self.oriented.shape, matrix, order)
 
     def back(self, labels: np.ndarray) -> Volume:
-        """Labels of the reoriented scan as a volume of the scan as it was read."""
+        """Labels of what `target` labels as a volume of the scan as it was read."""
+        if self.crop is not None:
+            cropped, labels = labels, np.zeros(self.oriented.shape, labels.dtype)
+            labels[self.crop] = cropped
         file_order = reorient(Volume(labels, self.oriented.affine), orientation_of(self.file_affine))
         header = self.oriented.header
         # Undoing the flips moves the affine by rounding only; the scan's own is exact. What its values are (the
         # header's intent) says nothing of labels.
         return Volume(file_order.array, self.file_affine, None if header is None else replace(header, intent=0))
-
-    def _box(self, box: Box, then: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """A part of the image, `then` done to it where its settings normalise."""
-        if self.settings.published:
-            return resample_to(self.oriented, self.affine, self.shape, box=box, before=then).array
-        order, limits = self.settings.resampling, self.limits
-        return then(resample_to(self.oriented, self.affine, self.shape, order, box=box, limits=limits).array)
 
 
 def to_network_grid(
@@ -320,28 +325,52 @@ def to_network_grid(
     if array.dtype.kind == "f" and not np.isfinite(array.sum(dtype=np.float64)):
         count = int(np.count_nonzero(~np.isfinite(array)))
         raise DatasetError(f"{count} voxels are NaN or infinite", expected="finite numbers")
-    oriented = reorient(replace(volume, array=array), settings.orientation)
-    spacing = (0.0, 0.0, 0.0) if settings.spacing is None else settings.spacing
-    affine, shape = resampled_grid(oriented.affine, oriented.shape, spacing)
-    positions = positions_on(affine, shape, oriented.affine, oriented.shape)
-    cubic = settings.resampling == "cubic" and not settings.published
-    limits = cubic_limits(oriented, affine) if cubic else None
-    scan = NetworkInput(oriented, affine, shape, positions, volume.affine, settings, limits)
-    if settings.normalisation.needs_statistics:
-        scan = replace(scan, statistics=statistics_of_parts(scan.raw_parts()))
-    size = (*shape, array.shape[-1])
+    volume = replace(volume, array=array)
+    scan = _trained_or_published(volume, settings) if settings.nnunet is None else _of_nnunet(volume, settings)
+    size = (*scan.shape, array.shape[-1])
     if 4 * math.prod(size) > whole_bytes:
         return scan
     kept = np.empty(size, np.float32)
-    for rows in _rows(size):
+    for rows in row_slabs(size):
         kept[rows] = scan.slab(0, rows.start, rows.stop)
     return replace(scan, kept=kept)
 
 
-def _rows(shape: Sequence[int]) -> Iterator[slice]:
-    """The first axis in parts that are small beside the whole."""
-    height = max(_SLAB_BYTES // (4 * math.prod(shape[1:])), 1)
-    return (slice(first, min(first + height, shape[0])) for first in range(0, shape[0], height))
+def _trained_or_published(volume: Volume, settings: SegmentSettings) -> NetworkInput:
+    """A scan (D0, D1, D2, C) in the chains of our own networks."""
+    oriented = reorient(volume, settings.orientation)
+    spacing = (0.0, 0.0, 0.0) if settings.spacing is None else settings.spacing
+    affine, shape = resampled_grid(oriented.affine, oriented.shape, spacing)
+    cubic = settings.resampling == "cubic" and not settings.published
+    limits = cubic_limits(oriented, affine) if cubic else None
+
+    def sample(box: Box, then: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """A part of the image, `then` done to it where its settings normalise."""
+        if settings.published:
+            return resample_to(oriented, affine, shape, box=box, before=then).array
+        return then(resample_to(oriented, affine, shape, settings.resampling, box=box, limits=limits).array)
+
+    def raw_parts() -> Iterator[np.ndarray]:
+        """The values that the statistics are of: those of the grid on which they are normalised."""
+        if settings.published:
+            yield from (oriented.array[rows] for rows in row_slabs(oriented.array.shape))
+        else:
+            for rows in row_slabs((*shape, oriented.array.shape[3])):
+                yield sample((rows, slice(0, shape[1]), slice(0, shape[2])), np.asarray)
+
+    statistics = statistics_of_parts(raw_parts()) if settings.normalisation.needs_statistics else None
+    part = partial(sample, then=partial(settings.normalisation, statistics=statistics))
+    positions = positions_on(affine, shape, oriented.affine, oriented.shape)
+    return NetworkInput(oriented, affine, shape, volume.affine, settings, part, positions)
+
+
+def _of_nnunet(volume: Volume, settings: SegmentSettings) -> NetworkInput:
+    """A scan (D0, D1, D2, C) as nnU-Net prepares it."""
+    assert settings.nnunet is not None and settings.spacing is not None
+    scan = NnunetScan.of(volume, settings.spacing, settings.nnunet)
+    return NetworkInput(
+        scan.oriented, scan.affine, scan.shape, volume.affine, settings, scan.part, scan.positions(), scan.crop
+    )
 
 
 def label(
@@ -365,15 +394,16 @@ def label(
     windows = WindowSettings(
         roi=tuple(r if r > 0 else -(-n // multiple) * multiple for r, n, multiple in sizes),
         overlap=settings.overlap,
-        mode="constant" if settings.published else "gaussian",
+        mode="nnunet" if settings.nnunet is not None else "constant" if settings.published else "gaussian",
         sw_batch_size=settings.sw_batch_size,
         device_bytes=device_bytes,
     )
     labels = scan.target()
-    probabilities = Whole(scan.shape, probabilities_of_tile)
+    regions = () if settings.nnunet is None else settings.nnunet.regions
+    probabilities = Whole(scan.shape, partial(probabilities_of_tile, regions=bool(regions)))
     targets: list[TileTarget] = [labels] if with_probabilities is None else [labels, probabilities]
-    members = [replicas(member, settings.mirrors, devices) for member in networks.members]
-    predict_tiled(members, scan.slab, scan.shape, windows, targets, progress, say)
+    voters = [replicas(voter, settings.mirrors, devices) for voter in networks.voters]
+    predict_tiled(voters, scan.slab, scan.shape, windows, targets, progress, say)
     assert labels.result is not None
     if with_probabilities is not None:
         assert probabilities.result is not None

@@ -53,12 +53,13 @@ class Whole(OnHost):
 class Labels(OnHost):
     """Class of the largest interpolated logit at each voxel of a grid whose axes run along the tiles'.
 
+    With `regions`, which overlap, instead the value in them of each logit whose sigmoid exceeds 1/2, the last of these.
     positions: where the target's voxels lie along each axis of the logits' grid, in voxels, ascending and within it.
     result: (D, H, W), uint8, or uint16 for more than 256 classes; of equal logits the lower class wins.
     """
 
-    def __init__(self, positions: Sequence[np.ndarray], order: Order) -> None:
-        self.positions, self.order = positions, order
+    def __init__(self, positions: Sequence[np.ndarray], order: Order, regions: Sequence[int] = ()) -> None:
+        self.positions, self.order, self.regions = positions, order, tuple(regions)
 
     def begin(self, tiling: Tiling, before: Sequence[int]) -> None:
         self.rows = [
@@ -68,17 +69,17 @@ class Labels(OnHost):
 
     def parts(self, index: Index, sums: Sequence[Sums]) -> Iterator[Part]:
         if self.result is None:
-            self.result = _background([len(position) for position in self.positions], sums)
+            self.result = _background([len(position) for position in self.positions], sums, self.regions)
         for (a, share_a), (b, share_b), (c, share_c) in product(
             *(rows[i] for rows, i in zip(self.rows, index, strict=True))
         ):
             inside = tuple(slice(0, rows.stop - rows.start) for rows in (a, b, c))
-            yield (a, b, c), inside, _label_tile(sums, (share_a, share_b, share_c), self.result.dtype)
+            yield (a, b, c), inside, _label_tile(sums, (share_a, share_b, share_c), self.result.dtype, self.regions)
 
 
-def _background(shape: Sequence[int], sums: Sequence[Sums]) -> np.ndarray:
-    """Zeros of a type that holds every class of the sums."""
-    return np.zeros(shape, np.uint8 if sums[0][0].shape[-1] <= 256 else np.uint16)
+def _background(shape: Sequence[int], sums: Sequence[Sums], regions: Sequence[int] = ()) -> np.ndarray:
+    """Zeros of a type that holds every class of the sums, or value of regions."""
+    return np.zeros(shape, np.uint8 if max(regions, default=sums[0][0].shape[-1] - 1) <= 255 else np.uint16)
 
 
 def _rows_of(position: np.ndarray, order: Order, start: int, edge: int) -> list[_Rows]:
@@ -163,12 +164,17 @@ class ShearedLabels(OnHost):
         return a, b, c
 
 
-@partial(jax.jit, static_argnames="dtype")
-def _label_tile(sums, matrices, dtype):
-    """Largest class of interpolated logits; matrices: (outputs, voxels of the tile) an axis, each voxel's shares."""
+@partial(jax.jit, static_argnames=("dtype", "regions"))
+def _label_tile(sums, matrices, dtype, regions):
+    """Labels of interpolated logits; matrices: (outputs, voxels of the tile) an axis, each voxel's shares."""
     means, finite = _means(sums)
     logits = jnp.einsum("ai,bj,ck,ijkn->abcn", *matrices, log_mean_softmax(means), precision=jax.lax.Precision.HIGHEST)
-    return jnp.argmax(logits, axis=-1).astype(dtype), finite
+    if not regions:
+        return jnp.argmax(logits, axis=-1).astype(dtype), finite
+    labels = jnp.zeros(logits.shape[:-1], dtype)
+    for output, value in enumerate(regions):
+        labels = jnp.where(jax.nn.sigmoid(logits[..., output]) > 0.5, jnp.array(value, dtype), labels)
+    return labels, finite
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -184,11 +190,12 @@ def _label_points(sums, low, share, dtype):
     return jnp.argmax(logits, axis=-1).astype(dtype), finite
 
 
-@jax.jit
-def probabilities_of_tile(sums):
-    """float16 softmax of a tile, without the planes that it shares with the next ones."""
+@partial(jax.jit, static_argnames="regions")
+def probabilities_of_tile(sums, regions=False):
+    """float16 softmax, or sigmoid of `regions`, of a tile, without the planes that it shares with the next ones."""
     means, finite = _means(sums)
-    return jax.nn.softmax(log_mean_softmax(means)[:-1, :-1, :-1], axis=-1).astype(jnp.float16), finite
+    logits = log_mean_softmax(means)[:-1, :-1, :-1]
+    return (jax.nn.sigmoid(logits) if regions else jax.nn.softmax(logits, axis=-1)).astype(jnp.float16), finite
 
 
 @jax.jit

@@ -19,11 +19,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import ndimage
 
 from mambahome_jax.errors import CheckpointError, ConfigError
 from mambahome_jax.support.devices import is_out_of_memory
 
-Mode = Literal["gaussian", "constant"]
+Mode = Literal["gaussian", "constant", "nnunet"]
 PaddingMode = Literal["edge", "constant"]
 # Zeros around a scan smaller than a window, as around one smaller than a training patch (patches.loader): networks see
 # the whole window at once, and copies of the scan's border, which they were not trained on, cost them several percent.
@@ -84,13 +85,22 @@ def window_size(shape: Sequence[int], roi_size: int | Sequence[int]) -> tuple[in
     return tuple(int(r) if r > 0 else int(n) for r, n in zip(entries, shape, strict=True))
 
 
-def window_starts(shape: Sequence[int], roi: Sequence[int], overlap: float | Sequence[float]) -> np.ndarray:
-    """First voxel of every window, (windows, axes) int64, last axis fastest. No axis may be shorter than its roi."""
+def window_starts(
+    shape: Sequence[int], roi: Sequence[int], overlap: float | Sequence[float], mode: Mode = "gaussian"
+) -> np.ndarray:
+    """First voxel of every window, (windows, axes) int64, last axis fastest. No axis may be shorter than its roi.
+
+    They lie a step apart and the last at the end, as MONAI's; in mode "nnunet" evenly, as nnU-Net's.
+    """
     overlaps = _per_axis(overlap, len(shape), "overlap")
     if not all(0 <= o < 1 for o in overlaps):
         raise ConfigError(f"overlap is {overlap}; expected at least 0 and below 1")
     axes = []
     for size, window, share in zip(shape, roi, overlaps, strict=True):
+        if mode == "nnunet":
+            gaps = math.ceil((size - window) / (window * (1 - share)))
+            axes.append([round((size - window) / max(gaps, 1) * i) for i in range(gaps + 1)])
+            continue
         # Truncated in float64 as in MONAI: roi 10 with overlap 0.8 steps by 1, since 10 * (1 - 0.8) is below 2.
         step = window if size == window else max(int(window * (1 - share)), 1)
         count = math.ceil((size - window) / step) + 1
@@ -101,9 +111,14 @@ def window_starts(shape: Sequence[int], roi: Sequence[int], overlap: float | Seq
 def importance_map(
     roi: Sequence[int], mode: Mode = "gaussian", sigma_scale: float | Sequence[float] = 0.125
 ) -> np.ndarray:
-    """Weight of each voxel of a window, float32 of shape `roi`: ones, or a Gaussian round its centre with a floor."""
+    """Weight of each voxel of a window, float32 of shape `roi`: ones, or a Gaussian round its centre with a floor.
+
+    In mode "nnunet" the Gaussian is that of nnU-Net, whose centre is a voxel, and which ends after 4 deviations.
+    """
     if mode == "constant":
         return np.ones(roi, np.float32)
+    if mode == "nnunet":
+        return _nnunet_importance(roi)
     if mode != "gaussian":
         raise ConfigError(f"mode is {mode!r}; expected gaussian or constant")
     scales = _per_axis(sigma_scale, len(roi), "sigma_scale")
@@ -114,6 +129,16 @@ def importance_map(
         offset = np.arange(window, dtype=np.float32) - np.float32((window - 1) / 2)
         weights = weights[..., None] * np.exp(-(offset**2) / np.float32(2 * (scale * window) ** 2))
     return np.maximum(weights, max(float(weights.min()), LOWEST_WEIGHT)).astype(np.float32)
+
+
+def _nnunet_importance(roi: Sequence[int]) -> np.ndarray:
+    weights = np.ones(())
+    for window in roi:
+        impulse = np.zeros(window)
+        impulse[window // 2] = 1
+        weights = weights[..., None] * ndimage.gaussian_filter1d(impulse, window / 8, mode="constant")
+    weights *= 10 / weights.max()
+    return np.where(weights > 0, weights, weights[weights > 0].min()).astype(np.float32)
 
 
 def _per_axis(value: Any, axes: int, name: str) -> tuple[Any, ...]:
@@ -400,7 +425,7 @@ def _whole_tiles(
     networks: Sequence[Sequence[Replica]], windows: Windows, tiling: Tiling, progress: Progress | None
 ) -> Iterator[tuple[Index, list[Sums]]]:
     settings, batch = windows.settings, windows.settings.sw_batch_size
-    starts = window_starts(tiling.shape, settings.roi, settings.overlap)
+    starts = window_starts(tiling.shape, settings.roi, settings.overlap, settings.mode)
     starts = starts[np.argsort(starts[:, tiling.axis], kind="stable")]
     # The last call is filled up, so that all have one shape.
     calls = [starts[first : first + batch] for first in range(0, len(starts), batch)]

@@ -25,6 +25,7 @@ from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
 from mambahome_jax.support.disk import free_bytes
 from mambahome_jax.support.files import parse_json, read_json
 from mambahome_jax.support.paths import openable_path, require_letters
+from mambahome_jax.weights.nnunet import nnunet_checkpoints
 
 CONFIG_FILE, MODEL_ITEM = "config.json", "model"
 RUN_CHECKPOINT = Path("checkpoints") / "best"  # of a run folder: what infer is to use
@@ -79,11 +80,11 @@ def networks_of_run(folder: Path) -> list[Path]:
 
 
 def networks_at(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    """The paths, with the folders of its networks in the place of a run of several, and notes on what it lacks."""
+    """Put its networks in the place of a run of several, or of nnU-Net's model folder, and note what it lacks."""
     found: list[Path] = []
     notes: list[str] = []
     for path in paths:
-        networks = networks_of_run(path)
+        networks = networks_of_run(path) or nnunet_checkpoints(path)
         found += networks or [path]
         reports = [_object(network / "run.json") for network in networks]
         folds = next((_part(report, "configuration").get("folds") for report in reports), None)

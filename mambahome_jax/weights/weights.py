@@ -23,7 +23,11 @@ from mambahome_jax.model.networks import make_network
 from mambahome_jax.support.devices import default_precision
 from mambahome_jax.support.files import NPZ_ERRORS, parse_json, require_whole_npz
 from mambahome_jax.support.paths import openable_path
-from mambahome_jax.weights.checkpoint import read_checkpoint_config, read_checkpoint_params, write_checkpoint
+from mambahome_jax.weights.checkpoint import (
+    read_checkpoint_config,
+    read_checkpoint_params,
+    write_checkpoint,
+)
 from mambahome_jax.weights.names import (
     TreePath,
     all_names,
@@ -34,10 +38,18 @@ from mambahome_jax.weights.names import (
     require_published_names,
     targets,
 )
+from mambahome_jax.weights.nnunet import (
+    STATE_DICT,
+    FoldMean,
+    described,
+    is_nnunet,
+    nnunet_checkpoints,
+    require_planned,
+)
 from mambahome_jax.weights.pth import read_pth, write_pth
 
 # Wrappers that data-parallel training puts around the names.
-_STATE_DICTS = ("model", "state_dict", "network_weights")  # the last one in checkpoints of nnU-Net
+_STATE_DICTS = ("model", "state_dict", STATE_DICT)
 _PREFIXES = ("module.", "_forward_module.", "_orig_mod.", "model.")
 
 
@@ -176,6 +188,8 @@ def _read_torch(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     config: dict[str, Any] = {}
     if isinstance(content, Mapping):
         config = dict(content["config"]) if isinstance(content.get("config"), Mapping) else {}
+        if is_nnunet(content) and (not config or nnunet_checkpoints(path)):
+            config = described(path, content)
         inner = (content[key] for key in _STATE_DICTS if isinstance(content.get(key), Mapping))
         content = next(inner, content)
     if not isinstance(content, Mapping):
@@ -252,13 +266,17 @@ def _data_of(values: Mapping[str, Any], source: Path) -> DataProperties | None:
 
 
 def read_weights(path: Path | str) -> Weights:
-    """Read a checkpoint folder, or published weights in .pth, .npz or .safetensors.
+    """Read a checkpoint folder, a fold of a model folder of nnU-Net, or published weights in .pth, .npz, .safetensors.
 
     The configuration comes from the tensors' names and shapes; the group sizes of MambaHoME and the slices of SegMamba,
     which leave no trace there, from the configuration in the file or in a .json beside it, else they are as published.
     Raises CheckpointError listing by name whatever is missing, unknown or misshapen; nothing is loaded halfway.
     """
     path = openable_path(path)
+    folds = nnunet_checkpoints(path)
+    if len(folds) > 1:
+        raise CheckpointError(f"{path}: {len(folds)} folds; expected one, such as {folds[0].parent}")
+    path = folds[0] if folds else path
     if path.is_file() and path.suffix in FORMATS:
         return _read_weights_file(path)
     if path.suffix in FORMATS and not path.exists():
@@ -285,7 +303,10 @@ def _read_weights_file(path: Path) -> Weights:
         raise CheckpointError(f"{path}: {error}") from error
     except ConfigError as error:
         raise CheckpointError(f"{source}: its configuration cannot be used: {error}") from error
-    return Weights(_from_official(path, tensors, config), config, _data_of(values, source))
+    data = _data_of(values, source)
+    if data is not None and data.nnunet is not None:
+        require_planned(path, config, config_from_json(model, source), data.nnunet.trainer)
+    return Weights(_from_official(path, tensors, config), config, data)
 
 
 def config_from_json(values: Mapping[str, Any], source: Path | str) -> NetworkConfig:
@@ -298,8 +319,10 @@ def config_from_json(values: Mapping[str, Any], source: Path | str) -> NetworkCo
 
 def load_model(
     path: Path | str, param_dtype=None, precision: Precision | None = None, *, use_checkpoint: bool = False
-) -> Network:
+) -> Network | FoldMean:
     """A network with the weights of a checkpoint folder (RUN/checkpoints/best) or a published .pth, .npz, .safetensors.
+
+    Of a model folder of nnU-Net v2 (`<trainer>__<plans>__<configuration>`), the mean of its folds where it has several.
 
     Args:
         param_dtype: dtype of the parameters, float32 by default; float64 needs JAX x64.
@@ -308,7 +331,10 @@ def load_model(
 
     Raises CheckpointError listing by name whatever is missing, unknown or misshapen; nothing is loaded halfway.
     """
-    return build_model(read_weights(path), param_dtype, precision, use_checkpoint=use_checkpoint)
+    path = openable_path(path)
+    folds = nnunet_checkpoints(path) or [path]
+    networks = [build_model(read_weights(one), param_dtype, precision, use_checkpoint=use_checkpoint) for one in folds]
+    return networks[0] if len(networks) == 1 else FoldMean(networks)
 
 
 def build_model(

@@ -102,7 +102,7 @@ def test_axes_go_the_way_of_the_file_or_to_ras():
     array, affine = np.arange(1, 25).reshape(2, 3, 4, 1), np.diag([-1.0, 2.0, 3.0, 1.0])
     of_file = NnunetScan.of(Volume(array, affine), (3, 2, 1), preparation(axes=(2, 1, 0)))
     np.testing.assert_array_equal(image_of(of_file), array.transpose(2, 1, 0, 3))
-    canonical = NnunetScan.of(Volume(array, affine), (3, 2, 1), preparation(axes=(2, 1, 0), canonical=True))
+    canonical = NnunetScan.of(Volume(array, affine), (3, 2, 1), preparation(axes=(2, 1, 0), orientation="RAS"))
     np.testing.assert_array_equal(image_of(canonical), array[::-1].transpose(2, 1, 0, 3))
     for scan in (of_file, canonical):
         np.testing.assert_allclose(scan.affine, scan.oriented.affine)
@@ -134,7 +134,7 @@ def test_a_scan_of_a_wrong_unit_is_refused():
 
 def test_what_is_written_is_read_again():
     schemes = (ChannelScheme("CTNormalization", False, -10, 10, 1, 2), ChannelScheme("ZScoreNormalization", True))
-    whole = preparation(*schemes, axes=(0, 2, 1), canonical=True, mirror_axes=(0, 2), regions=(1, 2))
+    whole = preparation(*schemes, axes=(0, 2, 1), orientation="RAS", mirror_axes=(0, 2), regions=(1, 2))
     properties = DataProperties(nnunet=whole)
     content = json.loads(json.dumps(properties.to_json()))
     assert DataProperties.from_json(content) == properties

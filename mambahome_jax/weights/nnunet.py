@@ -1,0 +1,267 @@
+"""Trained model folders of nnU-Net v2: what plans.json, dataset.json and a checkpoint say of network and scans.
+
+    <trainer>__<plans>__<configuration>/ plans.json  dataset.json  fold_0/checkpoint_final.pth  fold_1/...
+
+As nnunetv2 2.8.1 writes and reads them, with the plans of earlier releases, which name the network otherwise.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from mambahome_jax.config import DataProperties, NetworkConfig, PlainUNetConfig, ResEncUNetConfig, UNetConfig
+from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
+from mambahome_jax.support.files import read_json
+
+PLANS, DATASET, CHECKPOINT = "plans.json", "dataset.json", "checkpoint_final.pth"
+STATE_DICT = "network_weights"
+_NETWORKS: dict[str, tuple[type[UNetConfig], str]] = {
+    "PlainConvUNet": (PlainUNetConfig, "n_conv_per_stage"),
+    "ResidualEncoderUNet": (ResEncUNetConfig, "n_blocks_per_stage"),
+}
+# What every network of these has; anything else changes what it computes without a trace in its tensors.
+_FIXED: dict[str, Any] = {
+    "conv_op": "Conv3d",
+    "conv_bias": True,
+    "norm_op": "InstanceNorm3d",
+    "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+    "dropout_op": None,
+    "dropout_op_kwargs": None,
+    "nonlin": "LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
+}
+_SIZES = ("n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage_decoder")
+_RESAMPLING = "resample_data_or_seg_to_shape"
+# Reader of the plans -> the orientation to which it turns scans.
+_READERS = {
+    **dict.fromkeys(("SimpleITKIO", "NibabelIO"), None),
+    **dict.fromkeys(("SimpleITKIOWithReorient", "NibabelIOWithReorient"), "RAS"),
+}
+
+
+class FoldMean(nnx.Module):
+    """Networks of several folds as one: the mean of their logits, which nnU-Net makes labels of."""
+
+    def __init__(self, networks: Sequence[Any]):
+        self.networks = nnx.List(networks)
+        self.config: NetworkConfig = networks[0].config
+        self.metadata: DataProperties | None = networks[0].metadata
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, D, H, W, in) -> logits (batch, D, H, W, classes)."""
+        total = self.networks[0](x)
+        for network in self.networks[1:]:
+            total = total + network(x)
+        return total / len(self.networks)
+
+
+def nnunet_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints of a model folder of nnU-Net, of one fold of it, or a checkpoint in one; none of anything else.
+
+    Every numbered fold that has one, else fold_all. Raises CheckpointError: a model folder without any, or a folder of
+    model folders.
+    """
+    if path.suffix == ".pth":
+        return [path] if path.is_file() and _is_model_folder(path.parent.parent) else []
+    if _is_model_folder(path.parent) and path.name.startswith("fold_"):
+        return [path / CHECKPOINT]
+    if not _is_model_folder(path):
+        below = [plans.parent.name for plans in sorted(path.glob(f"*__*__*/{PLANS}"))]
+        if below:
+            raise CheckpointError(f"{path}: the folder of several models; expected one of {', '.join(below)}")
+        return []
+    folds = {fold.parent.name.removeprefix("fold_"): fold for fold in path.glob(f"fold_*/{CHECKPOINT}")}
+    numbers = sorted(int(name) for name in folds if name.isdecimal())
+    if not folds:
+        raise CheckpointError(f"{path}: no fold_*/{CHECKPOINT}; expected that of a trained fold. Was it copied whole?")
+    return [folds[str(number)] for number in numbers] or [*folds.values()]
+
+
+def _is_model_folder(path: Path) -> bool:
+    return (path / PLANS).is_file() and (path / DATASET).is_file()
+
+
+def is_nnunet(content: Mapping[str, Any]) -> bool:
+    """Whether a file of torch.save holds a checkpoint of nnU-Net v2."""
+    return STATE_DICT in content and isinstance(content.get("init_args"), Mapping)
+
+
+def require_planned(source: Path, config: NetworkConfig, planned: NetworkConfig, trainer: str) -> None:
+    """Raise CheckpointError where the tensors of a checkpoint are not of the network in the plans."""
+    if config != planned:
+        found = f"tensors of {config}, trained by {trainer}"
+        raise CheckpointError(f"{source}: {found}; expected {planned}, as the plans say. Are they of another model?")
+
+
+def described(checkpoint: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config.json of ours would say of the network ("model") and the way of its scans ("data").
+
+    By the plans of the model folder; by those that the checkpoint itself holds, where it lies in none. content: of the
+    checkpoint. Raises CheckpointError: a configuration or network of another kind, damaged files.
+    """
+    folder, arguments = checkpoint.parent.parent, content["init_args"]
+    try:
+        name, trainer = str(arguments["configuration"]), str(content["trainer_name"])
+        if _is_model_folder(folder):
+            plans, dataset = read_json(folder / PLANS), read_json(folder / DATASET)
+        else:
+            folder, plans, dataset = checkpoint, arguments["plans"], arguments["dataset_json"]
+    except KeyError as error:
+        raise CheckpointError(f"{checkpoint}: no entry {error}; expected a checkpoint of nnU-Net v2") from error
+    except DatasetError as error:
+        raise CheckpointError(str(error)) from error
+    try:
+        configuration = _configuration(plans, name)
+        channels = list((dataset.get("channel_names") or dataset["modality"]).values())
+        labels, outputs, regions = _labels(dataset)
+        schemes = _normalisation(plans, configuration)
+        if len(schemes) != len(channels):
+            raise ConfigError(f"{len(schemes)} normalization_schemes for {len(channels)} channels")
+        mirrored = content.get("inference_allowed_mirroring_axes")
+        preparation = {
+            # nnU-Net counts the axes of a file from the last one.
+            "axes": [2 - int(axis) for axis in plans["transpose_forward"]],
+            "normalisation": {"channels": schemes},
+            "orientation": _orientation(plans),
+            "mirror_axes": None if mirrored is None else list(mirrored),
+            "regions": regions,
+            "configuration": name,
+            "trainer": trainer,
+        }
+        data = {
+            "spacing": configuration["spacing"],
+            "modality": "ct" if all(each["scheme"] == "CTNormalization" for each in schemes) else "mr",
+            "labels": labels,
+            "channels": channels,
+            "patch_size": configuration["patch_size"],
+            "resampling": "cubic",
+            "nnunet": preparation,
+        }
+        return {"model": _network(configuration, len(channels), outputs).to_json(), "data": data}
+    except KeyError as error:
+        raise CheckpointError(
+            f"{folder}: no entry {error} in {PLANS} or {DATASET}; expected those of a model"
+        ) from error
+    except (ConfigError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: configuration {name}: {error}") from error
+
+
+def _one_of(known: Mapping[str, Any], word: Any, name: str) -> Any:
+    if word not in known:
+        raise ConfigError(f"{name} is {word}; expected {' or '.join(known)}, as no other is supported")
+    return known[word]
+
+
+def _configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """With what it inherits. Raises ConfigError: one that cannot run here."""
+    chosen: dict[str, Any] = {}
+    seen: list[str] = []
+    parent: str | None = name
+    while parent is not None and parent not in seen:
+        seen.append(parent)
+        own = plans["configurations"][parent]
+        chosen = own | chosen
+        parent = own.get("inherits_from")
+    if chosen.get("previous_stage"):
+        raise ConfigError("a cascade, which takes the labels of another; supported are 3d_fullres and 3d_lowres")
+    if len(chosen["patch_size"]) != 3:
+        raise ConfigError("works on slices; supported are 3d_fullres and 3d_lowres")
+    _one_of({"DefaultPreprocessor": True}, chosen.get("preprocessor_name", "DefaultPreprocessor"), "preprocessor_name")
+    for what, order in (("data", 3), ("probabilities", 1)):
+        key = f"resampling_fn_{what}"
+        _one_of({_RESAMPLING: True}, chosen.get(key, _RESAMPLING), key)
+        expected = {"is_seg": False, "order": order, "order_z": 0, "force_separate_z": None}
+        found = expected | chosen.get(f"{key}_kwargs", {})
+        if found != expected:
+            raise ConfigError(f"{key}_kwargs is {found}; expected {expected}, as no other is supported")
+    return chosen
+
+
+def _network(configuration: Mapping[str, Any], channels: int, outputs: int) -> UNetConfig:
+    """Of the plans' architecture. Raises ConfigError: one that is not ours."""
+    name, sizes = _architecture(configuration)
+    kind, parts = _one_of(_NETWORKS, name, "network_class_name")
+    others = {key: value for key, value in sizes.items() if key not in (*_SIZES, parts)}
+    for key, value in others.items():
+        word = value.rsplit(".", 1)[-1] if isinstance(value, str) else value
+        if key not in _FIXED or word != _FIXED[key]:
+            expected = f"{_FIXED[key]}" if key in _FIXED else "none of that name"
+            raise ConfigError(f"{key} of the network is {value}; expected {expected}, as no other is supported")
+    stages = int(sizes["n_stages"])
+
+    def each(key: str, count: int) -> tuple[int, ...]:
+        return (sizes[key],) * count if isinstance(sizes[key], int) else tuple(sizes[key])
+
+    strides = [tuple(stride) for stride in sizes["strides"]]
+    if strides[0] != (1, 1, 1):
+        raise ConfigError(f"the first stride is {strides[0]}; expected 1 1 1")
+    return kind(
+        in_chans=channels,
+        out_chans=outputs,
+        depths=each(parts, stages),
+        feat_size=tuple(sizes["features_per_stage"]),
+        strides=tuple(strides[1:]),
+        kernel_sizes=tuple(tuple(size) for size in sizes["kernel_sizes"]),
+        decoder_depths=each("n_conv_per_stage_decoder", stages - 1),
+    )
+
+
+def _architecture(configuration: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of the network, of the plans of earlier releases too."""
+    if "architecture" in configuration:
+        architecture = configuration["architecture"]
+        return architecture["network_class_name"].rsplit(".", 1)[-1], dict(architecture["arch_kwargs"])
+    name, parts = configuration["UNet_class_name"], configuration["n_conv_per_stage_encoder"]
+    widths = (configuration["UNet_base_num_features"] * 2**stage for stage in range(len(parts)))
+    return name, {
+        "n_stages": len(parts),
+        "features_per_stage": [min(width, configuration["unet_max_num_features"]) for width in widths],
+        "kernel_sizes": configuration["conv_kernel_sizes"],
+        "strides": configuration["pool_op_kernel_sizes"],
+        _one_of(_NETWORKS, name, "UNet_class_name")[1]: parts,
+        "n_conv_per_stage_decoder": configuration["n_conv_per_stage_decoder"],
+    }
+
+
+def _orientation(plans: Mapping[str, Any]) -> str | None:
+    reader = _one_of(_READERS, plans["image_reader_writer"], "image_reader_writer")
+    # TotalSegmentator turns scans before nnU-Net sees them, in training too.
+    return "RAS" if "totalsegmentator" in str(plans.get("dataset_name")).lower() else reader
+
+
+def _normalisation(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each channel, as `ChannelScheme` is kept."""
+    statistics = plans.get("foreground_intensity_properties_per_channel")
+    statistics = statistics or plans["foreground_intensity_properties_by_modality"]
+    schemes = []
+    for channel, scheme in enumerate(configuration["normalization_schemes"]):
+        masked = bool(configuration["use_mask_for_norm"][channel]) and scheme == "ZScoreNormalization"
+        numbers = {"low": 0.0, "high": 0.0, "mean": 0.0, "std": 1.0}
+        if scheme == "CTNormalization":
+            own = statistics[str(channel)]
+            keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
+            numbers = dict(zip(numbers, (float(own[key]) for key in keys), strict=True))
+        schemes.append({"scheme": scheme, "masked": masked} | numbers)
+    return schemes
+
+
+def _labels(dataset: Mapping[str, Any]) -> tuple[dict[str, str], int, list[int]]:
+    """Names of the values in label maps, outputs of the network, and the value that each writes where they overlap."""
+    sets = {
+        name: [int(v) for v in (value if isinstance(value, list | tuple) else [value])]
+        for name, value in dataset["labels"].items()
+        if name != "ignore"
+    }
+    foreground = {name: values for name, values in sets.items() if set(values) != {0}}
+    if any(len(values) > 1 for values in sets.values()):
+        order = [int(value) for value in dataset["regions_class_order"]]
+        if len(order) != len(foreground):
+            raise ConfigError(f"regions_class_order has {len(order)} entries; expected {len(foreground)}, one a region")
+        return {str(value): name for value, name in zip(order, foreground, strict=True)}, len(order), order
+    values = sorted(value for (value,) in sets.values())
+    if values != list(range(len(values))):
+        raise ConfigError(f"labels are {values}; expected 0, 1, 2 and so on, as the outputs of the network are counted")
+    return {str(value): name for name, (value,) in foreground.items()}, len(values), []
