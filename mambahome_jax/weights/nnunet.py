@@ -89,6 +89,18 @@ def is_nnunet(content: Mapping[str, Any]) -> bool:
     return STATE_DICT in content and isinstance(content.get("init_args"), Mapping)
 
 
+def checkpoint_entries(data: DataProperties | None) -> dict[str, Any]:
+    """What nnU-Net reads of a checkpoint beside the state dict; nothing for a network that it does not know."""
+    preparation = None if data is None else data.nnunet
+    if preparation is None:
+        return {}
+    return {
+        "trainer_name": preparation.trainer,
+        "init_args": {"configuration": preparation.configuration},
+        "inference_allowed_mirroring_axes": preparation.mirror_axes,
+    }
+
+
 def require_planned(source: Path, config: NetworkConfig, planned: NetworkConfig, trainer: str) -> None:
     """Raise CheckpointError where the tensors of a checkpoint are not of the network in the plans."""
     if config != planned:

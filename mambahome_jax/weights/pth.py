@@ -132,15 +132,15 @@ def read_pth(path: Path) -> Any:
         ) from error
 
 
-def write_pth(path: Path, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> None:
-    """Write {"model": tensors, "config": config} for torch.load(path, weights_only=True). OSError passes through.
+def write_pth(path: Path, tensors: Mapping[str, np.ndarray], others: Mapping[str, Any], key: str = "model") -> None:
+    """Write {key: tensors, **others} for torch.load(path, weights_only=True). OSError passes through.
 
     An array that stands under several names is written once, as torch.save does.
     """
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    keys = {identity: str(key) for key, identity in enumerate(dict.fromkeys(map(id, arrays.values())))}
+    keys = {identity: str(number) for number, identity in enumerate(dict.fromkeys(map(id, arrays.values())))}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr("archive/data.pkl", _describe(arrays, keys, config))
+        archive.writestr("archive/data.pkl", _describe(key, arrays, keys, others))
         archive.writestr("archive/byteorder", "little")
         for identity, array in {id(array): array for array in arrays.values()}.items():
             archive.writestr(f"archive/data/{keys[identity]}", array.tobytes())
@@ -152,10 +152,10 @@ def _value(value: Any) -> bytes:
     return pickletools.optimize(pickle.dumps(value, protocol=2))[2:-1]
 
 
-def _describe(arrays: Mapping[str, np.ndarray], keys: Mapping[int, str], config: Mapping[str, Any]) -> bytes:
+def _describe(key: str, arrays: Mapping[str, np.ndarray], keys: Mapping[int, str], others: Mapping[str, Any]) -> bytes:
     """keys: of the storages, by the arrays' identities."""
     ordered = b"ccollections\nOrderedDict\n)R"  # GLOBAL, EMPTY_TUPLE, REDUCE
-    out = [b"\x80\x02}(", _value("model"), ordered, b"("]
+    out = [b"\x80\x02}(", _value(key), ordered, b"("]
     for name, array in arrays.items():
         strides = tuple(stride // array.itemsize for stride in array.strides)
         out += [_value(name), b"ctorch._utils\n_rebuild_tensor_v2\n", b"((", _value("storage")]
@@ -166,5 +166,5 @@ def _describe(arrays: Mapping[str, np.ndarray], keys: Mapping[int, str], config:
             _value(array.size),
         ]
         out += [b"tQ", _value(0), _value(array.shape), _value(strides), _value(False), ordered, b"tR"]
-    out += [b"u", _value("config"), _value(dict(config)), b"u."]
+    out += [b"u", *(_value(part) for entry in others.items() for part in entry), b"u."]
     return b"".join(out)

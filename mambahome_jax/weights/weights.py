@@ -24,8 +24,11 @@ from mambahome_jax.support.devices import default_precision
 from mambahome_jax.support.files import NPZ_ERRORS, parse_json, require_whole_npz
 from mambahome_jax.support.paths import openable_path
 from mambahome_jax.weights.checkpoint import (
+    RUN_CHECKPOINT,
+    prepare_partial,
     read_checkpoint_config,
     read_checkpoint_params,
+    remove_partial,
     write_checkpoint,
 )
 from mambahome_jax.weights.names import (
@@ -41,6 +44,7 @@ from mambahome_jax.weights.names import (
 from mambahome_jax.weights.nnunet import (
     STATE_DICT,
     FoldMean,
+    checkpoint_entries,
     described,
     is_nnunet,
     nnunet_checkpoints,
@@ -391,10 +395,29 @@ def write_weights(path: Path | str, weights: Weights, *, overwrite: bool = False
                 safetensors.numpy.save_file(tensors, partial, metadata={"config": text})
             else:
                 aliases = {alias: array for name, array in tensors.items() for alias in all_names(name)}
-                write_pth(partial, aliases, parse_json(text))
+                others = checkpoint_entries(weights.data)
+                key = STATE_DICT if others else "model"
+                write_pth(partial, aliases, {"config": parse_json(text)} | others, key)
             partial.replace(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise OutputError(f"{path}: cannot be written ({error}). Is the disk full or read-only?") from error
+
+
+def write_folds(path: Path | str, folds: Mapping[str, Weights], *, overwrite: bool = False) -> None:
+    """Write networks as a run of several folds, whose names are such as "fold_0". Raises OutputError, ConfigError."""
+    path = openable_path(path)
+    if path.suffix:
+        raise ConfigError(f"{path}: {len(folds)} folds make a folder of checkpoints; expected a name without suffix")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already. Choose another name or pass --overwrite")
+    home = path if path.exists() else prepare_partial(path)
+    try:
+        for name, weights in folds.items():
+            write_weights(home / name / RUN_CHECKPOINT, weights, overwrite=overwrite)
+        home.replace(path)
+    except (OSError, OutputError) as error:
+        remove_partial(path)
+        raise OutputError(f"{path}: cannot be written ({error})") from error
 
 
 def digest_of(model: Any) -> str:

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 import mambahome_jax as mh
+from mambahome_jax.commands import convert
 from mambahome_jax.config import DataProperties, ModelConfig
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.flags import ConvertConfig
 from mambahome_jax.imaging.nnunet import NnunetPreparation
 from mambahome_jax.imaging.normalisation import ChannelScheme, PerChannel
 from mambahome_jax.inference.ensemble import Ensemble
@@ -43,7 +45,7 @@ def test_label_maps_are_those_of_nnunet(models, name, case, mode):
 
 
 @pytest.mark.slow
-def test_infer_takes_a_model_folder(tmp_path):
+def test_infer_takes_a_model_folder_and_what_it_was_converted_to(tmp_path):
     home = miniature("aniso")
     scan(home, "scan_0")
     data = shutil.copytree(home / "scans", tmp_path / "scans", ignore=shutil.ignore_patterns("scan_1*"))
@@ -58,6 +60,10 @@ def test_infer_takes_a_model_folder(tmp_path):
     assert "remarks" not in report["cases"][0]
     with np.load(tmp_path / "a/scan_0.npz") as file:
         assert file["probabilities"].shape == (10, 27, 22, 3)
+    convert.run(ConvertConfig(model_folder(home), tmp_path / "ours"))
+    mh.infer(model_path=tmp_path / "ours", output_dir=tmp_path / "b", **flags)
+    ours, theirs = (mh.read_labels(tmp_path / run / "scan_0.nii.gz").array for run in "ab")
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def regions_of(levels, regions, **fields):

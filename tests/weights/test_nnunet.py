@@ -1,12 +1,15 @@
 """Model folders of nnU-Net: which networks and scans their files name, what is refused, and the way back."""
 
+import json
 import shutil
 
 import numpy as np
 import pytest
 
+from mambahome_jax.commands import convert
 from mambahome_jax.config import DataProperties, PlainUNetConfig
-from mambahome_jax.errors import CheckpointError
+from mambahome_jax.errors import CheckpointError, ConfigError, OutputError
+from mambahome_jax.flags import ConvertConfig
 from mambahome_jax.imaging.nnunet import NnunetPreparation
 from mambahome_jax.imaging.normalisation import ChannelScheme, PerChannel
 from mambahome_jax.weights.checkpoint import networks_at
@@ -147,3 +150,37 @@ def test_a_configuration_inherits(tmp_path):
 
     data = read_weights(copied(tmp_path, plans=inherit) / "fold_0").data
     assert data.spacing == (5, 1, 1) and data.patch_size == (8, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["ours", "checkpoint_final.pth", "w.npz"])
+def test_a_fold_is_converted_to_ours_and_back(tmp_path, name):
+    source = model_folder(miniature("aniso")) / "fold_1"
+    assert convert.run(ConvertConfig(source, tmp_path / name)) == 0
+    assert convert.run(ConvertConfig(tmp_path / name, tmp_path / "back" / "checkpoint_final.pth")) == 0
+    before, after = read_pth(source / "checkpoint_final.pth"), read_pth(tmp_path / "back" / "checkpoint_final.pth")
+    assert after.keys() >= {"network_weights", "trainer_name", "init_args", "inference_allowed_mirroring_axes"}
+    assert after["trainer_name"] == "nnUNetTrainer" and after["inference_allowed_mirroring_axes"] == (0, 1, 2)
+    assert after["init_args"]["configuration"] == "3d_fullres"
+    assert after["network_weights"].keys() == before["network_weights"].keys()
+    for key, array in before["network_weights"].items():
+        np.testing.assert_array_equal(after["network_weights"][key], array)
+    assert read_weights(tmp_path / "back" / "checkpoint_final.pth").data == DATA
+
+
+def test_several_folds_become_a_run_of_them(tmp_path, capsys):
+    source, out = model_folder(miniature("aniso")), tmp_path / "out"
+    assert convert.run(ConvertConfig(source, out)) == 0
+    assert "2 networks, each of" in capsys.readouterr().out
+    paths, notes = networks_at([out])
+    assert [path.name for path in paths] == ["fold_0", "fold_1"] and notes == []
+    for path in paths:
+        ours, theirs = read_weights(path), read_weights(source / path.name)
+        assert ours.data == theirs.data and ours.config == theirs.config
+        for name, array in theirs.params.items():
+            np.testing.assert_array_equal(ours.params[name], array)
+    with pytest.raises(OutputError, match="exists already"):
+        convert.run(ConvertConfig(source, out))
+    assert convert.run(ConvertConfig(source, out, overwrite=True)) == 0
+    with pytest.raises(ConfigError, match="2 folds make a folder"):
+        convert.run(ConvertConfig(source, tmp_path / "a.npz"))
+    assert json.loads((out / "fold_0/checkpoints/best/config.json").read_text())["data"]["nnunet"]["axes"] == [0, 2, 1]
