@@ -54,6 +54,22 @@ def used_gpu_gib() -> float:
     return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout) / 1024
 
 
+def run_measured(command: list[str]) -> dict[str, float]:
+    """Run a program to its end: seconds, and the peaks of its memory. Exits with its output where it fails."""
+    begun, host, gpu = time.perf_counter(), 0.0, 0.0
+    with tempfile.TemporaryFile("w+") as log:
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        while process.poll() is None:
+            host, gpu = max(host, peak_host_gib(process.pid)), max(gpu, used_gpu_gib())
+            time.sleep(0.5)
+        log.seek(0)
+        if process.returncode:
+            sys.exit(f"{command[0]} ended with {process.returncode}\n{log.read()}")
+    seconds = round(time.perf_counter() - begun, 1)
+    return {"host_peak_gib": round(host, 2), "gpu_peak_gib": round(gpu, 2), "seconds": seconds}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     small = {"spacing": [1.5, 1.5, 2.0], "roi_size": [96, 96, 96]}
@@ -74,18 +90,8 @@ def main() -> None:
         command = [sys.executable, str(ROOT / "infer.py"), "--data_path", str(scans)]
         command += ["--model_path", str(folder / "model"), "--output_dir", str(folder / "out")]
         command += ["--overlap", str(args.overlap), "--sw_batch_size", str(args.sw_batch_size)]
-        begun, host, gpu = time.perf_counter(), 0.0, 0.0
-        with (folder / "log").open("w+") as log:
-            environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            while process.poll() is None:
-                host, gpu = max(host, peak_host_gib(process.pid)), max(gpu, used_gpu_gib())
-                time.sleep(0.5)
-            log.seek(0)
-            if process.returncode:
-                sys.exit(f"infer.py ended with {process.returncode}\n{log.read()}")
-    seconds = round(time.perf_counter() - begun, 1)
-    tell(args, host_peak_gib=round(host, 2), gpu_peak_gib=round(gpu, 2), seconds=seconds)
+        measured = run_measured(command)
+    tell(args, **measured)
 
 
 if __name__ == "__main__":

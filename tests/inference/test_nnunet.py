@@ -49,7 +49,7 @@ def test_infer_takes_a_model_folder_and_what_it_was_converted_to(tmp_path):
     home = miniature("aniso")
     scan(home, "scan_0")
     data = shutil.copytree(home / "scans", tmp_path / "scans", ignore=shutil.ignore_patterns("scan_1*"))
-    flags = {"data_path": data, "precision": "fp32", "num_devices": 1}
+    flags = {"data_path": data, "precision": "fp32", "num_devices": 2}
     done = mh.infer(model_path=model_folder(home), output_dir=tmp_path / "a", save_probabilities=True, **flags)
     assert done.exit_code == 0 and not done.failures
     np.testing.assert_array_equal(mh.read_labels(tmp_path / "a/scan_0.nii.gz").array, expected(home, "scan_0", "plain"))
