@@ -17,7 +17,17 @@ from mambahome_jax.ranges import ScanRanges
 if TYPE_CHECKING:
     from mambahome_jax.imaging.nnunet import NnunetPreparation
 
-ModelName = Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny", "SegMamba"]
+ModelName = Literal[
+    "MambaHoME",
+    "MambaHoME_small",
+    "MambaHoME_tiny",
+    "SegMamba",
+    "PlainUNet",
+    "ResEncUNet",
+    "ResEncUNet_M",
+    "ResEncUNet_L",
+    "ResEncUNet_XL",
+]
 Precision = Literal["fp32", "tf32", "bf16"]
 Strategy = Literal["ddp", "fsdp"]
 Mixer = Literal["scan", "conv", "none"]  # what a MambaHoME block has in the place of Mamba
@@ -440,7 +450,15 @@ MODEL_SIZES: dict[str, ModelSize] = {
         strong_lr=2e-3,
         patch_size=(48, 48, 48),
     ),
-    "SegMamba": ModelSize(SegMambaConfig(), lr=1e-4, eps=1e-4, strong_lr=3e-4, patch_size=(128, 128, 128)),
+    **{
+        name: ModelSize(network, lr=1e-4, eps=1e-4, strong_lr=3e-4, patch_size=(128, 128, 128))
+        for name, network in {
+            "SegMamba": SegMambaConfig(),
+            "PlainUNet": PlainUNetConfig(),
+            # They differ in the patch and batch that are planned for them.
+            **dict.fromkeys(("ResEncUNet", "ResEncUNet_M", "ResEncUNet_L", "ResEncUNet_XL"), ResEncUNetConfig()),
+        }.items()
+    },
 }
 
 

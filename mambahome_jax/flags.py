@@ -117,8 +117,8 @@ class PlanConfig:
     """A dataset as preprocess takes it, or a folder that preprocess wrote."""
     memory: float | None = None
     """Plan for a GPU of so many GiB; 0: for a CPU (default: this machine)."""
-    model: ModelName | None = None
-    """Plan for this network."""
+    model: Annotated[ModelName | None, arg(metavar="NAME")] = None
+    """Plan for this network, one of train's."""
     max_minutes: float | None = None
     """Plan for a training of so many minutes."""
     dataset: UseAppendAction[tuple[str, ...]] = ()
@@ -138,8 +138,9 @@ class TrainConfig:
     """Folder of the run (default: runs/<checkpoint_name>)."""
     data_val: Path | None = None
     """Another such folder for validation (default: hold out cases marked "val", else every fifth patient)."""
-    model: ModelName = "MambaHoME"
-    """The network, and its size."""
+    model: Annotated[ModelName, arg(metavar="NAME")] = "MambaHoME"
+    """The network, and its size: MambaHoME, MambaHoME_small, MambaHoME_tiny, SegMamba; or a U-Net of nnU-Net with its
+    patch and batch: PlainUNet, ResEncUNet_M, ResEncUNet_L (ResEncUNet is the same), ResEncUNet_XL."""
     recipe: Literal["published", "strong"] = "published"
     """Values of the flags under Optimizer, Recipe and Augmentation: as in the published code, or stronger. A
     preprocessed folder's plan.json decides, also on model, patch, batch and length, what no flag does; --recipe
@@ -172,7 +173,7 @@ class TrainConfig:
     _NETWORK: ClassVar = "Network"
 
     strides: Literal["published", "auto"] = "published"
-    """Axes that each stage halves: all; or by voxel size, so that thick slices are halved later."""
+    """Axes that each stage halves: all; or by voxel size, so that thick slices are halved later (U-Nets: always)."""
     feature_size: int | None = None
     """Channels of the first stage; the other stages keep their proportions to it (default: the size's own)."""
     mixer: Mixer = ModelConfig.mixer

@@ -5,6 +5,7 @@ and the table in docs/ come from the field. Imports no jax.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -208,9 +209,10 @@ def as_typed(value: Any) -> str:
 
 
 def default_of(flag: str, recipe: str) -> str:
-    """The value of an ingredient in a recipe; several where the sizes of --model differ in it, in their order."""
-    values = [as_typed(recipe_for(recipe, model).ingredients()[flag]) for model in MODEL_SIZES]
-    return values[0] if len({*values}) == 1 else f"{', '.join(values)} by --model"
+    """The value of an ingredient in a recipe, and that of each --model that has another one."""
+    values = {model: as_typed(recipe_for(recipe, model).ingredients()[flag]) for model in MODEL_SIZES}
+    ((usual, _),) = Counter(values.values()).most_common(1)
+    return ", ".join([usual, *(f"{model} {value}" for model, value in values.items() if value != usual)])
 
 
 def with_ingredient_flags(cls: type[T]) -> type[T]:

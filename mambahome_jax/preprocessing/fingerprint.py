@@ -22,22 +22,27 @@ class Fingerprint:
 
     spacings: (cases, 3) mm, and shapes: (cases, 3) voxels, before resampling where they are known. patients: how many,
     0 for one a case. pairs: structures whose names differ in the side; alone: those of one side without a counterpart.
-    resampled: the spacing in mm that the cases have been brought to, None before that. details: measured after
-    resampling, for a reader of plan.json.
+    classes: background included. resampled: the spacing in mm that the cases have been brought to, None before that.
+    details: measured after resampling, for a reader of plan.json.
     """
 
     spacings: np.ndarray
     shapes: np.ndarray
     pairs: tuple[tuple[str, str], ...] = ()
     alone: tuple[str, ...] = ()
+    classes: int = 2
     patients: int = 0
     resampled: tuple[float, ...] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 
-    def shape_at(self, spacing: Sequence[float]) -> tuple[int, ...]:
-        """Voxels of the median scan once it is resampled; an axis of 0 mm keeps the scans' own."""
+    def median_shape(self, spacing: Sequence[float]) -> np.ndarray:
+        """Voxels of the median scan once it is resampled, (3,), maybe halves; an axis of 0 mm keeps the scans' own."""
         target = np.where(np.array(spacing) > 0, spacing, self.spacings)
-        return tuple(int(n) for n in np.round(np.median(np.round(self.shapes * self.spacings / target), axis=0)))
+        return np.median(np.round(self.shapes * self.spacings / target), axis=0)
+
+    def shape_at(self, spacing: Sequence[float]) -> tuple[int, ...]:
+        """The same, in whole voxels."""
+        return tuple(int(n) for n in np.round(self.median_shape(spacing)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary that plan.json holds beside the settings."""
@@ -57,11 +62,12 @@ def voxel_size(spacing: Sequence[float], spacings: Sequence[Any] | np.ndarray) -
 
 
 def measure_labels(labels: Mapping[int, str]) -> dict[str, Any]:
-    """Return the fields `pairs` and `alone` of a table of structures."""
+    """Return the fields `pairs`, `alone` and `classes` of a table of structures."""
     pairs, alone = sides(labels, "LR")
     return {
         "pairs": tuple((labels[one], labels[other]) for one, other in pairs),
         "alone": alone,
+        "classes": 1 + max(len(labels), 1),
     }
 
 

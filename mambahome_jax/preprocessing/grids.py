@@ -1,20 +1,32 @@
 """Patch and grids of a network for scans of given voxels, as nnU-Net's planner chooses them."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mambahome_jax.config import ModelConfig, Triple, beyond_one_voxel, nearest_multiples, triple
+from mambahome_jax.config import (
+    MODEL_SIZES,
+    Triple,
+    UNetConfig,
+    beyond_one_voxel,
+    multiples_of,
+    nearest_multiples,
+    said_multiples,
+    triple,
+)
+from mambahome_jax.errors import ConfigError
+from mambahome_jax.flags import TrainConfig
 
 _SMALLEST = (4, 2, 1)  # voxels left along an axis that is halved: the first of these with which an axis can be
 THICK = 3  # over so many times as long as the others are the voxels of thick slices along the axis across them
+_MOST_STRIDES = 15  # of a U-Net
 _ALIKE = 2  # voxel sizes below so many times the finest count as the same
 
 
 class Grids(NamedTuple):
-    """Fields of ModelConfig, and the patch that they are for, raised to multiples."""
+    """Fields of NetworkConfig, and the patch that they are for, raised to multiples."""
 
     patch_size: Triple
     strides: tuple[Triple, ...]
@@ -27,28 +39,31 @@ def thick_axis(voxel_size: Sequence[float] | np.ndarray) -> int | None:
     return coarse if voxel_size[coarse] > THICK * max(np.delete(voxel_size, coarse)) else None
 
 
-def grids_for(spacing: Sequence[float], patch_size: Sequence[int]) -> Grids:
+def grids_for(spacing: Sequence[float], patch_size: Sequence[float], unet: bool = False) -> Grids:
     """Choose grids for patches of so many voxels of so many mm, as nnU-Net's planner does.
+
+    unet: as many stages as leave 4 voxels along each axis that is halved, as nnU-Net has them; else four.
 
     Each stage halves the axes whose voxels are, at that stage, less than twice as long as the finest of those that have
     enough voxels left; so thick slices are left alone until the voxels within them are about as long. On each grid an
     axis has kernels of 3 once its voxels are less than twice as long as the finest, and of 1 before that; the deepest
     grid has 3 along all.
     """
-    length, size = list(map(float, spacing)), list(patch_size)
+    length, size, smallest = list(map(float, spacing)), list(patch_size), _SMALLEST[:1] if unet else _SMALLEST
     strides: list[Triple] = []
     kernels: list[Triple] = []
     wide = [False] * 3
-    for _ in range(4):
+    for _ in range(_MOST_STRIDES if unet else 4):
+        halved = _halved(size, length, smallest)
+        if unet and not halved and strides:
+            break
         wide = [was or mm < _ALIKE * min(length) for was, mm in zip(wide, length, strict=True)]
         kernels.append(triple(3 if w else 1 for w in wide))
-        halved = _halved(size, length)
         strides.append(triple(2 if axis in halved else 1 for axis in range(3)))
         for axis in halved:
             size[axis], length[axis] = -(-size[axis] // 2), 2 * length[axis]
     kernels.append((3, 3, 3))
-    multiples = ModelConfig(strides=tuple(strides)).multiples
-    whole = triple(-(-n // m) * m for n, m in zip(patch_size, multiples, strict=True))
+    whole = triple(math.ceil(n / m) * m for n, m in zip(patch_size, multiples_of(strides), strict=True))
     return Grids(whole, tuple(strides), tuple(kernels))
 
 
@@ -66,22 +81,21 @@ def patch_and_grids(spacing: Sequence[float], shape: Sequence[int], voxels: int 
     patch = wanted
     # Once more for the patch that is whole: a few voxels may decide whether an axis is halved.
     for _ in range(2):
-        multiples = ModelConfig(strides=grids_for(spacing, patch).strides).multiples
+        multiples = multiples_of(grids_for(spacing, patch).strides)
         nearest = nearest_multiples(wanted, multiples)
         # Up where the scan ends, so that it is covered; else to the nearest.
         sizes = zip(wanted, multiples, shape, nearest, strict=True)
         patch = [-(-n // m) * m if n >= whole else near for n, m, whole, near in sizes]
     found = grids_for(spacing, patch)
-    multiples = ModelConfig(strides=found.strides).multiples
-    return found._replace(patch_size=beyond_one_voxel(found.patch_size, multiples))
+    return found._replace(patch_size=beyond_one_voxel(found.patch_size, multiples_of(found.strides)))
 
 
 def _cut(millimetres: float, spacing: Sequence[float], shape: Sequence[int]) -> list[float]:
     return [min(n, millimetres / mm) for n, mm in zip(shape, spacing, strict=True)]
 
 
-def _halved(size: Sequence[int], length: Sequence[float]) -> list[int]:
-    for smallest in _SMALLEST:
+def _halved(size: Sequence[float], length: Sequence[float], smallest_allowed: Sequence[int]) -> list[int]:
+    for smallest in smallest_allowed:
         able = [axis for axis in range(3) if size[axis] >= 2 * smallest]
         finest = min((length[axis] for axis in able), default=0)
         halved = [axis for axis in able if length[axis] < _ALIKE * finest]
@@ -89,3 +103,49 @@ def _halved(size: Sequence[int], length: Sequence[float]) -> list[int]:
         if len(halved) > 1 or (halved and size[halved[0]] >= 3 * smallest):
             return halved
     return []
+
+
+def choose_grids(
+    flags: TrainConfig,
+    shapes: Sequence[Triple],
+    spacing: tuple[float, float, float],
+    planned: Mapping[str, Any] | None = None,
+) -> Grids:
+    """The patch and grids of a training: by --strides and --patch_size, or those of a plan for the same patch.
+
+    shapes: of the volumes, (cases, 3) voxels. planned: values of plan.json. The grids of a U-Net always follow the
+    patch. Raises ConfigError: a --patch_size that they do not divide.
+    """
+    network = MODEL_SIZES[flags.model].model
+    unet = isinstance(network, UNetConfig)
+    if flags.strides == "published" and not unet:
+        return Grids(choose_patch(flags, shapes), network.strides, network.kernel_sizes)
+    size = flags.patch_size
+    if size is None and not unet:
+        median = [round(n) for n in np.median(shapes, axis=0)]
+        return patch_and_grids(spacing, median, math.prod(MODEL_SIZES[flags.model].patch_size))
+    if size is None:
+        size = triple(map(min, MODEL_SIZES[flags.model].patch_size, np.max(shapes, axis=0).tolist()))
+    found = grids_for(spacing, size, unet)
+    if planned and tuple(size) == planned.get("patch_size"):
+        found = found._replace(**{name: planned[name] for name in ("strides", "kernel_sizes") if name in planned})
+    return found._replace(patch_size=choose_patch(flags, shapes, multiples_of(found.strides)))
+
+
+def choose_patch(flags: TrainConfig, shapes: Sequence[Triple], multiples: Triple = (16, 16, 16)) -> Triple:
+    """--patch_size checked, or that of --model, cut to what covers the largest volume along each axis.
+
+    multiples: `NetworkConfig.multiples` of the network.
+    """
+    if flags.patch_size is None:
+        default, largest = MODEL_SIZES[flags.model].patch_size, np.max(shapes, axis=0).tolist()
+        a, b, c = (min(d, -(-n // m) * m) for d, n, m in zip(default, largest, multiples, strict=True))
+        return beyond_one_voxel((a, b, c), multiples)
+    near = beyond_one_voxel(nearest_multiples(flags.patch_size, multiples), multiples)
+    if near != tuple(flags.patch_size):
+        given, valid = (" ".join(map(str, sizes)) for sizes in (flags.patch_size, near))
+        said = said_multiples(multiples)
+        raise ConfigError(
+            f"--patch_size {given}; expected multiples of {said}, not all of them {said}, such as {valid}"
+        )
+    return near

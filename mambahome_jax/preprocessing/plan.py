@@ -22,15 +22,16 @@ from mambahome_jax.config import (
     NetworkConfig,
     Precision,
     Resampling,
+    multiples_of,
     said_multiples,
 )
-from mambahome_jax.datasets.prepared import detect, read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.forms import Convert, among, converted, count_up_to, entries, text
 from mambahome_jax.preprocessing.fingerprint import Fingerprint, voxel_size
-from mambahome_jax.preprocessing.grids import THICK, grids_for, patch_and_grids, thick_axis
+from mambahome_jax.preprocessing.grids import THICK, Grids, grids_for, patch_and_grids, thick_axis
 from mambahome_jax.preprocessing.step_memory import PLANNED_PART, step_gib
+from mambahome_jax.preprocessing.unet_plan import TARGETS, plan_unet
 from mambahome_jax.recipes import RECIPES, as_typed
 from mambahome_jax.support.console import command_line
 from mambahome_jax.support.devices import JAX_SHARE
@@ -101,7 +102,7 @@ class Plan:
     """Settings read off the data and the machine, in the order in which they follow from each other.
 
     spacing: mm; resampling: of images, "linear" or "cubic"; patch_size: voxels; strides, kernel_sizes: see
-    `ModelConfig`; batch_size: on each device; mirror, hold_out: as the flags of train; length: {"minutes": ...},
+    `NetworkConfig`; batch_size: on each device; mirror, hold_out: as the flags of train; length: {"minutes": ...},
     {"epochs": ...} or {"steps": ...}.
     """
 
@@ -134,12 +135,15 @@ def make_plan(fingerprint: Fingerprint, machine: Machine, given: Mapping[str, Se
     shape = fingerprint.shape_at(spacing)
     mm = voxel_size(spacing, fingerprint.spacings)
     model = chosen.setdefault("model", _choose_model(machine)).value
-    grids = _choose_grids(mm, shape, model, machine, chosen.get("patch_size"))
-    for name, setting in grids.items():
+    if model in TARGETS:
+        sizes = _choose_by_nnunet(fingerprint, spacing, mm, model, chosen.get("patch_size"))
+    else:
+        sizes = _choose_grids(mm, shape, model, machine, chosen.get("patch_size"))
+    for name, setting in sizes.items():
         chosen.setdefault(name, setting)
     patch = chosen["patch_size"].value
-    network = _network(model, chosen["strides"].value)
-    chosen.setdefault("batch_size", _choose_batch(patch, network, machine))
+    if "batch_size" not in chosen:
+        chosen["batch_size"] = _choose_batch(patch, _network(model, chosen["strides"].value), machine)
     chosen.setdefault("recipe", Setting("strong", "ahead of the published recipe where both were measured"))
     chosen.setdefault("mirror", _choose_mirror(fingerprint))
     chosen.setdefault("hold_out", _choose_hold_out(fingerprint.patients or len(fingerprint.shapes)))
@@ -185,6 +189,22 @@ def _choose_model(machine: Machine) -> Setting:
     return Setting("MambaHoME_small", "the published size has seven times the parameters and overfits small datasets")
 
 
+def _choose_by_nnunet(
+    fingerprint: Fingerprint, spacing: Sequence[float], mm: Sequence[float], model: str, patch: Setting | None
+) -> dict[str, Setting]:
+    """Choose patch_size, strides, kernel_sizes and batch_size of a U-Net, whatever the machine."""
+    shape, target = fingerprint.median_shape(spacing).tolist(), TARGETS[model]
+    cases, size = len(fingerprint.shapes), patch and patch.value
+    found = plan_unet(model, mm, shape, cases, fingerprint.classes, size)
+    rule = f"as nnU-Net's planner for {model}"
+    outputs = f"{found.outputs:,} outputs of its convolutions of at most {target.outputs:,}"
+    share = "" if target.share == 1 else f", of at most {target.share:.0%} of the dataset's voxels"
+    chosen = _grid_settings(found.grids) | {
+        "batch_size": Setting(found.batch_size, f"{rule}: what {target.gib} GB hold by its estimate{share}; 2 at least")
+    }
+    return chosen if patch else {"patch_size": Setting(found.grids.patch_size, f"{rule}: {outputs}"), **chosen}
+
+
 def _choose_grids(
     mm: Sequence[float], shape: Sequence[int], model: str, machine: Machine, patch: Setting | None
 ) -> dict[str, Setting]:
@@ -203,16 +223,16 @@ def _choose_grids(
         patch = Setting(found.patch_size, reason)
     else:
         found = grids_for(mm, patch.value)
-    multiples = ModelConfig(strides=found.strides).multiples
+    return {"patch_size": patch, **_grid_settings(found)}
+
+
+def _grid_settings(found: Grids) -> dict[str, Setting]:
+    multiples = multiples_of(found.strides)
     strides = kernels = "voxels are alike along all axes"
     if len(set(multiples)) > 1:
         strides = f"an axis is halved while it is long and fine enough; in all by {said_multiples(multiples)}"
         kernels = "1 along an axis whose voxels are still twice as long as the finest, else 3"
-    return {
-        "patch_size": patch,
-        "strides": Setting(found.strides, strides),
-        "kernel_sizes": Setting(found.kernel_sizes, kernels),
-    }
+    return {"strides": Setting(found.strides, strides), "kernel_sizes": Setting(found.kernel_sizes, kernels)}
 
 
 def _choose_batch(
@@ -296,8 +316,8 @@ _FORMS: dict[str, tuple[Convert, str]] = {
     "resampling": (among(get_args(Resampling)), f"one of {', '.join(get_args(Resampling))}"),
     "model": (among(tuple(MODEL_SIZES)), f"one of {', '.join(MODEL_SIZES)}"),
     "patch_size": (_SIZE, "three positive integers"),
-    "strides": (entries(entries(among((1, 2)), 3), 4), "4 triples of 1 or 2"),
-    "kernel_sizes": (entries(entries(among((1, 3)), 3), 5), "5 triples of 1 or 3"),
+    "strides": (entries(entries(among((1, 2)), 3)), "triples of 1 or 2"),
+    "kernel_sizes": (entries(entries(among((1, 3)), 3)), "triples of 1 or 3"),
     "batch_size": (count_up_to(1 << 16), "a positive integer"),
     "recipe": (among(tuple(RECIPES)), f"one of {', '.join(RECIPES)}"),
     "mirror": (entries(among(("none", *get_args(AnatomicalAxis)))), 'axes such as ["LR"], or ["none"]'),
@@ -339,7 +359,18 @@ def read_plan(file: Path) -> StoredPlan:
         except (ConfigError, TypeError) as error:
             found = f"{name} is {entry['value']!r}"
             raise DatasetError(found, file=file, expected=_FORMS[name][1], action=action) from error
+    _require_grids({name: setting.value for name, setting in settings.items()}, file, action)
     return StoredPlan(settings, str(content.get("machine", "")), content.get("digest") != _digest(settings))
+
+
+def _require_grids(values: Mapping[str, Any], file: Path, action: str) -> None:
+    """Raise DatasetError where there are not as many strides and kernel sizes as the network has grids."""
+    network = MODEL_SIZES[values.get("model", "MambaHoME")].model
+    strides = values.get("strides", network.strides)
+    try:
+        network.with_grids(strides, values.get("kernel_sizes", ((3, 3, 3),) * (len(strides) + 1)))
+    except ConfigError as error:
+        raise DatasetError(str(error), file=file, action=action) from error
 
 
 def _digest(settings: Mapping[str, Setting]) -> str:
@@ -360,29 +391,6 @@ def write_plan(file: Path, plan: Plan, machine: Machine, fingerprint: Fingerprin
 
 
 # How a training follows it.
-
-
-def planned_settings(folder: Path) -> StoredPlan:
-    """Read the plan of a preprocessed folder, without settings where it has none.
-
-    Raises DatasetError: as `read_plan`; a spacing or resampling other than that of the folder's cases.
-    """
-    file = folder / PLAN
-    if not (detect(folder) and file.is_file()):
-        return StoredPlan({}, "", False)
-    stored, prepared = read_plan(file), read_prepared(folder)
-    spacing, planned = prepared.spacing, {name: setting.value for name, setting in stored.settings.items()}
-    found = actual = ""
-    if spacing is not None and not np.allclose(planned.get("spacing", spacing), spacing):
-        actual = as_typed(spacing)
-        found = f"spacing is {as_typed(planned['spacing'])}, but the cases are resampled to {actual} mm"
-    elif planned.get("resampling", prepared.resampling) != prepared.resampling:
-        actual = prepared.resampling
-        found = f"resampling is {planned['resampling']}, but the cases are resampled by {actual}"
-    if found:
-        action = "Run preprocess again, which follows the plan, or set it back."
-        raise DatasetError(found, file=file, expected=actual, action=action)
-    return stored
 
 
 def follow_plan(flags: TrainConfig, settings: Mapping[str, Setting], machine: str = "") -> TrainConfig:
@@ -407,7 +415,7 @@ def follow_plan(flags: TrainConfig, settings: Mapping[str, Setting], machine: st
     patch = followed.patch_size or MODEL_SIZES[followed.model].patch_size
     planned_sizes = [settings[name].value if name in settings else None for name in ("model", "patch_size")]
     other = planned_sizes != [followed.model, patch] or is_given(flags, "precision")
-    if "batch_size" in planned and made_for is not None and other:
+    if "batch_size" in planned and made_for is not None and other and followed.model not in TARGETS:
         strides = ModelConfig.strides
         if followed.strides == "auto" and "spacing" in settings and all(mm > 0 for mm in settings["spacing"].value):
             strides = grids_for(settings["spacing"].value, patch).strides

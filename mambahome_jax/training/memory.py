@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from mambahome_jax.config import ModelConfig, Triple, beyond_one_voxel, nearest_multiples
+from mambahome_jax.config import Triple, UNetConfig, beyond_one_voxel, multiples_of, nearest_multiples
 from mambahome_jax.errors import ConfigError, MambaHomeError, TrainingError
 from mambahome_jax.preprocessing.grids import grids_for
 from mambahome_jax.preprocessing.step_memory import step_gib
@@ -178,15 +178,15 @@ def recorded_sizes(run: Path, setup: Setup, fixed: Collection[str]) -> dict[str,
 def smaller_patch(setup: Setup, voxels: float) -> Triple | None:
     """The patch of the setup with its axes shortened in turn to at most so many voxels, None where it cannot be."""
     multiples, size = setup.model.multiples, list(setup.patch_size)
-    spacing = own_voxel_size(setup.prepared)
+    spacing, unet = own_voxel_size(setup.prepared), isinstance(setup.model, UNetConfig)
+    auto = unet or setup.flags.strides != "published"
     while True:
         axis = max(range(3), key=lambda a: size[a] / multiples[a])
         if size[axis] <= multiples[axis]:
             return None
         size[axis] -= multiples[axis]
         # A shorter patch may have other strides, for which it has to be whole too.
-        auto = setup.flags.strides != "published"
-        own = ModelConfig(strides=grids_for(spacing, size).strides).multiples if auto else multiples
+        own = multiples_of(grids_for(spacing, size, unet).strides) if auto else multiples
         patch = beyond_one_voxel(nearest_multiples(size, own), own)
         if math.prod(patch) <= voxels and patch == tuple(size):
             return patch

@@ -23,7 +23,8 @@ from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.flags import PreprocessConfig, TrainConfig
 from mambahome_jax.preprocessing.dataset import prepare_dataset
-from mambahome_jax.preprocessing.plan import Setting, follow_plan, is_given, plan_lines, planned_settings
+from mambahome_jax.preprocessing.plan import Setting, follow_plan, is_given, plan_lines
+from mambahome_jax.preprocessing.plan_folder import planned_settings
 from mambahome_jax.recipes import given_ingredients
 from mambahome_jax.support.console import logged, say, tracked
 from mambahome_jax.support.devices import choose_devices, device_line, git_state, versions
@@ -118,7 +119,7 @@ def run_training(flags: TrainConfig, console: Console, started: float | None = N
 
     at_once: see `networks_of`. Raises MambaHomeError before anything is trained.
     """
-    plan = planned_settings(flags.data_train)
+    plan = planned_settings(flags)
     given, flags = flags, follow_plan(flags, plan.settings, plan.machine)
     first = plan_lines(given, flags, plan, "cpu" if jax.default_backend() == "cpu" else "gpu")
     seconds = math.inf if flags.max_minutes is None else flags.max_minutes * 60

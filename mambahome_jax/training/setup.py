@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,13 +19,9 @@ from mambahome_jax.config import (
     DataProperties,
     Mirror,
     MirrorPairs,
-    ModelConfig,
     NetworkConfig,
     Precision,
     Triple,
-    beyond_one_voxel,
-    nearest_multiples,
-    said_multiples,
 )
 from mambahome_jax.datasets.prepared import DESCRIPTION, Prepared, split_cases, usable_cases
 from mambahome_jax.datasets.structures import (
@@ -43,7 +38,7 @@ from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.patches.store import CRC_LETTERS, Store, StoreEntry, training_ranges
 from mambahome_jax.preprocessing.fingerprint import voxel_size
-from mambahome_jax.preprocessing.grids import grids_for, patch_and_grids, thick_axis
+from mambahome_jax.preprocessing.grids import choose_grids, thick_axis
 from mambahome_jax.preprocessing.plan import Setting
 from mambahome_jax.recipes import AugmentationConfig, Recipe, given_ingredients, resolve
 from mambahome_jax.support.devices import default_precision
@@ -146,8 +141,10 @@ def make_setup(
     val_entries = [val_store.entry(case) for case in held_out]
     # Of all cases, so that networks which hold out others have the same.
     usable = [store.entry(case.id) for case in usable_cases(prepared)]
-    patch, grids = choose_grids(flags, [entry.shape for entry in usable], own_voxel_size(prepared), settings or {})
+    planned = {name: setting.value for name, setting in (settings or {}).items()}
+    grids = choose_grids(flags, [entry.shape for entry in usable], own_voxel_size(prepared), planned)
     classes, named = _classes(flags, prepared, usable)
+    network = model_config(flags, in_chans=entries[0].channels, out_chans=classes)
     structures = named or {1: "label_1"}
     asked = "mirror" in given_ingredients(flags) and "mirror" not in (settings or {})
     augmentation, mirror_lines = make_augmentation(recipe, prepared, named, explicit=asked, recorded=recorded)
@@ -159,7 +156,7 @@ def make_setup(
         modality=flags.modality or Counter(entry.modality for entry in usable).most_common(1)[0][0],
         labels=tuple(named.items()),
         channels=tuple(prepared.channels),
-        patch_size=patch,
+        patch_size=grids.patch_size,
         ct_normalisation=prepared.ct_normalisation,
         mirror=tuple(name for name, _ in _anatomical(mirrors, prepared.orientation)),
         values=tuple(sorted(prepared.values.items())),
@@ -180,9 +177,9 @@ def make_setup(
         val_values=values_of_training(prepared_val, held_out, prepared, structures) if prepared_val else None,
         structures=structures,
         labelled=labelled_classes(prepared, train, classes),
-        model=model_config(flags, in_chans=entries[0].channels, out_chans=classes).replace(**grids).for_patch(patch),
+        model=network.with_grids(grids.strides, grids.kernel_sizes).for_patch(grids.patch_size),
         properties=properties,
-        patch_size=patch,
+        patch_size=grids.patch_size,
         precision=flags.precision or default_precision(),
         augmentation=augmentation,
         mirror_lines=mirror_lines,
@@ -278,46 +275,6 @@ def model_config(flags: TrainConfig, in_chans: int, out_chans: int) -> NetworkCo
     if flags.feature_size < 1:
         raise ConfigError(f"--feature_size {flags.feature_size}; expected 1 or more")
     return model.widened(flags.feature_size)
-
-
-def choose_grids(
-    flags: TrainConfig,
-    shapes: list[Triple],
-    spacing: tuple[float, float, float],
-    settings: Mapping[str, Setting] | None = None,
-) -> tuple[Triple, dict[str, Any]]:
-    """The patch, and what --strides, or the plan of `settings` for the same patch, changes of the network for it."""
-    if flags.strides == "published":
-        return choose_patch(flags, shapes), {}
-    if flags.patch_size is not None:
-        _, strides, kernel_sizes = grids_for(spacing, flags.patch_size)
-        grids: dict[str, Any] = {"strides": strides, "kernel_sizes": kernel_sizes}
-        planned = {name: setting.value for name, setting in (settings or {}).items()}
-        if tuple(flags.patch_size) == planned.get("patch_size"):
-            grids = {name: planned.get(name, value) for name, value in grids.items()}
-        return choose_patch(flags, shapes, ModelConfig(**grids).multiples), grids
-    median = [round(n) for n in np.median(shapes, axis=0)]
-    patch, strides, kernel_sizes = patch_and_grids(spacing, median, math.prod(MODEL_SIZES[flags.model].patch_size))
-    return patch, {"strides": strides, "kernel_sizes": kernel_sizes}
-
-
-def choose_patch(flags: TrainConfig, shapes: list[Triple], multiples: Triple = (16, 16, 16)) -> Triple:
-    """--patch_size checked, or that of --model, cut to what covers the largest volume along each axis.
-
-    multiples: `ModelConfig.multiples` of the network.
-    """
-    if flags.patch_size is None:
-        default, largest = MODEL_SIZES[flags.model].patch_size, np.max(shapes, axis=0).tolist()
-        a, b, c = (min(d, -(-n // m) * m) for d, n, m in zip(default, largest, multiples, strict=True))
-        return beyond_one_voxel((a, b, c), multiples)
-    near = beyond_one_voxel(nearest_multiples(flags.patch_size, multiples), multiples)
-    if near != tuple(flags.patch_size):
-        given, valid = (" ".join(map(str, sizes)) for sizes in (flags.patch_size, near))
-        said = said_multiples(multiples)
-        raise ConfigError(
-            f"--patch_size {given}; expected multiples of {said}, not all of them {said}, such as {valid}"
-        )
-    return near
 
 
 def own_voxel_size(prepared: Prepared) -> tuple[float, float, float]:

@@ -11,10 +11,11 @@ from mambahome_jax.commands.preprocess import run
 from mambahome_jax.config import DataProperties
 from mambahome_jax.datasets.prepared import read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.geometry import reorient, resample
 from mambahome_jax.inference.segment import Segmenter, SegmentOptions, to_network_grid
 from mambahome_jax.patches.store import Store
-from mambahome_jax.preprocessing.plan import planned_settings
+from mambahome_jax.preprocessing.plan_folder import planned_settings
 from tests.commands.scans import preprocess_config
 
 
@@ -62,7 +63,7 @@ def test_a_folder_without_a_plan_is_planned_as_its_cases_are(config):
     assert run(replace(config, spacing=(1.4, 1.3, 3), resampling="cubic")) == 0
     (config.output_path / "plan.json").unlink()
     mh.plan(folder=config.output_path, output=config.output_path / "plan.json")
-    assert planned_settings(config.output_path).settings["resampling"].value == "cubic"
+    assert planned_settings(TrainConfig(config.output_path)).settings["resampling"].value == "cubic"
 
 
 def test_an_edited_plan_decides_and_train_refuses_one_that_the_cases_do_not_follow(config):
@@ -71,9 +72,9 @@ def test_an_edited_plan_decides_and_train_refuses_one_that_the_cases_do_not_foll
     with pytest.raises(
         DatasetError, match="resampling is cubic, but the cases are resampled by linear; expected linear"
     ):
-        planned_settings(config.output_path)
+        planned_settings(TrainConfig(config.output_path))
     assert run(config) == 0
-    assert planned_settings(config.output_path).settings["resampling"].value == "cubic"
+    assert planned_settings(TrainConfig(config.output_path)).settings["resampling"].value == "cubic"
     assert read_prepared(config.output_path).resampling == "cubic"
     assert mh.plan(folder=config.output_path, memory=24).plan.resampling.value == "cubic"
     set_by_hand(config, "resampling", "quintic")

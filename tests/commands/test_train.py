@@ -21,6 +21,7 @@ from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.imaging.volume import Volume, write_volume
 from mambahome_jax.patches.store import Store, StoreEntry, write_case, write_index
+from mambahome_jax.preprocessing.grids import choose_patch
 from mambahome_jax.recipes import AugmentationConfig, Recipe
 from mambahome_jax.support.devices import git_state
 from mambahome_jax.training import train as training
@@ -28,7 +29,6 @@ from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.runs import dataset_fingerprint
 from mambahome_jax.training.setup import (
     case_digests,
-    choose_patch,
     labelled_classes,
     make_augmentation,
     make_setup,

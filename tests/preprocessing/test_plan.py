@@ -13,6 +13,7 @@ from mambahome_jax.config import MODEL_SIZES, ModelConfig
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing.fingerprint import Fingerprint
+from mambahome_jax.preprocessing.grids import choose_grids
 from mambahome_jax.preprocessing.plan import (
     Machine,
     Setting,
@@ -26,7 +27,6 @@ from mambahome_jax.preprocessing.plan import (
     write_plan,
 )
 from mambahome_jax.preprocessing.step_memory import parameters, step_gib
-from mambahome_jax.training.setup import choose_grids
 
 GOLDENS = json.loads((Path(__file__).parent.parent / "goldens" / "nnunet_plans.json").read_text())
 GPU, CPU = Machine(140.0), Machine()
@@ -76,8 +76,9 @@ def test_plans_of_known_datasets(shape, spacing, patch, strides):
 def test_train_takes_the_patch_planned_for_tiny_scans(shape):
     plan = make_plan(fingerprint((1, 1, 1), shape), CPU)
     followed = follow_plan(TrainConfig(Path("ready")), plan.settings())
-    patch, grids = choose_grids(followed, [shape], (1.0, 1.0, 1.0), plan.settings())
-    assert patch == plan.patch_size.value and grids["strides"] == plan.strides.value
+    planned = {name: setting.value for name, setting in plan.settings().items()}
+    grids = choose_grids(followed, [shape], (1.0, 1.0, 1.0), planned)
+    assert grids.patch_size == plan.patch_size.value and grids.strides == plan.strides.value
 
 
 def test_batch_and_model_follow_the_machine():

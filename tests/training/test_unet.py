@@ -1,0 +1,97 @@
+"""Training of nnU-Net's U-Nets: grids by the patch, heads of their own, checkpoints, and a plan made anew for them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mambahome_jax as mh
+from mambahome_jax.config import ResEncUNetConfig
+from mambahome_jax.datasets.prepared import read_prepared
+from mambahome_jax.flags import TrainConfig
+from mambahome_jax.model.layers import ChannelDropout
+from mambahome_jax.preprocessing.plan import follow_plan
+from mambahome_jax.preprocessing.plan_folder import planned_settings
+from mambahome_jax.training.checkpoints import checkpoint_settings
+from mambahome_jax.training.losses import DeepSupervision
+from mambahome_jax.training.pretrained import transfer
+from mambahome_jax.training.setup import make_setup
+from mambahome_jax.training.train import build_networks
+from mambahome_jax.weights.checkpoint import write_checkpoint
+from mambahome_jax.weights.weights import read_weights
+from tests.commands.test_train import SHAPE, _dataset
+
+
+def setup_for(tmp_path, **flags):
+    if not (tmp_path / "data").exists():
+        _dataset(tmp_path / "data")
+    prepared = read_prepared(tmp_path / "data")
+    flags = {"model": "ResEncUNet", "feature_size": 4, "steps": 1} | flags
+    return make_setup(TrainConfig(prepared.root, **flags), prepared, None, devices=1)
+
+
+def test_grids_follow_the_patch_and_travel_with_a_checkpoint(tmp_path):
+    setup = setup_for(tmp_path, patch_size=(16, 16, 16))
+    assert setup.model.strides == ((2, 2, 2),) * 2
+    assert (setup.model.feat_size, setup.model.depths) == ((4, 8, 16), (1, 3, 4))
+    graphdef, _, params, _ = build_networks(setup, new=True)
+    write_checkpoint(tmp_path / "best", params, checkpoint_settings(setup))
+    model = mh.load_model(tmp_path / "best")
+    assert isinstance(model, mh.ResEncUNet) and model.config == setup.model
+    ours, theirs = mh.export_official(model), mh.export_official(nnx.merge(graphdef, params))
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name], err_msg=name)
+    weights = read_weights(tmp_path / "best")
+    _, found = transfer(weights, params, setup.model.replace(in_chans=2, out_chans=9), setup.properties, "best")
+    assert {*found.reinitialised} == {f"encoder.stem.conv.{part}" for part in ("kernel", "bias")} | {
+        f"decoder.heads.{step}.{part}" for step in range(2) for part in ("kernel", "bias")
+    }
+
+
+def test_it_is_supervised_by_its_own_heads_but_the_coarsest():
+    config = ResEncUNetConfig(1, 3, feat_size=(4, 5, 6, 7, 8, 8))
+
+    def logits(x):
+        network = DeepSupervision(mh.ResEncUNet(**vars(config), rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+        assert not jax.tree.leaves(nnx.state(network.heads))
+        return network(x, ChannelDropout(jax.random.key(0), 0.1))
+
+    shapes = [level.shape for level in jax.eval_shape(logits, jnp.zeros((1, 64, 64, 32, 1)))]
+    assert shapes == [(1, 64 // n, 64 // n, 32 // n, 3) for n in (1, 2, 4, 8)]
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """A folder with a plan for another network."""
+    _dataset(tmp_path / "data")
+    mh.plan(folder=tmp_path / "data", memory=24, output=tmp_path / "data" / "plan.json")
+    return tmp_path / "data"
+
+
+def test_another_network_than_the_planned_one_gets_its_own_patch(planned):
+    stored = planned_settings(TrainConfig(planned))
+    assert stored.settings["model"].value == "MambaHoME_small"
+    flags = TrainConfig(planned, model="ResEncUNet_M", given=("model",))
+    plan = planned_settings(flags)
+    expected = mh.plan(folder=planned, memory=24, model="ResEncUNet_M").plan
+    for name in ("patch_size", "strides", "kernel_sizes", "batch_size"):
+        assert plan.settings[name] == getattr(expected, name)
+    assert {name: plan.settings[name] for name in ("spacing", "mirror", "length")} == {
+        name: stored.settings[name] for name in ("spacing", "mirror", "length")
+    }
+    followed = follow_plan(flags, plan.settings, plan.machine)
+    assert followed.patch_size == (20, 20, 16) and followed.batch_size == plan.settings["batch_size"].value > 2
+    setup = make_setup(followed, read_prepared(planned), None, devices=1, settings=plan.settings)
+    assert (setup.patch_size, setup.model.strides) == ((20, 20, 16), plan.settings["strides"].value)
+
+
+def test_a_given_patch_gets_its_own_batch(planned):
+    flags = TrainConfig(planned, model="PlainUNet", patch_size=(8, 8, 8), given=("model", "patch_size"))
+    plan = planned_settings(flags)
+    assert plan.settings["patch_size"].value == (8, 8, 8)
+    assert follow_plan(flags, plan.settings, plan.machine).batch_size == plan.settings["batch_size"].value
+    assert SHAPE == (20, 18, 16) and planned_settings(TrainConfig(planned, patch_size=(16, 16, 16))) == (
+        planned_settings(TrainConfig(planned))
+    )
