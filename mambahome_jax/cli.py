@@ -80,7 +80,8 @@ def normalise_arguments(command: str, argv: Sequence[str]) -> list[str]:
         following = value if equals else (arguments[0] if arguments else None)
         spelled = following.lower() if following is not None else ""
         if flag.item is bool:
-            told = spelled in _TRUE + _FALSE
+            # Behind a flag a word such as 1 may be the folder that the command takes.
+            told = spelled in (_TRUE + _FALSE if equals or alone else ("true", "false"))
             if not told and (equals or (alone and following is not None and not following.startswith("--"))):
                 raise ConfigError(flag.refuse([following or "''"]))
             if not equals and told:

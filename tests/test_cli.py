@@ -67,6 +67,9 @@ def test_booleans(text, expected):
 
 
 def test_positional_arguments():
+    for words, yes, folder in (("--yes 1", True, "1"), ("--yes=1", True, None), ("--yes False runs", False, "runs")):
+        config = _parse("clean", words)
+        assert (config.yes, config.folder) == (yes, folder and Path(folder)), words
     config = _parse("convert", "a.pth b.npz --overwrite")
     assert (config.source, config.destination, config.overwrite) == (Path("a.pth"), Path("b.npz"), True)
 
