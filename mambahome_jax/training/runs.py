@@ -3,12 +3,10 @@
 import contextlib
 import functools
 import gc
-import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +16,7 @@ from rich.console import Console
 from mambahome_jax.datasets import prepared as prepared_layout
 from mambahome_jax.datasets.prepared import Prepared, read_prepared
 from mambahome_jax.datasets.registry import load_dataset
-from mambahome_jax.datasets.splits import in_fold, outside_split, with_split_file
+from mambahome_jax.datasets.splits import in_fold, with_split_file
 from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError, TrainingError
 from mambahome_jax.flags import PreprocessConfig, TrainConfig
@@ -27,11 +25,11 @@ from mambahome_jax.preprocessing.plan import Setting, follow_plan, is_given, pla
 from mambahome_jax.preprocessing.plan_folder import planned_settings
 from mambahome_jax.recipes import given_ingredients
 from mambahome_jax.support.console import logged, say, tracked
-from mambahome_jax.support.devices import choose_devices, device_line, git_state, versions
-from mambahome_jax.support.files import jsonable, read_json, write_json
+from mambahome_jax.support.devices import choose_devices
+from mambahome_jax.support.files import jsonable
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import from_keywords, local_path, require_letters
-from mambahome_jax.training.checkpoints import PACKAGES, checkpoint_settings, holds_run, require_same_run
+from mambahome_jax.training.checkpoints import checkpoint_settings, holds_run, require_same_run
 from mambahome_jax.training.distributed import gather, is_first, require_same
 from mambahome_jax.training.folds import (
     Network,
@@ -54,17 +52,20 @@ from mambahome_jax.training.memory import (
 )
 from mambahome_jax.training.pretrained import Transfer
 from mambahome_jax.training.progress import end_lines, ensemble_line, start_lines, train_line
+from mambahome_jax.training.run_report import (
+    earlier_report,
+    held_out_entry,
+    is_finished,
+    new_report,
+    save_report,
+    scores_entry,
+)
 from mambahome_jax.training.schedule import Clock, Schedule, report_seconds
 from mambahome_jax.training.setup import Setup, make_setup, recorded_mirrors
 from mambahome_jax.training.train import Programs, TrainingRun, train_network
 from mambahome_jax.weights.checkpoint import CROSS_VALIDATION, FOLD, networks_of_run, read_checkpoint_config
 
 SIGNALLED = 128
-# Flags that say how a run was started; it may be another way of starting that finds it finished.
-_OF_THE_START = {
-    *("resume", "load_checkpoint", "output_dir", "checkpoint_name", "given"),
-    *("coordinator_address", "num_processes", "process_id"),
-}
 
 
 @dataclass(frozen=True)
@@ -364,16 +365,6 @@ def _locked(folder: Path) -> contextlib.AbstractContextManager:
     return locked(folder, "train") if is_first() else contextlib.nullcontext()
 
 
-def is_finished(report: Mapping[str, Any], flags: TrainConfig) -> bool:
-    """Whether run.json tells of a run with these flags that came to its end."""
-    before, now = report.get("configuration"), jsonable(asdict(flags))
-    # A flag that an earlier version did not have was not given then.
-    first = jsonable({field.name: field.default for field in fields(flags) if field.default is not MISSING})
-    names = {*now} - _OF_THE_START
-    same = isinstance(before, dict) and all((first | before).get(name) == now[name] for name in names)
-    return same and report.get("status") == "finished"
-
-
 def _after(clock: Clock, home: Path) -> Clock:
     """The time that a network leaves: without what it took in this process, or in all by its checkpoint.
 
@@ -422,68 +413,3 @@ def _open_folder(
         action = "Run preprocess.py on it with the flags that the reasons above name, and train on what it writes."
         raise DatasetError("none of its cases can be used", file=data, expected="scans with labels", action=action)
     return result.prepared, result.failed
-
-
-def new_report(folder: Path, setup: Setup, skipped: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """What run.json says of a run that begins in a folder."""
-    return {
-        "command": "train",
-        "status": "starting",
-        "configuration": asdict(setup.flags),
-        "model": setup.model.to_json(),
-        "data": {
-            "name": setup.prepared.name,
-            "fingerprint": dataset_fingerprint(setup.prepared.labels, setup.digests["train"]),
-            **setup.properties.to_json(),
-            "train": list(setup.train_cases),
-            "val": list(setup.val_cases),
-            "digests": {part: dict(cases) for part, cases in setup.digests.items()},
-            "outside_split": outside_split(setup.prepared),
-            "skipped": [{"id": case, "reason": reason} for case, reason in skipped],
-        },
-        "training": setup.settings(),
-        "seed": setup.flags.seed,
-        "versions": versions(PACKAGES),
-        "git": git_state(),
-        "device": device_line(),
-        "outputs": {
-            **{"best": "checkpoints/best", "last": "checkpoints/last", "metrics": "metrics.csv"},
-            **{"curves": "progress.png", "log": "log.txt", "held_out": "validation"},
-        },
-    }
-
-
-def held_out_entry(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What run.json says of the scores of the cases held out: mean Dice, of each structure, and of which checkpoint."""
-    if summary is None:
-        return None
-    return {"checkpoint": {key: summary["checkpoint"][key] for key in ("name", "step")}} | scores_entry(summary)
-
-
-def scores_entry(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The mean Dice of a summary of scores, and that of each structure."""
-    return {
-        "cases": summary["cases"],
-        "dice": summary["mean"]["dice"],
-        "structures": {name: entry["dice"] for name, entry in summary["structures"].items()},
-    }
-
-
-def earlier_report(folder: Path) -> dict[str, Any]:
-    """What run.json says of the run that is being continued; empty where it says nothing."""
-    try:
-        return read_json(folder / "run.json")
-    except DatasetError:
-        return {}
-
-
-def save_report(folder: Path, report: Mapping[str, Any]) -> None:
-    """Write run.json, in the first process only. Raises OutputError."""
-    if is_first():
-        write_json(folder / "run.json", report)
-
-
-def dataset_fingerprint(labels: Mapping[int, str], digests: Mapping[str, str]) -> str:
-    """SHA-256 of the label table and the `case_digests` of the cases: equal for the same data anywhere."""
-    content = [sorted(labels.items()), sorted(digests.items())]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -26,7 +26,7 @@ from mambahome_jax.recipes import AugmentationConfig, Recipe
 from mambahome_jax.support.devices import git_state
 from mambahome_jax.training import train as training
 from mambahome_jax.training.losses import dice_ce
-from mambahome_jax.training.runs import dataset_fingerprint
+from mambahome_jax.training.run_report import dataset_fingerprint
 from mambahome_jax.training.setup import (
     case_digests,
     labelled_classes,

@@ -15,7 +15,7 @@ from mambahome_jax.imaging.intensity import statistics
 from mambahome_jax.patches.store import Store, write_case, write_index
 from mambahome_jax.training.checkpoints import data_differences, data_summary
 from mambahome_jax.training.progress import data_notes
-from mambahome_jax.training.runs import new_report
+from mambahome_jax.training.run_report import new_report
 from mambahome_jax.training.setup import case_digests, make_setup
 from tests.commands.scans import preprocess_config
 from tests.commands.test_train import _config, _dataset, _small, small_networks  # noqa: F401

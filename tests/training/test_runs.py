@@ -11,7 +11,7 @@ import mambahome_jax as mh
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.support.devices import git_state
 from mambahome_jax.support.files import jsonable
-from mambahome_jax.training.runs import is_finished
+from mambahome_jax.training.run_report import is_finished
 from tests.commands.test_train import _dataset, _small  # noqa: F401
 
 
