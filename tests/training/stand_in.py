@@ -1,9 +1,14 @@
-"""A network small enough to train in a test: two convolutions, the shapes of the real one."""
+"""A network small enough to train in a test, with the shapes of the real one, and a clock that the steps move."""
+
+import functools
+from types import SimpleNamespace
 
 import jax
+import pytest
 from flax import nnx
 
 from mambahome_jax.model.layers import ChannelDropout
+from mambahome_jax.training import runs, schedule, train
 
 
 class SmallNet(nnx.Module):
@@ -22,3 +27,18 @@ class SmallNet(nnx.Module):
         for layer in self.middle:
             x = jax.nn.relu(layer(x))
         return self.last(x)
+
+
+def steps_take(monkeypatch: pytest.MonkeyPatch, seconds: float) -> float:
+    """Let time pass in steps alone, so many seconds each, whatever the machine does; the time at the start."""
+    start, put_batch = 1000.0, train.put_batch
+    now = [start]
+
+    def timed(batch, mesh):
+        now[0] += seconds
+        return put_batch(batch, mesh)
+
+    monkeypatch.setattr(train, "put_batch", timed)
+    monkeypatch.setattr(schedule, "TimeBudget", functools.partial(schedule.TimeBudget, clock=lambda: now[0]))
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
+    return start

@@ -5,7 +5,6 @@ import io
 import json
 import shutil
 import signal
-import time
 
 import nibabel as nib
 import numpy as np
@@ -25,6 +24,7 @@ from mambahome_jax.training.progress import Display, FileLog, fit_values, train_
 from mambahome_jax.training.schedule import Schedule, TimeBudget
 from mambahome_jax.training.validation import Validation
 from tests.commands.test_train import _config, _dataset, _scan, _small  # noqa: F401
+from tests.training.stand_in import steps_take
 
 
 def _with_images(root):
@@ -173,13 +173,14 @@ def test_a_timed_run_stopped_in_its_scores_goes_on_with_them(tmp_path, monkeypat
         return original(*arguments)
 
     monkeypatch.setattr(held_out.HeldOutCases, "_late", lambda _: False)
-    options = {"steps": None, "val_every": None, "max_minutes": 0.15}
+    options = {"steps": None, "val_every": None, "max_minutes": 2.0}
+    started = steps_take(monkeypatch, seconds=10)
     monkeypatch.setattr(held_out, "predict_case", interrupted)
-    assert command.run(_config(data, tmp_path / "run", **options), time.monotonic() - 3) == 143
+    assert command.run(_config(data, tmp_path / "run", **options), started) == 143
     config = json.loads((tmp_path / "run" / "checkpoints" / "last" / "config.json").read_text())
     assert config["ended"] and config["seconds_spent"] < config["seconds_in_all"]
     monkeypatch.setattr(held_out, "predict_case", original)
-    assert command.run(_config(data, tmp_path / "run", **options, resume=True)) == 0
+    assert command.run(_config(data, tmp_path / "run", **options, resume=True), started) == 0
     report = json.loads((tmp_path / "run" / "run.json").read_text())
     assert report["step"] == config["step"] and _summary(tmp_path / "run")["cases"] == 1
 
@@ -223,8 +224,8 @@ def test_scores_end_no_training_early(tmp_path):
 def test_cases_for_which_no_time_is_left_are_counted(tmp_path, capsys, monkeypatch):
     data, late = _dataset(tmp_path / "data", val=("c3", "c4")), iter([False, True])
     monkeypatch.setattr(held_out.HeldOutCases, "_late", lambda _: next(late))
-    config = _config(data, tmp_path / "run", steps=None, val_every=None, max_minutes=0.15)
-    assert command.run(config, time.monotonic() - 3) == 0
+    config = _config(data, tmp_path / "run", steps=None, val_every=None, max_minutes=2.0)
+    assert command.run(config, steps_take(monkeypatch, seconds=10)) == 0
     assert _summary(tmp_path / "run")["not_segmented"] == ["c4"]
     assert "The time was over before 1 held-out cases were segmented" in capsys.readouterr().out
 

@@ -18,6 +18,7 @@ from mambahome_jax.training import train as training
 from mambahome_jax.training.runs import TrainResult
 from mambahome_jax.weights.checkpoint import read_checkpoint_params
 from tests.commands.test_train import SHAPE, _config, _dataset, _scan, _small  # noqa: F401
+from tests.training.stand_in import steps_take
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def test_networks_share_what_is_left_and_a_signal_ends_them_all(tmp_path, monkey
     now, calls = [100.0], []
 
     def one(training, folder, config, clock, skip_finished):
-        calls.append((folder.name, config.max_minutes, config.seed, *clock))
+        calls.append((folder.name, config.max_minutes, config.seed, *clock[:3]))
         now[0] += 150.0
         return TrainResult(folder, "ended", (0, 1, 143)[len(calls) - 1])
 
@@ -141,13 +142,14 @@ def test_networks_share_what_is_left_and_a_signal_ends_them_all(tmp_path, monkey
     assert _report(tmp_path / "run")["status"] == "stopped by a signal"
 
 
-def test_a_timed_ensemble_that_is_resumed_after_its_end_trains_nothing(tmp_path, capsys):
-    alone = _config(_dataset(tmp_path / "data"), tmp_path / "run", steps=None, val_every=None, max_minutes=0.3)
+def test_a_timed_ensemble_that_is_resumed_after_its_end_trains_nothing(tmp_path, capsys, monkeypatch):
+    started = steps_take(monkeypatch, seconds=10)
+    alone = _config(_dataset(tmp_path / "data"), tmp_path / "run", steps=None, val_every=None, max_minutes=2.0)
     for config in (alone, dataclasses.replace(alone, members=2, output_dir=tmp_path / "both")):
-        assert command.run(config) == 0
+        assert command.run(config, started) == 0
         files = {path: path.read_bytes() for path in config.output_dir.rglob("metrics.csv")}
         assert files
         capsys.readouterr()
-        assert command.run(dataclasses.replace(config, resume=True)) == 0
+        assert command.run(dataclasses.replace(config, resume=True), started) == 0
         assert "finished already" in capsys.readouterr().out
         assert files == {path: path.read_bytes() for path in files}
