@@ -4,6 +4,7 @@ A fold is a run like any other, with the cases that it holds out marked "val". I
 but keeps its last weights, so that its scores are of a network that was chosen on nothing.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from mambahome_jax.support.files import read_json
 from mambahome_jax.support.output_folder import open_output
 from mambahome_jax.training import held_out
 from mambahome_jax.training.checkpoints import holds_run
+from mambahome_jax.training.run_report import earlier_report
 from mambahome_jax.weights.checkpoint import CROSS_VALIDATION, FOLD, MEMBER
 
 # The gain in Dice from which on only the largest part of a structure is kept; metrics.csv has six digits.
@@ -42,11 +44,15 @@ _OF_A_FOLD = {
 
 @dataclass(frozen=True)
 class Network:
-    """One of several: the folder of its run, its flags, and the line with which it begins."""
+    """One of several: the folder of its run, its flags, and the line with which it begins.
+
+    scale: its part of the time of the command, to that with which it began; see `_minutes_of`.
+    """
 
     folder: Path
     flags: TrainConfig
     title: str
+    scale: float = 1.0
 
 
 def networks_of(flags: TrainConfig, folder: Path, at_once: int = 1) -> list[Network]:
@@ -68,12 +74,20 @@ def networks_of(flags: TrainConfig, folder: Path, at_once: int = 1) -> list[Netw
     if flags.folds is not None and holds_run(folder / f"{FOLD}_{flags.folds}"):
         raise ConfigError(f"{folder} holds more than --folds {flags.folds}. Name another --output_dir")
     numbers = range(flags.folds or flags.members) if flags.fold is None else [flags.fold]
-    minutes = None if flags.max_minutes is None else flags.max_minutes / rounds_of(len(numbers), at_once)
-    networks = [_network(flags, folder / f"{kind}_{number}", number, minutes) for number in numbers]
+    networks = [_network(flags, folder / f"{kind}_{number}", number, len(numbers), at_once) for number in numbers]
     held = [network.folder for network in networks if holds_run(network.folder)]
     if held and not (flags.resume or flags.load_checkpoint):
         raise ConfigError(f"{held[0]} holds a run already. Continue all with --resume, or name another --output_dir")
     return networks
+
+
+def _minutes_of(home: Path, share: float, shares: Sequence[float]) -> float:
+    """The minutes of a network: its share, or that with which it began on another number of GPUs.
+
+    shares: those of all numbers of GPUs. With other minutes of the command it is none of them, which the run refuses.
+    """
+    began = earlier_report(home).get("configuration", {}).get("max_minutes") if holds_run(home) else None
+    return next((began for each in shares if began is not None and math.isclose(began, each)), share)
 
 
 def rounds_of(networks: int, at_once: int) -> int:
@@ -97,12 +111,18 @@ def _check(flags: TrainConfig) -> None:
             raise ConfigError(f"--{name} with --folds; the folds say which cases are held out. Leave one of them out")
 
 
-def _network(flags: TrainConfig, folder: Path, number: int, minutes: float | None) -> Network:
-    own = replace(flags, max_minutes=minutes, output_dir=folder, checkpoint_name="")
+def _network(flags: TrainConfig, folder: Path, number: int, networks: int, at_once: int) -> Network:
+    own, scale = replace(flags, output_dir=folder, checkpoint_name=""), 1.0
+    if flags.max_minutes is not None:
+        shares = [flags.max_minutes / rounds_of(networks, each) for each in range(1, networks + 1)]
+        share = flags.max_minutes / rounds_of(networks, at_once)
+        minutes = _minutes_of(folder, share, shares)
+        own, scale = replace(own, max_minutes=minutes), share / minutes
     if flags.folds is not None:
-        return Network(folder, replace(own, fold=number), f"Fold {number} of 0 to {flags.folds - 1}, in {folder}")
+        title = f"Fold {number} of 0 to {flags.folds - 1}, in {folder}"
+        return Network(folder, replace(own, fold=number), title, scale)
     own = replace(own, members=1, seed=flags.seed + number)
-    return Network(folder, own, f"Network {number + 1} of {flags.members}, seed {own.seed}, in {folder}")
+    return Network(folder, own, f"Network {number + 1} of {flags.members}, seed {own.seed}, in {folder}", scale)
 
 
 def divide_cases(prepared: Prepared, flags: TrainConfig) -> tuple[tuple[str, ...], ...]:
@@ -148,7 +168,7 @@ def missing_folds(folder: Path, held_out_cases: Sequence[Sequence[str]]) -> dict
         if report.get("status") != "finished":
             missing[fold] = str(report.get("status"))
         elif {*report.get("data", {}).get("digests", {}).get("val", ())} != {*cases}:
-            missing[fold] = "it holds out other cases"
+            missing[fold] = f"it holds out other cases; remove {folder / f'{FOLD}_{fold}'} first"
     return missing
 
 
@@ -185,6 +205,7 @@ def cross_validate(folder: Path, prepared: Prepared, held_out_cases: Sequence[Se
         "note": "; ".join(differing_settings([home.parent for home in homes])),
     }
     open_output(output)
+    held_out.forget_scores(output)
     home_of = {case: home for home, cases in zip(homes, held_out_cases, strict=True) for case in cases}
     stored = prepared.values or {value: value for value in names}
     values = {number: value for number, value in stored.items() if value in names}

@@ -322,7 +322,7 @@ class Training:
                 results.append(self._train_one(network.folder, network.flags, share, skip_finished=True))
                 if results[-1].exit_code > SIGNALLED:
                     break
-                self.clock = _after(share, network.folder)
+                self.clock = _after(share, network)
             else:
                 pooled = self._pool(networks[0].flags.max_minutes) if flags.folds is not None else None
                 if flags.folds is None or pooled is not None:
@@ -365,15 +365,16 @@ def _locked(folder: Path) -> contextlib.AbstractContextManager:
     return locked(folder, "train") if is_first() else contextlib.nullcontext()
 
 
-def _after(clock: Clock, home: Path) -> Clock:
+def _after(clock: Clock, network: Network) -> Clock:
     """The time that a network leaves: without what it took in this process, or in all by its checkpoint.
 
     Without its share where that began with its first step: the others have the same.
     """
     if clock.from_first_step:
         return clock._replace(started=time.monotonic(), seconds=clock.seconds * (1 - 1 / clock.parts))
-    spent = read_checkpoint_config(home / "checkpoints" / "last").get("seconds_spent", 0.0) if holds_run(home) else 0.0
-    now = time.monotonic()
+    now, spent, last = time.monotonic(), 0.0, network.folder / "checkpoints" / "last"
+    if holds_run(network.folder):
+        spent = network.scale * read_checkpoint_config(last).get("seconds_spent", 0.0)
     return Clock(now, max(clock.seconds - max(now - clock.started, spent), 0.0))
 
 

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,8 +18,9 @@ from mambahome_jax.evaluation.results import Score
 from mambahome_jax.patches.store import Store
 from mambahome_jax.training import held_out, runs
 from mambahome_jax.training import train as training
-from mambahome_jax.training.folds import divide_cases, fold_lines, learn_largest
+from mambahome_jax.training.folds import divide_cases, fold_lines, learn_largest, networks_of
 from mambahome_jax.training.runs import TrainResult, run_training
+from mambahome_jax.training.schedule import Clock
 from mambahome_jax.weights.checkpoint import learned_largest, read_checkpoint_params
 from tests.commands.test_train import _config, _dataset, _small  # noqa: F401
 
@@ -111,7 +113,8 @@ def test_folds_on_several_machines_are_those_of_one_and_the_last_one_pools(data,
     content["data"]["digests"]["val"] = {"c0": "1:"}
     (apart / "fold_1" / "run.json").write_text(json.dumps(content))
     assert command.run(_config(data, apart, **settings, fold=0, resume=True)) == 0
-    assert "without fold 1 (it holds out other cases)" in " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"without fold 1 (it holds out other cases; remove {apart / 'fold_1'} first): mambahome train" in text
 
 
 @pytest.mark.parametrize(
@@ -207,6 +210,10 @@ def test_a_fold_without_scores_is_told(data, tmp_path):
     missing = report(tmp_path / "run" / "fold_1")["data"]["val"]
     assert result.exit_code == 1 and sorted(result.failures) == missing
     assert all("fold_1 has no scores: " in reason for reason in result.failures.values())
+    (tmp_path / "run" / "fold_0" / "validation" / "summary.json").unlink()
+    assert (tmp_path / "run" / "cross_validation" / "report.html").is_file()
+    assert len(run_training(dataclasses.replace(config, resume=True), Console(quiet=True)).failures) == 5
+    assert not (tmp_path / "run" / "cross_validation" / "report.html").exists(), "a report of earlier scores"
 
 
 def test_the_largest_part_is_kept_where_it_is_better_and_only_there():
@@ -235,6 +242,27 @@ def test_the_largest_part_is_scored_of_the_label_map_that_is_written(data, tmp_p
     entry = summary(tmp_path / "run")["largest_part"]["box"]
     assert entry["kept"] and entry["dice_of_largest_part"] == 1 and 0.99 < entry["dice"] < 1
     assert learned_largest(tmp_path / "run") == ("box",)
+
+
+def test_folds_keep_the_minutes_with_which_they_began_on_other_gpus(tmp_path, monkeypatch):
+    """Of 30 minutes a fold has 10 where two of five are trained at once, and 6 where one is."""
+    config = _config(tmp_path, tmp_path / "run", steps=None, max_minutes=30.0, folds=5, resume=True)
+
+    def minutes(at_once, **changes):
+        networks = networks_of(dataclasses.replace(config, **changes), tmp_path / "run", at_once)
+        return [network.flags.max_minutes for network in networks]
+
+    assert minutes(2) == [10.0] * 5 and minutes(1) == [6.0] * 5
+    begun = tmp_path / "run" / "fold_1"
+    (begun / "checkpoints" / "last" / "model").mkdir(parents=True)
+    (begun / "run.json").write_text(json.dumps({"configuration": {"max_minutes": 10.0}}))
+    assert minutes(1) == [6.0, 10.0, 6.0, 6.0, 6.0] and minutes(2) == [10.0] * 5
+    # Of what is left to the others it takes no more than a fold that begins now.
+    (begun / "checkpoints" / "last" / "config.json").write_text(json.dumps({"model": {}, "seconds_spent": 600.0}))
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: 5.0))
+    assert runs._after(Clock(5.0, 1800.0), networks_of(config, tmp_path / "run")[1]).seconds == 1440
+    # No share of other minutes: the run then says that they differ.
+    assert minutes(1, max_minutes=35.0) == [7.0] * 5
 
 
 def test_folds_share_the_time_and_leave_some_for_their_report(tmp_path, monkeypatch):
