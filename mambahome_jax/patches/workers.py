@@ -114,6 +114,10 @@ class WatchedBatches:
             found = f"a process that reads patches {reason[0]}{self._at()}"
             raise TrainingError(f"{found}. Stopped. {reason[1]}; --resume continues") from error
 
+    def start_prefetch(self) -> None:
+        """Start the processes, so that the first batch is there when it is asked for."""
+        self._batches.start_prefetch()
+
     def get_state(self) -> dict[str, Any]:
         """Give the state of the loader."""
         return self._batches.get_state()

