@@ -5,7 +5,8 @@
 As nnunetv2 2.8.1 writes and reads them, with the plans of earlier releases, which name the network otherwise.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,13 @@ def checkpoint_entries(data: DataProperties | None) -> dict[str, Any]:
     }
 
 
-def require_planned(source: Path, config: NetworkConfig, planned: NetworkConfig, trainer: str) -> None:
-    """Raise CheckpointError where the tensors of a checkpoint are not of the network in the plans."""
-    if config != planned:
-        found = f"tensors of {config}, trained by {trainer}"
-        raise CheckpointError(f"{source}: {found}; expected {planned}, as the plans say. Are they of another model?")
+@contextlib.contextmanager
+def planned_by(trainer: str) -> Iterator[None]:
+    """Add to a CheckpointError, of tensors that are not those of the network in the plans, what it may come of."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. Has the trainer, {trainer}, changed the network of the plans?") from error
 
 
 def described(checkpoint: Path, content: Mapping[str, Any]) -> dict[str, Any]:

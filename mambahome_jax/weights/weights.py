@@ -48,7 +48,7 @@ from mambahome_jax.weights.nnunet import (
     described,
     is_nnunet,
     nnunet_checkpoints,
-    require_planned,
+    planned_by,
 )
 from mambahome_jax.weights.pth import read_pth, write_pth
 
@@ -301,15 +301,18 @@ def _read_weights_file(path: Path) -> Weights:
     tensors = _under_one_name(path, _strip_prefixes(tensors))
     if not tensors:
         raise CheckpointError(f"{path}: no tensors inside; expected the weights of a network")
+    data = _data_of(values, source)
+    if data is not None and data.nnunet is not None:
+        # The plans say more than the shapes: whether these are those of the network that is in them.
+        config = config_from_json(model, source)
+        with planned_by(data.nnunet.trainer):
+            return Weights(_from_official(path, tensors, config), config, data)
     try:
         config = config_of_shapes({name: array.shape for name, array in tensors.items()}, model)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except ConfigError as error:
         raise CheckpointError(f"{source}: its configuration cannot be used: {error}") from error
-    data = _data_of(values, source)
-    if data is not None and data.nnunet is not None:
-        require_planned(path, config, config_from_json(model, source), data.nnunet.trainer)
     return Weights(_from_official(path, tensors, config), config, data)
 
 

@@ -14,7 +14,7 @@ from mambahome_jax.imaging.nnunet import NnunetPreparation
 from mambahome_jax.imaging.normalisation import ChannelScheme, PerChannel
 from mambahome_jax.weights.checkpoint import networks_at
 from mambahome_jax.weights.nnunet import nnunet_checkpoints
-from mambahome_jax.weights.pth import read_pth
+from mambahome_jax.weights.pth import read_pth, write_pth
 from mambahome_jax.weights.weights import read_weights
 from tests.nnunet_models import copied, miniature, model_folder
 
@@ -121,7 +121,7 @@ def architecture(**changes):
         (architecture(attention=True), "attention of the network is True; expected none of that name"),
         (
             architecture(features_per_stage=[4, 8, 32]),
-            r"feat_size=\(4, 8, 16\).*nnUNetTrainer; expected .*\(4, 8, 32\)",
+            r"is \(16, 8, 3, 3, 3\), expected \(32, 8, 3, 3, 3\)",
         ),
         (
             lambda plans: plans.update(image_reader_writer="Tiff3DIO"),
@@ -135,6 +135,19 @@ def test_what_would_compute_something_else_is_refused(tmp_path, plans, refused):
     with pytest.raises(CheckpointError, match=refused) as error:
         read_weights(folder / "fold_0")
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_a_trainer_that_changed_the_network_is_named(tmp_path):
+    """As one of batch norm does, whose tensors are the same and more."""
+    folder = copied(tmp_path)
+    content = read_pth(fold_of(folder))
+    tensors = {**content["network_weights"], "encoder.stages.0.0.convs.0.norm.running_mean": np.zeros(4, np.float32)}
+    others = {"init_args": {"configuration": "3d_fullres"}, "trainer_name": "nnUNetTrainerBN"}
+    write_pth(fold_of(folder), tensors, others, "network_weights")
+    with pytest.raises(
+        CheckpointError, match=r"unknown \(1\): .*running_mean. Has the trainer, nnUNetTrainerBN, changed"
+    ):
+        read_weights(folder / "fold_0")
 
 
 def test_labels_that_outputs_cannot_be_are_refused(tmp_path):
