@@ -39,8 +39,7 @@ class NnunetPreparation:
     axes: the array's axis along each of the network's. orientation: to which the array is turned before; None: it stays
     as the file has it. mirror_axes: of the network's, along which training mirrored; None: it did not. regions: the
     label value that each output writes where its sigmoid exceeds 1/2, later ones over earlier; () where the largest
-    output is the label.
-    configuration, trainer: their names in nnU-Net.
+    output is the label. configuration, trainer: their names in nnU-Net.
     """
 
     axes: Triple
@@ -178,14 +177,15 @@ class NnunetScan:
 
     def part(self, box: Box) -> np.ndarray:
         """A box of the image on the network's grid, (d, h, w, C) float32."""
-        sizes, used, positions = self.array.shape[:3], [], []
+        sizes = self.array.shape[:3]
+        if sizes == self.shape:
+            return self._normalised(box)
+        used, positions = [], []
         for at, rows, size in zip(self._positions, box, sizes, strict=True):
             inside = at[rows]
             low = max(int(np.floor(inside.min())) - SPLINE_REACH, 0)
             used.append(slice(low, min(int(np.ceil(inside.max())) + SPLINE_REACH + 1, size)))
             positions.append(inside - low)
-        if sizes == self.shape:
-            return self._normalised(box)
         turns = sorted(range(3), key=lambda axis: self.shape[axis] / sizes[axis])
         sampled = sample_by_axis(self._normalised(tuple(used)), positions, turns, ["cubic"] * 3)
         least, most = self._limits

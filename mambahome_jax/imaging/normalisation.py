@@ -198,7 +198,9 @@ class PerChannel:
         statistics: "IntensityStatistics | None" = None,
         mask: "np.ndarray | None" = None,
     ) -> "np.ndarray":
-        """array (D, H, W, C), mask (D, H, W) bool. float32."""
+        """array (D, H, W, C), mask (D, H, W) bool. float32. Raises ConfigError: another number of channels."""
+        if len(self.channels) != array.shape[-1]:
+            raise ConfigError(f"intensities of {len(self.channels)} channels for a scan of {array.shape[-1]}")
         values = array.astype("float32")
         for number, channel in enumerate(self.channels):
             values[..., number] = channel(values[..., number], statistics, number, mask)

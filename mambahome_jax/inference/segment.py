@@ -106,13 +106,18 @@ class SegmentSettings:
         """Whether the chain is the published one."""
         return self.chain == "published"
 
+    @property
+    def regions(self) -> tuple[int, ...]:
+        """The value that each output writes, later ones over earlier; () where the largest output is the label."""
+        return () if self.nnunet is None else self.nnunet.regions
+
     def to_json(self) -> dict[str, Any]:
         """Make the form of run.json, which has the normalisation as "modality" and "ct_scale"."""
         content, normalisation = vars(self).copy(), self.normalisation
-        del content["normalisation"]
+        del content["normalisation"], content["nnunet"]
         ct_scale = ct_to_json(normalisation) if isinstance(normalisation, CtNormalisation) else None
         if self.nnunet is not None:
-            content |= {"orientation": self.nnunet.orientation, "nnunet": asdict(self.nnunet)}
+            content |= {"chain": "nnunet", "orientation": self.nnunet.orientation, "nnunet": asdict(self.nnunet)}
         return content | {"modality": normalisation.modality, "ct_scale": ct_scale}
 
 
@@ -285,9 +290,8 @@ class NetworkInput:
     def target(self) -> Labels | ShearedLabels:
         """Make what labels the reoriented scan, or the crop of it, of logits on the network's grid."""
         order: Order = "nearest" if self.settings.published else "linear"
-        regions = () if self.settings.nnunet is None else self.settings.nnunet.regions
         if self.positions is not None:
-            return Labels(self.positions, order, regions)
+            return Labels(self.positions, order, self.settings.regions)
         matrix = np.linalg.inv(self.affine) @ self.oriented.affine
         return ShearedLabels(self.shape, self.oriented.shape, matrix, order)
 
@@ -399,8 +403,7 @@ def label(
         device_bytes=device_bytes,
     )
     labels = scan.target()
-    regions = () if settings.nnunet is None else settings.nnunet.regions
-    probabilities = Whole(scan.shape, partial(probabilities_of_tile, regions=bool(regions)))
+    probabilities = Whole(scan.shape, partial(probabilities_of_tile, regions=bool(settings.regions)))
     targets: list[TileTarget] = [labels] if with_probabilities is None else [labels, probabilities]
     voters = [replicas(voter, settings.mirrors, devices) for voter in networks.voters]
     predict_tiled(voters, scan.slab, scan.shape, windows, targets, progress, say)

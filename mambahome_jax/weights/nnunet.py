@@ -6,6 +6,7 @@ As nnunetv2 2.8.1 writes and reads them, with the plans of earlier releases, whi
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ def described(checkpoint: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: no entry {error} in {PLANS} or {DATASET}; expected those of a model"
         ) from error
-    except (ConfigError, TypeError, ValueError, AttributeError) as error:
+    except (ConfigError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{folder}: configuration {name}: {error}") from error
 
 
@@ -182,6 +183,8 @@ def _configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
         parent = own.get("inherits_from")
     if chosen.get("previous_stage"):
         raise ConfigError("a cascade, which takes the labels of another; supported are 3d_fullres and 3d_lowres")
+    if not all(0 < float(mm) < math.inf for mm in chosen["spacing"]):
+        raise ConfigError(f"spacing is {chosen['spacing']}; expected mm above 0")
     if len(chosen["patch_size"]) != 3:
         raise ConfigError("works on slices; supported are 3d_fullres and 3d_lowres")
     _one_of({"DefaultPreprocessor": True}, chosen.get("preprocessor_name", "DefaultPreprocessor"), "preprocessor_name")

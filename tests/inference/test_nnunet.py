@@ -11,9 +11,10 @@ import mambahome_jax as mh
 from mambahome_jax.commands import convert
 from mambahome_jax.config import DataProperties, ModelConfig
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.flags import ConvertConfig
+from mambahome_jax.flags import ConvertConfig, InferConfig
 from mambahome_jax.imaging.nnunet import NnunetPreparation
 from mambahome_jax.imaging.normalisation import ChannelScheme, PerChannel
+from mambahome_jax.inference import batch
 from mambahome_jax.inference.ensemble import Ensemble
 from mambahome_jax.inference.segment import Segmenter, SegmentOptions, label, to_network_grid
 from mambahome_jax.inference.tiled import importance_map, window_starts
@@ -98,6 +99,17 @@ def test_later_regions_lie_over_earlier_ones():
     np.testing.assert_allclose(probabilities[0], 1 / (1 + np.exp(-logits)), atol=1e-3)
     assert networks.class_names == {0: "region 1", 1: "region 7", 2: "region 300"}
     assert networks.label_names == {1: "region 1", 7: "region 7", 300: "region 300"}
+
+
+def test_infer_says_what_becomes_of_overlapping_regions(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "load_model", lambda path, precision: regions_of((1.0, 3.0, 5.0), (1, 2, 3)))
+    mh.write_volume(tmp_path / "in" / "a.nii.gz", mh.Volume(steps()[..., 0], np.eye(4)))
+    lines = []
+    config = InferConfig(tmp_path / "in", tmp_path / "model", tmp_path / "out", roi_size=(16, 16, 16), previews=False)
+    assert batch.infer_scans(config, lines.append).exit_code == 0
+    assert any("the name of the last one that holds it" in line for line in lines)
+    rows = (tmp_path / "out" / "volumes.csv").read_text().splitlines()
+    assert rows[1:] == [f"a,region {value},{np.sum(steps() == value) / 1000}" for value in (1, 2, 3)]
 
 
 def test_logits_of_folds_are_averaged_not_probabilities():

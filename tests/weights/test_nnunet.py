@@ -127,6 +127,8 @@ def architecture(**changes):
             lambda plans: plans.update(image_reader_writer="Tiff3DIO"),
             "image_reader_writer is Tiff3DIO; expected Simple",
         ),
+        (full(lambda full: full.update(use_mask_for_norm=[])), "3d_fullres: .*index out of range"),
+        (full(lambda full: full.update(spacing=[0, 1, 1])), r"spacing is \[0, 1, 1\]; expected mm above 0"),
         (lambda plans: plans.pop("transpose_forward"), "no entry 'transpose_forward' in plans.json or dataset.json"),
     ],
 )
