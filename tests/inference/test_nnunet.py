@@ -105,7 +105,7 @@ def test_infer_says_what_becomes_of_overlapping_regions(tmp_path, monkeypatch):
     monkeypatch.setattr(batch, "load_model", lambda path, precision: regions_of((1.0, 3.0, 5.0), (1, 2, 3)))
     mh.write_volume(tmp_path / "in" / "a.nii.gz", mh.Volume(steps()[..., 0], np.eye(4)))
     lines = []
-    config = InferConfig(tmp_path / "in", tmp_path / "model", tmp_path / "out", roi_size=(16, 16, 16), previews=False)
+    config = InferConfig(tmp_path / "in", tmp_path / "model", tmp_path / "out", roi_size=(16, 16, 32), previews=False)
     assert batch.infer_scans(config, lines.append).exit_code == 0
     assert any("the name of the last one that holds it" in line for line in lines)
     rows = (tmp_path / "out" / "volumes.csv").read_text().splitlines()
