@@ -34,6 +34,7 @@ from .preprocessing.examine import check as check
 from .preprocessing.plan_folder import plan as plan
 from .reporting.report import report as report
 from .training.disk import clean as clean
+from .training.duel import duel as duel
 from .training.losses import dice_ce as dice_ce
 from .training.runs import train as train
 from .version import __version__ as __version__

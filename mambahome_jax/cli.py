@@ -29,11 +29,12 @@ COMMANDS = {
     "infer": "Segment scans",
     "evaluate": "Score segmentations against references",
     "report": "Write an HTML page about an evaluation",
+    "duel": "Train networks under the same conditions, and compare them",
     "convert": "Convert weights: .pth, .npz, .safetensors, a checkpoint folder",
     "clean": "List and remove what runs and killed commands left on the disk",
     "demo": "See the whole way work on synthetic scans, in a few minutes",
 }
-_COMPILING = ("train", "infer")
+_COMPILING = ("train", "infer", "duel")
 _REMOVED = {
     "train": {
         "--config": 'run.json holds all flags of a run under "configuration"; give those that you need',

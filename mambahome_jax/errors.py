@@ -13,6 +13,14 @@ class ConfigError(MambaHomeError):
     """A flag, a configuration value or an array shape that cannot work."""
 
 
+class SizeError(ConfigError):
+    """A patch that a network cannot take; fitting: the nearest one that it can."""
+
+    def __init__(self, message: str, fitting: tuple[int, int, int]):
+        super().__init__(message)
+        self.fitting = fitting
+
+
 class CheckpointError(MambaHomeError):
     """Weights or a checkpoint folder that cannot be read or do not fit the model."""
 

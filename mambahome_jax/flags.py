@@ -257,6 +257,33 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class DuelConfig:
+    """Train several networks under the same conditions, score them on the same cases, and say which differences stand.
+
+    A duel that was stopped goes on with the same command line; more contestants and seeds may join it."""
+
+    folder: Positional[Annotated[Path, arg(metavar="FOLDER")]]
+    """A folder that preprocess wrote."""
+    against: Annotated[tuple[str, ...], arg(metavar="NETWORK|FLAG=VALUE[,...]")]
+    """The other contestants: networks as --model names them, or flags of train that change the first contestant, such
+    as mixer=conv or mixer=none,experts=ffn."""
+    model: ModelName | None = None
+    """The first contestant (default: the network of the plan)."""
+    output_dir: Path = Path("duel")
+    """Folder for all runs, duel.json and report.html."""
+    folds: int = 1
+    """Folds of the cross-validation; 1: the first of five alone."""
+    max_minutes: float | None = None
+    """Minutes of each network, from its first step on; compiling comes on top (default: the length of the plan)."""
+    steps: int | None = None
+    """Steps of each network, instead of minutes."""
+    seeds: int = 1
+    """Networks of each contestant and fold, with seeds from 0 on."""
+    equal: Literal["images", "memory"] = "images"
+    """What the batches have in common: the number of patches, or that each fills the memory as its own plan says."""
+
+
+@dataclass(frozen=True)
 class InferConfig:
     """Segment scans with a trained model; each result lies on its scan's own grid."""
 

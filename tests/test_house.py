@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the house may grow to with cross-validation, the paper's other systems and what they need, `__init__`s apart.
-MOST_FILES, MOST_LINES = 159, 31_000
+MOST_FILES, MOST_LINES = 159, 32_000
 LONGEST_FILE, LONGEST_FUNCTION = 500, 80
 # Belong to no room: the public names, the version, errors, configuration and what that is read by.
 LEAVES = {"config", "errors", "flags", "forms", "ranges", "recipes", "version"}

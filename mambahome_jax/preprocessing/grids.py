@@ -16,7 +16,7 @@ from mambahome_jax.config import (
     said_multiples,
     triple,
 )
-from mambahome_jax.errors import ConfigError
+from mambahome_jax.errors import SizeError
 from mambahome_jax.flags import TrainConfig
 
 _SMALLEST = (4, 2, 1)  # voxels left along an axis that is halved: the first of these with which an axis can be
@@ -114,7 +114,7 @@ def choose_grids(
     """The patch and grids of a training: by --strides and --patch_size, or those of a plan for the same patch.
 
     shapes: of the volumes, (cases, 3) voxels. planned: values of plan.json. The grids of a U-Net always follow the
-    patch. Raises ConfigError: a --patch_size that they do not divide.
+    patch. Raises SizeError: a --patch_size that they do not divide.
     """
     network = MODEL_SIZES[flags.model].model
     unet = isinstance(network, UNetConfig)
@@ -145,7 +145,6 @@ def choose_patch(flags: TrainConfig, shapes: Sequence[Triple], multiples: Triple
     if near != tuple(flags.patch_size):
         given, valid = (" ".join(map(str, sizes)) for sizes in (flags.patch_size, near))
         said = said_multiples(multiples)
-        raise ConfigError(
-            f"--patch_size {given}; expected multiples of {said}, not all of them {said}, such as {valid}"
-        )
+        text = f"--patch_size {given}; expected multiples of {said}, not all of them {said}, such as {valid}"
+        raise SizeError(text, near)
     return near

@@ -30,6 +30,7 @@
     });
   }
   const table = document.getElementById("cases"), select = document.getElementById("metric");
+  if (select === null) return;
   const data = JSON.parse(document.getElementById("data").textContent);
   let shown = data[select.value];
   select.addEventListener("change", () => {

@@ -155,8 +155,8 @@ def _provenance(summary: Mapping[str, Any]) -> str:
 
 
 @functools.cache
-def template() -> Any:
-    """Macros of page.html.jinja, by name."""
+def template(name: str = "page.html.jinja") -> Any:
+    """Macros of a template of this folder, by name."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -164,7 +164,7 @@ def template() -> Any:
         lstrip_blocks=True,
         trim_blocks=True,
     )
-    return environment.get_template("page.html.jinja").module
+    return environment.get_template(name).module
 
 
 def inline_json(data: Any) -> Markup:
@@ -331,7 +331,7 @@ def chart_of(
     those of the values.
     """
     span = limits or _limits([value for rows in values.values() for _, value in rows if math.isfinite(value)])
-    ticks = [(_place(tick, span), f"{tick:g}") for tick in _ticks(*span)]
+    ticks = [(_place(tick, span), f"{tick:g}") for tick in ticks_of(*span)]
     rows = [_row(number, name, entries, span) for number, (name, entries) in enumerate(values.items())]
     return Chart(title, unit, ticks, rows)
 
@@ -358,12 +358,12 @@ def _row(number: int, name: str, entries: Sequence[tuple[str, float]], limits: t
 
 def _limits(known: Sequence[float]) -> tuple[float, float]:
     low, high = min([0.0, *known]), max([0.0, *known])
-    ticks = _ticks(low, high if high > low else low + 1)
+    ticks = ticks_of(low, high if high > low else low + 1)
     step = ticks[1] - ticks[0]
     return (ticks[0] if low >= ticks[0] else ticks[0] - step), (ticks[-1] if high <= ticks[-1] else ticks[-1] + step)
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks_of(low: float, high: float) -> list[float]:
     """Four to ten round numbers from low to high."""
     rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))

@@ -348,10 +348,10 @@ class Training:
         max_minutes: of a fold.
         """
         missing = missing_folds(self.folder, self.held_out)
-        for number, why in missing.items():
-            line = train_line(self.flags, fold=number, resume=True, max_minutes=max_minutes)
-            self.say(f"No {CROSS_VALIDATION} yet, without fold {number} ({why}): {line}")
         if missing:
+            lacks = ", ".join(f"fold {number} ({why})" for number, why in missing.items())
+            line = train_line(self.flags, fold=next(iter(missing)), resume=True, max_minutes=max_minutes)
+            self.say(f"No {CROSS_VALIDATION} yet, without {lacks}: {line}")
             return None
         summary = None
         if is_first():

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -58,7 +58,7 @@ def train_side_by_side(flags: TrainConfig, gpus: Sequence[str], console: Console
     waiting = deque(replace(network.flags, output_dir=folder, resume=True) for network in networks)
     free, running = deque(gpus), dict[int, tuple[str, BaseProcess]]()
     codes: list[int] = []
-    with locked(folder, "train"), _forwarded(running) as received:
+    with locked(folder, "train"), forwarded_signals(lambda: [each for _, each in running.values()]) as received:
         while running or (waiting and not (received or any(map(_stops, codes)))):
             if waiting and free and not (received or any(map(_stops, codes))):
                 fold, gpu = waiting.popleft(), free.popleft()
@@ -116,13 +116,13 @@ def train_fold_quietly(flags: TrainConfig, started: float) -> None:
 
 
 @contextlib.contextmanager
-def _forwarded(running: dict[int, tuple[str, BaseProcess]]) -> Iterator[list[int]]:
+def forwarded_signals(processes: Callable[[], Iterable[BaseProcess]]) -> Iterator[list[int]]:
     """Hand SIGTERM and SIGINT on to the processes, which write a checkpoint; gives those that came."""
     received: list[int] = []
 
     def note(number: int, frame: object) -> None:
         received.append(number)
-        for _, process in running.values():
+        for process in processes():
             process.terminate()
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -1,0 +1,194 @@
+"""A duel as one HTML page that needs nothing beside it: differences, curves over time, cost, what each was given.
+
+Here the page's numbers are made; duel.html.jinja says what they look like, with the parts of page.html.jinja.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from mambahome_jax.evaluation.results import METRICS, Score, finite_mean, structures_of
+from mambahome_jax.evaluation.systems import RESAMPLES, Difference, score_array, verdict
+from mambahome_jax.imaging.pictures import colours_of
+from mambahome_jax.reporting.page import (
+    CHOICES,
+    LEFT,
+    NONE,
+    RIGHT,
+    WIDTH,
+    Cell,
+    Row,
+    SortableTable,
+    chart_of,
+    template,
+    ticks_of,
+)
+
+CURVE_HEIGHT, _TOP, _BOTTOM = 260, 8, 40  # px
+# attribute of Cost -> heading, digits
+COSTS = {
+    "parameters": ("10^6", 2),
+    "gib": ("GiB", 2),
+    "images_per_second": ("images/s", 2),
+    "compile_seconds": ("compile s", 0),
+    "steps": ("steps", 0),
+    "minutes": ("minutes", 1),
+}
+
+
+class Cost(NamedTuple):
+    """What the networks of a contestant took; nan where it is not known.
+
+    parameters: in millions. gib: of a compiled step. images_per_second: median over steps. compile_seconds: longest of
+    its networks. steps, minutes: their means.
+    """
+
+    parameters: float
+    gib: float
+    images_per_second: float
+    compile_seconds: float
+    steps: float
+    minutes: float
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A contestant after a duel.
+
+    seeds: scores of the cases held out, for each seed. curves: of each network (minutes, step, Dice) of its
+    validations. given: its settings. differences: metric -> to the first contestant, empty of that itself; structures:
+    the same of the Dice of each structure. failures: case or run -> reason.
+    """
+
+    name: str
+    seeds: tuple[tuple[Score, ...], ...]
+    cost: Cost
+    curves: tuple[tuple[tuple[float, float, float], ...], ...] = ()
+    given: Mapping[str, str] = field(default_factory=dict)
+    differences: Mapping[str, Difference] = field(default_factory=dict)
+    structures: Mapping[str, Difference] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
+
+    def mean(self, metric: str) -> float:
+        """Over its cases, of means over structures and seeds."""
+        rows = [row for scores in self.seeds for row in scores]
+        values = score_array(self.seeds, metric, sorted({row.case for row in rows}), structures_of(rows))
+        return float(finite_mean(finite_mean(finite_mean(values, axis=0), axis=1)))
+
+
+def verdicts(standings: Sequence[Standing]) -> list[str]:
+    """One sentence a contestant on its Dice beside that of the first."""
+    first, *others = standings
+    return [verdict(one.name, first.name, one.differences["dice"], len(one.seeds)) for one in others]
+
+
+def render_duel(standings: Sequence[Standing], failures: Sequence[tuple[str, str]], lead: str) -> str:
+    """Return the page as text. standings: the first contestant first. failures: (what, reason). Raises nothing."""
+    first, *others = standings
+    palette = colours_of(range(1, len(standings) + 1))
+    colours = {one.name: "rgb({}, {}, {})".format(*palette[n]) for n, one in enumerate(standings, 1)}
+    differing = {name for one in others for name in {*first.given, *one.given} if _of(one, name) != _of(first, name)}
+    spread = {one.name: [*one.differences["dice"].of_cases.items()] for one in others}
+    page = {
+        "names": [one.name for one in standings],
+        "first": first.name,
+        "seeds": max(len(one.seeds) for one in standings),
+        "lead": lead,
+        "verdicts": verdicts(standings),
+        "scores": [_scores(standings, metric) for metric in METRICS] + [_structures(others)] * bool(others),
+        "resamples": f"{RESAMPLES:,}",
+        "differences": chart_of("Difference in Dice", "Dice", spread) if spread else None,
+        "colours": [*colours.items()],
+        "curves": [
+            chart
+            for place, unit in ((0, "minutes"), (1, "steps"))
+            if (chart := _curves(standings, colours, place, unit)) is not None
+        ],
+        "cost": _cost(standings),
+        "given": _given(standings, differing),
+        "common": [(name, value) for name, value in first.given.items() if name not in differing],
+        "failures": failures,
+        "data": None,
+    }
+    return f"{template('duel.html.jinja').html(page)}\n"
+
+
+def _of(one: Standing, name: str) -> str:
+    return one.given.get(name, NONE)
+
+
+def _number(value: float, digits: int, sign: bool = False) -> Cell:
+    if not math.isfinite(value):
+        return Cell(NONE, "")
+    return Cell(f"{value:{'+' if sign else ''}z.{digits}f}", f"{value:.8g}")
+
+
+def _difference(found: Difference, digits: int) -> list[Cell]:
+    low, high = (_number(value, digits, sign=True) for value in (found.low, found.high))
+    interval = Cell(f"{low.text} to {high.text}", low.value) if low.value else Cell(NONE, "")
+    return [_number(found.difference, digits, sign=True), interval, _number(found.p, 4)]
+
+
+def _scores(standings: Sequence[Standing], metric: str) -> SortableTable:
+    label, digits, _ = CHOICES[metric]
+    rows = []
+    for one in standings:
+        found = one.differences.get(metric)
+        cells = _difference(found, digits + 1) if found else [Cell(NONE, "")] * 3
+        cases = len({row.case for scores in one.seeds for row in scores})
+        rows.append(Row(one.name, [_number(one.mean(metric), digits + 1), *cells, Cell(str(cases), str(cases))]))
+    headings = ["contestant", label, "difference", "95 %", "p", "cases"]
+    return SortableTable(f"scores-{metric}", label, headings, rows)
+
+
+def _structures(others: Sequence[Standing]) -> SortableTable:
+    names = structures_of(row for one in others for scores in one.seeds for row in scores)
+    rows = [
+        Row(f"{one.name}: {name}", _difference(one.structures[name], CHOICES["dice"][1] + 1))
+        for one in others
+        for name in names
+        if name in one.structures
+    ]
+    return SortableTable("structures", "Dice of each structure", ["structure", "difference", "95 %", "p"], rows)
+
+
+def _cost(standings: Sequence[Standing]) -> SortableTable:
+    rows = [
+        Row(one.name, [_number(getattr(one.cost, name), digits) for name, (_, digits) in COSTS.items()])
+        for one in standings
+    ]
+    return SortableTable("cost", "What it took", ["contestant", *(heading for heading, _ in COSTS.values())], rows)
+
+
+def _given(standings: Sequence[Standing], names: Iterable[str]) -> SortableTable:
+    rows = [Row(name, [Cell(_of(one, name)) for one in standings]) for name in sorted(names)]
+    return SortableTable("given", "What differs", ["setting", *(one.name for one in standings)], rows)
+
+
+def _curves(standings: Sequence[Standing], colours: Mapping[str, str], place: int, unit: str) -> dict[str, Any] | None:
+    """Dice of the validations over minutes or steps; None without validations."""
+    drawn = [(one.name, curve) for one in standings for curve in one.curves if curve]
+    if not drawn:
+        return None
+    most = max(point[place] for _, curve in drawn for point in curve) or 1.0
+    low = min(point[2] for _, curve in drawn for point in curve)
+    bottom = math.floor(low * 10) / 10
+
+    def at(point: tuple[float, float, float]) -> tuple[float, float]:
+        x, y = point[place] / most, (point[2] - bottom) / (1 - bottom) if bottom < 1 else 1.0
+        return round(LEFT + WIDTH * x, 1), round(_TOP + CURVE_HEIGHT * (1 - y), 1)
+
+    lines = []
+    for name, curve in drawn:
+        places = [at(point) for point in curve]
+        points = " ".join(f"{x},{y}" for x, y in places)
+        lines.append({"name": name, "colour": colours[name], "points": points, "places": places})
+    ends = "; ".join(f"{name} ends at {curve[-1][2]:.3f}" for name, curve in drawn)
+    return {
+        **{"title": f"Dice over {unit}", "unit": unit, "description": ends, "lines": lines},
+        "ticks": [(round(LEFT + WIDTH * tick / most, 1), f"{tick:g}") for tick in ticks_of(0, most)],
+        "rows": [(at((0, 0, tick))[1], f"{tick:g}") for tick in ticks_of(bottom, 1.0)],
+        **{"left": LEFT, "right": LEFT + WIDTH, "width": LEFT + WIDTH + RIGHT},
+        **{"bottom": _TOP + CURVE_HEIGHT, "height": _TOP + CURVE_HEIGHT + _BOTTOM},
+    }

@@ -1,0 +1,142 @@
+"""Who takes part in a duel: flags of train for each contestant, which differ in nothing but what its name says."""
+
+import contextlib
+import dataclasses
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mambahome_jax.config import MODEL_SIZES, Triple, spaced
+from mambahome_jax.datasets.prepared import Prepared, detect, read_prepared, usable_cases
+from mambahome_jax.errors import ConfigError, SizeError
+from mambahome_jax.flags import DuelConfig, TrainConfig
+from mambahome_jax.patches.store import Store
+from mambahome_jax.preprocessing.grids import Grids, choose_grids
+from mambahome_jax.preprocessing.plan import follow_plan
+from mambahome_jax.preprocessing.plan_folder import planned_settings
+from mambahome_jax.support.devices import visible_gpus
+from mambahome_jax.training.folds import rounds_of
+from mambahome_jax.training.setup import model_config, own_voxel_size
+from mambahome_jax.training.side_by_side import wants_side_by_side
+
+# With --folds 1 one of so many is held out.
+FOLDS_OF_ONE = 5
+# Flags of train that are the same for all, or say where a run lies and how it goes on.
+_DECIDED = {
+    *("data_train", "data_val", "hold_out", "output_dir", "checkpoint_name", "folds", "fold", "fold_seed", "members"),
+    *("seed", "epochs", "steps", "max_minutes", "minutes_from", "resume", "load_checkpoint", "given"),
+}
+# Rounds in which the networks change the patch of the others.
+_ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """name: as typed. folder: the name of its own. flags: of train, all but seed and output_dir."""
+
+    name: str
+    folder: str
+    flags: TrainConfig
+
+
+def contestants_of(config: DuelConfig) -> tuple[list[Contestant], list[str]]:
+    """The contestants of a duel, the first one first, and what to say of their sizes.
+
+    Raises ConfigError: a word of --against that names none, flags that cannot work. DatasetError: no prepared folder.
+    """
+    if not detect(config.folder):
+        raise ConfigError(f"{config.folder} is not preprocessed; expected a folder that mambahome preprocess wrote")
+    own: list[dict[str, Any]] = [{"model": config.model} if config.model else {}]
+    own += [{"model": word} if word in MODEL_SIZES else own[0] | _changes(word) for word in config.against]
+    alike: dict[str, Any] = {
+        **{"data_train": config.folder, "fold_seed": 0, "resume": True, "steps": config.steps},
+        "folds": FOLDS_OF_ONE if config.folds == 1 else config.folds,
+        "fold": 0 if config.folds == 1 else None,
+        "max_minutes": config.max_minutes,
+    }
+    first = as_planned(_flags(alike, own[0]))
+    alike |= {"steps": first.steps, "epochs": first.epochs, "strides": first.strides}
+    if first.max_minutes is not None:
+        # A planned length is of each network already, but counted together.
+        minutes = config.max_minutes or first.max_minutes / first.networks
+        gpus = visible_gpus() if first.folds else []
+        at_once = len(gpus) if wants_side_by_side(first, gpus) else 1
+        alike |= {"max_minutes": minutes * rounds_of(first.networks, at_once), "minutes_from": "first_step"}
+    followed = [as_planned(_flags(alike, changes)) for changes in own]
+    patch, wanted = shared_patch(followed, read_prepared(config.folder))
+    alike |= {"patch_size": patch} | ({"batch_size": first.batch_size} if config.equal == "images" else {})
+    lines = [
+        f"Patches of {spaced(patch)} for all" + (f", as they do not all take {spaced(wanted)}" * (patch != wanted))
+    ]
+    names = [first.model, *config.against]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"{name} takes part twice. Leave it out of --against, or choose another --model")
+    folders = [re.sub(r"[^\w.,=-]", "_", name) for name in names]
+    flags = [_flags(alike, changes) for changes in own]
+    return [Contestant(*parts) for parts in zip(names, folders, flags, strict=True)], lines
+
+
+def _flags(alike: Mapping[str, Any], own: Mapping[str, Any]) -> TrainConfig:
+    named = {"patch_size", "batch_size", "strides"} & {*alike}
+    return TrainConfig(**{**alike, **own}, given=tuple(sorted(named | {*own})))
+
+
+def as_planned(flags: TrainConfig) -> TrainConfig:
+    """The flags with what the plan of their folder says in the place of those that were not given."""
+    plan = planned_settings(flags)
+    return follow_plan(flags, plan.settings, plan.machine)
+
+
+def shared_patch(contestants: Sequence[TrainConfig], prepared: Prepared) -> tuple[Triple, Triple]:
+    """The patch that all networks take, and that of the first one, which it is near to. Raises ConfigError."""
+    store, spacing = Store(prepared.store), own_voxel_size(prepared)
+    shapes = [store.entry(case.id).shape for case in usable_cases(prepared)]
+
+    def grids_of(flags: TrainConfig) -> Grids:
+        planned = {name: setting.value for name, setting in planned_settings(flags).settings.items()}
+        return choose_grids(flags, shapes, spacing, planned)
+
+    wanted = patch = grids_of(contestants[0]).patch_size
+    for _ in range(_ROUNDS):
+        try:
+            for flags in contestants:
+                sized = replace(flags, patch_size=patch)
+                grids = grids_of(sized)
+                network = model_config(sized, 1, 2).with_grids(grids.strides, grids.kernel_sizes)
+                network.for_patch(patch).check_size(patch)
+            return patch, wanted
+        except SizeError as error:
+            patch = error.fitting
+    raise ConfigError(f"no patch near {spaced(wanted)} suits all contestants. Choose a larger one as patch_size")
+
+
+def _changes(word: str) -> dict[str, Any]:
+    """Flags of train and their values of "mixer=conv,experts=ffn". Raises ConfigError."""
+    if "=" not in word:
+        expected = f"a network ({', '.join(MODEL_SIZES)}) or flags of train such as mixer=conv"
+        raise ConfigError(f"--against {word}; expected {expected}")
+    pairs = [pair.partition("=") for pair in word.split(",")]
+    return {name: _value(name, text, word) for name, _, text in pairs}
+
+
+def _value(name: str, text: str, word: str) -> Any:
+    """Read the value of a flag as the command line of train does."""
+    import tyro
+
+    kinds = {field.name: field.type for field in dataclasses.fields(TrainConfig)}
+    if name not in kinds:
+        raise ConfigError(f"--against {word}: train has no flag --{name}; mambahome train --help lists all of them")
+    if name in _DECIDED:
+        raise ConfigError(f"--against {word}: --{name} is the same for all contestants. Leave it out")
+    alone = dataclasses.make_dataclass("Alone", [(name, kinds[name])])
+    words = [f"--{name}", *text.split()]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            marks = (tyro.conf.FlagConversionOff,)
+            return getattr(tyro.cli(alone, args=words, use_underscores=True, config=marks), name)
+    except SystemExit as error:
+        values = "what mambahome train --help says"
+        raise ConfigError(f"--against {word}: {name} is {text!r}; expected {values} of --{name}") from error

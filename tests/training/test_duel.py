@@ -1,0 +1,245 @@
+"""A duel from its command line to its table: equal conditions, what is refused, and how it goes on."""
+
+import dataclasses
+import io
+import json
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import mambahome_jax as mh
+from mambahome_jax.commands.duel import cost_table, scores_table
+from mambahome_jax.config import MODEL_SIZES
+from mambahome_jax.datasets.prepared import read_prepared
+from mambahome_jax.errors import ConfigError, TrainingError
+from mambahome_jax.flags import DuelConfig, TrainConfig
+from mambahome_jax.preprocessing.plan import Setting, StoredPlan
+from mambahome_jax.training import contestants, held_out
+from mambahome_jax.training import duel as duelling
+from mambahome_jax.training.contestants import contestants_of, shared_patch
+from mambahome_jax.training.duel import run_duel
+from mambahome_jax.training.runs import run_training
+from mambahome_jax.training.train import TrainingRun
+from tests.commands.test_train import _dataset, _small, small_networks  # noqa: F401
+
+QUIET = Console(quiet=True)
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return _dataset(tmp_path_factory.mktemp("duel") / "data")
+
+
+def config(data, output, **changes):
+    flags = {"against": ("lr=0.001",), "model": "MambaHoME_tiny", "steps": STEPS, "output_dir": output}
+    return DuelConfig(data, **flags | changes)
+
+
+class Trainer:
+    """Trains in this process; by number, runs that end otherwise."""
+
+    def __init__(self, otherwise=None):
+        self.flags, self.otherwise = [], otherwise or {}
+
+    def __call__(self, flags, console):
+        self.flags.append(flags)
+        ending = self.otherwise.get(len(self.flags) - 1)
+        return ending or (run_training(flags, console).exit_code, "")
+
+
+def content(output):
+    return json.loads((output / "duel.json").read_text())
+
+
+def scores(output):
+    """What a duel says that does not depend on the clock."""
+    found = content(output)
+    parts = ("scores", "differences", "structures")
+    return found["verdicts"], [[entry[part] for part in parts] for entry in found["contestants"].values()]
+
+
+def predict_case(network, image, entry, settings):
+    """Labels that are near the reference, and others for other weights."""
+    size = sum(float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(network.predict.args))
+    return (image[..., 0] > size % 60).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A cross-validation of two folds."""
+    output = tmp_path_factory.mktemp("finished") / "duel"
+    with pytest.MonkeyPatch.context() as patch:
+        small_networks(patch)
+        patch.setattr(held_out, "predict_case", predict_case)
+        return run_duel(config(data, output, folds=2), QUIET, Trainer())
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """Its folder, for a test to change."""
+    return shutil.copytree(finished.folder, tmp_path / "duel")
+
+
+def test_contestants_differ_in_nothing_but_what_they_say(data, tmp_path):
+    words = ("lr=0.001", "mixer=none,experts=ffn")
+    first, *others = [one.flags for one in contestants_of(config(data, tmp_path, against=words))[0]]
+    assert first.steps == STEPS and first.patch_size == (32, 16, 16) and first.resume
+    for flags, own in zip(others, ({"lr": 0.001}, {"mixer": "none", "experts": "ffn"}), strict=True):
+        assert flags == dataclasses.replace(first, **own, given=flags.given)
+
+
+def test_every_case_is_compared(finished):
+    first, other = finished.standings
+    assert (first.name, other.name) == ("MambaHoME_tiny", "lr=0.001")
+    assert finished.exit_code == 0 and not finished.failures
+    dice = {row.case: row.dice for row in first.seeds[0]}
+    differences = {row.case: row.dice - dice[row.case] for row in other.seeds[0]}
+    assert (
+        len(differences) == 5
+        and any(differences.values())
+        and other.differences["dice"].of_cases == pytest.approx(differences)
+    )
+    assert other.structures["box"] == other.differences["dice"]
+    assert first.mean("dice") == pytest.approx(np.mean([*dice.values()]))
+    for one in finished.standings:
+        assert len(one.curves) == 2 and all(curve[-1][1] == STEPS for curve in one.curves)
+        assert one.cost.parameters > 0 and one.cost.images_per_second > 0 and one.cost.steps == STEPS
+
+
+def test_the_tables_fit_into_80_columns(finished):
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(scores_table(finished.standings))
+    console.print(cost_table(finished.standings))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert all(word in text for word in ("lr=0.001", "images/s", "difference", "MambaHoME_tiny"))
+
+
+def test_the_page_says_what_stands_and_what_each_was_given(finished):
+    page = finished.report.read_text()
+    assert f"{finished.verdicts[0]}." in page and finished.verdicts[0].startswith("lr=0.001 ")
+    assert page.count("<polyline") == 2 * 4 and 'id="cost"' in page
+    given = page[page.index('<section id="given"') :]
+    assert given.index(">lr</th>") < given.index("The same for all") < given.index(">patch_size</th>")
+
+
+def test_a_finished_duel_trains_nothing(finished, data, copied):
+    trainer = Trainer()
+    again = run_duel(config(data, copied, folds=2), QUIET, trainer)
+    assert trainer.flags == [] and scores(copied) == scores(finished.folder) and again.verdicts == finished.verdicts
+    with pytest.raises(ConfigError, match="duel of other settings: MambaHoME_tiny: steps was 3, now 4"):
+        run_duel(config(data, copied, folds=2, steps=4), QUIET, trainer)
+
+
+def test_others_and_more_seeds_may_join_and_who_fails_is_told(finished, data, copied):
+    trainer = Trainer(dict.fromkeys(range(4), (2, "no room on the device")))
+    more = config(data, copied, folds=2, against=("eps=0.01", "lr=0.001"), seeds=2)
+    result = run_duel(more, QUIET, trainer)
+    trained = [(flags.eps, flags.lr, flags.seed, flags.fold_seed) for flags in trainer.flags]
+    assert trained == [(0.01, None, 0, 0), (None, None, 1, 0), (0.01, None, 1, 0), (None, 0.001, 1, 0)]
+    assert result.exit_code == 1 and [one.name for one in result.standings] == ["MambaHoME_tiny", "lr=0.001"]
+    assert result.failures["eps=0.01, seed 0"] == "no room on the device"
+    assert "no room on the device" in result.report.read_text()
+    assert [*content(copied)["contestants"]] == ["MambaHoME_tiny", "lr=0.001", "eps=0.01"]
+
+
+def test_a_first_contestant_that_fails_leaves_nothing_to_compare(data, tmp_path):
+    trainer = Trainer(dict.fromkeys(range(2), (2, "no room")))
+    with pytest.raises(TrainingError, match="MambaHoME_tiny, the first contestant, could not be trained: no room"):
+        run_duel(config(data, tmp_path / "duel"), QUIET, trainer)
+
+
+def test_one_stopped_by_a_signal_goes_on_to_the_same_scores(finished, data, copied, monkeypatch):
+    shutil.rmtree(copied / "lr=0.001")
+    monkeypatch.setattr(held_out, "predict_case", predict_case)
+    started = TrainingRun.step_started
+
+    def step_started(run, metrics):
+        started(run, metrics)
+        if run.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "step_started", step_started)
+        result = run_duel(config(data, copied, folds=2), QUIET, Trainer())
+    assert result.exit_code == 143 and result.standings == () and content(copied)["status"] == "running"
+    assert run_duel(config(data, copied, folds=2), QUIET, Trainer()).exit_code == 0
+    assert scores(copied) == scores(finished.folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"against": ()}, "--against names nobody"),
+        ({"against": ("UNETR",)}, r"--against UNETR; expected a network \(MambaHoME, .*SegMamba.* such as mixer=conv"),
+        ({"against": ("mixer=lstm",)}, "--against mixer=lstm: mixer is 'lstm'; expected .* of --mixer"),
+        ({"against": ("mixer=conv,seed=3",)}, "--seed is the same for all contestants"),
+        ({"against": ("mixer=conv", "mixer=conv")}, "mixer=conv takes part twice"),
+        ({"against": ("MambaHoME_tiny",)}, "MambaHoME_tiny takes part twice"),
+        ({"against": ("model=SegMamba,mixer=conv",)}, "this network has no mixer. Leave --mixer out"),
+        ({"folds": 0}, "--folds 0; expected 1 or more"),
+        ({"seeds": 0}, "--seeds 0; expected 1 or more"),
+        ({"max_minutes": 1.0}, "--steps 3 with --max_minutes 1; expected one of the two"),
+        ({"steps": 0}, "--steps 0; expected a positive number"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_trained(data, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        run_duel(config(data, tmp_path / "duel", **changes), QUIET, Trainer())
+    assert not (tmp_path / "duel").exists()
+
+
+def test_a_folder_that_is_not_preprocessed(tmp_path):
+    with pytest.raises(ConfigError, match="is not preprocessed; expected a folder that mambahome preprocess wrote"):
+        mh.duel(folder=tmp_path, against=("SegMamba",))
+
+
+def test_values_are_read_as_on_the_command_line(data, tmp_path):
+    words = ("affine_scale=0.8 1.2,deep_supervision=True", "recipe=strong", "model=SegMamba,feature_size=4")
+    found, _ = contestants_of(config(data, tmp_path, against=words))
+    _, one, strong, segmamba = [each.flags for each in found]
+    assert one.affine_scale == (0.8, 1.2) and one.deep_supervision is True
+    assert strong.recipe == "strong" and strong.patch_size == one.patch_size
+    assert (segmamba.model, segmamba.feature_size) == ("SegMamba", 4)
+    assert [each.folder for each in found[1:3]] == ["affine_scale=0.8_1.2,deep_supervision=True", "recipe=strong"]
+
+
+def test_minutes_are_of_each_network_and_begin_with_its_first_step(data, tmp_path):
+    timed = config(data, tmp_path, steps=None, max_minutes=2.0)
+    for folds, minutes in ((1, 2.0), (3, 6.0)):
+        for one in contestants_of(dataclasses.replace(timed, folds=folds))[0]:
+            assert (one.flags.max_minutes, one.flags.minutes_from) == (minutes, "first_step")
+
+
+def test_batches_are_equal_or_fill_the_memory(data, tmp_path, monkeypatch):
+    settings = {"patch_size": (96, 96, 96), "batch_size": 6, "model": "MambaHoME_tiny", "recipe": "strong"}
+    plan = StoredPlan({name: Setting(value, "") for name, value in settings.items()}, "a GPU of 8 GiB", False)
+    monkeypatch.setattr(contestants, "planned_settings", lambda flags: plan)
+
+    def batches(equal):
+        found, _ = contestants_of(config(data, tmp_path, against=("SegMamba",), equal=equal))
+        return [contestants.as_planned(each.flags).batch_size for each in found]
+
+    assert batches("images") == [6, 6]
+    first, large = batches("memory")
+    assert first == 6 and large < 6
+
+
+def test_the_patch_is_one_that_all_take(data):
+    prepared = dataclasses.replace(read_prepared(data), spacing=(1.0, 1.0, 6.0))
+    thick = TrainConfig(data, model="MambaHoME_tiny", strides="auto", patch_size=(32, 32, 8))
+    assert shared_patch([thick], prepared) == ((32, 32, 8), (32, 32, 8))
+    patch, wanted = shared_patch([thick, dataclasses.replace(thick, strides="published")], prepared)
+    assert wanted == (32, 32, 8) and patch == (32, 32, 16)
+    assert MODEL_SIZES["MambaHoME_tiny"].model.check_size(patch) is None
+
+
+def test_the_seconds_of_a_resumed_run_go_on(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,seconds,val_dice\n1,10,\n2,70,0.5\n3,5,\n4,50,0.6\n")
+    curve = duelling._curve([*duelling._rows(tmp_path / "metrics.csv")])
+    assert curve == [(pytest.approx(70 / 60), 2, 0.5), (pytest.approx(120 / 60), 4, 0.6)]
