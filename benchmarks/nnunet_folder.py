@@ -42,7 +42,7 @@ def plans_of(config: PlainUNetConfig, spacing: list[float]) -> dict[str, Any]:
         "plans_name": "nnUNetPlans",
         "original_median_spacing_after_transp": spacing,
         "original_median_shape_after_transp": [400, 512, 512],
-        "image_reader_writer": "SimpleITKIO",
+        "image_reader_writer": "NibabelIO",
         "transpose_forward": [0, 1, 2],
         "transpose_backward": [0, 1, 2],
         "experiment_planner_used": "ExperimentPlanner",
