@@ -43,7 +43,6 @@ from mambahome_jax.weights.weights import digest_of, load_model
 
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
 FORMATS = ("SimpleITK", "highdicom", "pydicom")  # where they are installed
-_REGIONS = "where regions overlap, a voxel has the name of the last one that holds it, and counts to its volume alone"
 # What a damaged scan, a full disk or a device that is too small can raise; anything else is a fault of ours.
 CASE_ERRORS = (MambaHomeError, OSError, MemoryError, jax.errors.JaxRuntimeError)
 # What the scans that are read ahead may take together, in bytes of float32: 512 x 512 x 512 voxels anywhere, and a part
@@ -129,8 +128,7 @@ def infer_scans(
         paths, notes = networks_at(_model_paths(config))
         config, learned = _with_learned(config)
         segmenter = _load(config, paths)
-        regions = [_REGIONS] if segmenter.settings.regions else []
-        for remark in (*notes, *learned, *segmenter.remarks, *regions):
+        for remark in (*notes, *learned, *segmenter.remarks, *segmenter.notes):
             say(f"Note: {remark}")
         scans, incomplete = join_channels(config.data_path, scans, segmenter.networks.channels or 1)
         weights = tuple(digest_of(network) for network in segmenter.networks.members)

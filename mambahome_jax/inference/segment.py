@@ -50,6 +50,11 @@ WHOLE_BYTES = 512 << 20
 
 Chain = Literal["trained", "published"]
 _BY_PLANS = ("spacing", "modality", "chain")  # options that nnU-Net's plans leave no choice of
+_AS_STORED = (
+    "nnU-Net takes the axes of a scan as its file has them, and its plans do not say how those of training were; "
+    "--orientation RAS turns scans that are stored otherwise"
+)
+_REGIONS = "where regions overlap, a voxel has the name of the last one that holds it, and counts to its volume alone"
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,13 @@ class Segmenter:
         """Value -> structure, of those that results may hold."""
         names = self.networks.label_names
         return {value: name for value, name in names.items() if self.only is None or value in self.only}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of the results of any scan."""
+        nnunet = self.settings.nnunet
+        turned = nnunet is None or nnunet.orientation is not None
+        return (() if turned else (_AS_STORED,)) + ((_REGIONS,) if self.settings.regions else ())
 
     def remark(self, volume: Volume, modality: Modality, structures_ml: Mapping[str, float]) -> str | None:
         """Say what is odd about a scan as it was read, or about the volumes of its result; None where nothing is."""
