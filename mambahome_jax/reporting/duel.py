@@ -28,7 +28,7 @@ from mambahome_jax.reporting.page import (
 CURVE_HEIGHT, _TOP, _BOTTOM = 260, 8, 40  # px
 # attribute of Cost -> heading, digits
 COSTS = {
-    "parameters": ("10^6", 2),
+    "parameters": ("M params", 2),
     "gib": ("GiB", 2),
     "images_per_second": ("images/s", 2),
     "compile_seconds": ("compile s", 0),
@@ -84,7 +84,7 @@ def verdicts(standings: Sequence[Standing]) -> list[str]:
 
 
 def render_duel(standings: Sequence[Standing], failures: Sequence[tuple[str, str]], lead: str) -> str:
-    """Return the page as text. standings: the first contestant first. failures: (what, reason). Raises nothing."""
+    """Return the page as text. standings: the first contestant first. failures: (what, reason)."""
     first, *others = standings
     palette = colours_of(range(1, len(standings) + 1))
     colours = {one.name: "rgb({}, {}, {})".format(*palette[n]) for n, one in enumerate(standings, 1)}
@@ -172,11 +172,12 @@ def _curves(standings: Sequence[Standing], colours: Mapping[str, str], place: in
     if not drawn:
         return None
     most = max(point[place] for _, curve in drawn for point in curve) or 1.0
-    low = min(point[2] for _, curve in drawn for point in curve)
-    bottom = math.floor(low * 10) / 10
+    heights = [point[2] for _, curve in drawn for point in curve]
+    bottom = math.floor(min(heights) * 10) / 10
+    top = max(math.ceil(max(heights) * 10) / 10, bottom + 0.1)
 
     def at(point: tuple[float, float, float]) -> tuple[float, float]:
-        x, y = point[place] / most, (point[2] - bottom) / (1 - bottom) if bottom < 1 else 1.0
+        x, y = point[place] / most, (point[2] - bottom) / (top - bottom)
         return round(LEFT + WIDTH * x, 1), round(_TOP + CURVE_HEIGHT * (1 - y), 1)
 
     lines = []
@@ -188,7 +189,7 @@ def _curves(standings: Sequence[Standing], colours: Mapping[str, str], place: in
     return {
         **{"title": f"Dice over {unit}", "unit": unit, "description": ends, "lines": lines},
         "ticks": [(round(LEFT + WIDTH * tick / most, 1), f"{tick:g}") for tick in ticks_of(0, most)],
-        "rows": [(at((0, 0, tick))[1], f"{tick:g}") for tick in ticks_of(bottom, 1.0)],
+        "rows": [(at((0, 0, tick))[1], f"{tick:g}") for tick in ticks_of(bottom, top)],
         **{"left": LEFT, "right": LEFT + WIDTH, "width": LEFT + WIDTH + RIGHT},
         **{"bottom": _TOP + CURVE_HEIGHT, "height": _TOP + CURVE_HEIGHT + _BOTTOM},
     }

@@ -48,15 +48,16 @@ def contestants_of(config: DuelConfig) -> tuple[list[Contestant], list[str]]:
     """
     if not detect(config.folder):
         raise ConfigError(f"{config.folder} is not preprocessed; expected a folder that mambahome preprocess wrote")
-    own: list[dict[str, Any]] = [{"model": config.model} if config.model else {}]
-    own += [{"model": word} if word in MODEL_SIZES else own[0] | _changes(word) for word in config.against]
+    changes = [{"model": word} if word in MODEL_SIZES else _changes(word) for word in config.against]
     alike: dict[str, Any] = {
         **{"data_train": config.folder, "fold_seed": 0, "resume": True, "steps": config.steps},
         "folds": FOLDS_OF_ONE if config.folds == 1 else config.folds,
         "fold": 0 if config.folds == 1 else None,
         "max_minutes": config.max_minutes,
     }
-    first = as_planned(_flags(alike, own[0]))
+    first = as_planned(_flags(alike, {"model": config.model} if config.model else {}))
+    # By name, as a recipe that leaves the plan aside leaves its network too.
+    own = [{"model": first.model} | each for each in ({}, *changes)]
     alike |= {"steps": first.steps, "epochs": first.epochs, "strides": first.strides}
     if first.max_minutes is not None:
         # A planned length is of each network already, but counted together.
@@ -64,7 +65,7 @@ def contestants_of(config: DuelConfig) -> tuple[list[Contestant], list[str]]:
         gpus = visible_gpus() if first.folds else []
         at_once = len(gpus) if wants_side_by_side(first, gpus) else 1
         alike |= {"max_minutes": minutes * rounds_of(first.networks, at_once), "minutes_from": "first_step"}
-    followed = [as_planned(_flags(alike, changes)) for changes in own]
+    followed = [as_planned(_flags(alike, each)) for each in own]
     patch, wanted = shared_patch(followed, read_prepared(config.folder))
     alike |= {"patch_size": patch} | ({"batch_size": first.batch_size} if config.equal == "images" else {})
     lines = [
@@ -75,7 +76,7 @@ def contestants_of(config: DuelConfig) -> tuple[list[Contestant], list[str]]:
         if names.count(name) > 1:
             raise ConfigError(f"{name} takes part twice. Leave it out of --against, or choose another --model")
     folders = [re.sub(r"[^\w.,=-]", "_", name) for name in names]
-    flags = [_flags(alike, changes) for changes in own]
+    flags = [_flags(alike, each) for each in own]
     return [Contestant(*parts) for parts in zip(names, folders, flags, strict=True)], lines
 
 

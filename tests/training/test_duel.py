@@ -209,6 +209,20 @@ def test_values_are_read_as_on_the_command_line(data, tmp_path):
     assert [each.folder for each in found[1:3]] == ["affine_scale=0.8_1.2,deep_supervision=True", "recipe=strong"]
 
 
+def test_a_recipe_that_leaves_the_plan_aside_keeps_its_network_and_sizes(data, tmp_path, monkeypatch):
+    settings = {"model": "MambaHoME_small", "patch_size": (48, 48, 48), "batch_size": 3, "recipe": "strong"}
+    plan = StoredPlan({name: Setting(value, "") for name, value in settings.items()}, "a CPU", False)
+    monkeypatch.setattr(contestants, "planned_settings", lambda flags: plan)
+    words = {"model": None, "against": ("recipe=published", "SegMamba")}
+    found = [contestants.as_planned(each.flags) for each in contestants_of(config(data, tmp_path, **words))[0]]
+    sizes = [(flags.model, flags.recipe, flags.patch_size, flags.batch_size, flags.steps) for flags in found]
+    assert sizes == [
+        ("MambaHoME_small", "strong", (48, 48, 48), 3, STEPS),
+        ("MambaHoME_small", "published", (48, 48, 48), 3, STEPS),
+        ("SegMamba", "strong", (48, 48, 48), 3, STEPS),
+    ]
+
+
 def test_minutes_are_of_each_network_and_begin_with_its_first_step(data, tmp_path):
     timed = config(data, tmp_path, steps=None, max_minutes=2.0)
     for folds, minutes in ((1, 2.0), (3, 6.0)):
