@@ -139,12 +139,12 @@ class TrainConfig:
     data_val: Path | None = None
     """Another such folder for validation (default: hold out cases marked "val", else every fifth patient)."""
     model: Annotated[ModelName, arg(metavar="NAME")] = "MambaHoME"
-    """The network, and its size: MambaHoME, MambaHoME_small, MambaHoME_tiny, SegMamba; or a U-Net of nnU-Net with its
-    patch and batch: PlainUNet, ResEncUNet_M, ResEncUNet_L (ResEncUNet is the same), ResEncUNet_XL."""
-    recipe: Literal["published", "strong"] = "published"
-    """Values of the flags under Optimizer, Recipe and Augmentation: as in the published code, or stronger. A
-    preprocessed folder's plan.json decides, also on model, patch, batch and length, what no flag does; --recipe
-    published leaves the plan aside."""
+    """The network, and its size: MambaHoME, MambaHoME_small, MambaHoME_tiny, SegMamba; or as nnU-Net plans it:
+    PlainUNet, ResEncUNet_M, ResEncUNet_L (also ResEncUNet), ResEncUNet_XL."""
+    recipe: Literal["published", "strong", "nnunet"] = "published"
+    """Values of the flags under Optimizer, Recipe and Augmentation: as in the published code, stronger, or as nnU-Net
+    trains. A preprocessed folder's plan.json decides, also on model, patch, batch and length, what no flag does;
+    --recipe published leaves the plan aside."""
     epochs: int = 800
     """Passes over the training cases."""
     steps: int | None = None
@@ -201,8 +201,6 @@ class TrainConfig:
     minutes_from: Literal["start", "first_step"] = "start"
     """What begins --max_minutes: the start of the program; or the first step of each network, so that compiling takes
     nothing of them."""
-    scheduler: Literal["CALR"] = "CALR"
-    """Cosine annealing of the learning rate to 0, a step every --skip_val epochs (every epoch with --steps)."""
     skip_val: int = 1
     """Epochs between validations."""
     val_every: int | None = None

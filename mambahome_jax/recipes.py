@@ -5,7 +5,7 @@ and the table in docs/ come from the field. Imports no jax.
 """
 
 import dataclasses
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -15,6 +15,7 @@ from tyro.conf import arg
 from mambahome_jax.config import MODEL_SIZES, AnatomicalAxis, Mirror
 from mambahome_jax.errors import ConfigError
 
+CoarseLabels = Literal["first", "centre"]
 MirrorAxis = Literal["none", AnatomicalAxis]
 ADAM_EPS = 1e-8  # torch's default: the published Adam keeps it, the published AdamW does not
 T = TypeVar("T")
@@ -57,6 +58,9 @@ class OptimizerConfig:
     t_max: int = 1
     eta_min: float = 0.0
     schedule_step: Literal["epoch", "published"] = "epoch"
+    scheduler: Literal["CALR", "polynomial"] = ingredient(
+        "CALR", "Fall of the rate to 0: cosine annealing, or (1 - progress)^0.9."
+    )
     warmup_steps: int = ingredient(0, "Steps over which the learning rate rises linearly.", NOT_NEGATIVE)
     clip_norm: float = ingredient(0.0, "Largest norm of the whole gradient; 0: any.", NOT_NEGATIVE)
     momentum: float = 0.0
@@ -68,7 +72,8 @@ class AugmentationConfig:
     """Probabilities and ranges of what is done to each patch of a batch on its own; the defaults are published.
 
     Zoom, quarter turns, shift, smoothing and noise are the published operations. The others are left out of the
-    compiled program where their probability is 0. mirror, voxel_size (mm): of the dataset.
+    compiled program where their probability is 0. mirror, voxel_size (mm): of the dataset. scale_apart: rotation and
+    scale come each by itself with `affine_probability`, not together.
     """
 
     zoom_probability: float = ingredient(0.3, "Published zoom in, by 1.3 to 1.5.", PART)
@@ -89,6 +94,7 @@ class AugmentationConfig:
         "(the default with --affine_rotation).",
         NOT_NEGATIVE,
     )
+    scale_apart: bool = False
     affine_scale: tuple[float, float] = ingredient((0.85, 1.15), "Smallest and largest scale.", SCALES)
     elastic_probability: float = ingredient(0.0, "Smooth random deformation, in the same resampling.", PART)
     elastic_std: float = ingredient(2.0, "Its largest standard deviation, in voxels of the finest axis.", UNFOLDED)
@@ -103,12 +109,20 @@ class AugmentationConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All ingredients of a training; the defaults are those of the published code."""
+    """All ingredients of a training; the defaults are those of the published code.
+
+    coarse_labels: which voxel of those that one of a coarser grid covers has its label in deep supervision.
+    dice_background: whether the Dice term counts the background.
+    """
 
     optimizer: OptimizerConfig = OptimizerConfig()
     ema_decay: float = ingredient(0.0, "Decay of the average of the weights that is saved; 0: none.", BELOW_ONE)
     dropout: float = ingredient(0.0, "Share of the encoder's and decoder's channels that a step drops.", BELOW_ONE)
-    deep_supervision: bool = ingredient(False, "Loss at half and quarter resolution too.")
+    deep_supervision: bool = ingredient(False, "Loss on coarser grids too.")
+    coarse_labels: CoarseLabels = "first"
+    dice_background: bool = True
+    batch_dice: bool = ingredient(False, "Dice of a whole batch, not of each patch.")
+    positive_fraction: float = ingredient(0.75, "Share of patches centred on a structure.", PART)
     class_balanced: bool = ingredient(False, "Draw the centres of foreground patches by class, not by voxel.")
     augment: bool = ingredient(True, "Augmentation as a whole, the published operations included.")
     mirror: tuple[MirrorAxis, ...] = ingredient(("none",), "Axes to mirror along, swapping labels of pairs.")
@@ -164,6 +178,40 @@ RECIPES: Mapping[str, Recipe] = {
             brightness_probability=0.15,
         ),
     ),
+    # Of nnU-Net 2.8; docs/reference/recipes.md lists what of its augmentation is not here.
+    "nnunet": Recipe(
+        OptimizerConfig(
+            name="SGD",
+            lr=1e-2,
+            weight_decay=3e-5,
+            eps=ADAM_EPS,
+            momentum=0.99,
+            clip_norm=12.0,
+            scheduler="polynomial",
+        ),
+        deep_supervision=True,
+        coarse_labels="centre",
+        dice_background=False,
+        positive_fraction=0.5,
+        class_balanced=True,
+        mirror=("LR", "AP", "IS"),
+        augmentation=AugmentationConfig(
+            zoom_probability=0.0,
+            rotate90_probability=0.0,
+            shift_probability=0.0,
+            affine_probability=0.2,
+            affine_rotation=30.0,
+            plane_rotation=180.0,
+            scale_apart=True,
+            affine_scale=(0.7, 1.4),
+            smooth_sigma_range=(0.5, 1.0),
+            noise_probability=0.1,
+            noise_std=0.1,
+            gamma_probability=0.3,
+            contrast_probability=0.15,
+            brightness_probability=0.15,
+        ),
+    ),
 }
 
 
@@ -172,7 +220,7 @@ def recipe_for(recipe: str, model: str) -> Recipe:
     size = MODEL_SIZES[model]
     if recipe == "published":
         return RECIPES[recipe].replace({"lr": size.lr, "eps": size.eps})
-    return RECIPES[recipe].replace({"lr": size.strong_lr})
+    return RECIPES[recipe].replace({"lr": size.strong_lr}) if recipe == "strong" else RECIPES[recipe]
 
 
 def given_ingredients(flags: Any) -> dict[str, Any]:
@@ -224,7 +272,11 @@ def with_ingredient_flags(cls: type[T]) -> type[T]:
         heading = part or "recipe"
         cls.__annotations__[f"_{heading.upper()}"] = ClassVar
         setattr(cls, f"_{heading.upper()}", heading.capitalize())
-        defaults = "; ".join(f"{recipe}: {default_of(flag, recipe)}" for recipe in RECIPES)
+        recipes: dict[str, list[str]] = defaultdict(list)
+        for recipe in RECIPES:
+            recipes[default_of(flag, recipe)].append(recipe)
+        defaults = "; ".join(f"{', '.join(names)}: {value}" for value, names in recipes.items())
+        defaults = next(iter(recipes)) if len(recipes) == 1 else defaults
         described = arg(help=field.metadata["help"], help_behavior_hint=f"({defaults})")
         kind: Any = field.type
         cls.__annotations__[flag] = Annotated[kind | None, described]

@@ -17,7 +17,7 @@ def _resolve(**flags):
 
 
 def test_every_ingredient_has_a_flag():
-    assert {*INGREDIENTS} < {field.name for field in dataclasses.fields(TrainConfig)} and len(INGREDIENTS) == 23
+    assert {*INGREDIENTS} < {field.name for field in dataclasses.fields(TrainConfig)} and len(INGREDIENTS) == 26
     assert {"optimizer", "lr", "ema_decay", "mirror", "affine_scale"} < {*INGREDIENTS}
     assert all(recipe.ingredients().keys() == INGREDIENTS.keys() for recipe in RECIPES.values())
 
@@ -46,6 +46,18 @@ def test_the_strong_recipe_and_flags_that_win_over_it():
     assert small.optimizer.lr == 1e-3 and small.deep_supervision
 
 
+def test_the_recipe_of_nnunet_is_one_for_all_networks():
+    for model in ("MambaHoME_tiny", "ResEncUNet_L"):
+        found = _resolve(model=model, recipe="nnunet")
+        optimizer = found.optimizer
+        assert (optimizer.name, optimizer.lr, optimizer.momentum, optimizer.weight_decay) == ("SGD", 0.01, 0.99, 3e-5)
+        assert (optimizer.clip_norm, optimizer.scheduler, found.ema_decay) == (12, "polynomial", 0)
+        assert found.deep_supervision and not found.dice_background and not found.batch_dice
+        assert found.mirror == ("LR", "AP", "IS")
+    assert _resolve(recipe="nnunet", batch_dice=True).batch_dice
+    assert _resolve(recipe="nnunet", optimizer="AdamW", lr=1e-3, scheduler="CALR").optimizer.eps == 1e-8
+
+
 def test_a_rotation_that_is_given_is_that_of_thick_slices_too():
     assert _resolve(recipe="strong").augmentation.plane_rotation == 180
     assert _resolve(recipe="strong", affine_rotation=10.0).augmentation.plane_rotation == 0
@@ -62,8 +74,11 @@ def test_flags_on_the_command_line():
 
 def test_the_help_tells_each_recipe_s_value():
     said = " ".join(help_text(TrainConfig, "mambahome train", brief=False).split())
-    assert "(published: 0.3; strong: 0)" in said
-    assert "(published: 0.0001, MambaHoME_small 0.0003, MambaHoME_tiny 0.002; strong: 0.0003, " in said
+    assert "(published: 0.3; strong, nnunet: 0)" in said
+    assert (
+        "(published: 0.0001, MambaHoME_small 0.0003, MambaHoME_tiny 0.002; strong: 0.0003, " in said
+        and "; nnunet: 0.01)" in said
+    )
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def _refusal(command, text):
         (
             "train",
             "--data_train a --recipe strnog",
-            "--recipe strnog; expected published or strong. Did you mean strong?",
+            "--recipe strnog; expected published, strong or nnunet. Did you mean strong?",
         ),
         ("train", "--data_train a --mirror LR BA", "--mirror LR BA; expected none, LR, AP or IS"),
         ("train", "--data_train a --resume maybe", "--resume maybe; expected True or False"),
@@ -106,7 +106,7 @@ def test_a_mistake_is_told_in_one_line(command, text, message):
 COMPLETED = [
     ("mambahome tr", ["train"]),
     ("mambahome train --re", ["--recipe", "--resume"]),
-    ("mambahome train --recipe ", ["published", "strong"]),
+    ("mambahome train --recipe ", ["published", "strong", "nnunet"]),
     ("mambahome train --recipe s", ["strong"]),
     ("mambahome train --epochs ", []),
     ("mambahome convert --overwrite sca", []),

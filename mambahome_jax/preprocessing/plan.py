@@ -401,7 +401,8 @@ def follow_plan(flags: TrainConfig, settings: Mapping[str, Setting], machine: st
     """
     if is_given(flags, "recipe") and flags.recipe == "published":
         return flags
-    names: tuple[str, ...] = ("model", "patch_size", "batch_size", "recipe", "mirror")
+    # nnU-Net mirrors every dataset.
+    names = ("model", "patch_size", "batch_size", "recipe", *(("mirror",) if flags.recipe != "nnunet" else ()))
     if flags.folds is None and flags.data_val is None:
         names += ("hold_out",)
     planned = {name: settings[name].value for name in names if name in settings and not is_given(flags, name)}

@@ -88,6 +88,8 @@ def _deform(
     if thick is not None:
         limit = jnp.zeros(3).at[thick].set(jnp.deg2rad(config.plane_rotation))
     angles = jnp.where(happens, jax.random.uniform(angle_key, (3,), jnp.float32, -limit, limit), 0)
+    if config.scale_apart:
+        happens = jax.random.bernoulli(jax.random.fold_in(happens_key, 1), config.affine_probability)
     scale = jnp.where(happens, jax.random.uniform(scale_key, (), jnp.float32, *config.affine_scale), 1)
     matrix = affine_matrix(angles, scale, config.voxel_size)
     if thick is not None:

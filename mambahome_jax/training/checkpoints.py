@@ -50,6 +50,7 @@ OPTIMIZER_ITEM, DATA_ITEM = "optimizer", "data"
 _NOT_YET = {
     **{"dropout": 0.0, "plane_rotation": 0.0, "strides": [[2, 2, 2]] * 4, "kernel_sizes": [[3, 3, 3]] * 5},
     **{"mixer": "scan", "experts": "home"},
+    **{"scheduler": "CALR", "batch_dice": False, "positive_fraction": 0.75},
 }
 _NO_LONGER = {"label_smoothing": 0.0}
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

@@ -1,5 +1,6 @@
 """DiceCE, as MONAI's DiceCELoss(to_onehot_y=True, softmax=True) computes it, and deep supervision of it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from flax import nnx
 
 from mambahome_jax.config import Precision, UNetConfig
 from mambahome_jax.model.layers import ChannelDropout, Conv3d, Numerics
+from mambahome_jax.recipes import CoarseLabels, Recipe
 
 # (logits, labels[, labelled]) -> scalar
 LossFunction = Callable[..., jax.Array]
@@ -116,18 +118,26 @@ def network_params(params: Any) -> Any:
     return params.get(NETWORK, params)
 
 
-def at_all_levels(loss_fn: LossFunction) -> LossFunction:
+def recipe_loss(recipe: Recipe) -> LossFunction:
+    """The loss of a recipe, of a list of logits with deep supervision."""
+    loss = functools.partial(dice_ce, include_background=recipe.dice_background, batch=recipe.batch_dice)
+    return at_all_levels(loss, recipe.coarse_labels) if recipe.deep_supervision else loss
+
+
+def at_all_levels(loss_fn: LossFunction, coarse_labels: CoarseLabels = "first") -> LossFunction:
     """Sum the loss over a list of logits, each on a grid half as fine and weighing half as much as the one before.
 
-    The weights sum to 1 (as in nnU-Net); labels of a coarse grid are every n-th voxel along each axis.
+    The weights sum to 1 (as in nnU-Net). Labels of a coarse grid are every n-th voxel along each axis, the first one or
+    that in which the coarse voxel's centre lies.
     """
 
     def loss(outputs: list[jax.Array], labels: jax.Array, *more: jax.Array) -> jax.Array:
         weights = [0.5**level for level in range(len(outputs))]
         terms = []
         for logits, weight in zip(outputs, weights, strict=True):
-            a, b, c = (n // m for n, m in zip(labels.shape[1:4], logits.shape[1:4], strict=True))
-            terms.append(weight / sum(weights) * loss_fn(logits, labels[:, ::a, ::b, ::c], *more))
+            steps = [n // m for n, m in zip(labels.shape[1:4], logits.shape[1:4], strict=True)]
+            coarse = [slice(step // 2 if coarse_labels == "centre" else 0, None, step) for step in steps]
+            terms.append(weight / sum(weights) * loss_fn(logits, labels[:, *coarse], *more))
         return sum(terms[1:], start=terms[0])
 
     return loss

@@ -368,7 +368,9 @@ def _recipe_text(setup: Setup) -> str:
         parts.append(f"eps {optimizer.eps:g}")
     if optimizer.name == "SGD" and optimizer.momentum:
         parts.append(f"momentum {optimizer.momentum}")
-    names = ("warmup_steps", "clip_norm", "ema_decay", "dropout", "deep_supervision", "class_balanced")
+    if optimizer.scheduler != "CALR":
+        parts.append(f"{optimizer.scheduler} schedule")
+    names = ("warmup_steps", "clip_norm", "ema_decay", "dropout", "deep_supervision", "batch_dice", "class_balanced")
     parts += [f"{name} {used[name]}" for name in names if used[name]]
     if setup.augmentation is None:
         parts.append("no augmentation")

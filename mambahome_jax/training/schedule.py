@@ -29,11 +29,14 @@ HELD_OUT_TIMES, REPORT_SECONDS, REPORT_PART = 2.0, 5.0, 0.1
 HELD_OUT_PART = 0.15
 # To tell the time left: steps over which the mean time of one is taken.
 TYPICAL_STEPS = 50
+_POWER = 0.9  # of the polynomial schedule, as in nnU-Net
 
 
 def learning_rate(config: OptimizerConfig, progress: float, updates: int) -> float:
-    """Cosine annealing over `progress` (0 to 1), with a linear warm-up over the number of updates already made."""
-    rate = config.eta_min + (config.lr - config.eta_min) * (1 + math.cos(math.pi * min(progress, 1))) / 2
+    """The rate after `progress` (0 to 1), with a linear warm-up over the number of updates already made."""
+    cosine, passed = config.scheduler == "CALR", min(progress, 1)
+    left = (1 + math.cos(math.pi * passed)) / 2 if cosine else (1 - passed) ** _POWER
+    rate = config.eta_min + (config.lr - config.eta_min) * left
     return rate * min(updates + 1, config.warmup_steps) / config.warmup_steps if config.warmup_steps else rate
 
 

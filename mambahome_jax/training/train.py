@@ -37,7 +37,7 @@ from mambahome_jax.training.distributed import (
 )
 from mambahome_jax.training.held_out import FOLDER as VALIDATION
 from mambahome_jax.training.held_out import forget_scores, score_held_out
-from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce
+from mambahome_jax.training.losses import DeepSupervision, recipe_loss
 from mambahome_jax.training.memory import (
     StepMemory,
     device_memory_errors,
@@ -182,6 +182,7 @@ def open_batches(
         setup.global_batch,
         seed=setup.flags.seed,
         num_workers=workers.count,
+        positive_fraction=setup.recipe.positive_fraction,
         class_balanced=setup.recipe.class_balanced,
         normalise=normalisations(setup.properties.ct_normalisation, setup.flags.modality),
         share=(jax.process_index(), jax.process_count()),
@@ -249,7 +250,7 @@ def compiled_step(
         display.state("Compiling")
         display.say("Compiling the training step, once; the first step follows")
         train_step = make_train_step(
-            *(graphdef, optimizer, at_all_levels(dice_ce) if recipe.deep_supervision else dice_ce, mesh, flags.seed),
+            *(graphdef, optimizer, recipe_loss(recipe), mesh, flags.seed),
             *(setup.augmentation, flags.strategy, recipe.ema_decay, flags.freeze_encoder, recipe.dropout),
         )
         programs[program] = compile_step(train_step, state, batch, mesh)

@@ -23,6 +23,7 @@ from mambahome_jax.patches.store import Store, StoreEntry, write_case, write_ind
 from mambahome_jax.preprocessing.grids import choose_patch
 from mambahome_jax.recipes import AugmentationConfig, Recipe
 from mambahome_jax.support.devices import git_state
+from mambahome_jax.training import losses
 from mambahome_jax.training import train as training
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.run_report import dataset_fingerprint
@@ -301,7 +302,7 @@ def test_classes_that_a_case_s_dataset_never_labelled_reach_the_loss(tmp_path, m
         jax.debug.callback(lambda values: seen.append(np.asarray(values).tolist()), labelled)
         return dice_ce(logits, labels, labelled, **options)
 
-    monkeypatch.setattr(training, "dice_ce", loss)
+    monkeypatch.setattr(losses, "dice_ce", loss)
     assert command.run(_config(prepared.root, tmp_path / "run", steps=2, augment=False)) == 0
     jax.effects_barrier()
     # An epoch of two steps holds each of the four cases once.

@@ -1,11 +1,14 @@
 """DiceCE against MONAI's values and gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mambahome_jax.training.losses import dice_ce
+from mambahome_jax.recipes import RECIPES
+from mambahome_jax.training.losses import at_all_levels, dice_ce, recipe_loss
 from tests.conftest import load_golden
 
 OPTIONS = {"": {}, "_batch": {"batch": True}, "_squared": {"squared": True}}
@@ -26,6 +29,29 @@ def test_loss_and_gradient_equal_monai(case, background, option):
     key = f"{case}/bg{background}{option}"
     np.testing.assert_allclose(loss, golden[f"{key}/loss"], atol=1e-5, rtol=0)
     np.testing.assert_allclose(grad, np.moveaxis(golden[f"{key}/grad"], 1, -1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_the_recipe_of_nnunet_has_its_loss(batch, x64):
+    """Its Dice is subtracted, where ours is 1 less it; a class of the golden occurs nowhere, another in one sample."""
+    golden, which = load_golden("baselines/recipe_nnunet.npz"), "batch" if batch else "sample"
+    logits, labels = _channels_last(golden["loss/logits"], golden["loss/labels"], jnp.float64)
+    recipe = dataclasses.replace(RECIPES["nnunet"], deep_supervision=False, batch_dice=batch)
+    loss, grad = jax.value_and_grad(recipe_loss(recipe))(logits, labels)
+    np.testing.assert_allclose(loss - 1, golden[f"loss/ce_{which}"], atol=4e-7, rtol=0)
+    expected = np.moveaxis(golden[f"loss/ce_{which}_grad"], 1, -1)
+    np.testing.assert_allclose(grad, expected, atol=2e-7 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize(("coarse_labels", "offset"), [("first", 0), ("centre", 1)])
+def test_the_voxel_of_a_coarse_grid_has_the_label_of_one_it_covers(coarse_labels, offset):
+    labels = jnp.asarray(np.random.default_rng(0).integers(0, 3, (1, 8, 8, 3)), jnp.int32)
+    outputs = [jnp.zeros((1, 8, 8, 3, 3)), jnp.zeros((1, 4, 4, 3, 3)), jnp.zeros((1, 2, 2, 3, 3))]
+    seen = []
+    at_all_levels(lambda logits, coarse: seen.append(coarse) or logits.sum(), coarse_labels)(outputs, labels)
+    for step, coarse in zip((1, 2, 4), seen, strict=True):
+        start = offset * (step // 2)
+        np.testing.assert_array_equal(coarse, labels[:, start::step, start::step])
 
 
 @pytest.mark.parametrize("case", ["dicece", "dicece_absent"])

@@ -22,6 +22,14 @@ def test_learning_rates_of_the_golden_runs(run, step):
     np.testing.assert_allclose(rates, golden[f"{run}/lr"], rtol=1e-12)
 
 
+def test_the_polynomial_rate_is_that_of_nnunet():
+    golden = load_golden("baselines/recipe_nnunet.npz")
+    config = OptimizerConfig(lr=0.01, scheduler="polynomial", steps_per_period=250, t_max=1000)
+    rates = [_rate(config, 250 * epoch + 249 * (epoch < 999)) for epoch in golden["poly/epoch"]]
+    np.testing.assert_allclose(rates, golden["poly/lr"], rtol=1e-12)
+    assert _rate(config, 250_000) == 0
+
+
 def test_the_rate_is_exact_to_the_end_and_stays_at_the_minimum():
     config = OptimizerConfig(lr=1e-4, steps_per_period=2, t_max=800)
     last = 1e-4 * (1 + np.cos(np.pi * np.float64(799) / 800)) / 2

@@ -189,6 +189,20 @@ def test_samples_are_changed_each_on_its_own_and_with_the_given_probability():
         np.testing.assert_array_equal(np.asarray(new_image)[n, ..., 0], new_label[n])
 
 
+def test_rotation_and_scale_come_each_by_itself():
+    """Lines along an axis: turned ones change along it, and scaled ones only across."""
+    image = jnp.broadcast_to(jnp.sin(jnp.arange(8.0))[:, None, None, None], (200, 8, 8, 4, 1))
+    label = jnp.zeros(image.shape[:-1], jnp.int32)
+    config = dataclasses.replace(
+        OFF, affine_probability=0.5, affine_rotation=30.0, affine_scale=(0.7, 0.9), scale_apart=True
+    )
+    changed, _ = augment(jax.random.key(0), image, label, config)
+    turned = np.ptp(np.asarray(changed)[..., 0], axis=2).max((1, 2)) > 1e-3
+    moved = np.abs(changed - image).max((1, 2, 3, 4)) > 1e-3
+    assert abs(turned.mean() - 0.5) < 0.12
+    assert abs((moved & ~turned).mean() - 0.25) < 0.1
+
+
 def test_the_published_operations_draw_what_they_drew_before():
     image, label = _batch(4)
     plain = dataclasses.replace(OFF, noise_probability=1.0, shift_probability=1.0)

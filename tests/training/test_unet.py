@@ -1,5 +1,7 @@
 """Training of nnU-Net's U-Nets: grids by the patch, heads of their own, checkpoints, and a plan made anew for them."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,14 +15,19 @@ from mambahome_jax.flags import TrainConfig
 from mambahome_jax.model.layers import ChannelDropout
 from mambahome_jax.preprocessing.plan import follow_plan
 from mambahome_jax.preprocessing.plan_folder import planned_settings
+from mambahome_jax.recipes import RECIPES
 from mambahome_jax.training.checkpoints import checkpoint_settings
-from mambahome_jax.training.losses import DeepSupervision
+from mambahome_jax.training.distributed import make_mesh
+from mambahome_jax.training.losses import DeepSupervision, recipe_loss
+from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.pretrained import transfer
 from mambahome_jax.training.setup import make_setup
+from mambahome_jax.training.step import init_state, make_train_step
 from mambahome_jax.training.train import build_networks
 from mambahome_jax.weights.checkpoint import write_checkpoint
 from mambahome_jax.weights.weights import read_weights
 from tests.commands.test_train import SHAPE, _dataset
+from tests.conftest import golden_path, load_golden
 
 
 def setup_for(tmp_path, **flags):
@@ -60,6 +67,41 @@ def test_it_is_supervised_by_its_own_heads_but_the_coarsest():
 
     shapes = [level.shape for level in jax.eval_shape(logits, jnp.zeros((1, 64, 64, 32, 1)))]
     assert shapes == [(1, 64 // n, 64 // n, 32 // n, 3) for n in (1, 2, 4, 8)]
+
+
+@pytest.mark.slow
+def test_eight_updates_of_nnunet(x64):
+    """Its optimizer and loss with deep supervision, on two inputs in turn; the last two gradients are clipped."""
+    golden, expected = load_golden("baselines/plain_unet_tiny.npz"), load_golden("baselines/recipe_nnunet.npz")
+    if "train/loss" not in expected:
+        pytest.skip("these updates are only in the full set of goldens, ../shared/parity")
+    model = mh.load_model(golden_path("baselines/plain_unet_tiny.pth"), param_dtype=jnp.float64)
+    recipe, mesh = RECIPES["nnunet"], make_mesh(jax.devices()[:1])
+    graphdef, params = nnx.split(DeepSupervision(model, rngs=nnx.Rngs(0)))
+    state = init_state(nnx.to_pure_dict(params), make_optimizer(recipe.optimizer), mesh)
+    before = mh.export_official(state.params["network"])
+    batches = [
+        {
+            "image": jnp.asarray(np.moveaxis(golden[f"{which}/x"], 1, -1), jnp.float64),
+            "label": jnp.asarray(golden[f"{which}/target0"][:, 0], jnp.int32),
+        }
+        for which in ("input_a", "input_b")
+    ]
+    optimizers = [make_optimizer(dataclasses.replace(recipe.optimizer, clip_norm=norm)) for norm in (12.0, 0.05)]
+    steps = [make_train_step(graphdef, each, recipe_loss(recipe), mesh, seed=0) for each in optimizers]
+    # Where torch clips, it adds 1e-6 to the norm.
+    for step, rate in enumerate(expected["train/lr"]):
+        state, metrics = steps[step >= 6](state, batches[step % 2], rate)
+        assert abs(float(metrics["loss"]) - 1 - expected["train/loss"][step]) < (1e-10 if step < 7 else 1e-9)
+        assert abs(float(metrics["grad_norm"]) / expected["train/grad_norm"][step] - 1) < 1e-8
+    after = mh.export_official(state.params["network"])
+    for name, norm in zip(golden["grad_names"], expected["train/change_l2"], strict=True):
+        changed = after[name] - before[name]
+        # The coarsest head, which the loss leaves out, decays here.
+        unused = name.startswith("decoder.seg_layers.0.")
+        assert abs(np.linalg.norm(changed) - norm) < (1e-4 if unused else 1e-6 * norm + 1e-12), name
+        if f"train/change/{name}" in expected and not unused:
+            assert np.linalg.norm(changed - expected[f"train/change/{name}"]) < 1e-6 * norm + 1e-12, name
 
 
 @pytest.fixture
