@@ -265,7 +265,7 @@ class DuelConfig:
     against: Annotated[tuple[str, ...], arg(metavar="NETWORK|FLAG=VALUE[,...]")]
     """The other contestants: networks as --model names them, or flags of train that change the first contestant, such
     as mixer=conv or mixer=none,experts=ffn."""
-    model: ModelName | None = None
+    model: Annotated[ModelName | None, arg(metavar="NAME")] = None
     """The first contestant (default: the network of the plan)."""
     output_dir: Path = Path("duel")
     """Folder for all runs, duel.json and report.html."""
