@@ -33,7 +33,7 @@ from mambahome_jax.inference.tiled import Predict, Replica
 from mambahome_jax.support.devices import compiler_options
 from mambahome_jax.weights.nnunet import FoldMean
 
-_UNMIRRORED = "the network was not trained on mirrored scans, so no window is mirrored"
+_UNMIRRORED = "tta mirrors no window, as the checkpoint of nnU-Net allows no axis"
 # Below it, half of what a network marks is wrong, or half of what there is is missed.
 _POOR_DICE = 0.5
 
@@ -187,7 +187,7 @@ class Ensemble:
         if self.data.nnunet is not None:
             axes = self.data.nnunet.mirror_axes
             # Left and right are not swapped there, whatever the labels.
-            return (tuple((axis, ()) for axis in axes), ()) if axes else ((), ("tta: " + _UNMIRRORED,))
+            return (tuple((axis, ()) for axis in axes), ()) if axes else ((), (_UNMIRRORED,))
         networks = [_metadata(member) for member in self.members if isinstance(member, nnx.Module)]
         trained = set(AXES).intersection(*(data.mirror if data else () for data in networks))
         records = [data.mirror_pairs if data else None for data in networks]
