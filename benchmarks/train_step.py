@@ -1,7 +1,11 @@
-"""Time one training step of a network: forward, DiceCE, backward, AdamW, on random patches.
+"""Time one training step of a network on random patches: forward, loss, backward and update of a recipe.
+
+Augmentation and dropout are left out.
 
 python benchmarks/train_step.py --precision bf16 tf32 fp32 --json train_step.json
 python benchmarks/train_step.py --model SegMamba --channels 4 --classes 4 --precision bf16 --json segmamba_step.json
+python benchmarks/train_step.py --model ResEncUNet_L --recipe nnunet --patch 320 256 56 --spacing 0.7 0.7 5 \
+    --precision bf16 --json resenc_step.json
 """
 
 import argparse
@@ -19,11 +23,12 @@ from flax import nnx
 from flops import matrix_flops, peak_tflops
 from profiling import print_kernel_times
 
-from mambahome_jax.config import MODEL_SIZES, ExpertLayer, Mixer, ModelConfig, NetworkConfig
+from mambahome_jax.config import MODEL_SIZES, ExpertLayer, Mixer, ModelConfig, NetworkConfig, UNetConfig
 from mambahome_jax.model.networks import make_network
-from mambahome_jax.recipes import OptimizerConfig
+from mambahome_jax.preprocessing.grids import grids_for
+from mambahome_jax.recipes import RECIPES, Recipe
 from mambahome_jax.training.distributed import batch_sharding, make_mesh
-from mambahome_jax.training.losses import dice_ce
+from mambahome_jax.training.losses import DeepSupervision, recipe_loss
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.step import init_state, make_train_step
 
@@ -33,14 +38,18 @@ RATE = np.float32(1e-4)
 PUBLISHED = {"fp32": (1300, 25.9), "tf32": (590, 25.9), "bf16": (501, 16.1)}
 
 
-def make_step(config: NetworkConfig, precision, devices: int, strategy):
+def make_step(config: NetworkConfig, recipe: Recipe, precision, devices: int, strategy):
     """The compiled step's ingredients: (step, state, mesh)."""
-    model = make_network(config, rngs=nnx.Rngs(0), precision=precision)
+    model: nnx.Module = make_network(config, rngs=nnx.Rngs(0), precision=precision)
+    if recipe.deep_supervision:
+        model = DeepSupervision(model, rngs=nnx.Rngs(1), precision=precision)
     graphdef, params = nnx.split(model)
     mesh = make_mesh(jax.devices()[:devices])
-    optimizer = make_optimizer(OptimizerConfig())
-    state = init_state(nnx.to_pure_dict(params), optimizer, mesh, strategy)
-    return make_train_step(graphdef, optimizer, dice_ce, mesh, seed=0, strategy=strategy), state, mesh
+    optimizer, average = make_optimizer(recipe.optimizer), recipe.ema_decay
+    state = init_state(nnx.to_pure_dict(params), optimizer, mesh, strategy, average > 0)
+    loss = recipe_loss(recipe)
+    step = make_train_step(graphdef, optimizer, loss, mesh, seed=0, strategy=strategy, ema_decay=average)
+    return step, state, mesh
 
 
 def random_batch(mesh, batch: int, patch: tuple[int, ...], channels: int, classes: int) -> dict[str, jax.Array]:
@@ -56,9 +65,13 @@ def measure(args: argparse.Namespace, precision: str) -> dict[str, Any]:
     )
     if isinstance(config, ModelConfig):
         config = config.replace(mixer=args.mixer, experts=args.experts)
-    as_published = args.model == "MambaHoME" and not config.twin
+    if args.spacing is not None or isinstance(config, UNetConfig):
+        grids = grids_for(args.spacing or (1, 1, 1), args.patch, isinstance(config, UNetConfig))
+        config = config.with_grids(grids.strides, grids.kernel_sizes)
+    as_published = args.model == "MambaHoME" and not config.twin and args.recipe == "published" and not args.spacing
     published_ms, published_gib = PUBLISHED[precision] if as_published else (math.nan, math.nan)
-    step, state, mesh = make_step(config, precision, args.num_devices, args.strategy)
+    recipe = RECIPES[args.recipe]
+    step, state, mesh = make_step(config, recipe, precision, args.num_devices, args.strategy)
     batch = random_batch(mesh, args.batch * args.num_devices, tuple(args.patch), args.channels, args.classes)
     start = time.perf_counter()
     traced = step.trace(state, batch, RATE)
@@ -118,8 +131,10 @@ def main() -> None:
     parser.add_argument("--model", default="MambaHoME", choices=list(MODEL_SIZES))
     parser.add_argument("--mixer", default=ModelConfig.mixer, choices=get_args(Mixer), help="of MambaHoME")
     parser.add_argument("--experts", default=ModelConfig.experts, choices=get_args(ExpertLayer), help="of MambaHoME")
+    parser.add_argument("--recipe", default="published", choices=list(RECIPES))
     parser.add_argument("--batch", type=int, default=2, help="patches on each device")
     parser.add_argument("--patch", nargs=3, type=int, default=[128, 128, 128])
+    parser.add_argument("--spacing", nargs=3, type=float, help="of the voxels, which the grids follow, in mm")
     parser.add_argument("--channels", type=int, default=1)
     parser.add_argument("--classes", type=int, default=16)
     parser.add_argument("--use_checkpoint", action="store_true")
@@ -133,7 +148,10 @@ def main() -> None:
     device = jax.devices()[0]
     print(f"{args.num_devices} x {device.device_kind}, JAX {jax.__version__}, Python {platform.python_version()}")
     print(f"{args.model}, mixer {args.mixer}, experts {args.experts}")
-    print(f"{args.batch} x {args.patch} each, {args.classes} classes, {args.strategy}; ms are medians")
+    print(
+        f"recipe {args.recipe}, {args.batch} x {args.patch} each, {args.classes} classes, {args.strategy}; "
+        "ms are medians"
+    )
     print("precision       ms (range)   images/s  peak GiB  planned  compile s  TFLOP/s  of peak   published")
     # From the least memory to the most: the highest use of a process is not forgotten.
     rows = [measure(args, precision) for precision in sorted(args.precision, key=["bf16", "tf32", "fp32"].index)]
