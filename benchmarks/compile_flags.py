@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mambahome_jax.config import MODEL_SIZES
+from mambahome_jax.recipes import RECIPES
 
 # Each pair: a name and flags; {0} is a folder that lasts as long as this program.
 VARIANTS = {
@@ -55,7 +56,7 @@ def child(args: argparse.Namespace) -> dict[str, Any]:
         seconds[name], last[0] = now - last[0], now
 
     config = replace(MODEL_SIZES[args.model].model, in_chans=1, out_chans=args.classes)
-    step, state, mesh = make_step(config, args.precision, 1, "ddp")
+    step, state, mesh = make_step(config, RECIPES["published"], args.precision, 1, "ddp")
     batch = random_batch(mesh, args.batch, tuple(args.patch), 1, args.classes)
     jax.block_until_ready((state, batch))
     mark("init")
