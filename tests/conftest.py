@@ -1,7 +1,10 @@
 """What every test shares: settings of JAX, and where the goldens and the real scans lie."""
 
+import atexit
 import importlib.metadata
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 # Compiling takes longer than all that the tests compute, so they compile with little optimisation. A flag that a
@@ -11,6 +14,11 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+# Programs that one test compiled serve the others, in all workers of pytest-xdist and the processes that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    PROGRAMS = tempfile.mkdtemp(prefix="mambahome-tests-")
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": PROGRAMS, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+    atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
 
 import numpy as np
 import pytest
