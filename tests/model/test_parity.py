@@ -41,7 +41,7 @@ def weighting(shape) -> np.ndarray:
     return np.sin(0.5 + 1.3 * b + 0.9 * c + 0.11 * z + 0.23 * y + 0.31 * x)
 
 
-def _forward_and_gradients(x: np.ndarray, dtype):
+def _forward_and_gradients(x: np.ndarray, dtype, stages: bool):
     model = weights.load_model(golden_path("mambahome_tiny.pth"), param_dtype=dtype)
     graphdef, state = nnx.split(model)
     x = jnp.asarray(np.moveaxis(x, 1, -1), dtype)
@@ -54,23 +54,29 @@ def _forward_and_gradients(x: np.ndarray, dtype):
             return jnp.sum(logits * jnp.asarray(weighting(logits.shape), dtype)) / logits.size, logits
 
         (value, logits), gradients = jax.value_and_grad(loss, has_aux=True)(state)
-        return value, logits, gradients, nnx.merge(graphdef, state).encoder(x)
+        # Compiled only where there is something to compare it with.
+        return value, logits, gradients, nnx.merge(graphdef, state).encoder(x) if stages else []
 
-    value, logits, gradients, stages = run(state)
-    return value, np.moveaxis(logits, -1, 1), weights.export_official(gradients), stages
+    value, logits, gradients, volumes = run(state)
+    return value, np.moveaxis(logits, -1, 1), weights.export_official(gradients), volumes
 
 
-@pytest.mark.parametrize("which", ["input_a", "input_b"])
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "values", "gradient", "zero"),
-    [(jnp.float32, 3e-5, 1e-4, 1e-5), (jnp.float64, 1e-9, 1e-8, 1e-13)],
-    ids=["float32", "float64"],
+    ("dtype", "which", "values", "gradient", "zero"),
+    [
+        (jnp.float32, "input_b", 3e-5, 1e-4, 1e-5),
+        (jnp.float64, "input_a", 1e-9, 1e-8, 1e-13),
+        (jnp.float64, "input_b", 1e-9, 1e-8, 1e-13),
+    ],
+    ids=["float32-input_b", "float64-input_a", "float64-input_b"],
 )
 def test_logits_stages_and_gradients(expected, which, dtype, values, gradient, zero, x64):
-    value, logits, gradients, stages = _forward_and_gradients(expected[f"{which}/x"], dtype)
+    compared = f"{which}/logits" in expected
+    value, logits, gradients, stages = _forward_and_gradients(expected[f"{which}/x"], dtype, compared)
     assert logits.dtype == dtype
     assert abs(float(value) - expected[f"{which}/loss"]) < (1e-6 if dtype == jnp.float32 else 1e-12)
-    if f"{which}/logits" in expected:
+    if compared:
         assert np.abs(logits - expected[f"{which}/logits"]).max() < values
         for i, stage in enumerate(stages):
             assert np.abs(np.moveaxis(stage, -1, 1) - expected[f"{which}/enc{i}"]).max() < values
