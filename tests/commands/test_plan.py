@@ -15,6 +15,7 @@ from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing import plan_folder
 from mambahome_jax.preprocessing.plan import PLAN, follow_plan, plan_lines, read_plan
 from tests.commands.scans import description, preprocess_config
+from tests.commands.test_train import small_networks
 
 
 @pytest.fixture
@@ -101,10 +102,12 @@ def test_the_command_explains_raw_and_preprocessed_folders(config, tmp_path, cap
     assert "--max_minutes 0; expected a positive number" in capsys.readouterr().err
 
 
-def test_train_follows_the_plan_and_refuses_another_spacing(config, tmp_path, capsys):
+def test_train_follows_the_plan_and_refuses_another_spacing(config, tmp_path, capsys, monkeypatch):
+    small_networks(monkeypatch)
     assert run(config) == 0
     edit(config, length={"steps": 2}, patch_size=[32, 16, 16], strides=[[2, 2, 2]] * 4, kernel_sizes=[[3, 3, 3]] * 5)
     words = ["--data_train", str(config.output_path), "--output_dir", str(tmp_path / "run"), "--num_workers", "0"]
+    words += ["--deep_supervision", "False"]  # the stand-in for the network has one level
     assert run_command("train", words, "train") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "recipe strong" in out and "A flag wins" in out and "On a CPU" in out

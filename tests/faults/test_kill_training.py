@@ -9,7 +9,7 @@ from tests.faults.kill_training import kill_training
 PROGRAM = (sys.executable, "-m", "tests.training.train_process")
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 def test_killed_twice_and_resumed_ends_with_the_same_bits(tmp_path):
     result = kill_training(tmp_path, kills=2, steps=60, program=PROGRAM, seed=1)
     assert len(result["kills"]) == 2 and result["different"] == []

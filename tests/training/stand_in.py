@@ -1,6 +1,7 @@
 """A network small enough to train in a test, with the shapes of the real one, and a clock that the steps move."""
 
 import functools
+import time
 from types import SimpleNamespace
 
 import jax
@@ -31,7 +32,7 @@ class SmallNet(nnx.Module):
 
 def steps_take(monkeypatch: pytest.MonkeyPatch, seconds: float) -> float:
     """Let time pass in steps alone, so many seconds each, whatever the machine does; the time at the start."""
-    start, put_batch = 1000.0, train.put_batch
+    start, put_batch = time.monotonic(), train.put_batch
     now = [start]
 
     def timed(batch, mesh):

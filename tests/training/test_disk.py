@@ -57,14 +57,14 @@ def stored_bytes(checkpoint: Path) -> int:
 # --- What a training will take -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("keep", [1, 2])
-def test_a_training_says_what_its_checkpoints_take(tmp_path, monkeypatch, capsys, keep):
+def test_a_training_says_what_its_checkpoints_take(tmp_path, monkeypatch, capsys):
     small_networks(monkeypatch)
+    keep = 2
     config = _config(_dataset(tmp_path / "data"), tmp_path / "run", recipe="strong", keep_last=keep, num_workers=0)
     config = replace(config, deep_supervision=False)
     assert train.run(config) == 0
     text = capsys.readouterr().out
-    said = re.search(r"Disk: checkpoints take (\S+) MB .* MB while one is written; \S+ GB are free in (\S+)", text)
+    said = re.search(r"Disk: checkpoints take (\S+) MB .* MB while one is written; \S+ GB are free in ([^\s;]+)", text)
     assert said is not None and said[2] == str(tmp_path / "run")
     best, last = (stored_bytes(tmp_path / "run/checkpoints" / name) for name in ("best", "last"))
     assert last > 3 * best > 0  # the moving average, the parameters that are trained, and two moments of each

@@ -3,9 +3,12 @@
 import os
 import sys
 
+import pytest
+
 from mambahome_jax.config import MODEL_SIZES, ModelSize
 from mambahome_jax.flags import TrainConfig
 from tests.commands.test_train import StandIn
+from tests.training.stand_in import steps_take
 
 
 def train_fold(flags: TrainConfig, started: float) -> None:
@@ -27,11 +30,16 @@ def use_small_network() -> None:
 
 
 def main() -> int:
-    """Exit code of the run. The process sends itself signal DIE_BY when it fetches its batch number DIE_AT."""
+    """Exit code of the run. The process sends itself signal DIE_BY when it fetches its batch number DIE_AT.
+
+    STEPS_TAKE: seconds of each step on the clock that it then has; see `steps_take`.
+    """
     from mambahome_jax.cli import run_command
     from mambahome_jax.training import train as training
 
     use_small_network()
+    if "STEPS_TAKE" in os.environ:
+        steps_take(pytest.MonkeyPatch(), float(os.environ["STEPS_TAKE"]))
     put, count = training.put_batch, [0]
 
     def counted(batch, mesh):
