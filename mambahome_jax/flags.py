@@ -199,8 +199,8 @@ class TrainConfig:
     _SCHEDULE: ClassVar = "Schedule, validation and checkpoints"
 
     minutes_from: Literal["start", "first_step"] = "start"
-    """What begins --max_minutes: the start of the program; or the first step of each network, so that compiling takes
-    nothing of them."""
+    """What begins --max_minutes: the start of the program, the scores of the cases held out included; or the first step
+    of each network, and neither compiling before nor the scores after it take anything of them."""
     skip_val: int = 1
     """Epochs between validations."""
     val_every: int | None = None
@@ -272,7 +272,8 @@ class DuelConfig:
     folds: int = 1
     """Folds of the cross-validation; 1: the first of five alone."""
     max_minutes: float | None = None
-    """Minutes of each network, from its first step on; compiling comes on top (default: the length of the plan)."""
+    """Minutes of each network, from its first step on; compiling before and the scores after come on top (default: the
+    length of the plan)."""
     steps: int | None = None
     """Steps of each network, instead of minutes."""
     seeds: int = 1

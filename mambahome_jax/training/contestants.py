@@ -34,11 +34,13 @@ _ROUNDS = 10
 
 @dataclass(frozen=True)
 class Contestant:
-    """name: as typed. folder: the name of its own. flags: of train, all but seed and output_dir."""
+    """name: as typed. folder: the name of its own. flags: of train, all but seed and output_dir. minutes: of each of
+    its networks, of which `flags` has those of all, by how many are trained at once."""
 
     name: str
     folder: str
     flags: TrainConfig
+    minutes: float | None
 
 
 def contestants_of(config: DuelConfig) -> tuple[list[Contestant], list[str]]:
@@ -59,6 +61,7 @@ def contestants_of(config: DuelConfig) -> tuple[list[Contestant], list[str]]:
     # By name, as a recipe that leaves the plan aside leaves its network too.
     own = [{"model": first.model} | each for each in ({}, *changes)]
     alike |= {"steps": first.steps, "epochs": first.epochs, "strides": first.strides}
+    minutes = config.max_minutes
     if first.max_minutes is not None:
         # A planned length is of each network already, but counted together.
         minutes = config.max_minutes or first.max_minutes / first.networks
@@ -77,7 +80,7 @@ def contestants_of(config: DuelConfig) -> tuple[list[Contestant], list[str]]:
             raise ConfigError(f"{name} takes part twice. Leave it out of --against, or choose another --model")
     folders = [re.sub(r"[^\w.,=-]", "_", name) for name in names]
     flags = [_flags(alike, each) for each in own]
-    return [Contestant(*parts) for parts in zip(names, folders, flags, strict=True)], lines
+    return [Contestant(*parts, minutes) for parts in zip(names, folders, flags, strict=True)], lines
 
 
 def _flags(alike: Mapping[str, Any], own: Mapping[str, Any]) -> TrainConfig:
@@ -139,5 +142,5 @@ def _value(name: str, text: str, word: str) -> Any:
             marks = (tyro.conf.FlagConversionOff,)
             return getattr(tyro.cli(alone, args=words, use_underscores=True, config=marks), name)
     except SystemExit as error:
-        values = "what mambahome train --help says"
-        raise ConfigError(f"--against {word}: {name} is {text!r}; expected {values} of --{name}") from error
+        expected = f"a value of --{name}, see mambahome train --help"
+        raise ConfigError(f"--against {word}: {name} is {text!r}; expected {expected}") from error

@@ -34,12 +34,13 @@ from mambahome_jax.support.processes import end_with_parent
 from mambahome_jax.training.contestants import Contestant, contestants_of
 from mambahome_jax.training.held_out import FOLDER as VALIDATION
 from mambahome_jax.training.held_out import SUMMARY
+from mambahome_jax.training.run_report import earlier_report
 from mambahome_jax.training.runs import SIGNALLED, run_training
 from mambahome_jax.training.side_by_side import forwarded_signals, train_side_by_side, wants_side_by_side
 from mambahome_jax.weights.checkpoint import CROSS_VALIDATION, FOLD
 
 DUEL, PAGE = "duel.json", "report.html"
-# Of run.json: settings that follow from the fold or the machine's load, and are nobody's to give.
+# Settings in run.json that follow from the fold, the seed or the machine.
 _NOT_GIVEN = {"train_cases", "seed", "labelled", "num_workers"}
 # Trains by flags: exit code as of `train`, and why it was refused.
 Train = Callable[[TrainConfig, Console], tuple[int, str]]
@@ -130,8 +131,7 @@ def run_duel(config: DuelConfig, console: Console, train: Train = train_in_own_p
                 say(console, f"Next, to continue: {_line(config)}")
                 return DuelResult(output, code)
             if not _ended(home, one.flags):
-                failures[f"{one.name}, seed {seed}"] = message or f"train ended with exit code {code}"
-                say(console, f"{one.name}, seed {seed}: {failures[f'{one.name}, seed {seed}']}")
+                failures[f"{one.name}, seed {seed}"] = message or _why_not_ended(home, one.flags, code)
         standings = compare(output, contestants, range(config.seeds), failures)
         result = _write(output, config, record, standings, failures)
     return result
@@ -153,7 +153,7 @@ def _check(config: DuelConfig) -> None:
 def _recorded(output: Path, contestants: Sequence[Contestant]) -> dict[str, Any]:
     """Flags of all contestants that took part so far. Raises ConfigError where one of today has other flags."""
     before = read_json(output / DUEL).get("contestants", {}) if (output / DUEL).is_file() else {}
-    now = {one.name: jsonable(asdict(replace(one.flags, given=()))) for one in contestants}
+    now = {one.name: jsonable(asdict(replace(one.flags, given=(), max_minutes=one.minutes))) for one in contestants}
     for name, flags in now.items():
         earlier = before[name]["flags"] if name in before else flags
         differ = [flag for flag in flags if flags[flag] != earlier.get(flag)]
@@ -187,6 +187,13 @@ def _ended(home: Path, flags: TrainConfig) -> bool:
     return bool(cases) and all(report.get("status") == "finished" for report in reports)
 
 
+def _why_not_ended(home: Path, flags: TrainConfig, code: int) -> str:
+    """What its networks say, such as numbers that are not finite; else the exit code."""
+    found = {network.name: earlier_report(network).get("status", "not begun") for network in _networks(home, flags)}
+    said = "; ".join(f"{name}: {status}" for name, status in found.items() if status != "finished")
+    return said or f"train ended with exit code {code}, without scores"
+
+
 def _line(config: DuelConfig) -> str:
     """The command line of a duel."""
     words = [str(config.folder), "--against", *config.against, "--output_dir", str(config.output_dir)]
@@ -211,7 +218,8 @@ def compare(
     for one in contestants:
         homes = {seed: home for seed in seeds if _ended(home := _home(output, one, seed), one.flags)}
         for seed, home in [*homes.items()]:
-            if data.setdefault(seed, _data(home, one.flags)) != _data(home, one.flags):
+            own = _data(home, one.flags)
+            if data.setdefault(seed, own) != own:
                 failures[f"{one.name}, seed {seed}"] = f"{home} was trained or scored on other cases"
                 del homes[seed]
             for entry in read_json(_scores(home, one.flags) / SUMMARY).get("failures", ()):

@@ -182,7 +182,8 @@ class HeldOutCases:
     def _late(self) -> bool:
         """Whether another case and the report no longer fit into the time."""
         budget = self.run.schedule.budget
-        return budget.limited and budget.left() < budget.held_out_seconds(1 / len(self.settings.cases))
+        included = budget.limited and budget.has_scores
+        return included and budget.left() < budget.held_out_seconds(1 / len(self.settings.cases))
 
     def _finish(
         self, case: str, labels: np.ndarray, reference: np.ndarray, store: Store

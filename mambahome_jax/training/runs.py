@@ -312,7 +312,8 @@ class Training:
             if is_first() and not all(holds_run(network.folder) for network in networks):
                 forget_scores(folder / CROSS_VALIDATION)
             # The report of all folds takes its time too.
-            self.clock = self.clock._replace(seconds=self.clock.seconds - report_seconds(self.clock.seconds))
+            report_time = 0.0 if self.clock.from_first_step else report_seconds(self.clock.seconds)
+            self.clock = self.clock._replace(seconds=self.clock.seconds - report_time)
         results: list[TrainResult] = []
         pooled: Mapping[str, Any] | None = None
         try:

@@ -65,9 +65,9 @@ class TimeBudget:
 
     seconds: the budget, infinite for none; what is left of it after the first step is cut to one part in `parts`.
     to_first_step: of spent_before, the part until the first step was done. from_first_step: what a process does until
-    its first step is done, such as compiling, takes nothing of the budget. held_out: cases that are predicted at the
-    end, as a multiple of those of a validation. validation_steps: steps that take as long as a validation probably
-    does, until one is measured.
+    its first step is done, such as compiling, takes nothing of the budget, nor do the scores at the end (`has_scores`).
+    held_out: cases that are predicted at the end, as a multiple of those of a validation. validation_steps: steps that
+    take as long as a validation probably does, until one is measured.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class TimeBudget:
         self.seconds, self.parts, self.held_out, self.validation_steps = seconds, parts, 0.0, 0.0
         self._clock, self._origin = clock, started - spent_before
         self.to_first_step, self._spent_before, self._waits = to_first_step, spent_before, from_first_step
+        self.has_scores = not from_first_step
         self._steps: deque[float] = deque(maxlen=8)
         self._step_ended: float | None = None
         self._measured, self._step_seconds = 0, 0.0  # steps measured, and the mean time of the last ones
@@ -153,8 +154,9 @@ class TimeBudget:
         return min(MARGIN_SECONDS + MARGIN_PART * self.seconds, 0.05 * self.seconds)
 
     def held_out_seconds(self, part: float = 1.0) -> float:
-        """Seconds that scores and report of the held-out cases take, or those of a `part` of the cases."""
-        if not self.held_out:
+        """Seconds that scores and report of the held-out cases take, or those of a `part` of the cases; none where the
+        budget does not include them."""
+        if not self.held_out or not self.has_scores:
             return 0.0
         report = report_seconds(self.seconds)
         times = HELD_OUT_TIMES * part * self.held_out

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -219,6 +220,19 @@ def test_scores_end_no_training_early(tmp_path):
             assert budget.decide().last == last
         now[0] = begun
     assert budget.held_out_seconds(1 / 200) == 2 * 24 / 4 + 5
+
+
+@pytest.mark.parametrize("from_first_step", [False, True])
+def test_minutes_from_the_first_step_leave_the_scores_out(from_first_step):
+    now = [0.0]
+    budget = TimeBudget(100.0, from_first_step=from_first_step, clock=lambda: now[0])
+    budget.step_ended()
+    with budget.validating():
+        now[0] += 5
+    budget.held_out, now[0] = 50.0, 500.0
+    run = SimpleNamespace(schedule=SimpleNamespace(budget=budget))
+    cases = held_out.HeldOutCases(None, None, SimpleNamespace(cases=("c1",)), None, run)
+    assert cases._late() == (not from_first_step) and (budget.held_out_seconds() == 0) == from_first_step
 
 
 def test_cases_for_which_no_time_is_left_are_counted(tmp_path, capsys, monkeypatch):
