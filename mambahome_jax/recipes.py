@@ -101,6 +101,10 @@ class AugmentationConfig:
     voxel_size: tuple[float, float, float] = (1.0, 1.0, 1.0)
     gamma_probability: float = ingredient(0.0, "Power of 0.7 to 1.5 of the intensities between their extremes.", PART)
     gamma_range: tuple[float, float] = (0.7, 1.5)
+    gamma_keeps_moments: bool = False
+    inverted_gamma_probability: float = 0.0
+    low_resolution_probability: float = 0.0
+    low_resolution_range: tuple[float, float] = (0.5, 1.0)
     contrast_probability: float = ingredient(0.0, "Distance to the mean times 0.75 to 1.25.", PART)
     contrast_range: tuple[float, float] = (0.75, 1.25)
     brightness_probability: float = ingredient(0.0, "Intensities times 0.75 to 1.25.", PART)
@@ -204,10 +208,15 @@ RECIPES: Mapping[str, Recipe] = {
             plane_rotation=180.0,
             scale_apart=True,
             affine_scale=(0.7, 1.4),
+            # nnU-Net blurs and coarsens with 0.2 and 0.25, then each channel with 0.5.
+            smooth_probability=0.1,
             smooth_sigma_range=(0.5, 1.0),
             noise_probability=0.1,
             noise_std=0.1,
             gamma_probability=0.3,
+            gamma_keeps_moments=True,
+            inverted_gamma_probability=0.1,
+            low_resolution_probability=0.125,
             contrast_probability=0.15,
             brightness_probability=0.15,
         ),

@@ -5,6 +5,7 @@ matrices along each axis), so that one compiled function without branches serves
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def augment(
     """Augment each sample of a batch on its own, each operation by its own probability.
 
     In this order: mirroring, affine map and elastic deformation, zoom, quarter turns in the plane of the first two axes
-    (half turns where D and H differ), intensity shift, smoothing, noise, brightness, contrast, gamma. image
+    (half turns where D and H differ), intensity shift, smoothing, noise, brightness, contrast, resolution, gamma. image
     (batch, D, H, W, C) of about unit range; label (batch, D, H, W); sample n draws from fold_in(key, n).
     """
     keys = _sample_keys(key, image.shape[0])
@@ -105,15 +106,19 @@ def _deform(
 
 
 def _change_intensity(key: jax.Array, image: jax.Array, config: AugmentationConfig) -> jax.Array:
+    gamma = partial(change_gamma, keep_moments=config.gamma_keeps_moments)
+    whole = thick_axis(config.voxel_size) if config.plane_rotation else None
     changes = (
-        (change_brightness, config.brightness_probability, config.brightness_range),
-        (change_contrast, config.contrast_probability, config.contrast_range),
-        (change_gamma, config.gamma_probability, config.gamma_range),
+        (4, change_brightness, config.brightness_probability, config.brightness_range),
+        (5, change_contrast, config.contrast_probability, config.contrast_range),
+        (7, partial(lower_resolution, whole=whole), config.low_resolution_probability, config.low_resolution_range),
+        (8, lambda x, value: -gamma(-x, value), config.inverted_gamma_probability, config.gamma_range),
+        (6, gamma, config.gamma_probability, config.gamma_range),
     )
-    for number, (change, probability, bounds) in enumerate(changes, _MORE_KEYS + 4):
+    for number, change, probability, bounds in changes:
         if not probability:
             continue
-        happens_key, value_key = jax.random.split(jax.random.fold_in(key, number))
+        happens_key, value_key = jax.random.split(jax.random.fold_in(key, _MORE_KEYS + number))
         value = jax.random.uniform(value_key, (), jnp.float32, *bounds)
         image = jnp.where(jax.random.bernoulli(happens_key, probability), change(image, value), image)
     return image
@@ -290,11 +295,44 @@ def change_contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
     return jnp.clip(mean + (image - mean) * factor.astype(image.dtype), low, high)
 
 
-def change_gamma(image: jax.Array, gamma: jax.Array) -> jax.Array:
-    """Raise each channel of (D, H, W, C) to a power, scaled to [0, 1] for it and back."""
+def change_gamma(image: jax.Array, gamma: jax.Array, keep_moments: bool = False) -> jax.Array:
+    """Raise each channel of (D, H, W, C) to a power, scaled to [0, 1] for it and back.
+
+    keep_moments: shift and scale the result to the mean and deviation from before, as nnU-Net does.
+    """
     low, high = _extremes(image)
     width = jnp.maximum(high - low, 1e-6)
-    return ((image - low) / width) ** gamma.astype(image.dtype) * width + low
+    changed = ((image - low) / width) ** gamma.astype(image.dtype) * width + low
+    if not keep_moments:
+        return changed
+    (mean, std), (old_mean, old_std) = (
+        (array.mean((0, 1, 2), keepdims=True), array.std((0, 1, 2), keepdims=True)) for array in (changed, image)
+    )
+    return (changed - mean) * (old_std / jnp.maximum(std, 1e-7)) + old_mean
+
+
+def lower_resolution(image: jax.Array, factor: jax.Array, whole: int | None = None) -> jax.Array:
+    """Sample (D, H, W, C) at the nearest voxels of a grid coarser by `factor`, below 1, and interpolate back linearly.
+
+    whole: an axis to leave as it is.
+    """
+    for axis in range(SPATIAL):
+        if axis != whole:
+            image = _along_axis(resolution_matrix(factor, image.shape[axis]).astype(image.dtype), image, axis)
+    return image
+
+
+def resolution_matrix(factor: jax.Array, size: int) -> jax.Array:
+    """What `lower_resolution` does to an axis, (size, size) float32; the identity for a factor of 1."""
+    small = jnp.clip(jnp.round(size * factor), 1, size)
+    place = jnp.clip((jnp.arange(size) + 0.5) * (small / size) - 0.5, 0, small - 1)
+    below = jnp.floor(place)
+    part = (place - below)[:, None]
+
+    def nearest(voxel: jax.Array) -> jax.Array:
+        return jax.nn.one_hot(jnp.floor((voxel + 0.5) * (size / small)).astype(jnp.int32), size)
+
+    return (1 - part) * nearest(below) + part * nearest(jnp.minimum(below + 1, small - 1))
 
 
 def _extremes(image: jax.Array) -> tuple[jax.Array, jax.Array]:

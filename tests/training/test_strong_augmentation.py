@@ -16,9 +16,11 @@ from mambahome_jax.training.augmentation import (
     change_contrast,
     change_gamma,
     elastic_displacement,
+    lower_resolution,
     mirror,
     warp,
 )
+from tests.conftest import load_golden
 from tests.training.test_augmentation import OFF
 
 SHAPE = (10, 9, 8)
@@ -163,6 +165,32 @@ def _batch(samples=24):
     image = np.stack(images)
     image[..., 0] = np.stack(labels)
     return image, np.stack(labels)
+
+
+def _nnunet(name):
+    golden = load_golden("baselines/recipe_nnunet.npz")
+    return (jnp.asarray(np.moveaxis(golden[f"aug/{key}"], 0, -1)) for key in ("image", name))
+
+
+@pytest.mark.parametrize("inverted", [0, 1])
+def test_gamma_that_keeps_mean_and_deviation_is_that_of_nnunet(inverted):
+    image, expected = _nnunet(f"gamma_1.4_0.75_invert{inverted}")
+    sign = -1 if inverted else 1
+    for channel, gamma in enumerate((1.4, 0.75)):
+        one = image[..., channel : channel + 1]
+        changed = sign * change_gamma(sign * one, jnp.float32(gamma), keep_moments=True)
+        np.testing.assert_allclose(changed[..., 0], expected[..., channel], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "factors", "whole"), [("0.5_0.77", (0.5, 0.77), None), ("dummy2d_0.6", (1.0, 0.6), 0)]
+)
+def test_low_resolution_is_that_of_nnunet(name, factors, whole):
+    image, expected = _nnunet(f"lowres_{name}")
+    for channel, factor in enumerate(factors):
+        changed = lower_resolution(image[..., channel : channel + 1], jnp.float32(factor), whole)
+        np.testing.assert_allclose(changed[..., 0], expected[..., channel], atol=1e-5)
+    np.testing.assert_array_equal(lower_resolution(image, jnp.float32(1)), image)
 
 
 def test_a_batch_without_luck_stays_as_it_is():
