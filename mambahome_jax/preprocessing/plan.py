@@ -45,6 +45,7 @@ _MOST_VOXELS = 4 * 112 * 112 * 80  # of a step: beyond that, more steps serve be
 _MOST_PATCHES = 8
 _FEWEST_VOXELS = 32**3  # of a patch that is made smaller for the memory
 _CPU_PATCHES = 2
+_CPU_REASON = "on a CPU many steps of few patches reach more than few steps of many"
 _SMALL_FROM_GIB = 4
 # A length is so many passes over every region at so many voxels a second, within bounds in minutes.
 _PASSES = {"gpu": 400, "cpu": 60}
@@ -137,6 +138,8 @@ def make_plan(fingerprint: Fingerprint, machine: Machine, given: Mapping[str, Se
     model = chosen.setdefault("model", _choose_model(machine)).value
     if model in TARGETS:
         sizes = _choose_by_nnunet(fingerprint, spacing, mm, model, chosen.get("patch_size"))
+        if machine.gpu_gib is None:
+            sizes["batch_size"] = Setting(_CPU_PATCHES, _CPU_REASON)
     else:
         sizes = _choose_grids(mm, shape, model, machine, chosen.get("patch_size"))
     for name, setting in sizes.items():
@@ -192,7 +195,7 @@ def _choose_model(machine: Machine) -> Setting:
 def _choose_by_nnunet(
     fingerprint: Fingerprint, spacing: Sequence[float], mm: Sequence[float], model: str, patch: Setting | None
 ) -> dict[str, Setting]:
-    """Choose patch_size, strides, kernel_sizes and batch_size of a U-Net, whatever the machine."""
+    """Choose patch_size, strides, kernel_sizes and batch_size of a U-Net, whatever the GPU."""
     shape, target = fingerprint.median_shape(spacing).tolist(), TARGETS[model]
     cases, size = len(fingerprint.shapes), patch and patch.value
     found = plan_unet(model, mm, shape, cases, fingerprint.classes, size)
@@ -239,7 +242,7 @@ def _choose_batch(
     patch: Sequence[int], network: NetworkConfig, machine: Machine, precision: Precision = "bf16"
 ) -> Setting:
     if machine.gpu_gib is None:
-        return Setting(_CPU_PATCHES, "on a CPU many steps of few patches reach more than few steps of many")
+        return Setting(_CPU_PATCHES, _CPU_REASON)
     most = max(1, min(_MOST_PATCHES, _MOST_VOXELS // math.prod(patch)))
     fitting = (n for n in range(most, 1, -1) if step_gib(network, patch, n, precision) <= machine.step_gib)
     count = next(fitting, 1)

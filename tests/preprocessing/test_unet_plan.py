@@ -95,6 +95,8 @@ def test_the_batch_is_bounded_by_the_dataset():
     assert plan_for("PlainUNet", small).batch_size.value == 2
     assert "at most 5% of the dataset's voxels" in plan_for("PlainUNet", small).batch_size.reason
     assert plan_for("ResEncUNet_L", small).batch_size.value == 7
+    assert plan_for("ResEncUNet_L", small, Machine(8.0)).batch_size.value == 7
+    assert plan_for("ResEncUNet_L", small, Machine()).batch_size.value == 2
 
 
 def test_a_given_patch_has_its_own_grids_and_batch():
