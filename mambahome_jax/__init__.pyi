@@ -10,16 +10,17 @@ from .errors import (
     ScanWarning as ScanWarning,
     TrainingError as TrainingError,
 )
-from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.evaluate import Evaluated as Evaluated, evaluate as evaluate
 from .evaluation.metrics import assd as assd, dice as dice, hd95 as hd95, nsd as nsd
 from .imaging.geometry import reorient as reorient, resample as resample, resample_to as resample_to
+from .imaging.pictures import show as show
 from .imaging.volume import (
     Volume as Volume,
     read_labels as read_labels,
     read_volume as read_volume,
     write_volume as write_volume,
 )
-from .inference.batch import infer as infer
+from .inference.batch import Inferred as Inferred, infer as infer
 from .inference.postprocess import volumes_ml as volumes_ml
 from .inference.segment import segment as segment
 from .inference.sliding_window import sliding_window as sliding_window
@@ -29,13 +30,13 @@ from .model.home import HoME as HoME, SoftMoE as SoftMoE
 from .model.layers import Numerics as Numerics
 from .model.mamba import BiMamba as BiMamba, Mamba as Mamba
 from .model.network import MambaHoME as MambaHoME
-from .preprocessing.dataset import preprocess as preprocess
-from .preprocessing.examine import check as check
-from .preprocessing.plan_folder import plan as plan
-from .reporting.report import report as report
-from .training.disk import clean as clean
-from .training.duel import duel as duel
+from .preprocessing.dataset import Preprocessed as Preprocessed, preprocess as preprocess
+from .preprocessing.examine import Checked as Checked, check as check
+from .preprocessing.plan_folder import FolderPlan as FolderPlan, plan as plan
+from .reporting.report import Reported as Reported, report as report
+from .training.disk import Cleaned as Cleaned, clean as clean
+from .training.duel import DuelResult as DuelResult, duel as duel
 from .training.losses import dice_ce as dice_ce
-from .training.runs import train as train
+from .training.runs import TrainResult as TrainResult, train as train
 from .version import __version__ as __version__
 from .weights.weights import export_official as export_official, load_model as load_model

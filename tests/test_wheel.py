@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
+TYPES = ("__init__.pyi", "keywords.pyi", "py.typed")
 IMPORT = """
 import importlib, pkgutil, sys
 sys.path.insert(0, sys.argv[1])
@@ -51,7 +52,7 @@ def test_the_wheel_holds_the_packages_alone_and_works_without_the_repository(tmp
     assert {name.split("/")[0].partition("-")[2] for name in others} == {"0.1.0.dist-info"}
     beside = {name for name in names if name not in others and not name.endswith(".py")}
     pages = {f"mambahome_jax/reporting/page.{ending}" for ending in ("css", "html.jinja", "js")}
-    assert beside == pages | {"mambahome_jax/__init__.pyi", "mambahome_jax/py.typed", "mambahome_kernels/py.typed"}
+    assert beside == pages | {f"mambahome_jax/{name}" for name in TYPES} | {"mambahome_kernels/py.typed"}
     command = [sys.executable, "-I", "-c", IMPORT, str(tmp_path / "installed")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr

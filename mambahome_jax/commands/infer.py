@@ -1,8 +1,7 @@
 """infer: scans in, label maps on the same grids out, with previews and a report of the run."""
 
-import contextlib
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.table import Table
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.inference.batch import infer_scans
 from mambahome_jax.inference.result_files import REPORT
-from mambahome_jax.support.console import T, command_line, progress_bar, say
+from mambahome_jax.support.console import command_line, say, scan_bars
 
 
 def run(config: InferConfig) -> int:
@@ -21,21 +20,7 @@ def run(config: InferConfig) -> int:
     Raises DatasetError (no scans), ConfigError, CheckpointError, OutputError.
     """
     console = Console()
-    progress = progress_bar(console)
-    # The first window waits for the compiled network.
-    scans, windows = (progress.add_task(name, total=None) for name in ("scans", "compiling"))
-
-    def track(results: Iterable[T], total: int) -> Iterator[T]:
-        progress.update(scans, total=total)
-        with progress if total else contextlib.nullcontext():
-            for result in results:
-                progress.advance(scans)
-                yield result
-
-    def show(done: int, total: int) -> None:
-        progress.update(windows, description="windows", completed=done, total=total)
-
-    result = infer_scans(config, partial(say, console), track, show)
+    result = infer_scans(config, partial(say, console), *scan_bars(console))
     cases, failures = len(result.cases), len(result.failures)
     if result.volumes_ml:
         console.print(volumes_table(result.volumes_ml))

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -26,11 +26,15 @@ from mambahome_jax.flags import EvaluateConfig
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.imaging.plausibility import resembles_image
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.support.console import Say, Track, silent, untracked
+from mambahome_jax.support.console import Say, Track, shown, silent, untracked
 from mambahome_jax.support.files import write_json
+from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import locked, open_output
-from mambahome_jax.support.paths import from_keywords, real_path
+from mambahome_jax.support.paths import real_path
 from mambahome_jax.support.processes import isolated_reads, run_jobs, usable_cores
+
+if TYPE_CHECKING:
+    from mambahome_jax.keywords import EvaluateFlags
 
 # Starting a process takes about as long as a handful of small cases; files below this many bytes are small.
 SMALL_BYTES = 20_000_000
@@ -74,7 +78,8 @@ class Evaluated:
         return 2 if self.summary["cases"] == 0 else int(bool(self.failures))
 
 
-def evaluate(**flags: Any) -> Evaluated:
+@shows_keywords(EvaluateConfig)
+def evaluate(*, progress: bool = False, **flags: "Unpack[EvaluateFlags]") -> Evaluated:
     """Score label maps against references, as `mambahome evaluate` does, and print nothing.
 
     Args:
@@ -84,7 +89,7 @@ def evaluate(**flags: Any) -> Evaluated:
         DatasetError: no pairs, no names where they were asked for, no evaluation at compare.
         ConfigError, OutputError.
     """
-    return evaluate_folders(from_keywords(EvaluateConfig, flags))
+    return evaluate_folders(from_keywords(EvaluateConfig, flags), *shown(progress, "Evaluating"))
 
 
 @isolated_reads()

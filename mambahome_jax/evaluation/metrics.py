@@ -204,7 +204,8 @@ def compare(
     prediction, reference = _as_labels(prediction, "prediction"), _as_labels(reference, "reference")
     if prediction.shape != reference.shape:
         raise ConfigError(f"prediction has shape {prediction.shape}, reference {reference.shape}; expected the same")
-    labels = list(range(1, classes + 1)) if isinstance(classes, int | np.integer) else [int(c) for c in classes]
+    values = range(1, classes + 1) if isinstance(classes, int | np.integer) else classes
+    labels = [int(c) if isinstance(c, int | np.integer) else 0 for c in values]
     if not labels or min(labels) < 1 or max(labels) > LARGEST_LABEL:
         expected = f"a number of foreground classes, or label values from 1 to {LARGEST_LABEL}"
         raise ConfigError(f"classes is {classes!r}; expected {expected}")

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.header import ROUNDING_VOXELS, grid_shift
-from mambahome_jax.imaging.volume import Volume
+from mambahome_jax.imaging.volume import Volume, require_volume
 
 Order = Literal["linear", "cubic", "nearest"]
 Box = tuple[slice, slice, slice]
@@ -59,7 +59,8 @@ def reorient(volume: Volume, orientation: str) -> Volume:
 
     The world stays RAS+. The array is a view. Raises ConfigError for letters that name no orientation.
     """
-    codes = orientation.upper()
+    require_volume("volume", volume)
+    codes = str(orientation).upper()
     if len(codes) != 3 or not all(set(pair) & set(codes) for pair in ("RL", "AP", "SI")):
         raise ConfigError(f"orientation {orientation!r}; expected one letter each of R|L, A|P and S|I, such as RAS")
     change = orientations.ornt_transform(
@@ -78,9 +79,12 @@ def resampled_grid(
     Raises ConfigError: no three finite numbers. DatasetError: a grid so much finer that no scan can be meant, as of a
     header with a wrong unit.
     """
-    target = np.asarray(spacing, dtype=np.float64)
+    try:
+        target = np.asarray(spacing, dtype=np.float64)
+    except (TypeError, ValueError):
+        target = np.array(np.nan)
     if target.shape != (3,) or not np.isfinite(target).all():
-        raise ConfigError(f"spacing {tuple(spacing)}; expected three numbers in mm")
+        raise ConfigError(f"spacing {spacing}; expected three numbers in mm")
     axes, size = affine[:3, :3], np.asarray(shape[:3], dtype=np.float64)
     present = np.linalg.norm(axes, axis=0)
     target = np.where((target <= 0) | (np.abs(target - present) <= _SAME), present, target)
@@ -143,6 +147,7 @@ def resample(volume: Volume, spacing: Sequence[float], order: Order = "linear") 
     Raises:
         ConfigError, DatasetError: as `resampled_grid`.
     """
+    require_volume("volume", volume)
     affine, shape = resampled_grid(volume.affine, volume.shape, spacing)
     if affine is volume.affine:
         return volume
@@ -172,6 +177,9 @@ def resample_to(
     """
     if order not in get_args(Order):
         raise ConfigError(f"order {order!r}; expected 'linear', 'cubic' or 'nearest'")
+    require_volume("volume", volume)
+    if np.shape(affine) != (4, 4) or len(shape) != 3:
+        raise ConfigError(f"affine {np.shape(affine)}, shape {tuple(shape)}; expected (4, 4) and three sizes")
     array = np.asarray(volume.array)
     shape = (int(shape[0]), int(shape[1]), int(shape[2]))
     box = box if box is not None else (slice(0, shape[0]), slice(0, shape[1]), slice(0, shape[2]))

@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mambahome_jax.config import Modality
-from mambahome_jax.imaging.geometry import Box, reorient
-from mambahome_jax.imaging.volume import Volume, count_values
+from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.geometry import Box, reorient, resample_to
+from mambahome_jax.imaging.volume import Volume, count_values, require_volume
 from mambahome_jax.support.files import atomic_write
 
 Colour = tuple[int, int, int]
@@ -34,6 +35,8 @@ _THICK = 3  # pixels of an outline of a comparison, on either side
 # Abdominal soft tissue in HU; other scans have no fixed scale and are shown between two percentiles.
 CT_DISPLAY = (-160.0, 240.0)
 DISPLAY_PERCENTILES = (0.5, 99.5)
+AIR_HU = -900  # a scan that has values as low is shown as CT
+_MOST_LABELS = 64  # that a map of unsigned integers holds; beyond, it is taken for a scan
 # Of an LPS volume: name, axis that is cut, letters from left to right, and the directions for who does not see it.
 _PLANES = (
     ("axial", 2, "R - L", "right to left, front to back"),
@@ -111,15 +114,61 @@ def render(
         title: line above the slices.
         slices_of: label map whose fullest slices are shown; None for `labels`, the middle where there is none.
     """
-    scan, label_map, chooses = (
-        reorient(Volume(array, image.affine), "LPS")
-        for array in (image.array, labels.array, labels.array if slices_of is None else slices_of)
+    legend = _legend(np.asarray(labels.array), names, float(abs(np.linalg.det(image.affine[:3, :3]))))
+    chooses = labels.array if slices_of is None else slices_of
+    return _draw(image, labels.array, chooses, names, modality, legend or [(0, "no structure found")], title)
+
+
+def show(volume: Volume, labels: Volume | None = None, names: Mapping[int, str] | None = None) -> Image.Image:
+    """Draw axial, coronal and sagittal slice of a scan, in radiological display; a notebook shows them as a cell's end.
+
+    Args:
+        volume: (D0, D1, D2[, C]), of which the first channel is shown: CT with soft tissue, others between percentiles.
+            A label map alone is shown as one.
+        labels: (D0, D1, D2), drawn over it on its grid, on whichever grid it is; the slices are its fullest.
+        names: label value -> structure.
+
+    Raises DatasetError: no volumes, labels that are not whole numbers from 0 to 65535.
+    """
+    require_volume("volume", volume)
+    if (
+        labels is None
+        and volume.array.dtype in (np.uint8, np.uint16)
+        and len(count_values(volume.array)) <= _MOST_LABELS
+    ):
+        volume, labels = Volume(np.broadcast_to(np.float32(0), volume.shape), volume.affine), volume
+    array, legend = np.zeros(volume.shape, np.uint8), [(0, str(volume))]
+    if labels is not None:
+        require_volume("labels", labels)
+        if labels.shape != volume.shape or not np.allclose(labels.affine, volume.affine, atol=1e-3):
+            labels = resample_to(labels, volume.affine, volume.shape, "nearest")
+        array = labels.array.astype(np.uint16)
+        if not np.array_equal(array, labels.array):
+            found = f"labels hold values from {labels.array.min():g} to {labels.array.max():g}"
+            raise DatasetError(found, expected="whole numbers, 0 to 65535", action="Are volume and labels exchanged?")
+        voxel_mm3 = float(abs(np.linalg.det(volume.affine[:3, :3])))
+        legend = _legend(array, names or {}, voxel_mm3) or [(0, "no structure")]
+    modality: Modality | None = "ct" if volume.array.min() <= AIR_HU else None
+    return _draw(volume, array, array, names or {}, modality, legend)
+
+
+def _draw(
+    image: Volume,
+    labels: np.ndarray,
+    chooses: np.ndarray,
+    names: Mapping[int, str],
+    modality: Modality | None,
+    legend: list[tuple[int, str]],
+    title: str = "",
+) -> Image.Image:
+    """The picture of `render`. chooses: label map whose fullest slices are shown. legend: (label or 0, text)."""
+    scan, label_map, fullest = (
+        reorient(Volume(array, image.affine), "LPS") for array in (image.array, labels, chooses)
     )
     window = display_range(_first_channel(scan.array), modality)
-    legend = _legend(np.asarray(labels.array), names, float(abs(np.linalg.det(image.affine[:3, :3]))))
-    colours = colours_of({*names, *(label for label, _ in legend)})
+    colours = colours_of({*names, *(label for label, _ in legend if label)})
     whole = (slice(0, scan.shape[0]), slice(0, scan.shape[1]), slice(0, scan.shape[2]))
-    slices = _slices(scan, (label_map.array,), _fullest(chooses.array), whole, window, PREVIEW_PIXELS)
+    slices = _slices(scan, (label_map.array,), _fullest(fullest.array), whole, window, PREVIEW_PIXELS)
     panels = [
         (f"{one.name}, {one.letters}, {one.place}", _coloured(one.grey, one.labels[0], colours)) for one in slices
     ]
@@ -285,11 +334,10 @@ def _compose(
     gap, header, line = 12, 32 if title else 8, 26
     width = gap + sum(panel.width + gap for _, panel in panels)
     height = max(panel.height for _, panel in panels)
-    entries = legend or [(0, "no structure found")]
-    column = max(int(font.getlength(text)) for _, text in entries) + 50
+    column = max(int(font.getlength(text)) for _, text in legend) + 50
     width = max(width, column + 2 * gap, int(font.getlength(title)) + 2 * gap)
     columns = max((width - 2 * gap) // column, 1)
-    rows = -(-len(entries) // columns)
+    rows = -(-len(legend) // columns)
     canvas = Image.new("RGB", (width, header + 24 + height + gap + rows * line + gap), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     draw.text((gap, 6), title, TEXT, font)
@@ -298,7 +346,7 @@ def _compose(
         draw.text((x, header), caption, FAINT, small)
         canvas.paste(panel, (x, header + 24))
         x += panel.width + gap
-    for number, (label, text) in enumerate(entries):
+    for number, (label, text) in enumerate(legend):
         x, y = gap + (number % columns) * column, header + 24 + height + gap + (number // columns) * line
         if label:
             draw.rectangle((x, y + 3, x + 18, y + 19), fill=palette[label])

@@ -1,10 +1,12 @@
 """Scans and label maps as they are on disk: read through nifti, itk and dicom."""
 
+import io
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 
 from mambahome_jax.errors import DatasetError, OutputError
@@ -33,8 +35,28 @@ class Volume:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "affine", np.array(self.affine, dtype=np.float64))
-        if self.array.ndim not in (3, 4) or self.affine.shape != (4, 4):
-            raise ValueError(f"array {self.array.shape}, affine {self.affine.shape}; expected 3 or 4 axes and (4, 4)")
+        shape = getattr(self.array, "shape", None)
+        if shape is None:
+            raise DatasetError(f"array is a {type(self.array).__name__}", expected="an array of NumPy")
+        if len(shape) not in (3, 4) or self.affine.shape != (4, 4):
+            raise DatasetError(f"array {shape}, affine {self.affine.shape}", expected="3 or 4 axes and (4, 4)")
+
+    def __repr__(self) -> str:
+        """Say size, type, voxel size, axes and values in one line."""
+        array = np.asarray(self.array)
+        size = " x ".join(map(str, array.shape))
+        mm = " x ".join(f"{length:.4g}" for length in self.spacing)
+        axes = "".join(letter or "?" for letter in nib.orientations.aff2axcodes(self.affine))
+        values = f", {array.min():g}..{array.max():g}" if array.size and array.dtype.kind in "biuf" else ""
+        return f"Volume {size} {array.dtype}, {mm} mm, {axes}{values}"
+
+    def _repr_png_(self) -> bytes:
+        """The picture of `show`, for notebooks."""
+        from mambahome_jax.imaging.pictures import show  # which draws volumes
+
+        content = io.BytesIO()
+        show(self).save(content, format="PNG")
+        return content.getvalue()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -50,6 +72,13 @@ class Volume:
     def grids(self) -> list[np.ndarray]:
         """Where programs see the voxels: the affine, then what else the header says, (4, 4) each."""
         return [self.affine] if self.header is None else self.header.grids(self.affine)
+
+
+def require_volume(name: str, value: object) -> None:
+    """Raise DatasetError, naming it, for an argument that is no Volume."""
+    if not isinstance(value, Volume):
+        action = "Give the affine of its voxels too, np.diag([*spacing, 1]) where nothing else is known."
+        raise DatasetError(f"{name} is a {type(value).__name__}", expected="Volume(array, affine)", action=action)
 
 
 def read_volume(
@@ -158,6 +187,7 @@ def write_volume(
         ConfigError: a URL.
     """
     path = openable_path(path)
+    require_volume("volume", volume)
     if not path.name.endswith(WRITTEN_SUFFIXES):
         expected = alternatives(WRITTEN_SUFFIXES)
         raise OutputError(f"{path}: cannot write {path.suffix or 'a file without suffix'}; expected {expected}")
@@ -252,7 +282,10 @@ def _as_stored(path: Path, array: np.ndarray, dtype: np.dtype | type | str | Non
     if dtype is None:
         dtype = {"b": np.uint8, "f": np.float32}.get(array.dtype.kind, array.dtype)
         dtype = {np.int64: np.int32, np.uint64: np.uint32}.get(np.dtype(dtype).type, dtype)
-    target = np.dtype(dtype).newbyteorder("=")
+    try:
+        target = np.dtype(dtype).newbyteorder("=")
+    except TypeError as error:
+        raise OutputError(f"{path}: cannot write type {dtype!r}; expected one of NumPy, such as uint8") from error
     with np.errstate(invalid="ignore", over="ignore"):
         stored = array.astype(target, copy=False)
     if target.kind in "iu" and not np.can_cast(array.dtype, target) and not np.array_equal(stored, array):

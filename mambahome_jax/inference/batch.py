@@ -8,12 +8,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, Unpack
 
 import jax
 import numpy as np
 from flax import nnx
+from rich.console import Console
 
 from mambahome_jax.config import nearest_multiples, said_multiples, triple
 from mambahome_jax.datasets.base import Case, Split
@@ -32,14 +34,18 @@ from mambahome_jax.inference.ensemble import Ensemble
 from mambahome_jax.inference.result_files import DICOM_SEG, REPORT, VOLUMES, Entry, ResultFiles, Segmented
 from mambahome_jax.inference.segment import NetworkInput, Segmenter, SegmentOptions, label, to_network_grid
 from mambahome_jax.inference.tiled import Progress, window_starts
-from mambahome_jax.support.console import Track, silent, untracked
+from mambahome_jax.support.console import Track, say, scan_bars, silent, untracked
 from mambahome_jax.support.devices import choose_devices, device_line, is_out_of_memory, versions
 from mambahome_jax.support.files import csv_name, jsonable, write_csv, write_json
+from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import locked, open_output
-from mambahome_jax.support.paths import from_keywords, real_path
+from mambahome_jax.support.paths import real_path
 from mambahome_jax.support.processes import available_memory, isolated_reads
 from mambahome_jax.weights.checkpoint import learned_largest, networks_at
 from mambahome_jax.weights.weights import digest_of, load_model
+
+if TYPE_CHECKING:
+    from mambahome_jax.keywords import InferFlags
 
 PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel")
 FORMATS = ("SimpleITK", "highdicom", "pydicom")  # where they are installed
@@ -86,7 +92,8 @@ class Inferred:
         return found
 
 
-def infer(**flags: Any) -> Inferred:
+@shows_keywords(InferConfig)
+def infer(*, progress: bool = False, **flags: "Unpack[InferFlags]") -> Inferred:
     """Segment scans as `mambahome infer` does, silently; keywords are its flags, such as data_path and model_path.
 
     Scans that fail are listed in the result; the others go on.
@@ -94,7 +101,9 @@ def infer(**flags: Any) -> Inferred:
     Raises:
         ConfigError, DatasetError, CheckpointError, OutputError: nothing could be begun.
     """
-    return infer_scans(from_keywords(InferConfig, flags))
+    config = from_keywords(InferConfig, flags)
+    console = Console(quiet=not progress)
+    return infer_scans(config, partial(say, console), *scan_bars(console))
 
 
 @isolated_reads()

@@ -84,6 +84,9 @@ class Ensemble:
         members = tuple(chain.from_iterable(one.networks if isinstance(one, FoldMean) else (one,) for one in given))
         if not members:
             raise ConfigError("no model; expected one, or several as an ensemble")
+        for member in members:
+            if not callable(member):
+                raise ConfigError(f"model is a {type(member).__name__}; expected what load_model gives, or a function")
         names = names or [f"model {n}" for n in range(1, len(members) + 1)]
         first = _traits(members[0])
         for name, member in zip(names[1:], members[1:], strict=True):

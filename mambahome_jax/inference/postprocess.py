@@ -11,8 +11,8 @@ import numpy as np
 from scipy import ndimage
 
 from mambahome_jax.datasets.structures import structure_key
-from mambahome_jax.errors import ConfigError
-from mambahome_jax.imaging.volume import Volume, count_values, replace_values
+from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.imaging.volume import Volume, count_values, replace_values, require_volume
 from mambahome_jax.support.files import atomic_write
 
 ALL, NONE = "all", "none"
@@ -77,7 +77,14 @@ def keep_largest(labels: np.ndarray, values: Collection[int] | None = None) -> n
 
 
 def volumes_ml(labels: Volume, names: Mapping[int, str]) -> dict[str, float]:
-    """Millilitres of each structure: of every one in `names` (value -> name), and of other values that occur."""
+    """Millilitres of each structure: of every one in `names` (value -> name), and of other values that occur.
+
+    Raises DatasetError: no Volume, values that are not those of a label map.
+    """
+    require_volume("labels", labels)
+    if labels.array.dtype.kind not in "bu":
+        action = "Read label maps with read_labels."
+        raise DatasetError(f"labels are {labels.array.dtype}", expected="unsigned integers", action=action)
     counts = {value: count for value, count in count_values(labels.array).items() if value}
     voxel_ml = float(abs(np.linalg.det(labels.affine[:3, :3]))) / 1000
     return {

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
 import numpy as np
+from flax import nnx
 
 from mambahome_jax.config import Mirror, Modality, Resampling
 from mambahome_jax.errors import ConfigError, DatasetError, ScanWarning
@@ -36,12 +37,18 @@ from mambahome_jax.imaging.normalisation import (
     normalisation_for,
 )
 from mambahome_jax.imaging.plausibility import modality_remark, scan_remark, volume_remark
-from mambahome_jax.imaging.volume import Volume, replace_values
+from mambahome_jax.imaging.volume import Volume, replace_values, require_volume
 from mambahome_jax.inference.ensemble import Ensemble, replicas
 from mambahome_jax.inference.postprocess import ALL, NONE, postprocess, values_named, volumes_ml, write_probabilities
 from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole, probabilities_of_tile
 from mambahome_jax.inference.tiled import Progress, TileTarget, WindowSettings, predict_tiled
+from mambahome_jax.support.console import counting, say_once
+from mambahome_jax.support.devices import keep_programs
+from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.paths import openable_path
+
+if TYPE_CHECKING:
+    from mambahome_jax.keywords import SegmentKeywords
 
 PUBLISHED_ROI = (192, 192, 48)
 # An image of the network that takes more than this is made slab by slab when its windows are due: float32 of
@@ -195,21 +202,24 @@ class Segmenter:
         return None if odd is None else str(odd)
 
 
+@shows_keywords(SegmentOptions)
 def segment(
     model: Any,
     volume: Volume,
     *,
     save_probabilities: Path | str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     devices: Sequence[jax.Device] | None = None,
-    **options: Any,
+    **options: "Unpack[SegmentKeywords]",
 ) -> Volume:
     """Label every voxel of a scan.
 
     Memory is needed for the scan and for a window's depth of the logits, not for the logits of a whole volume, save
-    where `save_probabilities` asks for them. Warns (ScanWarning) of a scan whose intensities cannot be those of its
-    modality, or whose intensities, size or structures are far from all that the model was trained on; and of an axis
-    that `tta` cannot mirror.
+    where `save_probabilities` asks for them. Says once on stderr that a network is compiled, and keeps that for the
+    next process where the user's cache can be written (JAX_COMPILATION_CACHE_DIR names another folder).
+
+    Warns (ScanWarning) of a scan whose intensities cannot be those of its modality, or whose intensities, size or
+    structures are far from all that the model was trained on; and of an axis that `tta` cannot mirror.
 
     Args:
         model: what `load_model` gives; or any callable on windows (n, *roi, in) -> (n, *roi, classes). A list of
@@ -217,7 +227,7 @@ def segment(
         volume: (D0, D1, D2), or (D0, D1, D2, C) for a model of C channels, on any grid.
         save_probabilities: .npz to write the probabilities of all classes to, on the network's grid, before `labels`
             and `keep_largest` (see `write_probabilities`).
-        progress: called with (windows done, windows in all), the windows of every model counted.
+        progress: called with (windows done, windows in all), the windows of every model counted; True shows a bar.
         devices: to spread the windows over; None takes the one where the model is.
         options: spacing, orientation, modality, roi_size, overlap=0.5, sw_batch_size=4, chain, tta=False, labels and
             keep_largest, as in `SegmentOptions`.
@@ -233,10 +243,8 @@ def segment(
         CheckpointError: logits that are not finite.
         OutputError: probabilities that cannot be written.
     """
-    if not isinstance(volume, Volume):
-        action = "Give the affine of its voxels too, np.diag([*spacing, 1]) where nothing else is known."
-        raise DatasetError(f"volume is a {type(volume).__name__}", expected="Volume(array, affine)", action=action)
-    chosen = SegmentOptions(**options)
+    require_volume("volume", volume)
+    chosen = from_keywords(SegmentOptions, options)
     if chosen.sw_batch_size < 1:
         raise ConfigError(f"sw_batch_size is {chosen.sw_batch_size}; expected 1 or more")
     if save_probabilities is not None:
@@ -251,7 +259,9 @@ def segment(
     write = None
     if save_probabilities is not None:
         write = partial(write_probabilities, save_probabilities, affine=scan.affine, names=networks.class_names)
-    labels = label(networks, scan, progress, write, devices=devices)
+    _announce_compiling(networks, segmenter.settings)
+    with counting(progress, "windows") as show:
+        labels = label(networks, scan, show, write, devices=devices)
     labels = postprocess(labels, segmenter.only, segmenter.largest)
     if scan.remark is not None:
         warnings.warn(scan.remark, ScanWarning, stacklevel=2)
@@ -262,6 +272,16 @@ def segment(
         if odd is not None:
             warnings.warn(odd, ScanWarning, stacklevel=2)
     return labels
+
+
+def _announce_compiling(networks: Ensemble, settings: SegmentSettings) -> None:
+    """Say once in a process that a network is compiled for its windows, and where that is kept for the next process."""
+    kept = keep_programs()
+    for member in networks.members:
+        if isinstance(member, nnx.Module):
+            size = " x ".join(str(n) if n > 0 else "all" for n in settings.roi_size)
+            where = f"kept in {kept}" if kept else "not kept, as no folder for it is known"
+            say_once(f"{type(member).__name__}: compiling for windows of {size}, once; {where}")
 
 
 @dataclass(frozen=True, eq=False)

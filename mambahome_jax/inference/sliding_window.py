@@ -55,6 +55,10 @@ def sliding_window(
     Raises:
         ConfigError: settings or shapes that do not fit.
     """
+    if not isinstance(image, np.ndarray | jax.Array):
+        raise ConfigError(f"image is a {type(image).__name__}; expected an array (D, H, W, channels)")
+    if not callable(predict):
+        raise ConfigError(f"predict is a {type(predict).__name__}; expected a function of windows")
     if image.ndim != 4 or 0 in image.shape:
         raise ConfigError(f"image has shape {tuple(image.shape)}; expected (D, H, W, channels), none of them 0")
     if sw_batch_size < 1:

@@ -80,7 +80,7 @@ class WindowSettings:
 def window_size(shape: Sequence[int], roi_size: int | Sequence[int]) -> tuple[int, ...]:
     """Resolve the window (voxels an axis) for a volume of `shape`: entries <= 0 become the whole axis."""
     entries = _per_axis(roi_size, len(shape), "roi_size")
-    if any(r != int(r) for r in entries):
+    if not all(isinstance(r, int | float | np.number) and r == int(r) for r in entries):
         raise ConfigError(f"roi_size is {roi_size}; expected whole numbers of voxels")
     return tuple(int(r) if r > 0 else int(n) for r, n in zip(entries, shape, strict=True))
 

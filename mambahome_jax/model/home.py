@@ -18,9 +18,10 @@ from jax import lax
 from mambahome_jax.config import ModelConfig
 from mambahome_jax.model.layers import (
     FLOAT32,
+    Array,
     Linear,
     Numerics,
-    check_tokens,
+    checked_tokens,
     gelu,
     init_on_host,
     require_positive,
@@ -151,8 +152,8 @@ class HoME(nnx.Module):
         self.group_gate = None if second is None else Linear(dim, 1, bias=True, rngs=rngs, numerics=numerics)
         self.second = None if second is None else GlobalSoftMoE(dim, second, expert_mult, rngs=rngs, numerics=numerics)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        check_tokens(tokens, self.dim)
+    def __call__(self, tokens: Array) -> jax.Array:
+        tokens = checked_tokens(tokens, self.dim)
         batch, length, channels = tokens.shape
         groups, slots = math.ceil(length / self.group), self.num_experts * self.slots
         exact = self.numerics.lax_precision
@@ -221,8 +222,8 @@ class SoftMoE(nnx.Module):
         self.kernel_in, self.bias_in = alike(dim, hidden, **kernel), alike(hidden, **bias)
         self.kernel_out, self.bias_out = alike(hidden, dim, **kernel), alike(dim, **bias)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        check_tokens(tokens, self.dim)
+    def __call__(self, tokens: Array) -> jax.Array:
+        tokens = checked_tokens(tokens, self.dim)
         dtype, exact = tokens.dtype, self.numerics.lax_precision
         mu = (self.scale[...] * _unit(self.mu[...], 0)).astype(dtype)
         logits = jnp.einsum("bnf,fes->bnes", _unit(tokens, -1), mu, precision=exact)

@@ -33,6 +33,7 @@ _KEPT = "kept"
 # The names that the kernels give to what costs much to compute again.
 _KEPT_BY_KERNELS = ("norm_act", "selective_scan")
 Tree = TypeVar("Tree")
+Array = jax.Array | np.ndarray  # what a layer or network that is called by a user takes
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Numerics:
 
     param_dtype: Any = jnp.float32
     precision: Precision = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in _PRECISIONS:
+            raise ConfigError(f"precision is {self.precision!r}; expected {', '.join(_PRECISIONS)}")
 
     @property
     def lax_precision(self) -> lax.Precision:
@@ -63,16 +68,26 @@ FLOAT32 = Numerics()
 def require_positive(**sizes: int) -> None:
     """Raise ConfigError, naming it, for a size below 1."""
     for name, size in sizes.items():
+        if not isinstance(size, int | np.integer):
+            raise ConfigError(f"{name} is {size!r}; expected a whole number")
         if size < 1:
             raise ConfigError(f"{name} is {size}; expected 1 or more")
 
 
-def check_tokens(tokens: jax.Array, channels: int) -> None:
-    """Raise ConfigError where a layer of so many channels cannot take these tokens."""
+def require_array(name: str, value: Any) -> None:
+    """Raise ConfigError, naming it, for an input that is no array of JAX or NumPy."""
+    if not isinstance(value, jax.Array | np.ndarray):
+        raise ConfigError(f"{name} {type(value).__name__}; expected an array of JAX or NumPy")
+
+
+def checked_tokens(tokens: Array, channels: int) -> jax.Array:
+    """Return tokens for a layer of so many channels. Raises ConfigError where it cannot take them."""
+    require_array("the tokens are a", tokens)
     if tokens.ndim != 3 or tokens.shape[-1] != channels or not tokens.shape[1]:
         raise ConfigError(f"the tokens have shape {tokens.shape}; expected (batch, length from 1 on, {channels})")
     if not jnp.issubdtype(tokens.dtype, jnp.floating):
         raise ConfigError(f"the tokens are {tokens.dtype}; expected float32, bfloat16 or float64")
+    return jnp.asarray(tokens)
 
 
 def save_for_backward(tree: Tree) -> Tree:
@@ -108,6 +123,8 @@ def init_on_host(
     def on_host(key_data: np.ndarray) -> np.ndarray:
         return np.asarray(draw(np.random.default_rng(np.asarray(key_data).ravel())), dtype)
 
+    if not isinstance(rngs, nnx.Rngs):
+        raise ConfigError(f"rngs is a {type(rngs).__name__}; expected nnx.Rngs(seed)")
     key_data = jax.random.key_data(rngs.params())
     if isinstance(key_data, jax.core.Tracer):
         return jax.pure_callback(on_host, jax.ShapeDtypeStruct(shape, dtype), key_data)

@@ -10,10 +10,11 @@ from mambahome_kernels.conv3d.api import Size
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.model.layers import (
     FLOAT32,
+    Array,
     DepthwiseConv3d,
     Linear,
     Numerics,
-    check_tokens,
+    checked_tokens,
     init_on_host,
     require_positive,
     save_for_backward,
@@ -137,8 +138,9 @@ class Mamba(SelectiveSSM):
         conv_bias: bool = True,
         numerics: Numerics = FLOAT32,
     ):
+        require_positive(d_model=d_model)
         rank = -(-d_model // 16) if dt_rank is None else dt_rank
-        require_positive(d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=rank)
+        require_positive(d_state=d_state, d_conv=d_conv, expand=expand, dt_rank=rank)
         self.d_model, d_inner = d_model, expand * d_model
         self.in_proj = Linear(d_model, 2 * d_inner, bias=bias, rngs=rngs, numerics=numerics)
         super().__init__(
@@ -146,8 +148,8 @@ class Mamba(SelectiveSSM):
         )
         self.out_proj = Linear(d_inner, d_model, bias=bias, rngs=rngs, numerics=numerics)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        check_tokens(tokens, self.d_model)
+    def __call__(self, tokens: Array) -> jax.Array:
+        tokens = checked_tokens(tokens, self.d_model)
         x, z = jnp.split(save_for_backward(self.in_proj(tokens)), 2, axis=-1)
         return self.out_proj(self.scan(x, z))
 
@@ -205,8 +207,8 @@ class BiMamba(nnx.Module):
         )
         self.out_proj = Linear(d_inner, d_model, bias=False, rngs=rngs, numerics=numerics)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        check_tokens(tokens, self.d_model)
+    def __call__(self, tokens: Array) -> jax.Array:
+        tokens = checked_tokens(tokens, self.d_model)
         length, slices = tokens.shape[1], self.num_slices
         if length % slices:
             raise ConfigError(

@@ -8,7 +8,7 @@ of the stages.
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,32 @@ from flax import nnx
 from mambahome_kernels import norm_act
 from mambahome_kernels.conv3d.api import Size
 
-from mambahome_jax.config import DataProperties, FourStageConfig, ModelConfig, NetworkConfig, Precision, triple
+from mambahome_jax.config import (
+    MODEL_SIZES,
+    DataProperties,
+    FourStageConfig,
+    ModelConfig,
+    NetworkConfig,
+    Precision,
+    triple,
+)
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.model.home import FeedForward, HoME
-from mambahome_jax.model.layers import FLOAT32, LEAKY_SLOPE, ChannelDropout, Conv3d, Numerics, Upsample, remat
+from mambahome_jax.model.layers import (
+    FLOAT32,
+    LEAKY_SLOPE,
+    Array,
+    ChannelDropout,
+    Conv3d,
+    Numerics,
+    Upsample,
+    remat,
+    require_array,
+)
 from mambahome_jax.model.mamba import GatedConv, Mamba
 from mambahome_jax.model.norms import DynamicTanh, instance_norm
+
+SizeName = Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny", "small", "tiny"]
 
 
 class GatedSpatialConv(nnx.Module):
@@ -249,13 +269,16 @@ class Network(nnx.Module):
         self.encoder: Any = encoder(config, rngs=rngs, numerics=numerics)
         self.decoder: Any = decoder(config, rngs=rngs, numerics=numerics)
 
-    def __call__(self, x: jax.Array, dropout: ChannelDropout | None = None) -> jax.Array:
+    def __call__(self, x: Array, dropout: ChannelDropout | None = None) -> jax.Array:
         return self.with_levels(x, dropout)[0]
 
-    def with_levels(self, x: jax.Array, dropout: ChannelDropout | None = None) -> tuple[jax.Array, list[jax.Array]]:
+    def with_levels(self, x: Array, dropout: ChannelDropout | None = None) -> tuple[jax.Array, list[jax.Array]]:
         """Logits, and the decoder's volumes on coarser grids, the finest first, feat_size[1], [2], ... channels."""
+        require_array("the input is a", x)
         check_input(x.shape, self.config)
-        x = x.astype(self.dtype)
+        if not any(jnp.issubdtype(x.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+            raise ConfigError(f"the input has dtype {x.dtype}; expected real numbers")
+        x = jnp.asarray(x, self.dtype)
         logits, levels = self.decoder.with_levels(x, self.encoder(x, dropout), dropout)
         return logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), levels
 
@@ -287,10 +310,39 @@ class MambaHoME(Network):
         numerics = Numerics(param_dtype, precision)
         super().__init__(config or ModelConfig(), Encoder, rngs=rngs, numerics=numerics, metadata=metadata)
 
+    @classmethod
+    def of_size(
+        cls,
+        size: SizeName,
+        in_chans: int = ModelConfig.in_chans,
+        out_chans: int = ModelConfig.out_chans,
+        *,
+        rngs: nnx.Rngs | None = None,
+        param_dtype=jnp.float32,
+        precision: Precision = "fp32",
+        metadata: DataProperties | None = None,
+    ) -> "MambaHoME":
+        """Make a network of a size that `train --model` takes; "tiny" is "MambaHoME_tiny", and "small" likewise.
+
+        Args:
+            in_chans: channels of the scan. out_chans: classes, background included.
+            rngs: `nnx.Rngs(0)` by default.
+            param_dtype, precision, metadata: as of the constructor.
+
+        Raises ConfigError: no such size.
+        """
+        if size not in get_args(SizeName):
+            raise ConfigError(f"size is {size!r}; expected one of {', '.join(get_args(SizeName))}")
+        name = size if size.startswith("MambaHoME") else f"MambaHoME_{size}"
+        config = MODEL_SIZES[name].model.replace(in_chans=in_chans, out_chans=out_chans)
+        assert isinstance(config, ModelConfig)
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        return cls(config, rngs=rngs, param_dtype=param_dtype, precision=precision, metadata=metadata)
+
 
 def check_input(shape: tuple[int, ...], config: NetworkConfig) -> None:
     """Raises ConfigError, naming the axis and the remedy, where the network cannot take an array of this shape."""
-    if len(shape) != 5:
+    if len(shape) != 5 or not shape[0]:
         raise ConfigError(f"the input has shape {shape}; expected (batch, depth, height, width, channels)")
     if shape[-1] != config.in_chans:
         raise ConfigError(f"the input has {shape[-1]} channels (shape {shape}); this network takes {config.in_chans}")

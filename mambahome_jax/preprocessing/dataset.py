@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -27,11 +27,15 @@ from mambahome_jax.preprocessing.open_dataset import open_dataset, several
 from mambahome_jax.preprocessing.output import OutputFolder
 from mambahome_jax.preprocessing.plan import PLAN, RESAMPLING, Machine, Plan, Setting, make_plan, read_plan, write_plan
 from mambahome_jax.recipes import as_typed
-from mambahome_jax.support.console import Say, Track, silent, untracked
+from mambahome_jax.support.console import Say, Track, shown, silent, untracked
 from mambahome_jax.support.devices import gpu_memory_gib, jax_share
+from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import locked
-from mambahome_jax.support.paths import from_keywords, local_path, real_path, require_letters
+from mambahome_jax.support.paths import local_path, real_path, require_letters
 from mambahome_jax.support.processes import count_workers, isolated_reads, run_jobs, why_failed
+
+if TYPE_CHECKING:
+    from mambahome_jax.keywords import PreprocessFlags
 
 _SHOWN = 20
 _OF_CASES = ("spacing", "resampling")  # settings of the plan that decide the cases' files
@@ -61,7 +65,8 @@ class Preprocessed:
         return 2 if not self.entries else int(bool(self.failed))
 
 
-def preprocess(**flags: Any) -> Preprocessed:
+@shows_keywords(PreprocessConfig)
+def preprocess(*, progress: bool = False, **flags: "Unpack[PreprocessFlags]") -> Preprocessed:
     """Reorient and resample a folder of scans, as `mambahome preprocess` does, and print nothing.
 
     Args:
@@ -73,7 +78,7 @@ def preprocess(**flags: Any) -> Preprocessed:
             preprocess did not write.
         OutputError: the output folder cannot be written.
     """
-    return preprocess_folders(from_keywords(PreprocessConfig, flags))
+    return preprocess_folders(from_keywords(PreprocessConfig, flags), *shown(progress, "Preprocessing"))
 
 
 @isolated_reads()

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 
@@ -26,11 +26,14 @@ from mambahome_jax.preprocessing.open_dataset import open_checked, several
 from mambahome_jax.preprocessing.plan import Machine
 from mambahome_jax.preprocessing.summary import DatasetSummary, likely_modality, summarise_dataset
 from mambahome_jax.ranges import SAMPLE_PERCENTILES
-from mambahome_jax.support.console import Say, Track, silent, untracked
+from mambahome_jax.support.console import Say, Track, shown, silent, untracked
 from mambahome_jax.support.devices import gpu_memory_gib, jax_share
 from mambahome_jax.support.files import write_json
-from mambahome_jax.support.paths import from_keywords
+from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.processes import count_workers, isolated_reads, run_jobs, why_failed
+
+if TYPE_CHECKING:
+    from mambahome_jax.keywords import CheckFlags
 
 PERCENTILES = (0.0, *SAMPLE_PERCENTILES, 100.0)
 
@@ -73,7 +76,8 @@ class Checked:
         return int(any(finding.severity != "note" for finding in self.findings)) if self.usable else 2
 
 
-def check(**flags: Any) -> Checked:
+@shows_keywords(CheckConfig)
+def check(*, progress: bool = False, **flags: "Unpack[CheckFlags]") -> Checked:
     """Look through a dataset before any work, as `mambahome check` does, and print nothing.
 
     Args:
@@ -83,7 +87,7 @@ def check(**flags: Any) -> Checked:
         DatasetError: a folder as a whole cannot be read, or several cannot be joined.
         ConfigError, OutputError.
     """
-    return check_folders(from_keywords(CheckConfig, flags))
+    return check_folders(from_keywords(CheckConfig, flags), *shown(progress, "Checking"))
 
 
 @isolated_reads()

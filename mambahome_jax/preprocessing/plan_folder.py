@@ -1,7 +1,7 @@
 """plan: the settings for a folder, as downloaded or preprocessed, and what another machine or model would change."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 
@@ -25,8 +25,11 @@ from mambahome_jax.preprocessing.plan import (
 from mambahome_jax.preprocessing.unet_plan import TARGETS
 from mambahome_jax.recipes import as_typed
 from mambahome_jax.support.devices import gpu_memory_gib, jax_share
-from mambahome_jax.support.paths import from_keywords
+from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.processes import isolated_reads
+
+if TYPE_CHECKING:
+    from mambahome_jax.keywords import PlanFlags
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class FolderPlan:
     prepared: bool
 
 
-def plan(**flags: Any) -> FolderPlan:
+@shows_keywords(PlanConfig)
+def plan(**flags: "Unpack[PlanFlags]") -> FolderPlan:
     """Choose settings for a dataset, as `mambahome plan` does, and print nothing.
 
     Args:

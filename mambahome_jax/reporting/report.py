@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.files import counterparts
@@ -18,10 +18,13 @@ from mambahome_jax.imaging.geometry import resample_to, same_grid
 from mambahome_jax.imaging.pictures import Panel, display_range, draw_planes
 from mambahome_jax.imaging.volume import read_volume
 from mambahome_jax.reporting.page import Report, Shown, render_report, worst_first
-from mambahome_jax.support.console import Say, Track, silent, untracked
+from mambahome_jax.support.console import Say, Track, shown, silent, untracked
 from mambahome_jax.support.files import read_json, write_text
-from mambahome_jax.support.paths import from_keywords
+from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.processes import isolated_reads
+
+if TYPE_CHECKING:
+    from mambahome_jax.keywords import ReportFlags
 
 # Of run.json: what is said of the run, in this order; cases and failures are counted, and all else stays out.
 _PLAIN = ("command", "device", "seconds")
@@ -43,7 +46,8 @@ class Reported:
         return int(bool(self.failures))
 
 
-def report(**flags: Any) -> Reported:
+@shows_keywords(ReportConfig)
+def report(*, progress: bool = False, **flags: "Unpack[ReportFlags]") -> Reported:
     """Write the page about an evaluation, as `mambahome report` does, and print nothing.
 
     Args:
@@ -54,7 +58,7 @@ def report(**flags: Any) -> Reported:
         DatasetError: no evaluation, folders without the files.
         OutputError.
     """
-    return write_report(from_keywords(ReportConfig, flags))
+    return write_report(from_keywords(ReportConfig, flags), *shown(progress, "Drawing"))
 
 
 @isolated_reads()

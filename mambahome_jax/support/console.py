@@ -2,12 +2,15 @@
 
 import contextlib
 import errno
+import functools
 import io
 import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +26,7 @@ Track = Callable[[Iterable[T], int], Iterable[T]]
 
 _STDERR = 2  # descriptor
 LOG_WIDTH = 120  # of tables in a log
+_CELL_SECONDS = 0.5  # between two texts of a line in a notebook
 
 
 class _Pipe(io.FileIO):
@@ -151,16 +155,108 @@ def progress_bar(console: "Console", text: str = "{task.description}", *, disabl
 
 
 def tracked(console: "Console", text: str) -> Track:
-    """Make what passes results on and shows a bar meanwhile, `text` before it."""
+    """Make what passes results on and shows a bar meanwhile, `text` before it; a line of the cell in a notebook."""
 
     def track(results: Iterable[T], total: int) -> Iterator[T]:
-        with progress_bar(console, text, disable=not total) as progress:
-            bar = progress.add_task("", total=total)
-            for result in results:
+        with progress_bar(console, text, disable=not total or _in_cell(console)) as progress, CellLine(console) as line:
+            bar, begun = progress.add_task("", total=total), time.monotonic()
+            for number, result in enumerate(results, 1):
                 progress.advance(bar)
+                spent = time.monotonic() - begun
+                left = duration(spent / number * (total - number))
+                line.show(f"{text}: {number} of {total}, {duration(spent)}, left {left}")
                 yield result
 
     return track
+
+
+def scan_bars(console: "Console") -> tuple[Track, Callable[[int, int], None]]:
+    """Make what passes scans on and shows a bar of them, and what takes (windows done, windows in all) of one."""
+    progress, line = progress_bar(console, disable=console.quiet or _in_cell(console)), CellLine(console)
+    # The first window waits for the compiled network.
+    scans, windows = (progress.add_task(name, total=None) for name in ("scans", "compiling"))
+
+    def track(results: Iterable[T], total: int) -> Iterator[T]:
+        progress.update(scans, total=total)
+        with progress if total else contextlib.nullcontext():
+            for number, result in enumerate(results, 1):
+                progress.advance(scans)
+                line.show(f"scans: {number} of {total}")
+                yield result
+
+    def show(done: int, total: int) -> None:
+        progress.update(windows, description="windows", completed=done, total=total)
+        line.show(f"windows: {done} of {total}")
+
+    return track, show
+
+
+class CellLine(contextlib.AbstractContextManager):
+    """One line of a notebook's cell that is written anew; nothing elsewhere. Needs no widgets, as rich's bars do."""
+
+    def __init__(self, console: "Console"):
+        self._on, self._cell, self._due, self._text = _in_cell(console), None, 0.0, ""
+
+    def show(self, text: str) -> None:
+        """Show a text in the place of the one before, at most twice a second."""
+        self._text = text
+        if self._on and time.monotonic() >= self._due:
+            self._write()
+
+    def __exit__(self, *_: object) -> None:
+        """Show the last text that there was."""
+        if self._cell is not None:
+            self._write()
+
+    def _write(self) -> None:
+        from IPython.display import display
+
+        self._due, content = time.monotonic() + _CELL_SECONDS, {"text/plain": self._text}
+        if self._cell is None:
+            self._cell = display(content, raw=True, display_id=True)
+        else:
+            self._cell.update(content, raw=True)
+
+
+def _in_cell(console: "Console") -> bool:
+    return console.is_jupyter and not console.quiet
+
+
+@contextlib.contextmanager
+def counting(
+    progress: bool | Callable[[int, int], None] | None, text: str
+) -> Iterator[Callable[[int, int], None] | None]:
+    """Give what takes (done, in all) and shows it: a bar with `text` before it, the caller's own, None for nothing."""
+    if not isinstance(progress, bool) or not progress:
+        yield progress or None
+        return
+    from rich.console import Console
+
+    console = Console()
+    with progress_bar(console, disable=_in_cell(console)) as bar, CellLine(console) as line:
+        task = bar.add_task(text, total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            line.show(f"{text}: {done} of {total}")
+
+        yield show
+
+
+@functools.cache
+def say_once(text: str) -> None:
+    """Print a line to the standard error, the first time in this process that it is said."""
+    print(text, file=sys.stderr)
+
+
+def shown(progress: bool, text: str) -> tuple[Say, Track]:
+    """Make what a command as a function tells of its work: nothing, or lines and a bar, `text` before it."""
+    if not progress:
+        return silent, untracked
+    from rich.console import Console
+
+    console = Console()
+    return partial(say, console), tracked(console, text)
 
 
 def duration(seconds: float) -> str:

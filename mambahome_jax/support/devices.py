@@ -171,6 +171,20 @@ def program_cache() -> Path | None:
     return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
+def keep_programs() -> str:
+    """Have JAX keep what this process compiles, in `program_cache`, unless the user named a folder or turned that off.
+
+    Returns the folder of kept programs, "" where they are not kept. Imports jax.
+    """
+    import jax
+
+    named = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if not named and "JAX_COMPILATION_CACHE_DIR" not in os.environ and (folder := program_cache()):
+        named = str(folder)
+        jax.config.update("jax_compilation_cache_dir", named)
+    return named if named and jax.config.jax_enable_compilation_cache else ""  # type: ignore[attr-defined]
+
+
 def device_line() -> str:
     """Return how many devices there are, and of what kind."""
     import jax

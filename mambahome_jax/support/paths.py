@@ -1,18 +1,14 @@
 """Paths as people type them, in the one form in which every library opens the same file."""
 
-import dataclasses
 import errno
 import os
 import re
 import sys
 import unicodedata
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
 
 from mambahome_jax.errors import ConfigError
 
-Config = TypeVar("Config")
 # Two letters at least: C:/ is a drive.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 
@@ -81,8 +77,10 @@ def local_path(path: str | Path) -> Path:
 def openable_path(path: str | Path) -> Path:
     """The `local_path` of what is to be read or written.
 
-    Raises ConfigError: a URL, of which a local folder `s3:` would be made; `~` where no home folder is known.
+    Raises ConfigError: a URL, of which a local folder `s3:` would be made; `~` where no home folder is known; no path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"path is {path!r}; expected text or a Path")
     if is_url(path):
         action = "Copy what lies there, or mount it"
         raise ConfigError(f"{path}: a URL; expected a file or folder of this machine. {action}")
@@ -105,27 +103,6 @@ def typed_path(path: str | Path) -> Path:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise ConfigError(f"{path}: {error.strerror or error}; expected a path that you may open") from error
     return path
-
-
-def from_keywords(kind: type[Config], flags: Mapping[str, Any]) -> Config:
-    """Make a command's configuration of its flags as keywords, its paths of text as `typed_path` makes them.
-
-    Raises ConfigError: as `typed_path`; a flag that there is not, or one that is missing.
-    """
-    paths = {field.name for field in dataclasses.fields(kind) if "Path" in str(field.type)}  # type: ignore[arg-type]
-
-    def openable(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return tuple(openable(entry) for entry in value)
-        return typed_path(value) if isinstance(value, str | Path) else value
-
-    values = {name: openable(value) if name in paths else value for name, value in flags.items()}
-    if any(field.name == "given" for field in dataclasses.fields(kind)):  # type: ignore[arg-type]
-        values |= {"given": tuple(sorted(flags))}
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ConfigError(str(error).replace(f"{kind.__name__}.__init__()", "this command")) from error
 
 
 def path_in(folder: Path, text: str) -> Path:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import jax
 
@@ -19,13 +19,16 @@ from mambahome_jax.preprocessing.plan import PLAN
 from mambahome_jax.support.devices import program_cache
 from mambahome_jax.support.disk import bytes_of, free_bytes, said_bytes
 from mambahome_jax.support.files import read_json
+from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import LOCK, held, holder_of
-from mambahome_jax.support.paths import from_keywords
 from mambahome_jax.support.processes import SHARED_MEMORY, batch_bytes, needed_bytes
 from mambahome_jax.training.checkpoints import DATA_ITEM, OPTIMIZER_ITEM, checkpoint_bytes
 from mambahome_jax.training.setup import Setup
 from mambahome_jax.training.step import TrainState
 from mambahome_jax.weights.checkpoint import CONFIG_FILE, MODEL_ITEM, PARTIAL, PREVIOUS
+
+if TYPE_CHECKING:
+    from mambahome_jax.keywords import CleanFlags
 
 # What support.files, support.output_folder and patches.store write before it has its name, or move aside, by process.
 _LEFTOVER = re.compile(r"\.(.*\.)?\d+(-\d+)?\.(partial|old|probe)(\..+)?")
@@ -108,7 +111,8 @@ class Cleaned:
         return int(bool(self.failed))
 
 
-def clean(**flags: Any) -> Cleaned:
+@shows_keywords(CleanConfig)
+def clean(**flags: "Unpack[CleanFlags]") -> Cleaned:
     """List what can go of runs and other output, as `mambahome clean` does, print nothing, and remove it on request.
 
     Args:

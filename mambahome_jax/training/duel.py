@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from rich.console import Console
@@ -28,8 +28,8 @@ from mambahome_jax.reporting.duel import Cost, Standing, render_duel, verdicts
 from mambahome_jax.support.console import command_line, protect_output, say
 from mambahome_jax.support.devices import visible_gpus
 from mambahome_jax.support.files import jsonable, read_json, write_json, write_text
+from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import locked, open_output
-from mambahome_jax.support.paths import from_keywords
 from mambahome_jax.support.processes import end_with_parent
 from mambahome_jax.training.contestants import Contestant, contestants_of
 from mambahome_jax.training.held_out import FOLDER as VALIDATION
@@ -38,6 +38,9 @@ from mambahome_jax.training.run_report import earlier_report
 from mambahome_jax.training.runs import SIGNALLED, run_training
 from mambahome_jax.training.side_by_side import forwarded_signals, train_side_by_side, wants_side_by_side
 from mambahome_jax.weights.checkpoint import CROSS_VALIDATION, FOLD
+
+if TYPE_CHECKING:
+    from mambahome_jax.keywords import DuelFlags
 
 DUEL, PAGE = "duel.json", "report.html"
 # Settings in run.json that follow from the fold, the seed or the machine.
@@ -62,14 +65,15 @@ class DuelResult:
     report: Path | None = None
 
 
-def duel(**flags: Any) -> DuelResult:
+@shows_keywords(DuelConfig)
+def duel(*, progress: bool = False, **flags: "Unpack[DuelFlags]") -> DuelResult:
     """Train and compare networks as `mambahome duel` does, silently; keywords are its flags.
 
     Raises:
         ConfigError, DatasetError, OutputError: before anything is trained.
         TrainingError: the first contestant could not be trained.
     """
-    return run_duel(from_keywords(DuelConfig, flags), Console(quiet=True))
+    return run_duel(from_keywords(DuelConfig, flags), Console(quiet=not progress))
 
 
 def train_in_own_process(flags: TrainConfig, console: Console) -> tuple[int, str]:

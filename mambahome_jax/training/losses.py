@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mambahome_jax.config import Precision, UNetConfig
-from mambahome_jax.model.layers import ChannelDropout, Conv3d, Numerics
+from mambahome_jax.errors import ConfigError
+from mambahome_jax.model.layers import Array, ChannelDropout, Conv3d, Numerics, require_array
 from mambahome_jax.recipes import CoarseLabels, Recipe
 
 # (logits, labels[, labelled]) -> scalar
@@ -20,9 +21,9 @@ NETWORK = "network"
 
 
 def dice_ce(
-    logits: jax.Array,
-    labels: jax.Array,
-    labelled: jax.Array | None = None,
+    logits: Array,
+    labels: Array,
+    labelled: Array | None = None,
     *,
     include_background: bool = True,
     batch: bool = False,
@@ -43,13 +44,20 @@ def dice_ce(
     Returns:
         scalar, float32 or float64: mean over samples and classes of 1 - (2 sum(p y) + s) / (sum p + sum y + s), absent
         classes included, plus mean over voxels of -log p[label].
+
+    Raises ConfigError: arrays of other shapes, labels that are no integers.
     """
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(f"labels are {labels.shape}, logits {logits.shape}; expected {logits.shape[:-1]}")
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    require_array("logits are a", logits)
+    require_array("labels are a", labels)
+    if logits.ndim != 5 or labels.shape != logits.shape[:-1]:
+        expected = "(batch, D, H, W), and the same with classes behind"
+        raise ConfigError(f"labels have shape {labels.shape}, logits {logits.shape}; expected {expected}")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ConfigError(f"labels are {labels.dtype}; expected integers")
+    logits, labels = jnp.asarray(logits, jnp.promote_types(logits.dtype, jnp.float32)), jnp.asarray(labels)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     if labelled is not None:
-        labelled = labelled.at[:, 0].set(True)
+        labelled = jnp.asarray(labelled).at[:, 0].set(True)
         log_p, labels = _merge_into_background(log_p, labels, labelled)
     p = jnp.exp(log_p)
     # A comparison inside the sums fuses into them; a one-hot array of its own would be as large as the logits.

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import jax
 from rich.console import Console
@@ -27,8 +27,9 @@ from mambahome_jax.recipes import given_ingredients
 from mambahome_jax.support.console import logged, say, tracked
 from mambahome_jax.support.devices import choose_devices
 from mambahome_jax.support.files import jsonable
+from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import locked, open_output
-from mambahome_jax.support.paths import from_keywords, local_path, require_letters
+from mambahome_jax.support.paths import local_path, require_letters
 from mambahome_jax.training.checkpoints import checkpoint_settings, holds_run, require_same_run
 from mambahome_jax.training.distributed import gather, is_first, require_same
 from mambahome_jax.training.folds import (
@@ -64,6 +65,9 @@ from mambahome_jax.training.schedule import Clock, Schedule, report_seconds
 from mambahome_jax.training.setup import Setup, make_setup, recorded_mirrors
 from mambahome_jax.training.train import Programs, TrainingRun, train_network
 from mambahome_jax.weights.checkpoint import CROSS_VALIDATION, FOLD, networks_of_run, read_checkpoint_config
+
+if TYPE_CHECKING:
+    from mambahome_jax.keywords import TrainFlags
 
 SIGNALLED = 128
 
@@ -101,14 +105,15 @@ class TrainResult:
         )
 
 
-def train(**flags: Any) -> TrainResult:
+@shows_keywords(TrainConfig)
+def train(*, progress: bool = False, **flags: "Unpack[TrainFlags]") -> TrainResult:
     """Train as `mambahome train` does, silently; keywords are its flags.
 
     Raises:
         ConfigError, DatasetError, CheckpointError, OutputError: before anything is trained.
         TrainingError: loss, gradient or update was no longer finite; the checkpoints before it are kept.
     """
-    result = run_training(from_keywords(TrainConfig, flags), Console(quiet=True))
+    result = run_training(from_keywords(TrainConfig, flags), Console(quiet=not progress))
     for network in result.networks or (result,):
         if network.exit_code == 1 and network.status != "finished":
             raise TrainingError(network.status)

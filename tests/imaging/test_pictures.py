@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mambahome_jax.errors import OutputError
+from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.geometry import reorient
 from mambahome_jax.imaging.pictures import (
     PANEL_PIXELS,
@@ -16,6 +16,7 @@ from mambahome_jax.imaging.pictures import (
     colours_of,
     draw_planes,
     render,
+    show,
     write_preview,
 )
 from mambahome_jax.imaging.volume import Volume
@@ -55,6 +56,28 @@ def test_millimetres_are_equally_long():
     # 80 x 60 x 100 mm: the longest side has PREVIEW_PIXELS, the panels are 80 x 60, 80 x 100, 60 x 100 mm.
     scale = PREVIEW_PIXELS / 100
     assert picture.width == pytest.approx((80 + 80 + 60) * scale + 4 * 12, abs=2)
+
+
+def test_show_draws_a_scan_its_labels_and_a_label_map_alone():
+    image, labels = scan()
+    plain = np.asarray(show(image))
+    assert (np.ptp(plain.astype(int), axis=-1) < 10).all()  # greys alone
+    for drawn in (show(image, labels, NAMES), show(labels, names=NAMES)):
+        assert mean_column(np.asarray(drawn), 1)[1] != mean_column(np.asarray(drawn), 2)[1]
+    np.testing.assert_array_equal(show(image, labels), show(image, reorient(labels, "PSR")))
+    with Image.open(io.BytesIO(labels._repr_png_())) as picture:
+        np.testing.assert_array_equal(picture, show(labels))
+
+
+def test_show_says_what_is_wrong():
+    image, labels = scan()
+    with pytest.raises(DatasetError, match=r"volume is a ndarray; expected Volume\(array, affine\)"):
+        show(image.array)
+    with pytest.raises(DatasetError, match="labels is a list; expected Volume"):
+        show(image, [labels])
+    halves = Volume(image.array / 80, image.affine)
+    with pytest.raises(DatasetError, match=r"values from 0\.5 to 0.5; expected whole numbers, 0 to 65535"):
+        show(labels, halves)
 
 
 @pytest.mark.parametrize("modality", ["ct", "mr", "us"])

@@ -264,10 +264,23 @@ def test_values_are_never_cut_to_fit_the_type(tmp_path):
 
 
 def test_volume_refuses_what_is_no_volume():
-    with pytest.raises(ValueError, match="expected 3 or 4 axes"):
+    with pytest.raises(DatasetError, match="expected 3 or 4 axes"):
         Volume(np.zeros((2, 2)), np.eye(4))
-    with pytest.raises(ValueError, match="expected 3 or 4 axes"):
+    with pytest.raises(DatasetError, match="expected 3 or 4 axes"):
         Volume(np.zeros((2, 2, 2)), np.eye(3))
+    with pytest.raises(DatasetError, match="array is a list; expected an array of NumPy"):
+        Volume([[[1]]], np.eye(4))
+
+
+def test_a_volume_is_one_line():
+    array = np.zeros((4, 3, 2), np.int16)
+    array[0, 0, 0], array[1, 0, 0] = -1024, 1903
+    text = "Volume 4 x 3 x 2 int16, 0.8 x 0.8 x 3 mm, LPS, -1024..1903"
+    assert repr(Volume(array, np.diag([-0.8, -0.8, 3, 1]))) == text
+    assert (
+        repr(Volume(np.zeros((0, 1, 1, 2), np.float32), np.eye(4))) == "Volume 0 x 1 x 1 x 2 float32, 1 x 1 x 1 mm, RAS"
+    )
+    assert repr(Volume(array[:1], np.diag([0.0, 1, 1, 1]))).startswith("Volume 1 x 3 x 2 int16, 0 x 1 x 1 mm, ")
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])

@@ -112,6 +112,19 @@ def test_network_is_traced_once_for_all_volumes():
     assert traced == [(4, 16, 16, 16, 1)]
 
 
+def test_says_once_that_it_compiles_and_where_that_is_kept(capsys, monkeypatch):
+    class Spoken(Levels):
+        """A name of its own, as other tests may have named Levels."""
+
+    volume = Volume(np.zeros((8, 8, 8), np.float32), np.eye(4))
+    monkeypatch.setattr("mambahome_jax.inference.segment.keep_programs", lambda: "/cache")
+    for _ in range(2):
+        segment(Spoken(LEVELS), volume, roi_size=(16, 16, 16))
+    assert capsys.readouterr() == ("", "Spoken: compiling for windows of 16 x 16 x 16, once; kept in /cache\n")
+    segment(Levels(LEVELS).__call__, volume, roi_size=(16, 16, 16), progress=True)
+    assert "windows" in capsys.readouterr().out
+
+
 def test_settings_come_from_the_model_then_from_the_caller():
     published = SegmentSettings((0.8, 0.8, 3.0), "RAS", CtWindow(), (192, 192, 48), chain="published")
     assert Segmenter.of(Levels(LEVELS), SegmentOptions()).settings == published
@@ -215,6 +228,10 @@ def test_a_scan_without_a_usable_place_is_refused():
     array = np.zeros((4, 4, 4), np.float32)
     with pytest.raises(DatasetError, match=r"volume is a ndarray; expected Volume\(array, affine\)"):
         segment(Levels(LEVELS), array, roi_size=(16, 16, 16))
+    with pytest.raises(ConfigError, match="model is a str; expected what load_model gives, or a function"):
+        segment("run", Volume(array, np.eye(4)))
+    with pytest.raises(ConfigError, match="overlapp: there is no such keyword; did you mean overlap"):
+        segment(Levels(LEVELS), Volume(array, np.eye(4)), overlapp=0.5)
     for affine in (np.diag([1.0, 1, 0, 1]), np.full((4, 4), np.nan)):
         with pytest.raises(DatasetError, match="singular affine"):
             segment(Levels(LEVELS), Volume(array, affine), roi_size=(16, 16, 16))

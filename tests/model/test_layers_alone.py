@@ -170,6 +170,8 @@ def test_tokens_that_cannot_be(name, tokens, match):
     layer = LAYERS[name](rngs=nnx.Rngs(0))
     with pytest.raises(mh.ConfigError, match=match):
         layer(jnp.asarray(tokens))
+    with pytest.raises(mh.ConfigError, match="the tokens are a list; expected an array"):
+        layer([[1.0]])
 
 
 def test_slices_that_do_not_divide_the_length():
@@ -184,6 +186,8 @@ def test_slices_that_do_not_divide_the_length():
 def test_sizes_that_cannot_be(name, size):
     with pytest.raises(mh.ConfigError, match=f"{size} is 0; expected 1 or more"):
         LAYERS[name](rngs=nnx.Rngs(0), **{size: 0})
+    with pytest.raises(mh.ConfigError, match=f"{size} is 1.5; expected a whole number"):
+        LAYERS[name](rngs=nnx.Rngs(0), **{size: 1.5})
 
 
 def test_only_the_forward_direction_begins_with_small_steps():

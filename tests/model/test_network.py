@@ -19,6 +19,7 @@ TINY = MODEL_SIZES["MambaHoME_tiny"].model
         ((1, 32, 32, 8, 1), "width is 8.*width to 16"),
         ((1, 16, 16, 16, 1), "one voxel at the deepest stage"),
         ((1, 32, 32, 32, 2), "has 2 channels.*takes 1"),
+        ((0, 32, 32, 32, 1), "expected .batch, depth, height, width, channels"),
         ((32, 32, 32, 1), "expected .batch, depth, height, width, channels"),
     ],
 )
@@ -26,6 +27,33 @@ def test_input_that_cannot_work(shape, match):
     model = nnx.eval_shape(lambda: mh.MambaHoME(TINY, rngs=nnx.Rngs(0)))
     with pytest.raises(mh.ConfigError, match=match):
         model(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        ([[1.0]], "the input is a list; expected an array of JAX or NumPy"),
+        (np.zeros((1, 32, 32, 32, 1), complex), "dtype complex128; expected real numbers"),
+        (np.zeros((1, 32, 32, 32, 1), str), "dtype <U1; expected real numbers"),
+    ],
+)
+def test_input_that_is_no_array_of_numbers(value, match):
+    model = nnx.eval_shape(lambda: mh.MambaHoME(TINY, rngs=nnx.Rngs(0)))
+    with pytest.raises(mh.ConfigError, match=match):
+        model(value)
+
+
+def test_a_network_of_a_size_by_its_long_and_its_short_name():
+    def config(size, **options):
+        return nnx.eval_shape(lambda: mh.MambaHoME.of_size(size, 2, 3, **options)).config
+
+    assert config("tiny") == config("MambaHoME_tiny") == TINY.replace(in_chans=2, out_chans=3)
+    with pytest.raises(mh.ConfigError, match="size is 'huge'; expected one of MambaHoME, MambaHoME_small"):
+        mh.MambaHoME.of_size("huge")
+    with pytest.raises(mh.ConfigError, match="precision is 'half'; expected fp32, tf32, bf16"):
+        config("tiny", precision="half")
+    with pytest.raises(mh.ConfigError, match=r"rngs is a int; expected nnx.Rngs\(seed\)"):
+        config("tiny", rngs=0)
 
 
 def test_any_multiple_of_16():

@@ -20,7 +20,7 @@ def test_preprocess_is_silent_and_returns_paths_and_failures(tmp_path, capsys):
     assert all(result.prepared.image_path(case).is_file() for case in result.prepared.cases)
     assert Store(result.prepared.store).cases == tuple(entry.id for entry in result.entries) == ("a", "c")
     assert mh.preprocess(**flags).kept == ("a", "c")
-    with pytest.raises(mh.ConfigError, match="unexpected keyword argument 'spacings'"):
+    with pytest.raises(mh.ConfigError, match="spacings: there is no such keyword; did you mean spacing"):
         mh.preprocess(input_path="in", output_path="out", spacings=(1, 1, 1))
     with pytest.raises(mh.DatasetError, match="no such folder"):
         mh.preprocess(input_path=tmp_path / "nowhere", output_path=tmp_path / "other")

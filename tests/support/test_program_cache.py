@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mambahome_jax import cli
-from mambahome_jax.support.devices import program_cache
+from mambahome_jax.support.devices import keep_programs, program_cache
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +72,20 @@ def test_without_a_folder_commands_work_all_the_same(place, tmp_path, monkeypatc
     assert cli.run_command("check", [str(tmp_path / "none")], "check") == 2
     assert "Note" not in capsys.readouterr().err
     assert not (tmp_path / "nonexistent").exists() and Path("/dev/null").is_char_device()
+
+
+def test_functions_keep_programs_where_the_user_named_no_other_folder(tmp_path, monkeypatch):
+    import jax
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    named = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert keep_programs() == jax.config.jax_compilation_cache_dir == str(tmp_path / "mambahome/xla")
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+        assert keep_programs() == jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+        assert keep_programs() == "" and jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", named)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mambahome_jax.errors import ConfigError
 from mambahome_jax.recipes import RECIPES
 from mambahome_jax.training.losses import at_all_levels, dice_ce, recipe_loss
 from tests.conftest import load_golden
@@ -72,8 +73,13 @@ def test_reduced_precision_logits_are_summed_in_float32():
 
 
 def test_labels_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="expected"):
-        dice_ce(jnp.zeros((1, 2, 2, 2, 2)), jnp.zeros((1, 2, 2, 2, 1), jnp.int32))
+    logits = jnp.zeros((1, 2, 2, 2, 2))
+    with pytest.raises(ConfigError, match=r"labels have shape \(1, 2, 2, 2, 1\), logits .*; expected \(batch"):
+        dice_ce(logits, jnp.zeros((1, 2, 2, 2, 1), jnp.int32))
+    with pytest.raises(ConfigError, match="labels are float32; expected integers"):
+        dice_ce(logits, jnp.zeros((1, 2, 2, 2)))
+    with pytest.raises(ConfigError, match="labels are a list; expected an array"):
+        dice_ce(logits, [0])
 
 
 def _random(classes=4, batch=2):

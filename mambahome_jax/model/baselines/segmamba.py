@@ -5,7 +5,7 @@ release's versions from March to June 2024, which had no residual around the Mam
 shapes, and would load without a word.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from mambahome_jax.model.layers import FLOAT32, ChannelDropout, Conv3d, Numerics
 from mambahome_jax.model.mamba import BiMamba
 from mambahome_jax.model.network import Network, Stage
 from mambahome_jax.model.norms import instance_norm
+
+if TYPE_CHECKING:
+    from mambahome_jax.keywords import SegMambaShape
 
 LAYER_NORM_EPS = 1e-5
 
@@ -102,7 +105,10 @@ class SegMamba(Network):
         param_dtype=jnp.float32,
         precision: Precision = "fp32",
         metadata: DataProperties | None = None,
-        **shape: Any,
+        **shape: "Unpack[SegMambaShape]",
     ):
-        config, numerics = SegMambaConfig(in_chans, out_chans, **shape), Numerics(param_dtype, precision)
+        config, numerics = (
+            SegMambaConfig(in_chans, out_chans, **cast(dict[str, Any], shape)),
+            Numerics(param_dtype, precision),
+        )
         super().__init__(config, SegMambaEncoder, rngs=rngs, numerics=numerics, metadata=metadata)

@@ -7,7 +7,7 @@ a head, which deep supervision trains.
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from mambahome_kernels.conv3d.api import Size
 from mambahome_jax.config import DataProperties, PlainUNetConfig, Precision, ResEncUNetConfig, Triple, UNetConfig
 from mambahome_jax.model.layers import FLOAT32, HE, LEAKY_SLOPE, ChannelDropout, Conv3d, Numerics, Upsample, remat
 from mambahome_jax.model.network import Network
+
+if TYPE_CHECKING:
+    from mambahome_jax.keywords import PlainUNetShape, ResEncUNetShape
 
 ONE = (1, 1, 1)
 
@@ -213,9 +216,12 @@ class PlainUNet(Network):
         param_dtype=jnp.float32,
         precision: Precision = "fp32",
         metadata: DataProperties | None = None,
-        **shape: Any,
+        **shape: "Unpack[PlainUNetShape]",
     ):
-        config, numerics = PlainUNetConfig(in_chans, out_chans, **shape), Numerics(param_dtype, precision)
+        config, numerics = (
+            PlainUNetConfig(in_chans, out_chans, **cast(dict[str, Any], shape)),
+            Numerics(param_dtype, precision),
+        )
         super().__init__(config, UNetEncoder, UNetDecoder, rngs=rngs, numerics=numerics, metadata=metadata)
 
 
@@ -234,7 +240,10 @@ class ResEncUNet(Network):
         param_dtype=jnp.float32,
         precision: Precision = "fp32",
         metadata: DataProperties | None = None,
-        **shape: Any,
+        **shape: "Unpack[ResEncUNetShape]",
     ):
-        config, numerics = ResEncUNetConfig(in_chans, out_chans, **shape), Numerics(param_dtype, precision)
+        config, numerics = (
+            ResEncUNetConfig(in_chans, out_chans, **cast(dict[str, Any], shape)),
+            Numerics(param_dtype, precision),
+        )
         super().__init__(config, UNetEncoder, UNetDecoder, rngs=rngs, numerics=numerics, metadata=metadata)
