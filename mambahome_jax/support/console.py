@@ -151,6 +151,7 @@ def progress_bar(console: "Console", text: str = "{task.description}", *, disabl
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     columns = (TextColumn(text), BarColumn(bar_width=None), MofNCompleteColumn(), *times)
     # The mean over an hour: a scan may take minutes, and within half of one nothing would be known.
+    disable = disable or console.quiet or console.is_jupyter  # see CellLine
     return bars(console, *columns, disable=disable, speed_estimate_period=3600.0)
 
 
@@ -158,7 +159,7 @@ def tracked(console: "Console", text: str) -> Track:
     """Make what passes results on and shows a bar meanwhile, `text` before it; a line of the cell in a notebook."""
 
     def track(results: Iterable[T], total: int) -> Iterator[T]:
-        with progress_bar(console, text, disable=not total or _in_cell(console)) as progress, CellLine(console) as line:
+        with progress_bar(console, text, disable=not total) as progress, CellLine(console) as line:
             bar, begun = progress.add_task("", total=total), time.monotonic()
             for number, result in enumerate(results, 1):
                 progress.advance(bar)
@@ -172,7 +173,7 @@ def tracked(console: "Console", text: str) -> Track:
 
 def scan_bars(console: "Console") -> tuple[Track, Callable[[int, int], None]]:
     """Make what passes scans on and shows a bar of them, and what takes (windows done, windows in all) of one."""
-    progress, line = progress_bar(console, disable=console.quiet or _in_cell(console)), CellLine(console)
+    progress, line = progress_bar(console), CellLine(console)
     # The first window waits for the compiled network.
     scans, windows = (progress.add_task(name, total=None) for name in ("scans", "compiling"))
 
@@ -195,12 +196,12 @@ class CellLine(contextlib.AbstractContextManager):
     """One line of a notebook's cell that is written anew; nothing elsewhere. Needs no widgets, as rich's bars do."""
 
     def __init__(self, console: "Console"):
-        self._on, self._cell, self._due, self._text = _in_cell(console), None, 0.0, ""
+        self.on, self._cell, self._due, self._text = console.is_jupyter and not console.quiet, None, 0.0, ""
 
     def show(self, text: str) -> None:
         """Show a text in the place of the one before, at most twice a second."""
         self._text = text
-        if self._on and time.monotonic() >= self._due:
+        if self.on and time.monotonic() >= self._due:
             self._write()
 
     def __exit__(self, *_: object) -> None:
@@ -218,10 +219,6 @@ class CellLine(contextlib.AbstractContextManager):
             self._cell.update(content, raw=True)
 
 
-def _in_cell(console: "Console") -> bool:
-    return console.is_jupyter and not console.quiet
-
-
 @contextlib.contextmanager
 def counting(
     progress: bool | Callable[[int, int], None] | None, text: str
@@ -233,7 +230,7 @@ def counting(
     from rich.console import Console
 
     console = Console()
-    with progress_bar(console, disable=_in_cell(console)) as bar, CellLine(console) as line:
+    with progress_bar(console) as bar, CellLine(console) as line:
         task = bar.add_task(text, total=None)
 
         def show(done: int, total: int) -> None:

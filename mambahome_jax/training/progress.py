@@ -26,7 +26,7 @@ from mambahome_jax.datasets.splits import outside_note, outside_split
 from mambahome_jax.datasets.structures import describe_numbering
 from mambahome_jax.errors import OutputError
 from mambahome_jax.flags import TrainConfig
-from mambahome_jax.support.console import bars, command_line, duration, say
+from mambahome_jax.support.console import CellLine, bars, command_line, duration, say
 from mambahome_jax.support.files import atomic_write
 from mambahome_jax.training.curves import NAME as CURVES
 from mambahome_jax.training.curves import Drawn, write_curves
@@ -219,6 +219,7 @@ class Display:
         self._times: deque[float] = deque(maxlen=32)
         self._line_due = 0.0
         self._bar: Progress | None = None
+        self._cell = CellLine(console)
 
     def __enter__(self) -> "Display":
         self._expect(self.start, validated=True)
@@ -235,6 +236,7 @@ class Display:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+        self._cell.__exit__()
 
     def say(self, text: str) -> None:
         """Print lines above the progress."""
@@ -291,6 +293,9 @@ class Display:
             # Drawn ten times a second, not with each step.
             done = self.schedule.done(step)[0]
             self._bar.update(self._task, completed=done, description=f"{'Training':<{_DOING}}", values=values)
+            return
+        if self._cell.on:
+            self._cell.show("  ".join(parts))
             return
         now = time.perf_counter()
         if now >= self._line_due or step == total:

@@ -5,11 +5,12 @@ import os
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 from rich.console import Console
 
-from mambahome_jax.support.console import command_line, logged, say
+from mambahome_jax.support.console import command_line, logged, say, tracked
 
 PRINT = "from mambahome_jax.support.console import protect_output; protect_output(); "
 
@@ -108,3 +109,26 @@ def test_a_command_line_can_be_pasted():
     line = command_line("train", "--data_train", "/a b/it's $HOME", "--steps", "3")
     assert shlex.split(line) == ["mambahome", "train", "--data_train", "/a b/it's $HOME", "--steps", "3"]
     assert command_line("train", "--data_train", "READY") == "mambahome train --data_train READY"
+
+
+def test_in_a_notebook_one_line_of_the_cell_is_written_anew(monkeypatch):
+    shown = []
+
+    class Cell:
+        def update(self, content, raw):
+            shown.append(content["text/plain"])
+
+    def display(content, raw, display_id):
+        shown.append(content["text/plain"])
+        return Cell()
+
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    module = types.ModuleType("IPython.display")
+    module.display = display
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.setattr("mambahome_jax.support.console._CELL_SECONDS", 0.0)
+    console = Console(force_jupyter=True)
+    assert list(tracked(console, "Reading")(iter("abc"), 3)) == ["a", "b", "c"]
+    assert [line.partition(",")[0] for line in shown] == [f"Reading: {n} of 3" for n in (1, 2, 3, 3)]
+    shown.clear()
+    assert list(tracked(Console(quiet=True, force_jupyter=True), "Reading")(iter("abc"), 3)) and not shown
