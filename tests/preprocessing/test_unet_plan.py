@@ -85,7 +85,7 @@ def test_a_plan_is_that_of_nnunet_on_any_machine(model, patch, strides):
     assert " ".join("".join(map(str, stride)) for stride in plan.strides.value) == strides
     assert len(plan.kernel_sizes.value) == len(plan.strides.value) + 1
     assert f"as nnU-Net's planner for {model}" in plan.patch_size.reason
-    for name in ("patch_size", "strides", "kernel_sizes", "batch_size"):
+    for name in ("patch_size", "strides", "kernel_sizes"):
         assert getattr(plan_for(model, machine=Machine()), name) == getattr(plan, name)
     assert make_plan(AMOS, GPU, plan.settings()) == plan
 
