@@ -284,8 +284,9 @@ def with_ingredient_flags(cls: type[T]) -> type[T]:
         recipes: dict[str, list[str]] = defaultdict(list)
         for recipe in RECIPES:
             recipes[default_of(flag, recipe)].append(recipe)
-        defaults = "; ".join(f"{', '.join(names)}: {value}" for value, names in recipes.items())
-        defaults = next(iter(recipes)) if len(recipes) == 1 else defaults
+        rows = sorted(recipes.items(), key=lambda row: len(row[1]))
+        named = [f"{names[0] if len(names) == 1 else 'others'}: {value}" for value, names in rows]
+        defaults = "; ".join(named) if len(rows) > 1 else rows[0][0]
         described = arg(help=field.metadata["help"], help_behavior_hint=f"({defaults})")
         kind: Any = field.type
         cls.__annotations__[flag] = Annotated[kind | None, described]

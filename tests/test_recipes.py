@@ -74,7 +74,7 @@ def test_flags_on_the_command_line():
 
 def test_the_help_tells_each_recipe_s_value():
     said = " ".join(help_text(TrainConfig, "mambahome train", brief=False).split())
-    assert "(published: 0.3; strong, nnunet: 0)" in said
+    assert "(published: 0.3; others: 0)" in said
     assert (
         "(published: 0.0001, MambaHoME_small 0.0003, MambaHoME_tiny 0.002; strong: 0.0003, " in said
         and "; nnunet: 0.01)" in said
