@@ -72,11 +72,6 @@ def other_validation(data):
     write_again(data, "c4", image=Store(data).read_image("c4")[:, ::-1])
 
 
-def fewer_to_validate_on(data):
-    cases = read_prepared(data).cases
-    describe(data, cases=tuple(dataclasses.replace(c, split="test" if c.id == "c4" else c.split) for c in cases))
-
-
 CHANGES = {
     "spacing was [1.0, 1.0, 1.0], now [3.0, 3.0, 4.0]": lambda data: describe(data, spacing=(3.0, 3.0, 4.0)),
     "orientation was RAS, now LPS": lambda data: describe(data, orientation="LPS"),

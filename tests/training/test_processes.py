@@ -12,13 +12,11 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands import train as command
-from mambahome_jax.config import MODEL_SIZES, ModelSize
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.flags import TrainConfig
-from mambahome_jax.training import train as training
 from mambahome_jax.training.distributed import gather, join_processes, launched_as_several, require_same
 from mambahome_jax.weights.checkpoint import read_checkpoint_config
-from tests.commands.test_train import StandIn, _dataset
+from tests.commands.test_train import _dataset, _small  # noqa: F401
 from tests.conftest import ROOT
 
 SETTINGS = {"model": "MambaHoME_tiny", "steps": 6, "val_every": 3, "batch_size": 2}
@@ -27,15 +25,6 @@ SETTINGS = {"model": "MambaHoME_tiny", "steps": 6, "val_every": 3, "batch_size":
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return _dataset(tmp_path_factory.mktemp("processes") / "data", val=("c3", "c4"))
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
-    monkeypatch.setattr(training, "make_network", StandIn)
-    size = MODEL_SIZES["MambaHoME_tiny"]
-    monkeypatch.setitem(
-        MODEL_SIZES, "MambaHoME_tiny", ModelSize(size.model, lr=1e-2, eps=1e-8, strong_lr=1e-2, patch_size=(32, 16, 16))
-    )
 
 
 @pytest.fixture

@@ -5,9 +5,8 @@ import sys
 
 import pytest
 
-from mambahome_jax.config import MODEL_SIZES, ModelSize
 from mambahome_jax.flags import TrainConfig
-from tests.commands.test_train import StandIn
+from tests.commands.test_train import small_networks
 from tests.training.stand_in import steps_take
 
 
@@ -15,18 +14,9 @@ def train_fold(flags: TrainConfig, started: float) -> None:
     """A fold in a process of its own, which leaves behind which GPU it was given."""
     from mambahome_jax.training.side_by_side import train_fold_quietly
 
-    use_small_network()
+    small_networks(pytest.MonkeyPatch())
     (flags.output_dir / f"gpu_of_{flags.fold}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
     train_fold_quietly(flags, started)
-
-
-def use_small_network() -> None:
-    from mambahome_jax.training import train as training
-
-    training.make_network = StandIn
-    MODEL_SIZES["MambaHoME_tiny"] = ModelSize(
-        MODEL_SIZES["MambaHoME_tiny"].model, lr=1e-2, eps=1e-8, strong_lr=1e-2, patch_size=(32, 16, 16)
-    )
 
 
 def main() -> int:
@@ -37,7 +27,7 @@ def main() -> int:
     from mambahome_jax.cli import run_command
     from mambahome_jax.training import train as training
 
-    use_small_network()
+    small_networks(pytest.MonkeyPatch())
     if "STEPS_TAKE" in os.environ:
         steps_take(pytest.MonkeyPatch(), float(os.environ["STEPS_TAKE"]))
     put, count = training.put_batch, [0]
