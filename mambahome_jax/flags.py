@@ -199,8 +199,7 @@ class TrainConfig:
     _SCHEDULE: ClassVar = "Schedule, validation and checkpoints"
 
     minutes_from: Literal["start", "first_step"] = "start"
-    """What begins --max_minutes: the start of the program, the scores of the cases held out included; or the first step
-    of each network, and neither compiling before nor the scores after it take anything of them."""
+    """What begins --max_minutes: the program; or the first step of each network, without the scores at the end."""
     skip_val: int = 1
     """Epochs between validations."""
     val_every: int | None = None
@@ -227,7 +226,7 @@ class TrainConfig:
     """Cross-validation: so many networks, in fold_0, fold_1, ..., each trained without a part of the patients, on which
     it is scored; all scores are in cross_validation/. Time and steps as of --members."""
     fold_seed: int | None = None
-    """Seed of the division into folds, so that networks of several seeds hold out the same cases (default: --seed)."""
+    """Seed of the division into folds (default: --seed)."""
     fold: int | None = None
     """Train this fold of --folds alone, counted from 0, as on another machine with the same --output_dir."""
     parallel: bool = True
@@ -257,7 +256,6 @@ class TrainConfig:
 @dataclass(frozen=True)
 class DuelConfig:
     """Train several networks under the same conditions, score them on the same cases, and say which differences stand.
-
     A duel that was stopped goes on with the same command line; more contestants and seeds may join it."""
 
     folder: Positional[Annotated[Path, arg(metavar="FOLDER")]]

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 from mambahome_jax.config import MODEL_SIZES, Triple, spaced
 from mambahome_jax.datasets.prepared import Prepared, detect, read_prepared, usable_cases
@@ -142,5 +142,6 @@ def _value(name: str, text: str, word: str) -> Any:
             marks = (tyro.conf.FlagConversionOff,)
             return getattr(tyro.cli(alone, args=words, use_underscores=True, config=marks), name)
     except SystemExit as error:
-        expected = f"a value of --{name}, see mambahome train --help"
+        choices = ", ".join(each for each in get_args(kinds[name]) if isinstance(each, str))
+        expected = f"one of {choices}" if choices else f"a value of --{name}, see mambahome train --help"
         raise ConfigError(f"--against {word}: {name} is {text!r}; expected {expected}") from error

@@ -178,7 +178,8 @@ def test_one_stopped_by_a_signal_goes_on_to_the_same_scores(finished, data, copi
     [
         ({"against": ()}, "--against names nobody"),
         ({"against": ("UNETR",)}, r"--against UNETR; expected a network \(MambaHoME, .*SegMamba.* such as mixer=conv"),
-        ({"against": ("mixer=lstm",)}, "--against mixer=lstm: mixer is 'lstm'; expected a value of --mixer"),
+        ({"against": ("mixer=lstm",)}, "--against mixer=lstm: mixer is 'lstm'; expected one of scan, conv, none"),
+        ({"against": ("lr=fast",)}, "--against lr=fast: lr is 'fast'; expected a value of --lr, see mambahome train"),
         ({"against": ("mixer=conv,seed=3",)}, "--seed is the same for all contestants"),
         ({"against": ("mixer=conv", "mixer=conv")}, "mixer=conv takes part twice"),
         ({"against": ("MambaHoME_tiny",)}, "MambaHoME_tiny takes part twice"),
