@@ -76,9 +76,9 @@ class AugmentationConfig:
     scale come each by itself with `affine_probability`, not together.
     """
 
-    zoom_probability: float = ingredient(0.3, "Published zoom in, by 1.3 to 1.5.", PART)
+    zoom_probability: float = ingredient(0.3, "Zoom in by 1.3 to 1.5.", PART)
     zoom_range: tuple[float, float] = (1.3, 1.5)
-    rotate90_probability: float = ingredient(0.1, "Published quarter turns in the plane of the first two axes.", PART)
+    rotate90_probability: float = ingredient(0.1, "Quarter turns in the plane of the first two axes.", PART)
     shift_probability: float = 0.2
     shift_range: float = 0.1
     smooth_probability: float = 0.2
@@ -128,7 +128,7 @@ class Recipe:
     batch_dice: bool = ingredient(False, "Dice of a whole batch, not of each patch.")
     positive_fraction: float = ingredient(0.75, "Share of patches centred on a structure.", PART)
     class_balanced: bool = ingredient(False, "Draw the centres of foreground patches by class, not by voxel.")
-    augment: bool = ingredient(True, "Augmentation as a whole, the published operations included.")
+    augment: bool = ingredient(True, "Augmentation as a whole.")
     mirror: tuple[MirrorAxis, ...] = ingredient(("none",), "Axes to mirror along, swapping labels of pairs.")
     augmentation: AugmentationConfig = AugmentationConfig()
 
