@@ -25,6 +25,7 @@ from mambahome_jax.evaluation.systems import compare_systems
 from mambahome_jax.flags import DuelConfig, TrainConfig
 from mambahome_jax.recipes import as_typed
 from mambahome_jax.reporting.duel import Cost, Standing, render_duel, verdicts
+from mambahome_jax.reporting.report import without_folders
 from mambahome_jax.support.console import command_line, protect_output, say
 from mambahome_jax.support.devices import visible_gpus
 from mambahome_jax.support.files import jsonable, read_json, write_json, write_text
@@ -316,7 +317,8 @@ def _write(
     said = verdicts(standings)
     cases = len({row.case for scores in standings[0].seeds for row in scores})
     lead = f"{len(standings)} networks, {cases} cases held out, {config.seeds} seed{'s' * (config.seeds != 1)}."
-    page = render_duel(standings, [*failures.items()], lead)
+    told = [(what, without_folders(reason, [output, config.folder])) for what, reason in failures.items()]
+    page = render_duel(standings, told, lead)
     write_text(output / PAGE, page, "--output_dir")
     ended = {"status": "finished", "exit_code": code, "verdicts": said, "failures": failures}
     write_json(output / DUEL, {**record, "contestants": contestants, **ended}, "--output_dir")

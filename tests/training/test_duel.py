@@ -137,15 +137,17 @@ def test_a_finished_duel_trains_nothing(finished, data, copied):
 
 
 def test_others_and_more_seeds_may_join_and_who_fails_is_told(finished, data, copied):
-    trainer = Trainer(dict.fromkeys(range(4), (2, "no room on the device")) | {1: (1, "")})
+    refused = (2, f"{copied}/weights.pth: no room on the device")
+    trainer = Trainer(dict.fromkeys(range(4), refused) | {1: (1, "")})
     more = config(data, copied, folds=2, against=("eps=0.01", "lr=0.001"), seeds=2)
     result = run_duel(more, QUIET, trainer)
     trained = [(flags.eps, flags.lr, flags.seed, flags.fold_seed) for flags in trainer.flags]
     assert trained == [(0.01, None, 0, 0), (None, None, 1, 0), (0.01, None, 1, 0), (None, 0.001, 1, 0)]
     assert result.exit_code == 1 and [one.name for one in result.standings] == ["MambaHoME_tiny", "lr=0.001"]
-    assert result.failures["eps=0.01, seed 0"] == "no room on the device"
+    assert result.failures["eps=0.01, seed 0"] == refused[1]
     assert result.failures["MambaHoME_tiny, seed 1"] == "fold_0: not begun; fold_1: not begun"
-    assert "no room on the device" in result.report.read_text()
+    page = result.report.read_text()
+    assert "weights.pth: no room on the device" in page and str(copied.parent) not in page
     assert [*content(copied)["contestants"]] == ["MambaHoME_tiny", "lr=0.001", "eps=0.01"]
 
 
