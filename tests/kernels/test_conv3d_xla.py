@@ -81,18 +81,15 @@ def test_conv3d_is_the_definition(backend, size, stride, padding, x64):
 @pytest.mark.parametrize(("size", "stride"), [(3, 1), (7, 2), (2, 2), (1, 1)])
 @pytest.mark.parametrize("shape", [(1, 8, 8, 8, 4), (1, 16, 16, 16, 8)])
 def test_a_number_is_that_of_each_axis_to_the_bit(size, stride, shape):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    kernel = jnp.asarray(rng.normal(size=(size, size, size, shape[-1], 8)), jnp.float32)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    kernel = jax.ShapeDtypeStruct((size, size, size, shape[-1], 8), jnp.float32)
     pad = 0 if size == 2 else size // 2
 
     def program(stride, pad):
-        return jax.jit(jax.grad(lambda x, k: jnp.sum(conv3d(x, k, stride, pad, precision=HIGHEST) ** 2), (0, 1)))
+        run = jax.jit(jax.grad(lambda x, k: jnp.sum(conv3d(x, k, stride, pad, precision=HIGHEST) ** 2), (0, 1)))
+        return run.lower(x, kernel).as_text()
 
-    one, three = program(stride, pad), program((stride,) * 3, (pad,) * 3)
-    assert one.lower(x, kernel).as_text() == three.lower(x, kernel).as_text()
-    for a, b in zip(one(x, kernel), three(x, kernel), strict=True):
-        assert np.array_equal(a, b)
+    assert program(stride, pad) == program((stride,) * 3, (pad,) * 3)
 
 
 @pytest.mark.parametrize("size", [(3, 3, 1), (1, 3, 3), (7, 7, 3), (2, 2, 1), (1, 2, 2)])

@@ -99,15 +99,20 @@ def _check_xla_is_reference(inputs, softplus):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9 * float(jnp.abs(b).max()))
 
 
+SIZES = [(1, 1, 3, 16), (2, 7, 5, 3), (2, 65, 8, 16), (1, 1023, 6, 16), (3, 1025, 4, 5), (1, 2500, 70, 16)]
+
+
 @pytest.mark.parametrize(
-    ("batch", "length", "d_inner", "d_state"),
-    [(1, 1, 3, 16), (2, 7, 5, 3), (2, 65, 8, 16), (1, 1023, 6, 16), (3, 1025, 4, 5), (1, 2500, 70, 16)],
+    ("size", "softplus", "extras"),
+    [(size, True, True) for size in SIZES]
+    + [(size, *flags) for size in SIZES[2:4] for flags in ((True, False), (False, True), (False, False))],
 )
-@pytest.mark.parametrize("softplus", [True, False])
-@pytest.mark.parametrize("extras", [True, False])
-def test_xla_is_reference(batch, length, d_inner, d_state, softplus, extras, x64):
-    """Every output and gradient, the last and initial state's included, at lengths that fit no chunk."""
-    _check_xla_is_reference(_random(length, batch, length, d_inner, d_state, extras=extras), softplus)
+def test_xla_is_reference(size, softplus, extras, x64):
+    """Every output and gradient, the last and initial state's included, at lengths that fit no chunk.
+
+    size: batch, length, d_inner, d_state.
+    """
+    _check_xla_is_reference(_random(size[1], *size, extras=extras), softplus)
 
 
 @pytest.mark.parametrize("softplus", [True, False])
