@@ -34,9 +34,11 @@ from .preprocessing.dataset import Preprocessed as Preprocessed, preprocess as p
 from .preprocessing.examine import Checked as Checked, check as check
 from .preprocessing.plan_folder import FolderPlan as FolderPlan, plan as plan
 from .reporting.report import Reported as Reported, report as report
+from .training.callbacks import Callback as Callback
 from .training.disk import Cleaned as Cleaned, clean as clean
 from .training.duel import DuelResult as DuelResult, duel as duel
 from .training.losses import dice_ce as dice_ce
 from .training.runs import TrainResult as TrainResult, train as train
+from .training.validation import Validation as Validation
 from .version import __version__ as __version__
 from .weights.weights import export_official as export_official, load_model as load_model

@@ -42,6 +42,8 @@ Numbers = Annotated[
     Precision | None, arg(help="Matrix products and convolutions (default: bf16 on a GPU, fp32 on a CPU).")
 ]
 
+TrackerName = Literal["wandb", "mlflow"]
+
 
 @dataclass(frozen=True)
 class CheckConfig:
@@ -235,6 +237,8 @@ class TrainConfig:
     """Devices to use in each process (default: all)."""
     strategy: Strategy = "ddp"
     """ddp: parameters on every device; fsdp: parameters and optimizer state split over the devices."""
+    tracker: UseAppendAction[Annotated[tuple[TrackerName, ...], arg(metavar="wandb|mlflow")]] = ()
+    """Log there too; give it once for each."""
     coordinator_address: str | None = None
     """Several processes: host:port of the first (default: asked of SLURM or Open MPI); see docs/how-to/clusters.md."""
     num_processes: int | None = None

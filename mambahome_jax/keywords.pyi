@@ -87,6 +87,7 @@ class TrainFlags(TypedDict, total=False):
     parallel: bool
     num_devices: int | None
     strategy: Strategy
+    tracker: Sequence[Literal["wandb", "mlflow"]]
     coordinator_address: str | None
     num_processes: int | None
     process_id: int | None

@@ -19,7 +19,7 @@ from mambahome_jax.training.setup import Setup
 # Flags that say how a run was started; it may be another way of starting that finds it finished.
 _OF_THE_START = {
     *("resume", "load_checkpoint", "output_dir", "checkpoint_name", "given"),
-    *("coordinator_address", "num_processes", "process_id"),
+    *("coordinator_address", "num_processes", "process_id", "tracker"),
 }
 
 

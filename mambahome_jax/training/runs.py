@@ -30,6 +30,7 @@ from mambahome_jax.support.files import jsonable
 from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import local_path, require_letters
+from mambahome_jax.training.callbacks import Callback, make_trackers
 from mambahome_jax.training.checkpoints import checkpoint_settings, holds_run, require_same_run
 from mambahome_jax.training.distributed import gather, is_first, require_same
 from mambahome_jax.training.folds import (
@@ -106,24 +107,35 @@ class TrainResult:
 
 
 @shows_keywords(TrainConfig)
-def train(*, progress: bool = False, **flags: "Unpack[TrainFlags]") -> TrainResult:
+def train(*, progress: bool = False, callbacks: Sequence[Callback] = (), **flags: "Unpack[TrainFlags]") -> TrainResult:
     """Train as `mambahome train` does, silently; keywords are its flags.
+
+    Args:
+        progress: show lines and a bar.
+        callbacks: told of start, steps, validations and end of each network, see `Callback`.
 
     Raises:
         ConfigError, DatasetError, CheckpointError, OutputError: before anything is trained.
         TrainingError: loss, gradient or update was no longer finite; the checkpoints before it are kept.
     """
-    result = run_training(from_keywords(TrainConfig, flags), Console(quiet=not progress))
+    result = run_training(from_keywords(TrainConfig, flags), Console(quiet=not progress), callbacks=callbacks)
     for network in result.networks or (result,):
         if network.exit_code == 1 and network.status != "finished":
             raise TrainingError(network.status)
     return result
 
 
-def run_training(flags: TrainConfig, console: Console, started: float | None = None, at_once: int = 1) -> TrainResult:
+def run_training(
+    flags: TrainConfig,
+    console: Console,
+    started: float | None = None,
+    at_once: int = 1,
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
     """Train as `flags` say and tell `console` of it. started: time.monotonic() at the start of the program.
 
-    at_once: see `networks_of`. Raises MambaHomeError before anything is trained.
+    at_once: see `networks_of`. callbacks: told of the training besides those of --tracker. Raises MambaHomeError
+    before anything is trained.
     """
     plan = planned_settings(flags)
     given, flags = flags, follow_plan(flags, plan.settings, plan.machine)
@@ -133,7 +145,8 @@ def run_training(flags: TrainConfig, console: Console, started: float | None = N
     clock = Clock(started or time.monotonic(), seconds, from_first_step=flags.minutes_from == "first_step")
     settings = {name: setting for name, setting in plan.settings.items() if name not in given_ingredients(given)}
     fixed = frozenset(name for name in SIZES if is_given(given, name))
-    return Training(flags, folder, console, clock, settings, first, fixed, at_once=at_once).run()
+    callbacks = (*callbacks, *make_trackers(flags.tracker, functools.partial(say, console)))
+    return Training(flags, folder, console, clock, settings, first, fixed, at_once=at_once, callbacks=callbacks).run()
 
 
 def run_folder(flags: TrainConfig) -> Path:
@@ -159,6 +172,7 @@ class Training:
     sizes: Mapping[str, Any] = field(default_factory=dict)
     programs: Programs = field(default_factory=dict)
     at_once: int = 1
+    callbacks: Sequence[Callback] = ()
 
     @functools.cached_property
     def data(self) -> "Data":
@@ -215,14 +229,14 @@ class Training:
                 return TrainResult.from_report(folder, earlier)
             started = time.perf_counter()
             run, report = self._train_fitting(folder, setup, make, devices, clock, checkpoint, earlier)
-            status, code = "finished", int(bool(self.data.skipped or run.failures))
+            code = int(bool(self.data.skipped or run.failures))
             if run.error is not None:
                 self.say(f"Error: {run.error}")
-                status, code = run.error, 1
+                code = 1
             elif run.signal is not None:
-                status, code = "stopped by a signal", SIGNALLED + run.signal
+                code = SIGNALLED + run.signal
             report |= {
-                "status": status,
+                "status": run.status,
                 "exit_code": code,
                 "seconds": round(earlier.get("seconds", 0.0) + time.perf_counter() - started, 3),
                 "step": run.step,
@@ -270,8 +284,8 @@ class Training:
             try:
                 try:
                     with device_memory_errors():
-                        programs, console = self.programs, self.console
-                        run = train_network(setup, folder, checkpoint, devices, clock, programs, console, begin)
+                        shared = (self.programs, self.console, begin, self.callbacks)
+                        run = train_network(setup, folder, checkpoint, devices, clock, *shared)
                     local = [device for device in devices if device.process_index == jax.process_index()]
                     memory = memory_entry(setup, run.memory, local) if run.memory else earlier.get("memory")
                     return run, {"compile_seconds": run.compile_seconds} | report | {"memory": memory}

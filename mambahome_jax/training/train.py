@@ -24,6 +24,7 @@ from mambahome_jax.patches.store import Store
 from mambahome_jax.recipes import AugmentationConfig
 from mambahome_jax.support.console import duration, say
 from mambahome_jax.support.processes import fitting_workers
+from mambahome_jax.training.callbacks import Callback, Followed
 from mambahome_jax.training.checkpoints import CheckpointWriter, checkpoint_settings, recorded_cases, restore_state
 from mambahome_jax.training.disk import require_disk, shared_batch_bytes
 from mambahome_jax.training.distributed import (
@@ -38,15 +39,10 @@ from mambahome_jax.training.distributed import (
 from mambahome_jax.training.held_out import FOLDER as VALIDATION
 from mambahome_jax.training.held_out import forget_scores, score_held_out
 from mambahome_jax.training.losses import DeepSupervision, recipe_loss
-from mambahome_jax.training.memory import (
-    StepMemory,
-    device_memory_errors,
-    require_fit,
-    step_memory,
-)
+from mambahome_jax.training.memory import StepMemory, device_memory_errors, require_fit, step_memory
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.pretrained import Transfer, transfer
-from mambahome_jax.training.progress import Display, FileLog, MetricsLog, dice_table
+from mambahome_jax.training.progress import Display, MetricsLog, dice_table
 from mambahome_jax.training.schedule import Clock, Due, Schedule
 from mambahome_jax.training.setup import Setup
 from mambahome_jax.training.step import (
@@ -88,6 +84,7 @@ def train_network(
     programs: Programs,
     console: Console,
     begin: Callable[[Schedule, int, Transfer | None], None],
+    callbacks: Sequence[Callback] = (),
 ) -> "TrainingRun":
     """Train one network in `folder`; how far it came, and what stopped it, is in the result.
 
@@ -143,10 +140,9 @@ def train_network(
             keeps_best=flags.folds is None,
         )
         if is_first():
-            structures = tuple(setup.structures.values()) if setup.val_cases else ()
             if earlier is None:
                 forget_scores(folder / VALIDATION)
-            run.log = stack.enter_context(FileLog(folder, run.step, display.say, structures))
+            run.log = stack.enter_context(Followed(folder, setup, run.step, display.say, callbacks, lambda: run.status))
         try:
             train(state, batches, train_step, run)
         except TrainingError as error:
@@ -372,6 +368,11 @@ class TrainingRun:
     def resumed(cls, config: Mapping[str, Any], **parts: Any) -> "TrainingRun":
         """A run that goes on from the checkpoint with this config.json; a new one where that is empty."""
         return cls(**parts, **{name: config[name] for name in ("step", "best", "validated_until") if name in config})
+
+    @property
+    def status(self) -> str:
+        """How it ended, if it has ended."""
+        return self.error or ("finished" if self.signal is None else "stopped by a signal")
 
     def fetch(self, batches: Iterator) -> Batch | None:
         """Start the transfer of the next batch; None where the run is to stop, also since this was called."""

@@ -24,11 +24,21 @@ def test_train_is_a_function_without_a_console(tmp_path, capsys):
         "optimizer": "SGD",
         "output_dir": tmp_path / "run",
     }
-    result = mh.train(**flags)
+    ended = []
+
+    class Last(mh.Callback):
+        def validation(self, step, validation):
+            ended.append((step, validation.dice))
+
+        def end(self, status):
+            ended.append(status)
+
+    result = mh.train(**flags, callbacks=[Last()])
     assert capsys.readouterr() == ("", "")
     assert (result.status, result.exit_code, result.step) == ("finished", 0, 1)
     assert result.best == tmp_path / "run/checkpoints/best" and result.best.is_dir()
     assert list(result.structures) == ["box"] and result.dice == result.structures["box"] and not result.failures
+    assert ended == [(1, result.dice), "finished"]
     with pytest.raises(mh.ConfigError, match="holds a run already"):
         mh.train(**flags)
     with pytest.raises(mh.TrainingError, match="cases of this batch"):

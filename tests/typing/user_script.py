@@ -44,6 +44,14 @@ tokens: jax.Array = experts[0](layers[0](np.zeros((1, 64, 32), np.float32)))
 sizes: list[str] = [*mh.MODEL_SIZES]
 
 
+class Printed(mh.Callback):
+    def validation(self, step: int, validation: mh.Validation) -> None:
+        print(step, validation.dice, dict(validation.structures))
+
+
+mh.train(data_train="prepared", tracker=["wandb"], callbacks=[Printed()])
+
+
 @nnx.jit
 def step(model: mh.MambaHoME, image: jax.Array, target: jax.Array) -> jax.Array:
     return mh.dice_ce(model(image), target)
