@@ -1,12 +1,56 @@
-"""Named backends of an operation: one that is asked for by name works, or says why not."""
+"""Named backends of an operation: one that is asked for works, or says why not; and what they are traced for."""
 
+import contextlib
+import contextvars
 import importlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 _OLDEST_JAX = (0, 11)  # whose Pallas has what the mosaic_gpu backends are written in
+
+
+class Target(NamedTuple):
+    """The platform of an exported program, and the batch for which it is planned where its own is symbolic."""
+
+    platform: str
+    batch: int
+
+
+_TARGET: contextvars.ContextVar[Target | None] = contextvars.ContextVar("target", default=None)
+
+
+@contextlib.contextmanager
+def exporting(platform: str, batch: int) -> Iterator[None]:
+    """Trace for a platform of `jax.default_backend` that need not be here: "cpu", "gpu" or "tpu"."""
+    token = _TARGET.set(Target(platform, batch))
+    try:
+        yield
+    finally:
+        _TARGET.reset(token)
+
+
+def platform() -> str:
+    """That of the program to export, else of the default device."""
+    target = _TARGET.get()
+    return jax.default_backend() if target is None else target.platform
+
+
+def planned_batch(batch: int) -> int:
+    """The batch as a number: of a symbolic one, that for which the program is planned."""
+    target = _TARGET.get()
+    return batch if target is None or isinstance(batch, int) else target.batch
+
+
+def why_not_exported() -> str | None:
+    """Why a Pallas kernel cannot be part of the program to export; None where none is exported."""
+    target = _TARGET.get()
+    if target is None:
+        return None
+    if target.platform != "gpu":
+        return f"it needs an NVIDIA GPU, and the program is for a {target.platform}"
+    return "it is made for one batch on the GPU at hand, and an exported program takes any batch on any GPU"
 
 
 class Unsupported(ValueError):
@@ -29,6 +73,8 @@ class Backends:
         return importlib.import_module(self._modules[name]).BACKEND
 
     def why_not(self, name: str, *arguments: Any) -> str | None:
+        if name == "mosaic_gpu" and (reason := why_not_exported()):
+            return reason
         if name == "mosaic_gpu" and jax.__version_info__ < _OLDEST_JAX:
             return f"it needs JAX {'.'.join(map(str, _OLDEST_JAX))} or newer, and this is {jax.__version__}"
         try:

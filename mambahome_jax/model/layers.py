@@ -16,6 +16,7 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from mambahome_kernels import conv3d
+from mambahome_kernels.backends import platform
 from mambahome_kernels.conv3d.api import Size, each_axis
 
 from mambahome_jax.config import Precision
@@ -102,7 +103,7 @@ def remat(everything: bool, module: nnx.Module, *arrays: jax.Array) -> jax.Array
     """
     if everything:
         return nnx.remat(_call)(module, *arrays)
-    if jax.default_backend() != "gpu":
+    if platform() != "gpu":
         return _call(module, *arrays)
     policy = jax.checkpoint_policies.save_only_these_names(_KEPT, *_KEPT_BY_KERNELS)
     return nnx.remat(_call, policy=policy)(module, *arrays)
@@ -203,7 +204,7 @@ class Conv3d(nnx.Module):
     def __call__(self, *parts: jax.Array) -> jax.Array:
         """Convolve `parts`, whose channels lie side by side; a GPU adds up their convolutions and joins nothing."""
         kernel = self.kernel[...].astype(parts[0].dtype)
-        if len(parts) > 1 and jax.default_backend() != "gpu":
+        if len(parts) > 1 and platform() != "gpu":
             parts = (jnp.concatenate(parts, -1),)
         ends = np.cumsum([part.shape[-1] for part in parts])
         kernels = jnp.split(kernel, ends[:-1], axis=3)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from mambahome_kernels.backends import planned_batch, platform
 from mambahome_kernels.conv3d.api import Backend, Geometry
 
 Product = Callable[[jax.Array, jax.Array], jax.Array]
@@ -25,9 +26,9 @@ _TF32_BITS = np.uint32(0xFFFFE000)  # sign, exponent and the ten bits of TF32's 
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry, precision: lax.Precision | None) -> jax.Array:
-    if jax.default_backend() == "cpu" and x.dtype == jnp.float32 and precision == lax.Precision.HIGHEST:
+    if platform() == "cpu" and x.dtype == jnp.float32 and precision == lax.Precision.HIGHEST:
         outputs = geometry.output_grid(x.shape[1:4])
-        if x.shape[0] * math.prod(outputs) * kernel.size <= _FEW_PRODUCTS:
+        if planned_batch(x.shape[0]) * math.prod(outputs) * kernel.size <= _FEW_PRODUCTS:
             return _in_float64(geometry, x, kernel)
     return _in_own_dtype(x, kernel, geometry, precision)
 
@@ -35,7 +36,7 @@ def _convolve(x: jax.Array, kernel: jax.Array, geometry: Geometry, precision: la
 def _in_own_dtype(x: jax.Array, kernel: jax.Array, geometry: Geometry, precision: lax.Precision | None) -> jax.Array:
     if geometry.is_patches:
         return _multiply_patches(x, kernel, precision)
-    if jax.default_backend() == "cpu" and (math.prod(x.shape[1:4]) > _SMALL_GRID or x.dtype == jnp.float64):
+    if platform() == "cpu" and (math.prod(x.shape[1:4]) > _SMALL_GRID or x.dtype == jnp.float64):
         by = _by_depths if geometry.stride == (1, 1, 1) else _by_slices
         return by(x, kernel, geometry, precision)
     product = functools.partial(
@@ -44,7 +45,7 @@ def _in_own_dtype(x: jax.Array, kernel: jax.Array, geometry: Geometry, precision
         padding=geometry.pads,
         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
     )
-    if precision == lax.Precision.HIGHEST and x.dtype == jnp.float32 and jax.default_backend() == "gpu":
+    if precision == lax.Precision.HIGHEST and x.dtype == jnp.float32 and platform() == "gpu":
         return product_3xtf32(product, x, kernel)  # cuDNN's convolutions without tensor cores take twice as long
     return product(x, kernel, precision=precision)
 

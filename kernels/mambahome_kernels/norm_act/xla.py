@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from mambahome_kernels.backends import platform
 from mambahome_kernels.norm_act.api import Affine, Backend
 
 _SPACE = (1, 2, 3)
@@ -74,7 +75,7 @@ class _Statistics(NamedTuple):
 @contextlib.contextmanager
 def _wide_types(x: jax.Array) -> Iterator[Any]:
     """The type to compute in: float32 for less, and float64 for float32 on a CPU, also where JAX x64 is off."""
-    if x.dtype == jnp.float32 and jax.default_backend() == "cpu":
+    if x.dtype == jnp.float32 and platform() == "cpu":
         with jax.enable_x64(True):
             yield jnp.float64
     else:

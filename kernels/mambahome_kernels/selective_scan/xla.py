@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mambahome_kernels.backends import planned_batch, platform
 from mambahome_kernels.selective_scan.api import Backend, ScanInputs
 from mambahome_kernels.selective_scan.reference import cast_gradients, discretise, first_state, gate, state_dtype
 
@@ -59,8 +60,8 @@ def _plan(batch: int, length: int, d_inner: int, d_state: int) -> _Plan:
 
     A segment is at least 2 d_state steps, so that the saved segment starts stay below half of an input array.
     """
-    target = _CPU_STATE if jax.default_backend() == "cpu" else _GPU_STATE
-    chunks = max(1, min(target // max(1, batch * d_inner * d_state), length // (4 * d_state)))
+    target = _CPU_STATE if platform() == "cpu" else _GPU_STATE
+    chunks = max(1, min(target // max(1, planned_batch(batch) * d_inner * d_state), length // (4 * d_state)))
     if chunks > 1:
         chunks = 1 << (chunks.bit_length() - 1)
     steps = math.ceil(length / chunks)
@@ -310,8 +311,10 @@ def _pull_back(inputs: ScanInputs, data: _Chunked, t, g, states, k, sums, delta_
 
 
 def is_short(inputs: ScanInputs) -> bool:
-    """Whether this is the faster way on the default device."""
-    return jax.default_backend() != "cpu" and inputs.x.size * inputs.A.shape[1] <= _FEW_STATES
+    """Whether this is the faster way on the device."""
+    batch, length, d_inner = inputs.x.shape
+    states = planned_batch(batch) * length * d_inner * inputs.A.shape[1]
+    return platform() != "cpu" and states <= _FEW_STATES
 
 
 def short_forward(inputs: ScanInputs, softplus: bool) -> tuple[jax.Array, jax.Array]:
