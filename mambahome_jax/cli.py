@@ -31,6 +31,7 @@ COMMANDS = {
     "report": "Write an HTML page about an evaluation",
     "duel": "Train networks under the same conditions, and compare them",
     "convert": "Convert weights: .pth, .npz, .safetensors, a checkpoint folder",
+    "export": "Write a model as one file for deployment",
     "clean": "List and remove what runs and killed commands left on the disk",
     "demo": "See the whole way work on synthetic scans, in a few minutes",
 }

@@ -29,6 +29,7 @@ ModelName = Literal[
     "ResEncUNet_XL",
 ]
 Precision = Literal["fp32", "tf32", "bf16"]
+Platform = Literal["cpu", "cuda", "tpu"]  # that programs are exported for
 Strategy = Literal["ddp", "fsdp"]
 Mixer = Literal["scan", "conv", "none"]  # what a MambaHoME block has in the place of Mamba
 ExpertLayer = Literal["home", "level1", "ffn"]  # and in the place of HoME
@@ -43,6 +44,7 @@ Mirror = tuple[int, Pairs]  # an axis of the array, and the label values that tr
 MirrorPairs = tuple[tuple[str, Pairs], ...]  # the same of anatomical axes
 Contents = tuple[tuple[str, ...], ...]  # for each scan its digests, see imaging.intensity.voxel_digest
 
+PUBLISHED_ROI: Triple = (192, 192, 48)  # the window of the published inference script
 # Far more than any network has: building a larger one would never end.
 _PARTS, _CHANNELS = count_up_to(1000), count_up_to(1 << 16)
 _STAGES = "four positive integers, one a stage of the encoder"

@@ -17,6 +17,7 @@ from mambahome_jax.config import (
     Modality,
     ModelConfig,
     ModelName,
+    Platform,
     Precision,
     Resampling,
     Strategy,
@@ -292,9 +293,9 @@ class InferConfig:
     """A scan (.nii.gz, .nii, .mha, .mhd, .nrrd), a folder of DICOM slices, or a folder of such scans, also in
     subfolders such as <patient>/<study>/<series>."""
     model_path: Path | tuple[Path, ...]
-    """A run, a checkpoint folder (RUN/checkpoints/best), published weights (.pth, .npz, .safetensors), or a model
-    folder of nnU-Net v2. Several, or a run of --folds or --members, are an ensemble: the mean of their softmax
-    probabilities."""
+    """A run, a checkpoint folder (RUN/checkpoints/best), published weights (.pth, .npz, .safetensors), a model folder
+    of nnU-Net v2, or what export wrote (.mh). Several, or a run of --folds or --members, are an ensemble: the mean of
+    their softmax probabilities."""
     output_dir: Path = Path("inference")
     """Folder for the label maps, previews, volumes.csv and run.json."""
     split: Literal["auto", "all", "train", "val", "test"] = "auto"
@@ -405,6 +406,33 @@ class ConvertConfig:
     """File or folder to write."""
     overwrite: bool = False
     """Replace what is at DESTINATION."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a model as one file for deployment: programs for each platform, weights, and how scans are prepared.
+
+    infer --model_path takes it without flax and without the networks' code.
+    """
+
+    model: Positional[Annotated[Path, arg(metavar="MODEL")]]
+    """What infer takes as --model_path: a run, also one of several networks, a checkpoint folder, weights, or a model
+    folder of nnU-Net v2."""
+    destination: Positional[Annotated[Path, arg(metavar="FILE.mh")]]
+    """File to write."""
+    platforms: tuple[Platform, ...] = ("cpu", "cuda")
+    """Platforms to write programs for; none of them has to be here."""
+    roi_size: tuple[int, int, int] | None = None
+    """Window in voxels, which is fixed then (default: as infer takes it of MODEL)."""
+    precision: Annotated[
+        Precision | None, arg(help="Matrix products and convolutions (default: bf16 for cuda, fp32 for others).")
+    ] = None
+    modality: Modality | None = None
+    """How intensities are normalised (default: as in training)."""
+    spacing: tuple[float, float, float] | None = None
+    """Voxel size in mm at which the network works (default: as it was trained)."""
+    overwrite: bool = False
+    """Replace FILE.mh."""
 
 
 @dataclass(frozen=True)

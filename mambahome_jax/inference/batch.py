@@ -1,7 +1,6 @@
 """infer without a console: find scans, read ahead, segment, write results, and report on the run."""
 
 import importlib.util
-import math
 import re
 import time
 from collections import deque
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, Unpack
 
 import jax
 import numpy as np
-from flax import nnx
 from rich.console import Console
 
 from mambahome_jax.config import nearest_multiples, said_multiples, triple
@@ -26,11 +24,11 @@ from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, OutputError
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.imaging import dicomseg, itk
-from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.imaging.normalisation import CtScale, normalisation_for
-from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume
-from mambahome_jax.inference.ensemble import Ensemble
+from mambahome_jax.imaging.volume import Volume, read_volume
+from mambahome_jax.inference.ensemble import Ensemble, members_of
+from mambahome_jax.inference.read_ahead import held_bytes, read_ahead
 from mambahome_jax.inference.result_files import DICOM_SEG, REPORT, VOLUMES, Entry, ResultFiles, Segmented
 from mambahome_jax.inference.segment import NetworkInput, Segmenter, SegmentOptions, label, to_network_grid
 from mambahome_jax.inference.tiled import Progress, window_starts
@@ -40,9 +38,9 @@ from mambahome_jax.support.files import csv_name, jsonable, write_csv, write_jso
 from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import real_path
-from mambahome_jax.support.processes import available_memory, isolated_reads
-from mambahome_jax.weights.checkpoint import learned_largest, networks_at
-from mambahome_jax.weights.weights import digest_of, load_model
+from mambahome_jax.support.processes import isolated_reads
+from mambahome_jax.weights.exported import ExportedModel, ExportedNetwork
+from mambahome_jax.weights.model_path import learned_largest, load_model, networks_at
 
 if TYPE_CHECKING:
     from mambahome_jax.keywords import InferFlags
@@ -51,10 +49,6 @@ PACKAGES = ("mambahome-jax", "jax", "jaxlib", "flax", "numpy", "scipy", "nibabel
 FORMATS = ("SimpleITK", "highdicom", "pydicom")  # where they are installed
 # What a damaged scan, a full disk or a device that is too small can raise; anything else is a fault of ours.
 CASE_ERRORS = (MambaHomeError, OSError, MemoryError, jax.errors.JaxRuntimeError)
-# What the scans that are read ahead may take together, in bytes of float32: 512 x 512 x 512 voxels anywhere, and a part
-# of the memory where it is plentiful, up to four of 512 x 512 x 1000. A larger one is read when the last one is done.
-HELD_BYTES = 512 << 20
-MOST_HELD_BYTES, HELD_PART = 4 << 30, 32
 
 T = TypeVar("T")
 
@@ -136,13 +130,13 @@ def infer_scans(
         devices = choose_devices(num_devices=config.num_devices)
         paths, notes = networks_at(_model_paths(config))
         config, learned = _with_learned(config)
-        segmenter = _load(config, paths)
+        segmenter, names = _load(config, paths)
         for remark in (*notes, *learned, *segmenter.remarks, *segmenter.notes):
             say(f"Note: {remark}")
         scans, incomplete = join_channels(config.data_path, scans, segmenter.networks.channels or 1)
-        weights = tuple(digest_of(network) for network in segmenter.networks.members)
+        weights = tuple(map(_digest, segmenter.networks.members))
         results = ResultFiles.of(config, weights, scans)
-        run = InferRun(config, segmenter, results, devices if len(devices) > 1 else None, paths)
+        run = InferRun(config, segmenter, results, devices if len(devices) > 1 else None, names)
         failures = [*found.failures, *unfit, *incomplete]
         for failure in failures:
             say(f"Failed {failure['id']}: {failure['reason']}")
@@ -163,14 +157,14 @@ def infer_scans(
 
 @dataclass(frozen=True, eq=False)
 class InferRun:
-    """What is the same for every scan. devices: over which the windows are spread, None where there is one. paths: of
+    """What is the same for every scan. devices: over which the windows are spread, None where there is one. names: of
     the networks."""
 
     config: InferConfig
     segmenter: Segmenter
     results: ResultFiles
     devices: Sequence[jax.Device] | None = None
-    paths: Sequence[Path] = ()
+    names: Sequence[str] = ()
 
     def read(self, scan: Scan) -> "ScanInput | Entry":
         """Read a scan, bring it to the network's grid and find its part in the training; or give its entry of run.json,
@@ -187,7 +181,7 @@ class InferRun:
                 split, used = networks.part_of(volume.array)
         found: Entry = {} if split is None else {"split": split}
         if len(used) < len(networks.members):
-            found["networks"] = [str(self.paths[number]) for number in used]
+            found["networks"] = [self.names[number] for number in used]
         self.results.splits[scan.case] = found
         if not _takes(self.config.split, scan, split):
             name = self.results.existing(scan).name
@@ -300,13 +294,19 @@ def _model_paths(config: InferConfig) -> tuple[Path, ...]:
     return config.model_path if isinstance(config.model_path, tuple) else (config.model_path,)
 
 
-def _load(config: InferConfig, paths: Sequence[Path]) -> Segmenter:
-    """The networks with all that the flags choose. Raises CheckpointError, ConfigError."""
+def _load(config: InferConfig, paths: Sequence[Path]) -> tuple[Segmenter, list[str]]:
+    """The networks with all that the flags choose, and the name of each. Raises CheckpointError, ConfigError."""
     models = [load_model(path, precision=config.precision) for path in paths]
-    networks = Ensemble.of(models, [str(path) for path in paths])
+    names = []
+    for path, model in zip(paths, models, strict=True):
+        members = members_of(model)
+        names += [str(path)] if len(members) == 1 else [f"{path}: network {n}" for n in range(1, len(members) + 1)]
+    networks = Ensemble.of(models, names)
     for model in models:
-        # Bound to its device as in validation, so that the program which that compiled is found in the cache.
-        nnx.update(model, jax.device_put(nnx.state(model), jax.devices()[0]))
+        if not isinstance(model, ExportedModel):
+            from mambahome_jax.inference.networks import bind  # not for exported ones, as it imports flax
+
+            bind(model)
     options = SegmentOptions(**{field.name: getattr(config, field.name) for field in fields(SegmentOptions)})
     segmenter = Segmenter.of(networks, options)
     settings, multiples = segmenter.settings, networks.multiples
@@ -330,7 +330,16 @@ def _load(config: InferConfig, paths: Sequence[Path]) -> Segmenter:
     channels = len(settings.normalisation.mean) if isinstance(settings.normalisation, CtScale) else 1
     channels = channels if settings.nnunet is None else networks.channels or 1
     to_network_grid(Volume(np.zeros((1, 1, 1, channels), np.float32), np.eye(4)), settings)
-    return segmenter
+    return segmenter, names
+
+
+def _digest(network: Any) -> str:
+    """Which weights a result was made of: the same of a network and of what was exported of it."""
+    if isinstance(network, ExportedNetwork):
+        return network.digest
+    from mambahome_jax.weights.weights import digest_of  # not for exported ones, as it imports flax
+
+    return digest_of(network)
 
 
 def _segment_all(
@@ -455,45 +464,3 @@ def _report(
     run.results.forget_notes()
     volumes = written(write_csv, VOLUMES, "table of volumes", ("case", "structure", "volume_ml"), rows)
     return Inferred(run.config.output_dir, tuple(cases), tuple(failures), report, volumes, tuple(left_out))
-
-
-def held_bytes() -> int:
-    """What scans that are read ahead may take together on this machine as it is now, in bytes of float32."""
-    return min(max(HELD_BYTES, (available_memory() or 0) // HELD_PART), MOST_HELD_BYTES)
-
-
-def read_ahead(
-    read: Callable[[Scan], T], scans: Sequence[Scan], threads: int, held: int
-) -> Iterator[tuple[Scan, int, Future[T]]]:
-    """Read scans in threads: at most `threads` beyond the one in use, and no more than `held` bytes of them.
-
-    Yields each with its bytes as float32, and what `read` makes of it, which lives as long as the caller keeps it. A
-    scan that takes more by itself is read when the one before it is done with.
-    """
-    with ThreadPoolExecutor(threads) as readers:
-        waiting: deque[tuple[Scan, int, Future[T]]] = deque()
-        try:
-            for scan in scans:
-                nbytes = _nbytes(scan)
-                while waiting and sum(each for _, each, _ in waiting) + nbytes > held:
-                    yield waiting.popleft()
-                waiting.append((scan, nbytes, readers.submit(read, scan)))
-                if len(waiting) > threads:
-                    yield waiting.popleft()
-            while waiting:
-                yield waiting.popleft()
-        finally:
-            for _, _, reading in waiting:
-                reading.cancel()
-
-
-def _nbytes(scan: Scan) -> int:
-    files = scan.channels or (scan.path,)
-    try:
-        if suffix_of(scan.path.name, NIFTI_SUFFIXES) and scan.path.is_file():
-            return 4 * len(files) * math.prod(read_geometry(scan.path, spacing_scale=1)[0])
-        listed = [file for path in files for file in (path.iterdir() if path.is_dir() else [path])]
-        # Compressed CT takes about two bytes a voxel or less.
-        return 4 * sum(file.stat().st_size for file in listed)
-    except (DatasetError, OSError):
-        return 0

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import operator
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from mambahome_jax.config import (
     DataProperties,
@@ -23,6 +23,7 @@ from mambahome_jax.config import (
     NetworkConfig,
     ScanRanges,
     Triple,
+    spaced,
 )
 from mambahome_jax.datasets.base import Split
 from mambahome_jax.datasets.structures import AXES, axis_along, sides, swap_table
@@ -30,8 +31,7 @@ from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.intensity import voxel_digest
 from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW
 from mambahome_jax.inference.tiled import Predict, Replica
-from mambahome_jax.support.devices import compiler_options
-from mambahome_jax.weights.nnunet import FoldMean
+from mambahome_jax.weights.exported import ExportedModel, ExportedNetwork
 
 _UNMIRRORED = "tta mirrors no window, as the checkpoint of nnU-Net allows no axis"
 # Below it, half of what a network marks is wrong, or half of what there is is missed.
@@ -74,14 +74,15 @@ class Ensemble:
 
     @classmethod
     def of(cls, model: Any, names: Sequence[str] | None = None) -> "Ensemble":
-        """Join what `load_model` gives, or a list of several; names: of each (default: model 1, model 2, ...).
+        """Join what `load_model` gives, or a list of several; names: of each member (default: model 1, model 2, ...).
 
         Raises ConfigError: none, or several that differ in classes, labels, channels or how scans are prepared.
         """
         if isinstance(model, cls):
             return model
         given = tuple(model) if isinstance(model, list | tuple) else (model,)
-        members = tuple(chain.from_iterable(one.networks if isinstance(one, FoldMean) else (one,) for one in given))
+        parts = [members_of(one) for one in given]
+        members = tuple(chain.from_iterable(parts))
         if not members:
             raise ConfigError("no model; expected one, or several as an ensemble")
         for member in members:
@@ -111,7 +112,10 @@ class Ensemble:
     @property
     def published(self) -> bool:
         """Whether it is bare weights, as published; a callable that is no network is not."""
-        return isinstance(self.members[0], nnx.Module) and _metadata(self.members[0]) is None
+        first = self.members[0]
+        if isinstance(first, ExportedNetwork):
+            return first.published
+        return is_network(first) and _metadata(first) is None
 
     @property
     def knows_its_scans(self) -> bool:
@@ -129,6 +133,11 @@ class Ensemble:
         return getattr(getattr(self.members[0], "config", None), "out_chans", None)
 
     @property
+    def window(self) -> Triple | None:
+        """The only window that it takes, that of exported members; None where it takes others."""
+        return next((member.window for member in self.members if isinstance(member, ExportedNetwork)), None)
+
+    @property
     def multiples(self) -> Triple:
         """What a window is a multiple of along each axis, so that every member takes it."""
         configs = [getattr(member, "config", None) or ModelConfig() for member in self.members]
@@ -138,6 +147,8 @@ class Ensemble:
     def check_window(self, size: Triple) -> None:
         """Raise ConfigError where a member cannot take windows of this size."""
         for member in self.members:
+            if isinstance(member, ExportedNetwork):
+                member.check_window(size)
             config: NetworkConfig = getattr(member, "config", None) or ModelConfig()
             config.check_size(size)
 
@@ -191,7 +202,7 @@ class Ensemble:
             axes = self.data.nnunet.mirror_axes
             # Left and right are not swapped there, whatever the labels.
             return (tuple((axis, ()) for axis in axes), ()) if axes else ((), (_UNMIRRORED,))
-        networks = [_metadata(member) for member in self.members if isinstance(member, nnx.Module)]
+        networks = [_metadata(member) for member in self.members if is_network(member)]
         trained = set(AXES).intersection(*(data.mirror if data else () for data in networks))
         records = [data.mirror_pairs if data else None for data in networks]
         return mirrors_for(self.class_names, orientation, trained, records)
@@ -209,6 +220,18 @@ class Ensemble:
         ranges = functools.reduce(ScanRanges.joined, known)
         poor = any(each and each.val_dice is not None and each.val_dice < _POOR_DICE for each in data)
         return dataclasses.replace(ranges, structures=()) if poor else ranges
+
+
+def is_network(member: Any) -> bool:
+    """Whether it is a network, exported or of flax, and no mere callable. Imports no flax."""
+    nnx = sys.modules.get("flax.nnx")
+    return isinstance(member, ExportedNetwork) or (nnx is not None and isinstance(member, nnx.Module))
+
+
+def members_of(model: Any) -> tuple[Any, ...]:
+    """The networks of an exported model, or of nnU-Net's folds; any other is one by itself."""
+    several = isinstance(model, ExportedModel) or (is_network(model) and hasattr(model, "networks"))
+    return tuple(model.networks) if several else (model,)
 
 
 def _metadata(member: Any) -> DataProperties | None:
@@ -229,6 +252,7 @@ def _traits(member: Any) -> dict[str, Any]:
         "resampling": data.resampling,
         "orientation": data.orientation,
         "modality": data.modality,
+        "window": spaced(member.window) if isinstance(member, ExportedNetwork) else None,
         "intensities of CT": "by the window" if data.ct_normalisation == PUBLISHED_WINDOW else data.ct_normalisation,
         "preparation of scans": str(data.nnunet) if data.nnunet else "published" if alone.published else "trained",
     }
@@ -248,15 +272,18 @@ def replicas(
     voter: Sequence[Any], mirrors: Sequence[Mirror] = (), devices: Sequence[jax.Device] | None = None
 ) -> list[Replica]:
     """Put the mean of networks' logits on each device, over mirrored windows too; a mere callable stays where it is."""
-    if not all(isinstance(member, nnx.Module) for member in voter):
+    if not all(map(is_network, voter)):
         return [Replica(None, mirrored(_mean(voter), mirrors))]
     placed: Sequence[jax.Device | None] = [None] if devices is None else devices
     return [Replica(device, mirrored(_mean([_on(member, device) for member in voter]), mirrors)) for device in placed]
 
 
-def _on(member: nnx.Module, device: jax.Device | None) -> Predict:
-    graph, state = nnx.split(member)
-    return partial(apply_network, graph, state if device is None else jax.device_put(state, device))
+def _on(member: Any, device: jax.Device | None) -> Predict:
+    if isinstance(member, ExportedNetwork):
+        return member.on(device)
+    from mambahome_jax.inference.networks import on_device  # not for exported ones, as it imports flax
+
+    return on_device(member, device)
 
 
 def _mean(predictions: Sequence[Predict]) -> Predict:
@@ -264,23 +291,6 @@ def _mean(predictions: Sequence[Predict]) -> Predict:
     if len(predictions) == 1:
         return predictions[0]
     return lambda windows: functools.reduce(operator.add, (one(windows) for one in predictions)) / len(predictions)
-
-
-def apply_network(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:
-    """Logits of windows. Validation calls it too, so that inference finds it compiled in the cache."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, windows))):
-        return _logits(graph, state, windows)  # a part of what the caller compiles, which may not have own options
-    return compiled_network()(graph, state, windows)
-
-
-def _logits(graph: nnx.GraphDef, state: Any, windows: jax.Array) -> jax.Array:
-    return nnx.merge(graph, state)(windows)
-
-
-@functools.cache
-def compiled_network() -> Any:
-    """jit of (graphdef, state, windows) -> logits."""
-    return jax.jit(_logits, static_argnums=0, compiler_options=compiler_options())
 
 
 _WORDS = {"LR": "left-right", "AP": "front-back", "IS": "head-feet"}

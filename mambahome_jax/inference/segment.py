@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import jax
 import numpy as np
-from flax import nnx
 
-from mambahome_jax.config import Mirror, Modality, Resampling
+from mambahome_jax.config import PUBLISHED_ROI, Mirror, Modality, Resampling, triple
 from mambahome_jax.errors import ConfigError, DatasetError, ScanWarning
 from mambahome_jax.imaging.geometry import (
     Box,
@@ -38,7 +37,7 @@ from mambahome_jax.imaging.normalisation import (
 )
 from mambahome_jax.imaging.plausibility import modality_remark, scan_remark, volume_remark
 from mambahome_jax.imaging.volume import Volume, replace_values, require_volume
-from mambahome_jax.inference.ensemble import Ensemble, replicas
+from mambahome_jax.inference.ensemble import Ensemble, is_network, replicas
 from mambahome_jax.inference.postprocess import ALL, NONE, postprocess, values_named, volumes_ml, write_probabilities
 from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole, probabilities_of_tile
 from mambahome_jax.inference.tiled import Progress, TileTarget, WindowSettings, predict_tiled
@@ -50,7 +49,6 @@ from mambahome_jax.support.paths import openable_path
 if TYPE_CHECKING:
     from mambahome_jax.keywords import SegmentKeywords
 
-PUBLISHED_ROI = (192, 192, 48)
 # An image of the network that takes more than this is made slab by slab when its windows are due: float32 of
 # 512 x 512 x 512 voxels. More would gain little, as making it takes a small part of the network's time.
 WHOLE_BYTES = 512 << 20
@@ -155,7 +153,9 @@ class Segmenter:
         wanted = (options.keep_largest,) if isinstance(options.keep_largest, str) else tuple(options.keep_largest)
         wanted = () if wanted == (NONE,) else wanted
         largest = None if wanted == (ALL,) else values_named(wanted, *known, "keep_largest")
-        roi_size = data.patch_size or PUBLISHED_ROI
+        roi_size = networks.window or data.patch_size or PUBLISHED_ROI
+        if networks.window is not None and len(options.roi_size or ()) == 3:
+            networks.check_window(triple(options.roi_size or ()))
         own = normalisation_for(options.modality or data.modality, data.ct_normalisation)
         nnunet = data.nnunet
         if nnunet is not None:
@@ -278,7 +278,7 @@ def _announce_compiling(networks: Ensemble, settings: SegmentSettings) -> None:
     """Say once in a process that a network is compiled for its windows, and where that is kept for the next process."""
     kept = keep_programs()
     for member in networks.members:
-        if isinstance(member, nnx.Module):
+        if is_network(member):
             size = " x ".join(str(n) if n > 0 else "all" for n in settings.roi_size)
             where = f"kept in {kept}" if kept else "not kept, as no folder for it is known"
             say_once(f"{type(member).__name__}: compiling for windows of {size}, once; {where}")

@@ -56,11 +56,11 @@ def compiler_options(less_memory: bool = False) -> dict[str, str | bool]:
     return {name: value for name, value in wanted.items() if name not in users and known({name: value})}
 
 
-def default_precision() -> Precision:
-    """Return bf16 on a GPU, fp32 elsewhere."""
+def default_precision(platform: str | None = None) -> Precision:
+    """Return bf16 on a GPU, fp32 elsewhere. platform: of JAX's names; None: the default one."""
     import jax
 
-    return "bf16" if jax.default_backend() == "gpu" else "fp32"
+    return "bf16" if (platform or jax.default_backend()) == "gpu" else "fp32"
 
 
 def gpu_memory_gib() -> float | None:

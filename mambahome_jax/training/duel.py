@@ -38,7 +38,7 @@ from mambahome_jax.training.held_out import SUMMARY
 from mambahome_jax.training.run_report import earlier_report
 from mambahome_jax.training.runs import SIGNALLED, run_training
 from mambahome_jax.training.side_by_side import forwarded_signals, train_side_by_side, wants_side_by_side
-from mambahome_jax.weights.checkpoint import CROSS_VALIDATION, FOLD
+from mambahome_jax.weights.model_path import CROSS_VALIDATION, FOLD
 
 if TYPE_CHECKING:
     from mambahome_jax.keywords import DuelFlags

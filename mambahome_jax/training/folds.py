@@ -31,7 +31,7 @@ from mambahome_jax.support.output_folder import open_output
 from mambahome_jax.training import held_out
 from mambahome_jax.training.checkpoints import holds_run
 from mambahome_jax.training.run_report import earlier_report
-from mambahome_jax.weights.checkpoint import CROSS_VALIDATION, FOLD, MEMBER
+from mambahome_jax.weights.model_path import CROSS_VALIDATION, FOLD, MEMBER
 
 # The gain in Dice from which on only the largest part of a structure is kept; metrics.csv has six digits.
 WORTH = 1e-4

@@ -65,7 +65,8 @@ from mambahome_jax.training.run_report import (
 from mambahome_jax.training.schedule import Clock, Schedule, report_seconds
 from mambahome_jax.training.setup import Setup, make_setup, recorded_mirrors
 from mambahome_jax.training.train import Programs, TrainingRun, train_network
-from mambahome_jax.weights.checkpoint import CROSS_VALIDATION, FOLD, networks_of_run, read_checkpoint_config
+from mambahome_jax.weights.checkpoint import read_checkpoint_config
+from mambahome_jax.weights.model_path import CROSS_VALIDATION, FOLD, networks_of_run
 
 if TYPE_CHECKING:
     from mambahome_jax.keywords import TrainFlags

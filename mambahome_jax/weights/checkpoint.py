@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,11 @@ import orbax.checkpoint as ocp
 
 from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
 from mambahome_jax.support.disk import free_bytes
-from mambahome_jax.support.files import parse_json, read_json
+from mambahome_jax.support.files import parse_json
 from mambahome_jax.support.paths import openable_path, require_letters
-from mambahome_jax.weights.nnunet import nnunet_checkpoints
+from mambahome_jax.weights.model_path import RUN_CHECKPOINT, networks_of_run
 
 CONFIG_FILE, MODEL_ITEM = "config.json", "model"
-RUN_CHECKPOINT = Path("checkpoints") / "best"  # of a run folder: what infer is to use
-# Of a run of several networks, folders fold_0, fold_1, ... or member_0, ..., each a run.
-FOLD, MEMBER, CROSS_VALIDATION = "fold", "member", "cross_validation"
 PARTIAL, PREVIOUS, EARLIER = ".partial", ".previous", "step_"
 # Bytes that one on the disk may stand for: arrays of zeros, as some parameters begin, pack well.
 _PACKED = 10_000
@@ -67,50 +64,6 @@ def find_checkpoint(folder: Path | str) -> Path:
     raise CheckpointError(
         f"{folder}: {fault}; expected a run, or a checkpoint such as RUN/checkpoints/best. Check the path"
     )
-
-
-def networks_of_run(folder: Path) -> list[Path]:
-    """The folders of the networks of a run of several, by number, as far as they have a checkpoint; none of another."""
-    for kind in (FOLD, MEMBER):
-        numbered = {path: path.name.removeprefix(f"{kind}_") for path in folder.glob(f"{kind}_*")}
-        homes = [path for path, number in numbered.items() if number.isdecimal() and (path / RUN_CHECKPOINT).is_dir()]
-        if homes and not (folder / RUN_CHECKPOINT).is_dir():
-            return sorted(homes, key=lambda path: int(numbered[path]))
-    return []
-
-
-def networks_at(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
-    """Put its networks in the place of a run of several, or of nnU-Net's model folder, and note what it lacks."""
-    found: list[Path] = []
-    notes: list[str] = []
-    for path in paths:
-        networks = networks_of_run(path) or nnunet_checkpoints(path)
-        found += networks or [path]
-        reports = [_object(network / "run.json") for network in networks]
-        folds = next((_part(report, "configuration").get("folds") for report in reports), None)
-        if isinstance(folds, int) and len(networks) < folds:
-            notes.append(f"{path} holds {len(networks)} of {folds} folds, which segment without the others")
-        for network, report in zip(networks, reports, strict=True):
-            if report.get("status", "finished") != "finished":
-                notes.append(f"the training of {network} has not ended ({report['status']})")
-    return found, notes
-
-
-def learned_largest(run: Path) -> tuple[str, ...]:
-    """Structures of which the cross-validation of a run found it better to keep the largest connected part alone."""
-    table = _part(_object(run / CROSS_VALIDATION / "summary.json"), "largest_part")
-    return tuple(name for name, entry in table.items() if isinstance(entry, Mapping) and entry.get("kept") is True)
-
-
-def _object(file: Path) -> Mapping[str, Any]:
-    """The content of a JSON file; empty where there is no such file. Raises DatasetError: damaged."""
-    return read_json(file) if file.is_file() else {}
-
-
-def _part(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """An object in another; empty where it is none."""
-    part = content.get(key)
-    return part if isinstance(part, Mapping) else {}
 
 
 def read_checkpoint_config(folder: Path | str) -> dict[str, Any]:

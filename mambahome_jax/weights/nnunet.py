@@ -7,14 +7,11 @@ As nnunetv2 2.8.1 writes and reads them, with the plans of earlier releases, whi
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-from flax import nnx
-
-from mambahome_jax.config import DataProperties, NetworkConfig, PlainUNetConfig, ResEncUNetConfig, UNetConfig
+from mambahome_jax.config import DataProperties, PlainUNetConfig, ResEncUNetConfig, UNetConfig
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
 from mambahome_jax.support.files import read_json
 
@@ -42,22 +39,6 @@ _READERS = {
     **dict.fromkeys(("SimpleITKIO", "NibabelIO"), None),
     **dict.fromkeys(("SimpleITKIOWithReorient", "NibabelIOWithReorient"), "RAS"),
 }
-
-
-class FoldMean(nnx.Module):
-    """Networks of several folds as one: the mean of their logits, which nnU-Net makes labels of."""
-
-    def __init__(self, networks: Sequence[Any]):
-        self.networks = nnx.List(networks)
-        self.config: NetworkConfig = networks[0].config
-        self.metadata: DataProperties | None = networks[0].metadata
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, D, H, W, in) -> logits (batch, D, H, W, classes)."""
-        total = self.networks[0](x)
-        for network in self.networks[1:]:
-            total = total + network(x)
-        return total / len(self.networks)
 
 
 def nnunet_checkpoints(path: Path) -> list[Path]:

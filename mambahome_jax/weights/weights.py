@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,13 +24,13 @@ from mambahome_jax.support.devices import default_precision
 from mambahome_jax.support.files import NPZ_ERRORS, parse_json, require_whole_npz
 from mambahome_jax.support.paths import openable_path
 from mambahome_jax.weights.checkpoint import (
-    RUN_CHECKPOINT,
     prepare_partial,
     read_checkpoint_config,
     read_checkpoint_params,
     remove_partial,
     write_checkpoint,
 )
+from mambahome_jax.weights.model_path import RUN_CHECKPOINT
 from mambahome_jax.weights.names import (
     TreePath,
     all_names,
@@ -43,7 +43,6 @@ from mambahome_jax.weights.names import (
 )
 from mambahome_jax.weights.nnunet import (
     STATE_DICT,
-    FoldMean,
     checkpoint_entries,
     described,
     is_nnunet,
@@ -63,6 +62,22 @@ class Weights(NamedTuple):
     params: dict[str, np.ndarray]
     config: NetworkConfig
     data: DataProperties | None
+
+
+class FoldMean(nnx.Module):
+    """Networks of several folds as one: the mean of their logits, which nnU-Net makes labels of."""
+
+    def __init__(self, networks: Sequence[Any]):
+        self.networks = nnx.List(networks)
+        self.config: NetworkConfig = networks[0].config
+        self.metadata: DataProperties | None = networks[0].metadata
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, D, H, W, in) -> logits (batch, D, H, W, classes)."""
+        total = self.networks[0](x)
+        for network in self.networks[1:]:
+            total = total + network(x)
+        return total / len(self.networks)
 
 
 def _leaves(tree: Any) -> dict[TreePath, Any]:
@@ -129,6 +144,11 @@ def _abstract(config: NetworkConfig, **arguments: Any) -> tuple[nnx.GraphDef, nn
 def _shapes(config: NetworkConfig) -> dict[str, tuple[TreePath, tuple[int, ...]]]:
     """{dotted path: (path, shape)} of the network's parameters."""
     return {dotted(path): (path, leaf.shape) for path, leaf in _leaves(_abstract(config)[1]).items()}
+
+
+def parameter_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
+    """{dotted path: shape} of a network's parameters."""
+    return {name: shape for name, (_, shape) in _shapes(config).items()}
 
 
 def _require_shapes(source: Path, given: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -290,7 +310,7 @@ def read_weights(path: Path | str) -> Weights:
     values = read_checkpoint_config(path)
     config = config_from_json(values["model"], path)
     params = {dotted(p): np.asarray(leaf) for p, leaf in _leaves(read_checkpoint_params(path)).items()}
-    _require_shapes(path, params, {name: shape for name, (_, shape) in _shapes(config).items()})
+    _require_shapes(path, params, parameter_shapes(config))
     return Weights(params, config, _data_of(values, path))
 
 
@@ -324,21 +344,10 @@ def config_from_json(values: Mapping[str, Any], source: Path | str) -> NetworkCo
         raise CheckpointError(f"{source}: its configuration does not fit this version ({error})") from error
 
 
-def load_model(
-    path: Path | str, param_dtype=None, precision: Precision | None = None, *, use_checkpoint: bool = False
+def load_network(
+    path: Path, param_dtype=None, precision: Precision | None = None, *, use_checkpoint: bool = False
 ) -> Network | FoldMean:
-    """A network with the weights of a checkpoint folder (RUN/checkpoints/best) or a published .pth, .npz, .safetensors.
-
-    Of a model folder of nnU-Net v2 (`<trainer>__<plans>__<configuration>`), the mean of its folds where it has several.
-
-    Args:
-        param_dtype: dtype of the parameters, float32 by default; float64 needs JAX x64.
-        precision: fp32, tf32 or bf16; by default bf16 on a GPU and fp32 elsewhere (fp32 with float64 parameters).
-        use_checkpoint: recompute each block in a backward pass.
-
-    Raises CheckpointError listing by name whatever is missing, unknown or misshapen; nothing is loaded halfway.
-    """
-    path = openable_path(path)
+    """As `model_path.load_model`, of anything but an exported model."""
     folds = nnunet_checkpoints(path) or [path]
     networks = [build_model(read_weights(one), param_dtype, precision, use_checkpoint=use_checkpoint) for one in folds]
     return networks[0] if len(networks) == 1 else FoldMean(networks)
@@ -356,9 +365,14 @@ def build_model(
     if precision is None:
         precision = "fp32" if dtype == jnp.float64 else default_precision()
     config = weights.config.replace(use_checkpoint=use_checkpoint)
-    graphdef, state = _abstract(config, param_dtype=dtype, precision=precision, metadata=weights.data)
-    arrays = {path: jnp.asarray(weights.params[dotted(path)], dtype) for path in _leaves(state)}
-    nnx.replace_by_pure_dict(state, _nest(arrays))
+    arrays = {name: jnp.asarray(array, dtype) for name, array in weights.params.items()}
+    return assembled(config, arrays, param_dtype=dtype, precision=precision, metadata=weights.data)
+
+
+def assembled(config: NetworkConfig, params: Mapping[str, jax.Array], **arguments: Any) -> Network:
+    """The network of a configuration with these parameters, by their dotted paths; they may be traced."""
+    graphdef, state = _abstract(config, **arguments)
+    nnx.replace_by_pure_dict(state, _nest({path: params[dotted(path)] for path in _leaves(state)}))
     return nnx.merge(graphdef, state)
 
 

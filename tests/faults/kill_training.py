@@ -28,12 +28,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from mambahome_jax.errors import CheckpointError
-from mambahome_jax.weights.checkpoint import (
-    CROSS_VALIDATION,
-    find_checkpoint,
-    read_checkpoint_config,
-    read_checkpoint_params,
-)
+from mambahome_jax.weights.checkpoint import find_checkpoint, read_checkpoint_config, read_checkpoint_params
+from mambahome_jax.weights.model_path import CROSS_VALIDATION
 from tests.commands.test_train import _dataset
 from tests.conftest import ROOT
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mambahome_jax.weights.weights import load_model
+from mambahome_jax.weights.model_path import load_model
 from tests.conftest import REDUCED, golden_path, load_golden
 from tests.model.test_segmamba import GOLDEN, input_of, load, published_of
 

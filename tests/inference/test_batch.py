@@ -11,7 +11,8 @@ from mambahome_jax.datasets.find_scans import Scan
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.inference import batch
-from mambahome_jax.inference.batch import InferRun, failure_reason, read_ahead
+from mambahome_jax.inference.batch import InferRun, failure_reason
+from mambahome_jax.inference.read_ahead import held_bytes, nbytes_of, read_ahead
 from mambahome_jax.inference.result_files import ResultFiles
 from mambahome_jax.inference.segment import Segmenter, SegmentOptions
 from tests.commands.scans import write
@@ -33,9 +34,9 @@ def run_for(folder, cases, num_workers):
 
 
 @pytest.mark.parametrize(
-    ("num_workers", "held_bytes", "ahead"), [(1, 10 * NBYTES, 1), (3, 10 * NBYTES, 3), (3, 2 * NBYTES, 1), (3, 0, 0)]
+    ("num_workers", "held", "ahead"), [(1, 10 * NBYTES, 1), (3, 10 * NBYTES, 3), (3, 2 * NBYTES, 1), (3, 0, 0)]
 )
-def test_no_more_is_read_ahead_than_fits(tmp_path, num_workers, held_bytes, ahead):
+def test_no_more_is_read_ahead_than_fits(tmp_path, num_workers, held, ahead):
     run, scans = run_for(tmp_path, "abcdef", num_workers)
     begun = []
 
@@ -44,7 +45,7 @@ def test_no_more_is_read_ahead_than_fits(tmp_path, num_workers, held_bytes, ahea
         return run.read(scan)
 
     most = []
-    for number, (scan, nbytes, reading) in enumerate(read_ahead(read, scans, num_workers, held_bytes)):
+    for number, (scan, nbytes, reading) in enumerate(read_ahead(read, scans, num_workers, held)):
         assert nbytes == NBYTES
         volume, prepared, _ = reading.result()
         assert scan.case == "abcdef"[number]
@@ -59,8 +60,8 @@ def test_no_more_is_read_ahead_than_fits(tmp_path, num_workers, held_bytes, ahea
     ("available", "held"), [(None, 512 << 20), (2 << 30, 512 << 20), (64 << 30, 2 << 30), (1 << 40, 4 << 30)]
 )
 def test_more_is_read_ahead_where_memory_is_plentiful(monkeypatch, available, held):
-    monkeypatch.setattr(batch, "available_memory", lambda: available)
-    assert batch.held_bytes() == held
+    monkeypatch.setattr("mambahome_jax.inference.read_ahead.available_memory", lambda: available)
+    assert held_bytes() == held
 
 
 def test_a_large_scan_is_let_go_before_the_next_is_read(tmp_path, monkeypatch):
@@ -82,8 +83,8 @@ def test_a_large_scan_is_let_go_before_the_next_is_read(tmp_path, monkeypatch):
 
 def test_a_scan_whose_header_cannot_be_read_counts_by_its_file(tmp_path):
     (tmp_path / "a.nrrd").write_bytes(bytes(100))
-    assert batch._nbytes(Scan("a", tmp_path / "a.nrrd")) == 400
-    assert batch._nbytes(Scan("b", tmp_path / "b.nii.gz")) == 0
+    assert nbytes_of(Scan("a", tmp_path / "a.nrrd")) == 400
+    assert nbytes_of(Scan("b", tmp_path / "b.nii.gz")) == 0
 
 
 def test_a_failure_is_one_line():

@@ -10,6 +10,7 @@ import mambahome_jax.weights.weights as weights
 from mambahome_jax.config import MODEL_SIZES, ModelConfig
 from mambahome_jax.model.layers import Numerics
 from mambahome_jax.model.network import MambaHoME, MambaHoMEBlock, Stage
+from mambahome_jax.weights.model_path import load_model
 from tests.conftest import REDUCED, golden_path, load_golden
 
 # What float32 reaches on a CPU, as the golden's page says: these two gradients are small sums of large terms.
@@ -42,7 +43,7 @@ def weighting(shape) -> np.ndarray:
 
 
 def _forward_and_gradients(x: np.ndarray, dtype, stages: bool):
-    model = weights.load_model(golden_path("mambahome_tiny.pth"), param_dtype=dtype)
+    model = load_model(golden_path("mambahome_tiny.pth"), param_dtype=dtype)
     graphdef, state = nnx.split(model)
     x = jnp.asarray(np.moveaxis(x, 1, -1), dtype)
 
@@ -116,7 +117,7 @@ def test_rematerialisation_changes_no_number(x64):
 
 
 def test_bfloat16_stays_near(expected):
-    model = weights.load_model(golden_path("mambahome_tiny.pth"), precision="bf16")
+    model = load_model(golden_path("mambahome_tiny.pth"), precision="bf16")
     x = jnp.asarray(np.moveaxis(expected["input_b/x"], 1, -1))
     logits = np.asarray(jax.jit(model)(x))
     assert logits.dtype == np.float32

@@ -21,7 +21,8 @@ from mambahome_jax.training import train as training
 from mambahome_jax.training.folds import divide_cases, fold_lines, learn_largest, networks_of
 from mambahome_jax.training.runs import TrainResult, run_training
 from mambahome_jax.training.schedule import Clock
-from mambahome_jax.weights.checkpoint import learned_largest, read_checkpoint_params
+from mambahome_jax.weights.checkpoint import read_checkpoint_params
+from mambahome_jax.weights.model_path import learned_largest
 from tests.commands.test_train import _config, _dataset, _small  # noqa: F401
 
 FOLDS = ("fold_0", "fold_1", "fold_2")

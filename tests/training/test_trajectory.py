@@ -16,7 +16,8 @@ from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import make_optimizer, ungroup
 from mambahome_jax.training.schedule import learning_rate, progress_in_steps
 from mambahome_jax.training.step import init_state, make_train_step
-from mambahome_jax.weights.weights import export_official, load_model
+from mambahome_jax.weights.model_path import load_model
+from mambahome_jax.weights.weights import export_official
 from tests.conftest import golden_path, load_golden
 
 # Steps that are compared. The second run has a weight decay that can be seen, and its first rate ends with step 3.

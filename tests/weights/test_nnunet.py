@@ -12,7 +12,7 @@ from mambahome_jax.errors import CheckpointError, ConfigError, OutputError
 from mambahome_jax.flags import ConvertConfig
 from mambahome_jax.imaging.nnunet import NnunetPreparation
 from mambahome_jax.imaging.normalisation import ChannelScheme, PerChannel
-from mambahome_jax.weights.checkpoint import networks_at
+from mambahome_jax.weights.model_path import networks_at
 from mambahome_jax.weights.nnunet import nnunet_checkpoints
 from mambahome_jax.weights.pth import read_pth, write_pth
 from mambahome_jax.weights.weights import read_weights
