@@ -117,7 +117,8 @@ def _network(flags: TrainConfig, folder: Path, number: int, networks: int, at_on
         shares = [flags.max_minutes / rounds_of(networks, each) for each in range(1, networks + 1)]
         share = flags.max_minutes / rounds_of(networks, at_once)
         minutes = _minutes_of(folder, share, shares)
-        own, scale = replace(own, max_minutes=minutes), share / minutes
+        # Minutes that are not positive are refused when a network begins.
+        own, scale = replace(own, max_minutes=minutes), share / minutes if minutes > 0 else 1.0
     if flags.folds is not None:
         title = f"Fold {number} of 0 to {flags.folds - 1}, in {folder}"
         return Network(folder, replace(own, fold=number), title, scale)
