@@ -118,7 +118,7 @@ class SegmentSettings:
 
     @property
     def regions(self) -> tuple[int, ...]:
-        """The value that each output writes, later ones over earlier; () where the largest output is the label."""
+        """The value that each output writes, later ones over earlier, 0: none; () where the largest is the label."""
         return () if self.nnunet is None else self.nnunet.regions
 
     def to_json(self) -> dict[str, Any]:
@@ -161,7 +161,8 @@ class Segmenter:
         if nnunet is not None:
             if given := [name for name in _BY_PLANS if getattr(options, name) is not None]:
                 raise ConfigError(f"{given[0]} was given, but nnU-Net's plans say how scans are prepared. Leave it out")
-            nnunet = replace(nnunet, orientation=options.orientation or nnunet.orientation)
+            regions = tuple(value if only is None or value in only else 0 for value in nnunet.regions)
+            nnunet = replace(nnunet, orientation=options.orientation or nnunet.orientation, regions=regions)
         settings = SegmentSettings(
             spacing=data.spacing if options.spacing is None else options.spacing,
             orientation=data.orientation if options.orientation is None else options.orientation,

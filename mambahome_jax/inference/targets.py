@@ -53,7 +53,8 @@ class Whole(OnHost):
 class Labels(OnHost):
     """Class of the largest interpolated logit at each voxel of a grid whose axes run along the tiles'.
 
-    With `regions`, which overlap, instead the value in them of each logit whose sigmoid exceeds 1/2, the last of these.
+    With `regions`, which overlap, instead the value in them of each logit whose sigmoid exceeds 1/2, the last of these;
+    0 leaves a logit out.
     positions: where the target's voxels lie along each axis of the logits' grid, in voxels, ascending and within it.
     result: (D, H, W), uint8, or uint16 for more than 256 classes; of equal logits the lower class wins.
     """
@@ -173,6 +174,8 @@ def _label_tile(sums, matrices, dtype, regions):
         return jnp.argmax(logits, axis=-1).astype(dtype), finite
     labels = jnp.zeros(logits.shape[:-1], dtype)
     for output, value in enumerate(regions):
+        if value == 0:  # not asked for; over the others it would cut a hole into them
+            continue
         labels = jnp.where(jax.nn.sigmoid(logits[..., output]) > 0.5, jnp.array(value, dtype), labels)
     return labels, finite
 

@@ -101,6 +101,14 @@ def test_later_regions_lie_over_earlier_ones():
     assert networks.label_names == {1: "region 1", 7: "region 7", 300: "region 300"}
 
 
+@pytest.mark.parametrize(
+    ("names", "kept"), [(["region 1"], (0, 1, 1, 1)), (["region 1", "region 300"], (0, 1, 1, 300))]
+)
+def test_a_region_that_is_chosen_has_no_hole_where_another_lies_in_it(names, kept):
+    result = mh.segment(regions_of((1.0, 3.0, 5.0), (1, 7, 300)), mh.Volume(steps(), np.eye(4)), labels=names)
+    np.testing.assert_array_equal(result.array, np.array(kept)[steps()[..., 0].astype(int)])
+
+
 def test_infer_says_what_becomes_of_overlapping_regions(tmp_path, monkeypatch):
     monkeypatch.setattr(batch, "load_model", lambda path, precision: regions_of((1.0, 3.0, 5.0), (1, 2, 3)))
     mh.write_volume(tmp_path / "in" / "a.nii.gz", mh.Volume(steps()[..., 0], np.eye(4)))
