@@ -13,7 +13,7 @@ from mambahome_jax.errors import ConfigError
 from mambahome_jax.support.files import read_json
 from mambahome_jax.support.paths import openable_path
 from mambahome_jax.weights.exported import SUFFIX, ExportedModel, read_exported, read_manifest
-from mambahome_jax.weights.nnunet import nnunet_checkpoints
+from mambahome_jax.weights.nnunet import CHECKPOINT, nnunet_checkpoints, untrained_folds
 
 if TYPE_CHECKING:
     from mambahome_jax.model.network import Network
@@ -68,6 +68,8 @@ def networks_at(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
     for path in paths:
         networks = networks_of_run(path) or nnunet_checkpoints(path)
         found += networks or [path]
+        if untrained := untrained_folds(path):
+            notes.append(f"{path}: {', '.join(untrained)} without {CHECKPOINT}; the other folds segment alone")
         reports = [_object(network / "run.json") for network in networks]
         folds = next((_part(report, "configuration").get("folds") for report in reports), None)
         if isinstance(folds, int) and len(networks) < folds:

@@ -56,11 +56,17 @@ def nnunet_checkpoints(path: Path) -> list[Path]:
         if below:
             raise CheckpointError(f"{path}: the folder of several models; expected one of {', '.join(below)}")
         return []
-    folds = {fold.parent.name.removeprefix("fold_"): fold for fold in path.glob(f"fold_*/{CHECKPOINT}")}
-    numbers = sorted(int(name) for name in folds if name.isdecimal())
+    folds = {fold.parent.name.removeprefix("fold_"): fold for fold in sorted(path.glob(f"fold_*/{CHECKPOINT}"))}
+    numbered = sorted((name for name in folds if name.isdecimal()), key=int)
     if not folds:
         raise CheckpointError(f"{path}: no fold_*/{CHECKPOINT}; expected that of a trained fold. Was it copied whole?")
-    return [folds[str(number)] for number in numbers] or [*folds.values()]
+    return [folds[name] for name in numbered] or [*folds.values()]
+
+
+def untrained_folds(path: Path) -> list[str]:
+    """The folds of a model folder of nnU-Net that have no checkpoint, by name; none of anything else."""
+    folds = sorted(path.glob("fold_*")) if _is_model_folder(path) else []
+    return [fold.name for fold in folds if fold.is_dir() and not (fold / CHECKPOINT).is_file()]
 
 
 def _is_model_folder(path: Path) -> bool:

@@ -80,6 +80,17 @@ def test_folds_are_those_with_a_number_else_all(tmp_path):
         nnunet_checkpoints(tmp_path)
 
 
+def test_folds_without_their_last_checkpoint_are_named(tmp_path):
+    folder = copied(tmp_path)
+    (folder / "fold_0").rename(folder / "fold_00")
+    (folder / "fold_10").mkdir()
+    (folder / "fold_1").rename(folder / "fold_9")
+    (folder / "fold_10" / "checkpoint_best.pth").touch()
+    paths, notes = networks_at([folder])
+    assert [path.parent.name for path in paths] == ["fold_00", "fold_9"]
+    assert notes == [f"{folder}: fold_10 without checkpoint_final.pth; the other folds segment alone"]
+
+
 def test_regions_and_totalsegmentator(tmp_path):
     """Overlapping regions have a value each, and scans of TotalSegmentator were turned to RAS before."""
 
