@@ -79,10 +79,15 @@ def plan_unet(
     while patch_size is None and outputs > target.outputs:
         smaller = list(grids.patch_size)
         parts = [n / whole for n, whole in zip(smaller, shape, strict=True)]
+        multiples = multiples_of(grids.strides)
+        # An axis as short as its multiple, such as that of a single slice, would be gone; nnU-Net fails there.
+        able = [a for a in range(3) if smaller[a] > multiples[a]]
+        if not able:
+            break
         # Of axes alike the last one in nnU-Net's order: ours in reverse, but the coarsest first.
-        axis = max(range(3), key=lambda a: (parts[a], a != coarse, -a))
+        axis = max(able, key=lambda a: (parts[a], a != coarse, -a))
         trial = list(smaller)
-        trial[axis] -= multiples_of(grids.strides)[axis]
+        trial[axis] -= multiples[axis]
         smaller[axis] -= multiples_of(grids_for(spacing, trial, unet=True).strides)[axis]
         grids, outputs = planned(smaller)
     covered = math.prod(shape) * cases * target.share / math.prod(grids.patch_size)

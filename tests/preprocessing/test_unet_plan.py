@@ -90,6 +90,12 @@ def test_a_plan_is_that_of_nnunet_on_any_machine(model, patch, strides):
     assert make_plan(AMOS, GPU, plan.settings()) == plan
 
 
+def test_a_single_large_slice_is_cut_within_its_plane():
+    found = plan_unet("ResEncUNet_M", (0.15, 0.15, 10), (2500, 2500, 1), cases=5, classes=3)
+    assert found.grids.patch_size[2] == 1 and min(found.grids.patch_size[:2]) > 500
+    assert found.outputs <= TARGETS["ResEncUNet_M"].outputs
+
+
 def test_the_batch_is_bounded_by_the_dataset():
     small = fingerprint((1, 1, 1), (35, 50, 36), 10, classes=3)
     assert plan_for("PlainUNet", small).batch_size.value == 2
