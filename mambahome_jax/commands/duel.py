@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mambahome_jax.evaluation.tables import number
+from mambahome_jax.evaluation.tables import interval, new_table, number
 from mambahome_jax.flags import DuelConfig
 from mambahome_jax.reporting.duel import COSTS, Standing
 from mambahome_jax.support.console import say
@@ -35,30 +35,23 @@ def run(config: DuelConfig) -> int:
 
 def scores_table(standings: Sequence[Standing]) -> Table:
     """A row for each contestant: mean Dice, and the difference to the first."""
-    table = _table("Dice of the cases held out", ("Dice", "difference", "95 %", "p"))
+    caption = f"difference: to {standings[0].name}; 95 %: bootstrap interval; p: Wilcoxon"
+    headings = ("Dice", "difference", "95 %", "p")
+    table = new_table("Dice of the cases held out", escape(caption), headings, "contestant")
     for one in standings:
-        found = one.differences.get("dice")
         cells = ["", "", ""]
-        if found is not None:
-            low, high = (number(value, 4, sign=True) for value in (found.low, found.high))
-            interval = "-" if "-" in (low, high) else f"{low} to {high}"
-            cells = [number(found.difference, 4, sign=True), interval, number(found.p, 3)]
+        if found := one.differences.get("dice"):
+            ends = {"low": found.low, "high": found.high}
+            cells = [number(found.difference, 4, sign=True), interval(ends, 4, sign=True), number(found.p, 4)]
         table.add_row(escape(one.name), number(one.mean("dice"), 4), *cells)
     return table
 
 
 def cost_table(standings: Sequence[Standing]) -> Table:
-    """A row for each contestant: parameters in millions, memory of a step, speed, and length of its trainings."""
-    table = _table("What it took", tuple(heading for heading, _ in COSTS.values()))
+    """A row for each contestant: parameters, memory of a step, speed, and length of its trainings."""
+    headings = tuple(heading for heading, _ in COSTS.values())
+    table = new_table("What it took", "GiB: of the compiled step; minutes: all in", headings, "contestant")
     for one in standings:
         cells = [number(getattr(one.cost, name), digits) for name, (_, digits) in COSTS.items()]
         table.add_row(escape(one.name), *cells)
-    return table
-
-
-def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=title)
-    table.add_column("contestant", overflow="fold")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
     return table

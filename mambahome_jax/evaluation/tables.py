@@ -38,10 +38,10 @@ def results_table(summary: Mapping[str, Any], width: int = 80) -> Table:
     return table
 
 
-def new_table(title: str, caption: str, headings: tuple[str, ...]) -> Table:
-    """A table of structures with columns of numbers."""
+def new_table(title: str, caption: str, headings: tuple[str, ...], first: str = "structure") -> Table:
+    """A table of structures, or what `first` calls them, with columns of numbers."""
     table = Table(title=title, caption=caption)
-    table.add_column("structure", overflow="fold", min_width=12)
+    table.add_column(first, overflow="fold", min_width=12)
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table

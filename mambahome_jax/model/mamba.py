@@ -160,7 +160,7 @@ class GatedConv(nnx.Module):
         [x, z] = W_in v        x = silu(depthwise convolution of x over the grid)        output = W_out (x silu(z))
 
     The gated CNN of Yu and Wang 2025 (MambaOut, arXiv 2405.07992), in three dimensions and as wide as `Mamba`, which it
-    stands in for: a voxel sees its neighbours instead of all voxels before it. It has 84 to 93 % of the parameters of
+    stands in for: a voxel sees its neighbours instead of all voxels before it. It has 84 to 94 % of the parameters of
     `Mamba` for 48 to 384 channels, as the projections to dt, B and C go.
     """
 

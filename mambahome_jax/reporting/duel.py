@@ -21,6 +21,8 @@ from mambahome_jax.reporting.page import (
     Row,
     SortableTable,
     chart_of,
+    interval_cell,
+    number_cell,
     template,
     ticks_of,
 )
@@ -118,16 +120,9 @@ def _of(one: Standing, name: str) -> str:
     return one.given.get(name, NONE)
 
 
-def _number(value: float, digits: int, sign: bool = False) -> Cell:
-    if not math.isfinite(value):
-        return Cell(NONE, "")
-    return Cell(f"{value:{'+' if sign else ''}z.{digits}f}", f"{value:.8g}")
-
-
 def _difference(found: Difference, digits: int) -> list[Cell]:
-    low, high = (_number(value, digits, sign=True) for value in (found.low, found.high))
-    interval = Cell(f"{low.text} to {high.text}", low.value) if low.value else Cell(NONE, "")
-    return [_number(found.difference, digits, sign=True), interval, _number(found.p, 4)]
+    interval = interval_cell(found.low, found.high, digits, sign=True)
+    return [number_cell(found.difference, digits, sign=True), interval, number_cell(found.p, 4)]
 
 
 def _scores(standings: Sequence[Standing], metric: str) -> SortableTable:
@@ -137,7 +132,7 @@ def _scores(standings: Sequence[Standing], metric: str) -> SortableTable:
         found = one.differences.get(metric)
         cells = _difference(found, digits + 1) if found else [Cell(NONE, "")] * 3
         cases = len({row.case for scores in one.seeds for row in scores})
-        rows.append(Row(one.name, [_number(one.mean(metric), digits + 1), *cells, Cell(str(cases), str(cases))]))
+        rows.append(Row(one.name, [number_cell(one.mean(metric), digits + 1), *cells, Cell(str(cases), str(cases))]))
     headings = ["contestant", label, "difference", "95 %", "p", "cases"]
     return SortableTable(f"scores-{metric}", label, headings, rows)
 
@@ -155,7 +150,7 @@ def _structures(others: Sequence[Standing]) -> SortableTable:
 
 def _cost(standings: Sequence[Standing]) -> SortableTable:
     rows = [
-        Row(one.name, [_number(getattr(one.cost, name), digits) for name, (_, digits) in COSTS.items()])
+        Row(one.name, [number_cell(getattr(one.cost, name), digits) for name, (_, digits) in COSTS.items()])
         for one in standings
     ]
     return SortableTable("cost", "What it took", ["contestant", *(heading for heading, _ in COSTS.values())], rows)

@@ -198,7 +198,11 @@ def _spread(entry: Mapping[str, Any], metrics: Sequence[str]) -> list[Cell]:
     cells = []
     for metric in metrics:
         values, digits = entry[metric], CHOICES[metric][1]
-        cells += [_number(values["mean"], digits), _interval(values, digits), _number(values["median"], digits)]
+        cells += [
+            number_cell(values["mean"], digits),
+            interval_cell(float(values["low"]), float(values["high"]), digits),
+            number_cell(values["median"], digits),
+        ]
     return cells
 
 
@@ -211,7 +215,7 @@ def _by_structure(
 def _worst(shown: Shown, scores: Sequence[Score], name: str) -> dict[str, Any]:
     own = [score for score in scores if score.case == shown.case]
     rows = [
-        Row(s.structure, [_number(getattr(s, metric), digits) for metric, (_, digits, _) in CHOICES.items()])
+        Row(s.structure, [number_cell(getattr(s, metric), digits) for metric, (_, digits, _) in CHOICES.items()])
         for s in own
     ]
     headings = ["structure", *(label for label, _, _ in CHOICES.values())]
@@ -224,7 +228,7 @@ def _cases(
 ) -> SortableTable:
     """One row a case, in the order given (worst Dice first), one column a structure; links: case -> its anchor."""
     rows = [
-        Row(case, [_number(float(value), 3, share=True) for value in line], links.get(case, ""), number)
+        Row(case, [number_cell(float(value), 3, share=True) for value in line], links.get(case, ""), number)
         for number, (case, line) in enumerate(zip(cases, values, strict=True))
     ]
     return SortableTable("cases", "Dice", ["case", "mean", *structures], rows, sorted_by=1)
@@ -246,8 +250,12 @@ def _comparison(comparison: Mapping[str, Any]) -> dict[str, Any]:
         rows = []
         for name, entry in [*entries["structures"].items(), ("mean of all", entries["overall"])]:
             numbers = {key: math.nan if value is None else float(value) for key, value in entry.items()}
-            cells = [_number(numbers[key], digits) for key in ("mean", "other_mean", "difference")]
-            cells += [_interval(numbers, digits), _number(numbers["p"], 4), Cell(str(int(numbers["cases"])))]
+            cells = [number_cell(numbers[key], digits) for key in ("mean", "other_mean", "difference")]
+            cells += [
+                interval_cell(numbers["low"], numbers["high"], digits),
+                number_cell(numbers["p"], 4),
+                Cell(str(int(numbers["cases"]))),
+            ]
             rows.append(Row(name, cells))
         headings = ["structure", "this run", "other run", "difference", "95 %", "p", "cases"]
         tables.append(SortableTable(f"comparison-{metric}", label, headings, rows[:-1], foot=rows[-1]))
@@ -259,17 +267,17 @@ def _comparison(comparison: Mapping[str, Any]) -> dict[str, Any]:
     return {"tables": tables, "alone": alone, "definition": str(comparison.get("definition", ""))}
 
 
-def _number(value: float, digits: int, share: bool = False) -> Cell:
+def number_cell(value: float, digits: int, share: bool = False, sign: bool = False) -> Cell:
+    """A number that sorts by its value; share: with a bar behind it; sign: with its plus."""
     if not math.isfinite(value):
         return Cell(NONE, "")
-    return Cell(f"{value:z.{digits}f}", f"{value:.8g}", f"{value:.4g}" if share else "")
+    return Cell(f"{value:{'+' if sign else ''}z.{digits}f}", f"{value:.8g}", f"{value:.4g}" if share else "")
 
 
-def _interval(entry: Mapping[str, Any], digits: int) -> Cell:
-    low, high = float(entry["low"]), float(entry["high"])
-    if not (math.isfinite(low) and math.isfinite(high)):
-        return Cell(NONE, "")
-    return Cell(f"{low:z.{digits}f} to {high:z.{digits}f}", f"{low:.8g}")
+def interval_cell(low: float, high: float, digits: int, sign: bool = False) -> Cell:
+    """ "low to high", which sorts by its lower end."""
+    ends = [number_cell(value, digits, sign=sign) for value in (low, high)]
+    return Cell(f"{ends[0].text} to {ends[1].text}", ends[0].value) if all(end.value for end in ends) else ends[0]
 
 
 def _with_mean(values: np.ndarray) -> np.ndarray:
