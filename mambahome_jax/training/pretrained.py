@@ -49,10 +49,11 @@ def transfer(
     """Parameters to start from: those of `weights`, except where they would not fit, which stay `fresh`.
 
     Those are the layers to classes, where number or names of the structures (of `data`) differ, and the first
-    convolutions, where the number of channels does. fresh: nested dict of initial parameters, of the network of
-    `config`.
+    convolutions, where the number of channels does. A network of nnU-Net, which has the axes of a file in the order of
+    its plans, is turned to ours. fresh: nested dict of initial parameters, of the network of `config`.
     Raises CheckpointError, field by field, where the network differs in anything else.
     """
+    weights, turned = _along_our_axes(weights)
     _check(weights.config, config, source)
     anew = [] if weights.config.in_chans == config.in_chans else list(INPUTS)
     labels = weights.data and weights.data.labels
@@ -72,7 +73,26 @@ def transfer(
     known = None if weights.data is None else weights.data.trained_on
     # Weights that do not say have seen scans of which nothing is known.
     seen = ((),) if known is None else known
-    return params, Transfer(tuple(loaded), tuple(reinitialised), left, seen, _other_slices(weights.config, config))
+    remark = turned + _other_slices(weights.config, config)
+    return params, Transfer(tuple(loaded), tuple(reinitialised), left, seen, remark)
+
+
+def _along_our_axes(weights: Weights) -> tuple[Weights, str]:
+    """Weights as they come, those of nnU-Net with their axes turned to ours; and a remark about that."""
+    preparation = weights.data and weights.data.nnunet
+    if not preparation:
+        return weights, ""
+    order = np.argsort(preparation.axes)  # the network's axis along each of the file's
+    sizes = {
+        name: tuple(tuple(size[axis] for axis in order) for size in getattr(weights.config, name))
+        for name in ("strides", "kernel_sizes")
+    }
+    # Kernels alone have axes of the volume, three before those of the channels.
+    params = {
+        name: array.transpose(*order, 3, 4) if array.ndim == 5 else array for name, array in weights.params.items()
+    }
+    remark = f"; its axes are turned to ours, but its scans were prepared otherwise: {preparation}"
+    return weights._replace(params=params, config=weights.config.replace(**sizes)), remark
 
 
 def _other_slices(theirs: NetworkConfig, ours: NetworkConfig) -> str:

@@ -25,9 +25,10 @@ from mambahome_jax.training.setup import make_setup
 from mambahome_jax.training.step import init_state, make_train_step
 from mambahome_jax.training.train import build_networks
 from mambahome_jax.weights.checkpoint import write_checkpoint
-from mambahome_jax.weights.weights import read_weights
+from mambahome_jax.weights.weights import build_model, read_weights
 from tests.commands.test_train import SHAPE, _dataset
 from tests.conftest import golden_path, load_golden
+from tests.nnunet_models import miniature, model_folder
 
 
 def setup_for(tmp_path, **flags):
@@ -55,6 +56,20 @@ def test_grids_follow_the_patch_and_travel_with_a_checkpoint(tmp_path):
     assert {*found.reinitialised} == {f"encoder.stem.conv.{part}" for part in ("kernel", "bias")} | {
         f"decoder.heads.{step}.{part}" for step in range(2) for part in ("kernel", "bias")
     }
+
+
+def test_weights_of_nnunet_are_turned_to_our_axes():
+    weights = read_weights(model_folder(miniature("aniso")) / "fold_0")
+    preparation = dataclasses.replace(weights.data.nnunet, axes=(1, 2, 0))
+    weights = weights._replace(data=dataclasses.replace(weights.data, nnunet=preparation))
+    config = weights.config.replace(strides=((2, 1, 2), (2, 2, 2)), kernel_sizes=((3, 1, 3), (3, 3, 3), (3, 3, 3)))
+    graphdef, fresh = nnx.split(nnx.eval_shape(lambda: mh.PlainUNet(**vars(config), rngs=nnx.Rngs(0))))
+    params, found = transfer(weights, nnx.to_pure_dict(fresh), config, weights.data, "fold_0")
+    assert found.reinitialised == () and "axes 1 2 0" in str(found)
+    x = np.random.default_rng(0).normal(size=(1, 12, 4, 8, 2)).astype(np.float32)
+    theirs, ours = jax.jit(build_model(weights)), jax.jit(nnx.merge(graphdef, params))
+    expected = theirs(x.transpose(0, 2, 3, 1, 4)).transpose(0, 3, 1, 2, 4)
+    np.testing.assert_allclose(ours(x), expected, atol=1e-4)
 
 
 def test_it_is_supervised_by_its_own_heads_but_the_coarsest():
