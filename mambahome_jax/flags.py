@@ -398,12 +398,13 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """Turn weights from one form into another, by suffix: .pth, .npz, .safetensors, or none for a checkpoint folder."""
+    """Turn weights from one form into another, by suffix: .pth, .npz, .safetensors, or none for a folder in the layout
+    of a model hub."""
 
     source: Positional[Annotated[Path, arg(metavar="SOURCE")]]
     """Weights to read."""
     destination: Positional[Annotated[Path, arg(metavar="DESTINATION")]]
-    """File or folder to write."""
+    """File or folder to write; a folder holds model.safetensors, config.json and README.md, a model card."""
     overwrite: bool = False
     """Replace what is at DESTINATION."""
 

@@ -1,5 +1,7 @@
 """Checkpoint folders: `config.json` in plain sight, parameters in Orbax' format, swapped in whole or not at all.
 
+Weights alone, as `convert` writes them, lie in the layout of a model hub instead: one model.safetensors, and a card.
+
 A folder `best` is written as `best.partial` and renamed; the one it replaces is `best.previous` for that moment, and
 is read in its place should a crash leave only that. training/checkpoints.py adds the state of optimizer and data.
 """
@@ -13,14 +15,17 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
 
+from mambahome_jax.config import DataProperties, NetworkConfig
 from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
 from mambahome_jax.support.disk import free_bytes
 from mambahome_jax.support.files import parse_json
@@ -28,6 +33,8 @@ from mambahome_jax.support.paths import openable_path, require_letters
 from mambahome_jax.weights.model_path import RUN_CHECKPOINT, networks_of_run
 
 CONFIG_FILE, MODEL_ITEM = "config.json", "model"
+# Of a folder as model hubs have them: weights with published names, and the card that a person reads there.
+HUB_WEIGHTS, MODEL_CARD = "model.safetensors", "README.md"
 PARTIAL, PREVIOUS, EARLIER = ".partial", ".previous", "step_"
 # Bytes that one on the disk may stand for: arrays of zeros, as some parameters begin, pack well.
 _PACKED = 10_000
@@ -56,9 +63,11 @@ def find_checkpoint(folder: Path | str) -> Path:
     require_letters(folder)
     for checkpoint in (folder, folder / RUN_CHECKPOINT):
         for candidate in (checkpoint, sibling(checkpoint, PREVIOUS)):
-            if (candidate / CONFIG_FILE).is_file() and (candidate / MODEL_ITEM).is_dir():
+            parameters = (candidate / CONFIG_FILE).is_file() and (candidate / MODEL_ITEM).is_dir()
+            if parameters or (candidate / HUB_WEIGHTS).is_file():
                 return candidate
-    fault = "the folder has no config.json and model/" if folder.is_dir() else "no such folder"
+    nothing = f"the folder has no {CONFIG_FILE} and {MODEL_ITEM}/, nor {HUB_WEIGHTS}"
+    fault = nothing if folder.is_dir() else "no such folder"
     if networks := networks_of_run(folder):
         raise CheckpointError(f"{folder}: the folder of several networks; expected one, such as {networks[0]}")
     raise CheckpointError(
@@ -136,6 +145,68 @@ def write_checkpoint(folder: Path | str, params: Any, config: dict[str, Any], *,
             f"{folder}: cannot be written ({why_not_written(error)}). Is the disk full or read-only?"
         ) from error
     return folder
+
+
+def write_hub_folder(
+    folder: Path, tensors: Mapping[str, np.ndarray], config: dict[str, Any], card: str, *, overwrite: bool = False
+) -> None:
+    """Write weights in the layout of a model hub: model.safetensors, config.json, and README.md, the model card.
+
+    Args and errors as of `write_checkpoint`; tensors: by published name, in torch's layout. card: Markdown.
+    """
+    folder = folder.absolute()
+    if folder.exists() and not overwrite:
+        raise OutputError(f"{folder} exists already; expected a new folder. Choose another name or pass --overwrite")
+    partial = prepare_partial(folder)
+    try:
+        partial.mkdir()
+        safetensors.numpy.save_file(dict(tensors), partial / HUB_WEIGHTS, metadata={"format": "pt"})
+        (partial / MODEL_CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
+        finish_checkpoint(folder, config)
+    except (OSError, safetensors.SafetensorError) as error:
+        remove_partial(folder)
+        raise OutputError(
+            f"{folder}: cannot be written ({why_not_written(error)}). Is the disk full or read-only?"
+        ) from error
+
+
+def model_card(config: NetworkConfig, data: DataProperties | None, parameters: int) -> str:
+    """Make the page that a model hub shows: what the network is and how it is used, with gaps for what no file says."""
+    known = data or DataProperties()
+    network = config.to_json().get("network", "MambaHoME")
+    spacing = "of the scan" if known.spacing is None else " x ".join(f"{step:g}" for step in known.spacing) + " mm"
+    labels = ", ".join(f"{value} {name}" for value, name in known.labels) or "without names"
+    rows = {
+        "network": f"{network}, {parameters:,} parameters",
+        "input": f"{config.in_chans} channels, {known.modality}, {spacing}, {known.orientation}",
+        "output": f"{config.out_chans} classes with the background: {labels}",
+        "Dice in its own validation": "not known" if known.val_dice is None else f"{known.val_dice:.4f}",
+        "trained on": "(which scans, under which licence)",
+    }
+    table = "".join(f"| {name} | {_in_table(value)} |\n" for name, value in rows.items())
+    return f"""---
+library_name: mambahome-jax
+pipeline_tag: image-segmentation
+tags: [medical, segmentation, {known.modality}, jax]
+---
+
+# {network}
+
+Segments {known.modality.upper()} scans in three dimensions. It is not a medical device.
+
+| | |
+|---|---|
+{table}
+## Use
+
+    pip install mambahome-jax
+    mambahome infer --data_path SCANS --model_path THIS_FOLDER --output_dir PRED
+"""
+
+
+def _in_table(text: str) -> str:
+    """Text that anybody may have given, in a cell of a Markdown table."""
+    return "".join(f"\\{letter}" if letter in "\\|<>[]`*_" else letter for letter in " ".join(text.split()))
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -24,11 +24,15 @@ from mambahome_jax.support.devices import default_precision
 from mambahome_jax.support.files import NPZ_ERRORS, parse_json, require_whole_npz
 from mambahome_jax.support.paths import openable_path
 from mambahome_jax.weights.checkpoint import (
+    HUB_WEIGHTS,
+    find_checkpoint,
+    model_card,
     prepare_partial,
     read_checkpoint_config,
     read_checkpoint_params,
     remove_partial,
     write_checkpoint,
+    write_hub_folder,
 )
 from mambahome_jax.weights.model_path import RUN_CHECKPOINT
 from mambahome_jax.weights.names import (
@@ -290,7 +294,7 @@ def _data_of(values: Mapping[str, Any], source: Path) -> DataProperties | None:
 
 
 def read_weights(path: Path | str) -> Weights:
-    """Read a checkpoint folder, a fold of a model folder of nnU-Net, or published weights in .pth, .npz, .safetensors.
+    """Read a checkpoint folder or one of a model hub, a fold of nnU-Net, or published .pth, .npz and .safetensors.
 
     The configuration comes from the tensors' names and shapes; the group sizes of MambaHoME and the slices of SegMamba,
     which leave no trace there, from the configuration in the file or in a .json beside it, else they are as published.
@@ -307,6 +311,8 @@ def read_weights(path: Path | str) -> Weights:
         raise CheckpointError(f"{path}: no such file. Check the path")
     if path.is_file():
         raise CheckpointError(f"{path}: unknown suffix; expected {', '.join(FORMATS)} or a checkpoint folder")
+    if (weights := find_checkpoint(path) / HUB_WEIGHTS).is_file():
+        return _read_weights_file(weights)
     values = read_checkpoint_config(path)
     config = config_from_json(values["model"], path)
     params = {dotted(p): np.asarray(leaf) for p, leaf in _leaves(read_checkpoint_params(path)).items()}
@@ -383,17 +389,22 @@ def _nested_params(weights: Weights) -> dict[Any, Any]:
 def write_weights(path: Path | str, weights: Weights, *, overwrite: bool = False) -> None:
     """Write weights and their configuration as the suffix says: published names in one file, without one a folder.
 
+    The folder has the layout of a model hub; that of a twin, which has no published names, is a checkpoint.
     Raises OutputError where the place is taken or cannot be written; a file appears whole or not at all.
     """
     path = openable_path(path)
     values: dict[str, Any] = {"model": weights.config.to_json()}
     if weights.data is not None:
         values["data"] = weights.data.to_json()
-    if path.suffix == "":
+    if path.suffix == "" and weights.config.twin:
         write_checkpoint(path, _nested_params(weights), values, overwrite=overwrite)
         return
+    if path.suffix == "":
+        card = model_card(weights.config, weights.data, sum(array.size for array in weights.params.values()))
+        write_hub_folder(path, export_official(_nested_params(weights)), values, card, overwrite=overwrite)
+        return
     if path.suffix not in FORMATS:
-        raise ConfigError(f"{path}: unknown suffix; expected {', '.join(FORMATS)}, or none for a checkpoint folder")
+        raise ConfigError(f"{path}: unknown suffix; expected {', '.join(FORMATS)}, or none for a folder")
     try:
         require_published_names(weights.config)
     except ConfigError as error:

@@ -2,12 +2,14 @@
 
 import json
 import pickle
+import shutil
 import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 import mambahome_jax as mh
@@ -162,3 +164,35 @@ def test_the_score_of_a_training_and_the_ranges_of_its_scans_are_read_and_conver
     for path in (tmp_path / "run", tmp_path / "w.npz"):
         data = mh.load_model(path).metadata
         assert (data.ranges, data.val_dice) == (ranges, 0.25)
+
+
+def test_a_folder_has_the_layout_of_a_model_hub(tmp_path, official):
+    data = mh.DataProperties(labels=((1, "liver | spleen"), (2, "<b>")), modality="mr", val_dice=0.5)
+    folder = tmp_path / "hub"
+    write_weights(folder, read_weights(golden_path(PATH))._replace(data=data))
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    assert tensors.keys() == official.keys() and all((tensors[name] == official[name]).all() for name in official)
+    card = (folder / "README.md").read_text()
+    assert "tags: [medical, segmentation, mr, jax]" in card and "0.5000" in card
+    assert r"3 classes with the background: 1 liver \| spleen, 2 \<b\>" in card
+    for path in (folder, shutil.copytree(folder, tmp_path / "run" / "checkpoints" / "best").parents[1]):
+        assert mh.load_model(path).metadata == data
+    (folder / "config.json").unlink()
+    assert mh.load_model(folder).metadata is None
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(mh.CheckpointError, match=r"model\.safetensors: cannot be read"):
+        mh.load_model(folder)
+
+
+def test_a_folder_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    weights = read_weights(golden_path(PATH))
+    write_weights(tmp_path / "hub", weights)
+
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(mh.OutputError, match=r"hub: cannot be written \(No space left on device\)"):
+        write_weights(tmp_path / "hub", weights, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["hub"] and read_weights(tmp_path / "hub").config
