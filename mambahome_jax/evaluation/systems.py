@@ -11,6 +11,9 @@ import numpy as np
 from mambahome_jax.evaluation.results import Score, finite_mean, score_matrix, structures_of, wilcoxon_p
 
 RESAMPLES = 10_000
+# The test has to agree with the interval, which takes six cases: of fewer that all differ the same way a bootstrap
+# interval leaves out 0, and two cases differ the same way every other time by chance.
+_CHANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Difference:
 
     @property
     def distinguishable(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval leaves out 0 and p is below 0.05."""
+        return (self.low > 0 or self.high < 0) and self.p < _CHANCE
 
 
 def score_array(
@@ -75,7 +78,8 @@ def verdict(name: str, other: str, found: Difference, seeds: int) -> str:
     numbers = f"Dice {found.difference:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}, {over}"
     if not found.distinguishable:
         return f"{name} and {other} are not distinguishable: {numbers}"
-    return f"{name} is {'better' if found.difference > 0 else 'worse'} than {other}: {numbers}"
+    limit = "; another seed may change that" if seeds == 1 else ""
+    return f"{name} is {'better' if found.difference > 0 else 'worse'} than {other}: {numbers}{limit}"
 
 
 def paired_interval(ours: np.ndarray, theirs: np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
@@ -87,7 +91,8 @@ def paired_interval(ours: np.ndarray, theirs: np.ndarray, resamples: int = RESAM
     cases = rng.multinomial(ours.shape[1], np.full(ours.shape[1], 1 / ours.shape[1]), size=resamples)
 
     def means(values: np.ndarray) -> np.ndarray:
-        seeds = rng.multinomial(len(values), np.full(len(values), 1 / len(values)), size=resamples)
+        # One fewer than there are: as many would vary by (n - 1) / n of the true variance, by half of it for two.
+        seeds = rng.multinomial(max(len(values) - 1, 1), np.full(len(values), 1 / len(values)), size=resamples)
         known = np.isfinite(values)
         total = np.einsum("rs,rc,sc->r", seeds, cases, np.where(known, values, 0.0), optimize=True)
         return total / np.maximum(np.einsum("rs,rc,sc->r", seeds, cases, known * 1.0, optimize=True), 1)

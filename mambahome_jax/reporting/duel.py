@@ -60,7 +60,7 @@ class Standing:
 
     seeds: scores of the cases held out, for each seed. curves: of each network (minutes, step, Dice) of its
     validations. given: its settings. differences: metric -> to the first contestant, empty of that itself; structures:
-    the same of the Dice of each structure. failures: case or run -> reason.
+    the same of the Dice of each structure.
     """
 
     name: str
@@ -70,7 +70,6 @@ class Standing:
     given: Mapping[str, str] = field(default_factory=dict)
     differences: Mapping[str, Difference] = field(default_factory=dict)
     structures: Mapping[str, Difference] = field(default_factory=dict)
-    failures: Mapping[str, str] = field(default_factory=dict)
 
     def mean(self, metric: str) -> float:
         """Over its cases, of means over structures and seeds."""
@@ -82,7 +81,9 @@ class Standing:
 def verdicts(standings: Sequence[Standing]) -> list[str]:
     """One sentence a contestant on its Dice beside that of the first."""
     first, *others = standings
-    return [verdict(one.name, first.name, one.differences["dice"], len(one.seeds)) for one in others]
+    return [
+        verdict(one.name, first.name, one.differences["dice"], min(len(one.seeds), len(first.seeds))) for one in others
+    ]
 
 
 def render_duel(standings: Sequence[Standing], failures: Sequence[tuple[str, str]], lead: str) -> str:
@@ -95,7 +96,7 @@ def render_duel(standings: Sequence[Standing], failures: Sequence[tuple[str, str
     page = {
         "names": [one.name for one in standings],
         "first": first.name,
-        "seeds": max(len(one.seeds) for one in standings),
+        "seeds": min(len(one.seeds) for one in standings),
         "lead": lead,
         "verdicts": verdicts(standings),
         "scores": [_scores(standings, metric) for metric in METRICS] + [_structures(others)] * bool(others),
@@ -131,7 +132,8 @@ def _scores(standings: Sequence[Standing], metric: str) -> SortableTable:
     for one in standings:
         found = one.differences.get(metric)
         cells = _difference(found, digits + 1) if found else [Cell(NONE, "")] * 3
-        cases = len({row.case for scores in one.seeds for row in scores})
+        scored = {row.case for scores in one.seeds for row in scores if math.isfinite(getattr(row, metric))}
+        cases = len(found.of_cases if found else scored)
         rows.append(Row(one.name, [number_cell(one.mean(metric), digits + 1), *cells, Cell(str(cases), str(cases))]))
     headings = ["contestant", label, "difference", "95 %", "p", "cases"]
     return SortableTable(f"scores-{metric}", label, headings, rows)

@@ -19,7 +19,7 @@ def test_the_difference_of_each_case_and_of_all():
     assert (found.mean, found.other) == pytest.approx((0.7, 0.625))
     assert found.difference == pytest.approx(0.075)
     assert found.of_cases == pytest.approx({"c00": 0.05, "c01": 0.1})
-    assert (found.low, found.high) == pytest.approx((0.05, 0.1)) and found.distinguishable
+    assert (found.low, found.high) == pytest.approx((0.05, 0.1))
     assert compare_systems(ours, theirs, "dice", "s2").of_cases == pytest.approx({"c00": 0.0, "c01": -0.1})
     assert compare_systems(ours, theirs, "hd95").difference == 0
 
@@ -55,6 +55,25 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert 87 <= held <= 99
 
 
+@pytest.mark.parametrize(("cases", "stands"), [(2, False), (5, False), (6, True)])
+def test_few_cases_that_all_differ_the_same_way_tell_nothing(cases, stands):
+    base = np.linspace(0.5, 0.9, cases)[:, None]
+    moved = base + np.linspace(0.02, 0.05, cases)[:, None]
+    found = compare_systems([scores(moved)], [scores(base)], "dice")
+    assert found.low > 0 and found.distinguishable == stands
+
+
+@pytest.mark.parametrize(("seeds", "least"), [(2, 168), (3, 178)])
+def test_few_seeds_are_not_taken_for_the_whole_of_chance(seeds, least):
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(200):
+        cases = rng.normal(0.8, 0.1, 40)
+        ours, theirs = (cases + rng.normal(0, 0.02, (seeds, 40)) + rng.normal(0, 0.01, (seeds, 1)) for _ in range(2))
+        low, high = paired_interval(ours, theirs, resamples=500)
+        held += low <= 0 <= high
+    assert held >= least
+
+
 def test_verdicts():
     base = np.linspace(0.5, 0.9, 10)[:, None]
     noise = np.tile([[0.02], [-0.02]], (5, 1))
@@ -66,6 +85,8 @@ def test_verdicts():
         "conv is better than scan: Dice +0.0200, 95 % interval +0.0200 to +0.0200, over"
     )
     assert said(base - 0.02 + noise / 4).startswith("conv is worse than scan: Dice -0.0200")
+    assert said(base + 0.02).endswith("over 10 cases and 1 seed; another seed may change that")
+    assert said(base + 0.02, seeds=2).endswith("over 10 cases and 2 seeds")
     text = said(base + noise, seeds=2)
     assert text.startswith("conv and scan are not distinguishable: Dice ") and text.endswith(
         "over 10 cases and 2 seeds"
