@@ -4,9 +4,11 @@ OUT/<contestant>/seed_<n> is a run of `train` like any other, in a process of it
 has compiled, is nothing to the next. A duel that was killed trains what has not ended, and writes the same scores.
 """
 
+import contextlib
 import csv
 import math
 import multiprocessing
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
@@ -83,7 +86,8 @@ def train_in_own_process(flags: TrainConfig, console: Console) -> tuple[int, str
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_train, args=(flags, console.quiet, sender))
     with forwarded_signals(lambda: [process] if process.pid else []) as received:
-        process.start()
+        with _no_main_module():
+            process.start()
         sender.close()
         if received:
             process.terminate()
@@ -93,7 +97,25 @@ def train_in_own_process(flags: TrainConfig, console: Console) -> tuple[int, str
             message = ""
         process.join()
     code = process.exitcode or 0
-    return (code if code >= 0 else SIGNALLED - code), message
+    if received:
+        return SIGNALLED + received[0], message
+    if code < 0 or code > SIGNALLED:
+        # No signal to the duel: the system or a crash ended this one alone.
+        number = -code if code < 0 else code - SIGNALLED
+        why = ", most likely for want of memory" if number == signal.SIGKILL else ""
+        return 1, f"its process was ended by {signal.Signals(number).name}{why}"
+    return code, message
+
+
+@contextlib.contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Keep a process that starts meanwhile from running the script anew that called `duel` without a guard."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _train(flags: TrainConfig, quiet: bool, sender: Connection) -> None:
@@ -159,8 +181,10 @@ def _recorded(output: Path, contestants: Sequence[Contestant]) -> dict[str, Any]
     """Flags of all contestants that took part so far. Raises ConfigError where one of today has other flags."""
     before = read_json(output / DUEL).get("contestants", {}) if (output / DUEL).is_file() else {}
     now = {one.name: jsonable(asdict(replace(one.flags, given=(), max_minutes=one.minutes))) for one in contestants}
+    defaults = jsonable(asdict(TrainConfig(contestants[0].flags.data_train)))
     for name, flags in now.items():
-        earlier = before[name]["flags"] if name in before else flags
+        # What train had no flag for then was as its default.
+        earlier = defaults | before[name]["flags"] if name in before else flags
         differ = [flag for flag in flags if flags[flag] != earlier.get(flag)]
         if changed := [f"{flag} was {earlier.get(flag)}, now {flags[flag]}" for flag in differ]:
             action = "Give the flags that it began with, or name another --output_dir"

@@ -1,10 +1,13 @@
 """A duel from its command line to its table: equal conditions, what is refused, and how it goes on."""
 
 import dataclasses
+import importlib
 import io
 import json
 import shutil
 import signal
+import sys
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -149,6 +152,27 @@ def test_others_and_more_seeds_may_join_and_who_fails_is_told(finished, data, co
     page = result.report.read_text()
     assert "weights.pth: no room on the device" in page and str(copied.parent) not in page
     assert [*content(copied)["contestants"]] == ["MambaHoME_tiny", "lr=0.001", "eps=0.01"]
+
+
+def test_a_process_that_the_system_ends_fails_alone(tmp_path, monkeypatch):
+    (tmp_path / "ending.py").write_text("import os\n\ndef end(*_):\n    os.kill(os.getpid(), 9)\n")
+    (tmp_path / "script.py").write_text("raise SystemExit('it ran anew')")
+    monkeypatch.syspath_prepend(tmp_path)
+    main = ModuleType("__main__")
+    main.__file__ = str(tmp_path / "script.py")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(duelling, "_train", importlib.import_module("ending").end)
+    ending = duelling.train_in_own_process(TrainConfig(tmp_path), QUIET)
+    assert ending == (1, "its process was ended by SIGKILL, most likely for want of memory")
+    assert sys.modules["__main__"] is main
+
+
+def test_a_duel_of_a_version_with_fewer_flags_goes_on(finished, data, copied):
+    written = content(copied)
+    for entry in written["contestants"].values():
+        del entry["flags"]["tracker"]
+    (copied / "duel.json").write_text(json.dumps(written))
+    assert run_duel(config(data, copied, folds=2), QUIET, Trainer()).exit_code == 0
 
 
 def test_a_first_contestant_that_fails_leaves_nothing_to_compare(data, tmp_path):
