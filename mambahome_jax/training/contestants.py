@@ -23,10 +23,12 @@ from mambahome_jax.training.side_by_side import wants_side_by_side
 
 # With --folds 1 one of so many is held out.
 FOLDS_OF_ONE = 5
-# Flags of train that are the same for all, or say where a run lies and how it goes on.
+# Flags of train that are the same for all, or say where a run lies, how it goes on and on how many devices: the minutes
+# of each network follow from those.
 _DECIDED = {
     *("data_train", "data_val", "hold_out", "output_dir", "checkpoint_name", "folds", "fold", "fold_seed", "members"),
     *("seed", "epochs", "steps", "max_minutes", "minutes_from", "resume", "load_checkpoint", "given"),
+    *("parallel", "num_devices", "strategy", "num_processes", "process_id", "coordinator_address"),
 }
 # Rounds in which the networks change the patch of the others.
 _ROUNDS = 10
@@ -71,8 +73,11 @@ def contestants_of(config: DuelConfig) -> tuple[list[Contestant], list[str]]:
     followed = [as_planned(_flags(alike, each)) for each in own]
     patch, wanted = shared_patch(followed, read_prepared(config.folder))
     alike |= {"patch_size": patch} | ({"batch_size": first.batch_size} if config.equal == "images" else {})
+    exempt = [word for word, change in zip(config.against, changes, strict=True) if "patch_size" in change]
     lines = [
-        f"Patches of {spaced(patch)} for all" + (f", as they do not all take {spaced(wanted)}" * (patch != wanted))
+        f"Patches of {spaced(patch)} for all"
+        + f" but {' and '.join(exempt)}" * bool(exempt)
+        + f", as they do not all take {spaced(wanted)}" * (patch != wanted)
     ]
     names = [first.model, *config.against]
     for name in names:
@@ -119,10 +124,12 @@ def shared_patch(contestants: Sequence[TrainConfig], prepared: Prepared) -> tupl
 
 def _changes(word: str) -> dict[str, Any]:
     """Flags of train and their values of "mixer=conv,experts=ffn". Raises ConfigError."""
-    if "=" not in word:
-        expected = f"a network ({', '.join(MODEL_SIZES)}) or flags of train such as mixer=conv"
-        raise ConfigError(f"--against {word}; expected {expected}")
     pairs = [pair.partition("=") for pair in word.split(",")]
+    if not all(name and equals for name, equals, _ in pairs):
+        flags = "flags of train such as mixer=conv or model=SegMamba,lr=0.001"
+        raise ConfigError(f"--against {word}; expected a network ({', '.join(MODEL_SIZES)}) or {flags}")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise ConfigError(f"--against {word}: a flag has two values; expected one")
     return {name: _value(name, text, word) for name, _, text in pairs}
 
 

@@ -207,6 +207,9 @@ def test_one_stopped_by_a_signal_goes_on_to_the_same_scores(finished, data, copi
         ({"against": ("mixer=lstm",)}, "--against mixer=lstm: mixer is 'lstm'; expected one of scan, conv, none"),
         ({"against": ("lr=fast",)}, "--against lr=fast: lr is 'fast'; expected a value of --lr, see mambahome train"),
         ({"against": ("mixer=conv,seed=3",)}, "--seed is the same for all contestants"),
+        ({"against": ("num_devices=1",)}, "--num_devices is the same for all contestants"),
+        ({"against": ("SegMamba,lr=1",)}, "--against SegMamba,lr=1; expected a network .* or model=SegMamba,lr=0.001"),
+        ({"against": ("lr=1,lr=2",)}, "--against lr=1,lr=2: a flag has two values; expected one"),
         ({"against": ("mixer=conv", "mixer=conv")}, "mixer=conv takes part twice"),
         ({"against": ("MambaHoME_tiny",)}, "MambaHoME_tiny takes part twice"),
         ({"against": ("model=SegMamba,mixer=conv",)}, "this network has no mixer. Leave --mixer out"),
@@ -229,8 +232,10 @@ def test_a_folder_that_is_not_preprocessed(tmp_path):
 
 def test_values_are_read_as_on_the_command_line(data, tmp_path):
     words = ("affine_scale=0.8 1.2,deep_supervision=True", "recipe=strong", "model=SegMamba,feature_size=4")
-    found, _ = contestants_of(config(data, tmp_path, against=words))
-    _, one, strong, segmamba = [each.flags for each in found]
+    larger = "patch_size=64 32 32"
+    found, lines = contestants_of(config(data, tmp_path, against=(*words, larger)))
+    _, one, strong, segmamba, other = [each.flags for each in found]
+    assert other.patch_size == (64, 32, 32) and lines[0].endswith(f" for all but {larger}")
     assert one.affine_scale == (0.8, 1.2) and one.deep_supervision is True
     assert strong.recipe == "strong" and strong.patch_size == one.patch_size
     assert (segmamba.model, segmamba.feature_size) == ("SegMamba", 4)
