@@ -159,6 +159,9 @@ def run_duel(config: DuelConfig, console: Console, train: Train = train_in_own_p
                 return DuelResult(output, code)
             if not _ended(home, one.flags):
                 failures[f"{one.name}, seed {seed}"] = message or _why_not_ended(home, one.flags, code)
+            if one is contestants[0] and (code == 2 or seed == config.seeds - 1):
+                # With nobody to compare with, the others would be trained for nothing.
+                _require_first(output, one, range(config.seeds), failures)
         standings = compare(output, contestants, range(config.seeds), failures)
         result = _write(output, config, record, standings, failures)
     return result
@@ -253,12 +256,18 @@ def compare(
                 del homes[seed]
             for entry in read_json(_scores(home, one.flags) / SUMMARY).get("failures", ()):
                 failures[f"{one.name}, seed {seed}, {entry['case']}"] = str(entry["reason"])
-        if not homes and not standings:
-            reason = next(iter(failures.values()), "none of its runs has ended")
-            raise TrainingError(f"{one.name}, the first contestant, could not be trained: {reason}")
+        if not standings:
+            _require_first(output, one, [*homes], failures)
         if homes:
             standings.append(_standing(one, [*homes.values()], standings[0] if standings else None))
     return tuple(standings)
+
+
+def _require_first(output: Path, one: Contestant, seeds: Sequence[int], failures: Mapping[str, str]) -> None:
+    """Raise TrainingError where no run of the first contestant has ended."""
+    if not any(_ended(_home(output, one, seed), one.flags) for seed in seeds):
+        reason = next(iter(failures.values()), "none of its runs has ended")
+        raise TrainingError(f"{one.name}, the first contestant, could not be trained: {reason}")
 
 
 def _data(home: Path, flags: TrainConfig) -> list[Any]:

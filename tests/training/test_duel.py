@@ -178,7 +178,8 @@ def test_a_duel_of_a_version_with_fewer_flags_goes_on(finished, data, copied):
 def test_a_first_contestant_that_fails_leaves_nothing_to_compare(data, tmp_path):
     trainer = Trainer(dict.fromkeys(range(2), (2, "no room")))
     with pytest.raises(TrainingError, match="MambaHoME_tiny, the first contestant, could not be trained: no room"):
-        run_duel(config(data, tmp_path / "duel"), QUIET, trainer)
+        run_duel(config(data, tmp_path / "duel", seeds=2), QUIET, trainer)
+    assert len(trainer.flags) == 1
 
 
 def test_one_stopped_by_a_signal_goes_on_to_the_same_scores(finished, data, copied, monkeypatch):
