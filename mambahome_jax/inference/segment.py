@@ -57,7 +57,7 @@ Chain = Literal["trained", "published"]
 _BY_PLANS = ("spacing", "modality", "chain")  # options that nnU-Net's plans leave no choice of
 _AS_STORED = (
     "nnU-Net takes the axes of a scan as its file has them, and its plans do not say how those of training were; "
-    "--orientation RAS turns scans that are stored otherwise"
+    "--orientation with theirs, such as LAS, turns scans that are stored otherwise"
 )
 _REGIONS = "where regions overlap, a voxel has the name of the last one that holds it, and counts to its volume alone"
 

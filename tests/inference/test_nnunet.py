@@ -116,7 +116,7 @@ def test_infer_says_what_becomes_of_overlapping_regions(tmp_path, monkeypatch):
     config = InferConfig(tmp_path / "in", tmp_path / "model", tmp_path / "out", roi_size=(16, 16, 32), previews=False)
     assert batch.infer_scans(config, lines.append).exit_code == 0
     assert any("the name of the last one that holds it" in line for line in lines)
-    assert any("--orientation RAS turns scans" in line for line in lines)
+    assert any("--orientation with theirs, such as LAS, turns scans" in line for line in lines)
     assert Segmenter.of(regions_of((0.0, 1.0), ()), SegmentOptions(orientation="RAS")).notes == ()
     rows = (tmp_path / "out" / "volumes.csv").read_text().splitlines()
     assert rows[1:] == [f"a,region {value},{np.sum(steps() == value) / 1000}" for value in (1, 2, 3)]
