@@ -28,8 +28,9 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = at_least_float32(x)
-        square = jnp.sum(jnp.square(wide), -1, keepdims=True)
-        inverse = jnp.minimum(lax.rsqrt(jnp.maximum(square, jnp.finfo(wide.dtype).tiny)), 1 / RMS_NORM_FLOOR)
+        # The floor is inside the root, whose slope at 0 would make the gradient of zero tokens nan.
+        square = jnp.maximum(jnp.sum(jnp.square(wide), -1, keepdims=True), RMS_NORM_FLOOR**2)
+        inverse = lax.rsqrt(square)
         return (wide * inverse * (wide.shape[-1] ** 0.5 * self.gamma[...])).astype(x.dtype)
 
 

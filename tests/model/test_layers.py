@@ -10,7 +10,7 @@ from mambahome_jax.model.home import GlobalSoftMoE, HoME
 from mambahome_jax.model.layers import Numerics
 from mambahome_jax.model.mamba import Mamba
 from mambahome_jax.model.network import GatedSpatialConv, ResidualBlock, UpBlock
-from mambahome_jax.model.norms import DynamicTanh
+from mambahome_jax.model.norms import DynamicTanh, RMSNorm
 from tests.conftest import load_golden
 
 ROOT = "encoder.stages.1.blocks.0."
@@ -146,3 +146,12 @@ def _alias(case: str, name: str) -> str:
 def _close(got, expected, bound, what):
     scale = max(np.abs(expected).max(), 1e-30)
     assert np.abs(np.asarray(got, np.float64) - expected).max() <= bound * scale, what
+
+
+@pytest.mark.parametrize("scale", [0, 1e-30, 1e-9, 1])
+def test_rms_norm_of_small_vectors_is_as_published_and_has_a_gradient(scale):
+    """Air is 0 in a scan, and stays so in a network without biases."""
+    norm, x = RMSNorm(4, param_dtype=jnp.float32), scale * np.array([1.0, -2, 3, 0.5], np.float32)
+    expected = x / max(np.linalg.norm(x.astype(np.float64)), 1e-8) * 2
+    np.testing.assert_allclose(norm(x), expected, rtol=1e-5)
+    assert bool(jnp.isfinite(jax.grad(lambda x: norm(x).sum())(x)).all())
