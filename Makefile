@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python python3.14 python3.13 python3.12 pytho
 	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { command -v "$$p"; break; }; done)
 BIN := .venv/bin
 
-.PHONY: demo test faults lint clean
+.PHONY: demo test docs faults lint clean
 
 demo: .venv/installed
 	$(BIN)/mambahome demo
@@ -16,6 +16,12 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+# What the notebooks print is kept in build/docs, and made anew for a notebook that changed.
+docs: .venv/docs
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --color -c docs/_site -d build/docs/doctrees . build/docs/html
+	$(BIN)/python docs/_site/check.py build/docs/html
+	@echo "Open build/docs/html/index.html"
 
 faults: .venv/installed
 	$(BIN)/python -m pytest -m faults tests/faults -n 2 --dist worksteal
@@ -31,6 +37,10 @@ lint: .venv/installed
 	"$(PYTHON)" -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	@touch $@
 
 clean:

@@ -2,19 +2,26 @@
 
 import dataclasses
 import re
+import runpy
 import shlex
 
 import pytest
 
+import mambahome_jax as mh
 from mambahome_jax import cli
 from mambahome_jax.recipes import INGREDIENTS, RECIPES, default_of
 from tests.conftest import ROOT
 
 PAGES = sorted(
-    [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), ROOT / "kernels/README.md", ROOT / "tests/goldens/README.md"]
+    [
+        *(page for folder in ("docs", "examples") for page in (ROOT / folder).rglob("*.md")),
+        *ROOT.glob("*.md"),
+        *(ROOT / "kernels/README.md", ROOT / "tests/goldens/README.md"),
+    ]
 )
 COLUMNS, README_LINES = 100, 110
 KINDS = {"getting-started", "how-to", "reference", "explanation", "experiments"}
+SITE = "_site"  # how the pages become a site
 _COMMAND = re.compile(rf"(?:mambahome|python) ({'|'.join(cli.COMMANDS)})(?:\.py)?\b(?! *=)(.*)")
 
 
@@ -64,10 +71,24 @@ def test_flags_of_command_lines_exist(page):
         assert words <= known, (command, words - known)
 
 
-def test_the_readmes_command_lines_parse():
-    lines = re.findall(r"^    mambahome (\w+) (.*)$", _text(ROOT / "README.md").replace("\\\n", " "), re.M)
-    parsed = [type(cli.parse(command, shlex.split(words))) for command, words in lines]
-    assert parsed == [cli.flags_of(command) for command, _ in lines] and len(lines) >= 8
+def _typed(page) -> list[tuple[str, list[str]]]:
+    """The command lines of a page's indented blocks that leave nothing out, without what a shell does with them."""
+    text = re.sub(r"\$\w+", "0", re.sub(r" *\\\n *", " ", _text(page)))
+    lines = re.findall(r"^    (?:mambahome|python3?) (\w+)(?:\.py)? +(.*)$", text, re.M)
+    words = [(command, shlex.split(re.split(r" [|>&;]|\.\.\.", rest)[0], comments=True)) for command, rest in lines]
+    return [(command, each) for command, each in words if command in cli.COMMANDS and "..." not in each]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_command_lines_parse(page):
+    for command, words in _typed(page):
+        assert isinstance(cli.parse(command, words), cli.flags_of(command)), words
+
+
+def test_every_command_and_every_public_name_has_its_place_in_the_reference():
+    assert {page.stem for page in (ROOT / "docs/reference/commands").glob("*.md")} == {*cli.COMMANDS, "index"}
+    named = re.findall(r"^\.\. (?:auto\w+|py:data):: (\w+)$", _text(ROOT / "docs/reference/api.md"), re.M)
+    assert sorted(named) == sorted(name for name in mh.__all__ if name != "__version__")
 
 
 def test_the_flags_of_command_lines_are_found():
@@ -75,7 +96,7 @@ def test_the_flags_of_command_lines_are_found():
 
 
 def test_the_pages_are_of_five_kinds_and_the_readme_is_short():
-    assert {path.name for path in (ROOT / "docs").iterdir() if path.is_dir()} <= KINDS
+    assert {path.name for path in (ROOT / "docs").iterdir() if path.is_dir()} <= {*KINDS, SITE}
     assert len(_text(ROOT / "README.md").splitlines()) <= README_LINES
 
 
@@ -90,6 +111,21 @@ def ingredient_table() -> str:
 
 def test_the_table_of_ingredients_is_that_of_the_recipes():
     assert ingredient_table() in _text(ROOT / "docs/reference/recipes.md")
+
+
+def test_the_check_of_the_site_finds_what_leads_nowhere_or_comes_from_the_network(tmp_path):
+    check = runpy.run_path(str(ROOT / "docs/_site/check.py"))
+    (tmp_path / "other.html").write_text('<h1 id="here">Here</h1>')
+    links = ["other.html#here", "https://elsewhere.org", "other.html#there", "nothing.html"]
+    (tmp_path / "page.html").write_text(
+        "".join(f'<a href="{link}">x</a>' for link in links) + '<script src="https://cdn.org/x.js"></script>'
+    )
+    faults = [fault.partition("page.html: ")[2] for fault in check["faults_of"](tmp_path)]
+    assert faults == [
+        "other.html#there leads to no heading",
+        "nothing.html leads to no file",
+        "loads https://cdn.org/x.js from the network",
+    ]
 
 
 if __name__ == "__main__":

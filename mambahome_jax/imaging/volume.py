@@ -26,7 +26,7 @@ class Volume:
     array: (D0, D1, D2) or (D0, D1, D2, C), axes in the file's voxel order; its memory order is not promised.
     affine: (4, 4) float64, voxel index (an integer is a voxel's centre) to mm in RAS+.
     header: what the scan's file says of its place beyond the affine, None where there is no file. Hand it on to what is
-      made of the scan, so that it lies on the scan in every program when it is written.
+    made of the scan, so that it lies on the scan in every program when it is written.
     """
 
     array: np.ndarray
