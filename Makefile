@@ -21,6 +21,7 @@ test: .venv/installed
 docs: .venv/docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet --color -c docs/_site -d build/docs/doctrees . build/docs/html
 	$(BIN)/python docs/_site/check.py build/docs/html
+	$(BIN)/python docs/_site/tutorial.py
 	@echo "Open build/docs/html/index.html"
 
 faults: .venv/installed

@@ -27,7 +27,7 @@ include_patterns = [
     "SECURITY.md",
     "kernels/README.md",
 ]
-exclude_patterns = ["docs/_site", "docs/**/results", "[!dekC]*", "demo", "**/__pycache__"]
+exclude_patterns = ["docs/_site", "docs/**/results", "[!CSdek]*", "demo", "**/__pycache__"]
 
 # Anchors of headings as GitHub makes them.
 myst_heading_anchors = 4
