@@ -31,7 +31,6 @@ exclude_patterns = ["docs/_site", "docs/**/results", "[!CSdek]*", "demo", "**/__
 
 # Anchors of headings as GitHub makes them.
 myst_heading_anchors = 4
-myst_enable_extensions = ["colon_fence"]
 highlight_language, smartquotes = "default", False
 
 nb_execution_mode = "cache"
