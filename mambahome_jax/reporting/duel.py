@@ -60,7 +60,7 @@ class Standing:
 
     seeds: scores of the cases held out, for each seed. curves: of each network (minutes, step, Dice) of its
     validations. given: its settings. differences: metric -> to the first contestant, empty of that itself; structures:
-    the same of the Dice of each structure.
+    the same of the Dice of each structure. unlike: settings that are to be the same for all, but were not.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Standing:
     given: Mapping[str, str] = field(default_factory=dict)
     differences: Mapping[str, Difference] = field(default_factory=dict)
     structures: Mapping[str, Difference] = field(default_factory=dict)
+    unlike: tuple[str, ...] = ()
 
     def mean(self, metric: str) -> float:
         """Over its cases, of means over structures and seeds."""
@@ -81,9 +82,12 @@ class Standing:
 def verdicts(standings: Sequence[Standing]) -> list[str]:
     """One sentence a contestant on its Dice beside that of the first."""
     first, *others = standings
-    return [
-        verdict(one.name, first.name, one.differences["dice"], min(len(one.seeds), len(first.seeds))) for one in others
-    ]
+    sentences = []
+    for one in others:
+        said = verdict(one.name, first.name, one.differences["dice"], min(len(one.seeds), len(first.seeds)))
+        unlike = ", ".join(dict.fromkeys((*first.unlike, *one.unlike)))
+        sentences.append(f"{said}; not trained alike: {unlike}" if unlike else said)
+    return sentences
 
 
 def render_duel(standings: Sequence[Standing], failures: Sequence[tuple[str, str]], lead: str) -> str:

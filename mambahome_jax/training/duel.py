@@ -49,6 +49,12 @@ if TYPE_CHECKING:
 DUEL, PAGE = "duel.json", "report.html"
 # Settings in run.json that follow from the fold, the seed or the machine.
 _NOT_GIVEN = {"train_cases", "seed", "labelled", "num_workers"}
+# What all contestants have alike -> the flag that one of them may have of its own. A plan that was edited, or another
+# machine that went on with the duel, makes it differ all the same.
+_ALIKE = {
+    **{"device": "", "precision": "precision", "recipe": "recipe"},
+    **{"patch_size": "patch_size", "global_batch": "batch_size"},
+}
 # Trains by flags: exit code as of `train`, and why it was refused.
 Train = Callable[[TrainConfig, Console], tuple[int, str]]
 
@@ -259,7 +265,11 @@ def compare(
         if not standings:
             _require_first(output, one, [*homes], failures)
         if homes:
-            standings.append(_standing(one, [*homes.values()], standings[0] if standings else None))
+            changed = {flag for flag, value in vars(one.flags).items() if value != getattr(contestants[0].flags, flag)}
+            alike = [name for name, flag in _ALIKE.items() if flag not in changed]
+            if "batch_size" not in one.flags.given:  # it fills the memory
+                alike.remove("global_batch")
+            standings.append(_standing(one, [*homes.values()], alike, standings[0] if standings else None))
     return tuple(standings)
 
 
@@ -275,16 +285,24 @@ def _data(home: Path, flags: TrainConfig) -> list[Any]:
     return [read_json(network / "run.json").get("data", {}).get("digests") for network in _networks(home, flags)]
 
 
-def _standing(one: Contestant, homes: Sequence[Path], first: Standing | None) -> Standing:
+def _given(report: Mapping[str, Any]) -> dict[str, str]:
+    """The settings of a network, by its run.json."""
+    configuration = {name: report.get("configuration", {}).get(name) for name in ("model", "recipe", "strides")}
+    settings = configuration | {"device": report.get("device")} | dict(report.get("training", {}))
+    settings |= {f"network: {name}": value for name, value in report.get("model", {}).items()}
+    return {name: as_typed(value) for name, value in settings.items() if name not in _NOT_GIVEN and value is not None}
+
+
+def _standing(one: Contestant, homes: Sequence[Path], alike: Sequence[str], first: Standing | None) -> Standing:
     seeds = tuple(tuple(read_evaluation(_scores(home, one.flags)).scores) for home in homes)
     networks = [network for home in homes for network in _networks(home, one.flags)]
     reports = [read_json(network / "run.json") for network in networks]
     tables = [[*_rows(network / "metrics.csv")] for network in networks]
-    configuration = {name: reports[0].get("configuration", {}).get(name) for name in ("model", "recipe", "strides")}
-    settings = configuration | {"device": reports[0].get("device")} | dict(reports[0].get("training", {}))
-    settings |= {f"network: {name}": value for name, value in reports[0].get("model", {}).items()}
-    given = {name: as_typed(value) for name, value in settings.items() if name not in _NOT_GIVEN and value is not None}
-    standing = Standing(one.name, seeds, _cost(reports, tables), tuple(map(tuple, map(_curve, tables))), given)
+    given = [*map(_given, reports)]
+    known = given[0] if first is None else first.given
+    unlike = tuple(name for name in alike if any(each.get(name) != known.get(name) for each in given))
+    curves = tuple(map(tuple, map(_curve, tables)))
+    standing = Standing(one.name, seeds, _cost(reports, tables), curves, given[0], unlike=unlike)
     if first is None:
         return standing
     structures = structures_of(row for scores in (*seeds, *first.seeds) for row in scores)

@@ -167,6 +167,20 @@ def test_a_process_that_the_system_ends_fails_alone(tmp_path, monkeypatch):
     assert sys.modules["__main__"] is main
 
 
+def test_what_was_not_trained_alike_is_said(finished, data, copied):
+    assert "alike" not in finished.verdicts[0]
+    for folder, changes in (("MambaHoME_tiny", {"device": "4 x GPU"}), ("lr=0.001", {"training": {"global_batch": 8}})):
+        file = copied / folder / "seed_0" / "fold_1" / "run.json"
+        report = json.loads(file.read_text())
+        report["training"] |= changes.pop("training", {})
+        file.write_text(json.dumps(report | changes))
+    assert (
+        run_duel(config(data, copied, folds=2), QUIET, Trainer())
+        .verdicts[0]
+        .endswith("; not trained alike: device, global_batch")
+    )
+
+
 def test_a_duel_of_a_version_with_fewer_flags_goes_on(finished, data, copied):
     written = content(copied)
     for entry in written["contestants"].values():
