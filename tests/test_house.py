@@ -122,12 +122,16 @@ importlib.import_module({commands!r})
 
 
 def test_completion_offers_the_public_names_which_no_module_hides():
+    import mambahome_kernels as kernels
+
     import mambahome_jax as mh
 
     for name in WITHOUT_JAX_TOO:
         importlib.import_module(f"mambahome_jax.{name}")
     for name in mh.__all__:
         assert not isinstance(getattr(mh, name), types.ModuleType | None)
+    importlib.import_module("mambahome_kernels.selective_scan.xla")
+    assert all(callable(getattr(kernels, name)) for name in kernels.__all__)  # each also a folder of that name
     assert dir(mh) == sorted(mh.__all__)
     assert not {module.name for module in pkgutil.iter_modules(mh.__path__)} & {*mh.__all__}
     assert mh.__version__ == version.__version__

@@ -25,6 +25,8 @@ RUNS = "trackers.json"  # in the folder of a run: the name that each tracker gav
 class Callback:
     """Is told of the training of a network, by the first process; override what is of interest.
 
+    metrics.csv, the curves and TensorBoard are written before.
+
     Of several networks (--folds, --members) each has a start and an end. What a method raises ends the training.
     """
 
@@ -129,7 +131,8 @@ class Tracker(Callback, abc.ABC):
             return call()
         except Exception as error:  # noqa: BLE001 (of a package or its server; days of training are not to end by it)
             self._on = False
-            self.say(f"--tracker {self.name} failed, and the training goes on without it: {error}")
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            self.say(f"--tracker {self.name} failed, and the training goes on without it: {reason}")
             return None
 
     @abc.abstractmethod
