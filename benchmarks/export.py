@@ -1,8 +1,8 @@
 """Export MambaHoME_tiny, and segment a scan with it where little is installed: seconds, size, equality of labels.
 
-    python -m benchmarks.export                   # makes a virtual environment; needs a package index
-    python -m benchmarks.export --here            # blocks the other packages in this environment instead
-    python -m benchmarks.export --gpu             # the program for cuda too, on this machine's GPU; no environment
+    python -m benchmarks.export           # makes a virtual environment; needs a package index
+    python -m benchmarks.export --here    # blocks the other packages in this environment instead
+    XLA_PYTHON_CLIENT_PREALLOCATE=false python -m benchmarks.export --here    # on a GPU: the program for cuda
 
 Writes one JSON object with versions and hardware.
 """
@@ -52,10 +52,9 @@ mh.write_volume(result, mh.segment(mh.load_model(model), mh.read_volume(scan)))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--here", action="store_true")
-    parser.add_argument("--gpu", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(measure(Path(folder), here=arguments.here or arguments.gpu), indent=1))
+        print(json.dumps(measure(Path(folder), here=arguments.here), indent=1))
 
 
 def measure(home: Path, *, here: bool) -> dict:

@@ -53,7 +53,8 @@ def export_model(config: ExportConfig) -> ExportResult:
     """
     path = config.destination
     if path.suffix != SUFFIX:
-        raise ConfigError(f"{path}: expected a file name that ends in {SUFFIX}")
+        onnx = ". ONNX is not written, see docs/how-to/deploy.md" if path.suffix == ".onnx" else ""
+        raise ConfigError(f"{path}: expected a file name that ends in {SUFFIX}{onnx}")
     if config.model.suffix == SUFFIX:
         raise ConfigError(f"{config.model}: exported already. Name the run or the weights that it was made of")
     if path.exists() and not config.overwrite:

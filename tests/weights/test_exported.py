@@ -198,7 +198,7 @@ def test_what_does_not_fit_the_file_is_refused(home, tmp_path):
         mh.load_model(path, np.float64)
     for config, error, text in (
         (ExportConfig(source, path), OutputError, "exists already"),
-        (ExportConfig(source, tmp_path / "m.zip"), ConfigError, "ends in .mh"),
+        (ExportConfig(source, tmp_path / "m.onnx"), ConfigError, "ends in .mh. ONNX is not written"),
         (ExportConfig(path, tmp_path / "m.mh"), ConfigError, "exported already"),
         (ExportConfig(source, tmp_path / "m.mh", roi_size=(7, 8, 8)), ConfigError, "7"),
     ):
