@@ -11,8 +11,7 @@ import numpy as np
 from mambahome_jax.evaluation.results import Score, finite_mean, score_matrix, structures_of, wilcoxon_p
 
 RESAMPLES = 10_000
-# The test has to agree with the interval, which takes six cases: of fewer that all differ the same way a bootstrap
-# interval leaves out 0, and two cases differ the same way every other time by chance.
+# An interval of few cases that all differ the same way, as two do every other time by chance, leaves out 0 too.
 _CHANCE = 0.05
 
 
@@ -75,7 +74,8 @@ def verdict(name: str, other: str, found: Difference, seeds: int) -> str:
     over = f"over {cases} and {seeds} seed{'s' * (seeds != 1)}"
     if not np.isfinite(found.low):
         return f"{name} and {other} are not distinguishable {over}, which give no interval"
-    numbers = f"Dice {found.difference:+.4f}, 95 % interval {found.low:+.4f} to {found.high:+.4f}, {over}"
+    interval = f"95 % interval {found.low:+.4f} to {found.high:+.4f}, p {found.p:.2g}"
+    numbers = f"Dice {found.difference:+.4f}, {interval}, {over}"
     if not found.distinguishable:
         return f"{name} and {other} are not distinguishable: {numbers}"
     limit = "; another seed may change that" if seeds == 1 else ""

@@ -82,7 +82,7 @@ def test_verdicts():
         return verdict("conv", "scan", compare_systems([scores(ours)] * seeds, [scores(base)], "dice"), seeds)
 
     assert said(base + 0.02).startswith(
-        "conv is better than scan: Dice +0.0200, 95 % interval +0.0200 to +0.0200, over"
+        "conv is better than scan: Dice +0.0200, 95 % interval +0.0200 to +0.0200, p 0.002, over"
     )
     assert said(base - 0.02 + noise / 4).startswith("conv is worse than scan: Dice -0.0200")
     assert said(base + 0.02).endswith("over 10 cases and 1 seed; another seed may change that")
