@@ -113,7 +113,8 @@ def logged(console: "Console", file: Path) -> Iterator[None]:
         except OSError:
             yield
             return
-        log = Console(file=stream, width=LOG_WIDTH, force_terminal=False, no_color=True)
+        # In a notebook rich would print into the cell, whatever the file.
+        log = Console(file=stream, width=LOG_WIDTH, force_terminal=False, force_jupyter=False, no_color=True)
 
         class Log(RenderHook):
             def process_renderables(self, renderables: list[Any]) -> list[Any]:

@@ -58,6 +58,14 @@ def test_a_log_takes_a_name_that_is_not_text(tmp_path):
     assert (tmp_path / "log.txt").read_text("utf-8") == "scan_\\udcff \u00e9\n"
 
 
+def test_a_log_takes_in_a_notebook_what_the_cell_shows(tmp_path, monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    console = Console(quiet=True)
+    with logged(console, tmp_path / "log.txt"):
+        say(console, "3 steps")
+    assert (tmp_path / "log.txt").read_text("utf-8") == "3 steps\n"
+
+
 @pytest.mark.parametrize("words", ["--help", "", "--version", "dance", "check --help", "check none"])
 def test_commands_are_silent_for_a_reader_that_has_gone(words):
     read, write = os.pipe()
