@@ -30,7 +30,7 @@ COMMANDS = {
     "evaluate": "Score segmentations against references",
     "report": "Write an HTML page about an evaluation",
     "duel": "Train networks under the same conditions, and compare them",
-    "convert": "Convert weights: .pth, .npz, .safetensors, a folder for a model hub",
+    "convert": "Convert weights to .pth, .npz, .safetensors or for a model hub",
     "export": "Write a model as one file for deployment",
     "clean": "List and remove what runs and killed commands left on the disk",
     "demo": "See the whole way work on synthetic scans, in a few minutes",

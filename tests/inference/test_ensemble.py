@@ -39,9 +39,12 @@ def test_one_member_keeps_its_logits():
 
 
 def test_members():
-    assert Ensemble.of("a").members == ("a",) and Ensemble.of(["a", "b"]).members == ("a", "b")
+    a, b = Levels((0.0, 0.5, 1.0)), Levels((0.0, 0.9, 1.0))
+    assert Ensemble.of(a).members == (a,) and Ensemble.of([a, b]).members == (a, b)
     with pytest.raises(ConfigError, match="no model"):
         Ensemble.of([])
+    with pytest.raises(ConfigError, match="model is a str; expected what load_model gives"):
+        Ensemble.of("run/checkpoints/best")
 
 
 def test_segment_takes_several_models(tmp_path):
