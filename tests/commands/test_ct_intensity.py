@@ -30,6 +30,9 @@ class Trained:
     def __init__(self, metadata):
         self.metadata = metadata
 
+    def __call__(self, windows):
+        raise NotImplementedError
+
 
 @pytest.fixture
 def config(tmp_path):

@@ -33,13 +33,20 @@ def test_axes_follow_the_orientation_and_the_names():
     assert mirrors == ((0, ()), (2, ())) and "front-back" in remark
 
 
+class Described(nnx.Module):
+    """What is asked for its metadata alone."""
+
+    def __call__(self, windows):
+        raise NotImplementedError
+
+
 def test_only_axes_mirrored_in_training_are_mirrored():
     mirrors, remarks = mirrors_for(KIDNEYS, "RAS", ("LR",))
     assert mirrors == ((0, ((2, 3),)),)
     assert ["--mirror AP" in remarks[0], "--mirror IS" in remarks[1]] == [True, True]
 
     def network(**data):
-        model = nnx.Module()
+        model = Described()
         model.metadata = nnx.static(DataProperties(labels=tuple(KIDNEYS.items()), **data)) if data else None
         return model
 
