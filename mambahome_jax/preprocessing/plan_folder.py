@@ -130,4 +130,5 @@ def planned_settings(flags: TrainConfig) -> StoredPlan:
 
 
 def _entries(prepared: Prepared) -> list[StoreEntry]:
-    return [Store(prepared.store).entry(case.id) for case in prepared.cases]
+    store = Store(prepared.store)
+    return [store.entry(case.id) for case in prepared.cases]

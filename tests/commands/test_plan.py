@@ -12,6 +12,7 @@ from mambahome_jax.cli import run_command
 from mambahome_jax.commands.preprocess import run
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import TrainConfig
+from mambahome_jax.patches.store import Store
 from mambahome_jax.preprocessing import plan_folder
 from mambahome_jax.preprocessing.plan import PLAN, follow_plan, plan_lines, read_plan
 from tests.commands.scans import description, preprocess_config
@@ -46,6 +47,14 @@ def test_preprocess_plans_from_the_scans_as_check_does(config, capsys):
     measured = json.loads((config.output_path / PLAN).read_text())["fingerprint"]
     assert measured["structures"]["label_1"] == {"cases": 3, "median_ml": 0.432}
     assert measured["resampled"]["shape"] == [12, 16, 8]
+
+
+def test_the_index_of_a_prepared_folder_is_read_once(config, monkeypatch):
+    assert run(config) == 0
+    opened = []
+    monkeypatch.setattr(plan_folder, "Store", lambda root: opened.append(root) or Store(root))
+    assert mh.plan(folder=config.output_path).prepared
+    assert len(opened) == 1
 
 
 def test_an_edited_plan_is_obeyed_and_kept(config, tmp_path, capsys):
