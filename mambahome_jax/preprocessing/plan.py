@@ -271,9 +271,9 @@ def _choose_mirror(fingerprint: Fingerprint) -> Setting:
 
 
 def _choose_hold_out(patients: int) -> Setting:
-    most = max(_HELD_OUT, patients * _HELD_OUT_PART)
-    every = max(5, math.floor(patients / most))
-    if every == 5:
+    most, usual = max(_HELD_OUT, patients * _HELD_OUT_PART), TrainConfig.hold_out
+    every = max(usual, math.floor(patients / most))
+    if every == usual:
         return Setting(every, "every fifth patient shows how well the network does on others")
     count = -(-patients // every)
     return Setting(
