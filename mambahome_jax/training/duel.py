@@ -38,7 +38,7 @@ from mambahome_jax.support.processes import end_with_parent
 from mambahome_jax.training.contestants import Contestant, contestants_of
 from mambahome_jax.training.held_out import FOLDER as VALIDATION
 from mambahome_jax.training.held_out import SUMMARY
-from mambahome_jax.training.run_report import earlier_report
+from mambahome_jax.training.run_report import all_flags, earlier_report
 from mambahome_jax.training.runs import SIGNALLED, run_training
 from mambahome_jax.training.side_by_side import forwarded_signals, train_side_by_side, wants_side_by_side
 from mambahome_jax.weights.model_path import CROSS_VALIDATION, FOLD
@@ -165,9 +165,10 @@ def run_duel(config: DuelConfig, console: Console, train: Train = train_in_own_p
                 return DuelResult(output, code)
             if not _ended(home, one.flags):
                 failures[f"{one.name}, seed {seed}"] = message or _why_not_ended(home, one.flags, code)
-            if one is contestants[0] and (code == 2 or seed == config.seeds - 1):
+            last_of_first = one is contestants[0] and (code == 2 or seed == config.seeds - 1)
+            if last_of_first and not any(_ended(_home(output, one, n), one.flags) for n in range(config.seeds)):
                 # With nobody to compare with, the others would be trained for nothing.
-                _require_first(output, one, range(config.seeds), failures)
+                raise _untrained(one, failures)
         standings = compare(output, contestants, range(config.seeds), failures)
         result = _write(output, config, record, standings, failures)
     return result
@@ -190,10 +191,8 @@ def _recorded(output: Path, contestants: Sequence[Contestant]) -> dict[str, Any]
     """Flags of all contestants that took part so far. Raises ConfigError where one of today has other flags."""
     before = read_json(output / DUEL).get("contestants", {}) if (output / DUEL).is_file() else {}
     now = {one.name: jsonable(asdict(replace(one.flags, given=(), max_minutes=one.minutes))) for one in contestants}
-    defaults = jsonable(asdict(TrainConfig(contestants[0].flags.data_train)))
     for name, flags in now.items():
-        # What train had no flag for then was as its default.
-        earlier = defaults | before[name]["flags"] if name in before else flags
+        earlier = all_flags(before[name]["flags"]) if name in before else flags
         differ = [flag for flag in flags if flags[flag] != earlier.get(flag)]
         if changed := [f"{flag} was {earlier.get(flag)}, now {flags[flag]}" for flag in differ]:
             action = "Give the flags that it began with, or name another --output_dir"
@@ -262,8 +261,8 @@ def compare(
                 del homes[seed]
             for entry in read_json(_scores(home, one.flags) / SUMMARY).get("failures", ()):
                 failures[f"{one.name}, seed {seed}, {entry['case']}"] = str(entry["reason"])
-        if not standings:
-            _require_first(output, one, [*homes], failures)
+        if not standings and not homes:
+            raise _untrained(one, failures)
         if homes:
             changed = {flag for flag, value in vars(one.flags).items() if value != getattr(contestants[0].flags, flag)}
             alike = [name for name, flag in _ALIKE.items() if flag not in changed]
@@ -273,11 +272,9 @@ def compare(
     return tuple(standings)
 
 
-def _require_first(output: Path, one: Contestant, seeds: Sequence[int], failures: Mapping[str, str]) -> None:
-    """Raise TrainingError where no run of the first contestant has ended."""
-    if not any(_ended(_home(output, one, seed), one.flags) for seed in seeds):
-        reason = next(iter(failures.values()), "none of its runs has ended")
-        raise TrainingError(f"{one.name}, the first contestant, could not be trained: {reason}")
+def _untrained(first: Contestant, failures: Mapping[str, str]) -> TrainingError:
+    reason = next(iter(failures.values()), "none of its runs has ended")
+    return TrainingError(f"{first.name}, the first contestant, could not be trained: {reason}")
 
 
 def _data(home: Path, flags: TrainConfig) -> list[Any]:

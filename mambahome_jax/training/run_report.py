@@ -54,12 +54,17 @@ def new_report(folder: Path, setup: Setup, skipped: Sequence[tuple[str, str]]) -
 
 def is_finished(report: Mapping[str, Any], flags: TrainConfig) -> bool:
     """Whether run.json tells of a run with these flags that came to its end."""
-    before, now = report.get("configuration"), jsonable(asdict(flags))
-    # A flag that an earlier version did not have was not given then.
-    first = jsonable({field.name: field.default for field in fields(flags) if field.default is not MISSING})
-    names = {*now} - _OF_THE_START
-    same = isinstance(before, dict) and all((first | before).get(name) == now[name] for name in names)
-    return same and report.get("status") == "finished"
+    recorded, now = report.get("configuration"), jsonable(asdict(flags))
+    if not isinstance(recorded, dict) or report.get("status") != "finished":
+        return False
+    before = all_flags(recorded)
+    return all(before.get(name) == now[name] for name in {*now} - _OF_THE_START)
+
+
+def all_flags(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of train in a record; one that an earlier version did not have was not given then."""
+    defaults = {field.name: field.default for field in fields(TrainConfig) if field.default is not MISSING}
+    return jsonable(defaults) | dict(recorded)
 
 
 def held_out_entry(summary: Mapping[str, Any] | None) -> dict[str, Any] | None:
