@@ -247,7 +247,7 @@ class Decoder(nnx.Module):
 
 
 class Network(nnx.Module):
-    """An encoder and a decoder, each made by (config, rngs=, numerics=).
+    """An encoder and a decoder, each made by (config, rngs=, numerics=); param_dtype, precision: see `Numerics`.
 
     model(x): (batch, depth, height, width, in_chans) -> logits (batch, depth, height, width, out_chans), float32
     (float64 with float64 parameters). Raises ConfigError for an x that it cannot take, see `NetworkConfig.check_size`.
@@ -261,9 +261,11 @@ class Network(nnx.Module):
         decoder: Callable[..., nnx.Module] = Decoder,
         *,
         rngs: nnx.Rngs,
-        numerics: Numerics,
+        param_dtype: Any,
+        precision: Precision,
         metadata: DataProperties | None,
     ):
+        numerics = Numerics(param_dtype, precision)
         self.config, self.precision, self.metadata = config, numerics.precision, metadata
         self.dtype = numerics.activation_dtype
         self.encoder: Any = encoder(config, rngs=rngs, numerics=numerics)
@@ -307,8 +309,8 @@ class MambaHoME(Network):
         precision: Precision = "fp32",
         metadata: DataProperties | None = None,
     ):
-        numerics = Numerics(param_dtype, precision)
-        super().__init__(config or ModelConfig(), Encoder, rngs=rngs, numerics=numerics, metadata=metadata)
+        config = config or ModelConfig()
+        super().__init__(config, Encoder, rngs=rngs, param_dtype=param_dtype, precision=precision, metadata=metadata)
 
     @classmethod
     def of_size(

@@ -107,8 +107,7 @@ class SegMamba(Network):
         metadata: DataProperties | None = None,
         **shape: "Unpack[SegMambaShape]",
     ):
-        config, numerics = (
-            SegMambaConfig(in_chans, out_chans, **cast(dict[str, Any], shape)),
-            Numerics(param_dtype, precision),
+        config = SegMambaConfig(in_chans, out_chans, **cast(dict[str, Any], shape))
+        super().__init__(
+            config, SegMambaEncoder, rngs=rngs, param_dtype=param_dtype, precision=precision, metadata=metadata
         )
-        super().__init__(config, SegMambaEncoder, rngs=rngs, numerics=numerics, metadata=metadata)

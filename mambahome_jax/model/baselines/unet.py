@@ -218,11 +218,10 @@ class PlainUNet(Network):
         metadata: DataProperties | None = None,
         **shape: "Unpack[PlainUNetShape]",
     ):
-        config, numerics = (
-            PlainUNetConfig(in_chans, out_chans, **cast(dict[str, Any], shape)),
-            Numerics(param_dtype, precision),
+        config = PlainUNetConfig(in_chans, out_chans, **cast(dict[str, Any], shape))
+        super().__init__(
+            config, UNetEncoder, UNetDecoder, rngs=rngs, param_dtype=param_dtype, precision=precision, metadata=metadata
         )
-        super().__init__(config, UNetEncoder, UNetDecoder, rngs=rngs, numerics=numerics, metadata=metadata)
 
 
 class ResEncUNet(Network):
@@ -242,8 +241,7 @@ class ResEncUNet(Network):
         metadata: DataProperties | None = None,
         **shape: "Unpack[ResEncUNetShape]",
     ):
-        config, numerics = (
-            ResEncUNetConfig(in_chans, out_chans, **cast(dict[str, Any], shape)),
-            Numerics(param_dtype, precision),
+        config = ResEncUNetConfig(in_chans, out_chans, **cast(dict[str, Any], shape))
+        super().__init__(
+            config, UNetEncoder, UNetDecoder, rngs=rngs, param_dtype=param_dtype, precision=precision, metadata=metadata
         )
-        super().__init__(config, UNetEncoder, UNetDecoder, rngs=rngs, numerics=numerics, metadata=metadata)
