@@ -25,7 +25,7 @@ import mambahome_jax as mh
 from mambahome_jax.config import MODEL_SIZES, DataProperties
 from mambahome_jax.model.networks import make_network
 from mambahome_jax.support.devices import device_line
-from mambahome_jax.weights.weights import Weights, _leaves, dotted, write_weights
+from mambahome_jax.weights.weights import Weights, flat_params, write_weights
 
 ROOT = Path(__file__).parents[1]
 INSTALLED = ("jax", "numpy", "nibabel", "flatbuffers")
@@ -61,7 +61,7 @@ def measure(home: Path, *, here: bool) -> dict:
     size = MODEL_SIZES["MambaHoME_tiny"]
     network = make_network(size.model.replace(out_chans=3), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)  # noise, for labels of all classes
-    values = {dotted(path): np.asarray(leaf) for path, leaf in _leaves(network).items()}
+    values = flat_params(network)
     params = {name: a + rng.normal(0, 0.05, a.shape).astype(np.float32) for name, a in values.items()}
     data = DataProperties(spacing=None, modality="mr", patch_size=size.patch_size, labels=((1, "liver"), (2, "spleen")))
     write_weights(home / "run", Weights(params, network.config, data))

@@ -150,6 +150,11 @@ def _shapes(config: NetworkConfig) -> dict[str, tuple[TreePath, tuple[int, ...]]
     return {dotted(path): (path, leaf.shape) for path, leaf in _leaves(_abstract(config)[1]).items()}
 
 
+def flat_params(tree: Any) -> dict[str, np.ndarray]:
+    """{dotted path: array} of a model, its state, or any nested dict or pytree of its shape."""
+    return {dotted(path): np.asarray(leaf) for path, leaf in _leaves(tree).items()}
+
+
 def parameter_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
     """{dotted path: shape} of a network's parameters."""
     return {name: shape for name, (_, shape) in _shapes(config).items()}
@@ -315,7 +320,7 @@ def read_weights(path: Path | str) -> Weights:
         return _read_weights_file(weights)
     values = read_checkpoint_config(path)
     config = config_from_json(values["model"], path)
-    params = {dotted(p): np.asarray(leaf) for p, leaf in _leaves(read_checkpoint_params(path)).items()}
+    params = flat_params(read_checkpoint_params(path))
     _require_shapes(path, params, parameter_shapes(config))
     return Weights(params, config, _data_of(values, path))
 

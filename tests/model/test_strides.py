@@ -13,23 +13,19 @@ from mambahome_jax.errors import ConfigError
 from mambahome_jax.model.network import MambaHoME
 from mambahome_jax.preprocessing.grids import grids_for, patch_and_grids
 from mambahome_jax.training.losses import DeepSupervision, at_all_levels, dice_ce
-from mambahome_jax.weights.weights import Weights, _leaves, dotted, export_official, read_weights, write_weights
+from mambahome_jax.weights.weights import Weights, export_official, flat_params, read_weights, write_weights
 
 TINY = MODEL_SIZES["MambaHoME_tiny"].model.replace(out_chans=3)
 THICK = grids_for((1.5, 1.5, 10), (64, 64, 10))
 THICK_TINY = TINY.replace(strides=THICK.strides, kernel_sizes=THICK.kernel_sizes)
 
 
-def flat(model):
-    return {dotted(path): np.asarray(leaf) for path, leaf in _leaves(model).items()}
-
-
 def test_published_grids_are_the_default_and_change_no_bit():
     named = dataclasses.replace(TINY, strides=[[2, 2, 2]] * 4, kernel_sizes=[[3, 3, 3]] * 5)
     assert named == TINY and hash(named) == hash(TINY) and TINY.multiples == (16, 16, 16)
     models = [MambaHoME(config, rngs=nnx.Rngs(0)) for config in (TINY, named)]
-    for name, value in flat(models[0]).items():
-        assert np.array_equal(value, flat(models[1])[name]), name
+    for name, value in flat_params(models[0]).items():
+        assert np.array_equal(value, flat_params(models[1])[name]), name
 
 
 def test_thick_slices_train_and_come_back_from_disk(tmp_path):
@@ -49,7 +45,7 @@ def test_thick_slices_train_and_come_back_from_disk(tmp_path):
     first, state = step(state)
     second, _ = step(state)
     assert np.isfinite(first) and second < first
-    weights = Weights(flat(model), THICK_TINY, None)
+    weights = Weights(flat_params(model), THICK_TINY, None)
     for suffix in (".npz", ".pth", ".safetensors", ""):
         write_weights(tmp_path / f"w{suffix}", weights)
         back = read_weights(tmp_path / f"w{suffix}")

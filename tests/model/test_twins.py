@@ -18,7 +18,7 @@ from mambahome_jax.model.mamba import GatedConv
 from mambahome_jax.model.network import MambaHoME, MambaHoMEBlock
 from mambahome_jax.training.pretrained import transfer
 from mambahome_jax.training.setup import model_config
-from mambahome_jax.weights.weights import Weights, _leaves, dotted, read_weights, write_weights
+from mambahome_jax.weights.weights import Weights, _leaves, dotted, flat_params, read_weights, write_weights
 
 TINY = MODEL_SIZES["MambaHoME_tiny"].model.replace(out_chans=3, feat_size=(4, 4, 6, 6), hidden_size=8)
 TWIN = TINY.replace(mixer="conv", experts="ffn")
@@ -38,7 +38,7 @@ def paths(tree):
 
 
 def saved(folder, config):
-    params = {dotted(path): np.asarray(leaf) for path, leaf in _leaves(MambaHoME(config, rngs=nnx.Rngs(0))).items()}
+    params = flat_params(MambaHoME(config, rngs=nnx.Rngs(0)))
     write_weights(folder, Weights(params, config, None))
     return params
 

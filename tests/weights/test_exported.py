@@ -22,7 +22,7 @@ from mambahome_jax.inference.segment import Segmenter, SegmentOptions
 from mambahome_jax.model.networks import make_network
 from mambahome_jax.weights.export import export_model
 from mambahome_jax.weights.model_path import CROSS_VALIDATION
-from mambahome_jax.weights.weights import Weights, _leaves, dotted, write_weights
+from mambahome_jax.weights.weights import Weights, flat_params, write_weights
 from tests.commands.scans import AFFINE, write
 from tests.conftest import ROOT
 from tests.nnunet_models import miniature, model_folder
@@ -62,7 +62,7 @@ main(["infer", *sys.argv[2:]])
 def weights_of(config, data=DATA, seed=0):
     network = make_network(config, rngs=nnx.Rngs(seed))
     rng = np.random.default_rng(seed)  # zeros, as biases begin, would hide that they are swapped
-    params = {dotted(path): np.asarray(leaf) for path, leaf in _leaves(network).items()}
+    params = flat_params(network)
     return Weights(
         {name: a + rng.normal(0, 0.1, a.shape).astype(np.float32) for name, a in params.items()}, config, data
     )
