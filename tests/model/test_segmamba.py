@@ -13,6 +13,7 @@ from mambahome_jax.config import SegMambaConfig, network_from_json
 from mambahome_jax.inference.ensemble import Ensemble
 from mambahome_jax.weights.weights import read_weights, write_weights
 from tests.conftest import golden_path
+from tests.model.golden_gradients import compare_gradients
 from tests.model.test_parity import weighting
 
 GOLDEN = "baselines/segmamba_tiny.npz"
@@ -83,22 +84,8 @@ def test_logits_stages_and_gradients(data, official, which, dtype, tmp_path, x64
         assert np.abs(np.moveaxis(volume, -1, 1) - data[f"{which}/enc{stage}"]).max() < values
     if f"{which}/planes" in data:
         assert np.abs(logits[:, :, data[f"{which}/planes"]] - data[f"{which}/logits_planes"]).max() < values
-    _compare_gradients(mh.export_official(gradients), data, which, gradient, 1e-7 if single else 1e-14)
-
-
-def _compare_gradients(gradients, data, which, bound, zero):
-    names = [name.decode() if isinstance(name, bytes) else str(name) for name in data["grad_names"]]
-    assert set(gradients) == set(names)
-    norms, sums, exact_zero = data[f"{which}/grad_l2"], data[f"{which}/grad_sum"], data["exact_zero"]
-    for name, norm, total, is_zero in zip(names, norms, sums, exact_zero, strict=True):
-        got = np.asarray(gradients[name], np.float64)
-        if is_zero:
-            assert np.abs(got).max() < zero, name
-            continue
-        assert abs(np.linalg.norm(got) - norm) <= bound * norm, name
-        assert abs(got.sum() - total) <= bound * norm * np.sqrt(got.size), name
-        if f"{which}/grad/{name}" in data:
-            assert np.linalg.norm(got - data[f"{which}/grad/{name}"]) <= bound * norm, name
+    zero = 1e-7 if single else 1e-14
+    compare_gradients(mh.export_official(gradients), data, which, data["exact_zero"], gradient, zero)
 
 
 def test_bfloat16_stays_near(data, official, tmp_path):
