@@ -41,5 +41,6 @@ from .training.losses import dice_ce as dice_ce
 from .training.runs import TrainResult as TrainResult, train as train
 from .training.validation import Validation as Validation
 from .version import __version__ as __version__
+from .weights.export import Exported as Exported, export as export
 from .weights.model_path import load_model as load_model
 from .weights.weights import export_official as export_official

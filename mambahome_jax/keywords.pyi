@@ -4,7 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Required, TypedDict
 
-from .config import CtIntensity, ExpertLayer, Mixer, Modality, ModelName, Precision, Resampling, Strategy, Surface
+from .config import (
+    CtIntensity,
+    ExpertLayer,
+    Mixer,
+    Modality,
+    ModelName,
+    Platform,
+    Precision,
+    Resampling,
+    Strategy,
+    Surface,
+)
 
 StrPath = str | Path
 
@@ -175,6 +186,16 @@ class DuelFlags(TypedDict, total=False):
     steps: int | None
     seeds: int
     equal: Literal["images", "memory"]
+
+class ExportFlags(TypedDict, total=False):
+    model: Required[StrPath]
+    destination: Required[StrPath]
+    platforms: Sequence[Platform]
+    roi_size: Sequence[int] | None
+    precision: Precision | None
+    modality: Modality | None
+    spacing: Sequence[float] | None
+    overwrite: bool
 
 class CleanFlags(TypedDict, total=False):
     folder: StrPath | None

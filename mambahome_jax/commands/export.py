@@ -1,19 +1,19 @@
 """export: a model as one file for deployment."""
 
+from functools import partial
+
 from rich.console import Console
 
 from mambahome_jax.config import spaced
 from mambahome_jax.flags import ExportConfig
-from mambahome_jax.support.console import command_line, say
+from mambahome_jax.support.console import command_line, say, tracked
 from mambahome_jax.weights.export import export_model
 
 
 def run(config: ExportConfig) -> int:
     """Write the file; returns 0. Raises CheckpointError, ConfigError and OutputError."""
-    result = export_model(config)
     console = Console()
-    for note in result.notes:
-        say(console, f"Note: {note}")
+    result = export_model(config, partial(say, console), tracked(console, "Lowering"))
     for platform, scan in result.scans.items():
         say(console, f"{platform}: {scan}")
     networks = "1 network" if result.networks == 1 else f"{result.networks} networks"

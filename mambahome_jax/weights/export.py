@@ -1,13 +1,14 @@
-"""A model as one file for deployment, see `exported.py`: `mambahome export`."""
+"""export without a console: a model as one file for deployment, see `exported.py`."""
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import jax
 import jax.export
@@ -19,16 +20,21 @@ from mambahome_kernels.selective_scan.api import BACKENDS
 from mambahome_jax.config import PUBLISHED_ROI, DataProperties, NetworkConfig, Platform, Precision, Triple
 from mambahome_jax.errors import ConfigError, OutputError
 from mambahome_jax.flags import ExportConfig, InferConfig
+from mambahome_jax.support.console import Say, Track, shown, silent, untracked
 from mambahome_jax.support.devices import default_precision
 from mambahome_jax.support.files import atomic_write
+from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.version import __version__
 from mambahome_jax.weights.exported import FORMAT, MANIFEST, PLATFORMS, SUFFIX, Program
 from mambahome_jax.weights.model_path import learned_largest, networks_at
 from mambahome_jax.weights.weights import Weights, assembled, build_model, digest_of, parameter_shapes, read_weights
 
+if TYPE_CHECKING:
+    from mambahome_jax.keywords import ExportFlags
+
 
 @dataclass(frozen=True)
-class ExportResult:
+class Exported:
     """What was exported. networks: how many vote. scans: platform -> precision and what computes Mamba's scan there.
 
     notes: on what the source lacks.
@@ -41,35 +47,51 @@ class ExportResult:
     notes: tuple[str, ...]
 
 
-def export_model(config: ExportConfig) -> ExportResult:
+@shows_keywords(ExportConfig)
+def export(*, progress: bool = False, **flags: "Unpack[ExportFlags]") -> Exported:
     """Write a model as one file that `infer` and `load_model` read without flax and without our networks' code.
 
     The programs take any number of windows. They are planned for as many as infer gives a call by default; with these
     their logits are those of the network.
 
+    Args:
+        progress: show notes and a bar; else it prints nothing.
+        flags: those of the command, as keywords: model, destination, platforms, ... (flags.ExportConfig).
+
     Raises:
-        CheckpointError: weights that cannot be read. ConfigError: flags that do not fit the model.
+        CheckpointError: weights that cannot be read.
+        ConfigError: flags that do not fit the model.
         OutputError: the file exists already, or cannot be written.
     """
+    return export_model(from_keywords(ExportConfig, flags), *shown(progress, "Lowering"))
+
+
+def export_model(config: ExportConfig, say: Say = silent, track: Track = untracked) -> Exported:
+    """Write a model as one file; see `export`. say, track: of support.console."""
     path = config.destination
     if path.suffix != SUFFIX:
         onnx = ". ONNX is not written, see docs/how-to/deploy.md" if path.suffix == ".onnx" else ""
         raise ConfigError(f"{path}: expected a file name that ends in {SUFFIX}{onnx}")
     if config.model.suffix == SUFFIX:
         raise ConfigError(f"{config.model}: exported already. Name the run or the weights that it was made of")
+    if not config.platforms:
+        raise ConfigError(f"--platforms names none; expected one or more of {', '.join(PLATFORMS.values())}")
     if path.exists() and not config.overwrite:
         raise OutputError(f"{path} exists already. Choose another name or pass --overwrite")
     paths, notes = networks_at([config.model])
+    for note in notes:
+        say(f"Note: {note}")
     given = [read_weights(one) for one in paths]
     networks = [weights._replace(data=_prepared(weights.data, config)) for weights in given]
     window = config.roi_size or (networks[0].data or DataProperties(patch_size=None)).patch_size or PUBLISHED_ROI
     for weights in networks:
         weights.config.check_size(window)
     configs = list(dict.fromkeys(weights.config for weights in networks))
-    programs = [
-        {platform: _program(one, window, platform, config.precision) for platform in config.platforms}
-        for one in configs
-    ]
+    wanted = list(dict.fromkeys(itertools.product(range(len(configs)), config.platforms)))
+    programs: list[dict[Platform, Program]] = [{} for _ in configs]
+    lowered = (_program(configs[n], window, platform, config.precision) for n, platform in wanted)
+    for (n, platform), program in zip(wanted, track(lowered, len(wanted)), strict=True):
+        programs[n][platform] = program
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "versions": {"mambahome-jax": __version__, "jax": jax.__version__},
@@ -97,7 +119,7 @@ def export_model(config: ExportConfig) -> ExportResult:
     with atomic_write(path, "file") as partial:
         _write(partial, manifest, programs, networks)
     scans = {name: f"{each.precision}, {each.scan}" for name, each in programs[0].items()}
-    return ExportResult(path, window, len(networks), scans, tuple(notes))
+    return Exported(path, window, len(networks), scans, tuple(notes))
 
 
 def _prepared(data: DataProperties | None, config: ExportConfig) -> DataProperties | None:

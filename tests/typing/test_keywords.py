@@ -16,7 +16,7 @@ from mambahome_jax.support.keywords import from_keywords
 from tests.conftest import ROOT
 
 STUB = ROOT / "mambahome_jax" / "keywords.pyi"
-COMMANDS = ("check", "plan", "preprocess", "train", "infer", "evaluate", "report", "duel", "clean")
+COMMANDS = ("check", "plan", "preprocess", "train", "infer", "evaluate", "report", "duel", "export", "clean")
 HEAD = '''"""Keywords of functions for type checkers, by `python -m tests.typing.test_keywords`."""
 
 from collections.abc import Sequence

@@ -19,6 +19,7 @@ inferred: mh.Inferred = mh.infer(data_path="scans", model_path=trained.folder, l
 evaluated: mh.Evaluated = mh.evaluate(predictions=inferred.output_dir, references="labels", output_dir="eval")
 reported: mh.Reported = mh.report(evaluation=evaluated.output_dir)
 compared: mh.DuelResult = mh.duel(folder="prepared", against=["SegMamba"], seeds=3)
+exported: mh.Exported = mh.export(model=trained.folder, destination="model.mh", platforms=["cpu", "cuda"])
 cleaned: mh.Cleaned = mh.clean(folder="runs", yes=False)
 failed: int = checked.exit_code + prepared.exit_code + len(cleaned.removed) + len(reported.failures)
 volume: mh.Volume = mh.read_volume("scan.nii.gz", channels=1)

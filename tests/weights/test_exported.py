@@ -130,13 +130,15 @@ def test_results_of_the_weights_stay_where_the_file_would_make_the_same(home, tm
     assert "1 results are there already" in capsys.readouterr().out
 
 
-def test_networks_that_vote_share_a_program(tmp_path, home):
+def test_networks_that_vote_share_a_program(tmp_path, home, capsys):
     for n in range(2):
         write_weights(tmp_path / "run" / f"fold_{n}" / "checkpoints" / "best", weights_of(SMALL, seed=n))
     (tmp_path / "run" / CROSS_VALIDATION).mkdir()
     learned = {"largest_part": {"liver": {"kept": True}, "spleen": {"kept": False}}}
     (tmp_path / "run" / CROSS_VALIDATION / "summary.json").write_text(json.dumps(learned))
-    export_model(ExportConfig(tmp_path / "run", tmp_path / "m.mh", platforms=("cpu",)))
+    result = mh.export(model=tmp_path / "run", destination=tmp_path / "m.mh", platforms=["cpu"])
+    assert (result.path, result.networks, result.window) == (tmp_path / "m.mh", 2, DATA.patch_size)
+    assert capsys.readouterr() == ("", "")
     with zipfile.ZipFile(tmp_path / "m.mh") as archive:
         assert archive.namelist() == ["manifest.json", "program_0.cpu", "weights_0.npz", "weights_1.npz"]
     for name, model in (("run", tmp_path / "run"), ("file", tmp_path / "m.mh")):
@@ -199,6 +201,7 @@ def test_what_does_not_fit_the_file_is_refused(home, tmp_path):
     for config, error, text in (
         (ExportConfig(source, path), OutputError, "exists already"),
         (ExportConfig(source, tmp_path / "m.onnx"), ConfigError, "ends in .mh. ONNX is not written"),
+        (ExportConfig(source, tmp_path / "m.mh", platforms=()), ConfigError, "--platforms names none"),
         (ExportConfig(path, tmp_path / "m.mh"), ConfigError, "exported already"),
         (ExportConfig(source, tmp_path / "m.mh", roi_size=(7, 8, 8)), ConfigError, "7"),
     ):
