@@ -23,7 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Required, TypedDict
 
-from .config import {aliases}
+from .config import (
+{aliases}
+)
 
 StrPath = str | Path
 '''
@@ -77,7 +79,7 @@ def stub() -> str:
             required = field.default is field.default_factory is dataclasses.MISSING
             lines.append(f"    {field.name}: {f'Required[{text}]' if required else text}")
         classes.append("\n".join(lines) + "\n")
-    return HEAD.format(aliases=", ".join(sorted(used))) + "\n" + "\n".join(classes)
+    return HEAD.format(aliases="\n".join(f"    {name}," for name in sorted(used))) + "\n" + "\n".join(classes)
 
 
 def test_the_stub_has_the_fields_of_the_dataclasses():
