@@ -168,6 +168,34 @@ def label_names(table: object, file: Path) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
+def region_names(content: Mapping[str, Any], file: Path) -> tuple[dict[int, str], dict[int, tuple[int, ...]]]:
+    """Names of a dataset.json or run.json as `label_names`, and the label values in each structure that is a region.
+
+    Regions are nnU-Net's, which overlap: {"whole": [1, 2], "core": [2]} with the value that each writes in
+    "regions_class_order"; run.json has them as "regions", {"1": [1, 2], "2": [2]}. Empty where there are none.
+    Raises DatasetError: another form.
+    """
+    table = content.get("labels")
+    if not isinstance(table, Mapping) or not any(isinstance(value, list) for value in table.values()):
+        stored = content.get("regions")
+        names, held = label_names(table, file), list(stored.items()) if isinstance(stored, Mapping) else []
+    else:
+        structures = {name: value for name, value in table.items() if name not in ("ignore", "background")}
+        order = content.get("regions_class_order")
+        if not isinstance(order, list) or len(order) != len(structures):
+            found = f'{len(structures)} regions with "regions_class_order" {order!r}'
+            raise DatasetError(found, file=file, expected="one value a region")
+        names = label_names(dict(zip(structures, order, strict=True)), file)
+        held = list(zip(order, structures.values(), strict=True))
+    regions = {}
+    for key, entry in held:
+        values = entry if isinstance(entry, list) else [entry]
+        if not _is_integer(key) or not values or not all(_is_integer(value) for value in values):
+            raise DatasetError(f"region {key!r}: {entry!r}", file=file, expected="a list of label values")
+        regions[int(key)] = tuple(int(value) for value in values)
+    return names, regions
+
+
 def channel_names(content: Mapping[str, Any], key: str, file: Path) -> tuple[str, ...]:
     """Channel table of a dataset.json, {"0": "CT", ...}, as names in order. Raises DatasetError: another form."""
     table = content.get(key)

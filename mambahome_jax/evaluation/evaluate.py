@@ -119,6 +119,8 @@ def evaluate_folders(
         say(f"The references name other values than the predictions; compared by name: {text}")
     for note in twins_note(path for pair in pairs for path in (pair.prediction, pair.reference)):
         say(f"Note: {note}")
+    for label, held in pairs[0].regions.items():
+        say(f"{names.get(label, label)} is a region, scored as the values {' '.join(map(str, held))} together")
     say(f"Names of the structures: {source or 'none found (--labels FILE gives them)'}")
     splits, skipped = splits_of(config.predictions, pairs), left_out_of(config.predictions)
     left_out = [case for case, _ in alone if case in skipped]
@@ -130,6 +132,7 @@ def evaluate_folders(
         failures = tuple(alone + failed)
         summary = make_summary(config, scores, len(pairs) - len(failed), failures, names, values)
         unscored = {case for case, _ in failed}
+        summary["regions"] = {str(label): held for label, held in pairs[0].regions.items()}
         summary["provenance"] = provenance_of(
             [pair.case for pair in pairs if pair.case not in unscored], splits, left_out
         )
@@ -257,7 +260,7 @@ def evaluate_case(pair: Pair) -> list[Score]:
     prediction, reference = read_pair(pair)
     ours, theirs = _values(prediction), _values(reference)
     for volume, values, file in ((prediction, ours, pair.prediction), (reference, theirs, pair.reference)):
-        unnamed = {*values} - {0, *pair.names}
+        unnamed = {*values}.difference({0, *pair.names}, *pair.regions.values())
         if unnamed and resembles_image(volume.array, len(unnamed)):
             found = f"{len(unnamed)} values without a name, which change from voxel to voxel"
             action = "Is this an image? If it is a label map, name its structures by --labels FILE."
@@ -267,12 +270,19 @@ def evaluate_case(pair: Pair) -> list[Score]:
 
 def score_case(pair: Pair, prediction: Volume, reference: Volume) -> list[Score]:
     """Score label maps that were read: every structure that is named, or found in either of them."""
-    labels = sorted({*pair.names, *_values(prediction), *_values(reference)} - {0})
+    held = {value for values in pair.regions.values() for value in values}
+    labels = sorted({*pair.names} | ({*_values(prediction), *_values(reference)} - {0, *held}))
     labels = [label for label in labels if pair.labelled is None or label in pair.labelled]
     if not labels:
         return []
     voxel_ml = abs(float(np.linalg.det(reference.affine[:3, :3]))) / 1000
-    comparisons = compare(prediction.array, reference.array, labels, reference.spacing, surface=pair.surface)
+    arrays, spacing, surface = (prediction.array, reference.array), reference.spacing, pair.surface
+    plain = [label for label in labels if label not in pair.regions]
+    comparisons = dict(zip(plain, compare(*arrays, plain, spacing, surface=surface) if plain else (), strict=True))
+    for label in labels:
+        if label in pair.regions:
+            ours, theirs = (np.isin(array, pair.regions[label]) for array in arrays)
+            (comparisons[label],) = compare(ours, theirs, 1, spacing, surface=surface)
     return [
         Score(
             case=pair.case,
@@ -285,7 +295,7 @@ def score_case(pair: Pair, prediction: Volume, reference: Volume) -> list[Score]
             volume_ml=both.predicted * voxel_ml,
             reference_volume_ml=both.reference * voxel_ml,
         )
-        for label, both in zip(labels, comparisons, strict=True)
+        for label, both in sorted(comparisons.items())
     ]
 
 

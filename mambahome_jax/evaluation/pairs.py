@@ -3,11 +3,12 @@
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, get_args
 
 from mambahome_jax.config import Surface
-from mambahome_jax.datasets.base import Split, label_names
+from mambahome_jax.datasets.base import Split, region_names
 from mambahome_jax.datasets.files import common_name, counterparts, fault_of_name, listing, scan_files
 from mambahome_jax.datasets.label_map import count_values
 from mambahome_jax.datasets.prepared import unlisted_files
@@ -33,6 +34,7 @@ class Pair:
     reference_values: what to replace the reference's values by (others become background), None for nothing.
     labelled: values that the reference labels wherever they occur, None for all; the others are not judged.
     spacing_scale: as `read_volume` takes it, for both files.
+    regions: value -> the label values in the structure, where it holds more than its own.
     """
 
     case: str
@@ -44,6 +46,7 @@ class Pair:
     reference_values: Mapping[int, int] | None = None
     labelled: tuple[int, ...] | None = None
     spacing_scale: float | None = None
+    regions: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 def read_pair(pair: Pair) -> tuple[Volume, Volume]:
@@ -135,18 +138,22 @@ class LabelTable:
 
     names: value in the label maps -> name. values: number -> stored value of the dataset, empty where the two are the
     same. numbered: whether the label maps hold the numbers, as those of a preprocessed folder do, or the stored values.
+    regions: of `region_names`.
     """
 
     names: Mapping[int, str]
     file: Path
     values: Mapping[int, int]
     numbered: bool
+    regions: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, names: Mapping[int, str], file: Path) -> "LabelTable":
+    def of(
+        cls, names: Mapping[int, str], file: Path, regions: Mapping[int, tuple[int, ...]] | None = None
+    ) -> "LabelTable":
         """Make a table of names with the stored values that their file tells of."""
         values = table_of_values(read_json(file).get("values"), file)
-        return cls(names, file, values, bool(values) and file.name != RUN)
+        return cls(names, file, values, bool(values) and file.name != RUN, regions or {})
 
     @property
     def stored(self) -> dict[int, int]:
@@ -192,8 +199,27 @@ def named_pairs(
         names, values = reconcile_names(predictions, references, names, *files)
     else:
         names, values = _given_names(LabelTable.of(names, given), predictions, references, *files)
-    named = [replace(pair, names=names) for pair in judged_pairs(pairs, references, values)]
-    return named, names, values, source
+    regions, compared = _regions(predictions, references, given, values)
+    judged = judged_pairs(pairs, references, compared)
+    return [replace(pair, names=names, regions=regions) for pair in judged], names, values, source
+
+
+def _regions(
+    predictions: Path, references: Path, given: Path | None, values: Mapping[int, int] | None
+) -> tuple[Mapping[int, tuple[int, ...]], Mapping[int, int] | None]:
+    """Find which label values each region holds, and complete `values` by those that only regions name."""
+    if given is not None:
+        return region_names(read_json(given), given)[1], values
+    theirs, ours = (next(_tables(folder), None) for folder in (references, predictions))
+    if theirs is None or not theirs.regions:
+        return {} if ours is None else ours.regions, values
+    if values is None:
+        return theirs.regions, None
+    values = dict(values)
+    free = count(max(*values.values(), *chain(*theirs.regions.values())) + 1)
+    for value in sorted({*chain(*theirs.regions.values())} - {*values}):
+        values[value] = next(free) if value in values.values() else value
+    return {values[k]: tuple(values[v] for v in held) for k, held in theirs.regions.items() if k in values}, values
 
 
 def judged_pairs(pairs: Iterable[Pair], references: Path, values: Mapping[int, int] | None) -> list[Pair]:
@@ -263,7 +289,7 @@ def find_names(predictions: Path, references: Path, given: Path | None = None) -
     none. Raises DatasetError: `given` cannot be read or has no table of labels.
     """
     if given is not None:
-        return label_names(read_json(given).get("labels"), given), given
+        return region_names(read_json(given), given)[0], given
     for folder in (references, predictions):
         for table in _tables(folder):
             return dict(table.names), table.file
@@ -339,6 +365,7 @@ def _tables(folder: Path) -> Iterator[LabelTable]:
     for home in (folder, folder.parent):
         for file in (home / DATASET, home / RUN):
             if file.is_file():
-                table = read_json(file).get("labels")
-                if names := label_names(table, file) if table else {}:
-                    yield LabelTable.of(names, file)
+                content = read_json(file)
+                names, regions = region_names(content, file) if content.get("labels") else ({}, {})
+                if names:
+                    yield LabelTable.of(names, file, regions)

@@ -39,7 +39,7 @@ class NnunetPreparation:
     axes: the array's axis along each of the network's. orientation: to which the array is turned before; None: it stays
     as the file has it. mirror_axes: of the network's, along which training mirrored; None: it did not. regions: the
     label value that each output writes where its sigmoid exceeds 1/2, later ones over earlier; () where the largest
-    output is the label. configuration, trainer: their names in nnU-Net.
+    output is the label. region_values: the label values in each. configuration, trainer: their names in nnU-Net.
     """
 
     axes: Triple
@@ -47,6 +47,7 @@ class NnunetPreparation:
     orientation: str | None = None
     mirror_axes: tuple[int, ...] | None = None
     regions: tuple[int, ...] = ()
+    region_values: tuple[tuple[int, ...], ...] = ()
     configuration: str = "3d_fullres"
     trainer: str = "nnUNetTrainer"
 
@@ -66,6 +67,8 @@ class NnunetPreparation:
             "orientation": optional(text)(values["orientation"]),
             "mirror_axes": optional(entries(axis))(values["mirror_axes"]),
             "regions": entries(number)(values["regions"]),
+            # Checkpoints of earlier versions do not say.
+            "region_values": entries(entries(number))(values.get("region_values", ())),
             "configuration": text(values["configuration"]),
             "trainer": text(values["trainer"]),
         }

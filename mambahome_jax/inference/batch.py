@@ -435,13 +435,14 @@ def _report(
     say: Callable[[str], None],
 ) -> Inferred:
     """Write run.json and volumes.csv; one that cannot be written is said, and missing in what is returned."""
-    stored = run.segmenter.networks.data.values
+    stored, regions = run.segmenter.networks.data.values, run.segmenter.regions
     content = {
         "command": "infer",
         "configuration": vars(run.config),
         "settings": run.segmenter.settings.to_json(),
         "labels": {str(value): name for value, name in run.segmenter.names.items()},
         **({"values": {str(number): value for number, value in stored}} if stored else {}),
+        **({"regions": {str(value): held for value, held in regions.items()}} if regions else {}),
         "versions": versions((*PACKAGES, *(name for name in FORMATS if importlib.util.find_spec(name)))),
         "device": device_line(),
         "seconds": round(seconds, 3),

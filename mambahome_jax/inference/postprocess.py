@@ -44,16 +44,22 @@ def values_named(
     return tuple(sorted(found))
 
 
-def postprocess(result: Volume, only: Collection[int] | None = None, largest: Collection[int] | None = ()) -> Volume:
+def postprocess(
+    result: Volume,
+    only: Collection[int] | None = None,
+    largest: Collection[int] | None = (),
+    regions: Mapping[int, Collection[int]] | None = None,
+) -> Volume:
     """Do to a label map what was asked for; `result` itself where that is nothing.
 
     only: label values to keep, None all. largest: those to keep the largest connected part of; None: all that are left.
+    regions: see `keep_largest`.
     """
     array = result.array
     if only is not None:
         array = keep_labels(array, only)
     if largest is None or largest:
-        array = keep_largest(array, largest)
+        array = keep_largest(array, largest, regions)
     return result if array is result.array else replace(result, array=array)
 
 
@@ -62,23 +68,43 @@ def keep_labels(labels: np.ndarray, values: Collection[int]) -> np.ndarray:
     return replace_values(labels, {value: value for value in values}).astype(labels.dtype, copy=False)
 
 
-def keep_largest(labels: np.ndarray, values: Collection[int] | None = None) -> np.ndarray:
-    """Keep the largest connected part of each structure, None for all; of equal ones the first in the array's order."""
-    kept = labels.copy()
+def keep_largest(
+    labels: np.ndarray, values: Collection[int] | None = None, regions: Mapping[int, Collection[int]] | None = None
+) -> np.ndarray:
+    """Keep the largest connected part of each structure, None for all; of equal ones the first in the array's order.
+
+    regions: the label values in each structure that holds more than its own, in the order in which they are written.
+    What a region loses stays in those around it: it has the last of them as its value.
+    """
+    kept, regions = labels.copy(), regions or {}
+    for value in regions:
+        if values is None or value in values:
+            parts = {*regions[value]}
+            lost = _all_but_largest(np.isin(kept, [*parts]))
+            for part, place in {part: lost & (kept == part) for part in parts}.items():
+                around = [other for other in regions if part in regions[other] and not {*regions[other]} <= parts]
+                kept[place] = around[-1] if around else 0
     for value, box in enumerate(ndimage.find_objects(labels), start=1):
-        if box is None or not (values is None or value in values):
-            continue
-        structure = labels[box] == value
-        parts, count = ndimage.label(structure, _NEIGHBOURS)
-        if count > 1:
-            sizes = count_values(parts)
-            kept[box][structure & (parts != max(range(1, count + 1), key=lambda part: sizes[part]))] = 0
+        if box is not None and value not in regions and (values is None or value in values):
+            kept[box][_all_but_largest(labels[box] == value)] = 0
     return kept
 
 
-def volumes_ml(labels: Volume, names: Mapping[int, str]) -> dict[str, float]:
+def _all_but_largest(structure: np.ndarray) -> np.ndarray:
+    """Which voxels of a mask are in none but its smaller connected parts."""
+    parts, count = ndimage.label(structure, _NEIGHBOURS)
+    if count < 2:
+        return np.zeros_like(structure)
+    sizes = count_values(parts)
+    return structure & (parts != max(range(1, count + 1), key=lambda part: sizes[part]))
+
+
+def volumes_ml(
+    labels: Volume, names: Mapping[int, str], regions: Mapping[int, Collection[int]] | None = None
+) -> dict[str, float]:
     """Millilitres of each structure: of every one in `names` (value -> name), and of other values that occur.
 
+    regions: the label values in a structure that holds more than its own.
     Raises DatasetError: no Volume, values that are not those of a label map.
     """
     require_volume("labels", labels)
@@ -87,9 +113,10 @@ def volumes_ml(labels: Volume, names: Mapping[int, str]) -> dict[str, float]:
         raise DatasetError(f"labels are {labels.array.dtype}", expected="unsigned integers", action=action)
     counts = {value: count for value, count in count_values(labels.array).items() if value}
     voxel_ml = float(abs(np.linalg.det(labels.affine[:3, :3]))) / 1000
+    held = {value: tuple((regions or {}).get(value, (value,))) for value in sorted({*names, *counts})}
     return {
-        names.get(value, f"label_{value}"): round(counts.get(value, 0) * voxel_ml, 4)
-        for value in sorted({*names, *counts})
+        names.get(value, f"label_{value}"): round(sum(counts.get(part, 0) for part in parts) * voxel_ml, 4)
+        for value, parts in held.items()
     }
 
 

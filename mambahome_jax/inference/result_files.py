@@ -132,7 +132,7 @@ class ResultFiles:
             return None
         if not same_grid(grid, labels):
             return None
-        volumes = volumes_ml(labels, segmenter.networks.label_names)
+        volumes = volumes_ml(labels, segmenter.networks.label_names, segmenter.regions)
         return {"id": scan.case, "input": self.source(scan), "output": path.name, "kept": True, "volume_ml": volumes}
 
     def known_split(self, scan: Scan) -> Any:
@@ -146,11 +146,11 @@ class ResultFiles:
         A preview that fails is a remark. Raises OutputError: another part cannot be written.
         """
         config, scan, names, path = self.config, done.scan, segmenter.names, self.path(done.scan)
-        labels = postprocess(done.labels, segmenter.only, segmenter.largest)
+        labels = postprocess(done.labels, segmenter.only, segmenter.largest, segmenter.regions)
         if done.probabilities is not None:
             write_probabilities(self._probabilities(scan), *done.probabilities, segmenter.networks.class_names)
         modality = scan.modality or segmenter.settings.normalisation.modality
-        structures_ml = volumes_ml(labels, names)
+        structures_ml = volumes_ml(labels, names, segmenter.regions)
         odd = segmenter.remark(done.volume, modality, structures_ml)
         remarks = [*([] if odd is None else [odd]), *done.remarks]
         preview: Path | None = config.output_dir / "previews" / f"{scan.case}.png" if config.previews else None

@@ -59,7 +59,9 @@ _AS_STORED = (
     "nnU-Net takes the axes of a scan as its file has them, and its plans do not say how those of training were; "
     "--orientation with theirs, such as LAS, turns scans that are stored otherwise"
 )
-_REGIONS = "where regions overlap, a voxel has the name of the last one that holds it, and counts to its volume alone"
+_REGIONS = (
+    "where regions overlap, a voxel has the value of the last one that holds it, and counts to the volume of each"
+)
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,13 @@ class Segmenter:
         return {value: name for value, name in names.items() if self.only is None or value in self.only}
 
     @property
+    def regions(self) -> dict[int, tuple[int, ...]]:
+        """Value -> the label values in the structure, of those of nnU-Net's regions that results may hold."""
+        nnunet = self.settings.nnunet
+        pairs = zip(nnunet.regions, nnunet.region_values, strict=False) if nnunet is not None else ()
+        return {value: held for value, held in pairs if value in self.names}
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What to know of the results of any scan."""
         nnunet = self.settings.nnunet
@@ -263,12 +272,12 @@ def segment(
     _announce_compiling(networks, segmenter.settings)
     with counting(progress, "windows") as show:
         labels = label(networks, scan, show, write, devices=devices)
-    labels = postprocess(labels, segmenter.only, segmenter.largest)
+    labels = postprocess(labels, segmenter.only, segmenter.largest, segmenter.regions)
     if scan.remark is not None:
         warnings.warn(scan.remark, ScanWarning, stacklevel=2)
     # A callable that says nothing of its training, called without a modality, may be for anything.
     if chosen.modality is not None or networks.knows_its_scans:
-        structures_ml = volumes_ml(labels, segmenter.names) if segmenter.names else {}
+        structures_ml = volumes_ml(labels, segmenter.names, segmenter.regions) if segmenter.names else {}
         odd = segmenter.remark(volume, modality, structures_ml)
         if odd is not None:
             warnings.warn(odd, ScanWarning, stacklevel=2)

@@ -119,7 +119,7 @@ def described(checkpoint: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     try:
         configuration = _configuration(plans, name)
         channels = list((dataset.get("channel_names") or dataset["modality"]).values())
-        labels, outputs, regions = _labels(dataset)
+        labels, outputs, regions, region_values = _labels(dataset)
         schemes = _normalisation(plans, configuration)
         if len(schemes) != len(channels):
             raise ConfigError(f"{len(schemes)} normalization_schemes for {len(channels)} channels")
@@ -131,6 +131,7 @@ def described(checkpoint: Path, content: Mapping[str, Any]) -> dict[str, Any]:
             "orientation": _orientation(plans),
             "mirror_axes": None if mirrored is None else list(mirrored),
             "regions": regions,
+            "region_values": region_values,
             "configuration": name,
             "trainer": trainer,
         }
@@ -253,8 +254,9 @@ def _normalisation(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -
     return schemes
 
 
-def _labels(dataset: Mapping[str, Any]) -> tuple[dict[str, str], int, list[int]]:
-    """Names of the values in label maps, outputs of the network, and the value that each writes where they overlap."""
+def _labels(dataset: Mapping[str, Any]) -> tuple[dict[str, str], int, list[int], list[list[int]]]:
+    """Names of the values in label maps, and outputs of the network; of regions the value that each writes where they
+    overlap, and the values in it."""
     sets = {
         name: [int(v) for v in (value if isinstance(value, list | tuple) else [value])]
         for name, value in dataset["labels"].items()
@@ -265,8 +267,9 @@ def _labels(dataset: Mapping[str, Any]) -> tuple[dict[str, str], int, list[int]]
         order = [int(value) for value in dataset["regions_class_order"]]
         if len(order) != len(foreground):
             raise ConfigError(f"regions_class_order has {len(order)} entries; expected {len(foreground)}, one a region")
-        return {str(value): name for value, name in zip(order, foreground, strict=True)}, len(order), order
+        names = {str(value): name for value, name in zip(order, foreground, strict=True)}
+        return names, len(order), order, list(foreground.values())
     values = sorted(value for (value,) in sets.values())
     if values != list(range(len(values))):
         raise ConfigError(f"labels are {values}; expected 0, 1, 2 and so on, as the outputs of the network are counted")
-    return {str(value): name for name, (value,) in foreground.items()}, len(values), []
+    return {str(value): name for name, (value,) in foreground.items()}, len(values), [], []

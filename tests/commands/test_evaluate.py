@@ -361,3 +361,34 @@ def test_what_could_be_a_label_map_and_is_not_compared_is_named(folders, capsys)
     (folders / "PRED/a.mha").unlink()
     with pytest.raises(DatasetError, match=r"no \.nii\.gz.* file; expected label maps\. .*c\.mgz: FreeSurfer"):
         run(config(folders))
+
+
+def test_a_region_of_nnunet_is_scored_as_all_that_lies_in_it(tmp_path, capsys):
+    """Tumour whole is 1, 2 and 3 together, whether the values in it agree or not, and whoever names the regions."""
+    truth, array = np.zeros((12, 12, 12), np.uint8), np.zeros((12, 12, 12), np.uint8)
+    truth[1:9, 1:9, 1:9], truth[2:8, 2:8, 2:8], truth[3:6, 3:6, 3:6] = 1, 2, 3
+    array[1:9, 1:9, 1:9], array[2:8, 2:8, 2:4] = 1, 2
+    write_volume(tmp_path / "raw" / "labelsTr" / "a.nii.gz", Volume(truth, np.eye(4)))
+    write_volume(tmp_path / "PRED" / "a.nii.gz", Volume(array, np.eye(4)))
+    table = {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": 3}
+    dataset = {"labels": table, "regions_class_order": [1, 2, 3]}
+    (tmp_path / "raw" / "dataset.json").write_text(json.dumps(dataset))
+    settings = config(tmp_path, references=tmp_path / "raw" / "labelsTr")
+    names, predicted = {"1": "whole", "2": "core", "3": "enhancing"}, {"1": [1, 2, 3], "2": [2, 3], "3": [3]}
+    expected = {"whole": 1, "core": 2 * 72 / (72 + 216), "enhancing": 0}
+
+    def scores():
+        assert run(settings) == 0
+        return {name: row["dice"] for name, row in summary_of(tmp_path)["structures"].items()}
+
+    assert scores() == pytest.approx(expected)
+    assert "whole is a region, scored as the values 1 2 3 together" in " ".join(capsys.readouterr().out.split())
+    # Results of `infer --labels whole` name one value, which all of the region has.
+    (tmp_path / "PRED" / "run.json").write_text(json.dumps({"labels": {"1": "whole"}, "regions": {"1": [1, 2, 3]}}))
+    assert scores() == {"whole": 1}
+    (tmp_path / "PRED" / "run.json").write_text(json.dumps({"labels": names, "regions": predicted}))
+    (tmp_path / "raw" / "dataset.json").unlink()
+    assert scores() == pytest.approx(expected)
+    (tmp_path / "raw" / "dataset.json").write_text(json.dumps(dataset | {"regions_class_order": [1, 2]}))
+    with pytest.raises(DatasetError, match="3 regions with"):
+        run(settings)

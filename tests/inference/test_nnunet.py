@@ -16,6 +16,7 @@ from mambahome_jax.imaging.nnunet import NnunetPreparation
 from mambahome_jax.imaging.normalisation import ChannelScheme, PerChannel
 from mambahome_jax.inference import batch
 from mambahome_jax.inference.ensemble import Ensemble
+from mambahome_jax.inference.postprocess import postprocess
 from mambahome_jax.inference.segment import Segmenter, SegmentOptions, label, to_network_grid
 from mambahome_jax.inference.tiled import importance_map, window_starts
 from mambahome_jax.weights.weights import read_weights
@@ -110,16 +111,33 @@ def test_a_region_that_is_chosen_has_no_hole_where_another_lies_in_it(names, kep
 
 
 def test_infer_says_what_becomes_of_overlapping_regions(tmp_path, monkeypatch):
-    monkeypatch.setattr(batch, "load_model", lambda path, precision: regions_of((1.0, 3.0, 5.0), (1, 2, 3)))
+    model = regions_of((1.0, 3.0, 5.0), (1, 2, 3), region_values=((1, 2, 3), (2, 3), (3,)))
+    monkeypatch.setattr(batch, "load_model", lambda path, precision: model)
     mh.write_volume(tmp_path / "in" / "a.nii.gz", mh.Volume(steps()[..., 0], np.eye(4)))
     lines = []
     config = InferConfig(tmp_path / "in", tmp_path / "model", tmp_path / "out", roi_size=(16, 16, 32), previews=False)
     assert batch.infer_scans(config, lines.append).exit_code == 0
-    assert any("the name of the last one that holds it" in line for line in lines)
+    assert any("the value of the last one that holds it" in line for line in lines)
     assert any("--orientation with theirs, such as LAS, turns scans" in line for line in lines)
     assert Segmenter.of(regions_of((0.0, 1.0), ()), SegmentOptions(orientation="RAS")).notes == ()
     rows = (tmp_path / "out" / "volumes.csv").read_text().splitlines()
-    assert rows[1:] == [f"a,region {value},{np.sum(steps() == value) / 1000}" for value in (1, 2, 3)]
+    assert rows[1:] == [f"a,region {value},{np.sum(steps() >= value) / 1000}" for value in (1, 2, 3)]
+    report = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert report["regions"] == {"1": [1, 2, 3], "2": [2, 3], "3": [3]}
+
+
+def test_the_largest_part_of_a_region_is_that_of_all_that_lies_in_it():
+    """Parts of region 2 that touch no other of it stay in region 1 around them."""
+    array = np.zeros((12, 1, 1), np.uint8)
+    array[1:9, 0, 0] = 1, 2, 3, 3, 1, 3, 1, 2
+    array[10, 0, 0] = 2
+    model = regions_of((1.0, 3.0, 5.0), (1, 2, 3), region_values=((1, 2, 3), (2, 3), (3,)))
+    segmenter = Segmenter.of(model, SegmentOptions(keep_largest="all"))
+    kept = postprocess(mh.Volume(array, np.eye(4)), None, segmenter.largest, segmenter.regions).array[:, 0, 0]
+    np.testing.assert_array_equal(kept, [0, 1, 2, 3, 3, 1, 1, 1, 1, 0, 0, 0])
+    only = Segmenter.of(model, SegmentOptions(keep_largest=["region 2"], labels=["region 2", "region 3"]))
+    kept = postprocess(mh.Volume(array, np.eye(4)), only.only, only.largest, only.regions).array[:, 0, 0]
+    np.testing.assert_array_equal(kept, [0, 0, 2, 3, 3, 0, 0, 0, 0, 0, 0, 0])
 
 
 def test_logits_of_folds_are_averaged_not_probabilities():

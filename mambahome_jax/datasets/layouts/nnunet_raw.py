@@ -4,7 +4,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mambahome_jax.datasets.base import Case, Dataset, Split, channel_names, dataset_of, label_names, modality_of
+from mambahome_jax.datasets.base import (
+    Case,
+    Dataset,
+    Split,
+    channel_names,
+    dataset_of,
+    label_names,
+    modality_of,
+    region_names,
+)
 from mambahome_jax.datasets.files import CHANNEL, scan_files
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import SCAN_SUFFIXES, alternatives
@@ -46,7 +55,7 @@ def load(folder: Path) -> Dataset:
         found, action = f'"file_ending" is {ending!r}', "Convert the files to .nii.gz, labels too."
         raise DatasetError(found, file=file, expected=alternatives(SCAN_SUFFIXES), action=action)
     channels = channel_names(content, "channel_names" if "channel_names" in content else "modality", file)
-    labels, notes, hint = _labels(content.get("labels"), content.get("regions_class_order"), file)
+    labels, notes, hint = _labels(content, file)
     explicit = content.get("dataset")
     parts: list[tuple[Split, dict[str, _Files]]]
     if isinstance(explicit, dict):
@@ -94,8 +103,9 @@ def _explicit(folder: Path, entry: Any, file: Path) -> _Files:
     return images, label, [str(path) for path in [*images, label] if not path.is_file()]
 
 
-def _labels(table: Any, order: Any, file: Path) -> tuple[dict[int, str], tuple[str, ...], str]:
-    """Label table, notes and the hint for values outside of it. order: "regions_class_order"."""
+def _labels(content: Mapping[str, Any], file: Path) -> tuple[dict[int, str], tuple[str, ...], str]:
+    """Label table, notes and the hint for values outside of it."""
+    table = content.get("labels")
     if not isinstance(table, Mapping):
         return label_names(table, file), (), ""
     hint = (
@@ -104,11 +114,7 @@ def _labels(table: Any, order: Any, file: Path) -> tuple[dict[int, str], tuple[s
         if "ignore" in table
         else ""
     )
-    structures = {name: value for name, value in table.items() if name not in ("ignore", "background")}
-    if not any(isinstance(value, list) for value in structures.values()):
-        return label_names(structures, file), (), hint
-    if not isinstance(order, list) or len(order) != len(structures):
-        found = f'{len(structures)} regions with "regions_class_order" {order!r}'
-        raise DatasetError(found, file=file, expected="one value a region")
+    known = {name: value for name, value in table.items() if name != "ignore"}
+    names, regions = region_names({**content, "labels": known}, file)
     note = "regions are trained as classes: a voxel belongs to the last region that holds it"
-    return label_names(dict(zip(structures, order, strict=True)), file), (note,), hint
+    return names, (note,) if regions else (), hint
