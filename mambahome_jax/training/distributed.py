@@ -78,8 +78,10 @@ def copy_to(tree: Any, device: jax.Device) -> Any:
     """Whole arrays on one device of this process; with several processes all of them have to call it."""
     sharding = jax.tree.leaves(tree)[0].sharding
     if sharding.is_fully_addressable:
-        return jax.device_put(tree, device)
-    whole = jax.jit(lambda tree: tree, out_shardings=replicated(sharding.mesh))(tree)
+        whole = jax.device_put(tree, device)
+    else:
+        whole = jax.jit(lambda tree: tree, out_shardings=replicated(sharding.mesh))(tree)
+    # The data of a shard: device_put keeps the mesh in an array's type, so that programs would be compiled anew for it.
     return jax.tree.map(lambda x: next(shard.data for shard in x.addressable_shards if shard.device == device), whole)
 
 

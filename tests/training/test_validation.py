@@ -13,6 +13,7 @@ from mambahome_jax.imaging.pictures import render
 from mambahome_jax.imaging.volume import Volume
 from mambahome_jax.inference.segment import segment
 from mambahome_jax.patches.loader import read_patch
+from mambahome_jax.training.distributed import device_put_tree, make_mesh, replicated
 from mambahome_jax.training.validation import ValidationSettings, compile_ahead, make_validate
 from tests.patches.test_loader import make_store
 
@@ -50,6 +51,7 @@ def test_a_network_compiled_ahead_is_not_compiled_again(tmp_path, caplog):
     store = make_store(tmp_path, [SHAPE, SHAPE], label=lambda shape: np.ones(shape, np.uint8))
     graphdef, params = nnx.split(FindsZerosAround())
     settings, device = ValidationSettings(("c0", "c1"), {1: "all"}, PATCH, 0.5, sw_batch_size=3), jax.devices()[0]
+    params = device_put_tree(params, jax.tree.map(lambda _: replicated(make_mesh([device])), params))  # as in training
     ahead = compile_ahead(graphdef, params, 1, settings, device)
     ahead.result()
     with jax.log_compiles(), caplog.at_level("WARNING"):
