@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mambahome_jax.flags import InferConfig
-from mambahome_jax.inference.batch import infer_scans
+from mambahome_jax.inference.batch import Inference
 from mambahome_jax.inference.result_files import REPORT
 from mambahome_jax.support.console import command_line, say, scan_bars
 
@@ -20,7 +20,7 @@ def run(config: InferConfig) -> int:
     Raises DatasetError (no scans), ConfigError, CheckpointError, OutputError.
     """
     console = Console()
-    result = infer_scans(config, partial(say, console), *scan_bars(console))
+    result = Inference(config, partial(say, console), *scan_bars(console)).run()
     cases, failures = len(result.cases), len(result.failures)
     if result.volumes_ml:
         console.print(volumes_table(result.volumes_ml))

@@ -4,7 +4,7 @@ import importlib.util
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -32,7 +32,7 @@ from mambahome_jax.inference.read_ahead import held_bytes, read_ahead
 from mambahome_jax.inference.result_files import DICOM_SEG, REPORT, VOLUMES, Entry, ResultFiles, Segmented
 from mambahome_jax.inference.segment import NetworkInput, Segmenter, SegmentOptions, label, to_network_grid
 from mambahome_jax.inference.tiled import Progress, window_starts
-from mambahome_jax.support.console import Track, say, scan_bars, silent, untracked
+from mambahome_jax.support.console import Say, Track, say, scan_bars, silent, untracked
 from mambahome_jax.support.devices import choose_devices, device_line, is_out_of_memory, versions
 from mambahome_jax.support.files import csv_name, jsonable, write_csv, write_json
 from mambahome_jax.support.keywords import from_keywords, shows_keywords
@@ -97,62 +97,182 @@ def infer(*, progress: bool = False, **flags: "Unpack[InferFlags]") -> Inferred:
     """
     config = from_keywords(InferConfig, flags)
     console = Console(quiet=not progress)
-    return infer_scans(config, partial(say, console), *scan_bars(console))
+    return Inference(config, partial(say, console), *scan_bars(console)).run()
 
 
-@isolated_reads()
-def infer_scans(
-    config: InferConfig, say: Callable[[str], None] = silent, track: Track = untracked, windows: Progress | None = None
-) -> Inferred:
-    """Segment the scans of a file or folder.
+@dataclass(frozen=True, eq=False)
+class Inference:
+    """A run of infer: its flags, and who is told of it.
 
-    Args:
-        say: gets each line about what happens.
-        track: passes the scans on as they end, see `support.console.tracked`.
-        windows: called with (windows done, windows in all) of the scan at work.
-
-    Raises:
-        ConfigError, DatasetError, CheckpointError, OutputError: nothing could be begun.
+    say: gets each line about what happens. track: passes the scans on as they end, see `support.console.tracked`.
+    windows: called with (windows done, windows in all) of the scan at work.
     """
-    started = time.perf_counter()
-    _require_possible(config)
-    found = find_scans(config.data_path, config.series, leave=(config.output_dir,))
-    scans, unfit = _only_writable(config.output_format, found.scans)
-    if found.folder != config.data_path:
-        say(f"Using the scans in {found.folder}")
-    homes = {found.folder.parent} if found.folder.is_file() else {found.folder, config.data_path}
-    if real_path(config.output_dir) in {real_path(path) for path in homes}:
-        raise ConfigError(f"{config.output_dir}: --output_dir holds the scans themselves. Name another folder")
-    with locked(config.output_dir, "infer"):
-        for note in found.notes:
-            say(f"Note: {note}")
-        open_output(config.output_dir, [REPORT, VOLUMES])
-        devices = choose_devices(num_devices=config.num_devices)
-        paths, notes = networks_at(_model_paths(config))
-        config, learned = _with_learned(config)
+
+    config: InferConfig
+    say: Say = silent
+    track: Track = untracked
+    windows: Progress | None = None
+
+    @isolated_reads()
+    def run(self) -> Inferred:
+        """Find the scans, load the networks, segment and report.
+
+        Raises ConfigError, DatasetError, CheckpointError, OutputError: nothing could be begun.
+        """
+        started, config = time.perf_counter(), self.config
+        _require_possible(config)
+        found = find_scans(config.data_path, config.series, leave=(config.output_dir,))
+        scans, unfit = _only_writable(config.output_format, found.scans)
+        if found.folder != config.data_path:
+            self.say(f"Using the scans in {found.folder}")
+        homes = {found.folder.parent} if found.folder.is_file() else {found.folder, config.data_path}
+        if real_path(config.output_dir) in {real_path(path) for path in homes}:
+            raise ConfigError(f"{config.output_dir}: --output_dir holds the scans themselves. Name another folder")
+        with locked(config.output_dir, "infer"):
+            self._note(found.notes)
+            open_output(config.output_dir, [REPORT, VOLUMES])
+            run, scans, incomplete = self._load(scans)
+            failures = [*found.failures, *unfit, *incomplete]
+            for failure in failures:
+                self.say(f"Failed {failure['id']}: {failure['reason']}")
+            scans = self._with_modalities(run.segmenter, scans)
+            networks = run.segmenter.networks
+            known = any(networks.records) or any(scan.split for scan in scans)
+            if config.split not in ("auto", "all") and not known:
+                reason = "neither the weights nor the dataset say which scans were trained on"
+                raise ConfigError(f"--split {config.split}: {reason}. Leave it out")
+            cases, left_out, failed = self._segment_all(run, scans)
+            for line in provenance_lines(networks, cases, left_out, config.split):
+                self.say(line)
+            return self._report(run, cases, left_out, [*failures, *failed], time.perf_counter() - started)
+
+    def _note(self, notes: Iterable[str]) -> None:
+        for note in notes:
+            self.say(f"Note: {note}")
+
+    def _load(self, scans: list[Scan]) -> "tuple[InferRun, list[Scan], list[dict[str, str]]]":
+        """Load the networks; also gives the scans as these take them, and failures."""
+        devices = choose_devices(num_devices=self.config.num_devices)
+        paths, notes = networks_at(_model_paths(self.config))
+        config, learned = _with_learned(self.config)
         segmenter, names = _load(config, paths)
-        for remark in (*notes, *learned, *segmenter.remarks, *segmenter.notes):
-            say(f"Note: {remark}")
+        self._note((*notes, *learned, *segmenter.remarks, *segmenter.notes))
         scans, incomplete = join_channels(config.data_path, scans, segmenter.networks.channels or 1)
-        weights = tuple(map(_digest, segmenter.networks.members))
-        results = ResultFiles.of(config, weights, scans)
-        run = InferRun(config, segmenter, results, devices if len(devices) > 1 else None, names)
-        failures = [*found.failures, *unfit, *incomplete]
-        for failure in failures:
-            say(f"Failed {failure['id']}: {failure['reason']}")
+        results = ResultFiles.of(config, tuple(map(_digest, segmenter.networks.members)), scans)
+        return InferRun(config, segmenter, results, devices if len(devices) > 1 else None, names), scans, incomplete
+
+    def _with_modalities(self, segmenter: Segmenter, scans: list[Scan]) -> list[Scan]:
+        """The scans with their modalities where these matter."""
         trained, by_plans = segmenter.settings.normalisation.modality, segmenter.settings.nnunet is not None
-        if config.modality is None and not by_plans and any(scan.modality not in (None, trained) for scan in scans):
-            say("Scans of several modalities: each is normalised by its own, as the dataset says")
-        else:
-            scans = [replace(scan, modality=None) for scan in scans]
-        known = any(segmenter.networks.records) or any(scan.split for scan in scans)
-        if config.split not in ("auto", "all") and not known:
-            reason = "neither the weights nor the dataset say which scans were trained on"
-            raise ConfigError(f"--split {config.split}: {reason}. Leave it out")
-        cases, left_out, failed = _segment_all(run, scans, say, track, windows)
-        for line in provenance_lines(segmenter.networks, cases, left_out, config.split):
-            say(line)
-        return _report(run, cases, left_out, [*failures, *failed], time.perf_counter() - started, say)
+        if self.config.modality is None and not by_plans and any(s.modality not in (None, trained) for s in scans):
+            self.say("Scans of several modalities: each is normalised by its own, as the dataset says")
+            return scans
+        return [replace(scan, modality=None) for scan in scans]
+
+    def _segment_all(self, run: "InferRun", scans: list[Scan]) -> tuple[list[Entry], list[Entry], list[dict[str, str]]]:
+        """Segment scans; returns entries of those that are done, of those left out, in their order, and of failures."""
+        for line in run.results.lines_again():
+            self.say(line)
+        configuration = jsonable(vars(run.config))
+        cases: list[Entry] = []
+        left_out: list[Entry] = []
+        failures: list[dict[str, str]] = []
+        for scan, outcome in self.track(self._outcomes(run, scans), len(scans)):
+            if isinstance(outcome, str):
+                failures.append({"id": scan.case, "reason": outcome})
+                self.say(f"Failed {scan.case}: {outcome}")
+                continue
+            if outcome.pop("left_out", False):
+                left_out.append(outcome)
+                continue
+            cases.append(outcome)
+            if not outcome.get("kept"):
+                run.results.note_made(outcome, configuration)
+                for remark in outcome.get("remarks", ()):
+                    self.say(f"Note: {scan.case}: {remark}")
+        kept = [case for case in cases if case.get("kept")]
+        if kept:
+            self.say(f"{len(kept)} results are there already and whole, and kept")
+        for line in run.results.account_for(kept):
+            self.say(line)
+        order = {scan.case: number for number, scan in enumerate(scans)}
+        cases, left_out = (sorted(entries, key=lambda entry: order[entry["id"]]) for entries in (cases, left_out))
+        return cases, left_out, failures
+
+    def _outcomes(self, run: "InferRun", scans: list[Scan]) -> Iterator[tuple[Scan, Entry | str]]:
+        """Segment one scan after the other, while threads read the next ones and write the last one's result.
+
+        Yields each scan's entry, or why it failed: no exception, whose traceback would keep the scan in memory.
+        """
+        written: deque[tuple[Scan, Future[Entry]]] = deque()
+        held, full = held_bytes(), False
+
+        def begin(scan: Scan, reading: "Future[ScanInput | Entry]") -> Entry | str | None:
+            try:
+                read = reading.result()
+                if isinstance(read, dict):
+                    return read
+                done = run.segment(scan, read, self.windows)
+            except CASE_ERRORS as error:
+                return failure_reason(error)
+            written.append((scan, writer.submit(run.results.save_result, done, run.segmenter)))
+            return None
+
+        def finish() -> tuple[Scan, Entry | str]:
+            nonlocal full
+            scan, writing = written.popleft()
+            try:
+                return scan, writing.result()
+            except CASE_ERRORS as error:
+                full = isinstance(error, OutputError)
+                return scan, failure_reason(error)
+
+        with ThreadPoolExecutor(1) as writer:
+            for scan, nbytes, reading in read_ahead(run.read, scans, max(run.config.num_workers, 1), held):
+                outcome = "not begun, as the output folder cannot be written" if full else begin(scan, reading)
+                del reading  # and with it the scan, before the next one is read
+                if outcome is not None:
+                    yield scan, outcome
+                # One result may wait for the disk where scans are read ahead too; more would pile up in memory.
+                while len(written) > (1 if nbytes <= held else 0) and not full:
+                    yield finish()
+            while written:
+                yield finish()
+
+    def _report(
+        self, run: "InferRun", cases: list[Entry], left_out: list[Entry], failures: list[dict[str, str]], seconds: float
+    ) -> Inferred:
+        """Write run.json and volumes.csv; one that cannot be written is said, and missing in what is returned."""
+        stored, regions = run.segmenter.networks.data.values, run.segmenter.regions
+        content = {
+            "command": "infer",
+            "configuration": vars(run.config),
+            "settings": run.segmenter.settings.to_json(),
+            "labels": {str(value): name for value, name in run.segmenter.names.items()},
+            **({"values": {str(number): value for number, value in stored}} if stored else {}),
+            **({"regions": {str(value): held for value, held in regions.items()}} if regions else {}),
+            "versions": versions((*PACKAGES, *(name for name in FORMATS if importlib.util.find_spec(name)))),
+            "device": device_line(),
+            "seconds": round(seconds, 3),
+            "cases": cases,
+            **({"left_out": left_out} if left_out else {}),
+            "failures": failures,
+        }
+        rows = [(csv_name(c["id"]), csv_name(name), ml) for c in cases for name, ml in c.get("volume_ml", {}).items()]
+
+        def written(write: Callable[..., None], name: str, what: str, *content: Any) -> Path | None:
+            path = run.config.output_dir / name
+            try:
+                write(path, *content)
+            except OutputError as error:
+                self.say(f"There is no {what}: {error}")
+                return None
+            return path
+
+        report = written(write_json, REPORT, "report of this run", content)
+        run.results.forget_notes()
+        volumes = written(write_csv, VOLUMES, "table of volumes", ("case", "structure", "volume_ml"), rows)
+        return Inferred(run.config.output_dir, tuple(cases), tuple(failures), report, volumes, tuple(left_out))
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,80 +462,6 @@ def _digest(network: Any) -> str:
     return digest_of(network)
 
 
-def _segment_all(
-    run: InferRun, scans: list[Scan], say: Callable[[str], None], track: Track, windows: Progress | None
-) -> tuple[list[Entry], list[Entry], list[dict[str, str]]]:
-    """Segment scans; returns entries of those that are done, of those left out, in their order, and of failures."""
-    for line in run.results.lines_again():
-        say(line)
-    configuration = jsonable(vars(run.config))
-    cases: list[Entry] = []
-    left_out: list[Entry] = []
-    failures: list[dict[str, str]] = []
-    for scan, outcome in track(_outcomes(run, scans, windows), len(scans)):
-        if isinstance(outcome, str):
-            failures.append({"id": scan.case, "reason": outcome})
-            say(f"Failed {scan.case}: {outcome}")
-            continue
-        if outcome.pop("left_out", False):
-            left_out.append(outcome)
-            continue
-        cases.append(outcome)
-        if not outcome.get("kept"):
-            run.results.note_made(outcome, configuration)
-            for remark in outcome.get("remarks", ()):
-                say(f"Note: {scan.case}: {remark}")
-    kept = [case for case in cases if case.get("kept")]
-    if kept:
-        say(f"{len(kept)} results are there already and whole, and kept")
-    for line in run.results.account_for(kept):
-        say(line)
-    order = {scan.case: number for number, scan in enumerate(scans)}
-    cases, left_out = (sorted(entries, key=lambda entry: order[entry["id"]]) for entries in (cases, left_out))
-    return cases, left_out, failures
-
-
-def _outcomes(run: InferRun, scans: list[Scan], windows: Progress | None) -> Iterator[tuple[Scan, Entry | str]]:
-    """Segment one scan after the other, while threads read the next ones and write the last one's result.
-
-    Yields each scan's entry, or why it failed: no exception, whose traceback would keep the scan in memory.
-    """
-    written: deque[tuple[Scan, Future[Entry]]] = deque()
-    held, full = held_bytes(), False
-
-    def begin(scan: Scan, reading: Future[ScanInput | Entry]) -> Entry | str | None:
-        try:
-            read = reading.result()
-            if isinstance(read, dict):
-                return read
-            done = run.segment(scan, read, windows)
-        except CASE_ERRORS as error:
-            return failure_reason(error)
-        written.append((scan, writer.submit(run.results.save_result, done, run.segmenter)))
-        return None
-
-    def finish() -> tuple[Scan, Entry | str]:
-        nonlocal full
-        scan, writing = written.popleft()
-        try:
-            return scan, writing.result()
-        except CASE_ERRORS as error:
-            full = isinstance(error, OutputError)
-            return scan, failure_reason(error)
-
-    with ThreadPoolExecutor(1) as writer:
-        for scan, nbytes, reading in read_ahead(run.read, scans, max(run.config.num_workers, 1), held):
-            outcome = "not begun, as the output folder cannot be written" if full else begin(scan, reading)
-            del reading  # and with it the scan, before the next one is read
-            if outcome is not None:
-                yield scan, outcome
-            # One result may wait for the disk where scans are read ahead too; more would pile up in memory.
-            while len(written) > (1 if nbytes <= held else 0) and not full:
-                yield finish()
-        while written:
-            yield finish()
-
-
 def failure_reason(error: BaseException) -> str:
     """Why a case failed, in one line with what to do."""
     if isinstance(error, MemoryError):
@@ -424,44 +470,3 @@ def failure_reason(error: BaseException) -> str:
         return "out of device memory, even for one window. Try a smaller --roi_size"
     text = str(error) if isinstance(error, MambaHomeError) else f"{type(error).__name__}: {error}"
     return re.sub(r"([:;,])?\s*\n\s*", lambda match: f"{match[1] or ';'} ", text.strip())
-
-
-def _report(
-    run: InferRun,
-    cases: list[Entry],
-    left_out: list[Entry],
-    failures: list[dict[str, str]],
-    seconds: float,
-    say: Callable[[str], None],
-) -> Inferred:
-    """Write run.json and volumes.csv; one that cannot be written is said, and missing in what is returned."""
-    stored, regions = run.segmenter.networks.data.values, run.segmenter.regions
-    content = {
-        "command": "infer",
-        "configuration": vars(run.config),
-        "settings": run.segmenter.settings.to_json(),
-        "labels": {str(value): name for value, name in run.segmenter.names.items()},
-        **({"values": {str(number): value for number, value in stored}} if stored else {}),
-        **({"regions": {str(value): held for value, held in regions.items()}} if regions else {}),
-        "versions": versions((*PACKAGES, *(name for name in FORMATS if importlib.util.find_spec(name)))),
-        "device": device_line(),
-        "seconds": round(seconds, 3),
-        "cases": cases,
-        **({"left_out": left_out} if left_out else {}),
-        "failures": failures,
-    }
-    rows = [(csv_name(c["id"]), csv_name(name), ml) for c in cases for name, ml in c.get("volume_ml", {}).items()]
-
-    def written(write: Callable[..., None], name: str, what: str, *content: Any) -> Path | None:
-        path = run.config.output_dir / name
-        try:
-            write(path, *content)
-        except OutputError as error:
-            say(f"There is no {what}: {error}")
-            return None
-        return path
-
-    report = written(write_json, REPORT, "report of this run", content)
-    run.results.forget_notes()
-    volumes = written(write_csv, VOLUMES, "table of volumes", ("case", "structure", "volume_ml"), rows)
-    return Inferred(run.config.output_dir, tuple(cases), tuple(failures), report, volumes, tuple(left_out))

@@ -116,7 +116,7 @@ def test_infer_says_what_becomes_of_overlapping_regions(tmp_path, monkeypatch):
     mh.write_volume(tmp_path / "in" / "a.nii.gz", mh.Volume(steps()[..., 0], np.eye(4)))
     lines = []
     config = InferConfig(tmp_path / "in", tmp_path / "model", tmp_path / "out", roi_size=(16, 16, 32), previews=False)
-    assert batch.infer_scans(config, lines.append).exit_code == 0
+    assert batch.Inference(config, lines.append).run().exit_code == 0
     assert any("the value of the last one that holds it" in line for line in lines)
     assert any("--orientation with theirs, such as LAS, turns scans" in line for line in lines)
     assert Segmenter.of(regions_of((0.0, 1.0), ()), SegmentOptions(orientation="RAS")).notes == ()
