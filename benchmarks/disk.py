@@ -17,7 +17,7 @@ from typing import Any
 from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.preprocessing import dataset as preprocessing
-from mambahome_jax.support.disk import bytes_of
+from mambahome_jax.support.files import bytes_of
 
 
 def measure(source: Path, spacing: tuple[float, float, float], modality: Any, cases: int) -> dict[str, Any]:

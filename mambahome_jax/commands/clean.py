@@ -8,7 +8,7 @@ from rich.console import Console
 
 from mambahome_jax.flags import CleanConfig
 from mambahome_jax.support.console import command_line, say
-from mambahome_jax.support.disk import said_bytes
+from mambahome_jax.support.files import said_bytes
 from mambahome_jax.training.disk import find_removable, remove
 
 

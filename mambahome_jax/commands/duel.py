@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mambahome_jax.evaluation.tables import interval, new_table, number
+from mambahome_jax.evaluation.results import interval, new_table, number
 from mambahome_jax.flags import DuelConfig
 from mambahome_jax.reporting.duel import COSTS, Standing
 from mambahome_jax.support.console import say

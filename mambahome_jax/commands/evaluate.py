@@ -10,8 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mambahome_jax.evaluation.evaluate import Evaluated, evaluate_folders
-from mambahome_jax.evaluation.results import DISTANCES, VOLUMES
-from mambahome_jax.evaluation.tables import interval, new_table, number, results_table
+from mambahome_jax.evaluation.results import DISTANCES, VOLUMES, interval, new_table, number, results_table
 from mambahome_jax.flags import EvaluateConfig
 from mambahome_jax.support.console import command_line, say, tracked
 

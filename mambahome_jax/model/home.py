@@ -21,6 +21,8 @@ from mambahome_jax.model.layers import (
     Array,
     Linear,
     Numerics,
+    RMSNorm,
+    at_least_float32,
     checked_tokens,
     gelu,
     init_on_host,
@@ -28,7 +30,6 @@ from mambahome_jax.model.layers import (
     save_for_backward,
     uniform,
 )
-from mambahome_jax.model.norms import RMSNorm, at_least_float32
 
 UNIT_EPS = 1e-6
 

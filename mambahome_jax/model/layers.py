@@ -1,4 +1,4 @@
-"""Linear and convolutional layers, channels-last, with torch's initial values as the published code has them.
+"""Linear and convolutional layers and norms, channels-last, with torch's initial values as the published code has them.
 
 Beside them what every layer needs: its number types, and which values its backward pass keeps or computes again.
 """
@@ -15,13 +15,59 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from mambahome_kernels import conv3d
+from mambahome_kernels import conv3d, norm_act
 from mambahome_kernels.backends import platform
 from mambahome_kernels.conv3d.api import Size, each_axis
 
 from mambahome_jax.config import Precision
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.model.norms import at_least_float32
+
+RMS_NORM_FLOOR = 1e-8
+ALPHA_RANGE = (0.1, 2.0)
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """x widened to float32 where it is narrower; float64 stays."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def instance_norm(x: jax.Array) -> jax.Array:
+    """(batch, depth, height, width, channels) with mean 0 and biased variance 1 over space, a sample and channel."""
+    return norm_act((x,), slope=1.0)
+
+
+class RMSNorm(nnx.Module):
+    """x / max(norm(x), 1e-8) * sqrt(channels) * gamma over the last axis (published soft_moe_with_dynamic_slots.py)."""
+
+    def __init__(self, channels: int, *, param_dtype):
+        self.gamma = nnx.Param(jnp.ones(channels, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = at_least_float32(x)
+        # The floor is inside the root, whose slope at 0 would make the gradient of zero tokens nan.
+        square = jnp.maximum(jnp.sum(jnp.square(wide), -1, keepdims=True), RMS_NORM_FLOOR**2)
+        inverse = lax.rsqrt(square)
+        return (wide * inverse * (wide.shape[-1] ** 0.5 * self.gamma[...])).astype(x.dtype)
+
+
+class DynamicTanh(nnx.Module):
+    """weight * tanh(clip(alpha, 0.1, 2) * x) + bias over the last axis (Zhu et al. 2025, clipped as published)."""
+
+    def __init__(self, channels: int, *, param_dtype):
+        self.alpha = nnx.Param(jnp.full(1, 0.5, param_dtype))
+        self.weight = nnx.Param(jnp.ones(channels, param_dtype))
+        self.bias = nnx.Param(jnp.zeros(channels, param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        alpha = _clip(self.alpha[...], *ALPHA_RANGE)
+        return (self.weight[...] * jnp.tanh(alpha * at_least_float32(x)) + self.bias[...]).astype(x.dtype)
+
+
+def _clip(x: jax.Array, low: float, high: float) -> jax.Array:
+    """jnp.clip halves the gradient at the end points; the published clip passes it whole there."""
+    inside = (x >= low) & (x <= high)
+    return jnp.where(inside, x, lax.stop_gradient(jnp.clip(x, low, high)))
+
 
 # TF32 is what XLA's default means for float32 on a GPU; bfloat16 operands have one meaning only.
 _PRECISIONS: dict[Precision, lax.Precision] = {

@@ -33,13 +33,14 @@ from mambahome_jax.model.layers import (
     Array,
     ChannelDropout,
     Conv3d,
+    DynamicTanh,
     Numerics,
     Upsample,
+    instance_norm,
     remat,
     require_array,
 )
 from mambahome_jax.model.mamba import GatedConv, Mamba
-from mambahome_jax.model.norms import DynamicTanh, instance_norm
 
 SizeName = Literal["MambaHoME", "MambaHoME_small", "MambaHoME_tiny", "small", "tiny"]
 

@@ -12,7 +12,7 @@ from mambahome_jax.imaging.geometry import reorient, resampled_grid
 from mambahome_jax.imaging.volume import Volume, read_geometry
 from mambahome_jax.preprocessing.case import CaseJob
 from mambahome_jax.support.console import Say
-from mambahome_jax.support.disk import bytes_of, free_bytes, said_bytes
+from mambahome_jax.support.files import bytes_of, free_bytes, said_bytes
 
 # Memory: of the scan before and after resampling together, 9 were measured for an int16 CT, more for stored float64.
 _PEAK = 16

@@ -29,9 +29,8 @@ from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.forms import Convert, among, converted, count_up_to, entries, text
 from mambahome_jax.preprocessing.fingerprint import Fingerprint, voxel_size
-from mambahome_jax.preprocessing.grids import THICK, Grids, grids_for, patch_and_grids, thick_axis
+from mambahome_jax.preprocessing.grids import TARGETS, THICK, Grids, grids_for, patch_and_grids, plan_unet, thick_axis
 from mambahome_jax.preprocessing.step_memory import PLANNED_PART, step_gib
-from mambahome_jax.preprocessing.unet_plan import TARGETS, plan_unet
 from mambahome_jax.recipes import RECIPES, as_typed
 from mambahome_jax.support.console import command_line
 from mambahome_jax.support.devices import JAX_SHARE

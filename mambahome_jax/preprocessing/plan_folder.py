@@ -10,6 +10,7 @@ from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import CheckConfig, PlanConfig, PreprocessConfig, TrainConfig
 from mambahome_jax.patches.store import Store, StoreEntry
 from mambahome_jax.preprocessing.fingerprint import Fingerprint, fingerprint_of_headers, fingerprint_of_prepared
+from mambahome_jax.preprocessing.grids import TARGETS
 from mambahome_jax.preprocessing.open_dataset import open_checked
 from mambahome_jax.preprocessing.plan import (
     PLAN,
@@ -22,7 +23,6 @@ from mambahome_jax.preprocessing.plan import (
     read_plan,
     write_plan,
 )
-from mambahome_jax.preprocessing.unet_plan import TARGETS
 from mambahome_jax.recipes import as_typed
 from mambahome_jax.support.devices import gpu_memory_gib, jax_share
 from mambahome_jax.support.keywords import from_keywords, shows_keywords

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
 from mambahome_jax.support.console import Say
-from mambahome_jax.support.disk import said_bytes
+from mambahome_jax.support.files import said_bytes
 
 J = TypeVar("J")
 R = TypeVar("R")

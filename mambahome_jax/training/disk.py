@@ -17,8 +17,7 @@ from mambahome_jax.errors import ConfigError, DatasetError, OutputError
 from mambahome_jax.flags import CleanConfig
 from mambahome_jax.preprocessing.plan import PLAN
 from mambahome_jax.support.devices import program_cache
-from mambahome_jax.support.disk import bytes_of, free_bytes, said_bytes
-from mambahome_jax.support.files import read_json
+from mambahome_jax.support.files import bytes_of, free_bytes, read_json, said_bytes
 from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import LOCK, held, holder_of
 from mambahome_jax.support.processes import SHARED_MEMORY, batch_bytes, needed_bytes

@@ -20,8 +20,7 @@ from mambahome_jax.datasets.splits import held_out_folds
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.evaluation.evaluate import make_summary, provenance_of
 from mambahome_jax.evaluation.pairs import Pair
-from mambahome_jax.evaluation.results import Score, finite_mean, read_evaluation, structures_of
-from mambahome_jax.evaluation.tables import number, results_table
+from mambahome_jax.evaluation.results import Score, finite_mean, number, read_evaluation, results_table, structures_of
 from mambahome_jax.flags import EvaluateConfig, TrainConfig
 from mambahome_jax.patches.store import Store
 from mambahome_jax.preprocessing.plan import is_given

@@ -23,8 +23,7 @@ from mambahome_jax.errors import DatasetError, MambaHomeError
 from mambahome_jax.evaluation.evaluate import make_summary, provenance_of, score_case
 from mambahome_jax.evaluation.metrics import dice
 from mambahome_jax.evaluation.pairs import Pair
-from mambahome_jax.evaluation.results import Score, write_metrics
-from mambahome_jax.evaluation.tables import results_table
+from mambahome_jax.evaluation.results import Score, results_table, write_metrics
 from mambahome_jax.flags import EvaluateConfig, ReportConfig
 from mambahome_jax.imaging.geometry import orientation_of, reorient, same_grid
 from mambahome_jax.imaging.volume import Volume, read_grid, replace_values, write_volume

@@ -27,8 +27,7 @@ import safetensors.numpy
 
 from mambahome_jax.config import DataProperties, NetworkConfig
 from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
-from mambahome_jax.support.disk import free_bytes
-from mambahome_jax.support.files import parse_json
+from mambahome_jax.support.files import free_bytes, parse_json
 from mambahome_jax.support.paths import openable_path, require_letters
 from mambahome_jax.weights.model_path import RUN_CHECKPOINT, networks_of_run
 

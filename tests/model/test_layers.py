@@ -7,10 +7,9 @@ import pytest
 from flax import nnx
 
 from mambahome_jax.model.home import GlobalSoftMoE, HoME
-from mambahome_jax.model.layers import Numerics
+from mambahome_jax.model.layers import DynamicTanh, Numerics, RMSNorm
 from mambahome_jax.model.mamba import Mamba
 from mambahome_jax.model.network import GatedSpatialConv, ResidualBlock, UpBlock
-from mambahome_jax.model.norms import DynamicTanh, RMSNorm
 from tests.conftest import load_golden
 
 ROOT = "encoder.stages.1.blocks.0."

@@ -10,8 +10,8 @@ from mambahome_jax.commands.preprocess import run
 from mambahome_jax.errors import OutputError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing import dataset, footprint
-from mambahome_jax.support import disk
-from mambahome_jax.support.disk import bytes_of, free_bytes, said_bytes
+from mambahome_jax.support import files
+from mambahome_jax.support.files import bytes_of, free_bytes, said_bytes
 from mambahome_jax.training.runs import open_data
 from tests.commands.scans import preprocess_config, scan, write
 
@@ -99,5 +99,5 @@ def test_sizes_are_those_of_files_and_links_count_nothing(tmp_path):
 
 
 def test_a_file_system_that_does_not_tell_is_not_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(total=0, used=0, free=0))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(total=0, used=0, free=0))
     assert free_bytes(tmp_path) is None

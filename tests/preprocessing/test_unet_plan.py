@@ -12,10 +12,9 @@ from mambahome_jax.config import MODEL_SIZES, ResEncUNetConfig
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.preprocessing.fingerprint import Fingerprint
-from mambahome_jax.preprocessing.grids import choose_grids, grids_for
+from mambahome_jax.preprocessing.grids import TARGETS, choose_grids, grids_for, plan_unet
 from mambahome_jax.preprocessing.plan import Machine, Setting, follow_plan, make_plan, read_plan, write_plan
 from mambahome_jax.preprocessing.step_memory import parameters, step_gib
-from mambahome_jax.preprocessing.unet_plan import TARGETS, plan_unet
 from tests.conftest import golden_path
 
 PLANNERS = {"plain": "PlainUNet", "plain_24gb": "PlainUNet"} | {

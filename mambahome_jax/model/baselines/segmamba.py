@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mambahome_jax.config import DataProperties, Precision, SegMambaConfig
-from mambahome_jax.model.layers import FLOAT32, ChannelDropout, Conv3d, Numerics, gelu, remat
+from mambahome_jax.model.layers import FLOAT32, ChannelDropout, Conv3d, Numerics, gelu, instance_norm, remat
 from mambahome_jax.model.mamba import BiMamba
 from mambahome_jax.model.network import Network, Stage
-from mambahome_jax.model.norms import instance_norm
 
 if TYPE_CHECKING:
     from mambahome_jax.keywords import SegMambaShape
