@@ -421,7 +421,7 @@ def _load(config: InferConfig, paths: Sequence[Path]) -> tuple[Segmenter, list[s
     for path, model in zip(paths, models, strict=True):
         members = members_of(model)
         names += [str(path)] if len(members) == 1 else [f"{path}: network {n}" for n in range(1, len(members) + 1)]
-    networks = Ensemble.of(models, names)
+    networks = Ensemble.of(models, names, list(map(_home, paths)))
     for model in models:
         if not isinstance(model, ExportedModel):
             from mambahome_jax.inference.networks import bind  # not for exported ones, as it imports flax
@@ -451,6 +451,11 @@ def _load(config: InferConfig, paths: Sequence[Path]) -> tuple[Segmenter, list[s
     channels = channels if settings.nnunet is None else networks.channels or 1
     to_network_grid(Volume(np.zeros((1, 1, 1, channels), np.float32), np.eye(4)), settings)
     return segmenter, names
+
+
+def _home(path: Path) -> Path:
+    """The model that a network is a fold of; the path itself where it is none."""
+    return next((above.parent for above in (path, *path.parents) if above.name.startswith("fold_")), path)
 
 
 def _digest(network: Any) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import operator
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, compress, product
@@ -67,15 +67,18 @@ class TrainingRecord:
 class Ensemble:
     """Networks, or callables on windows, whose softmax probabilities are averaged; the first one tells for all.
 
-    Of nnU-Net's networks the logits are averaged, as nnU-Net does.
+    Of nnU-Net's networks the logits of the folds of a model are averaged first, as nnU-Net does. models: the number of
+    the model that each member is a fold of; () where there is one.
     """
 
     members: tuple[Any, ...]
+    models: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, model: Any, names: Sequence[str] | None = None) -> "Ensemble":
+    def of(cls, model: Any, names: Sequence[str] | None = None, homes: Sequence[Hashable] = ()) -> "Ensemble":
         """Join what `load_model` gives, or a list of several; names: of each member (default: model 1, model 2, ...).
 
+        homes: of each that is given; those of one home are folds of one model.
         Raises ConfigError: none, or several that differ in classes, labels, channels or how scans are prepared.
         """
         if isinstance(model, cls):
@@ -97,12 +100,16 @@ class Ensemble:
             ]
             if differing:
                 raise ConfigError(f"{name} cannot be joined with {names[0]}: {'; '.join(differing)}")
-        return cls(members)
+        numbers = [homes.index(home) for home in homes] or range(len(parts))
+        return cls(members, tuple(number for number, part in zip(numbers, parts, strict=True) for _ in part))
 
     @property
     def voters(self) -> tuple[tuple[Any, ...], ...]:
         """The members, those together of which the logits are averaged."""
-        return (self.members,) if self.data.nnunet is not None else tuple((member,) for member in self.members)
+        if self.data.nnunet is None:
+            return tuple((member,) for member in self.members)
+        models = self.models or (0,) * len(self.members)
+        return tuple(tuple(compress(self.members, (n == one for n in models))) for one in dict.fromkeys(models))
 
     @property
     def data(self) -> DataProperties:
@@ -194,7 +201,9 @@ class Ensemble:
 
     def only(self, members: Sequence[int]) -> "Ensemble":
         """The members of these numbers."""
-        return self if len(members) == len(self.members) else Ensemble(tuple(self.members[n] for n in members))
+        if len(members) == len(self.members):
+            return self
+        return Ensemble(tuple(self.members[n] for n in members), tuple(self.models[n] for n in members if self.models))
 
     def mirrors(self, orientation: str) -> tuple[tuple[Mirror, ...], tuple[str, ...]]:
         """Find the axes to mirror windows along, which every network was trained with, and remarks: `mirrors_for`."""
@@ -258,10 +267,19 @@ def _traits(member: Any) -> dict[str, Any]:
     }
 
 
-def log_mean_softmax(members: Sequence[jax.Array]) -> jax.Array:
-    """Make logits (..., classes) whose softmax is the mean of the members' softmax; a single member keeps its own."""
+def log_mean_softmax(members: Sequence[jax.Array], regions: bool = False) -> jax.Array:
+    """Make logits (..., classes) whose softmax is the mean of the members' softmax; a single member keeps its own.
+
+    regions: in place of softmax the sigmoid of each.
+    """
     if len(members) == 1:
         return members[0]
+    if regions:
+        inside, outside = (
+            functools.reduce(jnp.logaddexp, (jax.nn.log_sigmoid(sign * logits) for logits in members))
+            for sign in (1, -1)
+        )
+        return inside - outside
     total = jax.nn.log_softmax(members[0], axis=-1)
     for logits in members[1:]:
         total = jnp.logaddexp(total, jax.nn.log_softmax(logits, axis=-1))

@@ -169,7 +169,8 @@ class ShearedLabels(OnHost):
 def _label_tile(sums, matrices, dtype, regions):
     """Labels of interpolated logits; matrices: (outputs, voxels of the tile) an axis, each voxel's shares."""
     means, finite = _means(sums)
-    logits = jnp.einsum("ai,bj,ck,ijkn->abcn", *matrices, log_mean_softmax(means), precision=jax.lax.Precision.HIGHEST)
+    mean = log_mean_softmax(means, bool(regions))
+    logits = jnp.einsum("ai,bj,ck,ijkn->abcn", *matrices, mean, precision=jax.lax.Precision.HIGHEST)
     if not regions:
         return jnp.argmax(logits, axis=-1).astype(dtype), finite
     labels = jnp.zeros(logits.shape[:-1], dtype)
@@ -197,7 +198,7 @@ def _label_points(sums, low, share, dtype):
 def probabilities_of_tile(sums, regions=False):
     """float16 softmax, or sigmoid of `regions`, of a tile, without the planes that it shares with the next ones."""
     means, finite = _means(sums)
-    logits = log_mean_softmax(means)[:-1, :-1, :-1]
+    logits = log_mean_softmax(means, regions)[:-1, :-1, :-1]
     return (jax.nn.sigmoid(logits) if regions else jax.nn.softmax(logits, axis=-1)).astype(jnp.float16), finite
 
 

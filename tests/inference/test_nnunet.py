@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from mambahome_jax.inference.ensemble import Ensemble
 from mambahome_jax.inference.postprocess import postprocess
 from mambahome_jax.inference.segment import Segmenter, SegmentOptions, label, to_network_grid
 from mambahome_jax.inference.tiled import importance_map, window_starts
-from mambahome_jax.weights.weights import read_weights
+from mambahome_jax.weights.weights import FoldMean, read_weights
 from tests.conftest import load_golden
 from tests.inference.models import Levels
 from tests.nnunet_models import expected, miniature, model_folder, scan
@@ -146,11 +147,31 @@ def test_logits_of_folds_are_averaged_not_probabilities():
 
     # Logits 2 l - l^2 of the levels l at the intensity 1: -8 and 1, then 1 and -0.44 twice.
     levels = [(4.0, 1.0), (1.0, 2.2), (1.0, 2.2)]
-    assert mh.segment([regions_of(each, ()) for each in levels], volume).array.min() == 1
+    folds = [regions_of(each, ()) for each in levels]
+    assert mh.segment(FoldMean(folds), volume).array.min() == 1
+    # Of several models the probabilities are: two folds of one, where the sure network is, have one of three voices.
+    assert mh.segment([FoldMean(folds[:2]), *folds[1:]], volume).array.max() == 0
     options = SegmentOptions(roi_size=(8, 8, 8))
     ours = Ensemble.of([Levels(each, metadata=DataProperties(spacing=None, patch_size=(8, 8, 8))) for each in levels])
     grid = to_network_grid(volume, replace(Segmenter.of(ours, options).settings, normalisation=UNCHANGED), 1)
     assert label(ours, grid).array.max() == 0
+
+
+def test_probabilities_of_several_models_with_regions_are_those_of_each_region():
+    """Two unsure models outvote a sure one by the mean of the sigmoids, and not by that of the logits."""
+    volume = mh.Volume(np.full((8, 8, 8, 1), 1.0, np.float32), np.eye(4))
+    # Logits 2 l - l^2 at the intensity 1: 1 (0.731) and -3 (0.047); by logits -0.33, by probabilities 0.503.
+    models = [regions_of((level,), (5,)) for level in (1.0, 1.0, 3.0)]
+    assert mh.segment(FoldMean(models), volume).array.max() == 0
+    assert mh.segment(models, volume).array.min() == 5
+
+
+def test_networks_are_told_apart_by_model_and_not_by_fold():
+    folds = [regions_of((1.0, 2.0), ()) for _ in range(4)]
+    homes = [batch._home(Path(path)) for path in ("a/fold_0/checkpoint_final.pth", "a/fold_1", "b/fold_0", "c/weights")]
+    networks = Ensemble.of(folds, None, homes)
+    assert networks.voters == (tuple(folds[:2]), (folds[2],), (folds[3],))
+    assert networks.only((1, 2)).voters == ((folds[1],), (folds[2],))
 
 
 def test_an_image_made_in_slabs_is_that_made_at_once():
