@@ -1,7 +1,8 @@
 """How values are read that anybody may have written into a file: a reader raises where one is of another form."""
 
+import math
 import operator
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from mambahome_jax.errors import ConfigError
@@ -55,6 +56,20 @@ def count_up_to(most: float) -> Convert:
         return number
 
     return read
+
+
+def positive(value: Any) -> float:
+    """Read a number above 0 and below infinity."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{value!r} is no number above 0")
+    return float(value)
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """Read an object with keys. Raises TypeError for anything else."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{type(value).__name__} is no object")
+    return value
 
 
 def text(value: Any) -> str:

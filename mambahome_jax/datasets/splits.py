@@ -13,7 +13,7 @@ from mambahome_jax.datasets.files import CHANNEL, listed
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, usable_cases
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.formats import scan_stem
-from mambahome_jax.support.files import parse_json
+from mambahome_jax.support.files import json_form, parse_json
 from mambahome_jax.support.paths import one_form
 
 FILE, OLD_FILE = "splits_final.json", "splits_final.pkl"
@@ -219,13 +219,13 @@ def _read(file: Path) -> list[dict[Split, list[str]]]:
     if isinstance(content, dict):
         content = list(content.values()) if all(isinstance(v, dict) for v in content.values()) else [content]
     if not isinstance(content, list) or not content:
-        raise _damaged("no fold" if content == [] else f"a JSON {type(content).__name__}", file)
+        raise _damaged("no fold" if content == [] else json_form(content), file)
     return [_lists(fold, file) for fold in content]
 
 
 def _lists(fold: object, file: Path) -> dict[Split, list[str]]:
     if not isinstance(fold, Mapping):
-        raise _damaged(f"a fold that is a JSON {type(fold).__name__}", file)
+        raise _damaged(f"a fold that is {json_form(fold)}", file)
     lists = {SPLIT_WORDS[word]: ids for key, ids in fold.items() if (word := str(key).lower()) in SPLIT_WORDS}
     for part, ids in lists.items():
         wrong = [entry for entry in ids if not isinstance(entry, str)] if isinstance(ids, list) else [ids]

@@ -27,7 +27,7 @@ from mambahome_jax.config import (
 )
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
-from mambahome_jax.forms import Convert, among, converted, count_up_to, entries, text
+from mambahome_jax.forms import Convert, among, converted, count_up_to, entries
 from mambahome_jax.preprocessing.fingerprint import Fingerprint, voxel_size
 from mambahome_jax.preprocessing.grids import TARGETS, THICK, Grids, grids_for, patch_and_grids, plan_unet, thick_axis
 from mambahome_jax.preprocessing.step_memory import PLANNED_PART, step_gib
@@ -352,13 +352,13 @@ def read_plan(file: Path) -> StoredPlan:
         if name not in _FORMS:
             expected = f"settings among {', '.join(_FORMS)}"
             raise DatasetError(f"a setting {name!r}", file=file, expected=expected, action=action)
-        if not isinstance(entry, dict) or "value" not in entry:
+        reason = entry.get("reason", "") if isinstance(entry, dict) and "value" in entry else None
+        if not isinstance(reason, str):
             form = '{"value": ..., "reason": ...}'
             raise DatasetError(f"{name} is {entry!r}", file=file, expected=form, action=action)
         try:
-            value = converted(name, entry["value"], *_FORMS[name])
-            settings[name] = Setting(value, text(entry.get("reason", "")))
-        except (ConfigError, TypeError) as error:
+            settings[name] = Setting(converted(name, entry["value"], *_FORMS[name]), reason)
+        except ConfigError as error:
             found = f"{name} is {entry['value']!r}"
             raise DatasetError(found, file=file, expected=_FORMS[name][1], action=action) from error
     _require_grids({name: setting.value for name, setting in settings.items()}, file, action)

@@ -119,8 +119,14 @@ def read_json(path: Path, action: str | None = None) -> dict[str, Any]:
         raise DatasetError(f"not valid JSON ({error})", file=path, action=action) from error
     if not isinstance(content, dict):
         expected = "an object with keys"
-        raise DatasetError(f"a JSON {type(content).__name__}", file=path, expected=expected, action=action)
+        raise DatasetError(json_form(content), file=path, expected=expected, action=action)
     return content
+
+
+def json_form(value: Any) -> str:
+    """What a value read from JSON is there."""
+    forms = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return forms.get(type(value), "a number")
 
 
 def jsonable(value: Any) -> Any:

@@ -6,13 +6,14 @@ As nnunetv2 2.8.1 writes and reads them, with the plans of earlier releases, whi
 """
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mambahome_jax.config import DataProperties, PlainUNetConfig, ResEncUNetConfig, UNetConfig
 from mambahome_jax.errors import CheckpointError, ConfigError, DatasetError
+from mambahome_jax.forms import Convert, among, converted, count_up_to, entries, mapping, positive, text
 from mambahome_jax.support.files import read_json
 
 PLANS, DATASET, CHECKPOINT = "plans.json", "dataset.json", "checkpoint_final.pth"
@@ -31,6 +32,25 @@ _FIXED: dict[str, Any] = {
     "dropout_op_kwargs": None,
     "nonlin": "LeakyReLU",
     "nonlin_kwargs": {"inplace": True},
+}
+_COUNT = count_up_to(1 << 20)
+_COUNTS, _OBJECT = entries(_COUNT), (mapping, "an object with keys")
+_NAMED, _STEPS = (text, "a name"), (entries(_COUNTS), "lists of integers above 0")
+_EACH = (lambda value: (_COUNTS if isinstance(value, list) else _COUNT)(value), "an integer above 0, or a list of them")
+# What an entry of the plans looks like where it is there, at whatever depth.
+_FORMS: dict[str, tuple[Convert, str]] = {
+    **dict.fromkeys(("configurations", "architecture", "arch_kwargs"), _OBJECT),
+    **dict.fromkeys(("resampling_fn_data_kwargs", "resampling_fn_probabilities_kwargs"), _OBJECT),
+    **dict.fromkeys(("image_reader_writer", "preprocessor_name", "network_class_name", "UNet_class_name"), _NAMED),
+    **dict.fromkeys(("resampling_fn_data", "resampling_fn_probabilities"), _NAMED),
+    **dict.fromkeys(("patch_size", "features_per_stage", "n_conv_per_stage_encoder"), (_COUNTS, "integers above 0")),
+    **dict.fromkeys(("kernel_sizes", "strides", "conv_kernel_sizes", "pool_op_kernel_sizes"), _STEPS),
+    **dict.fromkeys(("n_conv_per_stage", "n_blocks_per_stage", "n_conv_per_stage_decoder"), _EACH),
+    **dict.fromkeys(("n_stages", "UNet_base_num_features", "unet_max_num_features"), (_COUNT, "an integer above 0")),
+    "transpose_forward": (entries(among((0, 1, 2)), 3), "an order of the axes 0 1 2"),
+    "spacing": (entries(positive), "mm above 0"),
+    "normalization_schemes": (entries(text), "names, one a channel"),
+    "use_mask_for_norm": (entries(among((True, False))), "true or false, one a channel"),
 }
 _SIZES = ("n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage_decoder")
 _RESAMPLING = "resample_data_or_seg_to_shape"
@@ -117,8 +137,11 @@ def described(checkpoint: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     except DatasetError as error:
         raise CheckpointError(str(error)) from error
     try:
+        _require_forms(plans)
         configuration = _configuration(plans, name)
-        channels = list((dataset.get("channel_names") or dataset["modality"]).values())
+        channels = list(
+            converted("channel_names", dataset.get("channel_names") or dataset["modality"], *_OBJECT).values()
+        )
         labels, outputs, regions, region_values = _labels(dataset)
         schemes = _normalisation(plans, configuration)
         if len(schemes) != len(channels):
@@ -149,8 +172,16 @@ def described(checkpoint: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"{folder}: no entry {error} in {PLANS} or {DATASET}; expected those of a model"
         ) from error
-    except (ConfigError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (ConfigError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise CheckpointError(f"{folder}: configuration {name}: {error}") from error
+
+
+def _require_forms(content: Mapping[str, Any]) -> None:
+    for key, value in content.items():
+        if key in _FORMS:
+            converted(key, value, *_FORMS[key])
+        if isinstance(value, Mapping):
+            _require_forms(value)
 
 
 def _one_of(known: Mapping[str, Any], word: Any, name: str) -> Any:
@@ -166,13 +197,11 @@ def _configuration(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     parent: str | None = name
     while parent is not None and parent not in seen:
         seen.append(parent)
-        own = plans["configurations"][parent]
+        own = converted(parent, plans["configurations"][parent], *_OBJECT)
         chosen = own | chosen
         parent = own.get("inherits_from")
     if chosen.get("previous_stage"):
         raise ConfigError("a cascade, which takes the labels of another; supported are 3d_fullres and 3d_lowres")
-    if not all(0 < float(mm) < math.inf for mm in chosen["spacing"]):
-        raise ConfigError(f"spacing is {chosen['spacing']}; expected mm above 0")
     if len(chosen["patch_size"]) != 3:
         raise ConfigError("works on slices; supported are 3d_fullres and 3d_lowres")
     _one_of({"DefaultPreprocessor": True}, chosen.get("preprocessor_name", "DefaultPreprocessor"), "preprocessor_name")
@@ -202,8 +231,8 @@ def _network(configuration: Mapping[str, Any], channels: int, outputs: int) -> U
         return (sizes[key],) * count if isinstance(sizes[key], int) else tuple(sizes[key])
 
     strides = [tuple(stride) for stride in sizes["strides"]]
-    if strides[0] != (1, 1, 1):
-        raise ConfigError(f"the first stride is {strides[0]}; expected 1 1 1")
+    if strides[:1] != [(1, 1, 1)]:
+        raise ConfigError(f"the strides are {sizes['strides']}; expected 1 1 1 as the first")
     return kind(
         in_chans=channels,
         out_chans=outputs,
@@ -242,14 +271,18 @@ def _normalisation(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -
     """Of each channel, as `ChannelScheme` is kept."""
     statistics = plans.get("foreground_intensity_properties_per_channel")
     statistics = statistics or plans["foreground_intensity_properties_by_modality"]
-    schemes = []
-    for channel, scheme in enumerate(configuration["normalization_schemes"]):
-        masked = bool(configuration["use_mask_for_norm"][channel]) and scheme == "ZScoreNormalization"
+    schemes, names, masks = [], configuration["normalization_schemes"], configuration["use_mask_for_norm"]
+    if len(names) != len(masks):
+        raise ConfigError(f"use_mask_for_norm has {len(masks)} entries; expected {len(names)}, one a channel")
+    for channel, (scheme, mask) in enumerate(zip(names, masks, strict=True)):
+        masked = mask and scheme == "ZScoreNormalization"
         numbers = {"low": 0.0, "high": 0.0, "mean": 0.0, "std": 1.0}
         if scheme == "CTNormalization":
-            own = statistics[str(channel)]
             keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
-            numbers = dict(zip(numbers, (float(own[key]) for key in keys), strict=True))
+            own = converted("foreground_intensity_properties", statistics, *_OBJECT)[str(channel)]
+            own = converted(f"foreground_intensity_properties of channel {channel}", own, *_OBJECT)
+            values = (converted(f"{key} of channel {channel}", own[key], float, "a number") for key in keys)
+            numbers = dict(zip(numbers, values, strict=True))
         schemes.append({"scheme": scheme, "masked": masked} | numbers)
     return schemes
 
@@ -257,14 +290,16 @@ def _normalisation(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -
 def _labels(dataset: Mapping[str, Any]) -> tuple[dict[str, str], int, list[int], list[list[int]]]:
     """Names of the values in label maps, and outputs of the network; of regions the value that each writes where they
     overlap, and the values in it."""
+    table = converted("labels", dataset["labels"], *_OBJECT)
+    value_of = partial(converted, convert=among(range(1 << 16)), expected="a label value, or a list of them")
     sets = {
-        name: [int(v) for v in (value if isinstance(value, list | tuple) else [value])]
-        for name, value in dataset["labels"].items()
+        name: [value_of(f"label {name}", v) for v in (value if isinstance(value, list) and value else [value])]
+        for name, value in table.items()
         if name != "ignore"
     }
     foreground = {name: values for name, values in sets.items() if set(values) != {0}}
     if any(len(values) > 1 for values in sets.values()):
-        order = [int(value) for value in dataset["regions_class_order"]]
+        order = list(converted("regions_class_order", dataset["regions_class_order"], _COUNTS, "label values above 0"))
         if len(order) != len(foreground):
             raise ConfigError(f"regions_class_order has {len(order)} entries; expected {len(foreground)}, one a region")
         names = {str(value): name for value, name in zip(order, foreground, strict=True)}

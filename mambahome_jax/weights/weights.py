@@ -21,7 +21,7 @@ from mambahome_jax.errors import CheckpointError, ConfigError, OutputError
 from mambahome_jax.model.network import Network
 from mambahome_jax.model.networks import make_network
 from mambahome_jax.support.devices import default_precision
-from mambahome_jax.support.files import NPZ_ERRORS, parse_json, require_whole_npz
+from mambahome_jax.support.files import NPZ_ERRORS, json_form, parse_json, require_whole_npz
 from mambahome_jax.support.paths import openable_path
 from mambahome_jax.weights.checkpoint import (
     HUB_WEIGHTS,
@@ -197,7 +197,7 @@ def _json_object(text: str, path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path}: its configuration cannot be read ({error}); expected JSON") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: its configuration is a {type(values).__name__}; expected a JSON object")
+        raise CheckpointError(f"{path}: its configuration is {json_form(values)}; expected a JSON object")
     return values
 
 

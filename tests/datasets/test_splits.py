@@ -135,7 +135,7 @@ def test_ids_of_skipped_cases_fit(tmp_path):
         ("[]", r"damaged \(no fold\)"),
         ("{}", r"damaged \(no fold\)"),
         ("3", "damaged"),
-        ('["x_0"]', "a fold that is a JSON str"),
+        ('["x_0"]', "a fold that is a text"),
         ('[{"train": "x_0"}]', "train holds 'x_0'"),
         ('[{"train": [0, 1], "val": [2]}]', "train holds 0"),
         ('[{"train": [], "val": []}]', "a fold of empty lists"),

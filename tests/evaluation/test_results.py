@@ -50,7 +50,7 @@ def test_names_that_are_formulas_come_back_too(tmp_path):
         ),
         ("metrics.csv", "case,structure\n", "no case was scored"),
         ("summary.json", "{", "not valid JSON"),
-        ("summary.json", "[]", "a JSON list"),
+        ("summary.json", "[]", "a list; expected an object"),
     ],
 )
 def test_what_is_no_evaluation(tmp_path, name, content, message):

@@ -178,6 +178,9 @@ def test_plan_json_comes_back(tmp_path):
         (tmp_path / "bad.json").write_text(json.dumps(content_of))
         with pytest.raises(DatasetError, match=rf"bad.json: {name} is"):
             read_plan(tmp_path / "bad.json")
+    (tmp_path / "bad.json").write_text(json.dumps(content | {"spacing": {"value": [1, 1, 1], "reason": None}}))
+    with pytest.raises(DatasetError, match=r"'reason': None}; expected {\"value\": ..., \"reason\": ...}"):
+        read_plan(tmp_path / "bad.json")
     for change in ({"version": 9}, {"patch": {"value": 1}}, {"model": "MambaHoME"}):
         (tmp_path / "bad.json").write_text(json.dumps(content | change))
         with pytest.raises(DatasetError, match=r"bad\.json"):

@@ -138,7 +138,6 @@ def architecture(**changes):
             lambda plans: plans.update(image_reader_writer="Tiff3DIO"),
             "image_reader_writer is Tiff3DIO; expected Simple",
         ),
-        (full(lambda full: full.update(use_mask_for_norm=[])), "3d_fullres: .*index out of range"),
         (full(lambda full: full.update(spacing=[0, 1, 1])), r"spacing is \[0, 1, 1\]; expected mm above 0"),
         (lambda plans: plans.pop("transpose_forward"), "no entry 'transpose_forward' in plans.json or dataset.json"),
     ],
@@ -148,6 +147,40 @@ def test_what_would_compute_something_else_is_refused(tmp_path, plans, refused):
     with pytest.raises(CheckpointError, match=refused) as error:
         read_weights(folder / "fold_0")
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "refused"),
+    [
+        ({"plans": lambda plans: plans.update(transpose_forward=None)}, "transpose_forward is None; expected an order"),
+        (
+            {"plans": lambda plans: plans.update(image_reader_writer=[])},
+            r"image_reader_writer is \[\]; expected a name",
+        ),
+        ({"plans": lambda plans: plans.update(configurations=3)}, "configurations is 3; expected an object"),
+        ({"plans": full(lambda full: full.update(patch_size=16))}, "patch_size is 16; expected integers above 0"),
+        ({"plans": full(lambda full: full.update(spacing=["a"]))}, r"spacing is \['a'\]; expected mm above 0"),
+        (
+            {"plans": full(lambda full: full.update(use_mask_for_norm=[]))},
+            "use_mask_for_norm has 0 entries; expected 2",
+        ),
+        ({"plans": architecture(strides=[])}, r"the strides are \[\]; expected 1 1 1 as the first"),
+        (
+            {"plans": lambda plans: plans["foreground_intensity_properties_per_channel"]["0"].update(mean="x")},
+            "mean of channel 0 is 'x'; expected a number",
+        ),
+        ({"dataset": lambda dataset: dataset.update(channel_names="CT")}, "channel_names is 'CT'; expected an object"),
+        ({"dataset": lambda dataset: dataset.update(labels=None)}, "labels is None; expected an object"),
+        (
+            {"dataset": lambda dataset: dataset["labels"].update(organ=[])},
+            r"label organ is \[\]; expected a label value",
+        ),
+    ],
+)
+def test_a_damaged_entry_is_told_by_its_name(tmp_path, changes, refused):
+    folder = copied(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=f"configuration 3d_fullres: {refused}"):
+        read_weights(folder / "fold_0")
 
 
 def test_a_trainer_that_changed_the_network_is_named(tmp_path):
