@@ -1,31 +1,44 @@
-"""What follows a training beside the files of its folder: callbacks of the caller's, Weights & Biases and MLflow."""
+"""What follows a training: metrics.csv, TensorBoard, curves, Weights & Biases, MLflow, callbacks of the caller's."""
 
 import abc
 import contextlib
+import csv
 import importlib
 import importlib.util
+import io
+import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mambahome_jax.errors import ConfigError
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import image, scalar
+
+from mambahome_jax.errors import ConfigError, OutputError
 from mambahome_jax.flags import TrackerName
-from mambahome_jax.support.files import jsonable, read_json, write_json
-from mambahome_jax.training.progress import FileLog, MetricsLog
-from mambahome_jax.training.setup import Setup
+from mambahome_jax.support.files import atomic_write, read_json, write_json
+from mambahome_jax.training.curves import NAME as CURVES
+from mambahome_jax.training.curves import Drawn, write_curves
 from mambahome_jax.training.validation import Validation
 
 PROJECT = "mambahome"
 RUNS = "trackers.json"  # in the folder of a run: the name that each tracker gave it, so that a resume goes on there
+METRICS = "metrics.csv"
+COLUMNS = (
+    *("step", "epoch", "loss", "lr", "val_dice"),
+    *("grad_norm", "update_norm", "images_per_second", "data_wait", "seconds"),
+)
+FLUSH_SECONDS, DRAWING_SECONDS = 10.0, 60.0
 
 
 class Callback:
     """Is told of the training of a network, by the first process; override what is of interest.
 
-    metrics.csv, the curves and TensorBoard are written before.
+    metrics.csv and TensorBoard are written before; the curves at the end, and once a minute.
 
     Of several networks (--folds, --members) each has a start and an end. What a method raises ends the training.
     """
@@ -35,7 +48,7 @@ class Callback:
         as values of JSON."""
 
     def step(self, row: Mapping[str, Any]) -> None:
-        """A step has ended: its row of metrics.csv, without the validation; None for what is not known."""
+        """A step has ended: its row of metrics.csv, before a validation; None for what is not known."""
 
     def validation(self, step: int, validation: Validation) -> None:
         """A validation after `step` steps: mean Dice, Dice of each structure, and a picture."""
@@ -44,54 +57,190 @@ class Callback:
         """The training has ended: "finished", "stopped by a signal", or why else."""
 
 
-class Followed(MetricsLog):
-    """The files of a run that goes on after `step` steps, and the callbacks that are told the same.
+@contextlib.contextmanager
+def following(
+    callbacks: Sequence[Callback], folder: Path, settings: Mapping[str, Any], step: int, status: Callable[[], str]
+) -> Iterator[None]:
+    """Tell the callbacks of the start of a run, and those that were told so of its end, which `status` then names."""
+    begun: list[Callback] = []
+    ended = ""
+    with contextlib.ExitStack() as stack:
+        try:
+            for callback in callbacks:
+                callback.run(folder, settings, step)
+                begun.append(callback)
+            yield
+            ended = status()
+        except BaseException as error:
+            ended = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            for callback in reversed(begun):  # all of them, also where the end of one raises
+                stack.callback(callback.end, ended)
 
-    say: as of `FileLog`. status: what the end is called, asked for then.
+
+def run_files(structures: Sequence[str] = (), say: Callable[[str], None] = print) -> list[Callback]:
+    """What keeps a training in files of its folder. structures: those validated. say: told of a file that is gone."""
+    return [MetricsFile(structures, say), TensorBoard(), Curves(structures)]
+
+
+class MetricsFile(Callback):
+    """RUN/metrics.csv, a row for each step. Raises OutputError.
+
+    On a resume the rows beyond are dropped: the steps are done again. Of a validation the row of its step is told once
+    more; columns of structures are called dice_<structure>.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        setup: Setup,
-        step: int,
-        say: Callable[[str], None],
-        callbacks: Sequence[Callback],
-        status: Callable[[], str],
-    ):
-        structures = tuple(setup.structures.values()) if setup.val_cases else ()
-        self.files, self.callbacks, self.status = FileLog(folder, step, say, structures), callbacks, status
-        settings = jsonable({**asdict(setup.flags), "network": setup.model.to_json()})
-        for callback in callbacks:
-            callback.run(folder, settings, step)
+    def __init__(self, structures: Sequence[str] = (), say: Callable[[str], None] = print):
+        place = COLUMNS.index("val_dice") + 1
+        self.columns = (*COLUMNS[:place], *(f"dice_{name}" for name in structures), *COLUMNS[place:])
+        self._say = say
 
-    def step(self, row: Mapping[str, Any], validation: Validation | None = None) -> None:
-        self.files.step(row, validation)
-        for callback in self.callbacks:
-            callback.step(row)
-        self._validated(row["step"], validation)
+    def run(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
+        self._path = folder / METRICS
+        with _writing(self._path):
+            self._open(step)
 
-    def complete(self, step: int, validation: Validation) -> None:
-        self.files.complete(step, validation)
-        self._validated(step, validation)
+    def _open(self, step: int) -> None:
+        rows = rows_up_to(self._path, step) if step else []
+        lines = [_line(self.columns, row) for row in ({name: name for name in self.columns}, *rows)]
+        with atomic_write(self._path, "output folder", parents=False) as partial:  # a kill leaves either
+            partial.write_bytes(b"".join(lines))
+        self._file = self._path.open("r+b")
+        self._row: Mapping[str, Any] = rows[-1] if rows else {}
+        self._begin = sum(map(len, lines[:-1]))  # of the last row
 
-    def _validated(self, step: int, validation: Validation | None) -> None:
-        if validation is not None:
-            for callback in self.callbacks:
-                callback.validation(step, validation)
+    def step(self, row: Mapping[str, Any]) -> None:
+        self._write(row, again=False)
 
-    def flush(self) -> None:
-        self.files.flush()
+    def validation(self, step: int, validation: Validation) -> None:
+        again = str(self._row.get("step")) == str(step)
+        self._write({**(self._row if again else {"step": step}), **_scores(validation)}, again)
 
-    def draw(self) -> None:
-        self.files.draw()
+    def _write(self, row: Mapping[str, Any], again: bool) -> None:
+        """Write a row, or the last one again; whole or not at all, also where the process is killed."""
+        with _writing(self._path):
+            if not self._path.exists():
+                self._file.close()
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._open(0)
+                again = False
+                self._say(f"{self._path} is gone, and the values so far with it; a new one goes on from here")
+            self._begin = self._file.seek(self._begin) if again else self._file.seek(0, os.SEEK_END)
+            self._file.write(_line(self.columns, row))
+            self._file.truncate()
+            self._file.flush()
+            self._row = row
 
-    def __exit__(self, *raised: object) -> None:
-        status = self.status() if raised[:1] in ((), (None,)) else f"{type(raised[1]).__name__}: {raised[1]}"
-        with contextlib.ExitStack() as stack:
-            for callback in self.callbacks:
-                stack.callback(callback.end, status)
-            self.files.__exit__()
+    def end(self, status: str) -> None:
+        with _writing(self._path):
+            self._file.close()
+
+
+class TensorBoard(Callback):
+    """RUN/tensorboard. Raises OutputError.
+
+    The SummaryWriter of tensorboardX hands everything to a thread. A full disk ends that with a traceback, and the
+    training waits for ever to hand over the next value.
+    """
+
+    def run(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
+        self._folder = folder / "tensorboard"
+        with _writing(self._folder):
+            self._open()
+            if step:  # from here on values of earlier files do not count
+                start = SessionLog(status=SessionLog.START)
+                self._events.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def _open(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._events, self._due = EventsWriter(str(self._folder / "events")), 0.0
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        values = {name: value for name, value in row.items() if name not in ("step", "epoch") and value is not None}
+        self._write(row["step"], [scalar(name, value) for name, value in values.items()])
+
+    def validation(self, step: int, validation: Validation) -> None:
+        summaries = [scalar(name, value) for name, value in _scores(validation, "val_dice/").items()]
+        if validation.picture is not None:
+            summaries.append(image("validation", validation.picture, dataformats="HWC"))
+        self._due = 0.0
+        self._write(step, summaries)
+
+    def _write(self, step: int, summaries: Sequence[Any]) -> None:
+        with _writing(self._folder):
+            if not self._folder.exists():
+                self._events.close()
+                self._open()
+            for summary in summaries:
+                self._events.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            if time.monotonic() >= self._due:  # waits for the disk
+                self._events.flush()
+                self._due = time.monotonic() + FLUSH_SECONDS
+
+    def end(self, status: str) -> None:
+        with _writing(self._folder):
+            self._events.close()
+
+
+class Curves(Callback):
+    """RUN/progress.png, drawn once a minute and at the end. Raises OutputError."""
+
+    def __init__(self, structures: Sequence[str] = ()):
+        self._structures = structures
+
+    def run(self, folder: Path, settings: Mapping[str, Any], step: int) -> None:
+        self._path, self._due = folder / CURVES, time.monotonic() + DRAWING_SECONDS
+        self.drawn = Drawn(rows_up_to(folder / METRICS, step) if step else ())
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        self.drawn.add(row)
+        if time.monotonic() >= self._due:
+            self._draw()
+            self._due = time.monotonic() + DRAWING_SECONDS
+
+    def validation(self, step: int, validation: Validation) -> None:
+        self.drawn.add({"step": step, **_scores(validation)})
+
+    def end(self, status: str) -> None:
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._path.parent.exists():
+            write_curves(self._path, self.drawn, self._structures)
+
+
+def rows_up_to(path: Path, step: float = math.inf) -> list[dict[str, str]]:
+    """The whole rows of metrics.csv, up to a step; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        # A full disk may leave half a row at the end, to which the next one is glued.
+        rows = [row for row in csv.DictReader(file) if {*COLUMNS} <= {*row} and None not in (*row, *row.values())]
+    return [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step]
+
+
+def _line(columns: Sequence[str], row: Mapping[str, Any]) -> bytes:
+    """A row as CSV. Of an earlier version it may lack columns, and have some of structures that there are no more."""
+    text = io.StringIO(newline="")
+    values = (row.get(name) for name in columns)
+    csv.writer(text).writerow([f"{value:.7g}" if isinstance(value, float) else value for value in values])
+    return text.getvalue().encode()
+
+
+def _scores(validation: Validation, prefix: str = "dice_") -> dict[str, float]:
+    """The scores of a validation that are known, by the name of their column."""
+    scores = {"val_dice": validation.dice, **{f"{prefix}{name}": each for name, each in validation.structures.items()}}
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OutputError(f"{path}: cannot be written: {reason}. Is the disk full or read-only?") from error
 
 
 class Tracker(Callback, abc.ABC):
@@ -114,9 +263,7 @@ class Tracker(Callback, abc.ABC):
         self._do(lambda: self.log(row["step"], values))
 
     def validation(self, step: int, validation: Validation) -> None:
-        scores = {f"dice_{name}": value for name, value in validation.structures.items()}
-        scores = {name: value for name, value in {"val_dice": validation.dice, **scores}.items() if value == value}
-        self._do(lambda: self.log(step, scores))
+        self._do(lambda: self.log(step, _scores(validation)))
         if validation.picture is not None:
             self._do(lambda: self.picture(step, validation.picture))
 

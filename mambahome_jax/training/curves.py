@@ -43,7 +43,7 @@ class Drawn:
     def add(self, row: Mapping[str, Any]) -> None:
         """Add the row of the next step, or the validation of the last one."""
         self.steps = float(row["step"])
-        self.validated += [row] if row.get("val_dice") else []
+        self.validated += [row] if _known(row, "val_dice") else []
         self._next += _points([row], "loss")
         if len(self._next) == self._each:
             self.loss += _averaged(self._next, 1)
@@ -72,7 +72,11 @@ def write_curves(path: Path, drawn: Drawn, structures: Sequence[str]) -> None:
 
 
 def _points(rows: Sequence[Mapping[str, Any]], column: str) -> list[Point]:
-    return [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
+    return [(float(row["step"]), float(row[column])) for row in rows if _known(row, column)]
+
+
+def _known(row: Mapping[str, Any], column: str) -> bool:
+    return row.get(column) not in (None, "")
 
 
 def _averaged(points: Sequence[Point], most: int) -> list[Point]:

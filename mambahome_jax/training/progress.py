@@ -1,13 +1,10 @@
-"""What a person sees of a training, and what is kept of it: progress bar or lines, metrics.csv, curves, TensorBoard."""
+"""What a person sees of a training on the terminal: progress bar or lines, and how a run begins and ends."""
 
-import contextlib
-import csv
 import dataclasses
-import io
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,201 +13,27 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import image, scalar
 
 from mambahome_jax.datasets.files import listed
 from mambahome_jax.datasets.patients import split_notes
 from mambahome_jax.datasets.splits import outside_note, outside_split
 from mambahome_jax.datasets.structures import describe_numbering
-from mambahome_jax.errors import OutputError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.support.console import CellLine, bars, command_line, duration, say
-from mambahome_jax.support.files import atomic_write
-from mambahome_jax.training.curves import NAME as CURVES
-from mambahome_jax.training.curves import Drawn, write_curves
+from mambahome_jax.training.callbacks import Callback
 from mambahome_jax.training.schedule import Schedule
 from mambahome_jax.training.setup import Setup
-from mambahome_jax.training.validation import Validation, finite_or_none
+from mambahome_jax.training.validation import Validation
 
-COLUMNS = (
-    *("step", "epoch", "loss", "lr", "val_dice"),
-    *("grad_norm", "update_norm", "images_per_second", "data_wait", "seconds"),
-)
 # Of a bar, what is left out first where the terminal is narrow; step and loss stay.
 _LEFT_OUT = ("data wait", "lr", "images/s", "GPU")
 # Columns for what is being done, for the bar itself, and for times and gaps beside it.
 _DOING, _BAR, _TIMES = len("Validating"), 10, 28
 # Without a terminal: a line after this many seconds.
 LINE_SECONDS = 10.0
-# Without a validation or checkpoint, who watches sees nothing new for so long.
-FLUSH_SECONDS = 120.0
-Rows = list[dict[str, str]]
 
 
-class MetricsLog(contextlib.AbstractContextManager):
-    """Keeps nothing: what the processes beside the first one write to."""
-
-    def step(self, row: Mapping[str, Any], validation: Validation | None = None) -> None:
-        """Keep the values of a step, named as in COLUMNS, and its validation."""
-
-    def complete(self, step: int, validation: Validation) -> None:
-        """Add to the row of a step, the last one that is kept."""
-
-    def flush(self) -> None:
-        """Bring everything to the disk, for who watches."""
-
-    def draw(self) -> None:
-        """Draw the curves of all steps so far."""
-
-    def __exit__(self, *_: object) -> None:
-        """Bring everything to the disk, and close the files."""
-
-
-class FileLog(MetricsLog):
-    """RUN/metrics.csv, one row a step, RUN/progress.png and RUN/tensorboard. Raises OutputError: none can be written.
-
-    On a resume after `start` steps the rows beyond are dropped: the steps are done again. say: called with what
-    happened to a file that somebody removed. structures: those validated, each with a column dice_<structure>.
-    """
-
-    def __init__(
-        self, folder: Path, start: int = 0, say: Callable[[str], None] = print, structures: Sequence[str] = ()
-    ):
-        self._path, self._say, self._flush_due = folder / "metrics.csv", say, 0.0
-        place = COLUMNS.index("val_dice") + 1
-        self._structures = structures
-        self.columns = (*COLUMNS[:place], *(f"dice_{name}" for name in structures), *COLUMNS[place:])
-        with self._writing():
-            self._open(start)
-
-    def _open(self, start: int) -> None:
-        self._drawn = Drawn(self._open_rows(start))
-        self._events = EventWriter(self._path.with_name("tensorboard"), start + 1 if start else None)
-
-    def _open_rows(self, step: int, added: Mapping[str, str] | None = None) -> Rows:
-        rows = _keep_rows(self._path, self.columns, step, added)
-        # A row reaches the file whole or not at all, also where the process is killed.
-        self._file = self._path.open("a", newline="", encoding="utf-8", buffering=1)
-        self._writer = csv.DictWriter(self._file, self.columns)
-        return rows
-
-    def step(self, row: Mapping[str, Any], validation: Validation | None = None) -> None:
-        with self._writing():
-            values = {**row} if validation is None else {**row, "val_dice": finite_or_none(validation.dice)}
-            table = values | _dice_columns(validation)
-            texts = {name: _text(table.get(name)) for name in self.columns}
-            self._writer.writerow(texts)
-            self._drawn.add(texts)
-            self._to_events(values, validation)
-
-    def complete(self, step: int, validation: Validation) -> None:
-        with self._writing():
-            score = finite_or_none(validation.dice)
-            self._file.close()
-            columns = {"val_dice": score, **_dice_columns(validation)}
-            added = {name: _text(columns[name]) for name in columns if name in self.columns}
-            self._open_rows(step, added)
-            self._drawn.add({"step": step, **added})
-            self._to_events({"step": step, "val_dice": score}, validation)
-
-    def _to_events(self, row: Mapping[str, Any], validation: Validation | None) -> None:
-        structures = {} if validation is None else validation.structures
-        extra = {f"val_dice/{name}": value for name, value in structures.items() if math.isfinite(value)}
-        for name, value in {**row, **extra}.items():
-            if name not in ("step", "epoch") and value is not None:
-                self._events.write(scalar(name, value), row["step"])
-        if validation is not None and validation.picture is not None:
-            self._events.write(image("validation", validation.picture, dataformats="HWC"), row["step"])
-        if validation is not None or time.monotonic() >= self._flush_due:
-            self.flush()
-
-    def flush(self) -> None:
-        with self._writing():
-            self._flush_due = time.monotonic() + FLUSH_SECONDS
-            self._file.flush()
-            self._events.flush()
-            if not self._path.exists():
-                self._file.close()
-                self._events.close()
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._open(0)
-                self._say(f"{self._path} is gone, and the values so far with it; a new one goes on from here")
-
-    def draw(self) -> None:
-        with self._writing():
-            if self._path.exists():
-                write_curves(self._path.with_name(CURVES), self._drawn, self._structures)
-
-    def __exit__(self, *_: object) -> None:
-        with self._writing():
-            self._file.close()
-            self._events.close()
-        self.draw()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            reason = error.strerror or error
-            raise OutputError(f"{self._path}: cannot be written: {reason}. Is the disk full or read-only?") from error
-
-
-class EventWriter(EventsWriter):
-    """TensorBoard's file of a run; raises OSError where it cannot be written.
-
-    The SummaryWriter of tensorboardX hands everything to a thread. A full disk ends that with a traceback, and the
-    training waits for ever to hand over the next value. purge_step: from here on values of earlier files do not count.
-    """
-
-    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        super().__init__(str(folder / "events"))
-        if purge_step is not None:
-            start = SessionLog(status=SessionLog.START)
-            self.write_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
-
-    def write(self, summary: Any, step: int) -> None:
-        """Write a summary of a step: a scalar, or a picture."""
-        self.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-
-
-def _dice_columns(validation: Validation | None) -> dict[str, float | None]:
-    structures = {} if validation is None else validation.structures
-    return {f"dice_{name}": finite_or_none(value) for name, value in structures.items()}
-
-
-def _keep_rows(path: Path, columns: Sequence[str], step: int, added: Mapping[str, str] | None = None) -> Rows:
-    """Replace the file by its header and rows up to a step, its own with what is `added`; a kill leaves either."""
-    text = io.StringIO(newline="")
-    # Of an earlier version there may be columns less; those that no structure has any more go.
-    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore")
-    writer.writeheader()
-    rows = rows_up_to(path, step) if step else []
-    rows = [{**row, **(added or {})} if row["step"] == str(step) else row for row in rows]
-    writer.writerows(rows)
-    with atomic_write(path, "output folder", parents=False) as partial:
-        partial.write_bytes(text.getvalue().encode())
-    return rows
-
-
-def rows_up_to(path: Path, step: float = math.inf) -> Rows:
-    """The whole rows of metrics.csv, up to a step; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        # A full disk may leave half a row at the end, to which the next one is glued.
-        rows = [row for row in csv.DictReader(file) if {*COLUMNS} <= {*row} and None not in (*row, *row.values())]
-    return [row for row in rows if row["step"].isdigit() and int(row["step"]) <= step]
-
-
-def _text(value: Any) -> Any:
-    return f"{value:.7g}" if isinstance(value, float) else "" if value is None else value
-
-
-class Display:
+class Display(Callback):
     """Progress of a training on the terminal; plain lines from time to time where it is not one."""
 
     def __init__(self, console: Console, schedule: Schedule, start: int = 0, images_per_step: int = 1):
@@ -220,6 +43,7 @@ class Display:
         self._line_due = 0.0
         self._bar: Progress | None = None
         self._cell = CellLine(console)
+        self._before: Mapping[str, float] | None = None
 
     def __enter__(self) -> "Display":
         self._expect(self.start, validated=True)
@@ -276,7 +100,13 @@ class Display:
         left = self.schedule.seconds_left(step, validated)
         self._step, self._ends = step, math.nan if left is None else time.monotonic() + left
 
-    def update(self, row: Mapping[str, Any]) -> None:
+    def validation(self, step: int, validation: Validation) -> None:
+        """Say the scores."""
+        text = f"step {step}: validation Dice {validation.dice:.4f} in {duration(validation.seconds)}"
+        self.say(f"{text}\n{dice_table(validation.structures, self._before)}")
+        self._before = validation.structures
+
+    def step(self, row: Mapping[str, Any]) -> None:
         """Show how far the training is."""
         step, total = row["step"], self.schedule.total_steps
         parts = [f"step {step}" if total is None else f"step {step:>{len(str(total))}}/{total}"]

@@ -22,9 +22,10 @@ from mambahome_jax.model.networks import make_network
 from mambahome_jax.patches.loader import make_loader
 from mambahome_jax.patches.store import Store
 from mambahome_jax.recipes import AugmentationConfig
-from mambahome_jax.support.console import duration, say
+from mambahome_jax.support.console import say
+from mambahome_jax.support.files import jsonable
 from mambahome_jax.support.processes import fitting_workers
-from mambahome_jax.training.callbacks import Callback, Followed
+from mambahome_jax.training.callbacks import Callback, following, run_files
 from mambahome_jax.training.checkpoints import CheckpointWriter, checkpoint_settings, recorded_cases, restore_state
 from mambahome_jax.training.disk import require_disk, shared_batch_bytes
 from mambahome_jax.training.distributed import (
@@ -42,7 +43,7 @@ from mambahome_jax.training.losses import DeepSupervision, recipe_loss
 from mambahome_jax.training.memory import StepMemory, device_memory_errors, require_fit, step_memory
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.pretrained import Transfer, transfer
-from mambahome_jax.training.progress import Display, MetricsLog, dice_table
+from mambahome_jax.training.progress import Display
 from mambahome_jax.training.schedule import Clock, Due, Schedule
 from mambahome_jax.training.setup import Setup
 from mambahome_jax.training.step import (
@@ -68,8 +69,6 @@ from mambahome_jax.training.validation import (
 )
 from mambahome_jax.weights.weights import read_weights
 
-# The curves are drawn with a checkpoint after so many seconds, and at the end.
-DRAWING_SECONDS = 60.0
 # Compiled steps by all that differs between the networks of one command. JAX's own cache would not know one again, as
 # Pallas numbers the kernels of a process.
 Programs = dict[tuple[nnx.GraphDef, AugmentationConfig | None, tuple[tuple[str, Any], ...]], TrainStep]
@@ -142,7 +141,7 @@ def train_network(
         if is_first():
             if earlier is None:
                 forget_scores(folder / VALIDATION)
-            run.log = stack.enter_context(Followed(folder, setup, run.step, display.say, callbacks, lambda: run.status))
+            stack.enter_context(followed(run, folder, setup, callbacks))
         try:
             train(state, batches, train_step, run)
         except TrainingError as error:
@@ -155,6 +154,16 @@ def train_network(
             with StopOnSignal(display.say, mesh, "finishing this case") as run.stop:
                 score_held_out(folder, setup, run, graphdef, settings, own_device(devices))
     return run
+
+
+def followed(
+    run: "TrainingRun", folder: Path, setup: Setup, callbacks: Sequence[Callback]
+) -> contextlib.AbstractContextManager[None]:
+    """Tell of the run: the files of its folder, then the terminal, then the callbacks of the caller."""
+    structures = tuple(setup.structures.values()) if setup.val_cases else ()
+    run.callbacks = [*run_files(structures, run.display.say), run.display, *callbacks]
+    settings = jsonable({**dataclasses.asdict(setup.flags), "network": setup.model.to_json()})
+    return following(run.callbacks, folder, settings, run.step, lambda: run.status)
 
 
 # --- Data --------------------------------------------------------------------------------------------------------
@@ -293,8 +302,8 @@ def train(state: TrainState, batches: Iterator, train_step: TrainStep | None, ru
     with device_memory_errors(lambda: run.saved), writer as run.writer, stop as run.stop:
         # The run before may have been stopped between its last step and the validation of that.
         overdue = run.step and run.schedule.validates(run.step) and run.validated_until < run.step
-        if overdue and (validation := run.validate_and_keep_best(state)):
-            run.log.complete(run.step, validation)
+        if overdue:
+            run.validate_and_keep_best(state)
         due, saved = run.due or run.schedule.after(run.step), run.step
         ended = due.stop
         while not due.stop and (batch := run.fetch(batches)) is not None:
@@ -336,7 +345,7 @@ class TrainingRun:
     mesh: Mesh
     case_ids: Sequence[str]
     labelled: np.ndarray | None = None
-    log: MetricsLog = field(default_factory=MetricsLog)
+    callbacks: Sequence[Callback] = ()
     validate: Validate | None = None
     keep_last: int = 1
     due: Due | None = None
@@ -361,7 +370,6 @@ class TrainingRun:
     _position: dict[str, Any] = field(default_factory=dict)
     _begun: float = field(default_factory=time.perf_counter)
     _waited: float = 0.0
-    _drawing_due: float = field(default_factory=lambda: time.monotonic() + DRAWING_SECONDS)
     _step_ended: float = field(default_factory=time.perf_counter)
 
     @classmethod
@@ -398,12 +406,15 @@ class TrainingRun:
         self._pending, self._cases = metrics, self._next_cases
 
     def log_step(self, state: TrainState | None = None) -> None:
-        """Wait for the step that was started last, check it, and write its row; with `state` validate that before."""
+        """Wait for the step that was started last, check it, and tell of it; with `state` validate that then."""
         if self._pending is None:
             return
         row = self._finish_step(self._pending)
         self._pending = None
-        self.log.step(row, None if state is None else self.validate_and_keep_best(state))
+        for callback in self.callbacks:
+            callback.step(row)
+        if state is not None:
+            self.validate_and_keep_best(state)
 
     def _finish_step(self, metrics: dict[str, jax.Array]) -> dict[str, Any]:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -419,7 +430,7 @@ class TrainingRun:
         now = time.perf_counter()
         waiting = self._waited / max(now - self._step_ended, 1e-9)
         self._waited, self._step_ended = 0.0, now
-        row = {
+        return {
             "step": self.step,
             "epoch": (self.step - 1) // self.schedule.steps_per_epoch + 1,
             "images_per_second": self.display.tick(self.step),
@@ -427,12 +438,10 @@ class TrainingRun:
             "seconds": now - self._begun,
             **values,
         }
-        self.display.update(row)
-        return row
 
-    def validate_and_keep_best(self, state: TrainState) -> Validation | None:
-        """Validate, and write `best` where that is the best so far. None without cases, and when interrupted."""
-        validation, before = None, self.validation
+    def validate_and_keep_best(self, state: TrainState) -> None:
+        """Validate, write `best` where that is the best so far, and tell of it; of nothing without cases."""
+        validation = None
         begun = time.perf_counter()
         # Without cases too: the checkpoints that follow need their pause.
         with self.schedule.budget.validating():
@@ -451,17 +460,16 @@ class TrainingRun:
                     self.display.say("validation given up: the time is nearly over")
                     # `best` is not to be missing at the end.
                     self._keep_best(state, None)
-                return None
-            self.display.say(
-                f"step {self.step}: validation Dice {validation.dice:.4f} in {duration(time.perf_counter() - begun)}\n"
-                + dice_table(validation.structures, before.structures if before else None)
-            )
+                return
+            validation = dataclasses.replace(validation, seconds=time.perf_counter() - begun)
             self.validation = dataclasses.replace(validation, picture=None)
             self.failures.update(validation.failures)
         self.validated_until = self.step
         score = None if validation is None or not self.keeps_best else finite_or_none(validation.dice)
         self._keep_best(state, score)
-        return validation
+        if validation is not None:
+            for callback in self.callbacks:
+                callback.validation(self.step, validation)
 
     def _must_stop(self) -> bool:
         """Whether a validation is to be given up: a signal came, or the time is up."""
@@ -475,12 +483,8 @@ class TrainingRun:
 
     def save_last(self, state: TrainState) -> None:
         """Write `last`; with a time budget wait for it, which tells how long that takes."""
-        # A run that is killed goes on from this checkpoint, and the metrics up to it have to be there.
-        self.log.flush()
+        # A run that is killed goes on from this checkpoint; the callbacks were told of all steps up to it.
         self.saved = True
-        if time.monotonic() >= self._drawing_due:
-            self.log.draw()
-            self._drawing_due = time.monotonic() + DRAWING_SECONDS
         with self.schedule.budget.saving():
             self.writer.save(self.folder / "last", state, self._config(), self._position, self.keep_last)
             if self.schedule.budget.limited:

@@ -40,6 +40,8 @@ class Validation:
     """How long the same would take once more, where that is known: the first one compiles."""
     picture: np.ndarray | None = None
     """RGB (rows, columns, 3) uint8 of a case, the same one each time."""
+    seconds: float = math.nan
+    """How long it took."""
 
 
 # (params, asked to stop?) -> result, or None where it was interrupted

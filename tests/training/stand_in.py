@@ -43,3 +43,13 @@ def steps_take(monkeypatch: pytest.MonkeyPatch, seconds: float) -> float:
     monkeypatch.setattr(schedule, "TimeBudget", functools.partial(schedule.TimeBudget, clock=lambda: now[0]))
     monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=lambda: now[0]))
     return start
+
+
+def log_steps(log, folder, losses, validation=None, start=0):
+    """Tell a callback of a run: step -> loss, and a validation of the last step."""
+    log.run(folder, {}, start)
+    for step, loss in losses.items():
+        log.step({"step": step, "loss": loss})
+    if validation:
+        log.validation(step, validation)
+    log.end("finished")

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from mambahome_jax.recipes import OptimizerConfig
-from mambahome_jax.training.progress import Display, FileLog
+from mambahome_jax.training.callbacks import following, run_files
+from mambahome_jax.training.progress import Display
 from mambahome_jax.training.schedule import Schedule, TimeBudget, learning_rate
 from mambahome_jax.training.train import TrainingRun, train
 from mambahome_jax.training.validation import Validation
@@ -72,7 +73,8 @@ def _run(
     display = Display(Console(file=io.StringIO()), schedule)
     run = TrainingRun(folder, {"model": {}, "training": {}}, schedule, display, MESH, CASES)
     run.validate = None if validation is None else validate
-    with FileLog(folder) as run.log, display:
+    run.callbacks = [*run_files(), display]
+    with following(run.callbacks, folder, {}, 0, lambda: run.status), display:
         train(_state(), Batches(), train_step, run)
     return clock.now - 5.0, rates, saved if validation is None else validated, run
 

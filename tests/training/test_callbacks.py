@@ -1,5 +1,6 @@
 """Callbacks and trackers of a training: what they are told, and that a tracker that fails stops nothing."""
 
+import contextlib
 import importlib.util
 import json
 import sys
@@ -8,10 +9,8 @@ import types
 import numpy as np
 import pytest
 
-from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.errors import ConfigError
-from mambahome_jax.flags import TrainConfig
-from mambahome_jax.training.callbacks import Callback, Followed, make_trackers
+from mambahome_jax.training.callbacks import Callback, following, make_trackers, run_files
 from mambahome_jax.training.validation import Validation
 
 SCORES = Validation(0.5, {"left ventricle (LV)": 0.5, "aorta": float("nan")}, picture=np.zeros((8, 8, 3), np.uint8))
@@ -23,7 +22,7 @@ class Recorded(Callback):
         self.told = []
 
     def run(self, folder, settings, step):
-        self.told.append(("run", folder.name, settings["steps"], settings["network"]["out_chans"], step))
+        self.told.append(("run", folder.name, settings["steps"], step))
 
     def step(self, row):
         self.told.append(("step", row["step"], row["loss"]))
@@ -35,30 +34,44 @@ class Recorded(Callback):
         self.told.append(("end", status))
 
 
+class Followed(Callback):
+    """Tells others what it is told, and of a step again with its validation, as the loop does."""
+
+    def __init__(self, followers):
+        self.followers = followers
+
+    def step(self, row, validation=None):
+        for each in self.followers:
+            each.step(row)
+        if validation is not None:
+            self.validation(row["step"], validation)
+
+    def validation(self, step, validation):
+        for each in self.followers:
+            each.validation(step, validation)
+
+
+@contextlib.contextmanager
 def followed(folder, *callbacks, step=0):
     folder.mkdir(exist_ok=True)
-    setup = types.SimpleNamespace(
-        structures={1: "aorta"},
-        val_cases=("a",),
-        flags=TrainConfig(folder, steps=2),
-        model=MODEL_SIZES["MambaHoME_tiny"].model,
-    )
-    return Followed(folder, setup, step, print, callbacks, lambda: "finished")
+    followers = [*run_files(("aorta",)), *callbacks]
+    with following(followers, folder, {"steps": 2}, step, lambda: "finished"):
+        yield Followed(followers)
 
 
 def test_a_callback_is_told_what_the_files_are(tmp_path):
     one = Recorded()
     with followed(tmp_path / "run", one) as log:
         log.step(ROW)
-        log.complete(1, SCORES)
+        log.validation(1, SCORES)
         log.step(ROW | {"step": 2}, SCORES)
-    start = ("run", "run", 2, 13, 0)
+    start = ("run", "run", 2, 0)
     scored = [("validation", 1, 0.5), ("step", 2, 0.5), ("validation", 2, 0.5)]
     assert one.told == [start, ("step", 1, 0.5), *scored, ("end", "finished")]
     one.told.clear()
     with pytest.raises(KeyError), followed(tmp_path / "run", one, step=2):
         raise KeyError("case")
-    assert one.told == [("run", "run", 2, 13, 2), ("end", "KeyError: 'case'")]
+    assert one.told == [("run", "run", 2, 2), ("end", "KeyError: 'case'")]
     assert len((tmp_path / "run/metrics.csv").read_text().splitlines()) == 3
 
 

@@ -19,13 +19,14 @@ from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.geometry import orientation_of
 from mambahome_jax.patches.store import Store
 from mambahome_jax.recipes import OptimizerConfig
-from mambahome_jax.training import held_out, progress, runs, train
+from mambahome_jax.training import callbacks, held_out, runs, train
+from mambahome_jax.training.callbacks import Curves, MetricsFile
 from mambahome_jax.training.curves import Drawn, write_curves
-from mambahome_jax.training.progress import Display, FileLog, fit_values, train_line
+from mambahome_jax.training.progress import Display, fit_values, train_line
 from mambahome_jax.training.schedule import Schedule, TimeBudget
 from mambahome_jax.training.validation import Validation
 from tests.commands.test_train import _config, _dataset, _scan, _small  # noqa: F401
-from tests.training.stand_in import steps_take
+from tests.training.stand_in import log_steps, steps_take
 
 
 def _with_images(root):
@@ -253,7 +254,7 @@ def test_a_terminal_of_80_columns_keeps_the_bar_and_the_time_left(width):
     with Display(console, schedule) as display:
         for doing in ("Compiling", "Validating", "Held-out"):
             display.state(doing)
-        display.update(row)
+        display.step(row)
     last = [line for line in stream.getvalue().replace("\r", "\n").split("\n") if "4711" in line][-1]
     assert "step  4711/12000  loss 0.1234" in last and "left" in last and last.count("━") + last.count("╸") >= 10
     assert ("lr 1.00e-04" in last, "data wait" in last) == {80: (False, False), 100: (False, False), 120: (True, True)}[
@@ -276,10 +277,8 @@ def test_the_command_line_of_a_run_has_what_differs_from_the_defaults(tmp_path):
 
 
 def test_metrics_of_an_earlier_version_go_on_with_more_columns(tmp_path):
-    with FileLog(tmp_path) as log:
-        log.step({"step": 1, "loss": 0.5})
-    with FileLog(tmp_path, start=1, structures=("a",)) as log:
-        log.step({"step": 2, "loss": 0.25}, Validation(0.75, {"a": 0.75}))
+    log_steps(MetricsFile(), tmp_path, {1: 0.5})
+    log_steps(MetricsFile(("a",)), tmp_path, {2: 0.25}, Validation(0.75, {"a": 0.75}), start=1)
     with (tmp_path / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["loss"], row["val_dice"], row["dice_a"]) for row in rows] == [
@@ -306,16 +305,16 @@ def test_what_is_drawn_of_a_long_training_stays_small_and_true():
 
 
 def test_the_curves_go_on_after_a_resume_and_are_drawn_without_reading_the_file(tmp_path, monkeypatch):
-    with FileLog(tmp_path, structures=("a",)) as log:
-        log.step({"step": 1, "loss": 0.5})
-        log.step({"step": 2, "loss": 0.25})
-    with FileLog(tmp_path, start=2, structures=("a",)) as log:
-        log.complete(2, Validation(0.75, {"a": 0.75}))
-        monkeypatch.setattr(progress, "rows_up_to", lambda *_: pytest.fail("read again"))
-        log.step({"step": 3, "loss": 0.0})
-        log.draw()
-    assert log._drawn.loss == [(1, 0.5), (2, 0.25), (3, 0)] and log._drawn.steps == 3
-    assert [(row["step"], row["dice_a"]) for row in log._drawn.validated] == [(2, "0.75")]
+    log_steps(MetricsFile(("a",)), tmp_path, {1: 0.5, 2: 0.25, 3: 0.125})
+    log = Curves(("a",))
+    log.run(tmp_path, {}, 2)
+    monkeypatch.setattr(callbacks, "rows_up_to", lambda *_: pytest.fail("read again"))
+    log.validation(2, Validation(0.75, {"a": 0.75}))
+    log.step({"step": 3, "loss": 0.0})
+    log.end("finished")
+    assert log.drawn.loss == [(1, 0.5), (2, 0.25), (3, 0)] and log.drawn.steps == 3
+    assert [(row["step"], row["dice_a"]) for row in log.drawn.validated] == [(2, 0.75)]
+    assert (tmp_path / "progress.png").exists()
 
 
 def test_results_stay_on_the_grid_of_the_store_without_the_files_of_the_scans(tmp_path):

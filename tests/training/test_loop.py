@@ -14,11 +14,12 @@ from rich.console import Console
 
 from mambahome_jax.errors import TrainingError
 from mambahome_jax.recipes import AugmentationConfig, OptimizerConfig
+from mambahome_jax.training.callbacks import following, run_files
 from mambahome_jax.training.checkpoints import CheckpointWriter, restore_state
 from mambahome_jax.training.distributed import make_mesh
 from mambahome_jax.training.losses import dice_ce
 from mambahome_jax.training.optimizer import make_optimizer
-from mambahome_jax.training.progress import Display, FileLog
+from mambahome_jax.training.progress import Display
 from mambahome_jax.training.schedule import Schedule
 from mambahome_jax.training.step import abstract_state, init_state, make_train_step
 from mambahome_jax.training.train import TrainingRun, train
@@ -67,17 +68,19 @@ def _train(folder, steps=6, state=None, batches=None, validate=None, config=None
     folder.mkdir(exist_ok=True)
     text = io.StringIO()
     schedule = Schedule(CONFIG, steps, steps_per_epoch=2, val_every=plan.pop("val_every", steps), **plan)
+    display = Display(Console(file=text), schedule)
     run = TrainingRun.resumed(
         config or {},
         folder=folder,
         settings={"model": {}, "training": {}},
         schedule=schedule,
-        display=Display(Console(file=text), schedule),
+        display=display,
         mesh=MESH,
         case_ids=CASES,
         validate=validate,
+        callbacks=[*run_files(), display],
     )
-    with FileLog(folder, run.step) as run.log, run.display:
+    with following(run.callbacks, folder, {}, run.step, lambda: run.status), run.display:
         state = train(state or _state(), batches or Batches(), STEP, run)
     return state, run, text.getvalue()
 
