@@ -12,7 +12,7 @@ from mambahome_jax.flags import CheckConfig
 from mambahome_jax.preprocessing.examine import PERCENTILES, Checked, check_folders
 from mambahome_jax.preprocessing.findings import SCANS, Finding, by
 from mambahome_jax.preprocessing.open_dataset import several
-from mambahome_jax.preprocessing.summary import DatasetSummary, Range
+from mambahome_jax.preprocessing.summary import DatasetSummary
 from mambahome_jax.recipes import as_typed
 from mambahome_jax.support.console import command_line, say, tracked
 
@@ -83,8 +83,9 @@ def _print_summary(checked: Checked, console: Console) -> None:
                 text = ", ".join(f"{_ENDS.get(p, f'{p:g} %')} {value:.4g}" for p, value in pairs)
                 table.add_row(f"{escape(item.channel)}{modality}, {name} voxels", text)
     for structure in summary.structures:
-        where = f"{escape(structure.name)}: in {structure.cases} cases{_ml(structure.ml)}"
-        table.add_row(f"label {structure.value}", where)
+        ml = structure.ml
+        volumes = f", {ml.median[0]:.4g} ml ({ml.min[0]:.4g} to {ml.max[0]:.4g})" if ml else ""
+        table.add_row(f"label {structure.value}", f"{escape(structure.name)}: in {structure.cases} cases{volumes}")
     console.print(table)
     if summary.plan is not None:
         say(console, "Plan (mambahome preprocess follows it):")
@@ -109,7 +110,3 @@ def _below(folders: Sequence[Path], file: str) -> str:
         if path.is_relative_to(folder):
             return str(path.relative_to(folder if len(folders) == 1 else folder.parent))
     return file
-
-
-def _ml(ml: Range | None) -> str:
-    return f", {ml.median[0]:.4g} ml ({ml.min[0]:.4g} to {ml.max[0]:.4g})" if ml else ""

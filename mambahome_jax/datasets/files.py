@@ -13,7 +13,7 @@ from typing import NamedTuple
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom import files_below, files_in, has_series, is_scan
 from mambahome_jax.imaging.formats import SCAN_SUFFIXES, scan_stem, suffix_of
-from mambahome_jax.support.files import hidden
+from mambahome_jax.support.files import hidden, not_read
 from mambahome_jax.support.paths import fault_of_letters, one_form
 
 # Bytes of a case's name: a file's has 255, and suffixes and the mark of an unfinished file take some of them.
@@ -54,7 +54,7 @@ def listing(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     except (FileNotFoundError, NotADirectoryError):
         return {}, {}
     except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=folder) from error
+        raise not_read(folder, error) from error
     return _composed(folders), _composed(files)
 
 
@@ -140,7 +140,7 @@ def read_table(file: Path, expected: str) -> Table:
     except FileNotFoundError as error:
         raise DatasetError("no such file", file=file, expected=expected) from error
     except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=file) from error
+        raise not_read(file, error) from error
     lines = _decoded(content).splitlines()
     head = lines[0] if lines else ""
     # A semicolon may separate channels within a field, so it counts only where the names of the columns use it.

@@ -13,6 +13,7 @@ from mambahome_jax.datasets.base import Case, Dataset, PatientSource, Split, lab
 from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.structures import table_of_values
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.forms import entries
 from mambahome_jax.imaging.formats import suffix_of
 from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW, CtNormalisation, ct_from_json, ct_to_json
 from mambahome_jax.support.files import read_json, write_json
@@ -137,7 +138,7 @@ def read_prepared(folder: Path) -> Prepared:
         return Prepared(
             root=folder,
             name=str(content["name"]),
-            spacing=None if content["spacing"] is None else _three(content["spacing"], float),
+            spacing=None if content["spacing"] is None else entries(float, 3)(content["spacing"]),
             orientation=str(content.get("orientation", "RAS")),
             channels=tuple(content["channels"]),
             labels=labels,
@@ -163,7 +164,7 @@ def _read_case(entry: dict[str, Any]) -> PreparedCase:
     _one_of(get_args(Split), entry["split"], f"case {name!r}: split")
     return PreparedCase(
         **{key: entry[key] for key in _REQUIRED}
-        | {"shape": _three(entry["shape"], int), "spacing": _three(entry["spacing"], float)},
+        | {"shape": entries(int, 3)(entry["shape"]), "spacing": entries(float, 3)(entry["spacing"])},
         patient=entry.get("patient", ""),
         labelled=None if labelled is None else tuple(map(int, labelled)),
         remarks=tuple(entry.get("remarks", ())),
@@ -176,11 +177,6 @@ def _one_of(words: Sequence[str], value: Any, name: str) -> Any:
     if value not in (None, *words):
         raise ValueError(f"{name} {value!r}, none of {', '.join(words)}, null")
     return value
-
-
-def _three(values: Any, kind: type) -> Any:
-    a, b, c = (kind(value) for value in values)
-    return (a, b, c)
 
 
 def write_prepared(prepared: Prepared) -> None:

@@ -13,7 +13,7 @@ from mambahome_jax.datasets.files import CHANNEL, listed
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, usable_cases
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.formats import scan_stem
-from mambahome_jax.support.files import json_form, parse_json
+from mambahome_jax.support.files import json_form, not_read, parse_json
 from mambahome_jax.support.paths import one_form
 
 FILE, OLD_FILE = "splits_final.json", "splits_final.pkl"
@@ -213,7 +213,7 @@ def _read(file: Path) -> list[dict[Split, list[str]]]:
     try:
         content = parse_json(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=file) from error
+        raise not_read(file, error) from error
     except ValueError as error:
         raise DatasetError(f"not valid JSON ({error})", file=file, expected=_EXPECTED, action=_ACTION) from error
     if isinstance(content, dict):

@@ -8,7 +8,6 @@ highdicom and pydicom are imported at first use.
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import re
 import warnings
@@ -22,6 +21,7 @@ from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging import dicom, itk
 from mambahome_jax.imaging.volume import Volume, count_values, replace_values
 from mambahome_jax.support.files import atomic_write
+from mambahome_jax.version import __version__
 
 INSTALL = 'pip install "mambahome-jax[dicomseg]"'
 # Of the first slice everything but its pixels is read, of the others what places them and what they are called.
@@ -77,7 +77,6 @@ def write(path: Path, labels: Volume, folder: Path, names: Mapping[int, str], se
         raise OutputError(f"{path}: a DICOM SEG needs at least one structure, and the label map names none")
     numbers = {value: number for number, value in enumerate(present, start=1)}
     planes = replace_values(labels.array, numbers).transpose(2, 1, 0)
-    version = _version()
     with _as_they_are(folder):
         sources = _headers(stack.slices)
         place: dict[str, Any] = {}
@@ -98,15 +97,15 @@ def write(path: Path, labels: Volume, folder: Path, names: Mapping[int, str], se
             source_images=sources,
             pixel_array=planes,
             segmentation_type="BINARY",
-            segment_descriptions=_descriptions(highdicom, values.values(), version),
+            segment_descriptions=_descriptions(highdicom, values.values(), __version__),
             series_instance_uid=highdicom.UID(),
             series_number=1000,
             sop_instance_uid=highdicom.UID(),
             instance_number=1,
             manufacturer="mambahome-jax",
             manufacturer_model_name="mambahome-jax",
-            software_versions=version,
-            device_serial_number=version,
+            software_versions=__version__,
+            device_serial_number=__version__,
             content_label="SEGMENTATION",
             content_description="Automatic segmentation",
             series_description="Automatic segmentation",
@@ -244,10 +243,3 @@ def _as_they_are(file: Path) -> Iterator[None]:
         fault = f"headers that no DICOM SEG can be made of or read from ({type(error).__name__})"
         action = "Export the series again, or name another --output_format."
         raise DatasetError(fault, file=file, expected="values as the standard has them", action=action) from error
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("mambahome-jax")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

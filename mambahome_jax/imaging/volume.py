@@ -154,14 +154,6 @@ def read_grid(path: str | Path, *, series: Collection[str] = (), spacing_scale: 
     return Volume(raw, header.affine, header)
 
 
-def read_geometry(
-    path: str | Path, *, series: Collection[str] = (), spacing_scale: float | None = None
-) -> tuple[tuple[int, ...], np.ndarray]:
-    """Give shape and affine (4, 4) of `read_grid`."""
-    grid = read_grid(path, series=series, spacing_scale=spacing_scale)
-    return grid.array.shape, grid.affine
-
-
 def write_volume(
     path: str | Path,
     volume: Volume,

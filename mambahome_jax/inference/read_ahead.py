@@ -9,7 +9,7 @@ from typing import TypeVar
 from mambahome_jax.datasets.find_scans import Scan
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import NIFTI_SUFFIXES, suffix_of
-from mambahome_jax.imaging.volume import read_geometry
+from mambahome_jax.imaging.volume import read_grid
 from mambahome_jax.support.processes import available_memory
 
 # What the scans that are read ahead may take together, in bytes of float32: 512 x 512 x 512 voxels anywhere, and a part
@@ -54,7 +54,7 @@ def nbytes_of(scan: Scan) -> int:
     files = scan.channels or (scan.path,)
     try:
         if suffix_of(scan.path.name, NIFTI_SUFFIXES) and scan.path.is_file():
-            return 4 * len(files) * math.prod(read_geometry(scan.path, spacing_scale=1)[0])
+            return 4 * len(files) * math.prod(read_grid(scan.path, spacing_scale=1).array.shape)
         listed = [file for path in files for file in (path.iterdir() if path.is_dir() else [path])]
         # Compressed CT takes about two bytes a voxel or less.
         return 4 * sum(file.stat().st_size for file in listed)

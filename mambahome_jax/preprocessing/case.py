@@ -23,7 +23,7 @@ from mambahome_jax.imaging.plausibility import intensity_remarks
 from mambahome_jax.imaging.volume import Volume, count_values, read_grid, read_labels, replace_values, write_volume
 from mambahome_jax.patches import store
 from mambahome_jax.patches.store import StoreEntry
-from mambahome_jax.support.files import place_of, record_of, renewed
+from mambahome_jax.support.files import not_read, place_of, record_of, renewed
 from mambahome_jax.support.paths import as_on_disk
 
 # Raise it when the same input would give other files: every case is then done again.
@@ -204,7 +204,7 @@ def _record_now(recorded: Any, files: list[Path]) -> Any:
     try:
         stats = [(path, path.stat()) for path in files]
     except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=error.filename) from error
+        raise not_read(error.filename, error) from error
     return recorded if recorded == [[place_of(path), s.st_size, s.st_mtime_ns] for path, s in stats] else None
 
 

@@ -19,7 +19,7 @@ from mambahome_jax.imaging.geometry import axis_order, orientation_of, require_s
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles
 from mambahome_jax.imaging.nifti import forms_of
 from mambahome_jax.imaging.plausibility import intensity_remarks
-from mambahome_jax.imaging.volume import Volume, count_values, read_geometry, read_grid
+from mambahome_jax.imaging.volume import Volume, count_values, read_grid
 from mambahome_jax.preprocessing import findings as look
 from mambahome_jax.preprocessing.findings import SCANS, SEVERITIES, CaseFacts, Finding
 from mambahome_jax.preprocessing.open_dataset import open_checked, several
@@ -195,10 +195,10 @@ def _peak_bytes(job: ExamineJob) -> int:
     try:
         if sum(part.stat().st_size for part in parts(job.case.image)) < _SMALL_FILE:
             return 1
-        shape, _ = read_geometry(job.case.image, spacing_scale=job.case.spacing_scale, series=job.case.series)
+        grid = read_grid(job.case.image, spacing_scale=job.case.spacing_scale, series=job.case.series)
     except (DatasetError, OSError):
         return 1
-    return _BYTES_A_VOXEL * len(job.case.image_files) * int(np.prod(shape, dtype=float))
+    return _BYTES_A_VOXEL * len(job.case.image_files) * int(np.prod(grid.array.shape, dtype=float))
 
 
 def examine_case(job: ExamineJob) -> CaseFacts:

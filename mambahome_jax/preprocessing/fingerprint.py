@@ -12,7 +12,7 @@ from mambahome_jax.datasets.prepared import Prepared, usable_cases
 from mambahome_jax.datasets.structures import sides
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.geometry import reorient
-from mambahome_jax.imaging.volume import Volume, read_geometry
+from mambahome_jax.imaging.volume import read_grid
 from mambahome_jax.patches.store import StoreEntry
 
 
@@ -39,10 +39,6 @@ class Fingerprint:
         """Voxels of the median scan once it is resampled, (3,), maybe halves; an axis of 0 mm keeps the scans' own."""
         target = np.where(np.array(spacing) > 0, spacing, self.spacings)
         return np.median(np.round(self.shapes * self.spacings / target), axis=0)
-
-    def shape_at(self, spacing: Sequence[float]) -> tuple[int, ...]:
-        """The same, in whole voxels."""
-        return tuple(int(n) for n in np.round(self.median_shape(spacing)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the summary that plan.json holds beside the settings."""
@@ -77,8 +73,8 @@ def fingerprint_of_headers(dataset: Dataset, orientation: str) -> Fingerprint | 
     for case in dataset.cases:
         # A file that cannot be read is reported when its turn comes.
         with contextlib.suppress(DatasetError, OSError):
-            shape, affine = read_geometry(case.image, spacing_scale=case.spacing_scale, series=case.series)
-            oriented = reorient(Volume(np.broadcast_to(np.uint8(0), shape), affine), orientation)
+            grid = read_grid(case.image, spacing_scale=case.spacing_scale, series=case.series)
+            oriented = reorient(grid, orientation)
             spacings.append(oriented.spacing)
             shapes.append(oriented.shape[:3])
     if not shapes:

@@ -5,11 +5,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging.geometry import reorient, resampled_grid
-from mambahome_jax.imaging.volume import Volume, read_geometry
+from mambahome_jax.imaging.volume import read_grid
 from mambahome_jax.preprocessing.case import CaseJob
 from mambahome_jax.support.console import Say
 from mambahome_jax.support.files import bytes_of, free_bytes, said_bytes
@@ -39,8 +37,8 @@ class Footprint:
 def footprint(job: CaseJob) -> Footprint:
     """Judge a case by its header; next to nothing where that is damaged or its grid refused, as it will fail."""
     try:
-        shape, affine = read_geometry(job.case.image, spacing_scale=job.case.spacing_scale, series=job.case.series)
-        oriented = reorient(Volume(np.broadcast_to(np.uint8(0), shape), affine), job.orientation)
+        read = read_grid(job.case.image, spacing_scale=job.case.spacing_scale, series=job.case.series)
+        oriented = reorient(read, job.orientation)
         grid, new = oriented.affine, oriented.shape
         if job.spacing is not None:
             grid, new = resampled_grid(oriented.affine, oriented.shape, job.spacing)

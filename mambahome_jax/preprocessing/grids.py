@@ -215,8 +215,11 @@ def plan_unet(
         return grids, conv_outputs(network.with_grids(*grids[1:]), grids.patch_size)
 
     coarse = max((2, 1, 0), key=lambda axis: spacing[axis])
-    patch = _initial_patch(spacing, shape) if patch_size is None else patch_size
-    grids, outputs = planned(patch)
+    # As long in mm along every axis, or as the median scan.
+    inverse = 1 / np.array(spacing, float)
+    cube = inverse * (_INITIAL_VOXELS / math.prod(inverse)) ** (1 / 3)
+    initial = [min(round(n), whole) for n, whole in zip(cube, shape, strict=True)]
+    grids, outputs = planned(initial if patch_size is None else patch_size)
     while patch_size is None and outputs > target.outputs:
         smaller = list(grids.patch_size)
         parts = [n / whole for n, whole in zip(smaller, shape, strict=True)]
@@ -234,10 +237,3 @@ def plan_unet(
     covered = math.prod(shape) * cases * target.share / math.prod(grids.patch_size)
     batch = min(round(target.outputs / outputs * _REFERENCE_BATCH), round(covered))
     return UNetPlan(grids, max(batch, _LEAST_BATCH), outputs)
-
-
-def _initial_patch(spacing: Sequence[float], shape: Sequence[float]) -> list[float]:
-    """As long in mm along every axis, or as the median scan."""
-    inverse = 1 / np.array(spacing, float)
-    cube = inverse * (_INITIAL_VOXELS / math.prod(inverse)) ** (1 / 3)
-    return [min(round(n), whole) for n, whole in zip(cube, shape, strict=True)]

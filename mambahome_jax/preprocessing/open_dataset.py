@@ -22,7 +22,7 @@ from mambahome_jax.flags import CheckConfig, PreprocessConfig
 from mambahome_jax.imaging.dicom import contents_of, files_below, files_in
 from mambahome_jax.imaging.formats import identify, suffix_of
 from mambahome_jax.imaging.header import require_scale
-from mambahome_jax.imaging.volume import read_geometry
+from mambahome_jax.imaging.volume import read_grid
 from mambahome_jax.preprocessing.findings import SCANS
 from mambahome_jax.support.paths import own_name
 
@@ -168,6 +168,6 @@ def _dicom_modality(path: Path) -> Modality | None:
 def _count_channels(cases: Iterable[Case]) -> int:
     for case in cases:
         with contextlib.suppress(DatasetError):
-            shape, _ = read_geometry(case.image, spacing_scale=1, series=case.series)
+            shape = read_grid(case.image, spacing_scale=1, series=case.series).array.shape
             return len(case.images) or (shape[3] if len(shape) == 4 else 1)
     return 1

@@ -132,7 +132,7 @@ def make_plan(fingerprint: Fingerprint, machine: Machine, given: Mapping[str, Se
     chosen.setdefault("spacing", _choose_spacing(fingerprint))
     chosen.setdefault("resampling", RESAMPLING)
     spacing = chosen["spacing"].value
-    shape = fingerprint.shape_at(spacing)
+    shape = np.round(fingerprint.median_shape(spacing)).astype(int).tolist()
     mm = voxel_size(spacing, fingerprint.spacings)
     model = chosen.setdefault("model", _choose_model(machine)).value
     if model in TARGETS:
@@ -307,10 +307,6 @@ def _length(value: Any) -> dict[str, float]:
     return {unit: number}
 
 
-def _hold_out(value: Any) -> int:
-    return 0 if value == 0 else 1 + count_up_to(1 << 16)(value - 1)
-
-
 _NO_SETTINGS = ("version", "machine", "fingerprint", "digest")
 _SIZE = entries(count_up_to(1 << 16), 3)
 _FORMS: dict[str, tuple[Convert, str]] = {
@@ -323,7 +319,7 @@ _FORMS: dict[str, tuple[Convert, str]] = {
     "batch_size": (count_up_to(1 << 16), "a positive integer"),
     "recipe": (among(tuple(RECIPES)), f"one of {', '.join(RECIPES)}"),
     "mirror": (entries(among(("none", *get_args(AnatomicalAxis)))), 'axes such as ["LR"], or ["none"]'),
-    "hold_out": (_hold_out, "0, or an integer of 2 or more"),
+    "hold_out": (lambda n: 0 if n == 0 else 1 + count_up_to(1 << 16)(n - 1), "0, or an integer of 2 or more"),
     "length": (_length, '{"minutes": 30}, {"epochs": 100} or {"steps": 5000}'),
 }
 

@@ -122,6 +122,7 @@ def render_report(report: Report) -> str:
     cases, structures, statistics = worst_first(scores), structures_of(scores), describe(scores)
     links = {shown.case: f"case-{number}" for number, shown in enumerate(report.shown, 1)}
     values = {metric: _with_mean(score_matrix(scores, metric, cases, structures)) for metric in CHOICES}
+    own = {name: [score for score in scores if score.structure == name] for name in structures}
     definitions = summary.get("definitions")
     page = {
         "cases": len(cases),
@@ -132,7 +133,7 @@ def render_report(report: Report) -> str:
         "resamples": statistics["resamples"],
         "seed": statistics["seed"],
         "charts": [
-            chart_of(title, unit, _by_structure(scores, structures, metric), limits)
+            chart_of(title, unit, {n: [(s.case, getattr(s, metric)) for s in own[n]] for n in structures}, limits)
             for metric, title, unit, limits in _CHARTS
         ],
         "worst": [_worst(shown, scores, links[shown.case]) for shown in report.shown],
@@ -204,12 +205,6 @@ def _spread(entry: Mapping[str, Any], metrics: Sequence[str]) -> list[Cell]:
             number_cell(values["median"], digits),
         ]
     return cells
-
-
-def _by_structure(
-    scores: Sequence[Score], structures: Sequence[str], metric: str
-) -> dict[str, list[tuple[str, float]]]:
-    return {name: [(s.case, getattr(s, metric)) for s in scores if s.structure == name] for name in structures}
 
 
 def _worst(shown: Shown, scores: Sequence[Score], name: str) -> dict[str, Any]:

@@ -47,9 +47,9 @@ def head_of(path: Path, size: int) -> bytes:
         raise not_read(path, error) from error
 
 
-def not_read(path: Path | str, error: OSError) -> DatasetError:
+def not_read(path: Path | str, error: OSError, action: str | None = None) -> DatasetError:
     """The error of a file or folder that cannot be read."""
-    return DatasetError(f"cannot be read: {error.strerror or error}", file=path)
+    return DatasetError(f"cannot be read: {error.strerror or error}", file=path, action=action)
 
 
 def not_written(path: Path | str, error: OSError, elsewhere: str) -> OutputError:
@@ -114,7 +114,7 @@ def read_json(path: Path, action: str | None = None) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise DatasetError("no such file", file=path, action=action) from error
     except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", file=path, action=action) from error
+        raise not_read(path, error, action) from error
     except ValueError as error:
         raise DatasetError(f"not valid JSON ({error})", file=path, action=action) from error
     if not isinstance(content, dict):

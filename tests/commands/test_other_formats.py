@@ -9,7 +9,7 @@ import SimpleITK as sitk
 from mambahome_jax.commands import check, evaluate, preprocess
 from mambahome_jax.datasets import load_dataset
 from mambahome_jax.flags import CheckConfig, EvaluateConfig, PreprocessConfig
-from mambahome_jax.imaging.volume import Volume, read_geometry, read_volume, write_volume
+from mambahome_jax.imaging.volume import Volume, read_grid, read_volume, write_volume
 from mambahome_jax.patches.store import Store
 from tests.commands import test_infer_formats
 from tests.commands.test_infer_formats import labels_of, scan, write_dicom
@@ -99,11 +99,11 @@ def test_evaluate(both):
 def test_geometry_comes_from_headers(both):
     for case, kind in CASES.items():
         path = both / f"other/images/{case}{'' if kind == 'dicom' else '.' + kind}"
-        shape, affine = read_geometry(path)
-        assert shape == read_volume(path).array.shape
-        np.testing.assert_array_equal(affine, read_volume(path).affine)
+        grid = read_grid(path)
+        assert grid.array.shape == read_volume(path).array.shape
+        np.testing.assert_array_equal(grid.affine, read_volume(path).affine)
     write_volume(both / "several.mha", Volume(np.zeros((3, 4, 5, 2), np.int16), np.eye(4)))
-    assert read_geometry(both / "several.mha")[0] == (3, 4, 5, 2)
+    assert read_grid(both / "several.mha").array.shape == (3, 4, 5, 2)
 
 
 def test_other_layouts(tmp_path):

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.geometry import reorient, require_same_grid, resample, shift_between
 from mambahome_jax.imaging.header import itk_form, mm_per_unit
-from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels, read_volume, write_volume
+from mambahome_jax.imaging.volume import Volume, read_grid, read_labels, read_volume, write_volume
 from tests.imaging.nifti_headers import MOVED, OBLIQUE, SHAPE, STRAIGHT, apart, crop, in_itk, save, sheared
 
 SFORMS = {"straight": STRAIGHT, "oblique": OBLIQUE, "micrometres": sheared(0.015), "sheared": sheared(0.4)}
@@ -178,7 +178,7 @@ def test_lengths_are_in_mm_as_itk_reads_them(tmp_path, unit):
     content[123] = unit
     path.write_bytes(content)
     np.testing.assert_allclose(read_volume(path).affine, in_itk(path), rtol=1e-5)
-    np.testing.assert_allclose(read_geometry(path)[1], in_itk(path), rtol=1e-5)
+    np.testing.assert_allclose(read_grid(path).affine, in_itk(path), rtol=1e-5)
     np.testing.assert_allclose(read_labels(path).spacing, sitk.ReadImage(str(path)).GetSpacing(), rtol=1e-5)
 
 
@@ -193,7 +193,7 @@ def tiny(folder: Path, ending: str, factor: float) -> Path:
 @pytest.mark.parametrize(("factor", "advice"), [(0.001, 1000), (0.1, 1000), (1000, 0.001)])
 def test_a_scan_of_no_size_is_refused_by_name_unless_it_is_confirmed(tmp_path, ending, factor, advice):
     path = tiny(tmp_path, ending, factor)
-    for read in (read_volume, read_labels, read_geometry):
+    for read in (read_volume, read_labels, read_grid):
         with pytest.raises(DatasetError, match=rf"scan\.{ending}: .*5 mm to 5 m.*--spacing_scale {advice} "):
             read(path)
         read(path, spacing_scale=1)
@@ -231,7 +231,7 @@ def test_vectors_are_channels_in_every_format_and_stay_vectors(tmp_path, channel
         sitk.WriteImage(image, str(tmp_path / f"scan.{ending}"))
         scan = read_volume(tmp_path / f"scan.{ending}", channels=channels)
         np.testing.assert_array_equal(scan.array, truth)
-        assert read_geometry(tmp_path / f"scan.{ending}")[0] == truth.shape
+        assert read_grid(tmp_path / f"scan.{ending}").array.shape == truth.shape
     write_volume(tmp_path / "again.nii", read_volume(tmp_path / "scan.nii"))
     again = sitk.ReadImage(str(tmp_path / "again.nii"))
     assert again.GetNumberOfComponentsPerPixel() == channels

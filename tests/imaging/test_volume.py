@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mambahome_jax.errors import DatasetError, OutputError
-from mambahome_jax.imaging.volume import Volume, read_geometry, read_labels, read_volume, write_volume
+from mambahome_jax.imaging.volume import Volume, read_grid, read_labels, read_volume, write_volume
 from tests.conftest import golden_path, load_golden
 from tests.imaging.dicom_files import write_slice
 
@@ -39,9 +39,9 @@ def test_reads_as_monai(case):
     np.testing.assert_array_equal(labels.array, expected["label"])
     np.testing.assert_array_equal(image.affine, expected["affine"])
     np.testing.assert_array_equal(labels.affine, expected["label_affine"])
-    shape, affine = read_geometry(path)
-    assert shape == expected["image"].shape
-    np.testing.assert_array_equal(affine, expected["affine"])
+    grid = read_grid(path)
+    assert grid.array.shape == expected["image"].shape
+    np.testing.assert_array_equal(grid.affine, expected["affine"])
 
 
 def oblique() -> np.ndarray:
@@ -201,7 +201,7 @@ def test_files_of_other_formats_say_what_they_are(tmp_path, name, message):
     write_slice(tmp_path / name, np.zeros((4, 5), np.int16))
     if name not in ("a.dcm", "a.img"):
         (tmp_path / name).write_bytes(b"something else" * 50)
-    for read in (read_volume, read_labels, read_geometry):
+    for read in (read_volume, read_labels, read_grid):
         with pytest.raises(DatasetError, match=message):
             read(tmp_path / name)
 
