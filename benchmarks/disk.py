@@ -2,7 +2,7 @@
 
 python benchmarks/disk.py --input_path DATASET --spacing 0.9 0.9 0.9 --cases 20 --json disk.json
 
---spacing 0 0 0 resamples nothing. The kinds of files are those of preprocessing/footprint.py.
+--spacing 0 0 0 resamples nothing. The kinds of files are those of preprocessing/case.py.
 """
 
 import argparse

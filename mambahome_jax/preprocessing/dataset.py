@@ -20,9 +20,17 @@ from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW, CtNormalisatio
 from mambahome_jax.imaging.plausibility import guessed_modality
 from mambahome_jax.imaging.volume import Volume, read_volume
 from mambahome_jax.patches.store import StoreEntry, ct_scale, write_index
-from mambahome_jax.preprocessing.case import CaseJob, new_numbers, prepare_case, renumber_case, up_to_date
+from mambahome_jax.preprocessing.case import (
+    CaseJob,
+    Footprint,
+    footprint,
+    new_numbers,
+    prepare_case,
+    renumber_case,
+    require_disk,
+    up_to_date,
+)
 from mambahome_jax.preprocessing.fingerprint import fingerprint_of_headers, fingerprint_of_prepared
-from mambahome_jax.preprocessing.footprint import Footprint, footprint, require_disk
 from mambahome_jax.preprocessing.open_dataset import open_dataset, several
 from mambahome_jax.preprocessing.output import OutputFolder
 from mambahome_jax.preprocessing.plan import PLAN, RESAMPLING, Machine, Plan, Setting, make_plan, read_plan, write_plan

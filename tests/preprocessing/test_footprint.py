@@ -9,7 +9,7 @@ import pytest
 from mambahome_jax.commands.preprocess import run
 from mambahome_jax.errors import OutputError
 from mambahome_jax.flags import TrainConfig
-from mambahome_jax.preprocessing import dataset, footprint
+from mambahome_jax.preprocessing import case, dataset
 from mambahome_jax.support import files
 from mambahome_jax.support.files import bytes_of, free_bytes, said_bytes
 from mambahome_jax.training.runs import open_data
@@ -29,7 +29,7 @@ def config(tmp_path):
 
 
 def free(monkeypatch, size):
-    monkeypatch.setattr(footprint, "free_bytes", lambda folder: size)
+    monkeypatch.setattr(case, "free_bytes", lambda folder: size)
 
 
 @pytest.mark.parametrize("spacing", [(0, 0, 0), (1.7, 1.2, 2.5)])
