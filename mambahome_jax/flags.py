@@ -283,6 +283,8 @@ class DuelConfig:
     """Networks of each contestant and fold, with seeds from 0 on."""
     equal: Literal["images", "memory"] = "images"
     """What the batches have in common: the number of patches, or that each fills the memory as its own plan says."""
+    at_once: int = 1
+    """Trainings at the same time on each GPU, each with its share of the memory; they share minutes and speed too."""
 
 
 @dataclass(frozen=True)

@@ -186,6 +186,7 @@ class DuelFlags(TypedDict, total=False):
     steps: int | None
     seeds: int
     equal: Literal["images", "memory"]
+    at_once: int
 
 class ExportFlags(TypedDict, total=False):
     model: Required[StrPath]

@@ -24,7 +24,7 @@ def run(config: DuelConfig) -> int:
     if not result.standings:
         return result.exit_code
     console.print(scores_table(result.standings))
-    console.print(cost_table(result.standings))
+    console.print(cost_table(result.standings, result.shared))
     for sentence in result.verdicts:
         say(console, f"{sentence}.")
     for what, reason in result.failures.items():
@@ -47,10 +47,11 @@ def scores_table(standings: Sequence[Standing]) -> Table:
     return table
 
 
-def cost_table(standings: Sequence[Standing]) -> Table:
-    """A row for each contestant: parameters, memory of a step, speed, and length of its trainings."""
+def cost_table(standings: Sequence[Standing], shared: str = "") -> Table:
+    """A row for each contestant: parameters, memory of a step, speed, and length of its trainings; see DuelResult."""
     headings = tuple(heading for heading, _ in COSTS.values())
-    table = new_table("What it took", "GiB: of the compiled step; minutes: all in", headings, "contestant")
+    caption = "GiB: of the compiled step; minutes: all in" + f". {shared}" * bool(shared)
+    table = new_table("What it took", caption, headings, "contestant")
     for one in standings:
         cells = [number(getattr(one.cost, name), digits) for name, (_, digits) in COSTS.items()]
         table.add_row(escape(one.name), *cells)

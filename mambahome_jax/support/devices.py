@@ -32,7 +32,7 @@ _LESS_MEMORY: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_latenc
 _CUDA_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 # The part of a GPU's memory that JAX takes, unless one of the variables names another.
 JAX_SHARE = 0.75
-_SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 @functools.cache
@@ -96,7 +96,7 @@ def visible_gpus() -> list[str]:
 
 def jax_share() -> float:
     """Return the part of a GPU's memory that JAX may take in this environment."""
-    named = next((os.environ[name] for name in _SHARE_VARIABLES if os.environ.get(name)), "")
+    named = next((os.environ[name] for name in SHARE_VARIABLES if os.environ.get(name)), "")
     try:
         return min(float(named), 1.0) if named else JAX_SHARE
     except ValueError:

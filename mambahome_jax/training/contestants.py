@@ -16,10 +16,7 @@ from mambahome_jax.patches.store import Store
 from mambahome_jax.preprocessing.grids import Grids, choose_grids
 from mambahome_jax.preprocessing.plan import follow_plan
 from mambahome_jax.preprocessing.plan_folder import planned_settings
-from mambahome_jax.support.devices import visible_gpus
-from mambahome_jax.training.folds import rounds_of
 from mambahome_jax.training.setup import model_config, own_voxel_size
-from mambahome_jax.training.side_by_side import wants_side_by_side
 
 # With --folds 1 one of so many is held out.
 FOLDS_OF_ONE = 5
@@ -37,7 +34,7 @@ _ROUNDS = 10
 @dataclass(frozen=True)
 class Contestant:
     """name: as typed. folder: the name of its own. flags: of train, all but seed and output_dir. minutes: of each of
-    its networks, of which `flags` has those of all, by how many are trained at once."""
+    its networks, of which `flags` has those of all in turn."""
 
     name: str
     folder: str
@@ -67,9 +64,7 @@ def contestants_of(config: DuelConfig) -> tuple[list[Contestant], list[str]]:
     if first.max_minutes is not None:
         # A planned length is of each network already, but counted together.
         minutes = config.max_minutes or first.max_minutes / first.networks
-        gpus = visible_gpus() if first.folds else []
-        at_once = len(gpus) if wants_side_by_side(first, gpus) else 1
-        alike |= {"max_minutes": minutes * rounds_of(first.networks, at_once), "minutes_from": "first_step"}
+        alike |= {"max_minutes": minutes * first.networks, "minutes_from": "first_step"}
     followed = [as_planned(_flags(alike, each)) for each in own]
     patch, wanted = shared_patch(followed, read_prepared(config.folder))
     alike |= {"patch_size": patch} | ({"batch_size": first.batch_size} if config.equal == "images" else {})

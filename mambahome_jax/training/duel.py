@@ -1,46 +1,43 @@
-"""A duel: contestants trained in turn on the same folds, scored on the same cases, and what their differences come to.
+"""A duel: contestants trained on the same folds, scored on the same cases, and what their differences come to.
 
 OUT/<contestant>/seed_<n> is a run of `train` like any other, in a process of its own: what one leaves on a device, or
 has compiled, is nothing to the next. A duel that was killed trains what has not ended, and writes the same scores.
 """
 
-import contextlib
 import csv
 import math
-import multiprocessing
+import os
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
-from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 from rich.console import Console
 
-from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError, TrainingError
+from mambahome_jax.errors import ConfigError, DatasetError, TrainingError
 from mambahome_jax.evaluation.results import METRICS, read_evaluation, structures_of
 from mambahome_jax.evaluation.systems import compare_systems
 from mambahome_jax.flags import DuelConfig, TrainConfig
 from mambahome_jax.recipes import as_typed
 from mambahome_jax.reporting.duel import Cost, Standing, render_duel, verdicts
 from mambahome_jax.reporting.report import without_folders
-from mambahome_jax.support.console import command_line, protect_output, say
+from mambahome_jax.support.console import command_line, say
 from mambahome_jax.support.devices import visible_gpus
 from mambahome_jax.support.files import jsonable, read_json, write_json, write_text
 from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import locked, open_output
-from mambahome_jax.support.processes import end_with_parent
 from mambahome_jax.training.contestants import Contestant, contestants_of
+from mambahome_jax.training.distributed import launched_as_several
 from mambahome_jax.training.held_out import FOLDER as VALIDATION
 from mambahome_jax.training.held_out import SUMMARY
 from mambahome_jax.training.run_report import all_flags, earlier_report
-from mambahome_jax.training.runs import SIGNALLED, run_training
-from mambahome_jax.training.side_by_side import forwarded_signals, train_side_by_side, wants_side_by_side
+from mambahome_jax.training.runs import SIGNALLED
+from mambahome_jax.training.side_by_side import Job, run_jobs, slots_of
 from mambahome_jax.weights.model_path import CROSS_VALIDATION, FOLD
 
 if TYPE_CHECKING:
@@ -55,8 +52,6 @@ _ALIKE = {
     **{"device": "", "precision": "precision", "recipe": "recipe"},
     **{"patch_size": "patch_size", "global_batch": "batch_size"},
 }
-# Trains by flags: exit code as of `train`, and why it was refused.
-Train = Callable[[TrainConfig, Console], tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class DuelResult:
     """A duel that ended, or was stopped by a signal (exit code 128 + its number), then without standings.
 
     standings: the first contestant first. verdicts: a sentence for each of the others. failures: run or case -> reason.
-    report: the page.
+    report: the page. shared: what is to be known of minutes where trainings shared a device.
     """
 
     folder: Path
@@ -73,6 +68,7 @@ class DuelResult:
     verdicts: tuple[str, ...] = ()
     failures: Mapping[str, str] = field(default_factory=dict)
     report: Path | None = None
+    shared: str = ""
 
 
 @shows_keywords(DuelConfig)
@@ -86,96 +82,125 @@ def duel(*, progress: bool = False, **flags: "Unpack[DuelFlags]") -> DuelResult:
     return run_duel(from_keywords(DuelConfig, flags), Console(quiet=not progress))
 
 
-def train_in_own_process(flags: TrainConfig, console: Console) -> tuple[int, str]:
-    """Train as the command does, in a new process, which a signal stops with a checkpoint."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_train, args=(flags, console.quiet, sender))
-    with forwarded_signals(lambda: [process] if process.pid else []) as received:
-        with _no_main_module():
-            process.start()
-        sender.close()
-        if received:
-            process.terminate()
-        try:
-            message = str(receiver.recv())
-        except EOFError:
-            message = ""
-        process.join()
-    code = process.exitcode or 0
-    if received:
-        return SIGNALLED + received[0], message
-    if code < 0 or code > SIGNALLED:
-        # No signal to the duel: the system or a crash ended this one alone.
-        number = -code if code < 0 else code - SIGNALLED
-        why = ", most likely for want of memory" if number == signal.SIGKILL else ""
-        return 1, f"its process was ended by {signal.Signals(number).name}{why}"
-    return code, message
-
-
-@contextlib.contextmanager
-def _no_main_module() -> Iterator[None]:
-    """Keep a process that starts meanwhile from running the script anew that called `duel` without a guard."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _train(flags: TrainConfig, quiet: bool, sender: Connection) -> None:
-    end_with_parent()
-    protect_output()
-    console, started, message = Console(quiet=quiet), time.monotonic(), ""
-    try:
-        gpus = visible_gpus() if flags.folds else []
-        if wants_side_by_side(flags, gpus):
-            code = train_side_by_side(flags, gpus, console, started)
-        else:
-            code = run_training(flags, console, started).exit_code
-    except MambaHomeError as error:
-        code, message = 2, str(error)
-    sender.send(message)
-    sys.exit(code)
-
-
-def run_duel(config: DuelConfig, console: Console, train: Train = train_in_own_process) -> DuelResult:
+def run_duel(config: DuelConfig, console: Console) -> DuelResult:
     """Train and compare as `config` says; see `duel`."""
     _check(config)
     contestants, lines = contestants_of(config)
     output = config.output_dir
     open_output(output, (DUEL, PAGE))
     with locked(output, "duel"):
-        record = {"configuration": asdict(config), "contestants": _recorded(output, contestants)}
+        record = {"configuration": asdict(config), "contestants": _recorded(config, contestants)}
         write_json(output / DUEL, record | {"status": "running"}, "--output_dir")
-        for line in lines:
+        trainings = _Trainings(config, contestants, console)
+        for line in filter(None, (*lines, trainings.shared)):
             say(console, line)
-        failures: dict[str, str] = {}
-        # All contestants of a seed first, so that what was begun together is of all.
-        pairs = [*product(range(config.seeds), contestants)]
-        for number, (seed, one) in enumerate(pairs, 1):
-            home = _home(output, one, seed)
-            if _ended(home, one.flags):
-                continue
-            say(console, f"Training {number} of {len(pairs)}: {one.name}, seed {seed}, in {home}")
-            code, message = train(replace(one.flags, seed=seed, output_dir=home), console)
-            if code > SIGNALLED:
-                say(console, f"Next, to continue: {_line(config)}")
-                return DuelResult(output, code)
-            if not _ended(home, one.flags):
-                failures[f"{one.name}, seed {seed}"] = message or _why_not_ended(home, one.flags, code)
-            last_of_first = one is contestants[0] and (code == 2 or seed == config.seeds - 1)
-            if last_of_first and not any(_ended(_home(output, one, n), one.flags) for n in range(config.seeds)):
-                # With nobody to compare with, the others would be trained for nothing.
-                raise _untrained(one, failures)
-        standings = compare(output, contestants, range(config.seeds), failures)
-        result = _write(output, config, record, standings, failures)
+        if number := trainings.run():
+            say(console, f"Next, to continue: {_line(config)}")
+            return DuelResult(output, SIGNALLED + number)
+        standings = compare(output, contestants, range(config.seeds), trainings.failures)
+        result = _write(config, record, standings, trainings.failures, trainings.shared)
     return result
 
 
+class _Trainings:
+    """The trainings of a duel: one after the other, or several at the same time, which train a fold each.
+
+    failures: run -> why it has no scores. shared: what is to be known of minutes where several share a device.
+    """
+
+    def __init__(self, config: DuelConfig, contestants: Sequence[Contestant], console: Console):
+        self.first, self.console = contestants[0], console
+        gpus = [] if launched_as_several(os.environ) else visible_gpus()
+        self.slots = slots_of(gpus, config.at_once)
+        self.apart = len(self.slots) > 1
+        # All contestants of a seed first, so that what was begun together is of all.
+        pairs = product(range(config.seeds), contestants)
+        self.runs = {_home(config.output_dir, one, seed): (one, seed) for seed, one in pairs}
+        # How many trainings of a run are not over yet.
+        self.left = dict.fromkeys(self.runs, 0)
+        self.failures, self.waiting = dict[str, str](), deque[Job]()
+        trainings = [(home, flags) for home in self.runs for flags in self._networks(home)]
+        for number, (home, flags) in enumerate(trainings, 1):
+            if not (_ended(home, self.runs[home][0].flags) or (self.apart and _all_finished(home, flags))):
+                self._add(home, flags, f"Training {number} of {len(trainings)}: ")
+        for home, (one, _) in self.runs.items():
+            if not self.left[home] and not _ended(home, one.flags):
+                self._add(home, self._flags(home))
+        timed = self.first.minutes is not None
+        self.shared = _shared_line(len(trainings), len(gpus) or 1, config.at_once, timed) if config.at_once > 1 else ""
+
+    def _name(self, home: Path) -> str:
+        one, seed = self.runs[home]
+        return f"{one.name}, seed {seed}"
+
+    def _flags(self, home: Path) -> TrainConfig:
+        one, seed = self.runs[home]
+        return replace(one.flags, seed=seed, output_dir=home)
+
+    def _networks(self, home: Path) -> list[TrainConfig]:
+        """The flags of each training of a run."""
+        flags, minutes = self._flags(home), self.runs[home][0].minutes
+        if flags.fold is not None or not self.apart:
+            return [flags]
+        return [replace(flags, fold=fold, max_minutes=minutes) for fold in range(flags.folds or 0)]
+
+    def _add(self, home: Path, flags: TrainConfig, title: str = "") -> None:
+        name = self._name(home)
+        log = _folds(home, flags)[0] / "log.txt"
+        if self.apart and flags.fold is None:
+            name, log = f"{name}, scores of all folds", _scores(home, flags)
+        elif self.apart and self.runs[home][0].flags.fold is None:
+            name = f"{name}, fold {flags.fold}"
+        self.left[home] += 1
+        self.waiting.append(Job(title + name + ("" if self.apart else f", in {home}"), name, flags, log))
+
+    def run(self) -> int | None:
+        """Train what has not ended; the signal that stopped it, or None. Raises TrainingError: nothing to compare."""
+        loud = not self.apart and not self.console.quiet
+        return run_jobs(self.waiting, self.slots, self.console, self._note, time.monotonic(), loud)
+
+    def _note(self, job: Job, code: int, message: str) -> None:
+        """Note how a training ended, and what follows from that."""
+        home = next(home for home in self.runs if home == job.flags.output_dir)
+        one, name = self.runs[home][0], self._name(home)
+        if code > SIGNALLED:
+            # No signal to the duel: the system or a crash ended this one alone.
+            number = code - SIGNALLED
+            why = ", most likely for want of memory" if number == signal.SIGKILL else ""
+            message, code = f"its process was ended by {signal.Signals(number).name}{why}", 1
+        if not _ended(home, job.flags):
+            reason = message or _why_not_ended(home, job.flags, code)
+            self.failures.setdefault(name, reason)
+            if self.apart:
+                say(self.console, f"{job.name}: {reason}")
+        self.left[home] -= 1
+        for other in [each for each in self.waiting if each.flags.output_dir == home and code == 2]:
+            self.waiting.remove(other)
+            self.left[home] -= 1
+        if not self.left[home] and _ended(home, one.flags):
+            self.failures.pop(name, None)
+        elif not self.left[home] and job.flags.fold != one.flags.fold and _all_finished(home, one.flags):
+            self._add(home, self._flags(home))
+        of_first = [home for home, (each, _) in self.runs.items() if each is self.first]
+        over = name in self.failures and (code == 2 or not any(self.left[home] for home in of_first))
+        if one is self.first and over and not any(_ended(home, one.flags) for home in of_first):
+            # With nobody to compare with, the others would be trained for nothing.
+            raise _untrained(one, self.failures)
+
+
+def _shared_line(trainings: int, devices: int, at_once: int, timed: bool) -> str:
+    """Say what minutes and speeds are worth where several trainings share a device, and whether all had as much."""
+    line = f"Minutes and images/s are those of up to {at_once} trainings at the same time on each device"
+    places = devices * at_once
+    if timed and trainings % (places if trainings > places else devices):
+        line += (
+            f". {trainings} trainings do not fill {places} places evenly: those with fewer beside them do more steps"
+        )
+    return line
+
+
 def _check(config: DuelConfig) -> None:
-    for name in ("folds", "seeds"):
+    for name in ("folds", "seeds", "at_once"):
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name} {getattr(config, name)}; expected 1 or more")
     for name in ("steps", "max_minutes"):
@@ -187,16 +212,26 @@ def _check(config: DuelConfig) -> None:
         raise ConfigError("--against names nobody; expected a network, or flags such as mixer=conv")
 
 
-def _recorded(output: Path, contestants: Sequence[Contestant]) -> dict[str, Any]:
+def _recorded(config: DuelConfig, contestants: Sequence[Contestant]) -> dict[str, Any]:
     """Flags of all contestants that took part so far. Raises ConfigError where one of today has other flags."""
-    before = read_json(output / DUEL).get("contestants", {}) if (output / DUEL).is_file() else {}
+    output = config.output_dir
+    record = read_json(output / DUEL) if (output / DUEL).is_file() else {}
+    before = record.get("contestants", {})
     now = {one.name: jsonable(asdict(replace(one.flags, given=(), max_minutes=one.minutes))) for one in contestants}
+    changes = []
     for name, flags in now.items():
         earlier = all_flags(before[name]["flags"]) if name in before else flags
         differ = [flag for flag in flags if flags[flag] != earlier.get(flag)]
-        if changed := [f"{flag} was {earlier.get(flag)}, now {flags[flag]}" for flag in differ]:
-            action = "Give the flags that it began with, or name another --output_dir"
-            raise ConfigError(f"{output} holds a duel of other settings: {name}: {'; '.join(changed)}. {action}")
+        if differ:
+            changes.append(
+                f"{name}: " + "; ".join(f"{flag} was {earlier.get(flag)}, now {flags[flag]}" for flag in differ)
+            )
+    at_once = record.get("configuration", {}).get("at_once", DuelConfig.at_once)
+    if before and at_once != config.at_once and contestants[0].minutes is not None:
+        changes.append(f"at_once was {at_once}, now {config.at_once}, which share the minutes otherwise")
+    if changes:
+        action = "Give the flags that it began with, or name another --output_dir"
+        raise ConfigError(f"{output} holds a duel of other settings: {changes[0]}. {action}")
     return before | {name: {"flags": flags} for name, flags in now.items()}
 
 
@@ -204,7 +239,7 @@ def _home(output: Path, one: Contestant, seed: int) -> Path:
     return output / one.folder / f"seed_{seed}"
 
 
-def _networks(home: Path, flags: TrainConfig) -> list[Path]:
+def _folds(home: Path, flags: TrainConfig) -> list[Path]:
     """Folders of the folds of a run."""
     return [home / f"{FOLD}_{fold}" for fold in (range(flags.folds or 0) if flags.fold is None else [flags.fold])]
 
@@ -217,16 +252,20 @@ def _scores(home: Path, flags: TrainConfig) -> Path:
 def _ended(home: Path, flags: TrainConfig) -> bool:
     """Whether a run came to its end and has scores."""
     try:
-        reports = [read_json(network / "run.json") for network in _networks(home, flags)]
         cases = read_json(_scores(home, flags) / SUMMARY).get("cases")
     except DatasetError:
         return False
-    return bool(cases) and all(report.get("status") == "finished" for report in reports)
+    return bool(cases) and _all_finished(home, flags)
+
+
+def _all_finished(home: Path, flags: TrainConfig) -> bool:
+    """Whether all networks of a run came to their end."""
+    return all(earlier_report(network).get("status") == "finished" for network in _folds(home, flags))
 
 
 def _why_not_ended(home: Path, flags: TrainConfig, code: int) -> str:
     """What its networks say, such as numbers that are not finite; else the exit code."""
-    found = {network.name: earlier_report(network).get("status", "not begun") for network in _networks(home, flags)}
+    found = {network.name: earlier_report(network).get("status", "not begun") for network in _folds(home, flags)}
     said = "; ".join(f"{name}: {status}" for name, status in found.items() if status != "finished")
     return said or f"train ended with exit code {code}, without scores"
 
@@ -234,7 +273,7 @@ def _why_not_ended(home: Path, flags: TrainConfig, code: int) -> str:
 def _line(config: DuelConfig) -> str:
     """The command line of a duel."""
     words = [str(config.folder), "--against", *config.against, "--output_dir", str(config.output_dir)]
-    for name in ("model", "folds", "max_minutes", "steps", "seeds", "equal"):
+    for name in ("model", "folds", "max_minutes", "steps", "seeds", "equal", "at_once"):
         value = getattr(config, name)
         words += [f"--{name}", as_typed(value)] if value != getattr(DuelConfig, name) else []
     return command_line("duel", *words)
@@ -279,7 +318,7 @@ def _untrained(first: Contestant, failures: Mapping[str, str]) -> TrainingError:
 
 def _data(home: Path, flags: TrainConfig) -> list[Any]:
     """What tells the cases of each fold from others."""
-    return [read_json(network / "run.json").get("data", {}).get("digests") for network in _networks(home, flags)]
+    return [read_json(network / "run.json").get("data", {}).get("digests") for network in _folds(home, flags)]
 
 
 def _given(report: Mapping[str, Any]) -> dict[str, str]:
@@ -292,7 +331,7 @@ def _given(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _standing(one: Contestant, homes: Sequence[Path], alike: Sequence[str], first: Standing | None) -> Standing:
     seeds = tuple(tuple(read_evaluation(_scores(home, one.flags)).scores) for home in homes)
-    networks = [network for home in homes for network in _networks(home, one.flags)]
+    networks = [network for home in homes for network in _folds(home, one.flags)]
     reports = [read_json(network / "run.json") for network in networks]
     tables = [[*_rows(network / "metrics.csv")] for network in networks]
     given = [*map(_given, reports)]
@@ -343,14 +382,14 @@ def _cost(reports: Sequence[Mapping[str, Any]], tables: Sequence[Sequence[Mappin
 
 
 def _write(
-    output: Path,
     config: DuelConfig,
     record: Mapping[str, Any],
     standings: tuple[Standing, ...],
     failures: Mapping[str, str],
+    shared: str,
 ) -> DuelResult:
-    """Write duel.json and the page. Raises OutputError."""
-    code = int(bool(failures))
+    """Write duel.json and the page. shared: see `_Trainings`. Raises OutputError."""
+    output, code = config.output_dir, int(bool(failures))
     entries = {
         one.name: {
             "seeds": len(one.seeds),
@@ -364,10 +403,13 @@ def _write(
     contestants = {name: entry | entries.get(name, {}) for name, entry in record["contestants"].items()}
     said = verdicts(standings)
     cases = len({row.case for scores in standings[0].seeds for row in scores})
-    lead = f"{len(standings)} networks, {cases} cases held out, {config.seeds} seed{'s' * (config.seeds != 1)}."
+    lead = (
+        f"{len(standings)} networks, {cases} cases held out, {config.seeds} seed{'s' * (config.seeds != 1)}."
+        + f" {shared}." * bool(shared)
+    )
     told = [(what, without_folders(reason, [output, config.folder])) for what, reason in failures.items()]
     page = render_duel(standings, told, lead)
     write_text(output / PAGE, page, "--output_dir")
     ended = {"status": "finished", "exit_code": code, "verdicts": said, "failures": failures}
     write_json(output / DUEL, {**record, "contestants": contestants, **ended}, "--output_dir")
-    return DuelResult(output, code, standings, tuple(said), failures, output / PAGE)
+    return DuelResult(output, code, standings, tuple(said), failures, output / PAGE, shared)

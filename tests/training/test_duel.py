@@ -21,7 +21,7 @@ from mambahome_jax.datasets.prepared import read_prepared
 from mambahome_jax.errors import ConfigError, TrainingError
 from mambahome_jax.flags import DuelConfig, TrainConfig
 from mambahome_jax.preprocessing.plan import Setting, StoredPlan
-from mambahome_jax.training import contestants, held_out
+from mambahome_jax.training import contestants, held_out, side_by_side
 from mambahome_jax.training import duel as duelling
 from mambahome_jax.training.contestants import contestants_of, shared_patch
 from mambahome_jax.training.duel import run_duel
@@ -44,15 +44,44 @@ def config(data, output, **changes):
 
 
 class Trainer:
-    """Trains in this process; by number, runs that end otherwise."""
+    """Trains in this process; by number, runs that end otherwise: (exit code, message)."""
 
     def __init__(self, otherwise=None):
-        self.flags, self.otherwise = [], otherwise or {}
+        self.flags, self.slots, self.processes, self.otherwise = [], [], [], otherwise or {}
 
-    def __call__(self, flags, console):
-        self.flags.append(flags)
+    def start(self, job, slot, loud):
+        self.flags.append(job.flags)
+        self.slots.append(slot)
         ending = self.otherwise.get(len(self.flags) - 1)
-        return ending or (run_training(flags, console).exit_code, "")
+        code, message = ending or (run_training(job.flags, QUIET).exit_code, "")
+        if not ending and code > 128:
+            signal.raise_signal(code - 128)
+        self.processes.append(Ended(job, slot, code, message))
+        return self.processes[-1]
+
+
+class Ended:
+    """A process that has ended, or runs until it is told to end."""
+
+    def __init__(self, job, slot, exitcode, message):
+        self.job, self.slot, self.exitcode, self.text, self.process = job, slot, exitcode, message, self
+
+    def message(self):
+        return self.text
+
+    def terminate(self):
+        self.exitcode = 143 if self.exitcode is None else self.exitcode
+
+    def join(self):
+        pass
+
+
+def fight(config, trainer, console=QUIET):
+    """A duel whose trainings are those of a Trainer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(side_by_side, "_start", trainer.start)
+        patch.setattr(side_by_side, "_PAUSE", 0.0)
+        return run_duel(config, console)
 
 
 def content(output):
@@ -79,7 +108,7 @@ def finished(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         small_networks(patch)
         patch.setattr(held_out, "predict_case", predict_case)
-        return run_duel(config(data, output, folds=2), QUIET, Trainer())
+        return fight(config(data, output, folds=2), Trainer())
 
 
 @pytest.fixture
@@ -133,17 +162,17 @@ def test_the_page_says_what_stands_and_what_each_was_given(finished):
 
 def test_a_finished_duel_trains_nothing(finished, data, copied):
     trainer = Trainer()
-    again = run_duel(config(data, copied, folds=2), QUIET, trainer)
+    again = fight(config(data, copied, folds=2), trainer)
     assert trainer.flags == [] and scores(copied) == scores(finished.folder) and again.verdicts == finished.verdicts
     with pytest.raises(ConfigError, match="duel of other settings: MambaHoME_tiny: steps was 3, now 4"):
-        run_duel(config(data, copied, folds=2, steps=4), QUIET, trainer)
+        fight(config(data, copied, folds=2, steps=4), trainer)
 
 
 def test_others_and_more_seeds_may_join_and_who_fails_is_told(finished, data, copied):
     refused = (2, f"{copied}/weights.pth: no room on the device")
     trainer = Trainer(dict.fromkeys(range(4), refused) | {1: (1, "")})
     more = config(data, copied, folds=2, against=("eps=0.01", "lr=0.001"), seeds=2)
-    result = run_duel(more, QUIET, trainer)
+    result = fight(more, trainer)
     trained = [(flags.eps, flags.lr, flags.seed, flags.fold_seed) for flags in trainer.flags]
     assert trained == [(0.01, None, 0, 0), (None, None, 1, 0), (0.01, None, 1, 0), (None, 0.001, 1, 0)]
     assert result.exit_code == 1 and [one.name for one in result.standings] == ["MambaHoME_tiny", "lr=0.001"]
@@ -154,17 +183,90 @@ def test_others_and_more_seeds_may_join_and_who_fails_is_told(finished, data, co
     assert [*content(copied)["contestants"]] == ["MambaHoME_tiny", "lr=0.001", "eps=0.01"]
 
 
-def test_a_process_that_the_system_ends_fails_alone(tmp_path, monkeypatch):
+def test_a_process_that_the_system_ends_fails_alone(data, copied, tmp_path, monkeypatch):
     (tmp_path / "ending.py").write_text("import os\n\ndef end(*_):\n    os.kill(os.getpid(), 9)\n")
     (tmp_path / "script.py").write_text("raise SystemExit('it ran anew')")
     monkeypatch.syspath_prepend(tmp_path)
     main = ModuleType("__main__")
     main.__file__ = str(tmp_path / "script.py")
     monkeypatch.setitem(sys.modules, "__main__", main)
-    monkeypatch.setattr(duelling, "_train", importlib.import_module("ending").end)
-    ending = duelling.train_in_own_process(TrainConfig(tmp_path), QUIET)
-    assert ending == (1, "its process was ended by SIGKILL, most likely for want of memory")
+    monkeypatch.setattr(side_by_side, "train_apart", importlib.import_module("ending").end)
+    shutil.rmtree(copied / "lr=0.001")
+    result = run_duel(config(data, copied, folds=2), QUIET)
+    said = "its process was ended by SIGKILL, most likely for want of memory"
+    assert result.failures == {"lr=0.001, seed 0": said} and result.exit_code == 1
     assert sys.modules["__main__"] is main
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    monkeypatch.setattr(duelling, "visible_gpus", lambda: ["5", "GPU-7"])
+
+
+def printed(width=200):
+    return Console(width=width, record=True, file=io.StringIO())
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_trainings_side_by_side_are_of_one_fold_each_and_have_the_same_scores(finished, data, copied, monkeypatch):
+    shutil.rmtree(copied / "lr=0.001")
+    # The others have ended, but were stopped while their scores were counted together.
+    shutil.rmtree(copied / "MambaHoME_tiny" / "seed_0" / "cross_validation")
+    monkeypatch.setattr(held_out, "predict_case", predict_case)
+    trainer, console = Trainer(), printed()
+    assert fight(config(data, copied, folds=2, at_once=3), trainer, console).exit_code == 0
+    assert [flags.fold for flags in trainer.flags] == [0, 1, None] and scores(copied) == scores(finished.folder)
+    assert [(slot.gpu, slot.memory) for slot in trainer.slots[:2]] == [("5", 0.25), ("GPU-7", 0.25)]
+    said = console.export_text().splitlines()
+    log = copied / "lr=0.001" / "seed_0" / "fold_0" / "log.txt"
+    assert f"Training 3 of 4: lr=0.001, seed 0, fold 0 on GPU 5; see {log}" in said
+    begin = "lr=0.001, seed 0, fold 0 ended with exit code 0, "
+    (line,) = [line for line in said if line.startswith(begin)]
+    others = "lr=0.001, seed 0, fold 1 on GPU GPU-7, MambaHoME_tiny, seed 0, scores of all folds on GPU 5"
+    assert line.endswith(f" after the start. In progress: {others}")
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_first_contestant_that_fails_ends_those_beside_it(data, tmp_path):
+    trainer = Trainer({0: (2, "no room"), 1: (None, ""), 2: (None, ""), 3: (None, "")})
+    with pytest.raises(TrainingError, match="MambaHoME_tiny, the first contestant, could not be trained: no room"):
+        fight(config(data, tmp_path / "duel", seeds=3, at_once=2), trainer)
+    assert [ended.exitcode for ended in trainer.processes] == [2, 143, 143, 143]
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_fold_that_is_refused_takes_the_others_of_its_run_along(data, copied):
+    shutil.rmtree(copied / "lr=0.001")
+    trainer, console = Trainer(dict.fromkeys(range(9), (2, "no room"))), printed()
+    more = config(data, copied, folds=2, against=("lr=0.001", "eps=0.01"))
+    result = fight(more, trainer, console)
+    assert result.failures == {"lr=0.001, seed 0": "no room", "eps=0.01, seed 0": "no room"}
+    assert "lr=0.001, seed 0, fold 0: no room" in console.export_text().splitlines()
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_minutes_that_trainings_share_are_called_so(data, tmp_path):
+    timed = config(data, tmp_path / "duel", steps=None, max_minutes=2.0, folds=3, at_once=2)
+    trainer, console = Trainer(dict.fromkeys(range(9), (1, ""))), printed()
+    with pytest.raises(TrainingError):
+        fight(timed, trainer, console)
+    assert {flags.max_minutes for flags in trainer.flags} == {2.0}
+    said = (
+        "Minutes and images/s are those of up to 2 trainings at the same time on each device. 6 trainings do not fill"
+    )
+    assert said in console.export_text()
+    with pytest.raises(ConfigError, match="other settings: at_once was 2, now 1, which share the minutes otherwise"):
+        fight(dataclasses.replace(timed, at_once=1), trainer)
+
+
+def test_tables_and_page_say_that_speeds_were_shared(finished, data, copied):
+    result = fight(config(data, copied, folds=2, at_once=2), Trainer())
+    said = "Minutes and images/s are those of up to 2 trainings at the same time on each device"
+    assert result.shared == said and said in result.report.read_text()
+    console = printed(80)
+    console.print(cost_table(result.standings, result.shared))
+    assert said in " ".join(console.export_text().split())
+    assert finished.shared == "" and said not in finished.report.read_text()
 
 
 def test_what_was_not_trained_alike_is_said(finished, data, copied):
@@ -175,7 +277,7 @@ def test_what_was_not_trained_alike_is_said(finished, data, copied):
         report["training"] |= changes.pop("training", {})
         file.write_text(json.dumps(report | changes))
     assert (
-        run_duel(config(data, copied, folds=2), QUIET, Trainer())
+        fight(config(data, copied, folds=2), Trainer())
         .verdicts[0]
         .endswith("; not trained alike: device, global_batch")
     )
@@ -186,13 +288,13 @@ def test_a_duel_of_a_version_with_fewer_flags_goes_on(finished, data, copied):
     for entry in written["contestants"].values():
         del entry["flags"]["tracker"]
     (copied / "duel.json").write_text(json.dumps(written))
-    assert run_duel(config(data, copied, folds=2), QUIET, Trainer()).exit_code == 0
+    assert fight(config(data, copied, folds=2), Trainer()).exit_code == 0
 
 
 def test_a_first_contestant_that_fails_leaves_nothing_to_compare(data, tmp_path):
     trainer = Trainer(dict.fromkeys(range(2), (2, "no room")))
     with pytest.raises(TrainingError, match="MambaHoME_tiny, the first contestant, could not be trained: no room"):
-        run_duel(config(data, tmp_path / "duel", seeds=2), QUIET, trainer)
+        fight(config(data, tmp_path / "duel", seeds=2), trainer)
     assert len(trainer.flags) == 1
 
 
@@ -208,9 +310,9 @@ def test_one_stopped_by_a_signal_goes_on_to_the_same_scores(finished, data, copi
 
     with monkeypatch.context() as patch:
         patch.setattr(TrainingRun, "step_started", step_started)
-        result = run_duel(config(data, copied, folds=2), QUIET, Trainer())
+        result = fight(config(data, copied, folds=2), Trainer())
     assert result.exit_code == 143 and result.standings == () and content(copied)["status"] == "running"
-    assert run_duel(config(data, copied, folds=2), QUIET, Trainer()).exit_code == 0
+    assert fight(config(data, copied, folds=2), Trainer()).exit_code == 0
     assert scores(copied) == scores(finished.folder)
 
 
@@ -230,13 +332,14 @@ def test_one_stopped_by_a_signal_goes_on_to_the_same_scores(finished, data, copi
         ({"against": ("model=SegMamba,mixer=conv",)}, "this network has no mixer. Leave --mixer out"),
         ({"folds": 0}, "--folds 0; expected 1 or more"),
         ({"seeds": 0}, "--seeds 0; expected 1 or more"),
+        ({"at_once": 0}, "--at_once 0; expected 1 or more"),
         ({"max_minutes": 1.0}, "--steps 3 with --max_minutes 1; expected one of the two"),
         ({"steps": 0}, "--steps 0; expected a positive number"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_trained(data, tmp_path, changes, message):
     with pytest.raises(ConfigError, match=message):
-        run_duel(config(data, tmp_path / "duel", **changes), QUIET, Trainer())
+        fight(config(data, tmp_path / "duel", **changes), Trainer())
     assert not (tmp_path / "duel").exists()
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from typing import Any
 
 import pytest
 
@@ -10,13 +11,13 @@ from tests.commands.test_train import small_networks
 from tests.training.stand_in import steps_take
 
 
-def train_fold(flags: TrainConfig, started: float) -> None:
+def train_fold(flags: TrainConfig, *others: Any) -> None:
     """A fold in a process of its own, which leaves behind which GPU it was given."""
-    from mambahome_jax.training.side_by_side import train_fold_quietly
+    from mambahome_jax.training.side_by_side import train_apart
 
     small_networks(pytest.MonkeyPatch())
     (flags.output_dir / f"gpu_of_{flags.fold}").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
-    train_fold_quietly(flags, started)
+    train_apart(flags, *others)
 
 
 def main() -> int:
