@@ -21,7 +21,7 @@ from mambahome_jax.support.files import bytes_of, free_bytes, read_json, said_by
 from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import LOCK, held, holder_of
 from mambahome_jax.support.processes import SHARED_MEMORY, batch_bytes, needed_bytes
-from mambahome_jax.training.checkpoints import DATA_ITEM, OPTIMIZER_ITEM, checkpoint_bytes
+from mambahome_jax.training.checkpoints import DATA_ITEM, OPTIMIZER_ITEM, checkpoint_bytes, holds_run
 from mambahome_jax.training.setup import Setup
 from mambahome_jax.training.step import TrainState
 from mambahome_jax.weights.checkpoint import CONFIG_FILE, MODEL_ITEM, PARTIAL, PREVIOUS
@@ -44,7 +44,8 @@ _DAY = 24 * 3600
 def require_disk(run: Path, setup: Setup, state: TrainState) -> str:
     """Say what a run takes, and what is free. state: arrays, or their shapes and dtypes.
 
-    What an earlier part of the run wrote is replaced, so it counts as free. Raises OutputError: no checkpoint fits.
+    What an earlier part of the run wrote is replaced, so it counts as free in the end; but the last checkpoint stays
+    until the next one is whole. Raises OutputError: no checkpoint fits.
     """
     keep, (best, last) = setup.flags.keep_last, checkpoint_bytes(state)
     # The one before stays until the next is whole.
@@ -54,6 +55,11 @@ def require_disk(run: Path, setup: Setup, state: TrainState) -> str:
     place = (run / "checkpoints").resolve()
     note, free = "", free_bytes(place)
     if free is not None:
+        unused = free + sum(map(bytes_of, place.glob(f"last{PARTIAL}*")))
+        if holds_run(run) and unused < last:
+            room = f"{said_bytes(unused)} are free beside the one that is there, which is kept"
+            needs = f"the next checkpoint takes {said_bytes(last)}"
+            raise OutputError(f"{run / 'checkpoints'}: {needs}, but {room}. Free some space, then --resume again")
         free += bytes_of(place)
         room, action = f"{said_bytes(free)} are free in {run}", "Free some space or name another --output_dir"
         if free < best + last:

@@ -74,8 +74,13 @@ def test_a_training_says_what_its_checkpoints_take(tmp_path, monkeypatch, capsys
     with pytest.raises(OutputError, match=r"other/checkpoints: checkpoints take .*, but 0\.0 MB are free in .*other\."):
         train.run(replace(config, output_dir=tmp_path / "other"))
     assert not list((tmp_path / "other/checkpoints").iterdir())
-    # A run that goes on replaces its checkpoints: room for the first ones, not for one more.
-    monkeypatch.setattr(disk, "bytes_of", lambda path: best + last)
+    # A run that goes on replaces its checkpoints, the last of which stays until the next is whole.
+    with pytest.raises(
+        OutputError, match=r"the next checkpoint takes \S+ MB, but 0\.0 MB are free beside the one that"
+    ):
+        train.run(replace(config, resume=True))
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: last)
+    monkeypatch.setattr(disk, "bytes_of", lambda path: best)
     assert train.run(replace(config, resume=True)) == 0
     assert "Note: the disk may get full" in capsys.readouterr().out
 
