@@ -72,7 +72,9 @@ def nnunet_checkpoints(path: Path) -> list[Path]:
     if _is_model_folder(path.parent) and path.name.startswith("fold_"):
         return [path / CHECKPOINT]
     if not _is_model_folder(path):
-        below = [plans.parent.name for plans in sorted(path.glob(f"*__*__*/{PLANS}"))]
+        # A dataset's folder holds its models, nnUNet_results those of all datasets.
+        plans = [file for depth in ("", "*/") for file in sorted(path.glob(f"{depth}*__*__*/{PLANS}"))]
+        below = [str(file.parent.relative_to(path)) for file in plans]
         if below:
             raise CheckpointError(f"{path}: the folder of several models; expected one of {', '.join(below)}")
         return []

@@ -120,8 +120,11 @@ def export_official(tree: Any) -> dict[str, np.ndarray]:
     Returns:
         {published name: array}, one tensor an expert, each array in its own dtype.
 
-    Raises ConfigError for a twin (`ModelConfig.mixer`, `experts`), which has no such names.
+    Raises ConfigError for a twin (`ModelConfig.mixer`, `experts`), which has no such names, and for several folds.
     """
+    if isinstance(tree, FoldMean):
+        count = len(tree.networks)
+        raise ConfigError(f"a model of {count} folds; expected one network, such as model.networks[0]")
     if isinstance(tree, Network):
         require_published_names(tree.config)
     official: dict[str, np.ndarray] = {}

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
+import mambahome_jax as mh
 from mambahome_jax.commands import convert
 from mambahome_jax.config import DataProperties, PlainUNetConfig
 from mambahome_jax.errors import CheckpointError, ConfigError, OutputError
@@ -78,6 +79,8 @@ def test_folds_are_those_with_a_number_else_all(tmp_path):
         nnunet_checkpoints(folder)
     with pytest.raises(CheckpointError, match="several models; expected one of nnUNetTrainer__nnUNetPlans__3d_full"):
         nnunet_checkpoints(tmp_path)
+    with pytest.raises(CheckpointError, match=f"several models; expected one of .*{tmp_path.name}/nnUNetTrainer__nnUN"):
+        nnunet_checkpoints(tmp_path.parent)
 
 
 def test_folds_without_their_last_checkpoint_are_named(tmp_path):
@@ -89,6 +92,11 @@ def test_folds_without_their_last_checkpoint_are_named(tmp_path):
     paths, notes = networks_at([folder])
     assert [path.parent.name for path in paths] == ["fold_00", "fold_9"]
     assert notes == [f"{folder}: fold_10 without checkpoint_final.pth; the other folds segment alone"]
+
+
+def test_folds_have_no_published_names_together():
+    with pytest.raises(ConfigError, match=r"a model of 2 folds; expected one network, such as model.networks\[0\]"):
+        mh.export_official(mh.load_model(model_folder(miniature("aniso"))))
 
 
 def test_regions_and_totalsegmentator(tmp_path):
