@@ -74,6 +74,11 @@ def device_put_tree(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(put, tree, shardings)
 
 
+def own_device(devices: Sequence[jax.Device]) -> jax.Device:
+    """The first device of this process."""
+    return next(device for device in devices if device.process_index == jax.process_index())
+
+
 def copy_to(tree: Any, device: jax.Device) -> Any:
     """Whole arrays on one device of this process; with several processes all of them have to call it."""
     sharding = jax.tree.leaves(tree)[0].sharding

@@ -95,7 +95,8 @@ def score_held_out(
             if is_first() and (scores or setup.flags.folds is not None):
                 names, values = _names(setup), _reference_values(setup)
                 pair = partial(pair_of, output, setup.validated, names=names, values=values)
-                write_scores(output, setup.validated, scores, run.held_out, pair)
+                with run.timeline.doing("report"):
+                    write_scores(output, setup.validated, scores, run.held_out, pair)
     except MambaHomeError as error:
         run.failures[FOLDER] = str(error)
         run.display.say(f"No held-out scores: {error}")

@@ -240,6 +240,7 @@ class Training:
                 "status": run.status,
                 "exit_code": code,
                 "seconds": round(earlier.get("seconds", 0.0) + time.perf_counter() - started, 3),
+                "timeline": run.timeline.to_json(),
                 "step": run.step,
                 # A finished run that is resumed trains nothing more.
                 "loss": earlier.get("loss") if run.loss is None else run.loss,

@@ -216,6 +216,34 @@ class TimeBudget:
         }
 
 
+class Timeline:
+    """Seconds of a process by what it did, one thing at a time: together they are all that has passed since `began`."""
+
+    def __init__(self, began: float | None = None):
+        self._seconds, self._doing = {"start": 0.0}, "start"
+        self._since = time.monotonic() if began is None else began
+
+    def begin(self, what: str) -> None:
+        """Count what passes from now on for this."""
+        now = time.monotonic()
+        self._seconds[self._doing] += now - self._since
+        self._seconds.setdefault(what, 0.0)
+        self._doing, self._since = what, now
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Count what passes within for this, and afterwards for what went before."""
+        before = self._doing
+        self.begin(what)
+        yield
+        self.begin(before)
+
+    def to_json(self) -> dict[str, float]:
+        """Seconds until now of each, in the order in which they began."""
+        self.begin(self._doing)
+        return {what: round(seconds, 1) for what, seconds in self._seconds.items()}
+
+
 class Clock(NamedTuple):
     """When the program started, the seconds that it is given, and the number of networks that they are for.
 

@@ -34,6 +34,7 @@ from mambahome_jax.training.distributed import (
     gather,
     is_first,
     make_mesh,
+    own_device,
     put_batch,
     replicated,
 )
@@ -44,7 +45,7 @@ from mambahome_jax.training.memory import StepMemory, device_memory_errors, requ
 from mambahome_jax.training.optimizer import make_optimizer
 from mambahome_jax.training.pretrained import Transfer, transfer
 from mambahome_jax.training.progress import Display
-from mambahome_jax.training.schedule import Clock, Due, Schedule
+from mambahome_jax.training.schedule import Clock, Due, Schedule, Timeline
 from mambahome_jax.training.setup import Setup
 from mambahome_jax.training.step import (
     Batch,
@@ -62,9 +63,8 @@ from mambahome_jax.training.validation import (
     Validate,
     Validation,
     ValidationSettings,
-    compile_ahead,
     finite_or_none,
-    make_validate,
+    open_validation,
     validation_steps,
 )
 from mambahome_jax.weights.weights import read_weights
@@ -91,7 +91,7 @@ def train_network(
     number of parameters and what was transferred, once the weights are accepted (else CheckpointError). Raises
     DeviceMemoryError: the step does not fit, or a device ran out of memory before the first checkpoint.
     """
-    flags, recipe = setup.flags, setup.recipe
+    flags, recipe, timeline = setup.flags, setup.recipe, Timeline(clock.started)
 
     # --- Network and optimizer -----------------------------------------------------------------------------------
     mesh, optimizer = make_mesh(list(devices)), make_optimizer(setup.schedule.optimizer)
@@ -119,7 +119,8 @@ def train_network(
         due = schedule.after(int(state.step))  # now, as a run of little time is to take a step after it has compiled
         batches = stack.enter_context(open_batches(setup, position, display.say, ahead=not due.stop))
         program = (setup, trained_graphdef, optimizer, mesh, programs, state, display)
-        train_step, memory, compile_seconds = (None, None, None) if due.stop else compiled_step(*program)
+        with timeline.doing("compile"):
+            train_step, memory, compile_seconds = (None, None, None) if due.stop else compiled_step(*program)
 
         # --- Validation, and the loop ----------------------------------------------------------------------------
         run = TrainingRun.resumed(
@@ -137,6 +138,7 @@ def train_network(
             memory=memory,
             compile_seconds=compile_seconds,
             keeps_best=flags.folds is None,
+            timeline=timeline,
         )
         if is_first():
             if earlier is None:
@@ -150,6 +152,7 @@ def train_network(
 
         # --- Scores of the cases held out ------------------------------------------------------------------------
         if run.error is None and run.signal is None and setup.held_out:
+            timeline.begin("held_out")
             settings = ValidationSettings.of(setup, setup.held_out, display.say)
             with StopOnSignal(display.say, mesh, "finishing this case") as run.stop:
                 score_held_out(folder, setup, run, graphdef, settings, own_device(devices))
@@ -264,28 +267,6 @@ def compiled_step(
     return with_seed(programs[program], flags.seed, mesh), memory, round(time.perf_counter() - begun, 1)
 
 
-# --- Validation --------------------------------------------------------------------------------------------------
-
-
-def open_validation(
-    graphdef: nnx.GraphDef, params: Any, setup: Setup, devices: Sequence[jax.Device], say: Callable[[str], None]
-) -> Validate | None:
-    """What validates the network on the cases held out, compiled beside the training; None where there are none.
-
-    params: like those that will be validated.
-    """
-    if not setup.val_cases:
-        return None
-    settings, device = ValidationSettings.of(setup, setup.val_cases, say), own_device(devices)
-    ahead = compile_ahead(graphdef, params, setup.model.in_chans, settings, device)
-    return make_validate(graphdef, Store(setup.validated.store), settings, device, ahead)
-
-
-def own_device(devices: Sequence[jax.Device]) -> jax.Device:
-    """The first device of this process."""
-    return next(device for device in devices if device.process_index == jax.process_index())
-
-
 # --- Loop --------------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +280,7 @@ def train(state: TrainState, batches: Iterator, train_step: TrainStep | None, ru
     cannot be written.
     """
     writer, stop = CheckpointWriter(), StopOnSignal(run.display.say, run.mesh)
+    run.timeline.begin("training")
     with device_memory_errors(lambda: run.saved), writer as run.writer, stop as run.stop:
         # The run before may have been stopped between its last step and the validation of that.
         overdue = run.step and run.schedule.validates(run.step) and run.validated_until < run.step
@@ -325,6 +307,7 @@ def train(state: TrainState, batches: Iterator, train_step: TrainStep | None, ru
         if run.step > saved or due.stop > ended:  # a checkpoint of the end says so
             run.save_last(state)
         run.signal = run.stop.requested()
+        run.timeline.begin("checkpoints")  # which are being written
     return state
 
 
@@ -352,6 +335,7 @@ class TrainingRun:
     memory: StepMemory | None = None
     compile_seconds: float | None = None
     keeps_best: bool = True
+    timeline: Timeline = field(default_factory=Timeline)
     step: int = 0
     best: dict[str, Any] | None = None
     validated_until: int = 0
@@ -444,7 +428,7 @@ class TrainingRun:
         validation = None
         begun = time.perf_counter()
         # Without cases too: the checkpoints that follow need their pause.
-        with self.schedule.budget.validating():
+        with self.schedule.budget.validating(), self.timeline.doing("validation"):
             if self.validate is not None:
                 self.display.state("Validating")
                 validation = self.validate(deployed_params(state), self._must_stop)
@@ -479,13 +463,14 @@ class TrainingRun:
         best = None if self.best is None else self.best["val_dice"]
         if best is None or (score is not None and score > best):
             self.best, self.saved = {"step": self.step, "val_dice": score}, True
-            self.writer.save(self.folder / "best", state, self._config())
+            with self.timeline.doing("checkpoints"):
+                self.writer.save(self.folder / "best", state, self._config())
 
     def save_last(self, state: TrainState) -> None:
         """Write `last`; with a time budget wait for it, which tells how long that takes."""
         # A run that is killed goes on from this checkpoint; the callbacks were told of all steps up to it.
         self.saved = True
-        with self.schedule.budget.saving():
+        with self.schedule.budget.saving(), self.timeline.doing("checkpoints"):
             self.writer.save(self.folder / "last", state, self._config(), self._position, self.keep_last)
             if self.schedule.budget.limited:
                 self.writer.wait()

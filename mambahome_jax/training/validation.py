@@ -25,7 +25,7 @@ from mambahome_jax.inference.networks import apply_network, compiled_network
 from mambahome_jax.inference.targets import Labels
 from mambahome_jax.inference.tiled import Replica, WindowSettings, predict_tiled, window_size, window_starts
 from mambahome_jax.patches.store import Store, StoreEntry
-from mambahome_jax.training.distributed import copy_to, gather
+from mambahome_jax.training.distributed import copy_to, gather, own_device
 from mambahome_jax.training.setup import Setup
 
 
@@ -99,6 +99,20 @@ def compile_ahead(
     compiled = thread.submit(lowered.compile)
     thread.shutdown(wait=False)
     return compiled
+
+
+def open_validation(
+    graphdef: nnx.GraphDef, params: Any, setup: Setup, devices: Sequence[jax.Device], say: Callable[[str], None]
+) -> Validate | None:
+    """What validates the network on the cases held out, compiled beside the training; None where there are none.
+
+    params: like those that will be validated.
+    """
+    if not setup.val_cases:
+        return None
+    settings, device = ValidationSettings.of(setup, setup.val_cases, say), own_device(devices)
+    ahead = compile_ahead(graphdef, params, setup.model.in_chans, settings, device)
+    return make_validate(graphdef, Store(setup.validated.store), settings, device, ahead)
 
 
 def make_validate(

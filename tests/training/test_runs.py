@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import asdict, replace
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import mambahome_jax as mh
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.support.devices import git_state
-from mambahome_jax.support.files import jsonable
+from mambahome_jax.support.files import jsonable, read_json
 from mambahome_jax.training.run_report import is_finished
 from tests.commands.test_train import _dataset, _small  # noqa: F401
 
@@ -24,7 +25,7 @@ def test_train_is_a_function_without_a_console(tmp_path, capsys):
         "optimizer": "SGD",
         "output_dir": tmp_path / "run",
     }
-    ended = []
+    ended, begun = [], time.monotonic()
 
     class Last(mh.Callback):
         def validation(self, step, validation):
@@ -39,6 +40,11 @@ def test_train_is_a_function_without_a_console(tmp_path, capsys):
     assert result.best == tmp_path / "run/checkpoints/best" and result.best.is_dir()
     assert list(result.structures) == ["box"] and result.dice == result.structures["box"] and not result.failures
     assert ended == [(1, result.dice), "finished"]
+    timeline = read_json(tmp_path / "run/run.json")["timeline"]
+    assert [*timeline] == ["start", "compile", "training", "validation", "checkpoints", "held_out", "report"]
+    assert (
+        min(timeline["compile"], timeline["validation"]) > 0 and sum(timeline.values()) <= time.monotonic() - begun + 1
+    )
     with pytest.raises(mh.ConfigError, match="holds a run already"):
         mh.train(**flags)
     with pytest.raises(mh.TrainingError, match="cases of this batch"):
