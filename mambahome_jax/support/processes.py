@@ -58,6 +58,14 @@ class WorkerDied(MambaHomeError):
     """The process that worked on a job ended without an answer."""
 
 
+def in_thread(function: Callable[[], R]) -> Future[R]:
+    """Call a function in a thread of its own."""
+    thread = ThreadPoolExecutor(1)
+    result = thread.submit(function)
+    thread.shutdown(wait=False)
+    return result
+
+
 def run_jobs(
     function: Callable[[J], R], jobs: Iterable[J], workers: int, *, threads: bool = False, batch: int = 1
 ) -> Iterator[tuple[J, R | BaseException]]:

@@ -61,13 +61,13 @@ def score_held_out(
     setup: Setup,
     run: TrainingRun,
     graphdef: nnx.GraphDef,
-    settings: ValidationSettings,
     device: jax.Device,
 ) -> None:
-    """Predict settings.cases by the best network of a run in `folder`, score them, and show and report the scores.
+    """Predict the cases held out by the best network of a run in `folder`, score them, and show and report the scores.
 
     What came of it is in `run`: held_out, failures, and signal where one ended it. Several processes share the cases.
     """
+    settings = ValidationSettings.of(setup, setup.held_out, run.display.say)
     scored = run.best is not None and run.best["val_dice"] is not None
     name, step = ("best", run.best["step"]) if run.best is not None and scored else ("last", run.step)
     checkpoint = {"name": name, "step": step, "chosen_on": list(setup.val_cases) if scored else []}

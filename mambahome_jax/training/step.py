@@ -1,6 +1,7 @@
 """One training step, compiled: augmentation, loss, gradient, update. Knows no files and no schedule."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from mambahome_jax.config import Strategy
 from mambahome_jax.model.layers import ChannelDropout
 from mambahome_jax.recipes import AugmentationConfig
 from mambahome_jax.support.devices import compiler_options
+from mambahome_jax.support.processes import in_thread
 from mambahome_jax.training.augmentation import augment, augment_labelled
 from mambahome_jax.training.distributed import batch_sharding, device_put_tree, replicated, tree_sharding
 from mambahome_jax.training.losses import LossFunction, network_params
@@ -140,13 +142,20 @@ def abstract_batch(image: tuple[int, ...], classes: int | None, mesh: Mesh) -> d
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()}
 
 
-def compile_step(train_step: TrainStep, state: TrainState, batch: Any, mesh: Mesh) -> TrainStep:
-    """Compile a step of make_train_step for the shapes of `batch` (ShapeDtypeStructs with shardings)."""
+def compile_step(
+    train_step: TrainStep, state: TrainState, batch: Any, mesh: Mesh, meanwhile: Callable[[Future[Any]], Any]
+) -> tuple[TrainStep, Any]:
+    """Compile a step of make_train_step for the shapes of `batch` (ShapeDtypeStructs with shardings).
+
+    Returns it, and what `meanwhile` gives: XLA needs no Python, so this is called while the future of the program runs.
+    """
     rate = jax.ShapeDtypeStruct((), np.float32, sharding=replicated(mesh))
-    if not isinstance(train_step, partial):
-        return train_step.lower(state, batch, rate).compile()  # type: ignore[attr-defined]
-    program = train_step.func.lower(state, batch, rate, **train_step.keywords).compile()  # type: ignore[attr-defined]
-    return partial(program, **train_step.keywords)
+    more = train_step.keywords if isinstance(train_step, partial) else {}
+    function: Any = train_step.func if isinstance(train_step, partial) else train_step
+    lowered = function.lower(state, batch, rate, **more)
+    program = in_thread(lowered.compile)
+    result = meanwhile(program)
+    return partial(program.result(), **more) if more else program.result(), result
 
 
 def with_seed(train_step: TrainStep, seed: int, mesh: Mesh) -> TrainStep:

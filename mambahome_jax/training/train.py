@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,6 @@ from mambahome_jax.training.step import (
 from mambahome_jax.training.validation import (
     Validate,
     Validation,
-    ValidationSettings,
     finite_or_none,
     open_validation,
     validation_steps,
@@ -114,15 +114,15 @@ def train_network(
     begin(schedule, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)), transferred)
 
     with contextlib.ExitStack() as stack:
-        # --- Step ------------------------------------------------------------------------------------------------
+        # --- Step and validation, compiled -----------------------------------------------------------------------
         display = stack.enter_context(Display(console, schedule, int(state.step), setup.global_batch))
         due = schedule.after(int(state.step))  # now, as a run of little time is to take a step after it has compiled
         batches = stack.enter_context(open_batches(setup, position, display.say, ahead=not due.stop))
-        program = (setup, trained_graphdef, optimizer, mesh, programs, state, display)
-        with timeline.doing("compile"):
-            train_step, memory, compile_seconds = (None, None, None) if due.stop else compiled_step(*program)
+        validation = partial(open_validation, graphdef, deployed_params(state), setup, devices, display.say)
+        program = (setup, trained_graphdef, optimizer, mesh, programs, state, display, timeline, validation)
+        train_step, compiled = (None, {"validate": validation()}) if due.stop else compiled_step(*program)
 
-        # --- Validation, and the loop ----------------------------------------------------------------------------
+        # --- The loop --------------------------------------------------------------------------------------------
         run = TrainingRun.resumed(
             earlier or {},
             folder=folder / "checkpoints",
@@ -132,13 +132,11 @@ def train_network(
             mesh=mesh,
             case_ids=setup.train_cases,
             labelled=setup.labelled,
-            validate=open_validation(graphdef, deployed_params(state), setup, devices, display.say),
             keep_last=flags.keep_last,
             due=due,
-            memory=memory,
-            compile_seconds=compile_seconds,
             keeps_best=flags.folds is None,
             timeline=timeline,
+            **compiled,
         )
         if is_first():
             if earlier is None:
@@ -153,9 +151,8 @@ def train_network(
         # --- Scores of the cases held out ------------------------------------------------------------------------
         if run.error is None and run.signal is None and setup.held_out:
             timeline.begin("held_out")
-            settings = ValidationSettings.of(setup, setup.held_out, display.say)
             with StopOnSignal(display.say, mesh, "finishing this case") as run.stop:
-                score_held_out(folder, setup, run, graphdef, settings, own_device(devices))
+                score_held_out(folder, setup, run, graphdef, own_device(devices))
     return run
 
 
@@ -244,9 +241,11 @@ def compiled_step(
     programs: Programs,
     state: TrainState,
     display: Display,
-) -> tuple[TrainStep, StepMemory | None, float]:
-    """The training step with this network's seed, of the programs or compiled and added to them, its memory, and the
-    seconds that it took.
+    timeline: Timeline,
+    validation: Callable[..., Validate | None],
+) -> tuple[TrainStep, dict[str, Any]]:
+    """The training step with this network's seed, of the programs or compiled and added to them, and of TrainingRun:
+    its memory, the seconds that it took, and what `validation`, open_validation of its last argument, gives.
 
     Raises DeviceMemoryError: it does not fit.
     """
@@ -261,10 +260,15 @@ def compiled_step(
             *(graphdef, optimizer, recipe_loss(recipe), mesh, flags.seed),
             *(setup.augmentation, flags.strategy, recipe.ema_decay, flags.freeze_encoder, recipe.dropout),
         )
-        programs[program] = compile_step(train_step, state, batch, mesh)
+        with timeline.doing("compile"):
+            programs[program], validate = compile_step(train_step, state, batch, mesh, meanwhile=validation)
+    else:
+        validate = validation()
     memory = step_memory(programs[program], state, mesh)
     require_fit(memory, setup)
-    return with_seed(programs[program], flags.seed, mesh), memory, round(time.perf_counter() - begun, 1)
+    seconds = round(time.perf_counter() - begun, 1)
+    parts = {"memory": memory, "compile_seconds": seconds, "validate": validate}
+    return with_seed(programs[program], flags.seed, mesh), parts
 
 
 # --- Loop --------------------------------------------------------------------------------------------------------

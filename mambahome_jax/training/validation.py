@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from mambahome_jax.inference.networks import apply_network, compiled_network
 from mambahome_jax.inference.targets import Labels
 from mambahome_jax.inference.tiled import Replica, WindowSettings, predict_tiled, window_size, window_starts
 from mambahome_jax.patches.store import Store, StoreEntry
+from mambahome_jax.support.processes import in_thread
 from mambahome_jax.training.distributed import copy_to, gather, own_device
 from mambahome_jax.training.setup import Setup
 
@@ -84,10 +85,16 @@ def validation_steps(setup: Setup) -> float:
 
 
 def compile_ahead(
-    graphdef: nnx.GraphDef, params: Any, channels: int, settings: ValidationSettings, device: jax.Device
+    graphdef: nnx.GraphDef,
+    params: Any,
+    channels: int,
+    settings: ValidationSettings,
+    device: jax.Device,
+    after: Future[Any] | None = None,
 ) -> Future[Any]:
     """Compile the network for the windows of a validation in a thread, beside what follows; params: of that form.
 
+    after: what is waited for before, as XLA measures on the device which of its kernels are the fastest.
     It is lowered before this returns: Pallas numbers the kernels of a process in that order, by which JAX's cache knows
     a program. A failure is left to the validation, which then compiles for itself.
     """
@@ -95,23 +102,31 @@ def compile_ahead(
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), params)
     shape = (settings.sw_batch_size, *settings.patch_size, channels)
     lowered = compiled_network().lower(graphdef, like, jax.ShapeDtypeStruct(shape, np.float32, sharding=here))
-    thread = ThreadPoolExecutor(1)
-    compiled = thread.submit(lowered.compile)
-    thread.shutdown(wait=False)
-    return compiled
+
+    def compiled() -> Any:
+        if after is not None:
+            after.result()  # what fails is tried again with another size
+        return lowered.compile()
+
+    return in_thread(compiled)
 
 
 def open_validation(
-    graphdef: nnx.GraphDef, params: Any, setup: Setup, devices: Sequence[jax.Device], say: Callable[[str], None]
+    graphdef: nnx.GraphDef,
+    params: Any,
+    setup: Setup,
+    devices: Sequence[jax.Device],
+    say: Callable[[str], None],
+    after: Future[Any] | None = None,
 ) -> Validate | None:
     """What validates the network on the cases held out, compiled beside the training; None where there are none.
 
-    params: like those that will be validated.
+    params: like those that will be validated. after: see `compile_ahead`.
     """
     if not setup.val_cases:
         return None
     settings, device = ValidationSettings.of(setup, setup.val_cases, say), own_device(devices)
-    ahead = compile_ahead(graphdef, params, setup.model.in_chans, settings, device)
+    ahead = compile_ahead(graphdef, params, setup.model.in_chans, settings, device, after)
     return make_validate(graphdef, Store(setup.validated.store), settings, device, ahead)
 
 

@@ -81,8 +81,8 @@ def _exhausted(monkeypatch, fails):
     """Steps that raise as XLA does where `fails` (calls so far, patches) says."""
     compile_step, calls = training.compile_step, []
 
-    def compiled(train_step, state, batch, mesh):
-        program = compile_step(train_step, state, batch, mesh)
+    def compiled(train_step, state, batch, mesh, meanwhile):
+        program, result = compile_step(train_step, state, batch, mesh, meanwhile)
 
         def step(*arguments, **named):
             calls.append(batch["image"].shape[0])
@@ -91,7 +91,7 @@ def _exhausted(monkeypatch, fails):
             return program.func(*arguments, **named)
 
         step.memory_analysis = no_account
-        return type(program)(step, **program.keywords)
+        return type(program)(step, **program.keywords), result
 
     monkeypatch.setattr(training, "compile_step", compiled)
 

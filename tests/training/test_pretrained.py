@@ -82,7 +82,7 @@ def test_a_run_starts_from_published_weights_and_says_what_it_took(tmp_path, mon
         ModelSize(weights.config, size.lr, size.eps, size.strong_lr, patch_size=(32, 16, 16)),
     )
     # Training itself is tested elsewhere; this network takes long to compile.
-    monkeypatch.setattr(training, "compiled_step", lambda *_: (None, None, 0.0))
+    monkeypatch.setattr(training, "compiled_step", lambda *_: (None, {}))
     monkeypatch.setattr(training, "train", lambda state, *_: started.append(state))
     monkeypatch.setattr(training, "score_held_out", lambda *_: None)
     started: list[training.TrainState] = []

@@ -1,6 +1,7 @@
 """Training patches, validation and inference show the network the same window of a scan that is smaller than it."""
 
 import dataclasses
+from concurrent.futures import Future, wait
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +53,10 @@ def test_a_network_compiled_ahead_is_not_compiled_again(tmp_path, caplog):
     graphdef, params = nnx.split(FindsZerosAround())
     settings, device = ValidationSettings(("c0", "c1"), {1: "all"}, PATCH, 0.5, sw_batch_size=3), jax.devices()[0]
     params = device_put_tree(params, jax.tree.map(lambda _: replicated(make_mesh([device])), params))  # as in training
-    ahead = compile_ahead(graphdef, params, 1, settings, device)
+    step = Future()
+    ahead = compile_ahead(graphdef, params, 1, settings, device, after=step)
+    assert not wait([ahead], timeout=0.1).done
+    step.set_result(None)
     ahead.result()
     with jax.log_compiles(), caplog.at_level("WARNING"):
         assert make_validate(graphdef, store, settings, device, ahead)(params, lambda: False).dice == 1
