@@ -224,15 +224,7 @@ class SegMambaShape(TypedDict, total=False):
     hidden_size: int
     num_slices: Sequence[int]
 
-class PlainUNetShape(TypedDict, total=False):
-    depths: Sequence[int]
-    feat_size: Sequence[int]
-    strides: Sequence[Sequence[int]]
-    kernel_sizes: Sequence[Sequence[int]]
-    use_checkpoint: bool
-    decoder_depths: Sequence[int]
-
-class ResEncUNetShape(TypedDict, total=False):
+class UNetShape(TypedDict, total=False):
     depths: Sequence[int]
     feat_size: Sequence[int]
     strides: Sequence[Sequence[int]]

@@ -80,10 +80,7 @@ class Evaluated:
 
 @shows_keywords(EvaluateConfig)
 def evaluate(*, progress: bool = False, **flags: "Unpack[EvaluateFlags]") -> Evaluated:
-    """Score label maps against references, as `mambahome evaluate` does, and print nothing.
-
-    Args:
-        flags: those of the command, as keywords: predictions, references, output_dir, ... (flags.EvaluateConfig).
+    """Score label maps against references, as `mambahome evaluate` does, silently; keywords are its flags.
 
     Raises:
         DatasetError: no pairs, no names where they were asked for, no evaluation at compare.

@@ -75,10 +75,7 @@ class Preprocessed:
 
 @shows_keywords(PreprocessConfig)
 def preprocess(*, progress: bool = False, **flags: "Unpack[PreprocessFlags]") -> Preprocessed:
-    """Reorient and resample a folder of scans, as `mambahome preprocess` does, and print nothing.
-
-    Args:
-        flags: those of the command, as keywords: input_path, output_path, spacing, ... (flags.PreprocessConfig).
+    """Reorient and resample a folder of scans, as `mambahome preprocess` does, silently; keywords are its flags.
 
     Raises:
         DatasetError: a folder as a whole cannot be read.

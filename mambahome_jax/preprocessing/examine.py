@@ -78,10 +78,7 @@ class Checked:
 
 @shows_keywords(CheckConfig)
 def check(*, progress: bool = False, **flags: "Unpack[CheckFlags]") -> Checked:
-    """Look through a dataset before any work, as `mambahome check` does, and print nothing.
-
-    Args:
-        flags: those of the command, as keywords: folder, fast, json, ... (flags.CheckConfig).
+    """Look through a dataset before any work, as `mambahome check` does, silently; keywords are its flags.
 
     Raises:
         DatasetError: a folder as a whole cannot be read, or several cannot be joined.

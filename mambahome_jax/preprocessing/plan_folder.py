@@ -45,10 +45,7 @@ class FolderPlan:
 
 @shows_keywords(PlanConfig)
 def plan(**flags: "Unpack[PlanFlags]") -> FolderPlan:
-    """Choose settings for a dataset, as `mambahome plan` does, and print nothing.
-
-    Args:
-        flags: those of the command, as keywords: folder, memory, model, ... (flags.PlanConfig).
+    """Choose settings for a dataset, as `mambahome plan` does, silently; keywords are its flags.
 
     Raises:
         DatasetError: the folder cannot be read, or none of its scans can.

@@ -48,10 +48,7 @@ class Reported:
 
 @shows_keywords(ReportConfig)
 def report(*, progress: bool = False, **flags: "Unpack[ReportFlags]") -> Reported:
-    """Write the page about an evaluation, as `mambahome report` does, and print nothing.
-
-    Args:
-        flags: those of the command, as keywords: evaluation, predictions, references, images, ... (flags.ReportConfig).
+    """Write the page about an evaluation, as `mambahome report` does, silently; keywords are its flags.
 
     Raises:
         ConfigError: flags that do not fit together.

@@ -118,10 +118,7 @@ class Cleaned:
 
 @shows_keywords(CleanConfig)
 def clean(**flags: "Unpack[CleanFlags]") -> Cleaned:
-    """List what can go of runs and other output, as `mambahome clean` does, print nothing, and remove it on request.
-
-    Args:
-        flags: those of the command, as keywords: folder, yes, older_than (flags.CleanConfig).
+    """List what can go of runs and other output, and remove it with yes=True; keywords are the flags of `clean`.
 
     Raises:
         ConfigError: no such folder, a negative number of days.

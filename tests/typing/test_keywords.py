@@ -36,8 +36,7 @@ ALIASES = {
 
 def kinds() -> dict[str, tuple[type, tuple[str, ...]]]:
     """Name of the stub's class -> dataclass of the keywords, and fields that are no keywords."""
-    networks = {"SegMambaShape": config.SegMambaConfig, "PlainUNetShape": config.PlainUNetConfig}
-    networks |= {"ResEncUNetShape": config.ResEncUNetConfig}
+    networks = {"SegMambaShape": config.SegMambaConfig, "UNetShape": config.UNetConfig}
     return {
         **{
             f"{name.capitalize()}Flags": (getattr(flags, f"{name.capitalize()}Config"), ("given",)) for name in COMMANDS

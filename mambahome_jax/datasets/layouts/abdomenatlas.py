@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from mambahome_jax.datasets.base import Case, Dataset, case_of_masks, dataset_of, numbered
 from mambahome_jax.datasets.files import case_folders, listed, listing, plain, scans_of
@@ -54,5 +53,5 @@ def load(folder: Path) -> Dataset:
             cases.append(case_of_masks(name, files["ct"], "ct", labels, masks[name]))
     unknown = sorted(set().union(*tables) - set(labels.values()))
     notes = [f"masks that the table of AbdomenAtlas 1.1 does not name are left out: {listed(unknown)}"]
-    fields: dict[str, Any] = {"channels": ("CT",), "labels": labels, "notes": notes if unknown else ()}
-    return dataset_of(cases, skipped, folder, LOOKS_FOR, **fields)
+    notes = notes if unknown else []
+    return dataset_of(cases, skipped, folder, LOOKS_FOR, channels=("CT",), labels=labels, notes=notes)

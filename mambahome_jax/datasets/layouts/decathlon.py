@@ -55,12 +55,8 @@ def load(folder: Path) -> Dataset:
         )
     if any(isinstance(entry, dict) and "fold" in entry for entry in content.get("training") or ()):
         notes.append("the folds that dataset.json gives are not read; write the one to train on as splits_final.json")
-    fields: dict[str, Any] = {
-        "name": str(content.get("name") or own_name(folder)),
-        "channels": channels,
-        "labels": labels,
-    }
-    return dataset_of(cases, skipped, folder, LOOKS_FOR, notes=notes, **fields)
+    name = str(content.get("name") or own_name(folder))
+    return dataset_of(cases, skipped, folder, LOOKS_FOR, notes=notes, name=name, channels=channels, labels=labels)
 
 
 def _stems(content: dict[str, Any], key: str, file: Path) -> list[str]:

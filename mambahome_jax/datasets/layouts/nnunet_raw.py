@@ -73,12 +73,8 @@ def load(folder: Path) -> Dataset:
             else:
                 several = tuple(images) if len(images) > 1 else ()
                 cases.append(Case(name, images[0], label, split, modality_of(channels), images=several))
-    fields: dict[str, Any] = {
-        "name": str(content.get("name") or own_name(folder)),
-        "channels": channels,
-        "labels": labels,
-    }
-    return dataset_of(cases, skipped, folder, LOOKS_FOR, "no complete case", notes=notes, hint=hint, **fields)
+    known = {"name": str(content.get("name") or own_name(folder)), "channels": channels, "labels": labels}
+    return dataset_of(cases, skipped, folder, LOOKS_FOR, "no complete case", notes=notes, hint=hint, **known)
 
 
 def _listed(folder: Path, part: str, channels: tuple[str, ...]) -> dict[str, _Files]:

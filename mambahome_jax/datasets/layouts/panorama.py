@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from mambahome_jax.datasets.base import Case, Dataset, dataset_of, numbered
 from mambahome_jax.datasets.files import listing, plain, scans_of, walk
@@ -64,12 +63,8 @@ def load(folder: Path) -> Dataset:
         if study not in images
     ]
     commit = _commit(next(iter(labels.values())).parent)
-    fields: dict[str, Any] = {
-        "notes": [f"labels of commit {commit}"] if commit else [],
-        "hint": HINT,
-        "patients": "given",
-    }
-    return dataset_of(cases, skipped, folder, LOOKS_FOR, channels=("CT",), labels=LABELS, **fields)
+    fields = {"notes": (f"labels of commit {commit}",) * bool(commit), "hint": HINT, "patients": "given"}
+    return dataset_of(cases, skipped, folder, LOOKS_FOR, "no scan", channels=("CT",), labels=LABELS, **fields)
 
 
 def _commit(folder: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from mambahome_jax.config import Modality
 from mambahome_jax.datasets.base import Case, Dataset, Split, dataset_of, modality_of, optional_description
@@ -52,14 +52,14 @@ def load(path: Path) -> Dataset:
         except DatasetError as error:
             skipped.append((row.get("id") or f"line {number}", str(error)))
     unread = [name for name in table.columns if name not in _COLUMNS]
-    fields: dict[str, Any] = {
-        "name": file.stem if path.is_file() else own_name(path),
-        "channels": channels,
-        "labels": labels,
-        "notes": [f"columns of {file.name} that are not read: {listed(unread)}"] if unread else [],
-        "patients": "given" if any(row.get("patient") for _, row in table.rows) else None,
-    }
-    return dataset_of(cases.values(), skipped, file, LOOKS_FOR, "no usable row", **fields)
+    return dataset_of(
+        *(cases.values(), skipped, file, LOOKS_FOR, "no usable row"),
+        name=file.stem if path.is_file() else own_name(path),
+        channels=channels,
+        labels=labels,
+        notes=[f"columns of {file.name} that are not read: {listed(unread)}"] if unread else [],
+        patients="given" if any(row.get("patient") for _, row in table.rows) else None,
+    )
 
 
 def _case(row: Mapping[str, str], file: Path, number: int, default: Modality | None) -> Case:

@@ -7,7 +7,7 @@ a head, which deep supervision trains.
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from mambahome_jax.model.layers import FLOAT32, HE, LEAKY_SLOPE, ChannelDropout,
 from mambahome_jax.model.network import Network
 
 if TYPE_CHECKING:
-    from mambahome_jax.keywords import PlainUNetShape, ResEncUNetShape
+    from mambahome_jax.keywords import UNetShape
 
 ONE = (1, 1, 1)
 
@@ -193,7 +193,29 @@ class UNetDecoder(nnx.Module):
         return self.heads[-1](y), levels[1:]
 
 
-class PlainUNet(Network):
+class _UNet(Network):
+    """A U-Net of the configuration `form`."""
+
+    form: ClassVar[type[UNetConfig]]
+
+    def __init__(
+        self,
+        in_chans: int = 1,
+        out_chans: int = 13,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype=jnp.float32,
+        precision: Precision = "fp32",
+        metadata: DataProperties | None = None,
+        **shape: "Unpack[UNetShape]",
+    ):
+        config = self.form(in_chans, out_chans, **cast(dict[str, Any], shape))
+        super().__init__(
+            config, UNetEncoder, UNetDecoder, rngs=rngs, param_dtype=param_dtype, precision=precision, metadata=metadata
+        )
+
+
+class PlainUNet(_UNet):
     """nnU-Net's PlainConvUNet: two convolutions a stage, each with instance norm and leaky ReLU.
 
     model(x): (batch, depth, height, width, in_chans) -> logits (batch, depth, height, width, out_chans), float32
@@ -207,41 +229,13 @@ class PlainUNet(Network):
         shape: any other field of `PlainUNetConfig`, such as feat_size, strides and kernel_sizes.
     """
 
-    def __init__(
-        self,
-        in_chans: int = 1,
-        out_chans: int = 13,
-        *,
-        rngs: nnx.Rngs,
-        param_dtype=jnp.float32,
-        precision: Precision = "fp32",
-        metadata: DataProperties | None = None,
-        **shape: "Unpack[PlainUNetShape]",
-    ):
-        config = PlainUNetConfig(in_chans, out_chans, **cast(dict[str, Any], shape))
-        super().__init__(
-            config, UNetEncoder, UNetDecoder, rngs=rngs, param_dtype=param_dtype, precision=precision, metadata=metadata
-        )
+    form = PlainUNetConfig
 
 
-class ResEncUNet(Network):
+class ResEncUNet(_UNet):
     """nnU-Net's ResidualEncoderUNet: residual blocks in the encoder, one convolution a step in the decoder.
 
     Called and constructed as PlainUNet is; shape: any other field of `ResEncUNetConfig`.
     """
 
-    def __init__(
-        self,
-        in_chans: int = 1,
-        out_chans: int = 13,
-        *,
-        rngs: nnx.Rngs,
-        param_dtype=jnp.float32,
-        precision: Precision = "fp32",
-        metadata: DataProperties | None = None,
-        **shape: "Unpack[ResEncUNetShape]",
-    ):
-        config = ResEncUNetConfig(in_chans, out_chans, **cast(dict[str, Any], shape))
-        super().__init__(
-            config, UNetEncoder, UNetDecoder, rngs=rngs, param_dtype=param_dtype, precision=precision, metadata=metadata
-        )
+    form = ResEncUNetConfig
