@@ -195,14 +195,16 @@ def device_line() -> str:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """Return the versions of Python and of packages; "not installed" where one runs from its sources alone."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
 
-    def version(name: str) -> str:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            return "not installed"
 
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+@functools.cache
+def _version(name: str) -> str:
+    """Looked up once: every checkpoint tells it, and a look reads and parses the package's metadata."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def print_versions() -> None:
