@@ -17,7 +17,7 @@ os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 # Programs that one test compiled serve the others, in all workers of pytest-xdist and the processes that tests start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     PROGRAMS = tempfile.mkdtemp(prefix="mambahome-tests-")
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": PROGRAMS, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": PROGRAMS, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     atexit.register(shutil.rmtree, PROGRAMS, ignore_errors=True)
 
 import numpy as np

@@ -36,7 +36,7 @@ def two_processes(data, tmp_path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
-        xla = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
+        xla = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")
         environment = os.environ | {"XLA_FLAGS": xla, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
         arguments = [sys.executable, "-m", "tests.training.train_process", "--data_train", data]
         arguments += ["--output_dir", tmp_path / "two", "--coordinator_address", address, "--num_processes", 2, *flags]
