@@ -1,16 +1,20 @@
 """Devices: which ones work, how XLA compiles for them, where programs are kept, what reports say. Imports jax late."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
 import platform
 import subprocess
+import threading
 from collections.abc import Iterable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mambahome_jax.config import Precision
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.support.processes import in_thread
 
 if TYPE_CHECKING:
     import jax
@@ -29,6 +33,8 @@ _OPTIONS: dict[str, dict[str, str | bool]] = {
 # 118.5 ms a step with it, 7.9 GiB and 120.4 ms without (docs/experiments/speed.md).
 _LESS_MEMORY: dict[str, dict[str, str | bool]] = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": False}}
 
+# The libraries of CUDA of which XLA needs the most while it compiles, the first one first.
+_MUCH_READ = ("xla_cuda_plugin", "libcublas", "libcudnn", "libnvrtc", "libnvJitLink")
 _CUDA_PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin")
 # The part of a GPU's memory that JAX takes, unless one of the variables names another.
 JAX_SHARE = 0.75
@@ -54,6 +60,39 @@ def compiler_options(less_memory: bool = False) -> dict[str, str | bool]:
     wanted = _OPTIONS.get(backend, {}) | (_LESS_MEMORY.get(backend, {}) if less_memory else {})
     users = {flag.lstrip("-").split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
     return {name: value for name, value in wanted.items() if name not in users and known({name: value})}
+
+
+@functools.cache
+def begin_devices() -> Future[None]:
+    """Start the devices in a thread, and read CUDA's libraries ahead: XLA finds them in memory when it compiles.
+
+    On a machine that has just been started they come from its disk, a page at a time, while the GPU waits.
+    """
+
+    def begin() -> None:
+        import jax
+
+        if jax.default_backend() == "gpu":
+            buffer = bytearray(1 << 23)
+            for path in cuda_libraries():
+                with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+                    while threading.main_thread().is_alive() and file.readinto(buffer):
+                        pass
+
+    return in_thread(begin)
+
+
+def cuda_libraries(maps: Path = Path("/proc/self/maps")) -> list[Path]:
+    """The files of CUDA's libraries in this process, and those that cuDNN opens later; empty where no file `maps`
+    tells."""
+    try:
+        lines = maps.read_text().splitlines()
+    except OSError:
+        return []
+    mapped = {Path(line[line.index("/") :]) for line in lines if "/" in line}
+    later = {path for file in mapped if file.name.startswith("libcudnn") for path in file.parent.glob("libcudnn*.so*")}
+    files = {path.resolve() for path in mapped | later if path.name.startswith(_MUCH_READ)}
+    return sorted(files, key=lambda file: [not file.name.startswith(name) for name in _MUCH_READ])
 
 
 def default_precision(platform: str | None = None) -> Precision:

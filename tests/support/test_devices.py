@@ -1,7 +1,10 @@
 """Options for XLA: those that the version knows, and the user's own come first."""
 
+import contextlib
+import mmap
 import subprocess
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +68,18 @@ def test_the_part_of_a_gpu_that_the_environment_leaves_to_jax(monkeypatch, varia
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert devices.jax_share() == share
+
+
+def test_what_xla_reads_of_the_libraries_of_cuda(tmp_path):
+    opened = [tmp_path / name for name in ("libcudnn.so.9", "libcublasLt.so.13", "libcusolver.so.12")]
+    for path in (*opened, tmp_path / "libcudnn_engines_precompiled.so.9"):
+        path.write_bytes(b"code")
+    with contextlib.ExitStack() as stack:
+        for path in opened:
+            file = stack.enter_context(path.open("rb"))
+            stack.enter_context(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        if not Path("/proc/self/maps").exists():
+            pytest.skip("no list of the files in this process")
+        names = [path.name for path in devices.cuda_libraries()]
+    assert names[0] == "libcublasLt.so.13" and {*names[1:]} == {"libcudnn.so.9", "libcudnn_engines_precompiled.so.9"}
+    assert devices.cuda_libraries(tmp_path / "missing") == []
