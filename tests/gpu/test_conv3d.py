@@ -7,12 +7,15 @@ import pytest
 from mambahome_kernels import conv3d
 from mambahome_kernels.conv3d.api import why_not
 
+CUBE, IN_PLANE = (3, 3, 3), (3, 3, 1)
 
-def arrays(shape, outputs, dtype=jnp.bfloat16):
+
+def arrays(shape, outputs, size=CUBE, dtype=jnp.bfloat16):
     rng = np.random.default_rng(0)
     inputs = shape[-1]
     x = jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
-    kernel = jnp.asarray(rng.standard_normal((3, 3, 3, inputs, outputs), np.float32) / (27 * inputs) ** 0.5, dtype)
+    weights = rng.standard_normal((*size, inputs, outputs), np.float32) / (np.prod(size) * inputs) ** 0.5
+    kernel = jnp.asarray(weights, dtype)
     return x, kernel, jnp.asarray(rng.standard_normal((*shape[:-1], outputs), np.float32), dtype)
 
 
@@ -31,21 +34,26 @@ def relative(a, b) -> float:
 
 
 @pytest.mark.parametrize(
-    ("shape", "outputs"),
+    ("shape", "outputs", "size"),
     [
-        ((2, 64, 64, 64, 48), 48),
-        ((1, 56, 56, 40, 24), 48),
-        ((4, 28, 28, 20, 24), 24),
-        ((1, 9, 13, 22, 32), 32),
-        ((2, 20, 24, 32, 16), 64),
-        ((3, 1, 3, 5, 8), 8),
-        ((1, 24, 16, 8, 16), 16),
-        ((2, 10, 11, 8, 24), 48),
+        ((2, 64, 64, 64, 48), 48, CUBE),
+        ((1, 56, 56, 40, 24), 48, CUBE),
+        ((4, 28, 28, 20, 24), 24, CUBE),
+        ((1, 9, 13, 22, 32), 32, CUBE),
+        ((2, 20, 24, 32, 16), 64, CUBE),
+        ((3, 2, 3, 5, 8), 8, CUBE),
+        ((1, 24, 16, 8, 16), 16, CUBE),
+        ((2, 10, 11, 8, 24), 48, CUBE),
+        ((2, 64, 64, 10, 24), 24, IN_PLANE),
+        ((2, 37, 53, 11, 48), 24, IN_PLANE),
+        ((3, 2, 5, 3, 64), 16, IN_PLANE),
+        ((1, 12, 40, 64, 32), 64, IN_PLANE),
+        ((2, 7, 45, 70, 32), 40, (1, 3, 3)),
     ],
     ids=str,
 )
-def test_kernels_are_the_definition(shape, outputs):
-    inputs = arrays(shape, outputs)
+def test_kernels_are_the_definition(shape, outputs, size):
+    inputs = arrays(shape, outputs, size)
     wide = [a.astype(jnp.float32) for a in inputs]
     got = jax.jit(lambda *a: all_three(*a, "mosaic_gpu"))(*inputs)
     expected = jax.jit(lambda *a: all_three(*a, "reference"))(*wide)

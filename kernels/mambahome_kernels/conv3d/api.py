@@ -74,7 +74,7 @@ def conv3d(
         stride, padding: one number, or one an axis. By default the padding with which an odd kernel keeps the grid.
         precision: of float32, as in `jax.lax.conv_general_dilated`; HIGHEST is float32 on every device.
         backend: "reference" (the definition), "xla" (every device; on a GPU cuDNN), "mosaic_gpu" (a Pallas kernel for
-            Hopper GPUs: 3 x 3 x 3, few channels, bfloat16), or None for the best one here.
+            Hopper GPUs: 3 x 3 x 3, 3 x 3 x 1 or 1 x 3 x 3, few channels, bfloat16), or None for the best one here.
 
     Returns:
         (batch, depth', height', width', outputs) in x's dtype; bfloat16 is summed in float32.

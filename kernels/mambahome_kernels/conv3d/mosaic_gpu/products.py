@@ -33,6 +33,15 @@ class Operand(NamedTuple):
         return mma_utils.encode_descriptor(self.ref, self.along_k, self.along_other, None)
 
 
+class Product(NamedTuple):
+    """Which sums it belongs to, its left operand, and where in both operands it begins, in bytes."""
+
+    sums: int
+    left: int
+    left_offset: int
+    right_offset: int
+
+
 def _joined(registers: np.ndarray) -> fa.FragmentedArray:
     return fa.FragmentedArray(_registers=registers, _layout=fa.WGMMA_LAYOUT_ACC_32BIT, _is_signed=None)
 
@@ -55,9 +64,9 @@ def apart(array: fa.FragmentedArray, parts: int) -> tuple[fa.FragmentedArray, ..
 
 
 def multiply_add(
-    sums: Sequence[fa.FragmentedArray], left: Sequence[Operand], right: Operand, offsets: Iterable[tuple[int, int, int]]
+    sums: Sequence[fa.FragmentedArray], left: Sequence[Operand], right: Operand, products: Iterable[Product]
 ) -> tuple[fa.FragmentedArray, ...]:
-    """sums[k] += left[k] at one offset times right at another, for all (k, offset, offset) in bytes, when all are done.
+    """Adds all products to the sums, when all are done.
 
     sums (64, n) in float32; products of 64 x 16 and 16 x n, bfloat16.
     """
@@ -69,16 +78,16 @@ def multiply_add(
         step = llvm.ConstantOp(i64, ir.IntegerAttr.get(i64, mma_utils.encode_addr(offset))).result
         return llvm.add(descriptor, step, overflow_flags=llvm.IntegerOverflowFlags.none)
 
-    for k, left_offset, right_offset in offsets:
-        registers[k] = _wgmma.wgmma_m64(
-            registers[k],
-            moved(lefts[k], left_offset),
-            moved(rights, right_offset),
-            a_transpose=left[k].transposed,
+    for p in products:
+        registers[p.sums] = _wgmma.wgmma_m64(
+            registers[p.sums],
+            moved(lefts[p.left], p.left_offset),
+            moved(rights, p.right_offset),
+            a_transpose=left[p.left].transposed,
             b_transpose=right.transposed,
             a_k_stride=32,
             b_k_stride=32,
-            n=sums[k].shape[1],
+            n=sums[p.sums].shape[1],
             swizzle=32,  # bytes of K that one call of it goes over, a single instruction's
             a_element_type=bf16,
             b_element_type=bf16,
