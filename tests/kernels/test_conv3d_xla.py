@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from jax import lax
 from mambahome_kernels import conv3d
-from mambahome_kernels.conv3d.xla import product_3xtf32, split_tf32, three_products
+from mambahome_kernels.backends import exporting
+from mambahome_kernels.conv3d.api import Geometry
+from mambahome_kernels.conv3d.xla import multiply_windows, product_3xtf32, split_tf32, three_products
 from scipy.ndimage import correlate
 
 HIGHEST = lax.Precision.HIGHEST
@@ -112,3 +114,24 @@ def test_conv3d_of_unequal_axes_is_the_definition(size, x64):
             )
             got = conv3d(x, kernel, stride, pad, precision=HIGHEST)
             np.testing.assert_allclose(got, expected, atol=1e-10 if x64 else 1e-4)
+
+
+@pytest.mark.parametrize(("size", "stride"), [((3, 3, 3), 1), ((3, 3, 1), 1), ((7, 7, 7), 2), ((7, 7, 1), (2, 2, 1))])
+def test_a_single_channel_by_its_windows_is_the_definition(size, stride):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((2, 8, 9, 10, 1), np.float32), rng.standard_normal((*size, 1, 5), np.float32)
+    geometry = Geometry.of(kernel, stride, None)
+    expected, pull = jax.vjp(lambda x, k: conv3d(x, k, stride, precision=HIGHEST, backend="xla"), x, kernel)
+    dy = rng.standard_normal(expected.shape, np.float32)
+    got, pull_windows = jax.vjp(lambda x, k: multiply_windows(geometry, x, k), x, kernel)
+    for ours, right in zip((got, *pull_windows(dy)), (expected, *pull(dy)), strict=True):
+        assert relative(ours, right) < 1e-6
+
+
+def test_a_single_bfloat16_channel_is_no_convolution_on_a_gpu():
+    x, kernel = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 8, 8, 6, 1), (3, 3, 1, 1, 24)))
+    loss = jax.grad(lambda kernel, x: jnp.sum(conv3d(x, kernel).astype(jnp.float32)))
+    with exporting("gpu", 2):
+        text = jax.jit(loss).lower(kernel, x).as_text()
+    assert "stablehlo.dot_general" in text
+    assert "stablehlo.convolution" not in text

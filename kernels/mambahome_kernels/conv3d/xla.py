@@ -39,15 +39,58 @@ def _in_own_dtype(x: jax.Array, kernel: jax.Array, geometry: Geometry, precision
     if platform() == "cpu" and (math.prod(x.shape[1:4]) > _SMALL_GRID or x.dtype == jnp.float64):
         by = _by_depths if geometry.stride == (1, 1, 1) else _by_slices
         return by(x, kernel, geometry, precision)
-    product = functools.partial(
+    if platform() == "gpu" and x.dtype == jnp.bfloat16 and x.shape[-1] == 1:
+        return multiply_windows(geometry, x, kernel)
+    product = _whole(geometry)
+    if precision == lax.Precision.HIGHEST and x.dtype == jnp.float32 and platform() == "gpu":
+        return product_3xtf32(product, x, kernel)  # cuDNN's convolutions without tensor cores take twice as long
+    return product(x, kernel, precision=precision)
+
+
+def _whole(geometry: Geometry) -> Callable[..., jax.Array]:
+    """XLA's own convolution of x and kernel."""
+    return functools.partial(
         lax.conv_general_dilated,
         window_strides=geometry.stride,
         padding=geometry.pads,
         dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
     )
-    if precision == lax.Precision.HIGHEST and x.dtype == jnp.float32 and platform() == "gpu":
-        return product_3xtf32(product, x, kernel)  # cuDNN's convolutions without tensor cores take twice as long
-    return product(x, kernel, precision=precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def multiply_windows(geometry: Geometry, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolve a single channel by one matrix product with what every tap sees.
+
+    cuDNN computes it without tensor cores, which take eight channels or more.
+    """
+    return jnp.einsum("ijkbdhw,ijko->bdhwo", _windows(geometry, x), kernel[:, :, :, 0])
+
+
+def _windows(geometry: Geometry, x: jax.Array) -> jax.Array:
+    """(kd, kh, kw, batch, depth', height', width'), gathered one axis at a time."""
+    seen = jnp.pad(x[..., 0], ((0, 0), *geometry.pads))
+    grid = geometry.output_grid(x.shape[1:4])
+    for axis in (2, 1, 0):
+        step, span, at = geometry.stride[axis], geometry.stride[axis] * (grid[axis] - 1) + 1, axis - 3
+        taps = range(geometry.sizes[axis])
+        seen = jnp.stack([lax.slice_in_dim(seen, tap, tap + span, step, seen.ndim + at) for tap in taps])
+    return seen
+
+
+def _save_both(geometry: Geometry, x: jax.Array, kernel: jax.Array):
+    return multiply_windows(geometry, x, kernel), (x, kernel)
+
+
+def _window_gradients(geometry: Geometry, saved: tuple[jax.Array, jax.Array], cotangent: jax.Array):
+    x, kernel = saved
+    # Gathered anew: XLA would keep what the forward pass gathered until here.
+    x, cotangent = lax.optimization_barrier((x, cotangent))
+    (to_x,) = jax.linear_transpose(lambda x: _whole(geometry)(x, kernel), x)(cotangent)
+    summed = jnp.einsum("ijkbdhw,bdhwo->ijko", _windows(geometry, x), cotangent, preferred_element_type=jnp.float32)
+    return to_x, summed[:, :, :, None].astype(kernel.dtype)
+
+
+multiply_windows.defvjp(_save_both, _window_gradients)
 
 
 def _multiply_patches(x: jax.Array, kernel: jax.Array, precision: lax.Precision | None) -> jax.Array:
