@@ -59,7 +59,9 @@ def compiler_options(less_memory: bool = False) -> dict[str, str | bool]:
     backend = jax.default_backend()
     wanted = _OPTIONS.get(backend, {}) | (_LESS_MEMORY.get(backend, {}) if less_memory else {})
     users = {flag.lstrip("-").split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
-    return {name: value for name, value in wanted.items() if name not in users and known({name: value})}
+    wanted = {name: value for name, value in wanted.items() if name not in users}
+    # All at once first, as each question is a program to compile.
+    return wanted if not wanted or known(wanted) else {name: value for name, value in wanted.items() if known({name: value})}
 
 
 @functools.cache

@@ -79,6 +79,13 @@ def own_device(devices: Sequence[jax.Device]) -> jax.Device:
     return next(device for device in devices if device.process_index == jax.process_index())
 
 
+def on_host() -> contextlib.AbstractContextManager[Any]:
+    """Make arrays on a CPU: the small programs that this takes are compiled in less time than those of a GPU."""
+    with contextlib.suppress(RuntimeError):  # the user may have left JAX its GPU alone
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    return contextlib.nullcontext()
+
+
 def copy_to(tree: Any, device: jax.Device) -> Any:
     """Whole arrays on one device of this process; with several processes all of them have to call it."""
     sharding = jax.tree.leaves(tree)[0].sharding

@@ -35,6 +35,7 @@ from mambahome_jax.training.distributed import (
     gather,
     is_first,
     make_mesh,
+    on_host,
     own_device,
     put_batch,
     replicated,
@@ -214,14 +215,16 @@ def build_networks(setup: Setup, new: bool) -> tuple[nnx.GraphDef, nnx.GraphDef,
     """
     seed, source, transferred = setup.flags.seed, setup.flags.use_pretrained, None
     # Not traced by nnx.eval_shape where values are not needed: that takes longer than to draw them.
-    model = make_network(setup.model, rngs=nnx.Rngs(seed), precision=setup.precision, metadata=setup.properties)
+    with on_host():
+        model = make_network(setup.model, rngs=nnx.Rngs(seed), precision=setup.precision, metadata=setup.properties)
     graphdef, params = _split(model)
     if new and source not in ("", "False"):
         params, transferred = transfer(read_weights(source), params, setup.model, setup.properties, source)
         model = nnx.merge(graphdef, params)
     if not setup.recipe.deep_supervision:
         return graphdef, graphdef, params, transferred
-    trained = DeepSupervision(model, rngs=nnx.Rngs(seed + 1), precision=setup.precision)
+    with on_host():
+        trained = DeepSupervision(model, rngs=nnx.Rngs(seed + 1), precision=setup.precision)
     return graphdef, *_split(trained), transferred
 
 
