@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -177,7 +177,8 @@ def _run_until_broken(
     """Take jobs from `waiting` until none is left or a process dies; the jobs that ran then go to `suspects`."""
     context = multiprocessing.get_context("spawn")
     listener, stop = context.Pipe(duplex=False)
-    with _one_thread_each(), listener, stop:
+    # They share the cores, so the linear algebra of each gets one thread.
+    with environment(dict.fromkeys(_THREAD_VARIABLES, "1")), listener, stop:
         executor: Executor = (
             ThreadPoolExecutor(1)
             if threads
@@ -370,10 +371,10 @@ def _interrupt_held_back() -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Environment for spawned processes: they share the cores, so each one's linear algebra gets one thread."""
-    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
+def environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Have these variables in the environment while it lasts, as for processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:

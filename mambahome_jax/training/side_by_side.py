@@ -29,7 +29,7 @@ from mambahome_jax.support.console import duration, protect_output, say
 from mambahome_jax.support.devices import SHARE_VARIABLES, jax_share
 from mambahome_jax.support.output_folder import locked
 from mambahome_jax.support.paths import local_path
-from mambahome_jax.support.processes import end_with_parent
+from mambahome_jax.support.processes import end_with_parent, environment
 from mambahome_jax.training.distributed import launched_as_several
 from mambahome_jax.training.folds import networks_of, rounds_of
 from mambahome_jax.training.progress import train_line
@@ -151,19 +151,10 @@ def _start(job: Job, slot: Slot, loud: bool) -> Running:
     process = context.Process(target=train_apart, args=(job.flags, begun, loud, sender))
     # JAX refuses both variables of the share.
     share = next((name for name in SHARE_VARIABLES if os.environ.get(name)), SHARE_VARIABLES[-1])
-    environment = {VISIBLE: slot.gpu} if slot.gpu else {}
-    environment |= {share: f"{slot.memory:.3f}"} if slot.gpu and slot.memory else {}
-    before = {name: os.environ.get(name) for name in environment}
-    os.environ.update(environment)
-    try:
-        with _no_main_module():
-            process.start()
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    variables = {VISIBLE: slot.gpu} if slot.gpu else {}
+    variables |= {share: f"{slot.memory:.3f}"} if slot.gpu and slot.memory else {}
+    with environment(variables), _no_main_module():
+        process.start()
     sender.close()
     return Running(job, slot, process, receiver)
 
