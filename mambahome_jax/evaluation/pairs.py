@@ -19,7 +19,7 @@ from mambahome_jax.imaging.dicom import files_in, sort_out
 from mambahome_jax.imaging.formats import SCAN_SUFFIXES, alternatives, scan_stem
 from mambahome_jax.imaging.geometry import SCORE_VOXELS, require_same_grid
 from mambahome_jax.imaging.volume import Volume, read_grid, read_labels, replace_values
-from mambahome_jax.support.files import read_json, record_of
+from mambahome_jax.support.files import earlier_json, read_json, record_of
 from mambahome_jax.support.paths import one_form
 
 RUN, DATASET = "run.json", "dataset.json"
@@ -272,10 +272,7 @@ def left_out_of(predictions: Path) -> set[str]:
 
 
 def _report_of(predictions: Path) -> dict[str, Any]:
-    try:
-        return read_json((predictions if predictions.is_dir() else predictions.parent) / RUN)
-    except DatasetError:
-        return {}
+    return earlier_json((predictions if predictions.is_dir() else predictions.parent) / RUN)
 
 
 def _objects(value: Any) -> list[Mapping[str, Any]]:

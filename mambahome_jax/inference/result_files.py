@@ -22,7 +22,7 @@ from mambahome_jax.imaging.pictures import write_preview
 from mambahome_jax.imaging.volume import Volume, read_grid, read_labels, write_volume
 from mambahome_jax.inference.postprocess import postprocess, volumes_ml, whole_probabilities, write_probabilities
 from mambahome_jax.inference.segment import Segmenter
-from mambahome_jax.support.files import jsonable, parse_json, read_json, record_of, renewed
+from mambahome_jax.support.files import earlier_json, jsonable, parse_json, record_of, renewed
 from mambahome_jax.support.paths import as_on_disk, one_form
 
 DICOM_SEG = "dcm"  # --output_format
@@ -273,10 +273,7 @@ def _is_of(entry: Mapping[str, Any], name: str) -> bool:
 
 def _read_earlier(folder: Path) -> dict[str, Entry]:
     """Read run.json's entries, and the notes of a run that was stopped before it wrote one, where they are readable."""
-    try:
-        report = read_json(folder / REPORT)
-    except DatasetError:
-        report = {}
+    report = earlier_json(folder / REPORT)
     entries = report.get("cases")
     rows = entries if isinstance(entries, list) else []
     with contextlib.suppress(OSError, ValueError):

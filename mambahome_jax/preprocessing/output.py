@@ -8,11 +8,11 @@ from pathlib import Path
 
 from mambahome_jax.datasets.files import fault_of_name, listed, listing
 from mambahome_jax.datasets.prepared import DESCRIPTION, begin_prepared
-from mambahome_jax.errors import ConfigError, DatasetError, OutputError
+from mambahome_jax.errors import ConfigError, OutputError
 from mambahome_jax.patches.store import CASE_FILE, read_entry, remove_index
 from mambahome_jax.preprocessing.case import CaseJob
 from mambahome_jax.support.console import Say
-from mambahome_jax.support.files import not_written, read_json
+from mambahome_jax.support.files import earlier_json, not_written
 from mambahome_jax.support.output_folder import open_output
 from mambahome_jax.support.paths import one_form
 
@@ -91,11 +91,7 @@ class OutputFolder:
             raise ConfigError(f"{file}: not written by preprocess, but would be replaced. Name another {_FLAG}")
 
     def _description(self) -> dict:
-        try:
-            return read_json(self.root / DESCRIPTION)
-        except DatasetError:
-            # Missing, or damaged by whatever stopped an earlier run.
-            return {}
+        return earlier_json(self.root / DESCRIPTION)
 
     def _scans(self) -> list[Path]:
         return [path for part in ("images", "labels") for path in listing(self.root / part)[1].values()]

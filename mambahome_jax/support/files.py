@@ -129,6 +129,13 @@ def json_form(value: Any) -> str:
     return forms.get(type(value), "a number")
 
 
+def earlier_json(path: Path) -> dict[str, Any]:
+    """What an earlier command wrote, as `read_json`; empty where it is missing, or damaged by what stopped that."""
+    with contextlib.suppress(DatasetError):
+        return read_json(path)
+    return {}
+
+
 def jsonable(value: Any) -> Any:
     """The value as JSON takes it, at any depth: paths as text, nan and inf as None."""
     if isinstance(value, Mapping):

@@ -30,19 +30,13 @@ def from_keywords(kind: type[Config], flags: Mapping[str, Any]) -> Config:
     if missing := [n for n, field in fields.items() if field.default is dataclasses.MISSING and n not in flags]:
         raise ConfigError(f"{', '.join(missing)}: required, but not given")
     hints = get_type_hints(kind)
-    values = {name: typed_value(name, value, hints[name]) for name, value in flags.items()}
+    values = {}
+    for name, value in flags.items():
+        try:
+            values[name] = _read(value, hints[name])
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{name} is {value!r}; expected {described(hints[name])}") from error
     return kind(**values, **({"given": tuple(sorted(flags))} if "given" in hints else {}))
-
-
-def typed_value(name: str, value: Any, kind: Any) -> Any:
-    """The value of a keyword as its annotation has it: sequences as tuples, text of a path as a Path.
-
-    Raises ConfigError: of another type, or a path that cannot be opened.
-    """
-    try:
-        return _read(value, kind)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name} is {value!r}; expected {described(kind)}") from error
 
 
 def described(kind: Any) -> str:
@@ -59,7 +53,10 @@ def described(kind: Any) -> str:
 
 
 def _read(value: Any, kind: Any) -> Any:
-    """Raises TypeError or ValueError: no value of this kind."""
+    """The value of a keyword as its annotation has it: sequences as tuples, text of a path as a Path.
+
+    Raises TypeError or ValueError: no value of this kind.
+    """
     arguments, origin = get_args(kind), get_origin(kind)
     if origin in (Union, types.UnionType):
         for each in arguments:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Unpack
 import jax
 
 from mambahome_jax.datasets import prepared
-from mambahome_jax.errors import ConfigError, DatasetError, OutputError
+from mambahome_jax.errors import ConfigError, OutputError
 from mambahome_jax.flags import CleanConfig
 from mambahome_jax.preprocessing.plan import PLAN
 from mambahome_jax.support.devices import program_cache
-from mambahome_jax.support.files import bytes_of, free_bytes, read_json, said_bytes
+from mambahome_jax.support.files import bytes_of, earlier_json, free_bytes, said_bytes
 from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import LOCK, held, holder_of
 from mambahome_jax.support.processes import SHARED_MEMORY, batch_bytes, needed_bytes
@@ -216,10 +216,8 @@ def _in_folder(folder: Path, kept: dict[Path, str]) -> Iterator[Removable]:
 
 def _report(folder: Path) -> dict[str, Any] | None:
     """run.json of a training, None where there is none."""
-    with contextlib.suppress(DatasetError):
-        report = read_json(folder / "run.json")
-        return report if report.get("command") == "train" else None
-    return None
+    report = earlier_json(folder / "run.json")
+    return report if report.get("command") == "train" else None
 
 
 def _why_kept(run: Path, report: Mapping[str, Any]) -> str:

@@ -160,13 +160,9 @@ def missing_folds(folder: Path, held_out_cases: Sequence[Sequence[str]]) -> dict
     """{fold: why its scores cannot be counted} of those in `folder` that have not ended, or hold other cases out."""
     missing = {}
     for fold, cases in enumerate(held_out_cases):
-        try:
-            report = read_json(folder / f"{FOLD}_{fold}" / "run.json")
-        except DatasetError:
-            missing[fold] = "not begun"
-            continue
+        report = earlier_report(folder / f"{FOLD}_{fold}")
         if report.get("status") != "finished":
-            missing[fold] = str(report.get("status"))
+            missing[fold] = str(report.get("status", "not begun"))
         elif {*report.get("data", {}).get("digests", {}).get("val", ())} != {*cases}:
             missing[fold] = f"it holds out other cases; remove {folder / f'{FOLD}_{fold}'} first"
     return missing

@@ -34,7 +34,7 @@ from mambahome_jax.inference.postprocess import keep_largest
 from mambahome_jax.inference.tiled import Replica
 from mambahome_jax.patches.store import Store
 from mambahome_jax.reporting.report import write_report
-from mambahome_jax.support.files import read_json, write_json
+from mambahome_jax.support.files import earlier_json, write_json
 from mambahome_jax.support.output_folder import open_output
 from mambahome_jax.support.processes import usable_cores
 from mambahome_jax.training.distributed import gather, is_first
@@ -220,10 +220,7 @@ def on_own_grid(labels: Volume, image: Path) -> Volume:
 
 def _scored_before(output: Path, checkpoint: Mapping[str, Any], cases: Sequence[str]) -> dict[str, Any] | None:
     """The summary of an earlier end of this run, where it is of the same checkpoint and all cases."""
-    try:
-        summary = read_json(output / SUMMARY)
-    except DatasetError:
-        return None
+    summary = earlier_json(output / SUMMARY)
     whole = summary.get("checkpoint") == checkpoint and summary.get("cases") == len(cases)
     return summary if whole and all((output / f"{case}.nii.gz").is_file() for case in cases) else None
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from mambahome_jax.datasets.splits import outside_split
-from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.support.devices import device_line, git_state, versions
-from mambahome_jax.support.files import jsonable, read_json, write_json
+from mambahome_jax.support.files import earlier_json, jsonable, write_json
 from mambahome_jax.training.checkpoints import PACKAGES
 from mambahome_jax.training.distributed import is_first
 from mambahome_jax.training.setup import Setup
@@ -85,10 +84,7 @@ def scores_entry(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def earlier_report(folder: Path) -> dict[str, Any]:
     """What run.json says of the run that is being continued; empty where it says nothing."""
-    try:
-        return read_json(folder / "run.json")
-    except DatasetError:
-        return {}
+    return earlier_json(folder / "run.json")
 
 
 def save_report(folder: Path, report: Mapping[str, Any]) -> None:

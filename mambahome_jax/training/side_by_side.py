@@ -23,13 +23,13 @@ from rich.console import Console
 from mambahome_jax.datasets.prepared import detect
 from mambahome_jax.errors import MambaHomeError
 from mambahome_jax.flags import TrainConfig
-from mambahome_jax.preprocessing.plan import follow_plan, is_given
-from mambahome_jax.preprocessing.plan_folder import planned_settings
+from mambahome_jax.preprocessing.plan import is_given
 from mambahome_jax.support.console import duration, protect_output, say
 from mambahome_jax.support.devices import SHARE_VARIABLES, jax_share
 from mambahome_jax.support.output_folder import locked
 from mambahome_jax.support.paths import local_path
 from mambahome_jax.support.processes import end_with_parent, environment
+from mambahome_jax.training.contestants import as_planned
 from mambahome_jax.training.distributed import launched_as_several
 from mambahome_jax.training.folds import networks_of, rounds_of
 from mambahome_jax.training.progress import train_line
@@ -218,8 +218,7 @@ def train_side_by_side(flags: TrainConfig, gpus: Sequence[str], console: Console
     gpus: names as CUDA_VISIBLE_DEVICES takes them. JAX must not have been started in this process.
     Raises MambaHomeError before anything is trained.
     """
-    plan = planned_settings(flags)
-    planned = follow_plan(flags, plan.settings, plan.machine)
+    planned = as_planned(flags)
     if flags.max_minutes is None and planned.max_minutes is not None:  # those that are planned for folds in turn
         flags = replace(flags, max_minutes=planned.max_minutes / flags.networks * rounds_of(flags.networks, len(gpus)))
     folder = run_folder(planned)

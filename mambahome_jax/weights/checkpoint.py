@@ -130,20 +130,26 @@ def write_checkpoint(folder: Path | str, params: Any, config: dict[str, Any], *,
     """
     folder = openable_path(folder).absolute()
     require_letters(folder)
+    with _new_checkpoint(folder, config, overwrite) as partial:
+        require_space(folder.parent, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params)))
+        with quiet_orbax(), ocp.Checkpointer(writing_handler()) as checkpointer:
+            checkpointer.save(partial, args=ocp.args.Composite(**{MODEL_ITEM: ocp.args.PyTreeSave(params)}))
+    return folder
+
+
+@contextlib.contextmanager
+def _new_checkpoint(folder: Path, config: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+    """Give the place to write to, which takes that of `folder` at the end. Raises OutputError."""
     if folder.exists() and not overwrite:
         raise OutputError(f"{folder} exists already; expected a new folder. Choose another name or pass --overwrite")
     partial = prepare_partial(folder)
     try:
-        require_space(folder.parent, sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(params)))
-        with quiet_orbax(), ocp.Checkpointer(writing_handler()) as checkpointer:
-            checkpointer.save(partial, args=ocp.args.Composite(**{MODEL_ITEM: ocp.args.PyTreeSave(params)}))
+        yield partial
         finish_checkpoint(folder, config)
-    except WRITE_ERRORS as error:
+    except (*WRITE_ERRORS, safetensors.SafetensorError) as error:
         remove_partial(folder)
-        raise OutputError(
-            f"{folder}: cannot be written ({why_not_written(error)}). Is the disk full or read-only?"
-        ) from error
-    return folder
+        reason = why_not_written(error)
+        raise OutputError(f"{folder}: cannot be written ({reason}). Is the disk full or read-only?") from error
 
 
 def write_hub_folder(
@@ -153,20 +159,10 @@ def write_hub_folder(
 
     Args and errors as of `write_checkpoint`; tensors: by published name, in torch's layout. card: Markdown.
     """
-    folder = folder.absolute()
-    if folder.exists() and not overwrite:
-        raise OutputError(f"{folder} exists already; expected a new folder. Choose another name or pass --overwrite")
-    partial = prepare_partial(folder)
-    try:
+    with _new_checkpoint(folder.absolute(), config, overwrite) as partial:
         partial.mkdir()
         safetensors.numpy.save_file(dict(tensors), partial / HUB_WEIGHTS, metadata={"format": "pt"})
         (partial / MODEL_CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
-        finish_checkpoint(folder, config)
-    except (OSError, safetensors.SafetensorError) as error:
-        remove_partial(folder)
-        raise OutputError(
-            f"{folder}: cannot be written ({why_not_written(error)}). Is the disk full or read-only?"
-        ) from error
 
 
 def model_card(config: NetworkConfig, data: DataProperties | None, parameters: int) -> str:
