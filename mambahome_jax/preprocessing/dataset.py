@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -163,7 +163,7 @@ def prepare_dataset(
         orientation=config.orientation.upper(),
         channels=dataset.channels,
         labels=labels,
-        cases=tuple(_prepared_case(job, entry) for job, entry in zip(done, ordered, strict=True)),
+        cases=tuple(_with_twins(map(_prepared_case, done, ordered), ordered, say)),
         skipped=(*dataset.skipped, *failing),
         ct_normalisation=_scale(output / "store", done, say) if percentiles else PUBLISHED_WINDOW,
         patients=dataset.patients,
@@ -358,6 +358,22 @@ def _scale(store: Path, jobs: Iterable[CaseJob], say: Say) -> CtNormalisation:
     )
     say(f"CT is normalised by its labelled voxels: {numbers}")
     return scale
+
+
+def _with_twins(cases: Iterable[PreparedCase], entries: Iterable[StoreEntry], say: Say) -> list[PreparedCase]:
+    """Make the cases of one image one patient's, so that none is held out whose image is trained on."""
+    cases, first, patient_of = list(cases), dict[str, PreparedCase](), dict[str, str]()
+    for case, entry in zip(cases, entries, strict=True):
+        # Entries of earlier versions do not say.
+        twin = first.setdefault(next(iter(entry.contents), case.id), case)
+        # Those that were joined before are asked for by what they are called now.
+        one, other = (patient_of.get(each.patient, each.patient) for each in (case, twin))
+        if one != other:
+            patient_of |= {name: other for name in (one, *(n for n, now in patient_of.items() if now == one))}
+        if twin is not case:
+            parts = f"; the dataset has them in {twin.split} and {case.split}" if twin.split != case.split else ""
+            say(f"Note: {case.id} and {twin.id} are the same image, and count as one patient{parts}")
+    return [replace(case, patient=patient_of.get(case.patient, case.patient)) for case in cases]
 
 
 def _prepared_case(job: CaseJob, entry: StoreEntry) -> PreparedCase:

@@ -233,3 +233,15 @@ def test_several_processes_give_the_same_files(config, tmp_path):
     assert (run(alone), run(together)) == (1, 1)
     for name in ("images/a.nii.gz", "labels/c.nii.gz", "dataset.json", "store/index.json"):
         assert (alone.output_path / name).read_bytes() == (together.output_path / name).read_bytes()
+
+
+def test_cases_of_one_image_are_one_patient(config, capsys):
+    """Under two names, one of them would be held out while the other is trained on."""
+    image, label = scan()
+    write(config.input_path / "images" / "x.nii.gz", image)
+    write(config.input_path / "labels" / "x.nii.gz", label)
+    run(config)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Note: x and a are the same image, and count as one patient" in out
+    patients = {case.id: case.patient for case in read_prepared(config.output_path).cases}
+    assert patients["x"] == patients["a"] and len({*patients.values()}) == 3
