@@ -22,6 +22,8 @@ Product = Callable[[jax.Array, jax.Array], jax.Array]
 _SMALL_GRID = 1024
 # Products up to which a float32 convolution is summed in float64 on a CPU, where that takes about as long.
 _FEW_PRODUCTS = 2**25
+# Taps up to which one kernel gathers windows along all axes: XLA compiles that of 7 x 7 x 7 for half a minute.
+_MOST_AT_ONCE = 27
 _TF32_BITS = np.uint32(0xFFFFE000)  # sign, exponent and the ten bits of TF32's mantissa
 
 
@@ -72,8 +74,10 @@ def _windows(geometry: Geometry, x: jax.Array) -> jax.Array:
     grid = geometry.output_grid(x.shape[1:4])
     for axis in (2, 1, 0):
         step, span, at = geometry.stride[axis], geometry.stride[axis] * (grid[axis] - 1) + 1, axis - 3
-        taps = range(geometry.sizes[axis])
-        seen = jnp.stack([lax.slice_in_dim(seen, tap, tap + span, step, seen.ndim + at) for tap in taps])
+        if math.prod(geometry.sizes) > _MOST_AT_ONCE:
+            seen = lax.optimization_barrier(seen)
+        taps = (lax.slice_in_dim(seen, i, i + span, step, seen.ndim + at) for i in range(geometry.sizes[axis]))
+        seen = jnp.stack(list(taps))
     return seen
 
 

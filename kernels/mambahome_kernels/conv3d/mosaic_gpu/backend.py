@@ -86,9 +86,8 @@ def _why_not(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> str | None:
         return f"the weights of {inputs} by {outputs} channels do not fit into shared memory"
     if view.stacks * view.planes == 1:
         return f"x is {x.shape}, one plane"  # which Pallas would copy for the zeros before and behind it as well
-    rows, columns = weight_gradient.TILE
-    too_wide = {columns, view.margin(rows, columns, 1)[1]}
-    if PIECE in (inputs, outputs) and view.columns in too_wide:  # Pallas would copy tiles as single runs of bytes
+    widths = weight_gradient.TILE[1], view.margin(*weight_gradient.TILE, 1)[1]
+    if PIECE in (inputs, outputs) and view.columns in widths:  # Pallas would copy tiles as single runs of bytes
         return f"{PIECE} channels in rows of {view.columns} voxels"
     return why_not_hopper(newer=False)
 

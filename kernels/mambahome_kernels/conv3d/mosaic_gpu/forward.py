@@ -88,10 +88,8 @@ class Sizes(NamedTuple):
 
 
 def _pairs(taps: list[tuple[int, int]], pieces: int) -> Iterator[Pair]:
-    """Every piece of every tap; of an odd number, the last pieces of two taps together.
-
-    The very last one has one beside it that is in a pair already, and counts for nothing here.
-    """
+    """Every piece of every tap; of an odd number, the last pieces of two taps together, and the very last with one that
+    is in a pair already and counts for nothing here."""
     for tap in taps:
         for piece in range(0, pieces - 1, 2):
             yield Pair((*tap, piece), (*tap, piece + 1))
