@@ -61,7 +61,9 @@ def compiler_options(less_memory: bool = False) -> dict[str, str | bool]:
     users = {flag.lstrip("-").split("=")[0] for flag in os.environ.get("XLA_FLAGS", "").split()}
     wanted = {name: value for name, value in wanted.items() if name not in users}
     # All at once first, as each question is a program to compile.
-    return wanted if not wanted or known(wanted) else {name: value for name, value in wanted.items() if known({name: value})}
+    if not wanted or known(wanted):
+        return wanted
+    return {name: value for name, value in wanted.items() if known({name: value})}
 
 
 @functools.cache
