@@ -19,7 +19,7 @@ from flops import matrix_flops, peak_tflops
 from profiling import print_kernel_times
 
 from mambahome_jax.config import MODEL_SIZES
-from mambahome_jax.inference.networks import compiled_network
+from mambahome_jax.inference.ensemble import compiled_network
 from mambahome_jax.model.networks import make_network
 
 MULTIPLE = 16  # of the published network's windows

@@ -27,7 +27,7 @@ from mambahome_jax.imaging import dicomseg, itk
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.imaging.normalisation import CtScale, normalisation_for
 from mambahome_jax.imaging.volume import Volume, read_volume
-from mambahome_jax.inference.ensemble import Ensemble, members_of
+from mambahome_jax.inference.ensemble import Ensemble, bind, members_of
 from mambahome_jax.inference.read_ahead import held_bytes, read_ahead
 from mambahome_jax.inference.result_files import DICOM_SEG, REPORT, VOLUMES, Entry, ResultFiles, Segmented
 from mambahome_jax.inference.segment import NetworkInput, Segmenter, SegmentOptions, label, to_network_grid
@@ -424,8 +424,6 @@ def _load(config: InferConfig, paths: Sequence[Path]) -> tuple[Segmenter, list[s
     networks = Ensemble.of(models, names, list(map(_home, paths)))
     for model in models:
         if not isinstance(model, ExportedModel):
-            from mambahome_jax.inference.networks import bind  # not for exported ones, as it imports flax
-
             bind(model)
     options = SegmentOptions(**{field.name: getattr(config, field.name) for field in fields(SegmentOptions)})
     segmenter = Segmenter.of(networks, options)

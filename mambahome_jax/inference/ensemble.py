@@ -8,7 +8,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, compress, product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,11 @@ from mambahome_jax.errors import ConfigError
 from mambahome_jax.imaging.intensity import voxel_digest
 from mambahome_jax.imaging.normalisation import PUBLISHED_WINDOW
 from mambahome_jax.inference.tiled import Predict, Replica
+from mambahome_jax.support.devices import compiler_options
 from mambahome_jax.weights.exported import ExportedModel, ExportedNetwork
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 _UNMIRRORED = "tta mirrors no window, as the checkpoint of nnU-Net allows no axis"
 # Below it, half of what a network marks is wrong, or half of what there is is missed.
@@ -299,9 +303,36 @@ def replicas(
 def _on(member: Any, device: jax.Device | None) -> Predict:
     if isinstance(member, ExportedNetwork):
         return member.on(device)
-    from mambahome_jax.inference.networks import on_device  # not for exported ones, as it imports flax
+    from flax import nnx  # not for exported ones
 
-    return on_device(member, device)
+    graph, state = nnx.split(member)
+    return partial(apply_network, graph, state if device is None else jax.device_put(state, device))
+
+
+def bind(network: "nnx.Module") -> None:
+    """Bind a network to the first device as in validation, so that the program which that compiled is found again."""
+    from flax import nnx
+
+    nnx.update(network, jax.device_put(nnx.state(network), jax.devices()[0]))
+
+
+def apply_network(graph: "nnx.GraphDef", state: Any, windows: jax.Array) -> jax.Array:
+    """Logits of windows. Validation calls it too, so that inference finds it compiled in the cache."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((state, windows))):
+        return _logits(graph, state, windows)  # a part of what the caller compiles, which may not have own options
+    return compiled_network()(graph, state, windows)
+
+
+def _logits(graph: "nnx.GraphDef", state: Any, windows: jax.Array) -> jax.Array:
+    from flax import nnx
+
+    return nnx.merge(graph, state)(windows)
+
+
+@functools.cache
+def compiled_network() -> Any:
+    """jit of (graphdef, state, windows) -> logits."""
+    return jax.jit(_logits, static_argnums=0, compiler_options=compiler_options())
 
 
 def _mean(predictions: Sequence[Predict]) -> Predict:

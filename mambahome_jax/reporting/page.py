@@ -366,11 +366,16 @@ def _limits(known: Sequence[float]) -> tuple[float, float]:
     return (ticks[0] if low >= ticks[0] else ticks[0] - step), (ticks[-1] if high <= ticks[-1] else ticks[-1] + step)
 
 
+def round_step(span: float) -> float:
+    """Distance of about five ticks over a span: 1, 2 or 5 times a power of ten."""
+    rough = span / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+
+
 def ticks_of(low: float, high: float) -> list[float]:
     """Four to ten round numbers from low to high."""
-    rough = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    step = round_step(high - low)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{step * number:.12g}") for number in range(first, last + 1)]
 

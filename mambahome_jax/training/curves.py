@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from mambahome_jax.imaging.pictures import BACKGROUND, FAINT, TEXT, colours_of
+from mambahome_jax.reporting.page import round_step, ticks_of
 from mambahome_jax.support.files import atomic_write
 
 NAME = "progress.png"
@@ -89,20 +90,9 @@ def _range(points: Sequence[Point]) -> tuple[float, float]:
     """Lowest and highest value on round numbers."""
     values = [value for _, value in points] or [0.0, 1.0]
     low, high = min(values), max(values)
-    step = _round_step(max(high - low, 0.01 * abs(high), 1e-6))
+    step = round_step(max(high - low, 0.01 * abs(high), 1e-6))
     first, last = math.floor(low / step), math.ceil(high / step)
     return first * step, max(last, first + 1) * step
-
-
-def _round_step(span: float) -> float:
-    """Distance of about five marks over a span: 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(span / 5))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= span / 5 * (1 - 1e-9))
-
-
-def _marks(low: float, high: float) -> list[float]:
-    step = _round_step(high - low)
-    return [n * step for n in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _chart(title: str, curves: Sequence[Curve], steps: float, bounds: tuple[float, float]) -> Image.Image:
@@ -118,11 +108,11 @@ def _chart(title: str, curves: Sequence[Curve], steps: float, bounds: tuple[floa
         return x, bottom - (bottom - _TOP) * (value - low) / (high - low)
 
     draw.text((_LEFT, 8), title, TEXT, font)
-    for value in _marks(low, high):
+    for value in ticks_of(low, high):
         (_, y), text = place(0, value), f"{value:.4g}"
         draw.line((_LEFT, y, right, y), _GRID)
         draw.text((_LEFT - 8 - small.getlength(text), y - 9), text, FAINT, small)
-    for step in _marks(0, steps):
+    for step in ticks_of(0, steps):
         (x, _), text = place(step, low), f"{step:g}"
         draw.text((x - small.getlength(text) / 2, bottom + 6), text, FAINT, small)
     draw.text((right + 12, bottom + 6), "step", FAINT, small)

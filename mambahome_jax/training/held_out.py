@@ -28,8 +28,7 @@ from mambahome_jax.flags import EvaluateConfig, ReportConfig
 from mambahome_jax.imaging.geometry import orientation_of, reorient, same_grid
 from mambahome_jax.imaging.volume import Volume, read_grid, replace_values, write_volume
 from mambahome_jax.inference.batch import CASE_ERRORS, failure_reason
-from mambahome_jax.inference.ensemble import TrainingRecord
-from mambahome_jax.inference.networks import apply_network
+from mambahome_jax.inference.ensemble import TrainingRecord, apply_network
 from mambahome_jax.inference.postprocess import keep_largest
 from mambahome_jax.inference.tiled import Replica
 from mambahome_jax.patches.store import Store

@@ -21,7 +21,7 @@ from mambahome_jax.evaluation.results import finite_mean
 from mambahome_jax.imaging.normalisation import Normalisation, normalisations
 from mambahome_jax.imaging.pictures import render
 from mambahome_jax.imaging.volume import Volume, replace_values
-from mambahome_jax.inference.networks import apply_network, compiled_network
+from mambahome_jax.inference.ensemble import apply_network, compiled_network
 from mambahome_jax.inference.targets import Labels
 from mambahome_jax.inference.tiled import Replica, WindowSettings, predict_tiled, window_size, window_starts
 from mambahome_jax.patches.store import Store, StoreEntry
