@@ -256,6 +256,10 @@ def end_lines(folder: Path, report: Mapping[str, Any], flags: TrainConfig) -> li
     """
     best = report["best"] if flags.folds is None else None
     lines = [f"{report['status']}: step {report['step']} after {duration(report['seconds'])}"]
+    compiling = report.get("compile_seconds") or 0
+    if flags.max_minutes is not None and compiling > report["seconds"] / 2:
+        kept = "what was compiled is kept for the next run"
+        lines.append(f"Note: compiling took {duration(compiling)} of it. Train longer by more --max_minutes; {kept}")
     if best is not None:
         score = "" if best["val_dice"] is None else f", validation Dice {best['val_dice']:.4f}"
         lines.append(f"Best: step {best['step']}{score}, in {folder / 'checkpoints' / 'best'}")

@@ -84,6 +84,16 @@ def test_from_train_to_infer(tmp_path, capsys):
     assert (command, config.model_path) == ("infer", folder)
 
 
+def test_a_training_that_mostly_compiled_says_so(tmp_path):
+    """A network of one step is no result, though it is the best there is."""
+    ended = {"status": "finished", "exit_code": 0, "step": 1, "seconds": 60.0, "best": None, "compile_seconds": 46.0}
+    timed = TrainConfig(tmp_path, max_minutes=1)
+    note = "Note: compiling took 46 s of it. Train longer by more --max_minutes; what was compiled is kept for"
+    assert end_lines(tmp_path, ended, timed)[1:] == [f"{note} the next run"]
+    assert end_lines(tmp_path, ended | {"seconds": 100.0}, timed)[1:] == []
+    assert end_lines(tmp_path, ended, TrainConfig(tmp_path, steps=1))[1:] == []
+
+
 def test_an_interrupted_training_names_the_command_that_continues_it(tmp_path, capsys):
     words = ["--data_train", str(tmp_path / "my scans"), "--recipe", "published", "--patch_size", "32", "32", "16"]
     words += ["--mirror", "LR", "AP", "--augment", "False", "--steps", "5", "--use_checkpoint", "--members", "2"]
