@@ -100,6 +100,14 @@ class NetworkConfig:
             value = tuple(value) if isinstance(value, list) else value
             object.__setattr__(self, field.name, converted(field.name, value, *self.forms[field.name]))
 
+    @classmethod
+    def of_keywords(cls, in_chans: int, out_chans: int, shape: Mapping[str, Any]) -> Self:
+        """Make it of what a network's constructor is given. Raises ConfigError: no such field, no such value."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [*shape.keys() - {*names}]:
+            raise ConfigError(f"{min(unknown)}: there is no such keyword; expected {', '.join(names)}")
+        return cls(in_chans, out_chans, **shape)
+
     @property
     def twin(self) -> str:
         """What differs from the published network, such as "mixer conv, experts ffn"; empty where nothing does."""

@@ -26,12 +26,14 @@ from scipy.spatial import cKDTree
 
 from mambahome_jax.config import Surface
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.support.keywords import checked
 
 Classes = int | Sequence[int]
 Spacing = float | Sequence[float] | np.ndarray
 LARGEST_LABEL = 65535
 
 
+@checked
 def dice(
     prediction: np.ndarray,
     reference: np.ndarray,
@@ -71,6 +73,7 @@ def hausdorff(
     return np.array([pair.hausdorff(percentile, directed) for pair in pairs])
 
 
+@checked
 def hd95(
     prediction: np.ndarray, reference: np.ndarray, classes: Classes, spacing: Spacing, *, surface: Surface = "voxels"
 ) -> np.ndarray:
@@ -78,6 +81,7 @@ def hd95(
     return hausdorff(prediction, reference, classes, spacing, percentile=95, surface=surface)
 
 
+@checked
 def assd(
     prediction: np.ndarray,
     reference: np.ndarray,
@@ -96,6 +100,7 @@ def assd(
     return np.array([pair.mean_distance(directed) for pair in pairs])
 
 
+@checked
 def nsd(
     prediction: np.ndarray,
     reference: np.ndarray,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from nibabel import orientations
@@ -18,6 +18,7 @@ from scipy import ndimage
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.header import ROUNDING_VOXELS, grid_shift
 from mambahome_jax.imaging.volume import Volume, require_volume
+from mambahome_jax.support.keywords import checked
 
 Order = Literal["linear", "cubic", "nearest"]
 Box = tuple[slice, slice, slice]
@@ -54,6 +55,7 @@ def axis_order(orientation: str) -> list[int]:
     return [next(i for i, letter in enumerate(orientation) if letter in pair) for pair in ("RL", "AP", "SI")]
 
 
+@checked
 def reorient(volume: Volume, orientation: str) -> Volume:
     """Permute and flip the spatial axes so that they run along `orientation` ("LPS", "RAS" ...), without interpolation.
 
@@ -135,6 +137,7 @@ def coarse_remark(shape: Sequence[int], new_shape: Sequence[int]) -> str | None:
     return f"of {voxels} voxels resampling leaves {left}; are the lengths in its header too small? {remedy}"
 
 
+@checked
 def resample(volume: Volume, spacing: Sequence[float], order: Order = "linear") -> Volume:
     """Resample to a spacing in mm, as MONAI's Spacingd; a volume that has it already comes back as it is.
 
@@ -154,6 +157,7 @@ def resample(volume: Volume, spacing: Sequence[float], order: Order = "linear") 
     return resample_to(volume, affine, shape, order)
 
 
+@checked
 def resample_to(
     volume: Volume,
     affine: np.ndarray,
@@ -175,10 +179,8 @@ def resample_to(
         before: applied to the voxels that are used, before they are sampled; any function of each voxel by itself.
         limits: `cubic_limits` of the volume after `before`, for who samples many boxes; None measures them.
     """
-    if order not in get_args(Order):
-        raise ConfigError(f"order {order!r}; expected 'linear', 'cubic' or 'nearest'")
     require_volume("volume", volume)
-    if np.shape(affine) != (4, 4) or len(shape) != 3:
+    if np.shape(affine) != (4, 4) or len(shape) != 3 or min(shape) < 1:
         raise ConfigError(f"affine {np.shape(affine)}, shape {tuple(shape)}; expected (4, 4) and three sizes")
     array = np.asarray(volume.array)
     shape = (int(shape[0]), int(shape[1]), int(shape[2]))

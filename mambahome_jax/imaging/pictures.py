@@ -14,6 +14,7 @@ from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.geometry import Box, reorient, resample_to
 from mambahome_jax.imaging.volume import Volume, count_values, require_volume
 from mambahome_jax.support.files import atomic_write
+from mambahome_jax.support.keywords import checked
 
 Colour = tuple[int, int, int]
 Range = tuple[float, float]
@@ -119,6 +120,7 @@ def render(
     return _draw(image, labels.array, chooses, names, modality, legend or [(0, "no structure found")], title)
 
 
+@checked
 def show(volume: Volume, labels: Volume | None = None, names: Mapping[int, str] | None = None) -> Image.Image:
     """Draw axial, coronal and sagittal slice of a scan, in radiological display; a notebook shows them as a cell's end.
 

@@ -14,6 +14,7 @@ from mambahome_jax.imaging import dicom, itk, nifti
 from mambahome_jax.imaging.formats import ITK_SUFFIXES, NIFTI_SUFFIXES, WRITTEN_SUFFIXES, alternatives, suffix_of
 from mambahome_jax.imaging.header import Header, header_of, itk_place, nifti_header, require_scale, usable_affine
 from mambahome_jax.support.files import atomic_write
+from mambahome_jax.support.keywords import checked
 from mambahome_jax.support.paths import openable_path
 
 _SLAB = 1 << 20  # voxels that are counted at a time
@@ -34,7 +35,10 @@ class Volume:
     header: Header | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "affine", np.array(self.affine, dtype=np.float64))
+        try:
+            object.__setattr__(self, "affine", np.array(self.affine, dtype=np.float64))
+        except (TypeError, ValueError) as error:
+            raise DatasetError(f"affine is {self.affine!r}", expected="(4, 4) numbers") from error
         shape = getattr(self.array, "shape", None)
         if shape is None:
             raise DatasetError(f"array is a {type(self.array).__name__}", expected="an array of NumPy")
@@ -81,6 +85,7 @@ def require_volume(name: str, value: object) -> None:
         raise DatasetError(f"{name} is a {type(value).__name__}", expected="Volume(array, affine)", action=action)
 
 
+@checked
 def read_volume(
     path: str | Path,
     *,
@@ -154,6 +159,7 @@ def read_grid(path: str | Path, *, series: Collection[str] = (), spacing_scale: 
     return Volume(raw, header.affine, header)
 
 
+@checked
 def write_volume(
     path: str | Path,
     volume: Volume,

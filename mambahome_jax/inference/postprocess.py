@@ -14,6 +14,7 @@ from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.volume import Volume, count_values, replace_values, require_volume
 from mambahome_jax.support.files import atomic_write
+from mambahome_jax.support.keywords import checked
 
 ALL, NONE = "all", "none"
 ENTRIES = ("probabilities", "affine", "labels")  # of a file of probabilities
@@ -99,6 +100,7 @@ def _all_but_largest(structure: np.ndarray) -> np.ndarray:
     return structure & (parts != max(range(1, count + 1), key=lambda part: sizes[part]))
 
 
+@checked
 def volumes_ml(
     labels: Volume, names: Mapping[int, str], regions: Mapping[int, Collection[int]] | None = None
 ) -> dict[str, float]:

@@ -43,7 +43,7 @@ from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole, probab
 from mambahome_jax.inference.tiled import Progress, TileTarget, WindowSettings, predict_tiled
 from mambahome_jax.support.console import counting, say_once
 from mambahome_jax.support.devices import keep_programs
-from mambahome_jax.support.keywords import from_keywords, shows_keywords
+from mambahome_jax.support.keywords import from_keywords, shows_keywords, typed_value
 from mambahome_jax.support.paths import openable_path
 
 if TYPE_CHECKING:
@@ -254,6 +254,9 @@ def segment(
         OutputError: probabilities that cannot be written.
     """
     require_volume("volume", volume)
+    typed_value("progress", progress, bool | Progress | None)
+    if not typed_value("devices", devices, Sequence[jax.Device] | None) and devices is not None:
+        raise ConfigError("devices names none; expected devices of JAX, or None for that of the model")
     chosen = from_keywords(SegmentOptions, options)
     if chosen.sw_batch_size < 1:
         raise ConfigError(f"sw_batch_size is {chosen.sw_batch_size}; expected 1 or more")

@@ -20,8 +20,10 @@ from mambahome_jax.inference.tiled import (
     predict_tiled,
     window_size,
 )
+from mambahome_jax.support.keywords import checked
 
 
+@checked
 def sliding_window(
     predict: Predict,
     image: np.ndarray | jax.Array,
@@ -57,16 +59,10 @@ def sliding_window(
     """
     if not isinstance(image, np.ndarray | jax.Array):
         raise ConfigError(f"image is a {type(image).__name__}; expected an array (D, H, W, channels)")
-    if not callable(predict):
-        raise ConfigError(f"predict is a {type(predict).__name__}; expected a function of windows")
     if image.ndim != 4 or 0 in image.shape:
         raise ConfigError(f"image has shape {tuple(image.shape)}; expected (D, H, W, channels), none of them 0")
     if sw_batch_size < 1:
         raise ConfigError(f"sw_batch_size is {sw_batch_size}; expected 1 or more")
-    if padding_mode not in ("edge", "constant"):
-        raise ConfigError(f"padding_mode is {padding_mode!r}; expected edge or constant")
-    if accumulate_on not in ("device", "host", None):
-        raise ConfigError(f"accumulate_on is {accumulate_on!r}; expected device or host")
     voxels, shape = np.asarray(image), image.shape[:3]
     roi = window_size(shape, roi_size)
     device_bytes = {"device": np.inf, "host": 0.0, None: None}[accumulate_on]

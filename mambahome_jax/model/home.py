@@ -207,8 +207,9 @@ class SoftMoE(nnx.Module):
         approximate_gelu: bool = True,
         numerics: Numerics = FLOAT32,
     ):
+        require_positive(dim=dim, num_experts=num_experts, slots_per_expert=slots_per_expert)
         hidden, dtype = 4 * dim if hidden is None else hidden, numerics.param_dtype
-        require_positive(dim=dim, num_experts=num_experts, slots_per_expert=slots_per_expert, hidden=hidden)
+        require_positive(hidden=hidden)
         self.dim, self.approximate_gelu, self.numerics = dim, approximate_gelu, numerics
         slots, bound = (dim, num_experts, slots_per_expert), math.sqrt(6 / (dim + hidden))
 

@@ -95,7 +95,7 @@ class Numerics:
     precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
-        if self.precision not in _PRECISIONS:
+        if not isinstance(self.precision, str) or self.precision not in _PRECISIONS:
             raise ConfigError(f"precision is {self.precision!r}; expected {', '.join(_PRECISIONS)}")
 
     @property

@@ -310,7 +310,7 @@ class MambaHoME(Network):
         precision: Precision = "fp32",
         metadata: DataProperties | None = None,
     ):
-        config = config or ModelConfig()
+        config = ModelConfig() if config is None else config
         super().__init__(config, Encoder, rngs=rngs, param_dtype=param_dtype, precision=precision, metadata=metadata)
 
     @classmethod

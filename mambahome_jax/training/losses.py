@@ -49,11 +49,16 @@ def dice_ce(
     """
     require_array("logits are a", logits)
     require_array("labels are a", labels)
+    if labelled is not None:
+        require_array("labelled is a", labelled)
     if logits.ndim != 5 or labels.shape != logits.shape[:-1]:
         expected = "(batch, D, H, W), and the same with classes behind"
         raise ConfigError(f"labels have shape {labels.shape}, logits {logits.shape}; expected {expected}")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ConfigError(f"labels are {labels.dtype}; expected integers")
+    if labelled is not None and jnp.shape(labelled) != (len(logits), logits.shape[-1]):
+        expected = f"(batch, classes), {(len(logits), logits.shape[-1])}"
+        raise ConfigError(f"labelled has shape {labelled.shape}; expected {expected}")
     logits, labels = jnp.asarray(logits, jnp.promote_types(logits.dtype, jnp.float32)), jnp.asarray(labels)
     log_p = jax.nn.log_softmax(logits, axis=-1)
     if labelled is not None:

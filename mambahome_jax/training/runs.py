@@ -27,7 +27,7 @@ from mambahome_jax.recipes import given_ingredients
 from mambahome_jax.support.console import logged, say, tracked
 from mambahome_jax.support.devices import choose_devices
 from mambahome_jax.support.files import jsonable
-from mambahome_jax.support.keywords import from_keywords, shows_keywords
+from mambahome_jax.support.keywords import from_keywords, shows_keywords, typed_value
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.support.paths import local_path, require_letters
 from mambahome_jax.training.callbacks import Callback, make_trackers
@@ -119,6 +119,7 @@ def train(*, progress: bool = False, callbacks: Sequence[Callback] = (), **flags
         ConfigError, DatasetError, CheckpointError, OutputError: before anything is trained.
         TrainingError: loss, gradient or update was no longer finite; the checkpoints before it are kept.
     """
+    callbacks = typed_value("callbacks", callbacks, Sequence[Callback])
     result = run_training(from_keywords(TrainConfig, flags), Console(quiet=not progress), callbacks=callbacks)
     for network in result.networks or (result,):
         if network.exit_code == 1 and network.status != "finished":

@@ -90,5 +90,5 @@ def test_says_what_is_wrong():
     plane = np.zeros((4, 4), int)
     with pytest.raises(ConfigError, match="surface is 'area' of 2 axes"):
         hd95(plane, plane, 1, 1.0, surface="area")
-    with pytest.raises(ConfigError, match="expected one of voxels, area"):
+    with pytest.raises(ConfigError, match="expected 'voxels' or 'area'"):
         nsd(plane, plane, 1, 1.0, surface="mesh")

@@ -5,7 +5,7 @@ release's versions from March to June 2024, which had no residual around the Mam
 shapes, and would load without a word.
 """
 
-from typing import TYPE_CHECKING, Any, Unpack, cast
+from typing import TYPE_CHECKING, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,7 @@ class SegMamba(Network):
         metadata: DataProperties | None = None,
         **shape: "Unpack[SegMambaShape]",
     ):
-        config = SegMambaConfig(in_chans, out_chans, **cast(dict[str, Any], shape))
+        config = SegMambaConfig.of_keywords(in_chans, out_chans, shape)
         super().__init__(
             config, SegMambaEncoder, rngs=rngs, param_dtype=param_dtype, precision=precision, metadata=metadata
         )

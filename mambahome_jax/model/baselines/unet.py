@@ -7,7 +7,7 @@ a head, which deep supervision trains.
 
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Unpack, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -209,7 +209,7 @@ class _UNet(Network):
         metadata: DataProperties | None = None,
         **shape: "Unpack[UNetShape]",
     ):
-        config = self.form(in_chans, out_chans, **cast(dict[str, Any], shape))
+        config = self.form.of_keywords(in_chans, out_chans, shape)
         super().__init__(
             config, UNetEncoder, UNetDecoder, rngs=rngs, param_dtype=param_dtype, precision=precision, metadata=metadata
         )
