@@ -12,8 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.layouts.abdomenatlas import STRUCTURES
+from mambahome_jax.datasets.registry import load_dataset
 
 
 def main() -> None:

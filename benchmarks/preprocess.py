@@ -42,7 +42,7 @@ def make_cases(folder: Path, cases: int, shape: tuple[int, int, int], spacing: t
 
 def ours(source: Path, output: Path, spacing: tuple[float, float, float], workers: int) -> tuple[float, float]:
     """Seconds for all cases, and processor seconds of all processes."""
-    from mambahome_jax.datasets import load_dataset
+    from mambahome_jax.datasets.registry import load_dataset
     from mambahome_jax.flags import PreprocessConfig
     from mambahome_jax.preprocessing.dataset import prepare_dataset
 

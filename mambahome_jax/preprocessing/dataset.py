@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Unpack
 import numpy as np
 
 from mambahome_jax.config import Resampling
-from mambahome_jax.datasets import Dataset, Prepared, PreparedCase, write_prepared
+from mambahome_jax.datasets.base import Dataset
 from mambahome_jax.datasets.label_map import stray_values
+from mambahome_jax.datasets.prepared import Prepared, PreparedCase, write_prepared
 from mambahome_jax.datasets.structures import describe_numbering, numbering
 from mambahome_jax.errors import ConfigError, DatasetError, OutputError
 from mambahome_jax.flags import PreprocessConfig

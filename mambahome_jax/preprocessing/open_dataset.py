@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from mambahome_jax.config import Modality
-from mambahome_jax.datasets import Dataset, load_dataset
-from mambahome_jax.datasets.base import Case
+from mambahome_jax.datasets.base import Case, Dataset
 from mambahome_jax.datasets.files import channels_of, listed, listing
 from mambahome_jax.datasets.find_scans import find_scans, join_channels
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.datasets.structures import (
     consecutive,
     join_datasets,

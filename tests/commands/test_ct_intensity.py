@@ -8,7 +8,7 @@ import pytest
 
 from mambahome_jax.commands.preprocess import run
 from mambahome_jax.config import DataProperties
-from mambahome_jax.datasets import read_prepared
+from mambahome_jax.datasets.prepared import read_prepared
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.intensity import statistics

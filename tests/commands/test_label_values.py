@@ -8,7 +8,8 @@ import pytest
 
 from mambahome_jax.commands.check import run as check
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.datasets import load_dataset, read_prepared
+from mambahome_jax.datasets.prepared import read_prepared
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.flags import CheckConfig, PreprocessConfig
 from mambahome_jax.imaging.volume import Volume, read_labels, write_volume
 from mambahome_jax.patches.store import Store

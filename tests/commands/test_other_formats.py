@@ -7,7 +7,7 @@ import pytest
 import SimpleITK as sitk
 
 from mambahome_jax.commands import check, evaluate, preprocess
-from mambahome_jax.datasets import load_dataset
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.flags import CheckConfig, EvaluateConfig, PreprocessConfig
 from mambahome_jax.imaging.volume import Volume, read_grid, read_volume, write_volume
 from mambahome_jax.patches.store import Store

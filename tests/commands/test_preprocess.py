@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.datasets import load_dataset, read_prepared
+from mambahome_jax.datasets.prepared import read_prepared
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.imaging.volume import read_volume
 from mambahome_jax.patches.store import Store

@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 
 from mambahome_jax.commands import preprocess
-from mambahome_jax.datasets import read_prepared
+from mambahome_jax.datasets.prepared import read_prepared
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.patches.store import Store
 

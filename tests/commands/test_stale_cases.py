@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.datasets import load_dataset, read_prepared
 from mambahome_jax.datasets.find_scans import find_scans
+from mambahome_jax.datasets.prepared import read_prepared
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.evaluation.pairs import find_pairs
 from mambahome_jax.flags import PreprocessConfig

@@ -2,8 +2,8 @@
 
 import pytest
 
-from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.files import channels_of, counterparts
+from mambahome_jax.datasets.registry import load_dataset
 from tests.datasets.test_layouts import touch
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.find_scans import find_scans, join_channels
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.preprocessing.dataset import prepare_dataset

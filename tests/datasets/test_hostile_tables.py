@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, read_prepared, write_prepared
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.support.files import read_json
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.base import label_names, modality_of
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import DatasetError
 
 

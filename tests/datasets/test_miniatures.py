@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands.preprocess import run
-from mambahome_jax.datasets import load_dataset
-from mambahome_jax.datasets.registry import detect_layouts
+from mambahome_jax.datasets.registry import detect_layouts, load_dataset
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.patches.store import Store
 from tests.datasets import miniatures

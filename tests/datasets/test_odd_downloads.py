@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mambahome_jax.datasets import load_dataset
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.datasets.structures import join_datasets
 from mambahome_jax.imaging.volume import read_volume
 from tests.datasets import miniatures

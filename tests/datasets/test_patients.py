@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.patients import patients_of, split_notes
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, read_prepared, split_cases, write_prepared
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.datasets.structures import join_datasets
 from mambahome_jax.errors import DatasetError
 from tests.datasets.test_layouts import touch

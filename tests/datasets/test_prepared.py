@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mambahome_jax.datasets import Prepared, PreparedCase, load_dataset, read_prepared, split_cases, write_prepared
+from mambahome_jax.datasets.prepared import Prepared, PreparedCase, read_prepared, split_cases, write_prepared
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import DatasetError, OutputError
 
 

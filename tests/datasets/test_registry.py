@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.layouts.totalsegmentator_mri import STRUCTURES, table_of
-from mambahome_jax.datasets.registry import LAYOUTS, detect_layouts
+from mambahome_jax.datasets.registry import LAYOUTS, detect_layouts, load_dataset
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.preprocessing.open_dataset import open_dataset

@@ -6,8 +6,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, read_prepared, split_cases, write_prepared
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.datasets.splits import with_split_file
 from mambahome_jax.datasets.structures import join_datasets
 from mambahome_jax.errors import DatasetError

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands import check, preprocess
-from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.files import parts
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import CheckConfig, PreprocessConfig
 from mambahome_jax.imaging.volume import read_volume

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from mambahome_jax.datasets import load_dataset
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.datasets.structures import consecutive
 from mambahome_jax.errors import MambaHomeError
 from mambahome_jax.imaging import itk

@@ -13,8 +13,9 @@ import safetensors.numpy
 
 import mambahome_jax as mh
 from mambahome_jax.commands import evaluate, infer, preprocess, report
-from mambahome_jax.datasets import files, load_dataset
+from mambahome_jax.datasets import files
 from mambahome_jax.datasets.prepared import read_prepared
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.datasets.structures import structure_key
 from mambahome_jax.errors import ConfigError
 from mambahome_jax.flags import EvaluateConfig, InferConfig, PreprocessConfig, ReportConfig

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mambahome_jax.commands import evaluate, infer, preprocess
-from mambahome_jax.datasets import load_dataset
 from mambahome_jax.datasets.prepared import read_prepared
+from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import DatasetError, MambaHomeError
 from mambahome_jax.flags import EvaluateConfig, InferConfig, PreprocessConfig
 from mambahome_jax.inference import batch

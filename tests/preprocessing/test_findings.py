@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mambahome_jax.datasets import Dataset
+from mambahome_jax.datasets.base import Dataset
 from mambahome_jax.preprocessing.findings import CaseFacts, dataset_findings
 from mambahome_jax.preprocessing.plan import Machine
 from mambahome_jax.preprocessing.summary import summarise_dataset
