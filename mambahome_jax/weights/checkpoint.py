@@ -69,9 +69,10 @@ def find_checkpoint(folder: Path | str) -> Path:
     fault = nothing if folder.is_dir() else "no such folder"
     if networks := networks_of_run(folder):
         raise CheckpointError(f"{folder}: the folder of several networks; expected one, such as {networks[0]}")
-    raise CheckpointError(
-        f"{folder}: {fault}; expected a run, or a checkpoint such as RUN/checkpoints/best. Check the path"
-    )
+    # Of a run's folder of checkpoints, or of a folder of runs.
+    below = [file.parent for depth in ("best", f"*/{RUN_CHECKPOINT}") for file in folder.glob(f"{depth}/{CONFIG_FILE}")]
+    example = min(below, default=Path("RUN") / RUN_CHECKPOINT)
+    raise CheckpointError(f"{folder}: {fault}; expected a run, or a checkpoint such as {example}. Check the path")
 
 
 def read_checkpoint_config(folder: Path | str) -> dict[str, Any]:

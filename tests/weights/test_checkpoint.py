@@ -64,6 +64,18 @@ def test_a_run_folder_stands_for_its_best_checkpoint(tmp_path):
     assert checkpoint.read_checkpoint_config(tmp_path / "run") == CONFIG
 
 
+@pytest.mark.parametrize(
+    ("given", "named"), [("run/checkpoints", "best"), ("", "run/checkpoints/best"), ("new", "RUN")]
+)
+def test_a_folder_above_a_checkpoint_names_it(tmp_path, given, named):
+    for name in ("run/checkpoints/best/config.json", "new/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    example = tmp_path / given / named if named != "RUN" else "RUN/checkpoints/best"
+    with pytest.raises(CheckpointError, match=f"expected a run, or a checkpoint such as {example}. Check"):
+        checkpoint.find_checkpoint(tmp_path / given)
+
+
 def test_failed_write_leaves_the_earlier_checkpoint(tmp_path, monkeypatch):
     checkpoint.write_checkpoint(tmp_path / "best", {"w": np.ones(2)}, CONFIG)
 
