@@ -25,7 +25,7 @@ from mambahome_jax.preprocessing.plan import Setting, follow_plan, is_given, pla
 from mambahome_jax.preprocessing.plan_folder import planned_settings
 from mambahome_jax.recipes import given_ingredients
 from mambahome_jax.support.console import logged, say, tracked
-from mambahome_jax.support.devices import choose_devices
+from mambahome_jax.support.devices import begin_devices, choose_devices
 from mambahome_jax.support.files import jsonable
 from mambahome_jax.support.keywords import from_keywords, shows_keywords, typed_value
 from mambahome_jax.support.output_folder import locked, open_output
@@ -139,6 +139,7 @@ def run_training(
     at_once: see `networks_of`. callbacks: told of the training besides those of --tracker. Raises MambaHomeError
     before anything is trained.
     """
+    begin_devices()  # where the command has not: in the processes of folds, and in Python
     plan = planned_settings(flags)
     given, flags = flags, follow_plan(flags, plan.settings, plan.machine)
     first = plan_lines(given, flags, plan, "cpu" if jax.default_backend() == "cpu" else "gpu")
