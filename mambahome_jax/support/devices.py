@@ -90,7 +90,7 @@ def cuda_libraries(maps: Path = Path("/proc/self/maps")) -> list[Path]:
     """The files of CUDA's libraries in this process, and those that cuDNN opens later; empty where no file `maps`
     tells."""
     try:
-        lines = maps.read_text().splitlines()
+        lines = maps.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     mapped = {Path(line[line.index("/") :]) for line in lines if "/" in line}

@@ -101,7 +101,7 @@ def available_memory() -> int | None:
     """Bytes that this process may still take, by the machine and by its control group; None where nobody says."""
     found = []
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text().strip()

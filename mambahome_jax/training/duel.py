@@ -165,9 +165,7 @@ class _Trainings:
         one, name = self.runs[home][0], self._name(home)
         if code > SIGNALLED:
             # No signal to the duel: the system or a crash ended this one alone.
-            number = code - SIGNALLED
-            why = ", most likely for want of memory" if number == signal.SIGKILL else ""
-            message, code = f"its process was ended by {signal.Signals(number).name}{why}", 1
+            message, code = f"its process was ended by {_ender(code)}", 1
         if not _ended(home, job.flags):
             reason = message or _why_not_ended(home, job.flags, code)
             self.failures.setdefault(name, reason)
@@ -413,3 +411,12 @@ def _write(
     ended = {"status": "finished", "exit_code": code, "verdicts": said, "failures": failures}
     write_json(output / DUEL, {**record, "contestants": contestants, **ended}, "--output_dir")
     return DuelResult(output, code, standings, tuple(said), failures, output / PAGE, shared)
+
+
+def _ender(code: int) -> str:
+    """Name the signal of a process that ended so; Windows has none, and gives a number of its own."""
+    try:
+        name = signal.Signals(code - SIGNALLED).name
+    except ValueError:
+        return f"the system, with exit code {code:#x}"
+    return f"{name}, most likely for want of memory" if name == "SIGKILL" else name

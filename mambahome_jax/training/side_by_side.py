@@ -175,7 +175,7 @@ def train_apart(flags: TrainConfig, begun: float, loud: bool, sender: Connection
     end_with_parent()
     protect_output()
     message = ""
-    with Path(os.devnull).open("w") as nowhere:
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         try:
             code = run_training(flags, Console() if loud else Console(file=nowhere), begun).exit_code
         except MambaHomeError as error:

@@ -408,3 +408,15 @@ def test_the_seconds_of_a_resumed_run_go_on(tmp_path):
     (tmp_path / "metrics.csv").write_text("step,seconds,val_dice\n1,10,\n2,70,0.5\n3,5,\n4,50,0.6\n")
     curve = duelling._curve([*duelling._rows(tmp_path / "metrics.csv")])
     assert curve == [(pytest.approx(70 / 60), 2, 0.5), (pytest.approx(120 / 60), 4, 0.6)]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (137, "SIGKILL, most likely for want of memory"),
+        (139, "SIGSEGV"),
+        (0xC0000005, "the system, with exit code 0xc0000005"),  # of Windows, for memory that is not there
+    ],
+)
+def test_what_ended_a_process_is_named_on_any_system(code, said):
+    assert duelling._ender(code) == said
