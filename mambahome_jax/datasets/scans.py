@@ -26,10 +26,13 @@ from mambahome_jax.support.files import hidden
 from mambahome_jax.support.paths import own_name
 
 _LABELS = re.compile(r"(labels?|masks?|segs?|segmentations?)(tr|va|ts)?", re.IGNORECASE)
+_DRAWN = re.compile(r"(?:(.*)[ ._-])?(?:labels?|masks?|segs?|segmentations?)", re.IGNORECASE)
 # What is met in folders and is no scan.
 _NO_SCANS = {
     "dicom": "DICOM files that hold no slices (reports, segmentations, plans and the like)",
     "labels": "folders of label maps by their names, which are no scans to segment",
+    "drawn": "label maps by their names, no scans to segment (to train on them, list image and label of each case in a "
+    "CSV file)",
     "outputs": "folders of results or of preprocessed cases",
 }
 Parts = tuple[str, ...]
@@ -149,7 +152,11 @@ def _walk(
         yield "outputs", "/".join(parts)
         return
     kinds = _sort(files.values())
+    stems = [scan_stem(path) for path in kinds.scans]
     for path in kinds.scans:
+        if _drawn_on(scan_stem(path), stems):
+            yield "drawn", "/".join((*parts, path.name))
+            continue
         words = (*parts, scan_stem(path))
         yield "scan", (words, Candidate(_joined(words, "_"), path, depth=len(parts)))
     for path, reason in kinds.failures:
@@ -168,6 +175,14 @@ def _walk(
         elif os.path.realpath(path) not in leave and deepest:
             reason = f"{path}: more than {deepest} folders down, so it is not looked into. Name it itself"
             yield "failure", ("_".join(below), reason)
+
+
+def _drawn_on(stem: str, stems: Iterable[str]) -> bool:
+    """Whether a file says by its name that it was drawn on another one of its folder, as p1_seg or seg on p1."""
+    match = _DRAWN.fullmatch(stem)
+    return match is not None and any(
+        other.startswith(match[1] or "") and not _DRAWN.fullmatch(other) for other in stems
+    )
 
 
 def _tails(series: Sequence[Series]) -> list[str]:

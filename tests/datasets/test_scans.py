@@ -237,3 +237,13 @@ def test_a_folder_is_listed_once_and_no_scan_is_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", lambda *_, **__: pytest.fail("a file is opened"))
     assert len(search(tmp_path).scans) == 51
     assert listed == [tmp_path, tmp_path / "p"]
+
+
+def test_what_is_drawn_on_a_scan_beside_it_is_no_scan(tmp_path):
+    """By its name, where the scan itself is there; infer would segment it, and check take a dataset for scans alone."""
+    touch(tmp_path, "a.nii.gz", "a_seg.nii.gz", "a b-Label.mha", "a b.nrrd", "anna/T1.nii.gz", "anna/mask.nii.gz")
+    touch(tmp_path, "bert/mask.nii.gz", "c_t1.nii.gz", "c_seg.nii.gz", "d_seg.nii.gz", "bigmask.nii.gz")
+    stems = {"a", "a b", "anna_T1", "bert_mask", "c_t1", "d_seg", "bigmask"}
+    assert names_in(tmp_path).keys() == stems
+    (note,) = search(tmp_path).notes
+    assert note.startswith("passed over, 4 label maps by their names") and "list image and label of each case" in note
