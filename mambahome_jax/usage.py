@@ -109,9 +109,11 @@ class Flag:
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """Ask whether the most similar of some words was meant; nothing where none is."""
+    """Ask whether the most similar of some words was meant, or those that begin so; nothing where none is."""
     known = {each.lower(): each for each in words}
-    return "".join(f"Did you mean {known[each]}? " for each in get_close_matches(word.lower(), known, 1))
+    longer = [each for each in known if each.startswith(f"{word.lower()}_")]
+    found = longer or get_close_matches(word.lower(), known, 1)
+    return f"Did you mean {' or '.join(known[each] for each in found)}? " if found else ""
 
 
 @cache

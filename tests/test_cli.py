@@ -115,6 +115,7 @@ def test_help_is_instant(script):
             ("train", "--data_trian", "d"),
             "Error: --data_trian: train has no such flag. Did you mean --data_train? --help lists all of them\n",
         ),
+        (("train", "--data", "d"), "--data: train has no such flag. Did you mean --data_train or --data_val? --help"),
         (("infer", "--zzzz=1"), "Error: --zzzz: infer has no such flag. --help lists all of them\n"),
         (("preprocess", "--input_path", "scan", "--output_path", "o"), "no such folder. Did you mean scans?\n"),
         (("check", "nowhere"), "Error: nowhere: no such folder. Check the path.\n"),

@@ -75,7 +75,8 @@ def held_out_folds(
     else:
         patients = {case.id: case.patient for case in cases}
         if folds > (most := len({*patients.values()})):
-            raise ConfigError(f"--folds {folds}; expected at most {most}, the number of patients with labels")
+            found = f"expected at most {most}, the number of patients" if most > 1 else "expected 2 patients or more"
+            raise ConfigError(f"--folds {folds}; {found} with labels")
         parts = divide(patients, folds, seed, traits)
     return tuple(map(tuple, parts))
 

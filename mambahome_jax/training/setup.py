@@ -198,9 +198,10 @@ def _check_flags(flags: TrainConfig) -> None:
             raise ConfigError(f"--{name} {value}; expected {least} or more")
     if flags.hold_out < 0 or flags.hold_out == 1:
         raise ConfigError(f"--hold_out {flags.hold_out}; expected 0, or 2 or more")
-    if flags.max_minutes is not None and (not flags.max_minutes > 0 or flags.steps is not None):
-        given = f"--max_minutes {flags.max_minutes}" + (f" with --steps {flags.steps}" if flags.steps else "")
-        raise ConfigError(f"{given}; expected a positive number, and one of the two alone")
+    if flags.max_minutes is not None and not flags.max_minutes > 0:
+        raise ConfigError(f"--max_minutes {flags.max_minutes:g}; expected a positive number")
+    if flags.max_minutes is not None and flags.steps is not None:
+        raise ConfigError(f"--max_minutes {flags.max_minutes:g} with --steps {flags.steps}; expected one of the two")
     if not 0 <= flags.overlap < 1:
         raise ConfigError(f"--overlap {flags.overlap}; expected at least 0 and below 1")
 

@@ -238,10 +238,11 @@ def test_faults_of_data_and_flags_are_told_before_training(tmp_path):
         ({"classes": 1}, "labels go up to 1; expected at least 2"),
         ({"batch_size": 0}, "--batch_size 0"),
         ({"hold_out": 1}, "--hold_out 1; expected 0, or 2 or more"),
+        ({"max_minutes": 0.0, "steps": None}, "--max_minutes 0; expected a positive number$"),
         ({"num_devices": 99}, "--num_devices 99"),
         ({"overlap": 1.0}, "--overlap"),
         ({"lr": -1.0}, "--lr -1"),
-        ({"max_minutes": 1.0}, "--max_minutes 1.0 with --steps 4"),
+        ({"max_minutes": 1.0}, "--max_minutes 1 with --steps 4; expected one of the two"),
     ):
         with pytest.raises(ConfigError, match=message):
             command.run(_config(data, tmp_path / "run", **settings))

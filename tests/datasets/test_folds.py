@@ -71,6 +71,9 @@ def test_of_a_fold_the_cases_are_marked_and_those_of_the_test_part_stay(tmp_path
         assert marked.cases[0].split == "test" and marked.cases[2].split is None
     with pytest.raises(ConfigError, match="--folds 4; expected at most 3, the number of patients with labels"):
         held_out_folds(prepared, 4, 0, {})
+    alone = dataclasses.replace(prepared, cases=prepared.cases[3:4])
+    with pytest.raises(ConfigError, match="--folds 2; expected 2 patients or more with labels"):
+        held_out_folds(alone, 2, 0, {})
 
 
 FOLDS = [IDS[:2], IDS[2:4], IDS[4:]]
