@@ -362,9 +362,25 @@ def predict_tiled(
     networks: each on every device that takes part; `progress` counts the windows of all; `say` is told of less memory.
     Raises ConfigError (predictions of a wrong shape) and CheckpointError (predictions that are not finite).
     """
+
+    def predict(settings: WindowSettings) -> None:
+        padded = tuple(max(n, r) for n, r in zip(shape, settings.roi, strict=True))
+        before = tuple((p - n) // 2 for p, n in zip(padded, shape, strict=True))
+        tiling = Tiling(padded, settings.roi, parts_for(networks[0][0].device))
+        windows = Windows(slab, shape, tiling.axis, before, settings)
+        for target in targets:
+            target.begin(tiling, before)
+        pending: deque[tuple[TileTarget, Part]] = deque()
+        for index, sums in _whole_tiles(networks, windows, tiling, progress):
+            pending.extend((target, part) for target in targets for part in target.parts(index, sums))
+            while len(pending) > _PENDING:
+                _finish(*pending.popleft())
+        while pending:
+            _finish(*pending.popleft())
+
     while True:
         try:
-            return _predict_tiled(networks, slab, shape, settings, targets, progress)
+            return predict(settings)
         except jax.errors.JaxRuntimeError as error:
             smaller = with_less_memory(settings) if is_out_of_memory(error) else None
             if smaller is None:
@@ -381,29 +397,6 @@ def with_less_memory(settings: WindowSettings) -> WindowSettings | None:
     if settings.sw_batch_size > 1:
         return replace(settings, sw_batch_size=settings.sw_batch_size // 2)
     return replace(settings, device_bytes=0) if settings.device_bytes is None else None
-
-
-def _predict_tiled(
-    networks: Sequence[Sequence[Replica]],
-    slab: Slab,
-    shape: Sequence[int],
-    settings: WindowSettings,
-    targets: Sequence[TileTarget],
-    progress: Progress | None,
-) -> None:
-    padded = tuple(max(n, r) for n, r in zip(shape, settings.roi, strict=True))
-    before = tuple((p - n) // 2 for p, n in zip(padded, shape, strict=True))
-    tiling = Tiling(padded, settings.roi, parts_for(networks[0][0].device))
-    windows = Windows(slab, shape, tiling.axis, before, settings)
-    for target in targets:
-        target.begin(tiling, before)
-    pending: deque[tuple[TileTarget, Part]] = deque()
-    for index, sums in _whole_tiles(networks, windows, tiling, progress):
-        pending.extend((target, part) for target in targets for part in target.parts(index, sums))
-        while len(pending) > _PENDING:
-            _finish(*pending.popleft())
-    while pending:
-        _finish(*pending.popleft())
 
 
 def parts_for(device: jax.Device | None) -> tuple[int, int]:
