@@ -121,7 +121,9 @@ def render_report(report: Report) -> str:
     scores, summary = report.evaluation.scores, report.evaluation.summary
     cases, structures, statistics = worst_first(scores), structures_of(scores), describe(scores)
     links = {shown.case: f"case-{number}" for number, shown in enumerate(report.shown, 1)}
-    values = {metric: _with_mean(score_matrix(scores, metric, cases, structures)) for metric in CHOICES}
+    matrices = {metric: score_matrix(scores, metric, cases, structures) for metric in CHOICES}
+    # The mean over structures is the first column.
+    values = {name: np.concatenate([finite_mean(m, axis=1)[:, None], m], axis=1) for name, m in matrices.items()}
     own = {name: [score for score in scores if score.structure == name] for name in structures}
     definitions = summary.get("definitions")
     page = {
@@ -273,11 +275,6 @@ def interval_cell(low: float, high: float, digits: int, sign: bool = False) -> C
     """ "low to high", which sorts by its lower end."""
     ends = [number_cell(value, digits, sign=sign) for value in (low, high)]
     return Cell(f"{ends[0].text} to {ends[1].text}", ends[0].value) if all(end.value for end in ends) else ends[0]
-
-
-def _with_mean(values: np.ndarray) -> np.ndarray:
-    """(cases, structures) with the mean over structures as the first column."""
-    return np.concatenate([finite_mean(values, axis=1)[:, None], values], axis=1)
 
 
 ROW, LEFT, WIDTH, RIGHT, TOP, BOTTOM = 34, 170, 560, 60, 8, 30  # px
