@@ -128,7 +128,7 @@ def test_folds_on_several_machines_are_those_of_one_and_the_last_one_pools(data,
         ({"folds": 2, "members": 2}, "--members with --folds; the folds say which cases are held out"),
         ({"folds": 2, "hold_out": 4}, "--hold_out with --folds"),
         ({"folds": 2, "given": ("hold_out",)}, "--hold_out with --folds"),
-        ({"folds": 2, "steps": None, "max_minutes": 0.0}, "--max_minutes 0.0; expected"),
+        ({"folds": 2, "steps": None, "max_minutes": 0.0}, "--max_minutes 0; expected"),
     ],
 )
 def test_flags_that_do_not_go_together_are_refused(data, tmp_path, flags, message):
