@@ -242,10 +242,10 @@ class Training:
                 "status": run.status,
                 "exit_code": code,
                 "seconds": round(earlier.get("seconds", 0.0) + time.perf_counter() - started, 3),
-                "timeline": run.timeline.to_json(),
                 "step": run.step,
                 # A finished run that is resumed trains nothing more.
                 "loss": earlier.get("loss") if run.loss is None else run.loss,
+                "timeline": (earlier.get("timeline") if run.loss is None else None) or run.timeline.to_json(),
                 "best": run.best,
                 "last_validation": run.validation.structures if run.validation else earlier.get("last_validation"),
                 "held_out": held_out_entry(run.held_out),

@@ -19,7 +19,7 @@ from mambahome_jax.flags import TrainConfig
 from mambahome_jax.imaging.geometry import orientation_of
 from mambahome_jax.patches.store import Store
 from mambahome_jax.recipes import OptimizerConfig
-from mambahome_jax.training import callbacks, held_out, runs, train
+from mambahome_jax.training import callbacks, held_out, runs, validation
 from mambahome_jax.training.callbacks import Curves, MetricsFile
 from mambahome_jax.training.curves import Drawn, write_curves
 from mambahome_jax.training.progress import Display, fit_values, train_line
@@ -114,7 +114,7 @@ def test_another_training_in_the_folder_does_not_show_the_scores_of_the_first(tm
 
 def test_a_case_that_failed_in_a_validation_and_is_scored_is_not_called_unscored(tmp_path, capsys, monkeypatch):
     result = Validation(0.5, {"box": 0.5}, (("c4", "for a moment"),))
-    monkeypatch.setattr(train, "make_validate", lambda *_: lambda params, stop: result)
+    monkeypatch.setattr(validation, "make_validate", lambda *_: lambda params, stop: result)
     assert command.run(_config(_dataset(tmp_path / "data"), tmp_path / "run", steps=1)) == 1
     summary = _summary(tmp_path / "run")
     assert summary["cases"] == 1 and summary["failures"] == []
@@ -122,7 +122,7 @@ def test_a_case_that_failed_in_a_validation_and_is_scored_is_not_called_unscored
 
 
 def test_without_a_score_the_last_weights_are_scored_and_nothing_is_noted(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "make_validate", lambda *_: lambda params, stop: Validation(float("nan"), {}))
+    monkeypatch.setattr(validation, "make_validate", lambda *_: lambda params, stop: Validation(float("nan"), {}))
     assert command.run(_config(_dataset(tmp_path / "data"), tmp_path / "run", steps=2)) == 0
     summary = _summary(tmp_path / "run")
     assert summary["checkpoint"] == {"name": "last", "step": 2, "chosen_on": []} and summary["note"] == ""
