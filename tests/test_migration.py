@@ -4,16 +4,19 @@ tests/migration/runs_86784e3.zip was written by tests/migration/make.py with tha
 checkpoints holds one number, so that the archive stays small; values.json has them under the published names.
 """
 
+import dataclasses
 import json
 import zipfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import mambahome_jax as mh
 from mambahome_jax.cli import run_command
 from mambahome_jax.datasets.prepared import read_prepared
+from mambahome_jax.training import train as training
 
 ARCHIVE = Path(__file__).parent / "migration" / "runs_86784e3.zip"
 
@@ -50,8 +53,28 @@ def test_a_run_folder_is_a_model(earlier):
     assert labels.array.shape == volume.array.shape and labels.array.max() <= 2
 
 
+def traced_alone(make):
+    """A step that changes no number, for the state that the real one takes and gives: to compile that takes long."""
+
+    def made(*arguments):
+        real = make(*arguments)
+
+        @jax.jit
+        def step(state, batch, rate):
+            after, metrics = jax.eval_shape(real, state, batch, rate)
+            kinds = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, after)]
+            assert kinds[0] == kinds[1]
+            return dataclasses.replace(state, step=state.step + 1), dict.fromkeys(metrics, rate)
+
+        return step
+
+    return made
+
+
 @pytest.mark.slow
-def test_a_run_goes_on(earlier, capsys):
+def test_a_run_goes_on(earlier, capsys, monkeypatch):
+    monkeypatch.setattr("mambahome_jax.training.step.compiler_options", lambda **_: None)
+    monkeypatch.setattr(training, "make_train_step", traced_alone(training.make_train_step))
     flags = "--model MambaHoME_tiny --feature_size 12 --patch_size 32 32 32 --batch_size 1 --steps 4 --val_every 2"
     folders = ["--data_train", str(earlier / "ready"), "--output_dir", str(earlier / "strong")]
     arguments = [*folders, *flags.split(), "--recipe", "strong", "--augment", "False", "--resume"]
