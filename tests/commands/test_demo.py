@@ -2,16 +2,29 @@
 
 import csv
 import json
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 
+from mambahome_jax.cli import main
 from mambahome_jax.commands import demo
 from mambahome_jax.errors import OutputError
 from mambahome_jax.flags import DemoConfig
 
 
+def in_this_process(command, check):
+    """In the place of subprocess.run: the command line of a step, without a start of Python and JAX for each."""
+    assert command[:3] == [sys.executable, "-m", "mambahome_jax"] and not check
+    with pytest.raises(SystemExit) as ended:
+        main(command[3:])
+    return subprocess.CompletedProcess(command, ended.value.code)
+
+
 @pytest.mark.slow
-def test_the_demo_goes_through(tmp_path, capfd):
+def test_the_demo_goes_through(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=in_this_process))
     folder = tmp_path / "demo"
     assert demo.run(DemoConfig(folder, train_cases=3, test_cases=1, steps=2)) == 0
     printed = capfd.readouterr().out
