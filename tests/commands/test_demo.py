@@ -1,6 +1,7 @@
 """The demo is what the README tells a newcomer to type: every step of it, shortened."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from mambahome_jax.cli import main
 from mambahome_jax.commands import demo
+from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.errors import OutputError
 from mambahome_jax.flags import DemoConfig
 
@@ -25,6 +27,10 @@ def in_this_process(command, check):
 @pytest.mark.slow
 def test_the_demo_goes_through(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=in_this_process))
+    # Without the layers that take long to compile; the published network is trained in test_trajectory.
+    size = MODEL_SIZES["MambaHoME_tiny"]
+    plain = dataclasses.replace(size, model=size.model.replace(mixer="none", experts="ffn"))
+    monkeypatch.setitem(MODEL_SIZES, "MambaHoME_tiny", plain)
     folder = tmp_path / "demo"
     assert demo.run(DemoConfig(folder, train_cases=3, test_cases=1, steps=2)) == 0
     printed = capfd.readouterr().out
