@@ -17,7 +17,6 @@ from tests.model.golden_gradients import compare_gradients
 from tests.model.test_parity import weighting
 
 GOLDEN = "baselines/segmamba_tiny.npz"
-INPUTS = ("input_a", "input_b")
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +48,17 @@ def input_of(data, which):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", INPUTS)
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "which"),
+    # What a grid changes shows in float64, what float32 changes on one grid.
+    [(jnp.float64, "input_a"), (jnp.float64, "input_b"), (jnp.float32, "input_b")],
+    ids=["float64-input_a", "float64-input_b", "float32-input_b"],
+)
 def test_logits_stages_and_gradients(data, official, which, dtype, tmp_path, x64):
     if f"{which}/x" not in data:
         pytest.skip("this input is only in the full set of goldens, ../shared/parity")
     single = dtype == jnp.float32
-    values, gradient = (3e-5, 1e-3 if which == "input_a" else 3e-3) if single else (1e-10, 1e-8)
+    values, gradient = (3e-5, 3e-3) if single else (1e-10, 1e-8)
     graphdef, state = nnx.split(load(tmp_path, data[f"{which}/num_slices"], official, param_dtype=dtype))
     x = jnp.asarray(input_of(data, which), dtype)
 
