@@ -89,6 +89,13 @@ def _imported(command):
     return result.stdout, {name.partition(".")[0] for name in modules}
 
 
+@pytest.mark.parametrize("line", [("-c", "import mambahome_jax"), ("-m", "mambahome_jax", "--help")])
+def test_import_and_help_load_little_of_the_standard_library_and_nothing_else(line):
+    added = _imported(line)[1] - _imported(["-c", "pass"])[1]
+    added -= {"org"}  # of Jython, which module copy asks for
+    assert "mambahome_jax" in added and added <= {*sys.stdlib_module_names, "mambahome_jax"} and len(added) < 50
+
+
 @pytest.mark.parametrize("script", ["preprocess.py", "train.py", "infer.py"])
 def test_help_is_instant(script):
     printed, packages = _imported([ROOT / script, "--help"])
