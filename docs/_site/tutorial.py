@@ -2,9 +2,11 @@
 
 python docs/_site/tutorial.py
 
-As typed, but on a coarse grid, with a small network, and for two steps of training.
+As typed, but on a coarse grid, with a small network, and for two steps of training: that of examples/scans_to_report,
+whose compiled programs are taken where `make docs` ran it before.
 """
 
+import os
 import re
 import shlex
 import subprocess
@@ -17,7 +19,9 @@ from mambahome_jax.datasets.phantom import write_phantoms
 PAGE = Path(__file__).parents[1] / "getting-started" / "first-dataset.md"
 SHORT = {
     "preprocess": "--spacing 8 8 8",
-    "train": "--model MambaHoME_tiny --recipe published --patch_size 32 32 32 --batch_size 1 --steps 2 --val_every 2",
+    "train": "--model MambaHoME_tiny --recipe published --patch_size 48 32 32 --feature_size 12 --batch_size 1 "
+    "--augment False --steps 2 --val_every 2",
+    "infer": "--sw_batch_size 1",
 }
 
 
@@ -44,6 +48,9 @@ def write_scans(folder: Path) -> None:
 
 def main() -> None:
     """Raises CalledProcessError where a line fails."""
+    # As conf.py has them for the notebooks.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[2] / "build/docs/programs"))
     python: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
