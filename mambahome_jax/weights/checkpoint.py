@@ -162,7 +162,7 @@ def write_hub_folder(
     """
     with _new_checkpoint(folder.absolute(), config, overwrite) as partial:
         partial.mkdir()
-        safetensors.numpy.save_file(dict(tensors), partial / HUB_WEIGHTS, metadata={"format": "pt"})
+        write_safetensors(partial / HUB_WEIGHTS, tensors, {"format": "pt"})
         (partial / MODEL_CARD).write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
@@ -214,6 +214,14 @@ def require_space(folder: Path, needed: int) -> None:
     # Some file systems make room for files as they come, and know no number.
     if files is not None and files.f_files and files.f_favail < _FILES:
         raise OSError(f"{_FILES} files needed, the file system has room for {files.f_favail}")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a .safetensors file that others may read as any file here, where save_file allows its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.numpy.save_file(dict(tensors), path, metadata=metadata)
+    path.chmod(mode)
 
 
 def remove_partial(folder: Path) -> None:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from flax import nnx
 
 from mambahome_jax.config import DataProperties, NetworkConfig, Precision, network_from_json
@@ -33,6 +32,7 @@ from mambahome_jax.weights.checkpoint import (
     remove_partial,
     write_checkpoint,
     write_hub_folder,
+    write_safetensors,
 )
 from mambahome_jax.weights.model_path import RUN_CHECKPOINT
 from mambahome_jax.weights.names import (
@@ -428,7 +428,7 @@ def write_weights(path: Path | str, weights: Weights, *, overwrite: bool = False
             if path.suffix == ".npz":
                 np.savez(partial, allow_pickle=False, config_json=np.asarray(text), **tensors)
             elif path.suffix == ".safetensors":
-                safetensors.numpy.save_file(tensors, partial, metadata={"config": text})
+                write_safetensors(partial, tensors, {"config": text})
             else:
                 aliases = {alias: array for name, array in tensors.items() for alias in all_names(name)}
                 others = checkpoint_entries(weights.data)

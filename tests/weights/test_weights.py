@@ -171,6 +171,7 @@ def test_a_folder_has_the_layout_of_a_model_hub(tmp_path, official):
     folder = tmp_path / "hub"
     write_weights(folder, read_weights(golden_path(PATH))._replace(data=data))
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1  # others may read the weights as the rest
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     assert tensors.keys() == official.keys() and all((tensors[name] == official[name]).all() for name in official)
     card = (folder / "README.md").read_text()
