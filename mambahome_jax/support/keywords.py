@@ -145,13 +145,14 @@ def shows_keywords(kind: type) -> Callable[[Function], Function]:
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
+        hints = get_type_hints(kind)  # without what is for the command line alone
         own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
         keywords = [
             inspect.Parameter(
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default,
-                annotation=field.type,
+                annotation=hints[field.name],
             )
             for field in dataclasses.fields(kind)
             if field.name != "given"
