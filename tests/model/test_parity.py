@@ -42,6 +42,16 @@ def weighting(shape) -> np.ndarray:
     return np.sin(0.5 + 1.3 * b + 0.9 * c + 0.11 * z + 0.23 * y + 0.31 * x)
 
 
+def with_stages(model, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    """Logits, and the volumes of the encoder on the way: compiling it a second time takes long."""
+    volumes: list[jax.Array] = []
+    encoder = model.encoder
+    object.__setattr__(model, "encoder", lambda *arguments: volumes.extend(encoder(*arguments)) or tuple(volumes))
+    logits = model(x)
+    assert len(volumes) == 4
+    return logits, volumes
+
+
 def _forward_and_gradients(x: np.ndarray, dtype):
     model = load_model(golden_path("mambahome_tiny.pth"), param_dtype=dtype)
     graphdef, state = nnx.split(model)
@@ -50,12 +60,11 @@ def _forward_and_gradients(x: np.ndarray, dtype):
     @jax.jit
     def run(state):
         def loss(state):
-            model = nnx.merge(graphdef, state)
-            logits = model(x)
-            return jnp.sum(logits * jnp.asarray(weighting(logits.shape), dtype)) / logits.size, logits
+            logits, volumes = with_stages(nnx.merge(graphdef, state), x)
+            return jnp.sum(logits * jnp.asarray(weighting(logits.shape), dtype)) / logits.size, (logits, volumes)
 
-        (value, logits), gradients = jax.value_and_grad(loss, has_aux=True)(state)
-        return value, logits, gradients, nnx.merge(graphdef, state).encoder(x)
+        (value, (logits, volumes)), gradients = jax.value_and_grad(loss, has_aux=True)(state)
+        return value, logits, gradients, volumes
 
     value, logits, gradients, volumes = run(state)
     return value, np.moveaxis(logits, -1, 1), weights.export_official(gradients), volumes
