@@ -16,9 +16,6 @@ from mambahome_jax.recipes import CoarseLabels, Recipe
 # (logits, labels[, labelled]) -> scalar
 LossFunction = Callable[..., jax.Array]
 SMOOTH = 1e-5  # MONAI's smooth_nr and smooth_dr
-# Up to so many classes each is an array of its own, as sums beside an axis of two use two of a GPU's 32 lanes, and XLA
-# then makes all sums in one pass. Each class more is more to compile.
-FEW_CLASSES = 4
 HEADS = 2
 NETWORK = "network"
 
@@ -63,22 +60,17 @@ def dice_ce(
         expected = f"(batch, classes), {(len(logits), logits.shape[-1])}"
         raise ConfigError(f"labelled has shape {labelled.shape}; expected {expected}")
     logits, labels = jnp.asarray(logits, jnp.promote_types(logits.dtype, jnp.float32)), jnp.asarray(labels)
+    log_p = jax.nn.log_softmax(logits, axis=-1)
     if labelled is not None:
         labelled = jnp.asarray(labelled).at[:, 0].set(True)
-        log_p, labels = _merge_into_background(jax.nn.log_softmax(logits, axis=-1), labels, labelled)
-        parts = [log_p]
-    else:
-        parts = _log_softmax(logits)
+        log_p, labels = _merge_into_background(log_p, labels, labelled)
+    p = jnp.exp(log_p)
+    # A comparison inside the sums fuses into them; a one-hot array of its own would be as large as the logits.
+    is_class = labels[..., None] == jnp.arange(logits.shape[-1], dtype=labels.dtype)
     axes = (0, 1, 2, 3) if batch and labelled is None else (1, 2, 3)
-    cross_entropy, first, sums = jnp.zeros((), logits.dtype), 0, []
-    for log_p in parts:
-        p, classes = jnp.exp(log_p), jnp.arange(first, first := first + log_p.shape[-1], dtype=labels.dtype)
-        # A comparison inside the sums fuses into them; a one-hot array of its own would be as large as the logits.
-        is_class = labels[..., None] == classes
-        cross_entropy -= jnp.sum(jnp.where(is_class, log_p, 0)) / labels.size
-        addends = jnp.where(is_class, p, 0), p * p if squared else p, is_class
-        sums.append([jnp.sum(each, axis=axes, dtype=p.dtype) for each in addends])
-    overlap, predicted, present = (jnp.concatenate(each, -1) for each in zip(*sums, strict=True))
+    overlap = jnp.sum(jnp.where(is_class, p, 0), axis=axes)
+    predicted = jnp.sum(p * p if squared else p, axis=axes)
+    present = jnp.sum(is_class, axis=axes, dtype=p.dtype)
     counts = None
     if labelled is not None:
         overlap, predicted, present = (jnp.where(labelled, total, 0) for total in (overlap, predicted, present))
@@ -90,23 +82,13 @@ def dice_ce(
     if not include_background:
         dice = dice[..., 1:]
         counts = None if counts is None else counts[..., 1:]
+    cross_entropy = -jnp.sum(jnp.where(is_class, log_p, 0)) / labels.size
     if counts is None:
         return jnp.mean(dice) + cross_entropy
     # Each sample by the classes that it can be judged by; without any (no background wanted) it does not count.
     weight = counts.sum(axis=-1)
     means = jnp.sum(jnp.where(counts, dice, 0), axis=-1) / jnp.maximum(weight, 1)
     return jnp.sum(means) / jnp.maximum(jnp.sum(weight > 0), 1) + cross_entropy
-
-
-def _log_softmax(logits: jax.Array) -> list[jax.Array]:
-    """Log-probabilities (..., n) of the classes in turn: one array of all of them, or n = 1, see FEW_CLASSES."""
-    if logits.shape[-1] > FEW_CLASSES:
-        return [jax.nn.log_softmax(logits, axis=-1)]
-    parts = jnp.split(logits, logits.shape[-1], axis=-1)
-    highest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, parts))
-    shifted = [part - highest for part in parts]
-    total = jnp.log(functools.reduce(jnp.add, map(jnp.exp, shifted)))
-    return [part - total for part in shifted]
 
 
 def _merge_into_background(log_p: jax.Array, labels: jax.Array, labelled: jax.Array) -> tuple[jax.Array, jax.Array]:
