@@ -14,9 +14,13 @@ from mambahome_jax.config import FourStageConfig, ModelConfig, NetworkConfig, Pr
 # with gradient, moments and average; for each element of `step_elements`; and for what every step takes.
 _BYTES_A_PARAMETER = 10.9
 _BYTES_AN_ELEMENT = (25.8, 29.5)
+# Of the latter, those of Mamba's layer; this and the next two by steps of the duels (docs/experiments/duels.md), within
+# 4 % of each.
+_BYTES_OF_MAMBA = 11.0
 _BYTES = 72e6
-# Of a U-Net, for each output of a convolution: nnU-Net's authors take 560 million of them, of two patches, for 8 GB.
-_BYTES_AN_OUTPUT = 7.1
+_BYTES_AN_ELEMENT_OF_SEGMAMBA = (28.7, 41.3)
+# Of a U-Net, for each output of a convolution.
+_BYTES_AN_OUTPUT = 3.15
 # How many times as much as in bf16 activations take, by the peaks of the published step in docs/experiments/speed.md.
 _TIMES = {"bf16": 1.0, "tf32": 2.0, "fp32": 2.9}
 # Of what JAX may take, a plan fills this part: training compares XLA's account with the device before the first step.
@@ -96,5 +100,8 @@ def step_gib(network: NetworkConfig, patch: Sequence[int], batch: int, precision
     else:
         assert isinstance(network, FourStageConfig)
         elements = step_elements(network, patch, batch)
-        activations = sum(size * count for size, count in zip(_BYTES_AN_ELEMENT, elements, strict=True))
+        each = _BYTES_AN_ELEMENT if isinstance(network, ModelConfig) else _BYTES_AN_ELEMENT_OF_SEGMAMBA
+        activations = sum(size * count for size, count in zip(each, elements, strict=True))
+        if isinstance(network, ModelConfig) and network.mixer == "none":
+            activations -= _BYTES_OF_MAMBA * elements[1]
     return (_BYTES + _BYTES_A_PARAMETER * parameters(network) + _TIMES[precision] * activations) / 2**30
