@@ -180,7 +180,7 @@ class TrainConfig:
     feature_size: int | None = None
     """Channels of the first stage; the other stages keep their proportions to it (default: the size's own)."""
     mixer: Mixer = ModelConfig.mixer
-    """A twin of MambaHoME: the layer of Mamba; with a depthwise convolution in the place of its scan; or nothing."""
+    """A twin of MambaHoME: Mamba's layer; a depthwise convolution for its scan; none (without a flag as planned)."""
     experts: ExpertLayer = ModelConfig.experts
     """A twin of MambaHoME: both levels of HoME; the first alone; or one feed-forward network for every token."""
     patch_size: tuple[int, int, int] | None = None

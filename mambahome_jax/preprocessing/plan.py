@@ -18,6 +18,7 @@ import numpy as np
 from mambahome_jax.config import (
     MODEL_SIZES,
     AnatomicalAxis,
+    Mixer,
     ModelConfig,
     NetworkConfig,
     Precision,
@@ -102,8 +103,8 @@ class Plan:
     """Settings read off the data and the machine, in the order in which they follow from each other.
 
     spacing: mm; resampling: of images, "linear" or "cubic"; patch_size: voxels; strides, kernel_sizes: see
-    `NetworkConfig`; batch_size: on each device; mirror, hold_out: as the flags of train; length: {"minutes": ...},
-    {"epochs": ...} or {"steps": ...}.
+    `NetworkConfig`; mixer: of MambaHoME; batch_size: on each device; mirror, hold_out: as the flags of train; length:
+    {"minutes": ...}, {"epochs": ...} or {"steps": ...}.
     """
 
     spacing: Setting
@@ -112,6 +113,7 @@ class Plan:
     patch_size: Setting
     strides: Setting
     kernel_sizes: Setting
+    mixer: Setting
     batch_size: Setting
     recipe: Setting
     mirror: Setting
@@ -135,17 +137,18 @@ def make_plan(fingerprint: Fingerprint, machine: Machine, given: Mapping[str, Se
     shape = np.round(fingerprint.median_shape(spacing)).astype(int).tolist()
     mm = voxel_size(spacing, fingerprint.spacings)
     model = chosen.setdefault("model", _choose_model(machine)).value
+    mixer = chosen.setdefault("mixer", _choose_mixer(mm, model)).value
     if model in TARGETS:
         sizes = _choose_by_nnunet(fingerprint, spacing, mm, model, chosen.get("patch_size"))
         if machine.gpu_gib is None:
             sizes["batch_size"] = Setting(_CPU_PATCHES, _CPU_REASON)
     else:
-        sizes = _choose_grids(mm, shape, model, machine, chosen.get("patch_size"))
+        sizes = _choose_grids(mm, shape, model, mixer, machine, chosen.get("patch_size"))
     for name, setting in sizes.items():
         chosen.setdefault(name, setting)
     patch = chosen["patch_size"].value
     if "batch_size" not in chosen:
-        chosen["batch_size"] = _choose_batch(patch, _network(model, chosen["strides"].value), machine)
+        chosen["batch_size"] = _choose_batch(patch, _network(model, chosen["strides"].value, mixer), machine)
     chosen.setdefault("recipe", Setting("strong", "ahead of the published recipe where both were measured"))
     chosen.setdefault("mirror", _choose_mirror(fingerprint))
     chosen.setdefault("hold_out", _choose_hold_out(fingerprint.patients or len(fingerprint.shapes)))
@@ -208,7 +211,7 @@ def _choose_by_nnunet(
 
 
 def _choose_grids(
-    mm: Sequence[float], shape: Sequence[int], model: str, machine: Machine, patch: Setting | None
+    mm: Sequence[float], shape: Sequence[int], model: str, mixer: Mixer, machine: Machine, patch: Setting | None
 ) -> dict[str, Setting]:
     """Choose patch_size, strides and kernel_sizes. mm, shape: of the median scan after resampling."""
     if patch is None:
@@ -216,7 +219,7 @@ def _choose_grids(
         found = patch_and_grids(mm, shape, voxels)
         # Small enough for a step of two.
         while machine.gpu_gib is not None and voxels > _FEWEST_VOXELS:
-            if step_gib(_network(model, found.strides), found.patch_size, 2) <= machine.step_gib:
+            if step_gib(_network(model, found.strides, mixer), found.patch_size, 2) <= machine.step_gib:
                 break
             voxels = voxels * 4 // 5
             found = patch_and_grids(mm, shape, voxels)
@@ -237,6 +240,15 @@ def _grid_settings(found: Grids) -> dict[str, Setting]:
     return {"strides": Setting(found.strides, strides), "kernel_sizes": Setting(found.kernel_sizes, kernels)}
 
 
+def _choose_mixer(mm: Sequence[float], model: str) -> Setting:
+    if not _has_mixer(model):
+        return Setting(ModelConfig.mixer, "of MambaHoME alone")
+    if thick_axis(mm) is None:
+        return Setting(ModelConfig.mixer, "Mamba's layers, as published")
+    reason = "on ACDC, of thick slices too, it was better in the same minutes without Mamba's; --mixer scan has them"
+    return Setting("none", reason)
+
+
 def _choose_batch(
     patch: Sequence[int], network: NetworkConfig, machine: Machine, precision: Precision = "bf16"
 ) -> Setting:
@@ -251,8 +263,12 @@ def _choose_batch(
     return Setting(count, reason)
 
 
-def _network(model: str, strides: Any) -> NetworkConfig:
-    return MODEL_SIZES[model].model.replace(strides=strides)
+def _has_mixer(model: str) -> bool:
+    return isinstance(MODEL_SIZES[model].model, ModelConfig)
+
+
+def _network(model: str, strides: Any, mixer: Mixer) -> NetworkConfig:
+    return MODEL_SIZES[model].model.replace(strides=strides, **({"mixer": mixer} if _has_mixer(model) else {}))
 
 
 def _choose_mirror(fingerprint: Fingerprint) -> Setting:
@@ -316,6 +332,7 @@ _FORMS: dict[str, tuple[Convert, str]] = {
     "patch_size": (_SIZE, "three positive integers"),
     "strides": (entries(entries(among((1, 2)), 3)), "triples of 1 or 2"),
     "kernel_sizes": (entries(entries(among((1, 3)), 3)), "triples of 1 or 3"),
+    "mixer": (among(get_args(Mixer)), f"one of {', '.join(get_args(Mixer))}"),
     "batch_size": (count_up_to(1 << 16), "a positive integer"),
     "recipe": (among(tuple(RECIPES)), f"one of {', '.join(RECIPES)}"),
     "mirror": (entries(among(("none", *get_args(AnatomicalAxis)))), 'axes such as ["LR"], or ["none"]'),
@@ -406,19 +423,22 @@ def follow_plan(flags: TrainConfig, settings: Mapping[str, Setting], machine: st
     planned = {name: settings[name].value for name in names if name in settings and not is_given(flags, name)}
     if "strides" in settings and not is_given(flags, "strides"):
         planned["strides"] = "auto"
+    if "mixer" in settings and not is_given(flags, "mixer") and _has_mixer(planned.get("model", flags.model)):
+        planned["mixer"] = settings["mixer"].value
     if "length" in settings and not is_given(flags, "epochs", "steps", "max_minutes"):
         ((unit, number),) = settings["length"].value.items()
         # --members and --folds share --max_minutes; a planned length is of each.
         planned |= {"max_minutes": number * max(flags.networks, 1)} if unit == "minutes" else {unit: number}
     followed, made_for = dataclasses.replace(flags, **planned), Machine.named(machine)
     patch = followed.patch_size or MODEL_SIZES[followed.model].patch_size
-    planned_sizes = [settings[name].value if name in settings else None for name in ("model", "patch_size")]
-    other = planned_sizes != [followed.model, patch] or is_given(flags, "precision")
+    sizes = {"model": None, "patch_size": None, "mixer": ModelConfig.mixer}
+    sizes |= {name: settings[name].value for name in sizes if name in settings}
+    other = [*sizes.values()] != [followed.model, patch, followed.mixer] or is_given(flags, "precision")
     if "batch_size" in planned and made_for is not None and other and followed.model not in TARGETS:
         strides = ModelConfig.strides
         if followed.strides == "auto" and "spacing" in settings and all(mm > 0 for mm in settings["spacing"].value):
             strides = grids_for(settings["spacing"].value, patch).strides
-        network = _network(followed.model, strides)
+        network = _network(followed.model, strides, followed.mixer)
         batch = _choose_batch(patch, network, made_for, followed.precision or "bf16")
         return dataclasses.replace(followed, batch_size=batch.value)
     return followed

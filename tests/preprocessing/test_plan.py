@@ -100,7 +100,7 @@ def test_a_step_is_planned_to_fit_what_jax_takes_of_the_card(gib, share):
     for spacing, shape in (((1, 1, 1), (36, 50, 35)), ((0.7, 0.7, 5), (512, 512, 100)), ((1, 1, 1), (240, 240, 155))):
         for model in ("MambaHoME_tiny", "MambaHoME_small"):
             plan = make_plan(fingerprint(spacing, shape), machine, {"model": Setting(model, "given")})
-            network = MODEL_SIZES[model].model.replace(strides=plan.strides.value)
+            network = MODEL_SIZES[model].model.replace(strides=plan.strides.value, mixer=plan.mixer.value)
             needed = step_gib(network, plan.patch_size.value, plan.batch_size.value)
             assert needed <= 0.9 * share * gib and f"{needed:.1f} of {gib} GiB" in plan.batch_size.reason
             counts.append(plan.batch_size.value)
@@ -237,6 +237,26 @@ def test_the_command_line_of_a_plan_trains_as_the_plan_alone_does(recipe, length
     followed, alone = (follow_plan(each, settings, str(GPU)) for each in (flags, TrainConfig(Path("ready"))))
     assert dataclasses.replace(followed, given=()) == alone
     assert {"model", "max_minutes" if "minutes" in length else next(iter(length))} <= {*flags.given}
+
+
+def test_thick_slices_are_planned_without_mamba_unless_a_flag_asks_for_it():
+    thin, thick = (make_plan(fingerprint(mm, (256, 216, 10)), GPU) for mm in ((1.5, 1.5, 3), (1.5, 1.5, 10)))
+    assert (thin.mixer.value, thick.mixer.value) == ("scan", "none")
+    settings, ready = thick.settings(), Path("ready")
+    assert follow_plan(TrainConfig(ready), settings).mixer == "none"
+    assert follow_plan(TrainConfig(ready, mixer="conv"), settings).mixer == "conv"
+    assert follow_plan(TrainConfig(ready, given=("mixer",)), settings).mixer == "scan"
+    # Networks that have no such layer are refused with another mixer than the default.
+    assert follow_plan(TrainConfig(ready, model="SegMamba"), settings).mixer == "scan"
+    assert (
+        make_plan(fingerprint((1.5, 1.5, 10), (256, 216, 10)), GPU, {"model": Setting("SegMamba", "")}).mixer.value
+        == "scan"
+    )
+    # The memory that the layers would take goes to more patches, and a flag that asks for them has fewer again.
+    small = Machine(gpu_gib=6)
+    plan = make_plan(fingerprint((1.5, 1.5, 10), (256, 216, 10)), small)
+    with_scan = follow_plan(TrainConfig(ready, given=("mixer",)), plan.settings(), str(small))
+    assert with_scan.batch_size < plan.batch_size.value
 
 
 def test_the_batch_follows_a_given_network_or_patch():
