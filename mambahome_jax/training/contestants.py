@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from mambahome_jax.config import MODEL_SIZES, Triple, spaced
+from mambahome_jax.config import MODEL_SIZES, TWINS, Triple, spaced
 from mambahome_jax.datasets.prepared import Prepared, detect, read_prepared, usable_cases
 from mambahome_jax.errors import ConfigError, SizeError
 from mambahome_jax.flags import DuelConfig, TrainConfig
@@ -74,13 +74,17 @@ def contestants_of(config: DuelConfig) -> tuple[list[Contestant], list[str]]:
         + f" but {' and '.join(exempt)}" * bool(exempt)
         + f", as they do not all take {spaced(wanted)}" * (patch != wanted)
     ]
-    names = [first.model, *config.against]
+    twin = [f"{name}={getattr(first, name)}" for name in TWINS if getattr(first, name) != getattr(TrainConfig, name)]
+    names = [",".join([first.model, *twin]), *config.against]  # the plan may have chosen a twin
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"{name} takes part twice. Leave it out of --against, or choose another --model")
+    for name, flags in zip(names[1:], followed[1:], strict=True):
+        if replace(flags, given=()) == replace(followed[0], given=()):
+            raise ConfigError(f"{name} changes nothing of {names[0]}. Leave it out of --against")
     folders = [re.sub(r"[^\w.,=-]", "_", name) for name in names]
-    flags = [_flags(alike, each) for each in own]
-    return [Contestant(*parts, minutes) for parts in zip(names, folders, flags, strict=True)], lines
+    typed = [_flags(alike, each) for each in own]
+    return [Contestant(*parts, minutes) for parts in zip(names, folders, typed, strict=True)], lines
 
 
 def _flags(alike: Mapping[str, Any], own: Mapping[str, Any]) -> TrainConfig:

@@ -329,6 +329,7 @@ def test_one_stopped_by_a_signal_goes_on_to_the_same_scores(finished, data, copi
         ({"against": ("lr=1,lr=2",)}, "--against lr=1,lr=2: a flag has two values; expected one"),
         ({"against": ("mixer=conv", "mixer=conv")}, "mixer=conv takes part twice"),
         ({"against": ("MambaHoME_tiny",)}, "MambaHoME_tiny takes part twice"),
+        ({"against": ("mixer=scan",)}, "mixer=scan changes nothing of MambaHoME_tiny"),
         ({"against": ("model=SegMamba,mixer=conv",)}, "this network has no mixer. Leave --mixer out"),
         ({"folds": 0}, "--folds 0; expected 1 or more"),
         ({"seeds": 0}, "--seeds 0; expected 1 or more"),
@@ -358,6 +359,15 @@ def test_values_are_read_as_on_the_command_line(data, tmp_path):
     assert strong.recipe == "strong" and strong.patch_size == one.patch_size
     assert (segmamba.model, segmamba.feature_size) == ("SegMamba", 4)
     assert [each.folder for each in found[1:3]] == ["affine_scale=0.8_1.2,deep_supervision=True", "recipe=strong"]
+
+
+def test_a_twin_that_the_plan_chose_is_named(data, tmp_path, monkeypatch):
+    settings = {"model": "MambaHoME_small", "mixer": "none"}
+    plan = StoredPlan({name: Setting(value, "") for name, value in settings.items()}, "a CPU", False)
+    monkeypatch.setattr(contestants, "planned_settings", lambda flags: plan)
+    found = contestants_of(config(data, tmp_path, model=None, against=("mixer=scan", "SegMamba")))[0]
+    assert [each.name for each in found] == ["MambaHoME_small,mixer=none", "mixer=scan", "SegMamba"]
+    assert [contestants.as_planned(each.flags).mixer for each in found] == ["none", "scan", "scan"]
 
 
 def test_a_recipe_that_leaves_the_plan_aside_keeps_its_network_and_sizes(data, tmp_path, monkeypatch):
