@@ -183,7 +183,8 @@ def test_what_does_not_fit_is_refused_before_the_first_scan(tmp_path):
 
 def test_axes_that_cannot_be_mirrored_are_named(tmp_path, monkeypatch, capsys):
     labels = ((1, "left atrium"), (2, "aorta"))
-    model = Levels((0.0, 0.5, 1.0), metadata=DataProperties(spacing=None, labels=labels, mirror=EVERY_AXIS))
+    properties = DataProperties(spacing=None, labels=labels, mirror=EVERY_AXIS, patch_size=(16, 16, 32))
+    model = Levels((0.0, 0.5, 1.0), metadata=properties)
     monkeypatch.setattr(batch, "load_model", lambda path, precision: model)
     assert infer.run(config(tmp_path, tta=True)) == 0
     assert "Note: tta leaves the left-right axis out" in capsys.readouterr().out
