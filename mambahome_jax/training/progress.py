@@ -249,20 +249,22 @@ def label_lines(setup: Setup) -> list[str]:
     return [*lines, f"Note: {unused}, as label values go up to {largest}; preprocess.py numbers them without gaps"]
 
 
-def end_lines(folder: Path, report: Mapping[str, Any], flags: TrainConfig) -> list[str]:
+def end_lines(folder: Path, report: Mapping[str, Any], flags: TrainConfig, advise: bool = True) -> list[str]:
     """Say how a run ended, by its run.json, and what to type next; the folds of a command are for use together.
 
-    flags: of the command.
+    flags: of the command. advise: whether to say what to type.
     """
     best = report["best"] if flags.folds is None else None
     lines = [f"{report['status']}: step {report['step']} after {duration(report['seconds'])}"]
     compiling = report.get("compile_seconds") or 0
-    if flags.max_minutes is not None and compiling > report["seconds"] / 2:
+    if advise and flags.max_minutes is not None and compiling > report["seconds"] / 2:
         kept = "what was compiled is kept for the next run"
         lines.append(f"Note: compiling took {duration(compiling)} of it. Train longer by more --max_minutes; {kept}")
     if best is not None:
         score = "" if best["val_dice"] is None else f", validation Dice {best['val_dice']:.4f}"
         lines.append(f"Best: step {best['step']}{score}, in {folder / 'checkpoints' / 'best'}")
+    if not advise:
+        return lines
     if report["exit_code"] in (130, 143):
         lines.append(f"Next, to continue up to the scores of the held-out cases: {train_line(flags, resume=True)}")
     elif best is not None:

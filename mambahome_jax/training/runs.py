@@ -133,11 +133,12 @@ def run_training(
     started: float | None = None,
     at_once: int = 1,
     callbacks: Sequence[Callback] = (),
+    advise: bool = True,
 ) -> TrainResult:
     """Train as `flags` say and tell `console` of it. started: time.monotonic() at the start of the program.
 
-    at_once: see `networks_of`. callbacks: told of the training besides those of --tracker. Raises MambaHomeError
-    before anything is trained.
+    at_once: see `networks_of`. callbacks: told of the training besides those of --tracker. advise: say what to type
+    next, which is for another command to say where that trains. Raises MambaHomeError before anything is trained.
     """
     begin_devices()  # where the command has not: in the processes of folds, and in Python
     plan = planned_settings(flags)
@@ -149,7 +150,8 @@ def run_training(
     settings = {name: setting for name, setting in plan.settings.items() if name not in given_ingredients(given)}
     fixed = frozenset(name for name in SIZES if is_given(given, name))
     callbacks = (*callbacks, *make_trackers(flags.tracker, functools.partial(say, console)))
-    return Training(flags, folder, console, clock, settings, first, fixed, at_once=at_once, callbacks=callbacks).run()
+    command = Training(flags, folder, console, clock, settings, first, fixed, at_once=at_once, advise=advise)
+    return replace(command, callbacks=callbacks).run()
 
 
 def run_folder(flags: TrainConfig) -> Path:
@@ -162,7 +164,7 @@ class Training:
     """A training command under way: what its networks share, the time that is left to them, and what to say first.
 
     fixed: flags of the sizes of a step that were given. sizes: flags with which a step fits after others did not.
-    at_once: see `networks_of`.
+    at_once, advise: see `run_training`.
     """
 
     flags: TrainConfig
@@ -176,6 +178,7 @@ class Training:
     programs: Programs = field(default_factory=dict)
     at_once: int = 1
     callbacks: Sequence[Callback] = ()
+    advise: bool = True
 
     @functools.cached_property
     def data(self) -> "Data":
@@ -252,7 +255,7 @@ class Training:
                 "failures": [{"id": case, "reason": reason} for case, reason in run.failures.items()],
             }
             save_report(folder, report)
-            for line in end_lines(folder, report, self.flags):
+            for line in end_lines(folder, report, self.flags, self.advise):
                 self.say(line)
             return TrainResult.from_report(folder, jsonable(report))
 
@@ -349,7 +352,7 @@ class Training:
                 self.clock = _after(share, network)
             else:
                 pooled = self._pool(networks[0].flags.max_minutes) if flags.folds is not None else None
-                if flags.folds is None or pooled is not None:
+                if self.advise and (flags.folds is None or pooled is not None):
                     self.say(ensemble_line(folder, len(networks_of_run(folder)), flags.folds or flags.members))
         except MambaHomeError as error:
             save(folder, report | {"status": str(error), "exit_code": 2})
@@ -375,7 +378,8 @@ class Training:
         if missing:
             lacks = ", ".join(f"fold {number} ({why})" for number, why in missing.items())
             line = train_line(self.flags, fold=next(iter(missing)), resume=True, max_minutes=max_minutes)
-            self.say(f"No {CROSS_VALIDATION} yet, without {lacks}: {line}")
+            if self.advise:
+                self.say(f"No {CROSS_VALIDATION} yet, without {lacks}: {line}")
             return None
         summary = None
         if is_first():

@@ -171,13 +171,17 @@ def _no_main_module() -> Iterator[None]:
 
 
 def train_apart(flags: TrainConfig, begun: float, loud: bool, sender: Connection) -> None:
-    """Train and exit, in a process of its own that says nothing unless it is loud: log.txt has it all."""
+    """Train and exit, in a process of its own that says nothing unless it is loud: log.txt has it all.
+
+    What to type next is for the command to say that began it.
+    """
     end_with_parent()
     protect_output()
     message = ""
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         try:
-            code = run_training(flags, Console() if loud else Console(file=nowhere), begun).exit_code
+            console = Console() if loud else Console(file=nowhere)
+            code = run_training(flags, console, begun, advise=False).exit_code
         except MambaHomeError as error:
             code, message = 2, str(error)
     sender.send(message)

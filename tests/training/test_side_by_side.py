@@ -160,6 +160,17 @@ def test_a_fold_that_cannot_be_trained_says_so_by_its_name(tmp_path, monkeypatch
     assert capsys.readouterr().err == f"Error: Fold 0: {message}\n"
 
 
+def test_one_that_another_command_began_leaves_the_advice_to_that(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(side_by_side, "end_with_parent", lambda: None)
+    monkeypatch.setattr(side_by_side, "protect_output", lambda: None)
+    config = _config(_dataset(tmp_path / "data"), tmp_path / "run", folds=2, fold=0, steps=1)
+    _, sender = multiprocessing.Pipe(duplex=False)
+    with pytest.raises(SystemExit, match="0"):
+        side_by_side.train_apart(config, 0.0, True, sender)
+    said = capsys.readouterr().out
+    assert "finished: step 1" in said and "mambahome train" not in said and "No cross_validation" not in said
+
+
 ENVIRONMENT = """import os
 
 def send(flags, begun, loud, sender):
