@@ -230,6 +230,9 @@ class Training:
                 setup = make(recorded_sizes(folder, setup, self.fixed))
             require_same("The configuration", checkpoint_settings(setup))
             checkpoint = require_same_run(folder, setup, earlier) if resume else None
+            # One that was killed had no time to report; what came after its checkpoint is trained again.
+            spent = max(earlier.get("seconds", 0.0), (checkpoint or {}).get("seconds", 0.0))
+            checkpoint = checkpoint and checkpoint | {"seconds": spent}
             if skip_finished and is_finished(earlier, setup.flags):
                 self.say(f"{folder}: finished already")
                 return TrainResult.from_report(folder, earlier)
@@ -244,7 +247,7 @@ class Training:
             report |= {
                 "status": run.status,
                 "exit_code": code,
-                "seconds": round(earlier.get("seconds", 0.0) + time.perf_counter() - started, 3),
+                "seconds": round(spent + time.perf_counter() - started, 3),
                 "step": run.step,
                 # A finished run that is resumed trains nothing more.
                 "loss": earlier.get("loss") if run.loss is None else run.loss,

@@ -326,6 +326,7 @@ class TrainingRun:
     done. due: before its first step, where that was decided already. error: why it ended before its time. saved:
     whether it has written a checkpoint. memory, compile_seconds: of its step, where it has one. held_out: the summary
     of the scores of the cases held out. keeps_best: whether validations choose `best`; else it is the last validated.
+    seconds: of the processes that trained it before, up to the checkpoint it goes on from where that was killed.
     """
 
     folder: Path
@@ -346,6 +347,7 @@ class TrainingRun:
     step: int = 0
     best: dict[str, Any] | None = None
     validated_until: int = 0
+    seconds: float = 0.0
     loss: float | None = None
     validation: Validation | None = None
     failures: dict[str, str] = field(default_factory=dict)
@@ -366,7 +368,8 @@ class TrainingRun:
     @classmethod
     def resumed(cls, config: Mapping[str, Any], **parts: Any) -> "TrainingRun":
         """A run that goes on from the checkpoint with this config.json; a new one where that is empty."""
-        return cls(**parts, **{name: config[name] for name in ("step", "best", "validated_until") if name in config})
+        kept = ("step", "best", "validated_until", "seconds")
+        return cls(**parts, **{name: config[name] for name in kept if name in config})
 
     @property
     def status(self) -> str:
@@ -489,4 +492,5 @@ class TrainingRun:
             "epoch": self.step // self.schedule.steps_per_epoch,
             "best": self.best,
             "validated_until": self.validated_until,
+            "seconds": round(self.seconds + sum(self.timeline.to_json().values()), 1),
         } | self.schedule.budget.to_json(self.validated_until == self.step)

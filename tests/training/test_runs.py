@@ -1,5 +1,6 @@
 """A training as a function, and what it says of the code that made it."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from mambahome_jax.flags import TrainConfig
 from mambahome_jax.support.devices import git_state
 from mambahome_jax.support.files import jsonable, read_json
 from mambahome_jax.training.run_report import is_finished
+from mambahome_jax.weights.checkpoint import find_checkpoint
 from tests.commands.test_train import _dataset, _small  # noqa: F401
 
 
@@ -47,6 +49,15 @@ def test_train_is_a_function_without_a_console(tmp_path, capsys):
     )
     with pytest.raises(mh.ConfigError, match="holds a run already"):
         mh.train(**flags)
+    # As one that was killed after its checkpoint: run.json does not say what it took.
+    report, config = tmp_path / "run/run.json", find_checkpoint(tmp_path / "run/checkpoints/last") / "config.json"
+    content, checkpoint = read_json(report), read_json(config)
+    assert 0 < checkpoint["seconds"] <= sum(timeline.values())
+    del content["seconds"]
+    report.write_text(json.dumps(content | {"status": "running"}))
+    config.write_text(json.dumps(checkpoint | {"seconds": 1000.0}))
+    mh.train(**flags, resume=True)
+    assert 1000 < read_json(report)["seconds"] < 1500
     with pytest.raises(mh.TrainingError, match="cases of this batch"):
         mh.train(**flags | {"output_dir": tmp_path / "wrong", "lr": 1e38, "steps": 4, "max_val_cases": 1})
 
