@@ -28,7 +28,7 @@ from mambahome_jax.reporting.duel import Cost, Standing, render_duel, verdicts
 from mambahome_jax.reporting.report import without_folders
 from mambahome_jax.support.console import command_line, say
 from mambahome_jax.support.devices import visible_gpus
-from mambahome_jax.support.files import jsonable, read_json, write_json, write_text
+from mambahome_jax.support.files import json_form, jsonable, read_json, write_json, write_text
 from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import locked, open_output
 from mambahome_jax.training.contestants import Contestant, contestants_of
@@ -213,8 +213,7 @@ def _check(config: DuelConfig) -> None:
 def _recorded(config: DuelConfig, contestants: Sequence[Contestant]) -> dict[str, Any]:
     """Flags of all contestants that took part so far. Raises ConfigError where one of today has other flags."""
     output = config.output_dir
-    record = read_json(output / DUEL) if (output / DUEL).is_file() else {}
-    before = record.get("contestants", {})
+    record, before = _earlier(output / DUEL)
     now = {one.name: jsonable(asdict(replace(one.flags, given=(), max_minutes=one.minutes))) for one in contestants}
     changes = []
     for name, flags in now.items():
@@ -224,13 +223,27 @@ def _recorded(config: DuelConfig, contestants: Sequence[Contestant]) -> dict[str
             changes.append(
                 f"{name}: " + "; ".join(f"{flag} was {earlier.get(flag)}, now {flags[flag]}" for flag in differ)
             )
-    at_once = record.get("configuration", {}).get("at_once", DuelConfig.at_once)
+    at_once = record.get("at_once", DuelConfig.at_once)
     if before and at_once != config.at_once and contestants[0].minutes is not None:
         changes.append(f"at_once was {at_once}, now {config.at_once}, which share the minutes otherwise")
     if changes:
         action = "Give the flags that it began with, or name another --output_dir"
         raise ConfigError(f"{output} holds a duel of other settings: {changes[0]}. {action}")
     return before | {name: {"flags": flags} for name, flags in now.items()}
+
+
+def _earlier(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Configuration and contestants of the duel of a folder. Raises DatasetError: not as a duel writes them."""
+    action = "Remove it: what was trained stays, and the duel writes it anew"
+    record = read_json(file, action) if file.is_file() else {}
+    parts = [record.get(name, {}) for name in ("configuration", "contestants")]
+    entries = [*parts, *(parts[1].values() if isinstance(parts[1], dict) else ())]
+    entries += [entry.get("flags") for entry in entries[2:] if isinstance(entry, dict)]
+    for found in entries:
+        if not isinstance(found, dict):
+            expected = "configuration, contestants and the flags of each to be objects"
+            raise DatasetError(f"{json_form(found)} in it", file=file, expected=expected, action=action)
+    return parts[0], parts[1]
 
 
 def _home(output: Path, one: Contestant, seed: int) -> Path:

@@ -18,7 +18,7 @@ import mambahome_jax as mh
 from mambahome_jax.commands.duel import cost_table, scores_table
 from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.datasets.prepared import read_prepared
-from mambahome_jax.errors import ConfigError, TrainingError
+from mambahome_jax.errors import ConfigError, DatasetError, TrainingError
 from mambahome_jax.flags import DuelConfig, TrainConfig
 from mambahome_jax.preprocessing.plan import Setting, StoredPlan
 from mambahome_jax.training import contestants, held_out, side_by_side
@@ -295,6 +295,23 @@ def test_a_first_contestant_that_fails_leaves_nothing_to_compare(data, tmp_path)
     trainer = Trainer(dict.fromkeys(range(2), (2, "no room")))
     with pytest.raises(TrainingError, match="MambaHoME_tiny, the first contestant, could not be trained: no room"):
         fight(config(data, tmp_path / "duel", seeds=2), trainer)
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", '{"contestants": []}', '{"configuration": 3}', '{"contestants": {"lr=0.001": 1}}'),
+        *('{"contestants": {"lr=0.001": {}}}', '{"contestants": {"lr=0.001": {"flags": [1]}}}', '{"contestants"'),
+    ],
+)
+def test_a_record_that_is_none_is_refused_by_name(finished, data, copied, content):
+    (copied / "duel.json").write_text(content)
+    with pytest.raises(DatasetError, match=r"duel.json: .*Remove it: what was trained stays") as raised:
+        fight(config(data, copied, folds=2), Trainer())
+    assert "expected" in str(raised.value) or "JSON" in str(raised.value)
+    (copied / "duel.json").unlink()
+    trainer = Trainer()
+    assert fight(config(data, copied, folds=2), trainer).exit_code == 0 and trainer.flags == []
+
+
     assert len(trainer.flags) == 1
 
 
