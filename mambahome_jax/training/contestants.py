@@ -84,6 +84,9 @@ def contestants_of(config: DuelConfig) -> tuple[list[Contestant], list[str]]:
             raise ConfigError(f"{name} changes nothing of {names[0]}. Leave it out of --against")
     folders = [re.sub(r"[^\w.,=-]", "_", name) for name in names]
     typed = [_flags(alike, each) for each in own]
+    if config.equal == "memory":
+        batches = [as_planned(flags).batch_size for flags in typed]
+        lines += ["Batches: " + ", ".join(f"{name} {batch}" for name, batch in zip(names, batches, strict=True))]
     return [Contestant(*parts, minutes) for parts in zip(names, folders, typed, strict=True)], lines
 
 

@@ -291,10 +291,6 @@ def test_a_duel_of_a_version_with_fewer_flags_goes_on(finished, data, copied):
     assert fight(config(data, copied, folds=2), Trainer()).exit_code == 0
 
 
-def test_a_first_contestant_that_fails_leaves_nothing_to_compare(data, tmp_path):
-    trainer = Trainer(dict.fromkeys(range(2), (2, "no room")))
-    with pytest.raises(TrainingError, match="MambaHoME_tiny, the first contestant, could not be trained: no room"):
-        fight(config(data, tmp_path / "duel", seeds=2), trainer)
 @pytest.mark.parametrize(
     "content",
     [
@@ -316,6 +312,10 @@ def test_a_record_that_is_none_is_refused_by_name(finished, data, copied, conten
 
 
 def test_one_stopped_by_a_signal_goes_on_to_the_same_scores(finished, data, copied, monkeypatch):
+def test_a_first_contestant_that_fails_leaves_nothing_to_compare(data, tmp_path):
+    trainer = Trainer(dict.fromkeys(range(2), (2, "no room")))
+    with pytest.raises(TrainingError, match="MambaHoME_tiny, the first contestant, could not be trained: no room"):
+        fight(config(data, tmp_path / "duel", seeds=2), trainer)
     shutil.rmtree(copied / "lr=0.001")
     monkeypatch.setattr(held_out, "predict_case", predict_case)
     started = TrainingRun.step_started
