@@ -365,6 +365,12 @@ def number(value: float | None, digits: int, sign: bool = False) -> str:
     return f"{value:{'+' if sign else ''}z.{digits}f}" if value is not None and math.isfinite(value) else "-"
 
 
+def p_value(value: float, digits: int = 4) -> str:
+    """A p value for a person: none is 0."""
+    least = 10.0**-digits
+    return f"<{least:.{digits}f}" if value < least / 2 else number(value, digits)
+
+
 def interval(entry: Mapping[str, Any], digits: int, sign: bool = False) -> str:
     """ "low to high" of an entry; - where there is none."""
     low, high = (number(entry[key], digits, sign) for key in ("low", "high"))

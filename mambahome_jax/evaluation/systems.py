@@ -68,17 +68,32 @@ def compare_systems(
     )
 
 
-def verdict(name: str, other: str, found: Difference, seeds: int) -> str:
-    """Say in a sentence what a difference in Dice comes to: better, worse, or not distinguishable."""
+def holm(values: Sequence[float]) -> list[float]:
+    """p values after Holm's correction for their number; nan is no test, and stays nan."""
+    corrected, largest = [np.nan] * len(values), 0.0
+    order = sorted((value, place) for place, value in enumerate(values) if np.isfinite(value))
+    for rank, (value, place) in enumerate(order):
+        largest = max(largest, min(value * (len(order) - rank), 1.0))
+        corrected[place] = largest
+    return corrected
+
+
+def verdict(name: str, other: str, found: Difference, seeds: int, corrected: float | None = None) -> str:
+    """Say in a sentence what a difference in Dice comes to: better, worse, or not distinguishable.
+
+    corrected: p after Holm's correction, where there are several contestants.
+    """
     cases = f"{len(found.of_cases)} case{'s' * (len(found.of_cases) != 1)}"
     over = f"over {cases} and {seeds} seed{'s' * (seeds != 1)}"
     if not np.isfinite(found.low):
         return f"{name} and {other} are not distinguishable {over}, which give no interval"
     interval = f"95 % interval {found.low:+.4f} to {found.high:+.4f}, p {found.p:.2g}"
+    interval += f" ({corrected:.2g} after Holm's correction)" if corrected is not None else ""
     numbers = f"Dice {found.difference:+.4f}, {interval}, {over}"
     if not found.distinguishable:
         return f"{name} and {other} are not distinguishable: {numbers}"
-    limit = "; another seed may change that" if seeds == 1 else ""
+    limit = "; with that correction they are not distinguishable" if (corrected or 0.0) >= _CHANCE else ""
+    limit += "; another seed may change that" if seeds == 1 else ""
     return f"{name} is {'better' if found.difference > 0 else 'worse'} than {other}: {numbers}{limit}"
 
 

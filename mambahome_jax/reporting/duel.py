@@ -8,9 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from mambahome_jax.evaluation.results import METRICS, Score, finite_mean, structures_of
-from mambahome_jax.evaluation.systems import RESAMPLES, Difference, score_array, verdict
-from mambahome_jax.imaging.pictures import colours_of
+from mambahome_jax.evaluation.systems import RESAMPLES, Difference, holm, score_array, verdict
+from mambahome_jax.imaging.pictures import COLOURS
 from mambahome_jax.reporting.page import (
     CHOICES,
     LEFT,
@@ -23,19 +25,23 @@ from mambahome_jax.reporting.page import (
     chart_of,
     interval_cell,
     number_cell,
+    p_cell,
     template,
     ticks_of,
 )
 
 CURVE_HEIGHT, _TOP, _BOTTOM = 260, 8, 40  # px
+# Of a line on white.
+_PALE = {COLOURS[n] for n in (3, 7, 8, 12, 14)}
 # attribute of Cost -> heading, digits
 COSTS = {
     "parameters": ("M params", 2),
     "gib": ("GiB", 2),
     "images_per_second": ("images/s", 2),
     "compile_seconds": ("compile s", 0),
+    "training_minutes": ("train min", 1),
     "steps": ("steps", 0),
-    "minutes": ("minutes", 1),
+    "minutes": ("total min", 1),
 }
 
 
@@ -43,13 +49,14 @@ class Cost(NamedTuple):
     """What the networks of a contestant took; nan where it is not known.
 
     parameters: in millions. gib: of a compiled step. images_per_second: median over steps. compile_seconds: longest of
-    its networks. steps, minutes: their means.
+    its networks. training_minutes: from the first step on. minutes: all in. steps and both minutes: their means.
     """
 
     parameters: float
     gib: float
     images_per_second: float
     compile_seconds: float
+    training_minutes: float
     steps: float
     minutes: float
 
@@ -82,19 +89,27 @@ class Standing:
 def verdicts(standings: Sequence[Standing]) -> list[str]:
     """One sentence a contestant on its Dice beside that of the first."""
     first, *others = standings
-    sentences = []
+    sentences, corrected = [], corrected_p(standings, "dice")
     for one in others:
-        said = verdict(one.name, first.name, one.differences["dice"], min(len(one.seeds), len(first.seeds)))
+        seeds = min(len(one.seeds), len(first.seeds))
+        said = verdict(one.name, first.name, one.differences["dice"], seeds, corrected.get(one.name))
         unlike = ", ".join(dict.fromkeys((*first.unlike, *one.unlike)))
         sentences.append(f"{said}; not trained alike: {unlike}" if unlike else said)
     return sentences
 
 
+def corrected_p(standings: Sequence[Standing], metric: str) -> dict[str, float]:
+    """p of each contestant but the first after Holm's correction for their number; empty where there is one."""
+    others = standings[1:]
+    values = holm([one.differences[metric].p for one in others])
+    return {one.name: value for one, value in zip(others, values, strict=True)} if len(others) > 1 else {}
+
+
 def render_duel(standings: Sequence[Standing], failures: Sequence[tuple[str, str]], lead: str) -> str:
     """Return the page as text. standings: the first contestant first. failures: (what, reason)."""
     first, *others = standings
-    palette = colours_of(range(1, len(standings) + 1))
-    colours = {one.name: "rgb({}, {}, {})".format(*palette[n]) for n, one in enumerate(standings, 1)}
+    drawn = [colour for colour in COLOURS if colour not in _PALE]
+    colours = {one.name: "rgb({}, {}, {})".format(*drawn[n % len(drawn)]) for n, one in enumerate(standings)}
     differing = {name for one in others for name in {*first.given, *one.given} if _of(one, name) != _of(first, name)}
     spread = {one.name: [*one.differences["dice"].of_cases.items()] for one in others}
     page = {
@@ -106,7 +121,7 @@ def render_duel(standings: Sequence[Standing], failures: Sequence[tuple[str, str
         "scores": [_scores(standings, metric) for metric in METRICS] + [_structures(others)] * bool(others),
         "resamples": f"{RESAMPLES:,}",
         "differences": chart_of("Difference in Dice", "Dice", spread) if spread else None,
-        "colours": [*colours.items()],
+        "colours": [(one.name, colours[one.name], _end(one)) for one in standings],
         "curves": [
             chart
             for place, unit in ((0, "minutes"), (1, "steps"))
@@ -127,19 +142,20 @@ def _of(one: Standing, name: str) -> str:
 
 def _difference(found: Difference, digits: int) -> list[Cell]:
     interval = interval_cell(found.low, found.high, digits, sign=True)
-    return [number_cell(found.difference, digits, sign=True), interval, number_cell(found.p, 4)]
+    return [number_cell(found.difference, digits, sign=True), interval, p_cell(found.p)]
 
 
 def _scores(standings: Sequence[Standing], metric: str) -> SortableTable:
     label, digits, _ = CHOICES[metric]
-    rows = []
+    rows, corrected = [], corrected_p(standings, metric)
     for one in standings:
         found = one.differences.get(metric)
         cells = _difference(found, digits + 1) if found else [Cell(NONE, "")] * 3
+        cells += [p_cell(corrected.get(one.name, math.nan))] if corrected else []
         scored = {row.case for scores in one.seeds for row in scores if math.isfinite(getattr(row, metric))}
         cases = len(found.of_cases if found else scored)
         rows.append(Row(one.name, [number_cell(one.mean(metric), digits + 1), *cells, Cell(str(cases), str(cases))]))
-    headings = ["contestant", label, "difference", "95 %", "p", "cases"]
+    headings = ["contestant", label, "difference", "95 %", "p", *(["p, Holm"] if corrected else []), "cases"]
     return SortableTable(f"scores-{metric}", label, headings, rows)
 
 
@@ -165,6 +181,12 @@ def _cost(standings: Sequence[Standing]) -> SortableTable:
 def _given(standings: Sequence[Standing], names: Iterable[str]) -> SortableTable:
     rows = [Row(name, [Cell(_of(one, name)) for one in standings]) for name in sorted(names)]
     return SortableTable("given", "What differs", ["setting", *(one.name for one in standings)], rows)
+
+
+def _end(one: Standing) -> str:
+    """Where its curves end, in the mean."""
+    ends = [curve[-1][2] for curve in one.curves if curve]
+    return f"{finite_mean(np.array(ends)):.3f}" if ends else NONE
 
 
 def _curves(standings: Sequence[Standing], colours: Mapping[str, str], place: int, unit: str) -> dict[str, Any] | None:

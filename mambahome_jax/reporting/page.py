@@ -7,7 +7,7 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from mambahome_jax.evaluation.results import (
     Score,
     describe,
     finite_mean,
+    p_value,
     score_matrix,
     structures_of,
     summarise,
@@ -250,7 +251,7 @@ def _comparison(comparison: Mapping[str, Any]) -> dict[str, Any]:
             cells = [number_cell(numbers[key], digits) for key in ("mean", "other_mean", "difference")]
             cells += [
                 interval_cell(numbers["low"], numbers["high"], digits),
-                number_cell(numbers["p"], 4),
+                p_cell(numbers["p"]),
                 Cell(str(int(numbers["cases"]))),
             ]
             rows.append(Row(name, cells))
@@ -269,6 +270,12 @@ def number_cell(value: float, digits: int, share: bool = False, sign: bool = Fal
     if not math.isfinite(value):
         return Cell(NONE, "")
     return Cell(f"{value:{'+' if sign else ''}z.{digits}f}", f"{value:.8g}", f"{value:.4g}" if share else "")
+
+
+def p_cell(value: float) -> Cell:
+    """A p value; the smallest are less than something, not 0."""
+    cell = number_cell(value, 4)
+    return replace(cell, text=p_value(value)) if cell.value else cell
 
 
 def interval_cell(low: float, high: float, digits: int, sign: bool = False) -> Cell:

@@ -24,7 +24,7 @@ from mambahome_jax.evaluation.results import METRICS, read_evaluation, structure
 from mambahome_jax.evaluation.systems import compare_systems
 from mambahome_jax.flags import DuelConfig, TrainConfig
 from mambahome_jax.recipes import as_typed
-from mambahome_jax.reporting.duel import Cost, Standing, render_duel, verdicts
+from mambahome_jax.reporting.duel import Cost, Standing, corrected_p, render_duel, verdicts
 from mambahome_jax.reporting.report import without_folders
 from mambahome_jax.support.console import command_line, say
 from mambahome_jax.support.devices import visible_gpus
@@ -337,7 +337,8 @@ def _given(report: Mapping[str, Any]) -> dict[str, str]:
     configuration = {name: report.get("configuration", {}).get(name) for name in ("model", "recipe", "strides")}
     settings = configuration | {"device": report.get("device")} | dict(report.get("training", {}))
     settings |= {f"network: {name}": value for name, value in report.get("model", {}).items()}
-    return {name: as_typed(value) for name, value in settings.items() if name not in _NOT_GIVEN and value is not None}
+    given = {name: value for name, value in settings.items() if name not in _NOT_GIVEN and value is not None}
+    return {name: as_typed(value) or "none" for name, value in given.items()}
 
 
 def _standing(one: Contestant, homes: Sequence[Path], alike: Sequence[str], first: Standing | None) -> Standing:
@@ -387,6 +388,7 @@ def _cost(reports: Sequence[Mapping[str, Any]], tables: Sequence[Sequence[Mappin
         gib=max(known((report.get("memory") or {}).get("xla_gib") for report in reports)),
         images_per_second=float(np.median(speeds)),
         compile_seconds=max(known(report.get("compile_seconds") for report in reports)),
+        training_minutes=float(np.mean(known(rows[-1]["seconds"] if rows else None for rows in tables))) / 60,
         steps=float(np.mean(known(report.get("step") for report in reports))),
         minutes=float(np.mean(known(report.get("seconds") for report in reports))) / 60,
     )
@@ -401,12 +403,14 @@ def _write(
 ) -> DuelResult:
     """Write duel.json and the page. shared: see `_Trainings`. Raises OutputError."""
     output, code = config.output_dir, int(bool(failures))
+    corrected = {metric: corrected_p(standings, metric) for metric in METRICS}
     entries = {
         one.name: {
             "seeds": len(one.seeds),
             "scores": {metric: one.mean(metric) for metric in METRICS},
             "differences": {metric: asdict(found) for metric, found in one.differences.items()},
             "structures": {name: asdict(found) for name, found in one.structures.items()},
+            "p_holm": {metric: p[one.name] for metric, p in corrected.items() if one.name in p},
             "cost": one.cost._asdict(),
         }
         for one in standings
@@ -414,9 +418,11 @@ def _write(
     contestants = {name: entry | entries.get(name, {}) for name, entry in record["contestants"].items()}
     said = verdicts(standings)
     cases = len({row.case for scores in standings[0].seeds for row in scores})
+    flags = record["contestants"][standings[0].name]["flags"]
+    unit = next(name for name in ("max_minutes", "steps", "epochs") if flags[name] is not None)
     lead = (
-        f"{len(standings)} networks, {cases} cases held out, {config.seeds} seed{'s' * (config.seeds != 1)}."
-        + f" {shared}." * bool(shared)
+        f"{len(standings)} networks, {cases} cases held out, {config.seeds} seed{'s' * (config.seeds != 1)}, "
+        f"{flags[unit]:g} {unit.removeprefix('max_')} of training each." + f" {shared}." * bool(shared)
     )
     told = [(what, without_folders(reason, [output, config.folder])) for what, reason in failures.items()]
     page = render_duel(standings, told, lead)

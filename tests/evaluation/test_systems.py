@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mambahome_jax.evaluation.results import Score
-from mambahome_jax.evaluation.systems import compare_systems, paired_interval, verdict
+from mambahome_jax.evaluation.systems import compare_systems, holm, paired_interval, verdict
 
 
 def scores(dice, hd95=1.0):
@@ -94,3 +94,9 @@ def test_verdicts():
     alone = compare_systems([scores([[0.9]])], [scores([[0.5]])], "dice")
     assert "not distinguishable over 1 case and 1 seed, which give no interval" in verdict("a", "b", alone, 1)
     assert np.isnan(compare_systems([scores([[np.nan]])], [scores([[0.5]])], "dice").difference)
+
+
+def test_holm_multiplies_the_smallest_most_and_keeps_the_order():
+    # By hand: 0.01 x 3, 0.02 x 2, 0.03 x 1 raised to the one before; what has no p is no test.
+    assert holm([0.02, np.nan, 0.01, 0.03]) == pytest.approx([0.04, np.nan, 0.03, 0.04], nan_ok=True)
+    assert holm([0.9, 0.8]) == [1, 1] and holm([]) == []

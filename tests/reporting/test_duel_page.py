@@ -1,5 +1,6 @@
 """The page about a duel: whatever names hold, its tables and curves."""
 
+import html
 import math
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from mambahome_jax.evaluation.systems import compare_systems
 from mambahome_jax.reporting.duel import Cost, Standing, render_duel, verdicts
 from tests.reporting.test_page import EVIL, Page, row
 
-COST = Cost(24.49, 3.1, 22.5, 66.0, 801.0, 6.1)
+COST = Cost(24.49, 3.1, 22.5, 66.0, 4.2, 801.0, 6.1)
 
 
 def standings(name="conv", shift=0.1, curves=(((1.0, 10, 0.3), (2.0, 20, 0.5)),)):
@@ -44,7 +45,17 @@ def test_scores_cost_and_what_differs():
     assert {"24.49", "22.50", "801"} <= {*cells(page, "cost")}
     given = cells(page, "given")
     assert given[-3:] == ["lr", "0.1", "0.2"] and "patch_size" not in given and "patch_size" in texts
-    assert "no room" in texts
+    assert "no room" in texts and "p, Holm" not in page
+
+
+def test_p_of_several_contestants_is_corrected_too():
+    first, other = standings()
+    others = [replace(other, name=name) for name in ("conv", "none", "ffn")]
+    page = render_duel([first, *others], [], "")
+    assert cells(page, "scores-dice")[-3:] == ["0.0312", "0.0938", "6"] and "p, Holm" in page
+    said = "p 0.031 (0.094 after Holm's correction), over 6 cases and 1 seed; with that correction they are not"
+    assert f"{said} distinguishable; another seed may change that." in html.unescape(page)
+    assert "conv: 0.500</span>" in page
 
 
 def test_cases_that_a_network_missed_have_no_distance_and_the_fewer_seeds_count():
@@ -73,5 +84,5 @@ def test_nothing_of_a_name_is_markup():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_known_is_a_dash(value):
     both = standings(shift=value)
-    both[1] = replace(both[1], cost=Cost(*[value] * 6))
-    assert cells(render_duel(both, [], ""), "cost")[-6:] == ["–"] * 6
+    both[1] = replace(both[1], cost=Cost(*[value] * 7))
+    assert cells(render_duel(both, [], ""), "cost")[-7:] == ["–"] * 7
