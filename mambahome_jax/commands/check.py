@@ -14,7 +14,7 @@ from mambahome_jax.preprocessing.findings import SCANS, Finding, by
 from mambahome_jax.preprocessing.open_dataset import several
 from mambahome_jax.preprocessing.summary import DatasetSummary
 from mambahome_jax.recipes import as_typed
-from mambahome_jax.support.console import command_line, say, tracked
+from mambahome_jax.support.console import command_line, counted, say, tracked
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan"}
 _ENDS = {0.0: "min", 100.0: "max"}
@@ -85,7 +85,9 @@ def _print_summary(checked: Checked, console: Console) -> None:
     for structure in summary.structures:
         ml = structure.ml
         volumes = f", {ml.median[0]:.4g} ml ({ml.min[0]:.4g} to {ml.max[0]:.4g})" if ml else ""
-        table.add_row(f"label {structure.value}", f"{escape(structure.name)}: in {structure.cases} cases{volumes}")
+        table.add_row(
+            f"label {structure.value}", f"{escape(structure.name)}: in {counted(structure.cases, 'case')}{volumes}"
+        )
     console.print(table)
     if summary.plan is not None:
         say(console, "Plan (mambahome preprocess follows it):")

@@ -10,14 +10,14 @@ from mambahome_jax.flags import PlanConfig
 from mambahome_jax.preprocessing.plan import PLAN, train_words
 from mambahome_jax.preprocessing.plan_folder import plan_folder
 from mambahome_jax.recipes import as_typed
-from mambahome_jax.support.console import command_line, say
+from mambahome_jax.support.console import command_line, counted, say
 
 
 def run(config: PlanConfig) -> int:
     """Plan for config.folder; return the exit code. Raises as `plan_folder`."""
     console = Console()
     result = plan_folder(config)
-    say(console, f"{config.folder}: {len(result.fingerprint.shapes)} cases, for {result.machine}")
+    say(console, f"{config.folder}: {counted(len(result.fingerprint.shapes), 'case')}, for {result.machine}")
     table = Table("setting", "value", "reason")
     before = result.before.settings()
     for name, setting in result.plan.settings().items():

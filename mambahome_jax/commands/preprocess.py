@@ -11,7 +11,7 @@ from mambahome_jax.flags import PreprocessConfig
 from mambahome_jax.preprocessing.dataset import Preprocessed, preprocess_folders
 from mambahome_jax.preprocessing.plan import PLAN, train_words
 from mambahome_jax.recipes import as_typed
-from mambahome_jax.support.console import command_line, say, tracked
+from mambahome_jax.support.console import command_line, counted, say, tracked
 
 _SHOWN = 20  # structures that a table lists
 
@@ -31,7 +31,9 @@ def run(config: PreprocessConfig) -> int:
         _add_labels(table, result)
     console.print(table)
     if result.failed:
-        say(console, f"{len(result.failed)} cases failed, for the reasons above; dataset.json lists them too")
+        say(
+            console, f"{counted(len(result.failed), 'case')} failed, for the reasons above; dataset.json lists them too"
+        )
     if result.plan is not None:
         plan = {name: as_typed(setting.value) for name, setting in result.plan.settings().items()}
         text = f"{plan['model']}, recipe {plan['recipe']}, patch {plan['patch_size']}, batch {plan['batch_size']}, "
@@ -50,7 +52,7 @@ def _add_labels(table: Table, result: Preprocessed) -> None:
     for value, name in labels.items() if len(labels) <= _SHOWN else ():
         share = 100 * sum(count.get(value, 0) for count in counts) / max(voxels, 1)
         present = sum(value in count for count in counts)
-        table.add_row(f"label {value}", f"{escape(name)}: {share:.3g} % of voxels, in {present} cases")
+        table.add_row(f"label {value}", f"{escape(name)}: {share:.3g} % of voxels, in {counted(present, 'case')}")
 
 
 def _range(values: np.ndarray, form: str) -> str:

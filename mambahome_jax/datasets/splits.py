@@ -13,6 +13,7 @@ from mambahome_jax.datasets.files import CHANNEL, listed
 from mambahome_jax.datasets.prepared import Prepared, PreparedCase, usable_cases
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.formats import scan_stem
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.files import json_form, not_read, parse_json
 from mambahome_jax.support.paths import one_form
 
@@ -158,7 +159,7 @@ def _fit(file: Path, known: Iterable[str]) -> tuple[dict[str, Split], dict[str, 
     held_out = _held_out_once(splits)
     train, val = (sum(word == part for word in split.values()) for part in ("train", "val"))
     first = f", the first of {folds} folds" if folds > 1 else ""
-    notes = [f"split of {file.name}{first}: {train} cases to train on, {val} to validate on"]
+    notes = [f"split of {file.name}{first}: {counted(train, 'case')} to train on, {val} to validate on"]
     if folds > 1 and not held_out:
         notes.append(f"the folds of {file.name} do not hold out each case once, so --folds divides the cases itself")
     if unknown:

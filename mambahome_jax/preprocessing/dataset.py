@@ -36,7 +36,7 @@ from mambahome_jax.preprocessing.open_dataset import open_dataset, several
 from mambahome_jax.preprocessing.output import OutputFolder
 from mambahome_jax.preprocessing.plan import PLAN, RESAMPLING, Machine, Plan, Setting, make_plan, read_plan, write_plan
 from mambahome_jax.recipes import as_typed
-from mambahome_jax.support.console import Say, Track, shown, silent, untracked
+from mambahome_jax.support.console import Say, Track, counted, shown, silent, untracked
 from mambahome_jax.support.devices import gpu_memory_gib, jax_share
 from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import locked
@@ -94,7 +94,7 @@ def preprocess_folders(config: PreprocessConfig, say: Say = silent, track: Track
         raise ConfigError(f"{config.output_path}: input_path and output_path are the same folder; name another output")
     dataset = open_dataset(config)
     named = f"{len(dataset.labels)} structures" if dataset.labels else "labels without names"
-    say(f"Dataset: {dataset.name}, layout {dataset.layout}: {len(dataset.cases)} cases, {named}")
+    say(f"Dataset: {dataset.name}, layout {dataset.layout}: {counted(len(dataset.cases), 'case')}, {named}")
     with locked(config.output_path, "preprocess", "--output_path"):
         return prepare_dataset(dataset, config, say=say, track=track)
 
@@ -267,7 +267,7 @@ def _guess_modality(dataset: Dataset) -> tuple[Modality, str]:
                 array = read_volume(case.image, spacing_scale=case.spacing_scale, series=case.series).array
                 extremes.append((float(array.min()), float(array.max())))
     values = ", ".join(f"{low:g}" for low, _ in extremes) or "unknown"
-    why = f"guessed from the lowest values of {len(extremes)} scans ({values})"
+    why = f"guessed from the lowest values of {counted(len(extremes), 'scan')} ({values})"
     if guessed_modality(extremes) == "ct":
         return "ct", f"{why}: Hounsfield units of air"
     return "mr", f"{why}: no Hounsfield units of air"

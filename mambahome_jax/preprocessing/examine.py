@@ -26,7 +26,7 @@ from mambahome_jax.preprocessing.open_dataset import open_checked, several
 from mambahome_jax.preprocessing.plan import Machine
 from mambahome_jax.preprocessing.summary import DatasetSummary, likely_modality, summarise_dataset
 from mambahome_jax.ranges import SAMPLE_PERCENTILES
-from mambahome_jax.support.console import Say, Track, shown, silent, untracked
+from mambahome_jax.support.console import Say, Track, counted, shown, silent, untracked
 from mambahome_jax.support.devices import gpu_memory_gib, jax_share
 from mambahome_jax.support.files import write_json
 from mambahome_jax.support.keywords import from_keywords, shows_keywords
@@ -94,7 +94,7 @@ def check_folders(
     """Check config.folder; see `check`. say, track: of support.console; show: takes the result before it is written."""
     started = time.perf_counter()
     dataset = open_checked(config)
-    say(f"Dataset: {dataset.name}, layout {dataset.layout}, {len(dataset.cases)} cases")
+    say(f"Dataset: {dataset.name}, layout {dataset.layout}, {counted(len(dataset.cases), 'case')}")
     facts = _examine(dataset, config, say, track)
     findings = sorted(
         [*(finding for fact in facts for finding in fact.findings), *look.dataset_findings(dataset, facts)],

@@ -33,7 +33,7 @@ from mambahome_jax.preprocessing.fingerprint import Fingerprint, voxel_size
 from mambahome_jax.preprocessing.grids import TARGETS, THICK, Grids, grids_for, patch_and_grids, plan_unet, thick_axis
 from mambahome_jax.preprocessing.step_memory import PLANNED_PART, step_gib
 from mambahome_jax.recipes import RECIPES, as_typed
-from mambahome_jax.support.console import command_line
+from mambahome_jax.support.console import command_line, counted
 from mambahome_jax.support.devices import JAX_SHARE
 from mambahome_jax.support.files import json_text, read_json, write_json
 
@@ -179,7 +179,7 @@ def _choose_spacing(fingerprint: Fingerprint) -> Setting:
     target, finer = target_spacing(fingerprint.spacings, fingerprint.shapes)
     # Headers hold float32; its rounding is no information.
     values = tuple(float(f"{mm:.6g}") for mm in target)
-    cases = _count(len(fingerprint.spacings), "case")
+    cases = counted(len(fingerprint.spacings), "case")
     if not finer:
         return Setting(values, f"the median of each axis over {cases}")
     coarse = int(np.median(fingerprint.spacings, axis=0).argmax())
@@ -276,7 +276,7 @@ def _choose_mirror(fingerprint: Fingerprint) -> Setting:
     if fingerprint.alone:
         return Setting(("none",), f"{fingerprint.alone[0]} has no counterpart of the other side among the structures")
     if fingerprint.pairs:
-        pairs, example = _count(len(fingerprint.pairs), "pair"), " and ".join(fingerprint.pairs[0])
+        pairs, example = counted(len(fingerprint.pairs), "pair"), " and ".join(fingerprint.pairs[0])
         if all(_HEART.search(" ".join(pair)) for pair in fingerprint.pairs):
             return Setting(("none",), f"{example} are no mirror images of each other")
         return Setting(("LR",), f"{pairs} of a left and a right structure, such as {example}")
@@ -303,15 +303,11 @@ def _choose_length(cases: int, shape: Sequence[int], patch: Sequence[int], machi
     least, most = _MINUTES[kind]
     value = max(least, min(most, round(minutes)))
     speed = _VOXELS_A_SECOND[kind] / 1e6
-    seen = f"about {_PASSES[kind]} passes over {_count(cases, 'case')} at {speed:g} million voxels a second"
+    seen = f"about {_PASSES[kind]} passes over {counted(cases, 'case')} at {speed:g} million voxels a second"
     if value == round(minutes):
         return Setting({"minutes": value}, f"{seen}; longer may reach more")
     bound = "least" if value == least else "most"
     return Setting({"minutes": value}, f"the {bound} that is planned; {seen} would be {minutes:.0f}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _length(value: Any) -> dict[str, float]:

@@ -257,6 +257,11 @@ def shown(progress: bool, text: str) -> tuple[Say, Track]:
     return partial(say, console), tracked(console, text)
 
 
+def counted(number: int, noun: str) -> str:
+    """Write "1 case", "1,000 cases"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def duration(seconds: float) -> str:
     """Say seconds as a person does: 42 s, 2 min 30 s, 17 min, 3 h 20 min."""
     if seconds < 90:

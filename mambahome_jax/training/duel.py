@@ -26,7 +26,7 @@ from mambahome_jax.flags import DuelConfig, TrainConfig
 from mambahome_jax.recipes import as_typed
 from mambahome_jax.reporting.duel import Cost, Standing, corrected_p, render_duel, verdicts
 from mambahome_jax.reporting.report import without_folders
-from mambahome_jax.support.console import command_line, say
+from mambahome_jax.support.console import command_line, counted, say
 from mambahome_jax.support.devices import visible_gpus
 from mambahome_jax.support.files import json_form, jsonable, read_json, write_json, write_text
 from mambahome_jax.support.keywords import from_keywords, shows_keywords
@@ -421,7 +421,7 @@ def _write(
     flags = record["contestants"][standings[0].name]["flags"]
     unit = next(name for name in ("max_minutes", "steps", "epochs") if flags[name] is not None)
     lead = (
-        f"{len(standings)} networks, {cases} cases held out, {config.seeds} seed{'s' * (config.seeds != 1)}, "
+        f"{len(standings)} networks, {counted(cases, 'case')} held out, {counted(config.seeds, 'seed')}, "
         f"{flags[unit]:g} {unit.removeprefix('max_')} of training each." + f" {shared}." * bool(shared)
     )
     told = [(what, without_folders(reason, [output, config.folder])) for what, reason in failures.items()]

@@ -24,7 +24,7 @@ from mambahome_jax.evaluation.results import Score, finite_mean, number, read_ev
 from mambahome_jax.flags import EvaluateConfig, TrainConfig
 from mambahome_jax.patches.store import Store
 from mambahome_jax.preprocessing.plan import is_given
-from mambahome_jax.support.console import say
+from mambahome_jax.support.console import counted, say
 from mambahome_jax.support.files import read_json
 from mambahome_jax.support.output_folder import open_output
 from mambahome_jax.training import held_out
@@ -243,7 +243,7 @@ def show_scores(folder: Path, summary: Mapping[str, Any], console: Console) -> N
     """Print the table of the pooled scores, and what has to be known to read it."""
     if summary["cases"]:
         console.print(results_table(summary, console.width))
-        text = f"Scores of {summary['cases']} cases, each by the network that was not trained on it"
+        text = f"Scores of {counted(summary['cases'], 'case')}, each by the network that was not trained on it"
         say(console, f"{text}, with the report, in {folder / CROSS_VALIDATION}")
         say(console, f"Dice of the folds: {', '.join(number(fold['dice'], 3) for fold in summary['folds'].values())}")
     if summary["provenance"]["trained_on"] or summary["provenance"]["unknown"]:

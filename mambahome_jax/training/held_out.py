@@ -33,6 +33,7 @@ from mambahome_jax.inference.postprocess import keep_largest
 from mambahome_jax.inference.tiled import Replica
 from mambahome_jax.patches.store import Store
 from mambahome_jax.reporting.report import write_report
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.files import earlier_json, write_json
 from mambahome_jax.support.output_folder import open_output
 from mambahome_jax.support.processes import usable_cores
@@ -76,7 +77,7 @@ def score_held_out(
     try:
         if run.held_out is None:
             open_output(output)
-            run.display.say(f"Segmenting the {len(settings.cases)} cases held out by checkpoints/{name}")
+            run.display.say(f"Segmenting the {counted(len(settings.cases), 'case')} held out by checkpoints/{name}")
             params = jax.device_put(read_checkpoint_params(folder / "checkpoints" / name), device)
             network = Replica(device, partial(apply_network, graphdef, params))
             scores, largest, failures, left = HeldOutCases(output, setup, settings, network, run).score()

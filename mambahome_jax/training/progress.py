@@ -19,7 +19,7 @@ from mambahome_jax.datasets.patients import split_notes
 from mambahome_jax.datasets.splits import outside_note, outside_split
 from mambahome_jax.datasets.structures import describe_numbering
 from mambahome_jax.flags import TrainConfig
-from mambahome_jax.support.console import CellLine, bars, command_line, duration, say
+from mambahome_jax.support.console import CellLine, bars, command_line, counted, duration, say
 from mambahome_jax.training.callbacks import Callback
 from mambahome_jax.training.schedule import Schedule
 from mambahome_jax.training.setup import Setup
@@ -181,8 +181,9 @@ def start_lines(
     held_out = f"{len(setup.val_cases)} to validate on" if setup.val_cases else "none to validate on"
     names = ", ".join(setup.structures.values())
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    cases = counted(len(setup.train_cases), "case")
     return [
-        f"{setup.prepared.name}: {len(setup.train_cases)} cases to train on, {held_out}; {setup.properties.modality}",
+        f"{setup.prepared.name}: {cases} to train on, {held_out}; {setup.properties.modality}",
         f"{setup.model.out_chans} classes: background, {names}",
         *label_lines(setup),
         f"{parameters / 1e6:.2f} M parameters; patches of {patch}, {setup.global_batch} a step, {setup.precision}, "
