@@ -99,7 +99,7 @@ def _read(value: Any, kind: Any) -> Any:
     Raises TypeError or ValueError: no value of this kind.
     """
     arguments, origin = get_args(kind), get_origin(kind)
-    value = value.item() if getattr(value, "shape", None) == () else value  # a number as an array
+    value = value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value  # array of one
     if origin in (Union, types.UnionType):
         for each in arguments:
             try:

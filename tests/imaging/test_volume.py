@@ -55,6 +55,9 @@ def test_written_volume_reads_back_exactly(tmp_path, suffix, dtype):
     array = np.random.default_rng(0).integers(0, 250, (5, 6, 7)).astype(dtype)
     path = tmp_path / f"scan{suffix}"
     write_volume(path, Volume(array, oblique()))
+    content = path.read_bytes()
+    write_volume(path, Volume(array, oblique()), dtype=array.dtype)
+    assert path.read_bytes() == content
     stored = nib.load(path)
     assert stored.get_data_dtype() == dtype
     assert int(stored.header["sform_code"]) == 1 and int(stored.header["qform_code"]) == 1
