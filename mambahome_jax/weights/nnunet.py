@@ -7,7 +7,6 @@ As nnunetv2 2.8.1 writes and reads them, with the plans of earlier releases, whi
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -293,9 +292,9 @@ def _labels(dataset: Mapping[str, Any]) -> tuple[dict[str, str], int, list[int],
     """Names of the values in label maps, and outputs of the network; of regions the value that each writes where they
     overlap, and the values in it."""
     table = converted("labels", dataset["labels"], *_OBJECT)
-    value_of = partial(converted, convert=among(range(1 << 16)), expected="a label value, or a list of them")
+    form = (lambda v: among(range(1 << 16))(int(v) if isinstance(v, str) else v), "a label value, or a list of them")
     sets = {
-        name: [value_of(f"label {name}", v) for v in (value if isinstance(value, list) and value else [value])]
+        name: [converted(f"label {name}", v, *form) for v in (value if isinstance(value, list) and value else [value])]
         for name, value in table.items()
         if name != "ignore"
     }

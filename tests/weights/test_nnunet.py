@@ -103,7 +103,7 @@ def test_regions_and_totalsegmentator(tmp_path):
     """Overlapping regions have a value each, and scans of TotalSegmentator were turned to RAS before."""
 
     def regions(dataset):
-        dataset["labels"] = {"background": 0, "whole": [1, 2, 3], "core": [3, 2], "rim": 3, "ignore": 4}
+        dataset["labels"] = {"background": 0, "whole": [1, "2", 3], "core": [3, 2], "rim": "3", "ignore": 4}
         dataset["regions_class_order"] = [1, 3, 2]
 
     folder = copied(tmp_path, dataset=regions, plans=lambda plans: plans.update(dataset_name="Dataset291_TotalSegm"))
