@@ -73,15 +73,18 @@ def begin_devices() -> Future[None]:
     On a machine that has just been started they come from its disk, a page at a time, while the GPU waits.
     """
 
+    def read() -> None:
+        buffer = bytearray(1 << 23)
+        for path in cuda_libraries():
+            with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+
     def begin() -> None:
         import jax
 
         if jax.default_backend() == "gpu":
-            buffer = bytearray(1 << 23)
-            for path in cuda_libraries():
-                with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
-                    while threading.main_thread().is_alive() and file.readinto(buffer):
-                        pass
+            threading.Thread(target=read, daemon=True).start()  # for which the end of the program does not wait
 
     return in_thread(begin)
 

@@ -3,6 +3,7 @@
 import contextlib
 import mmap
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -83,3 +84,12 @@ def test_what_xla_reads_of_the_libraries_of_cuda(tmp_path):
         names = [path.name for path in devices.cuda_libraries()]
     assert names[0] == "libcublasLt.so.13" and {*names[1:]} == {"libcudnn.so.9", "libcudnn_engines_precompiled.so.9"}
     assert devices.cuda_libraries(tmp_path / "missing") == []
+
+
+def test_a_program_ends_while_the_libraries_of_cuda_are_still_read():
+    code = (
+        "import time; from pathlib import Path; import jax; from mambahome_jax.support import devices; "
+        "jax.default_backend = lambda: 'gpu'; devices.cuda_libraries = lambda: [Path('/dev/zero')]; "
+        "devices.begin_devices(); time.sleep(1)"
+    )
+    subprocess.run([sys.executable, "-c", code], timeout=20, check=True)
