@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from mambahome_jax.config import Triple, UNetConfig, beyond_one_voxel, multiples_of, nearest_multiples
+from mambahome_jax.config import ModelConfig, Triple, UNetConfig, beyond_one_voxel, multiples_of, nearest_multiples
 from mambahome_jax.errors import ConfigError, MambaHomeError, TrainingError
 from mambahome_jax.preprocessing.grids import grids_for
 from mambahome_jax.preprocessing.step_memory import step_gib
@@ -25,7 +25,7 @@ from mambahome_jax.weights.checkpoint import read_checkpoint_config
 # Of what a device offers: the rest is for batches on their way and for what is lost between arrays.
 FILLED = 0.95
 GIB = 2**30
-SIZES = ("patch_size", "batch_size")  # flags that say how large a step is
+SIZES = ("patch_size", "batch_size", "mixer")  # flags that say how large a step is, those of a plan
 
 
 class StepMemory(NamedTuple):
@@ -165,13 +165,16 @@ def recorded_sizes(run: Path, setup: Setup, fixed: Collection[str]) -> dict[str,
 
     fixed: flags that the user gave, which stay. Raises CheckpointError.
     """
-    recorded = read_checkpoint_config(run / "checkpoints" / "last").get("training", {})
+    config = read_checkpoint_config(run / "checkpoints" / "last")
+    recorded, mixer = config.get("training", {}), config.get("model", {}).get("mixer", ModelConfig.mixer)
     devices = setup.global_batch // setup.flags.batch_size
     batch, rest = divmod(recorded.get("global_batch", setup.global_batch), devices)
     patch = tuple(recorded.get("patch_size", setup.patch_size))
     found = {"patch_size": patch} if patch != setup.patch_size else {}
     if batch != setup.flags.batch_size and not rest:
         found |= {"batch_size": batch}
+    if mixer != getattr(setup.model, "mixer", mixer):
+        found |= {"mixer": mixer}
     return {name: value for name, value in found.items() if name not in fixed}
 
 

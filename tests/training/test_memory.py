@@ -11,6 +11,7 @@ import pytest
 from mambahome_jax.cli import run_command
 from mambahome_jax.config import MODEL_SIZES
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.preprocessing.plan import VERSION
 from mambahome_jax.support import devices
 from mambahome_jax.training import memory as memory_module
 from mambahome_jax.training import train as training
@@ -59,6 +60,17 @@ def test_a_step_that_does_not_fit_is_made_smaller_and_a_resumed_run_keeps_it(tmp
     _offer(monkeypatch, 0.3 * needed)
     assert run_command("train", _words(data, tmp_path / "tiny"), "train") == 0
     assert _report(tmp_path / "tiny")["training"]["patch_size"] == [32, 16, 16]
+
+
+def test_a_run_goes_on_with_the_mixer_that_it_began_with(tmp_path, capsys):
+    """That of a version whose plans had none, though the folder is planned anew."""
+    data, run = _dataset(tmp_path / "data"), tmp_path / "run"
+    assert run_command("train", _words(data, run), "train") == 0
+    (data / "plan.json").write_text(json.dumps({"version": VERSION, "mixer": {"value": "none"}}))
+    assert run_command("train", _words(data, run, "--resume"), "train") == 0
+    assert _report(run)["configuration"]["mixer"] == "scan"
+    assert run_command("train", _words(data, run, "--resume", "--mixer", "none"), "train") == 2
+    assert "mixer was scan, now none" in capsys.readouterr().err
 
 
 def test_flags_that_were_given_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
