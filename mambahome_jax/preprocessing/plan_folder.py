@@ -116,7 +116,7 @@ def planned_settings(flags: TrainConfig) -> StoredPlan:
     other = model != planned.get("model") or flags.patch_size is not None
     if not other or not {model, planned.get("model")} & TARGETS.keys():
         return stored
-    of_network = ("model", "patch_size", "strides", "kernel_sizes", "batch_size")
+    of_network = ("model", "patch_size", "strides", "kernel_sizes", "mixer", "batch_size")
     kept = {name: setting for name, setting in stored.settings.items() if name not in of_network}
     kept["model"] = Setting(model, "given")
     if flags.patch_size is not None:

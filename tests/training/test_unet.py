@@ -1,6 +1,7 @@
 """Training of nnU-Net's U-Nets: grids by the patch, heads of their own, checkpoints, and a plan made anew for them."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -142,6 +143,15 @@ def test_another_network_than_the_planned_one_gets_its_own_patch(planned):
     assert followed.patch_size == (20, 20, 16) and followed.batch_size == plan.settings["batch_size"].value > 2
     setup = make_setup(followed, read_prepared(planned), None, devices=1, settings=plan.settings)
     assert (setup.patch_size, setup.model.strides) == ((20, 20, 16), plan.settings["strides"].value)
+
+
+def test_what_a_plan_for_a_unet_says_of_mamba_is_not_of_another_network(planned):
+    file = planned / "plan.json"
+    mh.plan(folder=planned, memory=24, model="PlainUNet", output=file)
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {"mixer": {"value": "none"}}))
+    flags = TrainConfig(planned, model="MambaHoME_small", given=("model",))
+    assert planned_settings(flags).settings["mixer"].value == "scan"
 
 
 def test_a_given_patch_gets_its_own_batch(planned):
