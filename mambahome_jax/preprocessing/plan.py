@@ -371,7 +371,10 @@ def read_plan(file: Path) -> StoredPlan:
             found = f"{name} is {entry['value']!r}"
             raise DatasetError(found, file=file, expected=_FORMS[name][1], action=action) from error
     _require_grids({name: setting.value for name, setting in settings.items()}, file, action)
-    return StoredPlan(settings, str(content.get("machine", "")), content.get("digest") != _digest(settings))
+    edited = content.get("digest") != _digest(settings)
+    if "strides" in settings:  # of an earlier version, by which networks were trained with it
+        settings.setdefault("mixer", Setting(ModelConfig.mixer, "that of plans which name none"))
+    return StoredPlan(settings, str(content.get("machine", "")), edited)
 
 
 def _require_grids(values: Mapping[str, Any], file: Path, action: str) -> None:

@@ -171,10 +171,8 @@ def recorded_sizes(run: Path, setup: Setup, fixed: Collection[str]) -> dict[str,
     batch, rest = divmod(recorded.get("global_batch", setup.global_batch), devices)
     patch = tuple(recorded.get("patch_size", setup.patch_size))
     found = {"patch_size": patch} if patch != setup.patch_size else {}
-    if batch != setup.flags.batch_size and not rest:
-        found |= {"batch_size": batch}
-    if mixer != getattr(setup.model, "mixer", mixer):
-        found |= {"mixer": mixer}
+    found |= {"batch_size": batch} if batch != setup.flags.batch_size and not rest else {}
+    found |= {"mixer": mixer} if mixer != getattr(setup.model, "mixer", mixer) else {}
     return {name: value for name, value in found.items() if name not in fixed}
 
 

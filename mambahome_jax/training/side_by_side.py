@@ -121,10 +121,8 @@ def run_jobs(
                         code = each.process.exitcode
                         code = code if code >= 0 else SIGNALLED - code
                         if not loud:
-                            said = (
-                                f"ended with exit code {code}, {duration(time.monotonic() - started)} after the start"
-                            )
-                            say(console, f"{each.job.name} {said}{_others(running, waiting)}")
+                            said = f"ended with exit code {code}, {duration(time.monotonic() - started)} after"
+                            say(console, f"{each.job.name} {said} the start{_others(running, waiting)}")
                         if not received:
                             ended(each.job, code, each.message())
         finally:

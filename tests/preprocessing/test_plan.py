@@ -18,6 +18,7 @@ from mambahome_jax.preprocessing.plan import (
     Machine,
     Setting,
     StoredPlan,
+    _digest,
     follow_plan,
     make_plan,
     plan_lines,
@@ -257,6 +258,21 @@ def test_thick_slices_are_planned_without_mamba_unless_a_flag_asks_for_it():
     plan = make_plan(fingerprint((1.5, 1.5, 10), (256, 216, 10)), small)
     with_scan = follow_plan(TrainConfig(ready, given=("mixer",)), plan.settings(), str(small))
     assert with_scan.batch_size < plan.batch_size.value
+
+
+def test_a_plan_of_a_version_without_the_mixer_is_one_with_mamba(tmp_path):
+    """As training reads it, so that --plan makes the network that the same file made before."""
+    thick = fingerprint((1.5, 1.5, 10), (256, 216, 10))
+    settings = make_plan(thick, GPU).settings()
+    del settings["mixer"]
+    written = {name: setting._asdict() for name, setting in settings.items()}
+    (tmp_path / "plan.json").write_text(json.dumps({"version": 1, **written, "digest": _digest(settings)}))
+    stored = read_plan(tmp_path / "plan.json")
+    assert not stored.edited and follow_plan(TrainConfig(Path("ready")), stored.settings).mixer == "scan"
+    assert make_plan(thick, GPU, stored.settings).mixer.value == "scan"
+    # Where a person left only some settings, the rest is chosen.
+    (tmp_path / "plan.json").write_text(json.dumps({"version": 1, "recipe": {"value": "strong"}}))
+    assert make_plan(thick, GPU, read_plan(tmp_path / "plan.json").settings).mixer.value == "none"
 
 
 def test_the_batch_follows_a_given_network_or_patch():
