@@ -25,7 +25,7 @@ from mambahome_jax.weights.checkpoint import read_checkpoint_config
 # Of what a device offers: the rest is for batches on their way and for what is lost between arrays.
 FILLED = 0.95
 GIB = 2**30
-SIZES = ("patch_size", "batch_size", "mixer")  # flags that say how large a step is, those of a plan
+SIZES = ("patch_size", "batch_size")  # flags that say how large a step is
 
 
 class StepMemory(NamedTuple):
@@ -161,7 +161,7 @@ def _sizes_for(setup: Setup, memory: StepMemory | None, fixed: Collection[str]) 
 
 
 def recorded_sizes(run: Path, setup: Setup, fixed: Collection[str]) -> dict[str, Any]:
-    """The flags of SIZES that a run began with, by its last checkpoint, where they differ from those of `setup`.
+    """The flags of SIZES and the mixer that a run began with, by its last checkpoint, where `setup` has others.
 
     fixed: flags that the user gave, which stay. Raises CheckpointError.
     """

@@ -148,7 +148,7 @@ def run_training(
     folder = run_folder(flags)
     clock = Clock(started or time.monotonic(), seconds, from_first_step=flags.minutes_from == "first_step")
     settings = {name: setting for name, setting in plan.settings.items() if name not in given_ingredients(given)}
-    fixed = frozenset(name for name in SIZES if is_given(given, name))
+    fixed = frozenset(name for name in (*SIZES, "mixer") if is_given(given, name))
     callbacks = (*callbacks, *make_trackers(flags.tracker, functools.partial(say, console)))
     command = Training(flags, folder, console, clock, settings, first, fixed, at_once=at_once, advise=advise)
     return replace(command, callbacks=callbacks).run()
@@ -163,7 +163,7 @@ def run_folder(flags: TrainConfig) -> Path:
 class Training:
     """A training command under way: what its networks share, the time that is left to them, and what to say first.
 
-    fixed: flags of the sizes of a step that were given. sizes: flags with which a step fits after others did not.
+    fixed: flags of sizes, and the mixer, that were given. sizes: flags with which a step fits after others did not.
     at_once, advise: see `run_training`.
     """
 

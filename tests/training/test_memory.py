@@ -76,7 +76,8 @@ def test_a_run_goes_on_with_the_mixer_that_it_began_with(tmp_path, capsys):
 def test_flags_that_were_given_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
     data = _dataset(tmp_path / "data")
     _offer(monkeypatch, 0.03)
-    assert run_command("train", _words(data, tmp_path / "run", "--batch_size", "3"), "train") == 2
+    words = _words(data, tmp_path / "run", "--batch_size", "3", "--mixer", "scan")
+    assert run_command("train", words, "train") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--batch_size 3: a step of 3 patches of 32 x 32 x 16 takes" in error
     assert "; expected --batch_size" in error and _report(tmp_path / "run")["exit_code"] == 2
