@@ -178,7 +178,9 @@ def region_names(content: Mapping[str, Any], file: Path) -> tuple[dict[int, str]
     table = content.get("labels")
     if not isinstance(table, Mapping) or not any(isinstance(value, list) for value in table.values()):
         stored = content.get("regions")
-        names, held = label_names(table, file), list(stored.items()) if isinstance(stored, Mapping) else []
+        entries = list(stored.items()) if isinstance(stored, Mapping) else []
+        # Without values for keys it is of another program's meaning.
+        names, held = label_names(table, file), entries if all(_is_integer(key) for key, _ in entries) else []
     else:
         structures = {name: value for name, value in table.items() if name not in ("ignore", "background")}
         order = content.get("regions_class_order")

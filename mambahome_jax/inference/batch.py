@@ -453,7 +453,8 @@ def _load(config: InferConfig, paths: Sequence[Path]) -> tuple[Segmenter, list[s
 
 def _home(path: Path) -> Path:
     """The model that a network is a fold of; the path itself where it is none."""
-    return next((above.parent for above in (path, *path.parents) if above.name.startswith("fold_")), path)
+    within = (path, *path.parents[:3])  # RUN/fold_0/checkpoints/best; folders farther up are the user's
+    return next((above.parent for above in within if re.fullmatch(r"fold_(\d+|all)", above.name)), path)
 
 
 def _digest(network: Any) -> str:

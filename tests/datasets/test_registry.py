@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mambahome_jax.datasets.base import region_names
 from mambahome_jax.datasets.layouts.totalsegmentator_mri import STRUCTURES, table_of
 from mambahome_jax.datasets.registry import LAYOUTS, detect_layouts, load_dataset
 from mambahome_jax.errors import ConfigError, DatasetError
@@ -95,6 +96,12 @@ def nnunet(folder: Path, **changes) -> Path:
     content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}, "file_ending": ".nii.gz"}
     (folder / "dataset.json").write_text(json.dumps(content | changes))
     return folder
+
+
+def test_regions_of_another_meaning_are_none_of_ours(tmp_path):
+    content = {"labels": {"1": "lung"}, "regions": {"thorax": ["lung"], "site": "A"}}
+    assert region_names(content, tmp_path / "dataset.json") == ({1: "lung"}, {})
+    assert region_names(content | {"regions": {"1": [1, 2]}}, tmp_path / "run.json") == ({1: "lung"}, {1: (1, 2)})
 
 
 def test_nnunet_regions_and_ignore(tmp_path):

@@ -16,6 +16,7 @@ from mambahome_jax.flags import ConvertConfig, InferConfig
 from mambahome_jax.imaging.nnunet import NnunetPreparation
 from mambahome_jax.imaging.normalisation import ChannelScheme, PerChannel
 from mambahome_jax.inference import batch
+from mambahome_jax.inference.batch import _home
 from mambahome_jax.inference.ensemble import Ensemble
 from mambahome_jax.inference.postprocess import postprocess
 from mambahome_jax.inference.segment import Segmenter, SegmentOptions, label, to_network_grid
@@ -237,3 +238,17 @@ def test_the_gaussian_has_its_peak_on_a_voxel_and_ends():
     weights = importance_map((8, 8, 12), "nnunet")
     assert weights.max() == weights[4, 4, 6] == 10 and np.count_nonzero(weights == 10) == 1
     assert 0 < weights.min() < 1e-8
+
+
+@pytest.mark.parametrize(
+    ("path", "home"),
+    [
+        ("M/fold_0/checkpoint_final.pth", "M"),
+        ("M/fold_all", "M"),
+        ("RUN/fold_2/checkpoints/best", "RUN"),
+        ("fold_changes/A/checkpoints/best", "fold_changes/A/checkpoints/best"),
+        ("fold_1/of/mine/A/checkpoints/best", "fold_1/of/mine/A/checkpoints/best"),
+    ],
+)
+def test_networks_are_folds_of_the_folder_around_them(path, home):
+    assert _home(Path(path)) == Path(home)
