@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from mambahome_jax.config import MODEL_SIZES, TWINS, Triple, spaced
+from mambahome_jax.config import MODEL_SIZES, Triple, spaced
 from mambahome_jax.datasets.prepared import Prepared, detect, read_prepared, usable_cases
 from mambahome_jax.errors import ConfigError, SizeError
 from mambahome_jax.flags import DuelConfig, TrainConfig
@@ -16,7 +16,7 @@ from mambahome_jax.patches.store import Store
 from mambahome_jax.preprocessing.grids import Grids, choose_grids
 from mambahome_jax.preprocessing.plan import follow_plan
 from mambahome_jax.preprocessing.plan_folder import planned_settings
-from mambahome_jax.training.setup import model_config, own_voxel_size
+from mambahome_jax.training.setup import model_config, own_voxel_size, twin_of
 
 # With --folds 1 one of so many is held out.
 FOLDS_OF_ONE = 5
@@ -74,7 +74,7 @@ def contestants_of(config: DuelConfig) -> tuple[list[Contestant], list[str]]:
         + f" but {' and '.join(exempt)}" * bool(exempt)
         + f", as they do not all take {spaced(wanted)}" * (patch != wanted)
     ]
-    twin = [f"{name}={getattr(first, name)}" for name in TWINS if getattr(first, name) != getattr(TrainConfig, name)]
+    twin = [f"{name}={value}" for name, value in twin_of(first).items()]
     names = [",".join([first.model, *twin]), *config.against]  # the plan may have chosen a twin
     for name in names:
         if names.count(name) > 1:

@@ -266,10 +266,14 @@ def _workers(flags: TrainConfig) -> int:
 # --- Network and patch -----------------------------------------------------------------------------------------------
 
 
+def twin_of(flags: TrainConfig) -> dict[str, str]:
+    """The flags that make the network a twin, with their values; none where it is as published."""
+    return {name: value for name in TWINS if (value := getattr(flags, name)) != getattr(TrainConfig, name)}
+
+
 def model_config(flags: TrainConfig, in_chans: int, out_chans: int) -> NetworkConfig:
     """The size that --model picks, or a twin of it, widened to --feature_size in all its stages."""
-    twin = {name: value for name in TWINS if (value := getattr(flags, name)) != getattr(TrainConfig, name)}
-    model = MODEL_SIZES[flags.model].model
+    model, twin = MODEL_SIZES[flags.model].model, twin_of(flags)
     model = model.replace(in_chans=in_chans, out_chans=out_chans, use_checkpoint=flags.use_checkpoint, **twin)
     if flags.feature_size is None:
         return model
