@@ -161,7 +161,8 @@ class _Trainings:
 
     def _note(self, job: Job, code: int, message: str) -> None:
         """Note how a training ended, and what follows from that."""
-        home = next(home for home in self.runs if home == job.flags.output_dir)
+        home = job.flags.output_dir
+        assert home is not None  # see _flags
         one, name = self.runs[home][0], self._name(home)
         if code > SIGNALLED:
             # No signal to the duel: the system or a crash ended this one alone.
