@@ -73,10 +73,12 @@ def structures(data: Path) -> dict[str, int]:
 
 
 def time_steps(trainer, steps: int) -> dict[str, float]:
-    """Milliseconds of steps on one batch that is taken from the loader once."""
+    """Milliseconds of steps on one batch that is taken from the loader and copied to the device once."""
     import torch
 
     batch = next(trainer.dataloader_train)
+    batch["data"] = batch["data"].to(trainer.device)
+    batch["target"] = [target.to(trainer.device) for target in batch["target"]]
     samples = []
     for _ in range(steps + 10):
         begun = time.perf_counter()
