@@ -12,6 +12,7 @@ if jax.__version_info__ < (0, 11):
 
 from jax._src.interpreters import mlir
 from jax._src.lib.mlir import ir
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from mambahome_kernels.mosaic import launch, runtime
 
@@ -64,6 +65,19 @@ def test_kernels_begin_to_compile_while_the_program_is_lowered(client):
         module = ir.Module.parse(client.programs[0])
         assert module.operation.verify()
         assert hashes(str(module)) == hashes(text)[:1]
+
+
+def test_the_assembler_is_asked_for_its_version_once(client, monkeypatch):
+    """Not at each branch of a kernel, as it is a process to start each time."""
+    bindings = getattr(fragmented_array.mgpu_lib, "_mosaic_gpu_ext", None)
+    if bindings is None:
+        pytest.skip("JAX has no bindings of Mosaic without its CUDA plugin")
+    asked = []
+    monkeypatch.setattr(bindings, "_get_ptxas_isa_version", lambda: asked.append(None) or 90)
+    before = bindings._get_ptxas_isa_version
+    lowered(lambda x, kernel: conv3d(x, kernel))
+    assert len(asked) == 1
+    assert bindings._get_ptxas_isa_version is before
 
 
 def test_nothing_is_compiled_for_a_device_that_is_not_here(client, monkeypatch):

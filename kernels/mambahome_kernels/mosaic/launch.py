@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import jax
 import jaxlib
 from jax._src.lib.mlir import ir
 from jax._src.lib.mlir.dialects import func
+from jax.experimental.mosaic.gpu import fragmented_array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import core
 from jax.interpreters import mlir
@@ -99,7 +100,7 @@ def _lower(context, *arrays, kernel: Callable, label: str, types: tuple):
     if module is None:
         block = ir.InsertionPoint.current.block
         already = len(block.operations)
-        with jax.enable_x64(False):  # indices are of 32 bits
+        with jax.enable_x64(False), _ptxas_asked_once():  # indices are of 32 bits
             lower = mlir.lower_fun(lambda *arrays: jax.tree.leaves(kernel(*arrays)), multiple_results=True)
             results = lower(context, *arrays)
         calls = [o for o in list(block.operations)[already:] if o.name == "stablehlo.custom_call"]
@@ -120,6 +121,24 @@ def _lower(context, *arrays, kernel: Callable, label: str, types: tuple):
 
 
 mlir.register_lowering(_kernel_p, _lower)
+
+
+@contextlib.contextmanager
+def _ptxas_asked_once() -> Iterator[None]:
+    """Pallas starts the assembler at each branch to ask for its version, which took more than a quarter of lowering."""
+    bindings = getattr(getattr(fragmented_array, "mgpu_lib", None), "_mosaic_gpu_ext", None)
+    asked = getattr(bindings, "_get_ptxas_isa_version", None)
+    if bindings is None or asked is None:  # a later JAX may ask in a way of its own
+        yield
+        return
+    bindings._get_ptxas_isa_version = _remembered(asked)
+    try:
+        yield
+    finally:
+        bindings._get_ptxas_isa_version = asked
+
+
+_remembered = functools.cache(functools.cache)
 
 
 def _program_of(call: Any) -> bytes:
