@@ -9,7 +9,7 @@ import numpy as np
 
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.errors import DatasetError
-from mambahome_jax.imaging.geometry import axis_order, orientation_of, require_same_grid
+from mambahome_jax.imaging.geometry import axis_order, on_grid_of, orientation_of
 from mambahome_jax.imaging.plausibility import resembles_image, same_voxels
 from mambahome_jax.imaging.volume import Volume, count_values, read_labels, read_volume, replace_values
 
@@ -40,7 +40,7 @@ def read_image(case: Case, channels: int, *, as_stored: bool = False) -> Volume:
     first = replace(first, array=np.broadcast_to(np.uint8(0), first.shape))
     for number, path in enumerate(case.images[1:], start=1):
         volume = read_volume(path, channels=1, as_stored=as_stored, spacing_scale=scale)
-        require_same_grid(first, volume, path, f"Bring it onto the grid of {case.image.name} first.")
+        volume = on_grid_of(first, volume, path, f"Bring it onto the grid of {case.image.name} first.")
         if not np.can_cast(volume.array.dtype, stack.dtype):
             both = np.result_type(stack.dtype, volume.array.dtype)
             # What float32 rounds, the network would see rounded too.
@@ -88,8 +88,7 @@ def _read_labels(file: Path, case: Case, image: Volume, *, any_value: bool = Fal
         label = read_labels(file, any_value=any_value, spacing_scale=case.spacing_scale)
     except DatasetError as error:
         raise (own_image(file) if _holds_image(file, image) else error) from error.__cause__
-    require_same_grid(image, label, file)
-    return label.array
+    return on_grid_of(image, label, file).array
 
 
 def _holds_image(file: Path, image: Volume) -> bool:

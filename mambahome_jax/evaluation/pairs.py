@@ -17,7 +17,7 @@ from mambahome_jax.datasets.structures import match_structures, table_of_values
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom import files_in, sort_out
 from mambahome_jax.imaging.formats import SCAN_SUFFIXES, alternatives, scan_stem
-from mambahome_jax.imaging.geometry import SCORE_VOXELS, require_same_grid
+from mambahome_jax.imaging.geometry import SCORE_VOXELS, on_grid_of
 from mambahome_jax.imaging.volume import Volume, read_grid, read_labels, replace_values
 from mambahome_jax.support.files import earlier_json, read_json, record_of
 from mambahome_jax.support.paths import one_form
@@ -50,15 +50,16 @@ class Pair:
 
 
 def read_pair(pair: Pair) -> tuple[Volume, Volume]:
-    """Read prediction and reference: (D0, D1, D2) label values of the prediction's table, on the same grid.
+    """Read prediction and reference: (D0, D1, D2) label values of the prediction's table, on the reference's grid.
 
     Raises DatasetError: a file cannot be read, is no label map, or the two are not on the same grid.
     """
     files, scale = (pair.prediction, pair.reference), pair.spacing_scale
-    ours, truth = (read_grid(file, spacing_scale=scale) for file in files)
     action = f"Bring it to the grid of {pair.reference} first."
-    require_same_grid(truth, ours, pair.prediction, action, voxels=SCORE_VOXELS, name="reference")
-    prediction, reference = (read_labels(file, spacing_scale=scale) for file in files)
+    # The headers first: a grid that does not fit is found without reading voxels.
+    for read in (read_grid, read_labels):
+        prediction, reference = (read(file, spacing_scale=scale) for file in files)
+        prediction = on_grid_of(reference, prediction, pair.prediction, action, voxels=SCORE_VOXELS, name="reference")
     if pair.reference_values is not None:
         reference = replace(reference, array=replace_values(reference.array, pair.reference_values))
     return prediction, reference

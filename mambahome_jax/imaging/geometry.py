@@ -68,6 +68,11 @@ def reorient(volume: Volume, orientation: str) -> Volume:
     change = orientations.ornt_transform(
         orientations.io_orientation(volume.affine), orientations.axcodes2ornt(tuple(codes))
     )
+    return _turned(volume, change)
+
+
+def _turned(volume: Volume, change: np.ndarray) -> Volume:
+    """Permute and flip the axes as nibabel's (3, 2) `change` says; the array is a view."""
     affine = volume.affine @ orientations.inv_ornt_aff(change, volume.shape)
     return Volume(orientations.apply_orientation(volume.array, change), affine, volume.header)
 
@@ -288,7 +293,7 @@ def same_grid(image: Volume, other: Volume, voxels: float = ROUNDING_VOXELS) -> 
     return image.shape == other.shape and shift_between(image, other)[0] <= voxels
 
 
-def require_same_grid(
+def on_grid_of(
     image: Volume,
     label: Volume,
     file: Path,
@@ -296,10 +301,18 @@ def require_same_grid(
     *,
     voxels: float = LABEL_VOXELS,
     name: str = "image",
-) -> None:
-    """Raise DatasetError unless `same_grid`. file: of the label map. name: of what it should lie on."""
+) -> Volume:
+    """Give the label map with its axes in the order and direction of the image's, a view.
+
+    file: of the label map. name: of what it should lie on. Raises DatasetError unless `same_grid` then.
+    """
     if same_grid(image, label, voxels):
-        return
+        return label
+    change = orientations.io_orientation(np.linalg.inv(image.affine) @ label.affine)
+    turned = label if np.isnan(change).any() else _turned(label, change)
+    if same_grid(image, turned, voxels):
+        return turned
+    label = turned if turned.shape == image.shape else label
     if image.shape != label.shape:
         size, wanted = (" x ".join(map(str, volume.shape)) for volume in (label, image))
         fault, expected = f"grid of {size} voxels", f"{wanted} as in the {name}"

@@ -15,7 +15,7 @@ from mambahome_jax.datasets.files import parts
 from mambahome_jax.datasets.label_map import own_image, read_image, read_label_map, thumbnail_of
 from mambahome_jax.errors import DatasetError, MambaHomeError
 from mambahome_jax.flags import CheckConfig
-from mambahome_jax.imaging.geometry import axis_order, orientation_of, require_same_grid, shift_between
+from mambahome_jax.imaging.geometry import axis_order, on_grid_of, orientation_of, shift_between
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles
 from mambahome_jax.imaging.nifti import forms_of
 from mambahome_jax.imaging.plausibility import intensity_remarks
@@ -240,8 +240,10 @@ def _headers(job: ExamineJob) -> tuple[dict[str, Any], list[Finding], Volume | N
             findings.append(look.error_finding(case.id, "label", own_image(file)))
         if image is not None and comparable:
             try:
-                require_same_grid(image, grid, file)
-                findings += look.shift_findings(case.id, str(file), *shift_between(image, grid))
+                turned = on_grid_of(image, grid, file)
+                findings += look.shift_findings(case.id, str(file), *shift_between(image, turned))
+                if turned is not grid:
+                    findings.append(look.turned_finding(case.id, str(file), grid.affine, image.affine))
             except DatasetError as error:
                 findings.append(look.error_finding(case.id, "grid", error))
                 comparable = False

@@ -12,6 +12,7 @@ from mambahome_jax.datasets.base import Dataset, Split
 from mambahome_jax.datasets.label_map import near_duplicates, stray_values
 from mambahome_jax.datasets.structures import describe_numbering, numbering
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.geometry import orientation_of
 from mambahome_jax.imaging.header import grid_shift
 from mambahome_jax.imaging.plausibility import AXES, Remark, guessed_modality
 
@@ -137,6 +138,12 @@ def shift_findings(case: str, file: str, voxels: float, mm: float) -> Iterator[F
     if _SHIFT_VOXELS < voxels <= _FORM_VOXELS:
         found = f"lies up to {mm:.2g} mm ({voxels:.2g} voxels) off the image's grid"
         yield Finding("note", "shift", case, file, found, "", "Nothing: it is taken as on the image's grid.")
+
+
+def turned_finding(case: str, file: str, affine: np.ndarray, image_affine: np.ndarray) -> Finding:
+    """Tell of a label map on its image's grid whose voxels are stored in another order."""
+    found = f"voxels stored as {orientation_of(affine)}, the image's as {orientation_of(image_affine)}"
+    return Finding("note", "orientation", case, file, found, "", "Nothing: they are matched by where they lie.")
 
 
 def label_findings(case: str, file: str, counts: Mapping[int, int]) -> Iterator[Finding]:

@@ -41,6 +41,16 @@ def report(folder: Path, **settings) -> dict:
     return content
 
 
+def test_a_label_map_stored_another_way_is_noted(folder):
+    """Its voxels lie where the image's do; nothing has to be done."""
+    stored = nib.load(folder / "labels/c.nii.gz")
+    nib.save(stored.as_reoriented([[0, -1], [2, 1], [1, 1]]), folder / "labels/c.nii.gz")
+    content = report(folder)
+    finding = only(content, case="c", kind="orientation")
+    assert (finding["severity"], content["exit_code"]) == ("note", 0)
+    assert "voxels stored as" in finding["found"]
+
+
 def only(content: dict, **wanted) -> dict:
     """The one finding with these entries."""
     found = [item for item in content["findings"] if all(item[key] == value for key, value in wanted.items())]

@@ -6,6 +6,7 @@ import pytest
 from mambahome_jax.datasets.base import Case
 from mambahome_jax.datasets.label_map import read_image, read_label_map
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.imaging.geometry import reorient
 from mambahome_jax.imaging.volume import Volume, write_volume
 
 SHAPE = (5, 4, 3)
@@ -52,6 +53,22 @@ def test_masks_that_cannot_be_merged(tmp_path, image):
     save(tmp_path / "m.nii.gz", mask((0, 0, 0)), shift=0.4)
     with pytest.raises(DatasetError, match=r"m\.nii\.gz: a grid that lies up to 0\.4 mm"):
         read_label_map(case, image, {1: "x"})
+
+
+@pytest.mark.parametrize("stored", ["LPI", "SRA", "PIR"])
+def test_a_label_map_is_matched_by_its_place_however_its_voxels_are_stored(tmp_path, image, stored):
+    array = mask((1, 0, 2), (4, 3, 0), value=2)
+    turned = reorient(Volume(array, np.eye(4)), stored)
+    assert turned.array.shape != SHAPE or not np.array_equal(turned.array, array)
+    write_volume(tmp_path / "label.nii.gz", turned)
+    label, _, counts = read_label_map(Case("a", tmp_path / "image.nii.gz", tmp_path / "label.nii.gz"), image, {2: "x"})
+    np.testing.assert_array_equal(label.array, array)
+    assert counts == {2: 2}
+    moved = turned.affine.copy()
+    moved[0, 3] += 0.4
+    write_volume(tmp_path / "label.nii.gz", Volume(turned.array, moved))
+    with pytest.raises(DatasetError, match=r"label\.nii\.gz: a grid that lies up to 0\.4 mm"):
+        read_label_map(Case("a", tmp_path / "image.nii.gz", tmp_path / "label.nii.gz"), image, {2: "x"})
 
 
 def test_nothing_labelled(tmp_path, image):

@@ -9,6 +9,7 @@ from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.evaluation.evaluate import evaluate_case
 from mambahome_jax.evaluation.pairs import Pair
 from mambahome_jax.evaluation.results import COLUMNS, METRICS, Score, summarise, write_metrics
+from mambahome_jax.imaging.geometry import reorient
 from mambahome_jax.imaging.volume import Volume, write_volume
 from mambahome_jax.support.files import write_json
 
@@ -53,6 +54,14 @@ def test_small_differences_of_the_affine_are_rounding(tmp_path):
     moved[:3, 3] += 0.01
     (score,) = evaluate_case(pair(tmp_path, cube(), cube(), affine=moved))
     assert score.dice == 1
+
+
+@pytest.mark.parametrize("stored", ["LPS", "ASR"])
+def test_a_prediction_is_matched_by_its_place_however_its_voxels_are_stored(tmp_path, stored):
+    (expected,) = evaluate_case(pair(tmp_path, cube(2), cube()))
+    turned = reorient(Volume(cube(2), AFFINE), stored)
+    (score,) = evaluate_case(pair(tmp_path, turned.array, cube(), affine=turned.affine))
+    assert score == expected
 
 
 @pytest.mark.parametrize("change", ["shape", "shift", "flip", "spacing"])

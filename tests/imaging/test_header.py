@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 
 from mambahome_jax.errors import ConfigError, DatasetError
-from mambahome_jax.imaging.geometry import reorient, require_same_grid, resample, shift_between
+from mambahome_jax.imaging.geometry import on_grid_of, reorient, resample, shift_between
 from mambahome_jax.imaging.header import itk_form, mm_per_unit
 from mambahome_jax.imaging.volume import Volume, read_grid, read_labels, read_volume, write_volume
 from tests.imaging.nifti_headers import MOVED, OBLIQUE, SHAPE, STRAIGHT, apart, crop, in_itk, save, sheared
@@ -160,7 +160,7 @@ def test_a_label_map_drawn_in_an_itk_program_fits_its_scan(tmp_path, scode, qcod
     for ending in FORMATS:
         sitk.WriteImage(drawn, str(tmp_path / f"label.{ending}"))
         label = read_labels(tmp_path / f"label.{ending}")
-        require_same_grid(read_volume(scan), label, tmp_path / f"label.{ending}")
+        on_grid_of(read_volume(scan), label, tmp_path / f"label.{ending}")
         assert shift_between(label, read_volume(scan))[0] < 1e-4
 
 
@@ -168,7 +168,7 @@ def test_a_label_map_elsewhere_is_refused_though_a_form_that_means_nothing_agree
     scan = read_volume(save(tmp_path / "scan.nii", STRAIGHT, 1, MOVED, 1))
     label = read_labels(save(tmp_path / "label.nii", OBLIQUE, 1, MOVED, 1))
     with pytest.raises(DatasetError, match="off the image's"):
-        require_same_grid(scan, label, tmp_path / "label.nii")
+        on_grid_of(scan, label, tmp_path / "label.nii")
 
 
 @pytest.mark.parametrize("unit", [0, 1, 2, 3, 10, 11])
