@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from mambahome_jax.flags import ConvertConfig
-from mambahome_jax.support.console import command_line, say
+from mambahome_jax.support.console import command_line, counted, say
 from mambahome_jax.support.paths import openable_path
 from mambahome_jax.weights.nnunet import nnunet_checkpoints
 from mambahome_jax.weights.weights import read_weights, write_folds, write_weights
@@ -20,7 +20,7 @@ def run(config: ConvertConfig) -> int:
         weights = read_weights(config.source)
         write_weights(config.destination, weights, overwrite=config.overwrite)
     count = sum(array.size for array in weights.params.values())
-    shape = f"{weights.config.in_chans} channels in, {weights.config.out_chans} classes out"
+    shape = f"{counted(weights.config.in_chans, 'channel')} in, {counted(weights.config.out_chans, 'class')} out"
     console = Console()
     several = f"{len(folds)} networks, each of " if len(folds) > 1 else ""
     say(console, f"{config.destination}: {several}{count:,} parameters, {shape}")

@@ -13,7 +13,7 @@ from rich.markup import escape
 from mambahome_jax.datasets.phantom import write_phantoms
 from mambahome_jax.errors import OutputError
 from mambahome_jax.flags import DemoConfig
-from mambahome_jax.support.console import command_line
+from mambahome_jax.support.console import command_line, counted
 
 # Coarse, so that a patch covers most of a body and nearly every step sees every structure.
 SPACING = "6 6 6"
@@ -59,7 +59,7 @@ def run(config: DemoConfig) -> int:
             return code
     mean = json.loads((scored / "summary.json").read_text(encoding="utf-8"))["mean"]["dice"]
     picture = sorted((predicted / "previews").glob("*.png"))[0].resolve()
-    console.print(f"\nMean Dice {mean:.3f} on {config.test_cases} unseen scans.", end=" ")
+    console.print(f"\nMean Dice {mean:.3f} on {counted(config.test_cases, 'unseen scan')}.", end=" ")
     console.print(f"Everything took {time.perf_counter() - started:.0f} s.\nA picture of the first: {picture}")
     console.print(f"Next, with scans of your own: {command_line('check', 'SCANS')}")
     return 0

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from mambahome_jax.config import spaced
 from mambahome_jax.flags import ExportConfig
-from mambahome_jax.support.console import command_line, say, tracked
+from mambahome_jax.support.console import command_line, counted, say, tracked
 from mambahome_jax.weights.export import export_model
 
 
@@ -16,7 +16,7 @@ def run(config: ExportConfig) -> int:
     result = export_model(config, partial(say, console), tracked(console, "Lowering"))
     for platform, scan in result.scans.items():
         say(console, f"{platform}: {scan}")
-    networks = "1 network" if result.networks == 1 else f"{result.networks} networks"
+    networks = counted(result.networks, "network")
     size = f"{result.path.stat().st_size / 1e6:.2f} MB"
     say(console, f"{result.path}: {networks}, windows of {spaced(result.window)} voxels, {size}")
     words = ("--data_path", "SCANS", "--model_path", result.path, "--output_dir", "PRED")

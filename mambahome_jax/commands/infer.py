@@ -11,7 +11,7 @@ from rich.table import Table
 from mambahome_jax.flags import InferConfig
 from mambahome_jax.inference.batch import Inference
 from mambahome_jax.inference.result_files import REPORT
-from mambahome_jax.support.console import command_line, say, scan_bars
+from mambahome_jax.support.console import command_line, counted, say, scan_bars
 
 
 def run(config: InferConfig) -> int:
@@ -24,7 +24,7 @@ def run(config: InferConfig) -> int:
     cases, failures = len(result.cases), len(result.failures)
     if result.volumes_ml:
         console.print(volumes_table(result.volumes_ml))
-    say(console, f"{cases} of {cases + failures} scans segmented, in {config.output_dir}")
+    say(console, f"{cases} of {counted(cases + failures, 'scan')} segmented, in {config.output_dir}")
     if failures:
         where = f"above and in {config.output_dir / REPORT}" if result.report else "above"
         say(console, f"{failures} failed; the reasons are {where}")

@@ -25,6 +25,7 @@ from mambahome_jax.datasets.registry import LISTED, load_dataset
 from mambahome_jax.datasets.scans import Candidate, Failures, Search, is_output, search
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import SCAN_SUFFIXES, kind_of, no_scan, scan_stem, suffix_of
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.paths import own_name
 
 # Folders that hold the scans when the folder itself holds none: of the Decathlon, of preprocess.py.
@@ -95,7 +96,7 @@ def find_scans(data_path: Path, series: Collection[str] = (), leave: Collection[
     failures += [(uid, f"{data_path}: no series of this UID. Check --series") for uid in missing]
     notes = (*content.notes, *around.notes, *passed, *twins)
     if left := len(scans) - len(chosen):
-        notes += (f"{left} other series are left out by --series",)
+        notes += (f"{left} other series left out by --series",)
     if not chosen and not failures:
         kinds = f"{', '.join(SCAN_SUFFIXES)} or DICOM"
         expected = f"scans there, or in its {' or '.join(SCAN_FOLDERS)}, or a folder of DICOM slices a case"
@@ -131,9 +132,11 @@ def _surroundings(home: Path, taken: str, folders: Mapping[str, Path], leave: Co
     for name, path in folders.items():
         if name != taken and not of_one_kind(name) and os.path.realpath(path) not in left and not is_output(path):
             contents[path] = search(path, leave)
-    reason = f"lie beside {taken}/, whose scans are taken. Name that folder, or move them"
+    reason = f"beside {taken}/, whose scans are taken. Name that folder, or move them"
     failures = [
-        (own_name(path), f"{path}: {len(one.scans)} scans {reason}") for path, one in contents.items() if one.scans
+        (own_name(path), f"{path}: {counted(len(one.scans), 'scan')} {reason}")
+        for path, one in contents.items()
+        if one.scans
     ]
     failures += [failure for one in contents.values() for failure in one.failures]
     parts = [name for name in folders if name in DATASET_FOLDERS and name != taken]

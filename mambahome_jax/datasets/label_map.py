@@ -12,6 +12,7 @@ from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.geometry import axis_order, on_grid_of, orientation_of
 from mambahome_jax.imaging.plausibility import resembles_image, same_voxels
 from mambahome_jax.imaging.volume import Volume, count_values, read_labels, read_volume, replace_values
+from mambahome_jax.support.console import counted
 
 # A brush of three voxels, or a click that went astray, in hardly any of the label maps.
 _FEW_VOXELS, _FEW_CASES = 27, 0.05
@@ -156,7 +157,9 @@ def _merged(case: Case, image: Volume, labels: Mapping[int, str]) -> tuple[np.nd
     pair, largest = max(overlaps.items(), key=lambda item: item[1])
     names = " and ".join(str(labels.get(value, value)) for value in pair)
     total = sum(overlaps.values())
-    return merged, (f"{total} voxels lie in two masks (most: {largest} in {names}); the later in the table has them",)
+    return merged, (
+        f"{counted(total, 'voxel', 'lie')} in two masks (most: {largest} in {names}); the later in the table has them",
+    )
 
 
 def _read_mask(case: Case, file: Path, image: Volume) -> np.ndarray:
@@ -178,7 +181,7 @@ class StrayValue:
     voxels: Mapping[str, int]
 
     def __str__(self) -> str:
-        where = ", ".join(f"{count} voxel{'s' * (count != 1)} of {case}" for case, count in self.voxels.items())
+        where = ", ".join(f"{counted(count, 'voxel')} of {case}" for case, count in self.voxels.items())
         return f"label value {self.value} occurs in {where} alone"
 
 

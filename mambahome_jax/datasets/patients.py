@@ -13,6 +13,7 @@ from mambahome_jax.datasets.base import Case, Dataset, PatientSource
 from mambahome_jax.datasets.files import CHANNEL, counterparts, listed, read_table
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import suffix_of
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.paths import one_form
 
 TABLES = ("patients.csv", "patients.tsv", "participants.tsv")
@@ -117,9 +118,12 @@ def split_notes(
         examples = listed((f"{patient} ({a[0]} and {b[0]})" for patient, (a, b) in split.items()), 3)
         why = "as the dataset splits them" if known else "an earlier version preprocessed them, each case by itself"
         action = "" if known else ". Run preprocess again: it keeps the cases and writes their patients down"
-        return (f"{len(split)} patients are on both sides, so scores are too good ({why}): {examples}{action}",)
+        those = counted(len(split), "patient", "are")
+        return (f"{those} on both sides, so scores are too good ({why}): {examples}{action}",)
     if known and len(sides) < count:
-        return (f"{len(sides)} patients in {count} cases; all cases of a patient are on one side of the split",)
+        return (
+            f"{counted(len(sides), 'patient')} in {count} cases; all cases of a patient are on one side of the split",
+        )
     return ()
 
 
@@ -130,7 +134,9 @@ def _note(cases: Sequence[Case], source: str) -> tuple[str, ...]:
         groups[case.patient].append(case.id)
     patient, ids = next(((patient, ids) for patient, ids in groups.items() if len(ids) > 1), ("", []))
     example = f"such as {patient} of {' and '.join(ids[:2])}"
-    text = f"{len(groups)} patients in {len(cases)} cases, {example}, {source}; no split made here parts them"
+    text = (
+        f"{counted(len(groups), 'patient')} in {len(cases)} cases, {example}, {source}; no split made here parts them"
+    )
     return (text,) if ids else ()
 
 

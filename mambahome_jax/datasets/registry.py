@@ -28,6 +28,7 @@ from mambahome_jax.datasets.splits import FILE as SPLIT_FILE
 from mambahome_jax.datasets.splits import with_split
 from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.formats import kind_in
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.paths import local_path, one_form, own_name
 
 
@@ -130,7 +131,7 @@ def _load(name: str, folder: Path, above: Sequence[Path] = ()) -> Dataset:
     notes = list(dataset.notes)
     # A folder that preprocess.py wrote may name the files of another one, as it says itself.
     if name != prepared.NAME and (outside := outside_of(home, used)):
-        notes.append(f"{len(outside)} files lie outside of {own_name(home)}: {listed(outside)}")
+        notes.append(f"{counted(len(outside), 'file', 'lie')} outside of {own_name(home)}: {listed(outside)}")
     notes += twins_note(used)
     if name not in LISTED:
         expected = LAYOUTS[name].LOOKS_FOR

@@ -14,6 +14,7 @@ from mambahome_jax.config import AnatomicalAxis
 from mambahome_jax.datasets.base import Case, Dataset, numbered
 from mambahome_jax.datasets.files import listed
 from mambahome_jax.errors import ConfigError, DatasetError
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.paths import one_form
 
 # Spellings of one organ, after sides and separators were made alike. Only what is the same region: "intestine" may hold
@@ -217,8 +218,8 @@ def join_datasets(datasets: Sequence[Dataset]) -> Dataset:
         if not dataset.labels:
             raise DatasetError("labels without names cannot be joined", file=dataset.name, action=_NAME_THEM)
         if len(dataset.channels) != len(first.channels):
-            expected = f"{len(first.channels)} channels as in {first.name}"
-            raise DatasetError(f"{len(dataset.channels)} channels", file=dataset.name, expected=expected)
+            expected = f"{counted(len(first.channels), 'channel')} as in {first.name}"
+            raise DatasetError(counted(len(dataset.channels), "channel"), file=dataset.name, expected=expected)
     labels = numbered(*dict.fromkeys(structure_key(name) for dataset in datasets for name in dataset.labels.values()))
     value_of = {key: value for value, key in labels.items()}
     names = _distinct_names(datasets)

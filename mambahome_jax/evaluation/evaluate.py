@@ -26,7 +26,7 @@ from mambahome_jax.flags import EvaluateConfig
 from mambahome_jax.imaging.header import require_scale
 from mambahome_jax.imaging.plausibility import resembles_image
 from mambahome_jax.imaging.volume import Volume
-from mambahome_jax.support.console import Say, Track, shown, silent, untracked
+from mambahome_jax.support.console import Say, Track, counted, shown, silent, untracked
 from mambahome_jax.support.files import write_json
 from mambahome_jax.support.keywords import from_keywords, shows_keywords
 from mambahome_jax.support.output_folder import locked, open_output
@@ -189,9 +189,10 @@ def provenance_of(cases: Sequence[str], splits: Mapping[str, Split], left_out: S
         f"{parts.count(part)} {text}" for part, text in words.items() if part != "train" and part in parts
     )
     end = "; scores on those tell nothing of unseen ones" if seen else ""
-    text = f"Of {len(cases)} cases, {seen} were trained on{f' ({others})' if others else ''}{end}"
+    text = f"Of {counted(len(cases), 'case')}, {counted(seen, '', 'were')} trained on"
+    text += (f" ({others})" if others else "") + end
     if unknown == len(cases):
-        text = f"Nothing says which of the {len(cases)} cases the network was trained on"
+        text = f"Nothing says which of the {counted(len(cases), 'case')} the network was trained on"
     if left_out:
         text += f". Not among them: {len(left_out)} that infer left out by --split"
     return {

@@ -25,6 +25,7 @@ from mambahome_jax.imaging.formats import (
     kind_in,
     kind_of,
 )
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.files import head_of, hidden, not_read
 from mambahome_jax.support.processes import isolated
 
@@ -205,7 +206,7 @@ def _one_series(folder: Path, available: Sequence[Series], asked: Collection[str
         return chosen[0]
     # Numbered here, as descriptions in the files are free text that people put names into.
     listed = "".join(
-        f"\n  - UID {one.uid or 'missing'}: {len(one.paths)} slices{_form(one.paths[0])}, "
+        f"\n  - UID {one.uid or 'missing'}: {counted(len(one.paths), 'slice')}{_form(one.paths[0])}, "
         f"first {one.paths[0].relative_to(folder)}"
         for one in chosen or available
     )

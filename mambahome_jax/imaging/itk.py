@@ -24,7 +24,7 @@ from mambahome_jax.support.files import atomic_write, head_of
 from mambahome_jax.support.paths import fault_of_letters
 from mambahome_jax.support.processes import isolated
 
-INSTALL = "pip install mambahome-jax[formats]"
+INSTALL = 'pip install "mambahome-jax[formats]"'
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 AGAIN = "Copy or download it again, with the file of voxels that its header may name."
 _LONGEST_REASON, _LONGEST_NAME = 200, 255

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mambahome_jax.errors import ConfigError
+from mambahome_jax.support.console import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +57,7 @@ class CtScale:
         import numpy as np
 
         if len(self.mean) != array.shape[-1]:
-            raise ConfigError(f"intensities of {len(self.mean)} channels for a scan of {array.shape[-1]}")
+            raise ConfigError(f"intensities of {counted(len(self.mean), 'channel')} for a scan of {array.shape[-1]}")
         low, high, mean, std = (np.asarray(getattr(self, field.name), np.float32) for field in fields(self))
         return (np.clip(array.astype(np.float32), low, high) - mean) / std
 
@@ -200,7 +201,9 @@ class PerChannel:
     ) -> "np.ndarray":
         """array (D, H, W, C), mask (D, H, W) bool. float32. Raises ConfigError: another number of channels."""
         if len(self.channels) != array.shape[-1]:
-            raise ConfigError(f"intensities of {len(self.channels)} channels for a scan of {array.shape[-1]}")
+            raise ConfigError(
+                f"intensities of {counted(len(self.channels), 'channel')} for a scan of {array.shape[-1]}"
+            )
         values = array.astype("float32")
         for number, channel in enumerate(self.channels):
             values[..., number] = channel(values[..., number], statistics, number, mask)

@@ -13,6 +13,7 @@ from mambahome_jax.errors import DatasetError, OutputError
 from mambahome_jax.imaging import dicom, itk, nifti
 from mambahome_jax.imaging.formats import ITK_SUFFIXES, NIFTI_SUFFIXES, WRITTEN_SUFFIXES, alternatives, suffix_of
 from mambahome_jax.imaging.header import Header, header_of, itk_place, nifti_header, require_scale, usable_affine
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.files import atomic_write
 from mambahome_jax.support.keywords import checked
 from mambahome_jax.support.paths import openable_path
@@ -273,7 +274,9 @@ def _require_finite(
             return
     count = int(np.count_nonzero(~np.isfinite(values)))
     if count:
-        raise DatasetError(f"{count} voxels are NaN or infinite", file=path, expected="finite numbers", action=action)
+        raise DatasetError(
+            f"{counted(count, 'voxel', 'are')} NaN or infinite", file=path, expected="finite numbers", action=action
+        )
 
 
 def _as_stored(path: Path, array: np.ndarray, dtype: np.dtype | type | str | None) -> np.ndarray:

@@ -32,7 +32,7 @@ from mambahome_jax.inference.read_ahead import held_bytes, read_ahead
 from mambahome_jax.inference.result_files import DICOM_SEG, REPORT, VOLUMES, Entry, ResultFiles, Segmented
 from mambahome_jax.inference.segment import NetworkInput, Segmenter, SegmentOptions, label, to_network_grid
 from mambahome_jax.inference.tiled import Progress, window_starts
-from mambahome_jax.support.console import Say, Track, say, scan_bars, silent, untracked
+from mambahome_jax.support.console import Say, Track, counted, say, scan_bars, silent, untracked
 from mambahome_jax.support.devices import choose_devices, device_line, is_out_of_memory, versions
 from mambahome_jax.support.files import csv_name, jsonable, write_csv, write_json
 from mambahome_jax.support.keywords import from_keywords, shows_keywords
@@ -369,21 +369,22 @@ def provenance_lines(networks: Ensemble, cases: Sequence[Entry], left_out: Seque
         lines = ["The weights do not say which scans they were trained on"]
     else:
         names = [entry["id"] for entry in (*cases, *left_out) if entry.get("split") == "train"]
-        lines = [f"Of {len(cases) + len(left_out)} scans, {len(names)} were trained on, by the checkpoint's record"]
+        scans, seen = counted(len(cases) + len(left_out), "scan"), counted(len(names), "", "were")
+        lines = [f"Of {scans}, {seen} trained on, by the checkpoint's record"]
         lines[0] += f": {listed(names)}" if names else ""
         partly = [entry["id"] for entry in cases if "networks" in entry]
         if partly:
             lines.append(
-                f"Of the others, {len(partly)} were trained on by some of the {len(networks.members)} networks; those "
-                f"that did not see them segmented them alone, as {REPORT} lists: {listed(partly)}"
+                f"Of the others, {counted(len(partly), '', 'were')} trained on by some of the {len(networks.members)} "
+                f"networks; those that did not see a scan segmented it alone, as {REPORT} lists: {listed(partly)}"
             )
         if not all(record is not None and record.complete for record in networks.records):
             lines.append("The record does not name all scans that were trained on")
         if any(entry.get("split") == "train" for entry in cases):
             lines.append("Scores on scans that were trained on tell nothing of unseen ones")
     if left_out:
-        end = "; --split all segments them too"
-        lines.append(f"{len(left_out)} scans are left out by --split {choice}{end}")
+        end = "; --split all segments every scan"
+        lines.append(f"{counted(len(left_out), 'scan', 'are')} left out by --split {choice}{end}")
     return lines
 
 

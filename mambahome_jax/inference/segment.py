@@ -41,7 +41,7 @@ from mambahome_jax.inference.ensemble import Ensemble, is_network, replicas
 from mambahome_jax.inference.postprocess import ALL, NONE, postprocess, values_named, volumes_ml, write_probabilities
 from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole, probabilities_of_tile
 from mambahome_jax.inference.tiled import Progress, TileTarget, WindowSettings, predict_tiled
-from mambahome_jax.support.console import counting, say_once
+from mambahome_jax.support.console import counted, counting, say_once
 from mambahome_jax.support.devices import keep_programs
 from mambahome_jax.support.keywords import from_keywords, shows_keywords, typed_value
 from mambahome_jax.support.paths import openable_path
@@ -373,7 +373,7 @@ def to_network_grid(
     usable_affine(None, volume.affine)
     if array.dtype.kind == "f" and not np.isfinite(array.sum(dtype=np.float64)):
         count = int(np.count_nonzero(~np.isfinite(array)))
-        raise DatasetError(f"{count} voxels are NaN or infinite", expected="finite numbers")
+        raise DatasetError(f"{counted(count, 'voxel', 'are')} NaN or infinite", expected="finite numbers")
     volume = replace(volume, array=array)
     scan = _trained_or_published(volume, settings) if settings.nnunet is None else _of_nnunet(volume, settings)
     size = (*scan.shape, array.shape[-1])

@@ -14,6 +14,7 @@ from mambahome_jax.errors import ConfigError, DatasetError
 from mambahome_jax.imaging.normalisation import Normalisation, normalisations
 from mambahome_jax.patches.store import Store, StoreEntry
 from mambahome_jax.patches.workers import CaseNotes, WatchedLoader
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.processes import end_with_parent
 
 _THREADS = 4  # each prepares one batch ahead
@@ -57,7 +58,7 @@ def make_loader(
         raise DatasetError("no case to train on", file=store.root, expected="at least one case with a label")
     unlabelled = [case for case in cases if store.entry(case).class_counts is None]
     if unlabelled:
-        raise DatasetError(f"{len(unlabelled)} cases have no label", case=unlabelled[0], file=store.root)
+        raise DatasetError(f"{counted(len(unlabelled), 'case', 'have')} no label", case=unlabelled[0], file=store.root)
     notes = CaseNotes() if num_workers else None
     normalise = normalise or normalisations()
     patch = RandomPatch(store, tuple(cases), size, positive_fraction, class_balanced, normalise, notes)

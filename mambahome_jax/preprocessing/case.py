@@ -23,7 +23,7 @@ from mambahome_jax.imaging.plausibility import intensity_remarks
 from mambahome_jax.imaging.volume import Volume, count_values, read_grid, read_labels, replace_values, write_volume
 from mambahome_jax.patches import store
 from mambahome_jax.patches.store import StoreEntry
-from mambahome_jax.support.console import Say
+from mambahome_jax.support.console import Say, counted
 from mambahome_jax.support.files import bytes_of, free_bytes, not_read, place_of, record_of, renewed, said_bytes
 from mambahome_jax.support.paths import as_on_disk
 
@@ -304,7 +304,7 @@ def require_disk(output: Path, jobs: Collection[CaseJob], footprints: Mapping[st
     nifti = any(job.nifti for job in jobs)
     coarser = ", or choose a coarser --spacing" if nifti else ""
     action = f"Free some space or name another {'--output_path' if nifti else '--output_dir'}{coarser}"
-    text = f"{len(jobs)} cases take about {said_bytes(needed)}, {said_bytes(free)} are free"
+    text = f"{counted(len(jobs), 'case', 'take')} about {said_bytes(needed)}, {said_bytes(free)} are free"
     if _CLEARLY * needed > free:
         raise OutputError(f"{output}: {text}. {action}")
     say(f"Disk: {text} in {output}")

@@ -93,7 +93,7 @@ def preprocess_folders(config: PreprocessConfig, say: Say = silent, track: Track
     if real_path(config.output_path) in {real_path(path) for path in several(config.input_path)}:
         raise ConfigError(f"{config.output_path}: input_path and output_path are the same folder; name another output")
     dataset = open_dataset(config)
-    named = f"{len(dataset.labels)} structures" if dataset.labels else "labels without names"
+    named = counted(len(dataset.labels), "structure") if dataset.labels else "labels without names"
     say(f"Dataset: {dataset.name}, layout {dataset.layout}: {counted(len(dataset.cases), 'case')}, {named}")
     with locked(config.output_path, "preprocess", "--output_path"):
         return prepare_dataset(dataset, config, say=say, track=track)
@@ -136,7 +136,7 @@ def prepare_dataset(
                 entries[job.case.id] = entry
     kept = tuple(entries)
     if kept:
-        say(f"{len(kept)} of {len(jobs)} cases are up to date and kept (--overwrite does them again)")
+        say(f"{len(kept)} of {counted(len(jobs), 'case')} up to date and kept (--overwrite does them again)")
     # What is odd about a case is so in every run.
     for entry in entries.values():
         _say_remarks(entry, say)

@@ -15,6 +15,7 @@ from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.geometry import orientation_of
 from mambahome_jax.imaging.header import grid_shift
 from mambahome_jax.imaging.plausibility import AXES, Remark, guessed_modality
+from mambahome_jax.support.console import counted
 
 Severity = Literal["error", "warning", "note"]
 
@@ -181,7 +182,7 @@ def _unlabelled(facts: Sequence[CaseFacts]) -> Iterator[Finding]:
     without = [fact for fact in wanted if not fact.labelled]
     action = "Add the label map; without it the case is not trained on."
     if without and len(without) == len(wanted):
-        found = f"none of {len(wanted)} cases has a label map"
+        found = f"none of {counted(len(wanted), 'case')} has a label map"
         yield Finding("warning", "missing", "", "", found, "label maps to train on", action)
         return
     for fact in without:
@@ -283,7 +284,7 @@ def _strays(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[Finding]:
         title = f"label value {stored}" + (f" ({name})" if name else "")
         expected = f"a structure of more than {len(stray.voxels)} of {len(known)} label maps"
         for case, voxels in stray.voxels.items():
-            found = f"{title} in {voxels} voxel{'s' * (voxels != 1)}"
+            found = f"{title} in {counted(voxels, 'voxel')}"
             yield Finding("warning", "label value", case, files[case], found, expected, action)
 
 
@@ -299,7 +300,7 @@ def _rare_structures(dataset: Dataset, facts: Sequence[CaseFacts]) -> Iterator[F
         title = f"label {value} ({name})"
         if not having:
             action = "It cannot be learnt: correct the label table, or leave it out."
-            found, expected = f"{title} occurs in none of {len(seen)} label maps", "each structure in some"
+            found, expected = f"{title} occurs in none of {counted(len(seen), 'label map')}", "each structure in some"
             yield Finding("warning", "structure", "", "", found, expected, action)
             continue
         if len(having) <= _RARE_SHARE * len(seen):

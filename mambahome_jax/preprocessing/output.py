@@ -11,7 +11,7 @@ from mambahome_jax.datasets.prepared import DESCRIPTION, begin_prepared
 from mambahome_jax.errors import ConfigError, OutputError
 from mambahome_jax.patches.store import CASE_FILE, read_entry, remove_index
 from mambahome_jax.preprocessing.case import CaseJob
-from mambahome_jax.support.console import Say
+from mambahome_jax.support.console import Say, counted
 from mambahome_jax.support.files import earlier_json, not_written
 from mambahome_jax.support.output_folder import open_output
 from mambahome_jax.support.paths import one_form
@@ -154,4 +154,4 @@ def _remove(paths: Iterable[Path]) -> None:
 
 
 def _cases(cases: list[str]) -> str:
-    return "1 case" if len(cases) == 1 else f"{len(cases)} cases"
+    return counted(len(cases), "case")

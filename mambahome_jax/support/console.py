@@ -257,9 +257,13 @@ def shown(progress: bool, text: str) -> tuple[Say, Track]:
     return partial(say, console), tracked(console, text)
 
 
-def counted(number: int, noun: str) -> str:
-    """Write "1 case", "1,000 cases"."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+def counted(number: int, noun: str, verb: str = "") -> str:
+    """Write "1 case is", "1,000 cases are"; noun: in the singular, may be empty; verb: in the plural."""
+    if number == 1:
+        verb = {"are": "is", "were": "was", "have": "has"}.get(verb, verb and f"{verb}s")
+    elif noun:
+        noun += "es" if noun.endswith("s") else "s"
+    return " ".join(filter(None, (f"{number:,}", noun, verb)))
 
 
 def duration(seconds: float) -> str:

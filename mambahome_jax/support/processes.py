@@ -26,7 +26,7 @@ from subprocess import PIPE
 from typing import Any, BinaryIO, ClassVar, Concatenate, ParamSpec, TypeVar
 
 from mambahome_jax.errors import ConfigError, DatasetError, MambaHomeError
-from mambahome_jax.support.console import Say
+from mambahome_jax.support.console import Say, counted
 from mambahome_jax.support.files import said_bytes
 
 J = TypeVar("J")
@@ -128,7 +128,7 @@ def count_workers(asked: int | None, jobs: Sequence[J], peak_bytes: Callable[[J]
         return wanted
     fitting = max(int(0.9 * available / max(map(peak_bytes, jobs), default=1)), 1)
     if fitting < wanted:
-        say(f"{fitting} processes instead of {wanted}: memory for more of the largest scan is not free")
+        say(f"{counted(fitting, 'process')} instead of {wanted}: memory for more of the largest scan is not free")
     return min(wanted, fitting)
 
 
@@ -430,7 +430,7 @@ def fitting_workers(wanted: int, size: int) -> Workers:
     if free is None or needed_bytes(wanted, size) <= free:
         return Workers(wanted)
     fitting = next((count for count in range(wanted - 1, 0, -1) if needed_bytes(count, size) <= free), 0)
-    instead = f"{fitting} processes read patches" if fitting else "patches are read in threads"
+    instead = f"{counted(fitting, 'process', 'read')} patches" if fitting else "patches are read in threads"
     needed = said_bytes(needed_bytes(wanted, size))
-    need = f"{SHARED_MEMORY} has {said_bytes(free)} free, {wanted} processes may need {needed}"
+    need = f"{SHARED_MEMORY} has {said_bytes(free)} free, {counted(wanted, 'process')} may need {needed}"
     return Workers(fitting, f"{need}; {instead}. {REMEDY}")

@@ -352,6 +352,6 @@ def make_trackers(names: Sequence[TrackerName], say: Callable[[str], None]) -> l
     """The trackers that --tracker names. Raises ConfigError: a package that is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            action = f"Install it: pip install 'mambahome-jax[{name}]'"
+            action = f'Install it: pip install "mambahome-jax[{name}]"'
             raise ConfigError(f"--tracker {name}: the package {name} is not installed. {action}")
     return [_TRACKERS[name](name, say) for name in dict.fromkeys(names)]

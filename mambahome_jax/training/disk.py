@@ -16,6 +16,7 @@ from mambahome_jax.datasets import prepared
 from mambahome_jax.errors import ConfigError, OutputError
 from mambahome_jax.flags import CleanConfig
 from mambahome_jax.preprocessing.plan import PLAN
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.devices import program_cache
 from mambahome_jax.support.files import bytes_of, earlier_json, free_bytes, said_bytes
 from mambahome_jax.support.keywords import from_keywords, shows_keywords
@@ -68,7 +69,7 @@ def require_disk(run: Path, setup: Setup, state: TrainState) -> str:
         note = "" if free >= most else f"\nNote: the disk may get full. {action}"
     if setup.num_workers:
         shared = said_bytes(needed_bytes(setup.num_workers, shared_batch_bytes(setup)))
-        text += f"; in {SHARED_MEMORY} up to {shared} for {setup.num_workers} processes that read patches"
+        text += f"; in {SHARED_MEMORY} up to {shared} for {counted(setup.num_workers, 'process')} for reading patches"
     cache = getattr(jax.config, "jax_compilation_cache_dir", None)
     if cache and "://" not in cache:
         text += f"; programs compiled before take {said_bytes(bytes_of(Path(cache)))} in {cache}"

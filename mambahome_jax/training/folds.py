@@ -149,7 +149,9 @@ def fold_lines(prepared: Prepared, held_out_cases: Sequence[Sequence[str]], flag
     lines = [f"Cases held out by the {len(held_out_cases)} folds: {sizes}; {how}"]
     marked = Counter(case.split for case in cases)["val"]
     if marked and cases[0].fold is None:
-        lines.append(f"Note: {marked} cases that the dataset marks val are in the folds like all others")
+        lines.append(
+            f"Note: {counted(marked, 'case', 'are')} marked val by the dataset, but in the folds like all others"
+        )
     return lines
 
 

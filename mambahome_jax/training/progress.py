@@ -211,7 +211,9 @@ def _recipe_text(setup: Setup) -> str:
     if setup.augmentation is None:
         parts.append("no augmentation")
     else:
-        mirrors = [f"axis {axis}, {len(pairs)} pairs of labels swapped" for axis, pairs in setup.augmentation.mirror]
+        mirrors = [
+            f"axis {axis}, {counted(len(pairs), 'pair')} of labels swapped" for axis, pairs in setup.augmentation.mirror
+        ]
         parts.append(f"mirrored along {'; '.join(mirrors)}" if mirrors else "not mirrored")
     return ", ".join(parts)
 
@@ -223,9 +225,10 @@ def data_notes(setup: Setup) -> tuple[str, ...]:
         return notes
     folders = [prepared.root.resolve() for prepared in (setup.prepared, setup.prepared_val) if prepared]
     same = len(folders) == 2 and folders[0] == folders[1]
-    which = "--data_val is the folder of --data_train: " if same else ""
-    what = "are trained on too" if same else "are images that are trained on too"
-    text = f"{which}{len(setup.trained_on)} of {len(setup.val_cases)} cases to validate on {what}"
+    which = "--data_val is the folder of --data_train: of" if same else "Of"
+    seen = counted(len(setup.trained_on), "", "are")
+    what = "trained on too" if same else "trained on too, by the voxels"
+    text = f"{which} {counted(len(setup.val_cases), 'case')} to validate on {seen} {what}"
     return (*notes, f"{text} ({listed(setup.trained_on)}); scores tell nothing of unseen cases")
 
 
@@ -246,7 +249,7 @@ def label_lines(setup: Setup) -> list[str]:
     largest = max(setup.structures)
     if largest == len(setup.structures):
         return lines
-    unused = f"{largest - len(setup.structures)} output channels stand for no structure"
+    unused = f"{counted(largest - len(setup.structures), 'output channel', 'stand')} for no structure"
     return [*lines, f"Note: {unused}, as label values go up to {largest}; preprocess.py numbers them without gaps"]
 
 
@@ -287,7 +290,7 @@ def train_line(flags: TrainConfig, **changes: Any) -> str:
 
 def ensemble_line(folder: Path, trained: int, networks: int) -> str:
     """Say what to type to segment with all networks of a folder together. trained: how many have a checkpoint."""
-    line = f"{trained} of {networks} networks have a checkpoint. "
+    line = f"Of {counted(networks, 'network')}, {counted(trained, '', 'have')} a checkpoint. "
     line = "All together: " if trained == networks else line
     return line + _infer_line(folder) if trained else line
 

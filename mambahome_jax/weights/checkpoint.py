@@ -27,6 +27,7 @@ import safetensors.numpy
 
 from mambahome_jax.config import DataProperties, NetworkConfig
 from mambahome_jax.errors import CheckpointError, OutputError, why_not_written
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.files import free_bytes, parse_json
 from mambahome_jax.support.paths import openable_path, require_letters
 from mambahome_jax.weights.model_path import RUN_CHECKPOINT, networks_of_run
@@ -174,7 +175,7 @@ def model_card(config: NetworkConfig, data: DataProperties | None, parameters: i
     labels = ", ".join(f"{value} {name}" for value, name in known.labels) or "without names"
     rows = {
         "network": f"{network}, {parameters:,} parameters",
-        "input": f"{config.in_chans} channels, {known.modality}, {spacing}, {known.orientation}",
+        "input": f"{counted(config.in_chans, 'channel')}, {known.modality}, {spacing}, {known.orientation}",
         "output": f"{config.out_chans} classes with the background: {labels}",
         "Dice in its own validation": "not known" if known.val_dice is None else f"{known.val_dice:.4f}",
         "trained on": "(which scans, under which licence)",

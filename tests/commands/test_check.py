@@ -87,7 +87,7 @@ def test_a_sound_dataset_is_clean_and_summarised(folder, capsys):
     [
         (faults.truncated, "truncated"),
         (faults.too_few_voxels, "truncated"),
-        (faults.nan, "1 voxels are NaN"),
+        (faults.nan, "1 voxel is NaN"),
         (faults.four_dimensions, "4D volume (12, 16, 8, 2)"),
         (faults.other_shape, "grid of 12 x 16 x 9 voxels"),
         (faults.shifted, "up to 1.5 mm (0.5 voxels)"),
@@ -279,7 +279,7 @@ def test_from_the_command_line(folder):
     faults.nan(folder)
     command = [sys.executable, "-m", "mambahome_jax", "check", str(folder), "--num_workers", "1"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1 and "1 voxels are NaN" in result.stdout and "Traceback" not in result.stderr
+    assert result.returncode == 1 and "1 voxel is NaN" in result.stdout and "Traceback" not in result.stderr
     assert subprocess.run([*command, "--fast"], capture_output=True, check=False).returncode == 0
 
 

@@ -79,11 +79,11 @@ def test_changing_it_does_no_case_again_but_those_of_earlier_versions(config, ca
     assert run(replace(config, ct_intensity="window")) == 0
     assert "ct_scale" not in description(config)
     capsys.readouterr()
-    assert run(config) == 0 and "3 of 3 cases are up to date" in capsys.readouterr().out
+    assert run(config) == 0 and "3 of 3 cases up to date" in capsys.readouterr().out
     (config.output_path / f"store/b/{INTENSITIES}").unlink()
     assert run(replace(config, ct_intensity="window")) == 0
-    assert "3 of 3 cases are up to date" in capsys.readouterr().out and "ct_scale" not in description(config)
-    assert run(config) == 0 and "2 of 3 cases are up to date" in capsys.readouterr().out
+    assert "3 of 3 cases up to date" in capsys.readouterr().out and "ct_scale" not in description(config)
+    assert run(config) == 0 and "2 of 3 cases up to date" in capsys.readouterr().out
     assert len(description(config)["ct_scale"]["low"]) == 1
 
 
@@ -126,7 +126,7 @@ def test_normalise_by_the_scale():
     for modality in ("mr", "us"):
         with_scale, without = normalisations(SCALE)[modality], normalisations()[modality]
         np.testing.assert_array_equal(with_scale(values, stats), without(values, stats))
-    with pytest.raises(ConfigError, match="1 channels for a scan of 2"):
+    with pytest.raises(ConfigError, match="1 channel for a scan of 2"):
         SCALE(np.zeros((1, 1, 1, 2)))
 
 

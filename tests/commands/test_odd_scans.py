@@ -150,7 +150,7 @@ def test_preprocess_names_the_scan_and_training_keeps_the_ranges(tmp_path, capsy
     assert "Note: b: values from" in shown and "Note: a" not in shown
     assert preprocess.run(config) == 0
     shown = capsys.readouterr().out
-    assert "3 of 3 cases are up to date and kept" in shown and shown.count("Note: b: values from") == 1
+    assert "3 of 3 cases up to date and kept" in shown and shown.count("Note: b: values from") == 1
     prepared = read_prepared(config.output_path)
     setup = make_setup(TrainConfig(config.output_path, model="MambaHoME_tiny", steps=3, hold_out=0), prepared, None, 1)
     (found,) = setup.properties.ranges

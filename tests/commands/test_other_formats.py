@@ -63,12 +63,12 @@ def test_preprocess_keeps_what_is_done_and_sees_a_slice_that_changed(both, capsy
     config = PreprocessConfig(both / "other", both / "ready", spacing=(1, 1, 2), modality="ct", num_workers=1)
     assert preprocess.run(config) == 0
     assert preprocess.run(config) == 0
-    assert "4 of 4 cases are up to date" in capsys.readouterr().out
+    assert "4 of 4 cases up to date" in capsys.readouterr().out
     for file in (both / "other/images/d/IM003", both / "other/images/b.raw"):
         content = file.read_bytes()
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert preprocess.run(config) == 0
-    assert "2 of 4 cases are up to date" in capsys.readouterr().out
+    assert "2 of 4 cases up to date" in capsys.readouterr().out
     (both / "other/images/d/IM003").unlink()
     assert preprocess.run(config) == 1
     assert "missing or uneven slices" in capsys.readouterr().out

@@ -84,7 +84,7 @@ def test_second_run_keeps_what_is_up_to_date(config, capsys):
     capsys.readouterr()
     assert run(config) == 0
     shown = capsys.readouterr().out
-    assert "3 of 3 cases are up to date and kept" in shown and "0 done, 3 kept, 0 failed" in shown
+    assert "3 of 3 cases up to date and kept" in shown and "0 done, 3 kept, 0 failed" in shown
     assert {path: path.stat().st_mtime_ns for path in config.output_path.rglob("*.nii.gz")} == before
     assert len(description(config)["cases"]) == 3
     assert run(replace(config, overwrite=True)) == 0

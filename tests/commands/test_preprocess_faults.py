@@ -93,7 +93,7 @@ def label_without_image(folder: Path) -> None:
     [
         (truncated, ("images/b.nii.gz", "truncated")),
         (too_few_voxels, ("images/b.nii.gz", "truncated")),
-        (nan, ("images/b.nii.gz", "1 voxels are NaN")),
+        (nan, ("images/b.nii.gz", "1 voxel is NaN")),
         (four_dimensions, ("images/b.nii.gz", "(12, 16, 8, 2)", "3D")),
         (other_shape, ("labels/b.nii.gz", "grid of 12 x 16 x 9 voxels; expected 12 x 16 x 8 as in the image")),
         (shifted, ("labels/b.nii.gz", "up to 1.5 mm (0.5 voxels) off the image's")),
@@ -230,7 +230,7 @@ def test_a_fault_of_ours_shows_its_traceback_and_the_rest_goes_on(config, monkey
 def test_fewer_processes_where_memory_is_short(config, monkeypatch, capsys):
     monkeypatch.setattr(processes, "available_memory", lambda: 2**10)
     assert run(replace(config, num_workers=3)) == 0
-    assert "1 processes instead of 3" in capsys.readouterr().out
+    assert "1 process instead of 3" in capsys.readouterr().out
 
 
 def test_wrong_configuration(config):

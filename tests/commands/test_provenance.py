@@ -23,7 +23,7 @@ from tests.commands.test_infer_options import PROPERTIES, labels_of
 from tests.inference.models import Levels
 
 CASES = ("trained", "held", "unseen")
-AGAIN = "--split all segments them too"
+AGAIN = "--split all segments every scan"
 
 
 def voxels(number):
@@ -66,8 +66,8 @@ def test_scans_that_were_trained_on_are_left_out_and_counted(folder, capsys):
     assert [(entry["id"], entry["split"]) for entry in report(folder)["left_out"]] == [("trained", "train")]
     assert not (folder / "out" / "trained.nii.gz").exists()
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Of 3 scans, 1 were trained on, by the checkpoint's record: trained" in printed
-    assert f"1 scans are left out by --split auto; {AGAIN}" in printed
+    assert "Of 3 scans, 1 was trained on, by the checkpoint's record: trained" in printed
+    assert f"1 scan is left out by --split auto; {AGAIN}" in printed
     assert "2 of 2 scans segmented" in printed
 
 
@@ -149,7 +149,7 @@ def test_evaluate_says_how_many_cases_were_trained_on(folder, capsys):
     summary = provenance(folder, capsys)
     assert summary["trained_on"] == summary["validated_on"] == summary["unseen"] == 1 and summary["unknown"] == 0
     assert summary["trained_on_cases"] == ["trained"]
-    expected = "Of 3 cases, 1 were trained on (1 validated on in training, 1 unseen); scores on those tell nothing"
+    expected = "Of 3 cases, 1 was trained on (1 validated on in training, 1 unseen); scores on those tell nothing"
     assert summary["summary"].startswith(expected)
 
 

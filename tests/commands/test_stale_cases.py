@@ -129,7 +129,7 @@ def test_numbered_label_maps_beside_a_store_alone_are_kept(tmp_path, capsys):
         prepare_dataset(dataset, config, store_only=True, say=print)
         assert holds(config) == {"images": set(), "labels": CASES, "store": CASES}
     shown = capsys.readouterr().out
-    assert "3 of 3 cases are up to date" in shown and "Removed" not in shown and "did not write" not in shown
+    assert "3 of 3 cases up to date" in shown and "Removed" not in shown and "did not write" not in shown
 
 
 def test_what_preprocess_did_not_write_stays_and_is_named(config, capsys):

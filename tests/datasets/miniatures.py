@@ -68,7 +68,7 @@ def abdomenatlas(root: Path) -> Miniature:
         "BDMAP_00005196": ("ct.nii.gz not found", "without their scans"),
         "BDMAP_00000007": ("combined_labels.nii.gz", "empty"),
     }
-    remarks = {"BDMAP_00000002": "1 voxels lie in two masks (most: 1 in aorta and liver)"}
+    remarks = {"BDMAP_00000002": "1 voxel lies in two masks (most: 1 in aorta and liver)"}
     return Miniature(root, "abdomenatlas", labels, cases, skipped, remarks)
 
 

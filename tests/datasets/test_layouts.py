@@ -104,7 +104,7 @@ def test_decathlon_reports_listed_files_that_are_missing_and_files_that_are_not_
     touch(tmp_path, "imagesTr/extra.nii.gz")
     dataset = load_dataset(tmp_path)
     assert dataset.skipped == (("a_2", "labelsTr/a_2.nii.gz not found"),)
-    assert "1 files of imagesTr are not listed in dataset.json and left out: extra" in dataset.notes[0]
+    assert "1 file of imagesTr left out, as dataset.json does not list them: extra" in dataset.notes[0]
 
 
 @pytest.mark.parametrize(

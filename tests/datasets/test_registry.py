@@ -87,7 +87,7 @@ def test_totalsegmentator_without_the_columns_of_its_table(tmp_path):
 
 def test_panorama_without_its_labels(tmp_path):
     touch(tmp_path, "batch_1/100000_00001_0000.nii.gz")
-    with pytest.raises(DatasetError, match=r"1 scans and 0 labels.*Clone github.com/DIAGNijmegen/panorama_labels"):
+    with pytest.raises(DatasetError, match=r"1 scan and 0 labels.*Clone github.com/DIAGNijmegen/panorama_labels"):
         load_dataset(tmp_path)
 
 
@@ -146,7 +146,7 @@ def test_csv_rows(tmp_path):
         ("out", 1, None),
     ]
     assert dataset.channels == ("channel_0", "channel_1")
-    assert any("1 files lie outside of " in note for note in dataset.notes)
+    assert any("1 file lies outside of " in note for note in dataset.notes)
     reasons = [reason for _, reason in dataset.skipped]
     for words, reason in zip(
         ("second time", "id 'x/y'", "no scan by its name", "no image", "modality 'pet'"), reasons, strict=True

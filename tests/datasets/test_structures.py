@@ -121,5 +121,5 @@ def test_datasets_that_cannot_be_joined():
     with pytest.raises(DatasetError, match="labels without names"):
         join_datasets([dataset({1: "a"}), dataset({})])
     two = Dataset("two", ("T1", "T2"), {1: "a"}, ())
-    with pytest.raises(DatasetError, match="2 channels; expected 1 channels as in set"):
+    with pytest.raises(DatasetError, match="2 channels; expected 1 channel as in set"):
         join_datasets([dataset({1: "a"}), two])

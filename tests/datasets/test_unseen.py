@@ -110,7 +110,7 @@ def test_of_a_folder_of_several_series_one_is_chosen(tmp_path, capsys):
     # Of another series it is another case.
     assert preprocess.run(dataclasses.replace(chosen, series=("1.2.3.4",))) == 0
     np.testing.assert_array_equal(Store(tmp_path / "out").read_image("p1"), VOXELS[..., None])
-    assert "1 of 2 cases are up to date" in capsys.readouterr().out
+    assert "1 of 2 cases up to date" in capsys.readouterr().out
     assert check.run(CheckConfig(tmp_path / "in", series=("1.2.5",), fast=True)) == 0
     with pytest.raises(DatasetError, match=r"no series 9\.9; expected one of 1\.2\.3\.4, 1\.2\.5, 1\.2\.6"):
         preprocess.run(dataclasses.replace(config, series=("9.9",)))

@@ -114,7 +114,7 @@ def test_a_table_with_ids_and_paths_that_lead_elsewhere(tmp_path):
     reasons = dict(dataset.skipped)
     assert "a name that a file can have" in reasons["../up"] and "300 bytes" in reasons["x" * 300]
     assert "no scan by its name" in reasons["/etc"]
-    assert "1 files lie outside of" in dataset.notes[1]
+    assert "1 file lies outside of" in dataset.notes[1]
 
 
 def test_results_of_a_scan_with_a_writable_array_leave_it_as_it_was(tmp_path):

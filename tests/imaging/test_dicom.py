@@ -189,7 +189,7 @@ def twice(folder):
 def two_series(folder):
     series(folder)
     write_slice(folder / "scout", VOXELS[:, :, 0], series="1.2.5", sop_class=MR)
-    return r"2 series:\n.*6 slices of 5 x 4 \(CT\), first IM00\n.*1 slices of 4 x 5 \(MR\), first scout"
+    return r"2 series:\n.*6 slices of 5 x 4 \(CT\), first IM00\n.*1 slice of 4 x 5 \(MR\), first scout"
 
 
 def another_size(folder):

@@ -235,10 +235,10 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, suffix):
 
 def test_without_simpleitk_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
-    with pytest.raises(DatasetError, match=r"SimpleITK.*Run: pip install mambahome-jax\[formats\]"):
+    with pytest.raises(DatasetError, match=r'SimpleITK.*Run: pip install "mambahome-jax\[formats\]"'):
         read_volume(tmp_path / "a.mha")
-    with pytest.raises(DatasetError, match=r"pip install mambahome-jax\[formats\]"):
+    with pytest.raises(DatasetError, match=r'pip install "mambahome-jax\[formats\]"'):
         read_volume(tmp_path)
-    with pytest.raises(OutputError, match=r"pip install mambahome-jax\[formats\]"):
+    with pytest.raises(OutputError, match=r'pip install "mambahome-jax\[formats\]"'):
         write_volume(tmp_path / "a.nrrd", Volume(ARRAY, np.eye(4)))
     assert not list(tmp_path.iterdir())

@@ -145,7 +145,7 @@ def test_values_that_are_no_labels_are_refused(tmp_path, value, found):
 def test_image_with_a_voxel_that_is_not_finite_is_refused(tmp_path, value):
     array = np.zeros((4, 4, 4))
     array[2, 1, 3] = value
-    with pytest.raises(DatasetError, match="1 voxels are NaN or infinite"):
+    with pytest.raises(DatasetError, match="1 voxel is NaN or infinite"):
         read_volume(save(tmp_path / "a.nii.gz", array))
 
 

@@ -216,7 +216,7 @@ def test_wrong_arguments(tmp_path):
         make_loader(store, store.cases, (8, 8, 8), 0)
     write_case(tmp_path, store.entry("c0"), store.read_image("c0"), None)
     write_index(tmp_path, [write_case(tmp_path, store.entry("c0"), store.read_image("c0"), None)])
-    with pytest.raises(DatasetError, match="1 cases have no label"):
+    with pytest.raises(DatasetError, match="1 case has no label"):
         make_loader(Store(tmp_path), ["c0"], (8, 8, 8), 2)
 
 

@@ -10,7 +10,7 @@ import types
 import pytest
 from rich.console import Console
 
-from mambahome_jax.support.console import command_line, logged, say, tracked
+from mambahome_jax.support.console import command_line, counted, logged, say, tracked
 
 PRINT = "from mambahome_jax.support.console import protect_output; protect_output(); "
 
@@ -140,3 +140,21 @@ def test_in_a_notebook_one_line_of_the_cell_is_written_anew(monkeypatch):
     assert [line.partition(",")[0] for line in shown] == [f"Reading: {n} of 3" for n in (1, 2, 3, 3)]
     shown.clear()
     assert list(tracked(Console(quiet=True, force_jupyter=True), "Reading")(iter("abc"), 3)) and not shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((1, "case"), "1 case"),
+        ((1000, "case"), "1,000 cases"),
+        ((0, "class"), "0 classes"),
+        ((1, "class"), "1 class"),
+        ((1, "voxel", "are"), "1 voxel is"),
+        ((2, "voxel", "are"), "2 voxels are"),
+        ((1, "", "were"), "1 was"),
+        ((1, "channel", "stand"), "1 channel stands"),
+        ((3, "channel", "stand"), "3 channels stand"),
+    ],
+)
+def test_noun_and_verb_follow_the_number(arguments, expected):
+    assert counted(*arguments) == expected

@@ -13,6 +13,7 @@ from mambahome_jax.patches import workers
 from mambahome_jax.patches.loader import make_loader
 from mambahome_jax.patches.store import Store
 from mambahome_jax.support import processes
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.processes import Workers, batch_bytes, fitting_workers, needed_bytes, why_no_processes
 from tests.commands.test_train import _dataset
 
@@ -43,7 +44,7 @@ def test_as_many_processes_as_shared_memory_holds(wanted, patch, free, count, mo
     workers = fitting_workers(wanted, batch_bytes(2, patch, 1))
     assert workers.count == count and bool(workers.why_fewer) == (count < wanted)
     if count < wanted:
-        instead = f"{count} processes read patches" if count else "patches are read in threads"
+        instead = f"{counted(count, 'process', 'read')} patches" if count else "patches are read in threads"
         assert "/dev/shm has 67 MB free, 4 processes may need" in workers.why_fewer and instead in workers.why_fewer
         assert "--shm-size=" in workers.why_fewer and "--num_workers" in workers.why_fewer
     assert needed_bytes(0, 10) == 0

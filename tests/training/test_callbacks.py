@@ -156,7 +156,7 @@ def test_a_tracker_that_fails_is_told_once_and_stops_nothing(tmp_path, monkeypat
 
 def test_a_package_that_is_missing_is_told_before_anything_is_trained(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"mlflow is not installed. .*'mambahome-jax\[mlflow\]'"):
+    with pytest.raises(ConfigError, match=r'mlflow is not installed. .*"mambahome-jax\[mlflow\]"'):
         make_trackers(["mlflow"], print)
 
 

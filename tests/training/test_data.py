@@ -192,9 +192,13 @@ def test_validation_on_the_training_folder_is_said(whole, tmp_path):
     data, link, copy = shutil.copytree(whole / "data", tmp_path / "data"), tmp_path / "link", tmp_path / "copy"
     link.symlink_to(data)
     shutil.copytree(data, copy)
-    what = "4 of 5 cases to validate on are {}trained on too (c0, c1, c2, c3); scores tell nothing of unseen cases"
+    what = "of 5 cases to validate on 4 are trained on too{} (c0, c1, c2, c3); scores tell nothing of unseen cases"
     same = f"--data_val is the folder of --data_train: {what.format('')}"
-    for data_val, expected in ((data, same), (link, same), (copy, what.format("images that are "))):
+    for data_val, expected in (
+        (data, same),
+        (link, same),
+        (copy, what.format(", by the voxels").replace("of 5", "Of 5")),
+    ):
         assert said(data, data_val)[1] == (expected,)
 
 
@@ -202,7 +206,7 @@ def test_a_copy_on_the_other_side_of_the_split_is_said(tmp_path):
     data = _dataset(tmp_path / "data")
     assert said(data)[1] == ()
     write_again(data, "c4", image=Store(data).read_image("c1"))
-    note = "1 of 1 cases to validate on are images that are trained on too (c4); scores tell nothing of unseen cases"
+    note = "Of 1 case to validate on 1 is trained on too, by the voxels (c4); scores tell nothing of unseen cases"
     assert said(data)[1] == (note,)
 
 
@@ -213,7 +217,7 @@ def test_the_same_scans_at_another_spacing_are_said(tmp_path):
     data, data_val = settings.output_path, coarse.output_path
     # One by another version, which did not write down what it was made of.
     write_again(data_val, "c", fingerprint={"sources": [["where", 1, 2]]})
-    note = "2 of 3 cases to validate on are images that are trained on too (a, b); scores tell nothing of unseen cases"
+    note = "Of 3 cases to validate on 2 are trained on too, by the voxels (a, b); scores tell nothing of unseen cases"
     assert said(data, data_val)[1] == (note,)
 
 

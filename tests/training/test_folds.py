@@ -77,7 +77,7 @@ def test_every_case_is_scored_once_by_the_network_that_did_not_see_it(data, tmp_
     assert content["mean"]["dice"] == pytest.approx(np.mean([float(row["dice"]) for row in pooled]))
     assert (run / "cross_validation" / "report.html").is_file()
     assert report(run)["cross_validation"]["dice"] == content["mean"]["dice"]
-    assert "Note: 1 cases that the dataset marks val are in the folds like all others" in text
+    assert "Note: 1 case is marked val by the dataset, but in the folds like all others" in text
     assert "Scores of 5 cases, each by the network that was not trained on it" in text
     assert f"All together: mambahome infer --data_path SCANS --model_path {run} --output_dir PRED" in text
 

@@ -117,7 +117,7 @@ def test_networks_without_a_checkpoint_are_not_named(tmp_path, capsys):
     config = _config(_dataset(tmp_path / "data"), tmp_path / "run", lr=1e38, members=2)
     assert command.run(config) == 1
     text = capsys.readouterr().out
-    assert "0 of 2 networks have a checkpoint" in text and "infer.py" not in text
+    assert "Of 2 networks, 0 have a checkpoint" in text and "infer.py" not in text
     assert _report(tmp_path / "run")["exit_code"] == 1
 
 

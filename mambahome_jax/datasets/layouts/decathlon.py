@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from mambahome_jax.datasets.base import Case, Dataset, Split, channel_names, dataset_of, label_names, modality_of
-from mambahome_jax.datasets.files import scan_files
+from mambahome_jax.datasets.files import listed, scan_files
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.formats import scan_stem
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.files import read_json
 from mambahome_jax.support.paths import own_name
 
@@ -50,9 +51,8 @@ def load(folder: Path) -> Dataset:
     cases += [Case(stem, path, None, "test", modality) for stem, path in tests.items() if stem not in images]
     notes = []
     if left_out := sorted(set(images) - set(named)):
-        notes.append(
-            f"{len(left_out)} files of imagesTr are not listed in dataset.json and left out: {left_out[0]}, ..."
-        )
+        number = counted(len(left_out), "file")
+        notes.append(f"{number} of imagesTr left out, as dataset.json does not list them: {listed(left_out)}")
     if any(isinstance(entry, dict) and "fold" in entry for entry in content.get("training") or ()):
         notes.append("the folds that dataset.json gives are not read; write the one to train on as splits_final.json")
     name = str(content.get("name") or own_name(folder))

@@ -9,6 +9,7 @@ from mambahome_jax.datasets.files import by_channel, listing, scan_files
 from mambahome_jax.datasets.scans import search
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom import is_scan
+from mambahome_jax.support.console import counted
 
 NAME = "images_labels"
 LOOKS_FOR = "images/<case>.nii.gz with labels/<case>.nii.gz"  # or another format of scans
@@ -44,7 +45,7 @@ def load(folder: Path) -> Dataset:
     files = {case: tuple(images[stems[n]] for n in sorted(stems)) for case, stems in numbered.items()}
     files = files or {stem: (path,) for stem, path in images.items()}
     missing = {
-        case: f"images/{case}_{number:04} not found; expected a file for each of {count} channels"
+        case: f"images/{case}_{number:04} not found; expected a file for each of {counted(count, 'channel')}"
         for case, stems in numbered.items()
         for number in range(count)
         if number not in stems

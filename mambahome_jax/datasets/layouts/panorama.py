@@ -6,6 +6,7 @@ from pathlib import Path
 from mambahome_jax.datasets.base import Case, Dataset, dataset_of, numbered
 from mambahome_jax.datasets.files import listing, plain, scans_of, walk
 from mambahome_jax.errors import DatasetError
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.paths import real_path
 
 NAME = "panorama"
@@ -52,7 +53,7 @@ def load(folder: Path) -> Dataset:
                     labels[stem] = path
     if not images or not labels:
         action = "Clone github.com/DIAGNijmegen/panorama_labels into the folder." if images else None
-        counts = f"{len(images)} scans and {len(labels)} labels"
+        counts = f"{counted(len(images), 'scan')} and {counted(len(labels), 'label')}"
         raise DatasetError(counts, file=folder, expected=LOOKS_FOR, action=action)
     cases = [
         Case(study, path, labels.get(study), None, "ct", study.split("_")[0]) for study, path in sorted(images.items())
