@@ -40,7 +40,7 @@ from mambahome_jax.imaging.volume import Volume, replace_values, require_volume
 from mambahome_jax.inference.ensemble import Ensemble, is_network, replicas
 from mambahome_jax.inference.postprocess import ALL, NONE, postprocess, values_named, volumes_ml, write_probabilities
 from mambahome_jax.inference.targets import Labels, ShearedLabels, Whole, probabilities_of_tile
-from mambahome_jax.inference.tiled import Progress, TileTarget, WindowSettings, predict_tiled
+from mambahome_jax.inference.tiled import Progress, TileTarget, WindowSettings, predict_tiled, without_copies
 from mambahome_jax.support.console import counted, counting, say_once
 from mambahome_jax.support.devices import keep_programs
 from mambahome_jax.support.keywords import from_keywords, shows_keywords, typed_value
@@ -447,6 +447,7 @@ def label(
         sw_batch_size=settings.sw_batch_size,
         device_bytes=device_bytes,
     )
+    windows = without_copies(windows, scan.shape)
     labels = scan.target()
     probabilities = Whole(scan.shape, partial(probabilities_of_tile, regions=bool(settings.regions)))
     targets: list[TileTarget] = [labels] if with_probabilities is None else [labels, probabilities]

@@ -57,6 +57,7 @@ FEW_VOXELS = 1 << 24
 FINE, COARSE = (4, 2), (2, 1)
 # ResultFiles of tiles that may be on their way to the host while the device goes on.
 _PENDING = 64
+_FILLED_UP = 32  # windows of a call that may be copies, so that volumes of all sizes share one program
 
 
 @dataclass(frozen=True)
@@ -390,6 +391,14 @@ def predict_tiled(
         trying = "sums on the host" if smaller.device_bytes == 0 else f"{smaller.sw_batch_size} in a call"
         say(f"out of device memory with {settings.sw_batch_size} windows in a call of the network; trying {trying}")
         settings = smaller
+
+
+def without_copies(settings: WindowSettings, shape: Sequence[int]) -> WindowSettings:
+    """Lower a large sw_batch_size to what a volume can fill, to a power of two: each other shape is compiled."""
+    padded = [max(n, r) for n, r in zip(shape, settings.roi, strict=True)]
+    count = len(window_starts(padded, settings.roi, settings.overlap, settings.mode))
+    most = max(1 << (count - 1).bit_length(), _FILLED_UP)
+    return replace(settings, sw_batch_size=min(settings.sw_batch_size, most))
 
 
 def with_less_memory(settings: WindowSettings) -> WindowSettings | None:

@@ -172,7 +172,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device had no memory left for what it was asked to do; errors of full disks have the same word."""
     import jax
 
-    return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    # A CPU says the second, in an INTERNAL error.
+    texts = ("RESOURCE_EXHAUSTED", "Out of memory allocating")
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(text in str(error) for text in texts)
 
 
 def choose_devices(parallel: bool = True, num_devices: int | None = None) -> "list[jax.Device]":

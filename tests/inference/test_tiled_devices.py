@@ -1,5 +1,7 @@
 """What is compiled, and where windows are predicted and added."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
@@ -96,6 +98,22 @@ def test_what_fails_while_windows_are_cut_is_raised():
 
     with pytest.raises(MemoryError):
         label(network(0), Broken())
+
+
+def test_a_call_holds_no_more_windows_than_a_scan_has(monkeypatch):
+    settings = SegmentSettings((1.3, 1.1, 1.6), "RAS", CtWindow(), ROI, 0.5, 4)
+    prepared = to_network_grid(scan((31, 33, 30)), settings)
+    expected, original, calls = label(network(0), prepared).array, tiled.Tiles.add, []
+
+    def add(self, predicted, corners):
+        calls.append((len(predicted), len(corners)))
+        return original(self, predicted, corners)
+
+    monkeypatch.setattr(tiled.Tiles, "add", add)
+    many = replace(prepared, settings=replace(settings, sw_batch_size=1_000_000))
+    assert (label(network(0), many).array == expected).mean() > 0.999
+    ((stacked, windows),) = calls
+    assert windows <= stacked <= 32
 
 
 @pytest.mark.parametrize(

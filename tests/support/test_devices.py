@@ -7,6 +7,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import jax
 import pytest
 
 from mambahome_jax.support import devices
@@ -93,3 +94,15 @@ def test_a_program_ends_while_the_libraries_of_cuda_are_still_read():
         "devices.begin_devices(); time.sleep(1)"
     )
     subprocess.run([sys.executable, "-c", code], timeout=20, check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 1 bytes.", True),
+        ("INTERNAL: Error dispatching computation: Out of memory allocating 62596897504 bytes.", True),
+        ("INTERNAL: no such kernel", False),
+    ],
+)
+def test_lack_of_memory_is_known_on_every_device(text, expected):
+    assert devices.is_out_of_memory(jax.errors.JaxRuntimeError(text)) is expected
