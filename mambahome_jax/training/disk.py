@@ -42,8 +42,8 @@ _DAY = 24 * 3600
 # --- What a training will take -----------------------------------------------------------------------------------
 
 
-def require_disk(run: Path, setup: Setup, state: TrainState) -> str:
-    """Say what a run takes, and what is free. state: arrays, or their shapes and dtypes.
+def require_disk(run: Path, setup: Setup, state: TrainState, ended: bool = False) -> str:
+    """Say what a run takes, and what is free. state: arrays, or their shapes and dtypes. ended: no step is left.
 
     What an earlier part of the run wrote is replaced, so it counts as free in the end; but the last checkpoint stays
     until the next one is whole. Raises OutputError: no checkpoint fits.
@@ -54,7 +54,7 @@ def require_disk(run: Path, setup: Setup, state: TrainState) -> str:
     sizes = f"best {said_bytes(best)}, {'last' if keep == 1 else f'{keep} kept of'} {said_bytes(last)}"
     text = f"checkpoints take {said_bytes(kept)} ({sizes}), {said_bytes(most)} while one is written"
     place = (run / "checkpoints").resolve()
-    note, free = "", free_bytes(place)
+    note, free = "", None if ended else free_bytes(place)
     if free is not None:
         unused = free + sum(map(bytes_of, place.glob(f"last{PARTIAL}*")))
         if holds_run(run) and unused < last:

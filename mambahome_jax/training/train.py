@@ -111,13 +111,13 @@ def train_network(
     schedule = dataclasses.replace(setup.schedule, budget=clock.budget(earlier))
     schedule.budget.held_out = len(setup.held_out) / max(len(setup.val_cases), 1)
     schedule.budget.validation_steps = validation_steps(setup)
-    say(console, require_disk(folder, setup, abstract))
+    due = schedule.after(int(state.step))  # now, as a run of little time is to take a step after it has compiled
+    say(console, require_disk(folder, setup, abstract, ended=due.stop))
     begin(schedule, sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract.params)), transferred)
 
     with contextlib.ExitStack() as stack:
         # --- Step and validation, compiled -----------------------------------------------------------------------
         display = stack.enter_context(Display(console, schedule, int(state.step), setup.global_batch))
-        due = schedule.after(int(state.step))  # now, as a run of little time is to take a step after it has compiled
         batches = stack.enter_context(open_batches(setup, position, display.say, ahead=not due.stop))
         validation = partial(open_validation, graphdef, deployed_params(state), setup, devices, display.say)
         program = (setup, trained_graphdef, optimizer, mesh, programs, state, display, timeline, validation)
