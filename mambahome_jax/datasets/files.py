@@ -13,6 +13,7 @@ from typing import NamedTuple
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.imaging.dicom import files_below, files_in, has_series, is_scan
 from mambahome_jax.imaging.formats import SCAN_SUFFIXES, scan_stem, suffix_of
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.files import hidden, not_read
 from mambahome_jax.support.paths import fault_of_letters, one_form
 
@@ -190,6 +191,16 @@ def twins_note(used: Iterable[Path]) -> tuple[str, ...]:
                     pairs.append(f"{os.path.join(folder, twin)} is used, {other} is not")  # noqa: PTH118
     count = f"{len(pairs)} files are there" if len(pairs) != 1 else "a file is there"
     return (f"{count} in two formats: {listed(sorted(pairs))}",) if pairs else ()
+
+
+def dot_files_note(used: Iterable[Path]) -> tuple[str, ...]:
+    """A note that names the dot files beside used ones that are scans by name, as macOS makes them; empty without."""
+    paths = []
+    for folder in by_folder(used):
+        with contextlib.suppress(OSError):
+            names = os.listdir(folder)  # noqa: PTH208
+            paths += [os.path.join(folder, name) for name in names if name.startswith(".") and suffix_of(name)]  # noqa: PTH118
+    return (f"{counted(len(paths), 'dot file', 'are')} left out: {listed(sorted(paths))}",) if paths else ()
 
 
 def outside_of(home: Path, paths: Iterable[Path]) -> list[str]:

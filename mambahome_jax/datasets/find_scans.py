@@ -13,6 +13,7 @@ from mambahome_jax.datasets.base import Case, Split
 from mambahome_jax.datasets.files import (
     CHANNEL,
     channels_of,
+    dot_files_note,
     fault_of_name,
     listed,
     listing,
@@ -94,7 +95,7 @@ def find_scans(data_path: Path, series: Collection[str] = (), leave: Collection[
         expected = f"one of {', '.join(sorted(uids))}" if uids else "DICOM slices"
         raise DatasetError(f"no series {listed(missing)}", file=data_path, expected=expected, action="Check --series.")
     failures += [(uid, f"{data_path}: no series of this UID. Check --series") for uid in missing]
-    notes = (*content.notes, *around.notes, *passed, *twins)
+    notes = (*content.notes, *around.notes, *passed, *twins, *dot_files_note(taken))
     if left := len(scans) - len(chosen):
         notes += (f"{left} other series left out by --series",)
     if not chosen and not failures:

@@ -8,7 +8,15 @@ from typing import Protocol
 
 from mambahome_jax.datasets import prepared
 from mambahome_jax.datasets.base import Case, Dataset
-from mambahome_jax.datasets.files import fault_of_name, listed, listing, outside_of, printable, twins_note
+from mambahome_jax.datasets.files import (
+    dot_files_note,
+    fault_of_name,
+    listed,
+    listing,
+    outside_of,
+    printable,
+    twins_note,
+)
 from mambahome_jax.datasets.layouts import (
     abdomenatlas,
     amos,
@@ -132,7 +140,7 @@ def _load(name: str, folder: Path, above: Sequence[Path] = ()) -> Dataset:
     # A folder that preprocess.py wrote may name the files of another one, as it says itself.
     if name != prepared.NAME and (outside := outside_of(home, used)):
         notes.append(f"{counted(len(outside), 'file', 'lie')} outside of {own_name(home)}: {listed(outside)}")
-    notes += twins_note(used)
+    notes += (*twins_note(used), *dot_files_note(used))
     if name not in LISTED:
         expected = LAYOUTS[name].LOOKS_FOR
         known = [case for case, _ in skipped]

@@ -8,10 +8,11 @@ import pytest
 
 from mambahome_jax.commands import check, preprocess
 from mambahome_jax.datasets.files import parts
+from mambahome_jax.datasets.find_scans import find_scans
 from mambahome_jax.datasets.registry import load_dataset
 from mambahome_jax.errors import DatasetError
 from mambahome_jax.flags import CheckConfig, PreprocessConfig
-from mambahome_jax.imaging.volume import read_volume
+from mambahome_jax.imaging.volume import Volume, read_volume, write_volume
 from mambahome_jax.patches.store import Store
 from tests.commands.scans import description, preprocess_config, reasons, write
 from tests.datasets.test_layouts import touch
@@ -176,3 +177,16 @@ def test_series_of_several_folders_are_listed_with_their_folders_and_missing_one
         read_volume(tmp_path / "p1")
     (tmp_path / "cases.csv").write_text("image\np1\np2\n")
     assert f"{tmp_path / 'p2'} not found; expected a path" in skipped(tmp_path)["line 3"]
+
+
+def test_dot_files_beside_scans_are_named_once(tmp_path):
+    for kind, array in (("images", np.zeros((4, 4, 4), np.int16)), ("labels", np.ones((4, 4, 4), np.uint8))):
+        (tmp_path / kind).mkdir()
+        write_volume(tmp_path / kind / "a.nii.gz", Volume(array, np.eye(4)))
+        (tmp_path / kind / ".DS_Store").write_bytes(b"x")
+    (tmp_path / "images/._a.nii.gz").write_bytes(b"x")
+    note = f"1 dot file is left out: {tmp_path / 'images/._a.nii.gz'}"
+    assert load_dataset(tmp_path).notes == (note,)
+    assert find_scans(tmp_path / "images").notes == (note,)
+    (tmp_path / "images/._a.nii.gz").unlink()
+    assert load_dataset(tmp_path).notes == ()
