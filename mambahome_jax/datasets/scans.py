@@ -22,6 +22,7 @@ from mambahome_jax.imaging.formats import (
     scan_stem,
     without_second_halves,
 )
+from mambahome_jax.support.console import counted
 from mambahome_jax.support.files import hidden
 from mambahome_jax.support.paths import own_name
 
@@ -297,7 +298,9 @@ class _Leftovers:
                 self.noted.append(str(path))
         self._note(files.failures)
         if slices := [path for one in files.series for path in one.paths]:
-            reason = f"{home}: {len(slices)} DICOM slices lie among other files, {slices[0].name} the first"
+            reason = (
+                f"{home}: {counted(len(slices), 'DICOM slice', 'lie')} among other files, {slices[0].name} the first"
+            )
             self.skipped.append((home.name, f"{reason}. Move those of each scan to a folder of its own"))
         for path in files.folders:
             if not of_labels(path.name):

@@ -15,6 +15,7 @@ from mambahome_jax.config import Modality
 from mambahome_jax.imaging.geometry import axis_order, orientation_of
 from mambahome_jax.imaging.intensity import intensity_sample, sample_percentiles, sorted_quantile
 from mambahome_jax.ranges import SAMPLE_PERCENTILES, ScanRanges
+from mambahome_jax.support.console import counted
 
 AXES = ("R-L", "A-P", "S-I")
 _NAMES: dict[Modality, str] = {"ct": "CT", "mr": "MR", "us": "ultrasound"}
@@ -140,7 +141,7 @@ def volume_remark(volumes_ml: Mapping[str, float], ranges: ScanRanges | None) ->
     if not odd:
         return None
     found = ", ".join(f"{item.name} {ml:.3g} ml" for item, ml in odd[:_NAMED])
-    more = f" and {len(odd) - _NAMED} more structures" if len(odd) > _NAMED else ""
+    more = f" and {counted(len(odd) - _NAMED, 'more structure')}" if len(odd) > _NAMED else ""
     expected = ", ".join(_between(item.least, item.most) for item, _ in odd[:_NAMED])
     return Remark(f"found {found}{more}", f"about {expected} ml, as in training", "Look at the result before its use.")
 

@@ -114,7 +114,8 @@ def show(output: Path, summary: Mapping[str, Any], display: Any) -> None:
     for failure in summary["failures"]:
         display.say(f"Not scored: {failure['case']}: {failure['reason']}")
     if summary["not_segmented"]:
-        display.say(f"The time was over before {len(summary['not_segmented'])} held-out cases were segmented")
+        missing = counted(len(summary["not_segmented"]), "held-out case", "were")
+        display.say(f"The time was over before {missing} segmented")
 
 
 @dataclass(frozen=True)

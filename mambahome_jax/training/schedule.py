@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mambahome_jax.recipes import OptimizerConfig
-from mambahome_jax.support.console import duration
+from mambahome_jax.support.console import counted, duration
 
 # The first validation, which tells how long one takes, comes after this part of the time for training or these seconds;
 # after that they take, with the checkpoints that follow them, about a twentieth of the time together.
@@ -337,7 +337,7 @@ class Schedule:
         validation = (
             "validation as time allows" if self.val_every is None else f"validation every {self.val_every} steps"
         )
-        return f"{length}; {self.steps_per_epoch} steps an epoch; {validation}"
+        return f"{length}; {counted(self.steps_per_epoch, 'step')} an epoch; {validation}"
 
 
 def _divides(every: int | None, step: int) -> bool:

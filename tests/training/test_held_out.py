@@ -242,7 +242,7 @@ def test_cases_for_which_no_time_is_left_are_counted(tmp_path, capsys, monkeypat
     config = _config(data, tmp_path / "run", steps=None, val_every=None, max_minutes=2.0)
     assert command.run(config, steps_take(monkeypatch, seconds=10)) == 0
     assert _summary(tmp_path / "run")["not_segmented"] == ["c4"]
-    assert "The time was over before 1 held-out cases were segmented" in capsys.readouterr().out
+    assert "The time was over before 1 held-out case was segmented" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
