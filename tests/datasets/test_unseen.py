@@ -36,7 +36,7 @@ def test_images_and_labels(tmp_path):
     found = dict(dataset.skipped)
     assert set(found) == {"b", "c", "sub", "e", "images", "extra"}
     assert "FreeSurfer" in found["b"] and "Analyze" in found["c"] and "zstd" in found["e"]
-    assert "1 DICOM slices lie among other files, IM1 the first" in found["images"] and "d.nii.gz" in found["sub"]
+    assert "1 DICOM slice lies among other files, IM1 the first" in found["images"] and "d.nii.gz" in found["sub"]
     (note,) = dataset.notes
     assert "images/a.mgz" in note and "scans of no case (g.nii.gz)" in found["extra"]
 
