@@ -180,6 +180,9 @@ def region_names(content: Mapping[str, Any], file: Path) -> tuple[dict[int, str]
         stored = content.get("regions")
         entries = list(stored.items()) if isinstance(stored, Mapping) else []
         # Without values for keys it is of another program's meaning.
+        # Voxels of nnU-Net's "ignore" have no label: it is no structure.
+        if isinstance(table, Mapping):
+            table = {name: value for name, value in table.items() if name != "ignore"}
         names, held = label_names(table, file), entries if all(_is_integer(key) for key, _ in entries) else []
     else:
         structures = {name: value for name, value in table.items() if name not in ("ignore", "background")}

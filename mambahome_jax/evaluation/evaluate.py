@@ -118,6 +118,8 @@ def evaluate_folders(
         say(f"Note: {note}")
     for label, held in pairs[0].regions.items():
         say(f"{names.get(label, label)} is a region, scored as the values {' '.join(map(str, held))} together")
+    if pairs[0].ignored is not None:
+        say(f'Voxels of the references\' label "ignore" ({pairs[0].ignored}) are left out of the scores')
     say(f"Names of the structures: {source or 'none found (--labels FILE gives them)'}")
     splits, skipped = splits_of(config.predictions, pairs), left_out_of(config.predictions)
     left_out = [case for case, _ in alone if case in skipped]

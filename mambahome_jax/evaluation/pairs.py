@@ -7,6 +7,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from mambahome_jax.config import Surface
 from mambahome_jax.datasets.base import Split, region_names
 from mambahome_jax.datasets.files import common_name, counterparts, fault_of_name, listing, scan_files
@@ -35,6 +37,7 @@ class Pair:
     labelled: values that the reference labels wherever they occur, None for all; the others are not judged.
     spacing_scale: as `read_volume` takes it, for both files.
     regions: value -> the label values in the structure, where it holds more than its own.
+    ignored: value of the reference file at voxels without any label, which are not judged; None for no such value.
     """
 
     case: str
@@ -47,6 +50,7 @@ class Pair:
     labelled: tuple[int, ...] | None = None
     spacing_scale: float | None = None
     regions: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    ignored: int | None = None
 
 
 def read_pair(pair: Pair) -> tuple[Volume, Volume]:
@@ -60,8 +64,13 @@ def read_pair(pair: Pair) -> tuple[Volume, Volume]:
     for read in (read_grid, read_labels):
         prediction, reference = (read(file, spacing_scale=scale) for file in files)
         prediction = on_grid_of(reference, prediction, pair.prediction, action, voxels=SCORE_VOXELS, name="reference")
+    unlabelled = None if pair.ignored is None else reference.array == pair.ignored
     if pair.reference_values is not None:
         reference = replace(reference, array=replace_values(reference.array, pair.reference_values))
+    if unlabelled is not None:
+        prediction, reference = (
+            replace(volume, array=np.where(unlabelled, 0, volume.array)) for volume in (prediction, reference)
+        )
     return prediction, reference
 
 
@@ -202,7 +211,16 @@ def named_pairs(
         names, values = _given_names(LabelTable.of(names, given), predictions, references, *files)
     regions, compared = _regions(predictions, references, given, values)
     judged = judged_pairs(pairs, references, compared)
-    return [replace(pair, names=names, regions=regions) for pair in judged], names, values, source
+    ignored = _ignored(references)
+    return [replace(pair, names=names, regions=regions, ignored=ignored) for pair in judged], names, values, source
+
+
+def _ignored(references: Path) -> int | None:
+    """The value of nnU-Net's label "ignore", where the dataset.json in or beside the references has one."""
+    file = next((home / DATASET for home in (references, references.parent) if (home / DATASET).is_file()), None)
+    table = read_json(file).get("labels") if file else None
+    value = table.get("ignore") if isinstance(table, Mapping) else None
+    return int(str(value)) if str(value).isdecimal() else None
 
 
 def _regions(

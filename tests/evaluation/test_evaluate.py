@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from mambahome_jax.errors import DatasetError, OutputError
-from mambahome_jax.evaluation.evaluate import evaluate_case
+from mambahome_jax.evaluation.evaluate import evaluate_case, evaluate_folders
 from mambahome_jax.evaluation.pairs import Pair
 from mambahome_jax.evaluation.results import COLUMNS, METRICS, Score, summarise, write_metrics
+from mambahome_jax.flags import EvaluateConfig
 from mambahome_jax.imaging.geometry import reorient
 from mambahome_jax.imaging.volume import Volume, write_volume
 from mambahome_jax.support.files import write_json
@@ -47,6 +48,21 @@ def test_named_and_found_structures_are_all_judged(tmp_path):
     assert math.isnan(scores[1].dice)
     assert math.isnan(scores[3].dice)
     assert math.isinf(scores[3].assd)
+
+
+def test_voxels_that_nnunet_ignores_are_left_out_of_scores(tmp_path):
+    for name, array in (("ours", cube(2)), ("theirs", np.maximum(cube(), 2 * (cube(2) - (cube(2) & cube()))))):
+        (tmp_path / name).mkdir()
+        write_volume(tmp_path / name / "a.nii.gz", Volume(array, AFFINE))
+    labels = {"background": 0, "liver": 1, "ignore": 2}
+    write_json(tmp_path / "theirs" / "dataset.json", {"labels": labels})
+    config = EvaluateConfig(predictions=tmp_path / "ours", references=tmp_path / "theirs", output_dir=tmp_path / "out")
+    told = []
+    result = evaluate_folders(config, told.append)
+    (score,) = result.scores
+    # 4 of the reference's 6 slices are found, and the 2 slices more of the prediction are not labelled.
+    assert (score.structure, score.dice) == ("liver", pytest.approx(0.8))
+    assert any("ignore" in line for line in told)
 
 
 def test_small_differences_of_the_affine_are_rounding(tmp_path):

@@ -110,7 +110,6 @@ def _labels(content: Mapping[str, Any], file: Path) -> tuple[dict[int, str], tup
         if "ignore" in table
         else ""
     )
-    known = {name: value for name, value in table.items() if name != "ignore"}
-    names, regions = region_names({**content, "labels": known}, file)
+    names, regions = region_names(content, file)
     note = "regions are trained as classes: a voxel belongs to the last region that holds it"
     return names, (note,) if regions else (), hint
