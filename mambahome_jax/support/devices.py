@@ -126,7 +126,7 @@ def _nvidia_smi(column: str, *options: str) -> list[float]:
     """Ask the driver for a column in MiB and return it in GiB, one entry a GPU; empty where it does not answer."""
     query = ["nvidia-smi", f"--query-gpu={column}", "--format=csv,noheader,nounits", *options]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        done = subprocess.run(query, capture_output=True, encoding="utf-8", timeout=20, check=True)
         return [float(line) / 1024 for line in done.stdout.split()]
     except (OSError, ValueError, subprocess.SubprocessError):
         return []
@@ -270,7 +270,7 @@ def git_state(folder: Path | None = None) -> dict[str, Any] | None:
     try:
         commit, changed = (
             subprocess.run(
-                ["git", "-C", folder, *command], capture_output=True, text=True, check=True, timeout=10
+                ["git", "-C", folder, *command], capture_output=True, encoding="utf-8", check=True, timeout=10
             ).stdout
             for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
         )
