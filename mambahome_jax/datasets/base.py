@@ -179,10 +179,9 @@ def region_names(content: Mapping[str, Any], file: Path) -> tuple[dict[int, str]
     if not isinstance(table, Mapping) or not any(isinstance(value, list) for value in table.values()):
         stored = content.get("regions")
         entries = list(stored.items()) if isinstance(stored, Mapping) else []
-        # Without values for keys it is of another program's meaning.
-        # Voxels of nnU-Net's "ignore" have no label: it is no structure.
-        if isinstance(table, Mapping):
+        if isinstance(table, Mapping):  # voxels of nnU-Net's "ignore" have no label: it is no structure
             table = {name: value for name, value in table.items() if name != "ignore"}
+        # Without values for keys it is of another program's meaning.
         names, held = label_names(table, file), entries if all(_is_integer(key) for key, _ in entries) else []
     else:
         structures = {name: value for name, value in table.items() if name not in ("ignore", "background")}

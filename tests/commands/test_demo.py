@@ -39,7 +39,7 @@ def test_the_demo_goes_through(tmp_path, capfd, monkeypatch):
     (picture,) = (folder / "predictions" / "previews").glob("*.png")
     assert str(picture.resolve()) in printed.replace("\n", "")
     mean = json.loads((folder / "evaluation" / "summary.json").read_text())["mean"]["dice"]
-    assert f"Mean Dice {mean:.3f} on 1 unseen scans" in printed
+    assert f"Mean Dice {mean:.3f} on 1 unseen scan" in printed
     with (folder / "evaluation" / "metrics.csv").open() as file:
         assert [row["structure"] for row in csv.DictReader(file)] == ["liver", "spleen", "kidneys", "aorta"]
     assert {path.name for path in (folder / "run" / "checkpoints").iterdir()} >= {"best", "last"}
