@@ -107,7 +107,7 @@ def available_memory() -> int | None:
         limit = (group / "memory.max").read_text(encoding="utf-8").strip()
         if limit != "max":
             # Page cache counts as used but is given back, hence only anonymous memory.
-            lines = (group / "memory.stat").read_text().splitlines()
+            lines = (group / "memory.stat").read_text(encoding="utf-8").splitlines()
             used = next(int(line.split()[1]) for line in lines if line.startswith("anon "))
             found.append(int(limit) - used)
     except (OSError, ValueError, StopIteration):

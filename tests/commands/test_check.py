@@ -41,6 +41,13 @@ def report(folder: Path, **settings) -> dict:
     return content
 
 
+def only(content: dict, **wanted) -> dict:
+    """The one finding with these entries."""
+    found = [item for item in content["findings"] if all(item[key] == value for key, value in wanted.items())]
+    assert len(found) == 1, content["findings"]
+    return found[0]
+
+
 def test_a_label_map_stored_another_way_is_noted(folder):
     """Its voxels lie where the image's do; nothing has to be done."""
     stored = nib.load(folder / "labels/c.nii.gz")
@@ -49,13 +56,6 @@ def test_a_label_map_stored_another_way_is_noted(folder):
     finding = only(content, case="c", kind="orientation")
     assert (finding["severity"], content["exit_code"]) == ("note", 0)
     assert "voxels stored as" in finding["found"]
-
-
-def only(content: dict, **wanted) -> dict:
-    """The one finding with these entries."""
-    found = [item for item in content["findings"] if all(item[key] == value for key, value in wanted.items())]
-    assert len(found) == 1, content["findings"]
-    return found[0]
 
 
 def test_a_sound_dataset_is_clean_and_summarised(folder, capsys):

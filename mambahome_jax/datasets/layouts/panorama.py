@@ -73,13 +73,13 @@ def _commit(folder: Path) -> str | None:
     for home in (folder, folder.parent):
         git = home / ".git"
         try:
-            head = (git / "HEAD").read_text().strip()
+            head = (git / "HEAD").read_text(encoding="utf-8").strip()
             name = head.removeprefix("ref: ")
             if name == head:
                 return head
             if (git / name).is_file():
-                return (git / name).read_text().strip()
-            packed = (line.split() for line in (git / "packed-refs").read_text().splitlines())
+                return (git / name).read_text(encoding="utf-8").strip()
+            packed = (line.split() for line in (git / "packed-refs").read_text(encoding="utf-8").splitlines())
             return next((words[0] for words in packed if words[1:] == [name]), None)
         except (OSError, UnicodeDecodeError):
             continue
